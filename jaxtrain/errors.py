@@ -1,0 +1,49 @@
+"""The errors a person can mend, and the exit codes a script can rely on.
+
+An `ExplainedError` carries the whole explanation in its message: what is wrong, where, with its numbers, and what would
+work. `main` prints that message alone, without a traceback. Any other exception is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to go on
+
+
+class ExplainedError(Exception):
+    """An error whose message alone tells a person what is wrong and what would work."""
+
+    exit_code = EXIT_ERROR
+
+
+class ConfigError(ExplainedError):
+    """The configuration cannot work. `problems` lists everything that is wrong with it, one line each."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class DataError(ExplainedError):
+    """Input data is missing, unreadable, empty, or not what the configuration says it is."""
+
+
+class CheckpointError(ExplainedError):
+    """A checkpoint cannot be written, or does not belong to this run."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
+    options = list(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    listing = "one of: " + ", ".join(options)
+    return f"did you mean {close[0]!r}? {listing}" if close else listing
