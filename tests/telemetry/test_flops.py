@@ -1,0 +1,91 @@
+import math
+
+import pytest
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.telemetry.flops import mfu, model_flops_per_step, model_flops_per_token, num_parameters
+
+
+def llama(layers, embed, heads, kv_heads, mlp, vocab):
+    return ModelConfig(
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        mlp_dim=mlp,
+        vocab_size=vocab,
+    )
+
+
+LLAMA_2_7B = llama(32, 4096, 32, 32, 11008, 32000)
+LLAMA_31_8B = llama(32, 4096, 32, 8, 14336, 128256)
+LLAMA_31_70B = llama(80, 8192, 64, 8, 28672, 128256)
+LLAMA_31_405B = llama(126, 16384, 128, 8, 53248, 128256)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        (LLAMA_2_7B, 6_738_415_616),
+        (LLAMA_31_8B, 8_030_261_248),
+        (LLAMA_31_70B, 70_553_706_496),
+        (LLAMA_31_405B, 405_853_388_800),
+    ],
+)
+def test_parameters_are_what_the_model_cards_say(model, published):
+    assert num_parameters(model).total == published
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_parameters_are_the_sum_of_the_shapes(tied, qk_norm):
+    model = ModelConfig(
+        num_layers=3,
+        embed_dim=48,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=80,
+        vocab_size=77,
+        tie_embeddings=tied,
+        qk_norm=qk_norm,
+    )
+    matrices = [(48, 6, 16), (48, 2, 16), (48, 2, 16), (6, 16, 48), (48, 80), (48, 80), (80, 48)]
+    norms = [(48,), (48,)] + ([(16,), (16,)] if qk_norm else [])
+    layers = 3 * sum(math.prod(shape) for shape in matrices + norms)
+    count = num_parameters(model)
+    assert count.layers == layers
+    assert count.total == layers + 48 + 77 * 48 * (1 if tied else 2)
+    assert count.non_embedding == layers + 48
+    assert count.matmul == 3 * sum(math.prod(shape) for shape in matrices) + 77 * 48
+
+
+def test_flops_of_a_token_by_hand():
+    # One layer, D=4, two query heads and one kv head of width 2, F=8, V=10, L=6:
+    # Q 16 + K 8 + V 8 + O 16 + 3 x 32 = 144; output 40; 6 x 184 = 1104; attention 12 x 6 x 2 x 2 = 288.
+    model = ModelConfig(num_layers=1, embed_dim=4, num_heads=2, num_kv_heads=1, head_dim=2, mlp_dim=8, vocab_size=10)
+    assert model_flops_per_token(model, 6, "full") == 1104 + 288
+    assert model_flops_per_token(model, 6, "causal") == 1104 + 144
+    assert model_flops_per_step(model, 6, 5, "full") == 30 * (1104 + 288)
+
+
+def test_tying_changes_no_flops_and_padding_is_not_counted():
+    model = ModelConfig(vocab_size=1000)
+    tied = ModelConfig(vocab_size=1000, tie_embeddings=True)
+    assert model.padded_vocab_size == 1024
+    assert model_flops_per_token(model, 128, "full") == model_flops_per_token(tied, 128, "full")
+    one_more = ModelConfig(vocab_size=1001)
+    assert model_flops_per_token(one_more, 128, "full") - model_flops_per_token(model, 128, "full") == 6 * model.embed_dim
+
+
+def test_llama_2_7b_at_4096_is_megatrons_sum():
+    # Its sum, a token: forward matmuls (four projections, SwiGLU's three, half of QK^T and PV, the logits) times three.
+    length, embed, mlp, vocab = 4096, 4096, 11008, 32000
+    forward = 32 * (2 * 4 * embed**2 + 2 * 3 * embed * mlp + 2 * 2 * length * embed / 2) + 2 * embed * vocab
+    assert model_flops_per_token(LLAMA_2_7B, length, "causal") == 3 * forward
+
+
+def test_mfu_is_none_without_a_peak():
+    assert mfu(5e14, 1e15) == 0.5
+    assert mfu(5e14, None) is None
