@@ -1,0 +1,69 @@
+"""Builds the named device mesh, and lays its axes onto hosts so that the axes that talk most stay inside a host."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from jaxtrain.config import MESH_AXES, MeshConfig
+from jaxtrain.errors import ConfigError
+
+
+def split_over_hosts(shape: Sequence[int], devices_per_host: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cuts each axis into a factor inside a host and a factor across hosts: shape = inside * across, axis by axis.
+
+    The last axis (tensor) fills a host first, then the one before it: the order of MESH_AXES is the order of traffic.
+
+    Raises:
+      ConfigError: where the axes do not fill a host evenly.
+    """
+    inside, left = [], devices_per_host
+    for size in reversed(shape):
+        inside.append(math.gcd(size, left))
+        left //= inside[-1]
+    inside = inside[::-1]
+    if left > 1:
+        words = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
+        raise ConfigError(
+            [
+                f"mesh: {words} cannot be laid onto hosts of {devices_per_host} devices; "
+                f"choose axes whose factors make up {devices_per_host}"
+            ]
+        )
+    return tuple(inside), tuple(size // own for size, own in zip(shape, inside, strict=True))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a resolved config (no axis -1), all seven axes present, each device once.
+
+    On one host devices are laid in order, tensor innermost. On several, `mesh_utils` makes a hybrid mesh whose inner part
+    is a host (`split_over_hosts`).
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    per_host = Counter(device.process_index for device in devices)
+    if len(set(per_host.values())) != 1:
+        raise ConfigError([f"mesh: hosts hold different numbers of devices: {dict(per_host)}; every host needs the same"])
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    if len(per_host) == 1:
+        grid = np.array(ordered).reshape(config.shape)
+    else:
+        inside, across = split_over_hosts(config.shape, per_host[ordered[0].process_index])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, ordered, process_is_granule=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """One line for the log: the axes above 1, the devices, and which axes cross hosts."""
+    words = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    crossing = [axis for i, axis in enumerate(MESH_AXES) if (hosts != np.take(hosts, [0], axis=i)).any()]
+    kind = mesh.devices.flat[0].device_kind
+    tail = f", {len(set(hosts.flat))} hosts ({', '.join(crossing)} across hosts)" if crossing else ""
+    return f"{words} ({mesh.devices.size} x {kind}{tail})"

@@ -1,0 +1,183 @@
+"""The decoder as pure functions over parameter trees {"outer": ..., "layers": ...}, cut for the pipeline executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxtrain.config import ModelConfig, TrainConfig
+from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
+from jaxtrain.ops.losses import cross_entropy, mask_padded_vocabulary
+from jaxtrain.parallel.pipeline import Functions
+from jaxtrain.parallel.stacking import Stacking
+from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
+
+PyTree = Any
+STACKED = ("chunk", "stage", "layer")
+
+
+def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
+    return nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0)))  # type: ignore[call-arg]
+
+
+def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
+    """Tree of logical dims, as the module declares them."""
+    state = nnx.state(_abstract(module, config), nnx.Param)
+    return nnx.to_pure_dict(nnx.map_state(lambda _, p: p.get_metadata()["dims"], state))
+
+
+def parameter_dims(config: ModelConfig) -> PyTree:
+    """Logical dims of every parameter; the layers' leaves are stacked (`Stacking`)."""
+    layers = jax.tree.map(lambda dims: (*STACKED, *dims), _dims(Layer, config), is_leaf=is_dims)
+    return {"outer": _dims(Outer, config), "layers": layers}
+
+
+def canonical_dims(config: ModelConfig) -> PyTree:
+    """Logical dims in canonical form: the layers' leaves are [num_layers, ...]."""
+    layers = jax.tree.map(lambda dims: ("layer", *dims), _dims(Layer, config), is_leaf=is_dims)
+    return {"outer": _dims(Outer, config), "layers": layers}
+
+
+def initialize(config: ModelConfig, key: jax.Array) -> PyTree:
+    """Canonical parameters. A layer's are a function of the key and the layer's number alone, whatever the mesh."""
+
+    def build(module: type[nnx.Module], key: jax.Array) -> PyTree:
+        return nnx.to_pure_dict(nnx.state(module(config, nnx.Rngs(params=key)), nnx.Param))  # type: ignore[call-arg]
+
+    outer_key, layers_key = jax.random.split(key)
+    layer_keys = jax.vmap(lambda i: jax.random.fold_in(layers_key, i))(jnp.arange(config.num_layers))
+    return {"outer": build(Outer, outer_key), "layers": jax.vmap(lambda key: build(Layer, key))(layer_keys)}
+
+
+def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
+    """Parameters in compute dtype; norms stay in float32."""
+
+    def leaf(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
+        return value.astype(jnp.float32 if dims[-1] == "norm" else dtype)
+
+    return jax.tree.map(leaf, dims, params, is_leaf=is_dims)
+
+
+def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], Any]:
+    """A function that puts a pure dict of weights into the module."""
+    graph, state = nnx.split(_abstract(module, config), nnx.Param)
+
+    def merge(weights: PyTree) -> Any:
+        filled = nnx.State(state.raw_mapping) if not hasattr(state, "copy") else state.copy()
+        nnx.replace_by_pure_dict(filled, weights)
+        return nnx.merge(graph, filled)
+
+    return merge
+
+
+def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
+    """Which intermediate results a layer keeps for its backward; None keeps only the layer's input.
+
+    No policy keeps a gathered weight or a gathered sequence: they are refused by primitive, since a policy by name would
+    still keep the value from just before its name.
+    """
+    if train.remat == "full":
+        return None
+    if train.remat == "named":
+        return jax.checkpoint_policies.save_only_these_names(*train.remat_save)
+    if train.remat == "none":
+        return lambda primitive, *_, **__: primitive.name != "all_gather"
+    weight_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint_policies.save_from_both_policies(
+        weight_matmuls, jax.checkpoint_policies.save_only_these_names("attention")
+    )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The model bound to what the run decides about it."""
+
+    config: ModelConfig
+    train: TrainConfig
+    stacking: Stacking
+    backend: str
+    """Attention backend, chosen."""
+
+    def _layers(self) -> Callable[[tuple, jax.Array, PyTree, jax.Array], jax.Array]:
+        dims, merge = _dims(Layer, self.config), _merge(Layer, self.config)
+        counts = self.stacking.counts()
+
+        def layers(weights: tuple, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> jax.Array:
+            packing = Packing(microbatch["positions"], microbatch.get("segments"))
+
+            def layer(x: jax.Array, weights: tuple) -> jax.Array:
+                gathered = gather_weights(*weights, dims, self.train.reduce_dtype)
+                return merge(gathered)(x, packing, self.backend)
+
+            layer = jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
+
+            def step(x: jax.Array, slot: tuple) -> tuple[jax.Array, None]:
+                weights, index = slot
+                if self.stacking.is_even:
+                    return layer(x, weights), None
+                held = jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
+                return lax.cond(index < held, layer, lambda x, _: x, x, weights), None
+
+            x, _ = lax.scan(step, x, (weights, jnp.arange(self.stacking.layers_per_part)))
+            return x
+
+        return layers
+
+    def _embed(self) -> Callable[[tuple, PyTree], jax.Array]:
+        dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
+
+        def embed(weights: tuple, microbatch: PyTree) -> jax.Array:
+            with jax.named_scope("embed"):
+                return merge(gather_weights(*weights, dims, self.train.reduce_dtype)).embed(microbatch["tokens"])
+
+        return embed
+
+    def _head(self) -> Callable[[tuple, jax.Array], tuple[jax.Array, jax.Array]]:
+        dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
+
+        def head(weights: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            outer = merge(gather_weights(*weights, dims, self.train.reduce_dtype))
+            return rms_norm(x, outer.norm[...], self.config.norm_epsilon), outer.head_DV()
+
+        return head
+
+    def loss_functions(self) -> Functions:
+        """For training and validation. A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks)
+        segments, and a float32 scalar `scale`, by which its summed loss is multiplied."""
+        head = self._head()
+
+        def loss(weights: tuple, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
+            with jax.named_scope("loss"):
+                x, head_DV = head(weights, x)
+                total, likelihood = cross_entropy(
+                    x,
+                    head_DV,
+                    microbatch["targets"],
+                    microbatch["scale"],
+                    self.config.vocab_size,
+                    self.train.loss_chunk,
+                    self.train.z_loss,
+                )
+            return total, {"loss": likelihood, "total_loss": lax.stop_gradient(total)}
+
+        return Functions(self._embed(), self._layers(), loss)
+
+    def logits_functions(self) -> Functions:
+        """For sampling: reports `logits` [B, V] float32 at the position `position` of one microbatch."""
+        head = self._head()
+
+        def logits(weights: tuple, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
+            x, head_DV = head(weights, x)
+            x_BD = lax.dynamic_index_in_dim(all_gather(x, "tensor", dim=1), microbatch["position"], axis=1, keepdims=False)
+            logits = jnp.einsum("BD,DV->BV", x_BD, head_DV, preferred_element_type=jnp.float32)
+            whole = all_gather(mask_padded_vocabulary(logits, self.config.vocab_size), "tensor", dim=1)
+            once = jnp.where(lax.axis_index("tensor") == 0, whole, 0)
+            return vary(jnp.zeros(())), {"logits": once}
+
+        return Functions(self._embed(), self._layers(), logits)

@@ -1,0 +1,139 @@
+"""The decoder's modules: parameters declared in one place (shape, initializer, logical dims) beside the forward code.
+
+Shape letters: B batch, L length, D embed, H query heads, K kv heads, N head_dim, F mlp, V vocab. Inside the manual region L of
+the residual stream is this device's slice over `tensor` (sequence sharding), and H, K, F and V are its share over `tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.ops.attention import attention
+from jaxtrain.ops.rope import rope
+from jaxtrain.sharding import Dims, all_gather, reduce_scatter
+
+
+class Packing(NamedTuple):
+    """Where each position of a packed sequence stands, both int32 [B, L] over the whole length."""
+
+    positions: jax.Array
+    """Position inside its document, from 0."""
+    segments: jax.Array | None
+    """Number of its document, 0 for padding; None when attention may cross documents."""
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str) -> nnx.Param:
+    """A parameter with its logical dims: normal with this standard deviation, or ones where std is None."""
+    key = rngs.params()
+    value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)
+    return nnx.Param(value.astype(dtype), dims=dims)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dim, in float32 (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """x + softmax(Q K^T / sqrt(N)) V W_out, with Q, K, V = projections of RMSNorm(x), RoPE on Q and K."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        d, h, k, n = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        std, dtype = config.init_std, config.param_dtype
+        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        self.query = parameter(rngs, (d, h, n), ("embed", "heads", "head_dim"), std, dtype)
+        self.key = parameter(rngs, (d, k, n), ("embed", "kv_heads", "head_dim"), std, dtype)
+        self.value = parameter(rngs, (d, k, n), ("embed", "kv_heads", "head_dim"), std, dtype)
+        out_std = std / math.sqrt(2 * config.num_layers)
+        self.out = parameter(rngs, (h, n, d), ("heads", "head_dim", "embed"), out_std, dtype)
+        if config.qk_norm:
+            self.query_norm = parameter(rngs, (n,), ("norm",), None, dtype)
+            self.key_norm = parameter(rngs, (n,), ("norm",), None, dtype)
+
+    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+        config = self.config
+        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], config.norm_epsilon), "tensor", dim=1)
+        q_BLHN = checkpoint_name(jnp.einsum("BLD,DHN->BLHN", h_BLD, self.query[...]), "query")
+        k_BLKN = checkpoint_name(jnp.einsum("BLD,DKN->BLKN", h_BLD, self.key[...]), "key")
+        v_BLKN = checkpoint_name(jnp.einsum("BLD,DKN->BLKN", h_BLD, self.value[...]), "value")
+        if config.qk_norm:
+            q_BLHN = rms_norm(q_BLHN, self.query_norm[...], config.norm_epsilon)
+            k_BLKN = rms_norm(k_BLKN, self.key_norm[...], config.norm_epsilon)
+        q_BLHN = rope(q_BLHN, packing.positions, config.rope_theta, config.rope_scaling)
+        k_BLKN = rope(k_BLKN, packing.positions, config.rope_theta, config.rope_scaling)
+        with jax.named_scope("attention"):
+            a_BLHN = attention(
+                q_BLHN, k_BLKN, v_BLKN, backend=backend, segments_BL=packing.segments, residual_name="attention"
+            )
+        out_BLD = reduce_scatter(jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...]), "tensor", dim=1)
+        return x_BLD + checkpoint_name(out_BLD, "attention_out")
+
+
+class MLP(nnx.Module):
+    """x + (silu(h W_gate) * (h W_up)) W_down with h = RMSNorm(x): SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        d, f, std, dtype = config.embed_dim, config.mlp_dim, config.init_std, config.param_dtype
+        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        self.gate = parameter(rngs, (d, f), ("embed", "mlp"), std, dtype)
+        self.up = parameter(rngs, (d, f), ("embed", "mlp"), std, dtype)
+        self.down = parameter(rngs, (f, d), ("mlp", "embed"), std / math.sqrt(2 * config.num_layers), dtype)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
+        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.gate[...]), "mlp_gate")
+        up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.up[...]), "mlp_up")
+        hidden_BLF = checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
+        out_BLD = reduce_scatter(jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...]), "tensor", dim=1)
+        return x_BLD + checkpoint_name(out_BLD, "mlp_out")
+
+
+class Layer(nnx.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+        with jax.named_scope("attention_block"):
+            x_BLD = self.attention(x_BLD, packing, backend)
+        with jax.named_scope("mlp_block"):
+            return self.mlp(x_BLD)
+
+
+class Outer(nnx.Module):
+    """What stands before and after the layers: the embedding table, the final norm and the output head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        d, v, std, dtype = config.embed_dim, config.padded_vocab_size, config.init_std, config.param_dtype
+        self.table = parameter(rngs, (v, d), ("vocab", "embed"), std, dtype)
+        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        if not config.tie_embeddings:
+            self.head = parameter(rngs, (d, v), ("embed", "vocab"), std, dtype)
+
+    def embed(self, tokens_BL: jax.Array) -> jax.Array:
+        """Looks tokens up in this device's share of the table; the shares' sum leaves each device its slice of the length."""
+        # Looked up in float32, so that the transpose adds many rows of gradient in float32.
+        dtype, table_VD = self.table[...].dtype, self.table[...].astype(jnp.float32)
+        local = tokens_BL - lax.axis_index("tensor") * table_VD.shape[0]
+        mine = (local >= 0) & (local < table_VD.shape[0])
+        x_BLD = jnp.where(mine[..., None], table_VD[jnp.clip(local, 0, table_VD.shape[0] - 1)], 0)
+        return reduce_scatter(x_BLD.astype(dtype), "tensor", dim=1)
+
+    def head_DV(self) -> jax.Array:
+        """The output projection; with tied embeddings the table, turned."""
+        return self.table[...].T if self.config.tie_embeddings else self.head[...]

@@ -1,0 +1,327 @@
+"""One executor that runs any schedule table, inside the manual region. It knows no model.
+
+Gradient accumulation is this executor with one stage: F and B of a microbatch then share a tick, and nothing is stored.
+
+The backward honours the remat policy instead of recomputing the stage: F takes `jax.vjp` and keeps only those residuals that
+are not (by identity) parameters; B puts the closure together again. Parameters come as two trees of one structure, master and
+compute (see `sharding.gather_weight`); gradients are those of master, accumulated in float32, not yet reduced over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxtrain.parallel.pipeline_schedule import IDLE, Run, Schedule, Slots, allocate_slots, cut_into_runs
+from jaxtrain.sharding import shift, vary
+
+PyTree = Any
+
+
+class Functions(NamedTuple):
+    """A model cut for a pipeline. `outer` and `layers` are pairs (master, compute) of parameter trees.
+
+    Every result is typed as varying over all mesh axes, except the loss, which may be equal on some of them.
+    """
+
+    embed: Callable[[tuple, PyTree], jax.Array]
+    """(outer, microbatch) -> x, the input of part 0."""
+    layers: Callable[[tuple, jax.Array, PyTree, jax.Array], jax.Array]
+    """(layers of one chunk, x, microbatch, chunk) -> x, through one part of the layer stack."""
+    loss: Callable[[tuple, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+    """(outer, x, microbatch) -> (this device's share of the loss, sums to report)."""
+
+
+class Parameters(NamedTuple):
+    """Parameter trees as this device holds them; leaves of `layers` are [chunks, layers_per_part, ...]."""
+
+    outer: PyTree
+    layers: PyTree
+
+
+def _index(tree: PyTree, i: jax.Array | int) -> PyTree:
+    """Leaf [i, ...] of every leaf; a leading dim of 1 needs no lookup."""
+    return jax.tree.map(lambda a: a[0] if a.shape[0] == 1 else lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
+
+
+def _write(tree: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
+    return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, slot, 0), tree, values)
+
+
+def _add(tree: PyTree, values: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, v: a + v.astype(a.dtype), tree, values)
+
+
+def _add_at(tree: PyTree, values: PyTree, i: jax.Array) -> PyTree:
+    """tree[i] += values, leaf by leaf."""
+
+    def leaf(a: jax.Array, v: jax.Array) -> jax.Array:
+        if a.shape[0] == 1:
+            return a + v[None].astype(a.dtype)
+        return lax.dynamic_update_index_in_dim(a, lax.dynamic_index_in_dim(a, i, keepdims=False) + v.astype(a.dtype), i, 0)
+
+    return jax.tree.map(leaf, tree, values)
+
+
+def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
+    """Zeros like the leaves, with a leading dim of `slots` where given, typed as varying over all mesh axes."""
+    lead = () if slots is None else (slots,)
+    return jax.tree.map(lambda a: vary(jnp.zeros(lead + a.shape, dtype or a.dtype)), tree)
+
+
+def _when(pattern: str, predicate: jax.Array, do: Callable, otherwise: Callable, carry: PyTree) -> PyTree:
+    """`do(carry)` where the predicate holds, without a conditional where the table says that it always does."""
+    return do(carry) if pattern == "all" else lax.cond(predicate, do, otherwise, carry)
+
+
+class _Residuals:
+    """Takes a part's vjp closure apart and puts it together again.
+
+    Leaves that are parameters (by identity) are left out when stored, and taken from the parameters when put together.
+    """
+
+    def __init__(self, functions: Functions):
+        self.functions = functions
+        self.tree: Any = None
+        self.parameter_of: list[int | None] = []
+
+    def forward(self, layers: tuple, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """y, and what must be stored until the backward."""
+
+        def part(layers: tuple, x: jax.Array) -> jax.Array:
+            return self.functions.layers(layers, x, microbatch, chunk)
+
+        y, closure = jax.vjp(part, layers, x)
+        leaves, self.tree = jax.tree.flatten(closure)
+        place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(layers))}
+        self.parameter_of = [place.get(id(leaf)) for leaf in leaves]
+        return y, [leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None]
+
+    def backward(self, layers: tuple, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
+        """(gradients of the part's master parameters, gradient of its input)."""
+        parameters, rest = jax.tree.leaves(layers), iter(stored)
+        leaves = [next(rest) if i is None else parameters[i] for i in self.parameter_of]
+        (master, _), dx = jax.tree.unflatten(self.tree, leaves)(gradient)
+        return master, dx
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the ticks of one call share."""
+
+    functions: Functions
+    schedule: Schedule
+    slots: Slots
+    master: Parameters
+    compute: Parameters
+    microbatches: PyTree
+    stage: jax.Array
+    residuals: _Residuals
+
+    @property
+    def outer(self) -> tuple:
+        return self.master.outer, self.compute.outer
+
+    def layers(self, chunk: jax.Array) -> tuple:
+        return _index(self.master.layers, chunk), _index(self.compute.layers, chunk)
+
+    def is_first(self, chunk: jax.Array) -> jax.Array:
+        return (self.stage == 0) & (chunk == 0)
+
+    def is_last(self, chunk: jax.Array) -> jax.Array:
+        return (self.stage == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
+
+    @property
+    def ends(self) -> str:
+        """Whether "all" parts are the first and the last one (one stage, one chunk) or only "some"."""
+        return "all" if self.schedule.parts == 1 else "some"
+
+
+def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> jax.Array:
+    """The input of this tick's F: the embedded tokens on part 0, else what the part before has sent."""
+    return _when(
+        run.ends,
+        run.is_first(row["forward_chunk"]),
+        lambda _: vary(run.functions.embed(run.outer, microbatch)),
+        lambda buffer: _index(buffer, row["activation_read"]),
+        activation,
+    )
+
+
+def _loss_pass(run: _Pass, carry: dict, y: jax.Array, microbatch: PyTree) -> tuple[dict, jax.Array]:
+    """Adds the loss and the gradients of the outer parameters; returns the gradient of y too."""
+    master, compute = run.outer
+
+    def loss(master: PyTree, y: jax.Array) -> tuple[jax.Array, PyTree]:
+        return run.functions.loss((master, compute), y, microbatch)
+
+    value, closure, sums = jax.vjp(loss, master, y, has_aux=True)
+    outer, dy = closure(vary(jnp.ones((), value.dtype), jax.typeof(value).manual_axis_type.varying))
+    return carry | {"outer": _add(carry["outer"], outer), "sums": _add(carry["sums"], sums)}, dy
+
+
+def _backward_pass(run: _Pass, carry: dict, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[dict, jax.Array]:
+    """Adds the gradients of one part (and of the embedding, on part 0); returns the gradient of the part's input too."""
+    chunk, microbatch = row["backward_chunk"], _index(run.microbatches, row["backward_microbatch"])
+    layers, dx = run.residuals.backward(run.layers(chunk), stored, gradient)
+    master, compute = run.outer
+
+    def embed_backward(outer: PyTree) -> PyTree:
+        _, closure = jax.vjp(lambda master: vary(run.functions.embed((master, compute), microbatch)), master)
+        return _add(outer, closure(dx)[0])
+
+    outer = _when(run.ends, run.is_first(chunk), embed_backward, lambda outer: outer, carry["outer"])
+    return carry | {"layers": _add_at(carry["layers"], layers, chunk), "outer": outer}, dx
+
+
+def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
+    """One stage, one chunk, B in the tick of its F: nothing waits, so nothing is stored."""
+    microbatch = _index(run.microbatches, row["forward_microbatch"])
+    x = vary(run.functions.embed(run.outer, microbatch))
+    y, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
+    carry, gradient = _loss_pass(run, carry, y, microbatch)
+    return _backward_pass(run, carry, row, stored, gradient)[0]
+
+
+def _forward_and_store(run: _Pass, carry: dict, row: dict) -> tuple[dict, jax.Array]:
+    microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+    x = _input(run, row, carry["activation"], microbatch)
+    y, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
+    carry = carry | {"residual": _write(carry["residual"], stored, row["residual_write"])}
+
+    def loss_and_store(carry: dict) -> dict:
+        carry, dy = _loss_pass(run, carry, y, microbatch)
+        return carry | {"gradient": _write(carry["gradient"], dy, row["gradient_write_loss"])}
+
+    return _when(run.ends, run.is_last(chunk), loss_and_store, lambda carry: carry, carry), y
+
+
+def _tick(run: _Pass, patterns: Run, carry: dict, row: dict) -> dict:
+    """F, send on, B, send back; either is conditional where only some stages do it."""
+    idle = vary(jnp.zeros(carry["activation"].shape[1:], carry["activation"].dtype))
+    y = dx = idle
+    if patterns.forward != "no":
+        carry, y = _when(
+            patterns.forward,
+            row["forward_microbatch"] != IDLE,
+            lambda carry: _forward_and_store(run, carry, row),
+            lambda carry: (carry, idle),
+            carry,
+        )
+    arrived = shift(y, "pipe", +1) if patterns.forward != "no" else None
+    if patterns.backward != "no":
+
+        def backward(carry: dict) -> tuple[dict, jax.Array]:
+            stored = _index(carry["residual"], row["residual_read"])
+            return _backward_pass(run, carry, row, stored, _index(carry["gradient"], row["gradient_read"]))
+
+        carry, dx = _when(patterns.backward, row["backward_microbatch"] != IDLE, backward, lambda carry: (carry, idle), carry)
+        carry = carry | {"gradient": _write(carry["gradient"], shift(dx, "pipe", -1), row["gradient_write"])}
+    if arrived is not None:
+        carry = carry | {"activation": _write(carry["activation"], arrived, row["activation_write"])}
+    return carry
+
+
+def _rows(schedule: Schedule, slots: Slots, run: Run) -> dict[str, np.ndarray]:
+    """The table's columns for the ticks of a run, each [ticks, stages]."""
+    columns = {
+        name: getattr(source, name)
+        for source, names in (
+            (schedule, ("forward_microbatch", "forward_chunk", "backward_microbatch", "backward_chunk")),
+            (slots, [f.name for f in slots.__dataclass_fields__.values() if not f.name.endswith("_count")]),
+        )
+        for name in names
+    }
+    return {name: column[run.start : run.stop] for name, column in columns.items()}
+
+
+def _run_table(run: _Pass, tick: Callable[[Run, dict, dict], dict], carry: dict) -> dict:
+    """Runs the ticks in order: one `scan` for each run of like ticks."""
+    for patterns in cut_into_runs(run.schedule):
+
+        def step(carry: dict, rows: dict, patterns: Run = patterns) -> tuple[dict, None]:
+            return tick(patterns, carry, {name: column[run.stage] for name, column in rows.items()}), None
+
+        rows = _rows(run.schedule, run.slots, patterns)
+        with jax.named_scope(f"ticks_{patterns.start}_{patterns.stop}"):
+            if patterns.stop - patterns.start == 1:
+                carry, _ = step(carry, {name: jnp.asarray(column[0]) for name, column in rows.items()})
+            else:
+                carry, _ = lax.scan(step, carry, rows)
+    return carry
+
+
+def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> _Pass:
+    stage = lax.axis_index("pipe")
+    slots = allocate_slots(schedule)
+    master, compute, microbatches = vary((master, compute, microbatches))
+    return _Pass(functions, schedule, slots, master, compute, microbatches, stage, _Residuals(functions))
+
+
+def loss_and_gradients(
+    functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree
+) -> tuple[PyTree, Parameters]:
+    """(sums to report, gradients of master), both this device's share: not yet summed over devices.
+
+    Leaves of `microbatches` are [microbatches, ...]. Gradients are float32.
+    """
+    run = _begin(functions, schedule, master, compute, microbatches)
+    first = _index(run.microbatches, 0)
+    x = jax.eval_shape(lambda: vary(functions.embed(run.outer, first)))
+    sums = jax.eval_shape(lambda x: functions.loss(run.outer, x, first)[1], x)
+    carry = {
+        "outer": _zeros(run.master.outer, jnp.float32),
+        "layers": _zeros(run.master.layers, jnp.float32),
+        "sums": _zeros(sums),
+    }
+    paired = (schedule.forward_microbatch == schedule.backward_microbatch).all() and schedule.parts == 1
+    if paired:
+        carry = _run_table(run, lambda patterns, carry, row: _tick_at_once(run, carry, row), carry)
+    else:
+        chunk = jnp.zeros((), jnp.int32)
+        _, stored = jax.eval_shape(lambda x: run.residuals.forward(run.layers(chunk), x, first, chunk), x)
+        carry |= {
+            "activation": _zeros(x, slots=run.slots.activation_count + 1),
+            "gradient": _zeros(x, slots=run.slots.gradient_count + 1),
+            "residual": _zeros(stored, slots=run.slots.residual_count),
+        }
+        carry = _run_table(run, lambda patterns, carry, row: _tick(run, patterns, carry, row), carry)
+    return carry["sums"], Parameters(carry["outer"], carry["layers"])
+
+
+def forward(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> PyTree:
+    """The sums of `functions.loss` over all microbatches, this device's share; `schedule` holds forwards only."""
+    run = _begin(functions, schedule, master, compute, microbatches)
+    first = _index(run.microbatches, 0)
+    x = jax.eval_shape(lambda: vary(functions.embed(run.outer, first)))
+    sums = jax.eval_shape(lambda x: functions.loss(run.outer, x, first)[1], x)
+    carry = {"sums": _zeros(sums), "activation": _zeros(x, slots=run.slots.activation_count + 1)}
+    idle = _zeros(x)
+
+    def part(carry: dict, row: dict) -> tuple[dict, jax.Array]:
+        microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+        x = _input(run, row, carry["activation"], microbatch)
+        y = functions.layers(run.layers(chunk), x, microbatch, chunk)
+
+        def report(carry: dict) -> dict:
+            return carry | {"sums": _add(carry["sums"], functions.loss(run.outer, y, microbatch)[1])}
+
+        return _when(run.ends, run.is_last(chunk), report, lambda carry: carry, carry), y
+
+    def tick(patterns: Run, carry: dict, row: dict) -> dict:
+        carry, y = _when(
+            patterns.forward,
+            row["forward_microbatch"] != IDLE,
+            lambda carry: part(carry, row),
+            lambda carry: (carry, idle),
+            carry,
+        )
+        return carry | {"activation": _write(carry["activation"], shift(y, "pipe", +1), row["activation_write"])}
+
+    return _run_table(run, tick, carry)["sums"]

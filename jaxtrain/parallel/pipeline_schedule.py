@@ -1,0 +1,312 @@
+"""Pipeline schedules as tables, and the checker that proves a table runs. Numpy only.
+
+Time is cut into ticks that all stages share. In a tick a stage does at most one forward (F) and then at most one backward
+(B) of one microbatch through one chunk; after them boundary activations go one stage on and their gradients one stage
+back. The layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages.
+
+Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al.
+2021b). In lock-step, F of microbatch m at tick m + i and B at m + 2(S-1) - i on stage i takes exactly the ideal 1F1B time,
+because warm-up ticks hold only F and drain ticks only B; the price is that stage i holds up to 2(S-1-i)+1 microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+IDLE = -1
+# Order of events inside a tick, used to place buffer lifetimes on one time line.
+_FORWARD, _BACKWARD, _EXCHANGE, _PHASES = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A table of work. Each array is int32 [ticks, stages]; IDLE (-1) where a stage has nothing to do."""
+
+    stages: int
+    chunks: int
+    microbatches: int
+    forward_microbatch: np.ndarray
+    forward_chunk: np.ndarray
+    backward_microbatch: np.ndarray
+    backward_chunk: np.ndarray
+
+    @property
+    def ticks(self) -> int:
+        """Length of the table."""
+        return len(self.forward_microbatch)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the layer stack is cut."""
+        return self.stages * self.chunks
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a table costs."""
+
+    ticks: int
+    bubble_fraction: float
+    """Share of the stages' time spent waiting: B takes twice as long as F, a tick as long as its slowest stage."""
+    live_parts: list[int] = field(default_factory=list)
+    """For each stage the largest number of (microbatch, chunk) whose activations it holds at one time."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where each value waits. Int32 [ticks, stages]; a write of `count` goes to a slot that nobody reads.
+
+    activation: boundary activations received, from the exchange of the sender's tick until the F that takes them.
+    gradient: boundary gradients, from the exchange (or from the loss, on the last part) until the B that takes them.
+    residual: what F leaves for B.
+    """
+
+    activation_count: int
+    activation_read: np.ndarray
+    activation_write: np.ndarray
+    gradient_count: int
+    gradient_read: np.ndarray
+    gradient_write: np.ndarray
+    gradient_write_loss: np.ndarray
+    residual_count: int
+    residual_write: np.ndarray
+    residual_read: np.ndarray
+
+
+def _table(stages: int, chunks: int, microbatches: int, forward: dict, backward: dict) -> Schedule:
+    """The arrays from {(stage, microbatch, chunk): tick}."""
+    ticks = max([*forward.values(), *backward.values()]) + 1
+    arrays = [np.full((ticks, stages), IDLE, np.int32) for _ in range(4)]
+    for work, microbatch_array, chunk_array in ((forward, *arrays[:2]), (backward, *arrays[2:])):
+        for (stage, microbatch, chunk), tick in work.items():
+            if microbatch_array[tick, stage] != IDLE:
+                raise ValueError(f"tick {tick}: stage {stage} would do two passes of one kind")
+            microbatch_array[tick, stage], chunk_array[tick, stage] = microbatch, chunk
+    return Schedule(stages, chunks, microbatches, *arrays)
+
+
+def _units(stages: int, chunks: int, microbatches: int) -> Iterable[tuple[int, int, int, int]]:
+    """(stage, microbatch, chunk, group start): microbatches go in groups of `stages`, each group through all chunks."""
+    for stage in range(stages):
+        for microbatch in range(microbatches):
+            for chunk in range(chunks):
+                yield stage, microbatch, chunk, microbatch // stages * stages * chunks + microbatch % stages
+
+
+def interleaved(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """Interleaved 1F1B; with one chunk it is 1F1B. Bubble (S-1)/(kM+S-1) for M a multiple of S, in units of a chunk's pass.
+
+    F of microbatch gS+r through chunk c runs on stage i at tick gSk + cS + r + i; B mirrors it, chunks from last to first,
+    and starts on the last stage in the tick of the first microbatch's last F.
+    """
+    forward, backward = {}, {}
+    for stage, microbatch, chunk, start in _units(stages, chunks, microbatches):
+        key = (stage, microbatch, chunk)
+        forward[key] = start + chunk * stages + stage
+        backward[key] = stages * chunks - 1 + start + (chunks - 1 - chunk) * stages + stages - 1 - stage
+    return _table(stages, chunks, microbatches, forward, backward)
+
+
+def one_f_one_b(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """1F1B: a stage's backward of a microbatch starts as soon as its gradient arrives, so few activations are held."""
+    _one_chunk("1f1b", chunks)
+    return interleaved(stages, 1, microbatches)
+
+
+def gpipe(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """GPipe: all forwards, then all backwards; every microbatch's activations are held in between."""
+    _one_chunk("gpipe", chunks)
+    forward = {(i, m, 0): m + i for i in range(stages) for m in range(microbatches)}
+    turn = stages + microbatches - 1
+    backward = {(i, m, 0): turn + m + stages - 1 - i for i in range(stages) for m in range(microbatches)}
+    return _table(stages, 1, microbatches, forward, backward)
+
+
+def forward_only(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """The forwards of `interleaved` alone, for evaluation."""
+    forward = {(i, m, c): start + c * stages + i for i, m, c, start in _units(stages, chunks, microbatches)}
+    return _table(stages, chunks, microbatches, forward, {})
+
+
+def _one_chunk(name: str, chunks: int) -> None:
+    if chunks != 1:
+        raise ValueError(f"schedule {name} has 1 chunk a stage, not {chunks}; use interleaved")
+
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
+
+
+def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:
+    """The named schedule, checked. A new one is a function in SCHEDULES that returns a table."""
+    schedule = SCHEDULES[name](stages, chunks, microbatches)
+    check(schedule)
+    return schedule
+
+
+def _ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int, int], int]:
+    """{(stage, microbatch, chunk): tick} of one kind of pass; a pass done twice is an error."""
+    found: dict[tuple[int, int, int], int] = {}
+    for tick, stage in zip(*np.nonzero(microbatch != IDLE), strict=True):
+        key = (int(stage), int(microbatch[tick, stage]), int(chunk[tick, stage]))
+        if key in found:
+            raise ValueError(
+                f"stage {key[0]} passes microbatch {key[1]} through chunk {key[2]} in ticks {found[key]} and {tick}"
+            )
+        found[key] = int(tick)
+    return found
+
+
+def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[int, int] | None:
+    """(stage, chunk) of the part `step` places on, or None past either end."""
+    part = chunk * schedule.stages + stage + step
+    return (part % schedule.stages, part // schedule.stages) if 0 <= part < schedule.parts else None
+
+
+def check(schedule: Schedule, backward: bool = True) -> Report:
+    """Proves that a table runs, and says what it costs.
+
+    Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings what
+    it needs (which is all that a lock-step table needs to be free of deadlock).
+
+    Raises:
+      ValueError: naming the pass that cannot run.
+    """
+    f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
+    b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
+    everything = {
+        (s, m, c) for s in range(schedule.stages) for m in range(schedule.microbatches) for c in range(schedule.chunks)
+    }
+    for name, done in (("forward", f), *((("backward", b),) if backward else ())):
+        if set(done) != everything:
+            odd = sorted(set(done) ^ everything)[0]
+            raise ValueError(f"{name} of (stage, microbatch, chunk) {odd} is {'missing' if odd in everything else 'unknown'}")
+    for (stage, microbatch, chunk), tick in f.items():
+        before = _neighbour(stage, chunk, schedule, -1)
+        if before and f[before[0], microbatch, before[1]] >= tick:
+            raise ValueError(
+                f"forward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no input yet"
+            )
+    for (stage, microbatch, chunk), tick in b.items():
+        after = _neighbour(stage, chunk, schedule, +1)
+        late = b[after[0], microbatch, after[1]] >= tick if after else False
+        if late or f[stage, microbatch, chunk] > tick:
+            raise ValueError(
+                f"backward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no gradient yet"
+            )
+    return Report(schedule.ticks, bubble_fraction(schedule), live_parts(schedule))
+
+
+def bubble_fraction(schedule: Schedule, forward_cost: float = 1.0, backward_cost: float = 2.0) -> float:
+    """1 - (work of one stage) / (time of the table); a tick lasts as long as the slowest stage in it.
+
+    Warm-up ticks hold only F and drain ticks only B, so lock-step loses nothing there.
+    """
+    cost = (schedule.forward_microbatch != IDLE) * forward_cost + (schedule.backward_microbatch != IDLE) * backward_cost
+    return float(1 - cost.sum(0).max() / cost.max(1).sum())
+
+
+def live_parts(schedule: Schedule) -> list[int]:
+    """For each stage the largest number of (microbatch, chunk) between their F and their B."""
+    forward = (schedule.forward_microbatch != IDLE).astype(int)
+    backward = (schedule.backward_microbatch != IDLE).astype(int)
+    return (np.cumsum(forward, 0) - np.cumsum(backward, 0) + backward).max(0).tolist()
+
+
+def allocate_slots(schedule: Schedule) -> Slots:
+    """Gives every waiting value a slot, as few slots as its lifetimes allow (interval colouring, stage by stage)."""
+    f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
+    b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
+    shape = schedule.forward_microbatch.shape
+    activations, gradients, residuals = [], [], []  # (stage, write time, read time)
+    for (stage, microbatch, chunk), tick in f.items():
+        before = _neighbour(stage, chunk, schedule, -1)
+        if before:
+            sent = f[before[0], microbatch, before[1]]
+            activations.append((stage, sent * _PHASES + _EXCHANGE, tick * _PHASES + _FORWARD))
+        if b:
+            back = b[stage, microbatch, chunk] * _PHASES + _BACKWARD
+            residuals.append((stage, tick * _PHASES + _FORWARD, back))
+            after = _neighbour(stage, chunk, schedule, +1)
+            sent = b[after[0], microbatch, after[1]] * _PHASES + _EXCHANGE if after else tick * _PHASES + _FORWARD
+            gradients.append((stage, sent, back))
+    activation_count, activation_write, activation_read = _colour(activations, shape)
+    gradient_count, gradient_write, gradient_read = _colour(gradients, shape)
+    residual_count, residual_write, residual_read = _colour(residuals, shape)
+    return Slots(
+        activation_count=activation_count,
+        activation_read=activation_read[_FORWARD],
+        activation_write=activation_write[_EXCHANGE],
+        gradient_count=gradient_count,
+        gradient_read=gradient_read[_BACKWARD],
+        gradient_write=gradient_write[_EXCHANGE],
+        gradient_write_loss=gradient_write[_FORWARD],
+        residual_count=residual_count,
+        residual_write=residual_write[_FORWARD],
+        residual_read=residual_read[_BACKWARD],
+    )
+
+
+def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Slots for (stage, write time, read time): their number, and the slots written and read as [phase, tick, stage]."""
+    free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which it is free, slot)
+    placed, count = [], 0
+    for stage, write, read in sorted(lifetimes):
+        slots = free.setdefault(stage, [])
+        ready = next((i for i, (since, _) in enumerate(slots) if since < write), None)
+        slot = slots.pop(ready)[1] if ready is not None else len(slots)
+        slots.append((read, slot))
+        count = max(count, slot + 1)
+        placed.append((stage, write, read, slot))
+    writes, reads = (np.full((_PHASES, *shape), count, np.int32) for _ in range(2))
+    for stage, write, read, slot in placed:
+        writes[write % _PHASES, write // _PHASES, stage] = slot
+        reads[read % _PHASES, read // _PHASES, stage] = slot
+    return count, writes, reads
+
+
+@dataclass(frozen=True)
+class Run:
+    """Ticks [start, stop) in which each kind of pass is done by "no", "some" or "all" stages in every tick."""
+
+    start: int
+    stop: int
+    forward: str
+    backward: str
+
+
+def _pattern(busy: np.ndarray) -> str:
+    """Whether no, some or all (tick, stage) cells are busy."""
+    return "all" if busy.all() else "some" if busy.any() else "no"
+
+
+def cut_into_runs(schedule: Schedule, most: int = 4) -> list[Run]:
+    """Cuts the table into at most `most` runs of like ticks.
+
+    The executor traces a run once, and traces a conditional only for a pass that "some" do, so the steady state has none.
+    Neighbours are joined where that turns the fewest passes into conditional ones: every run is compiled for itself.
+    """
+    forward, backward = schedule.forward_microbatch != IDLE, schedule.backward_microbatch != IDLE
+
+    def run(start: int, stop: int) -> Run:
+        return Run(start, stop, _pattern(forward[start:stop]), _pattern(backward[start:stop]))
+
+    def conditional_passes(r: Run) -> int:
+        return (r.stop - r.start) * ((r.forward == "some") + (r.backward == "some"))
+
+    runs: list[Run] = []
+    for tick in range(schedule.ticks):
+        now = run(tick, tick + 1)
+        same = bool(runs) and (runs[-1].forward, runs[-1].backward) == (now.forward, now.backward)
+        runs[-1:] = [run(runs[-1].start, tick + 1)] if same else [*runs[-1:], now]
+    while len(runs) > most:
+        joined = [run(a.start, b.stop) for a, b in zip(runs, runs[1:], strict=False)]
+        costs = [
+            conditional_passes(j) - conditional_passes(a) - conditional_passes(b)
+            for j, a, b in zip(joined, runs, runs[1:], strict=False)
+        ]
+        best = int(np.argmin(costs))
+        runs[best : best + 2] = [joined[best]]
+    return runs

@@ -1,0 +1,68 @@
+"""How the layers lie in memory: stacked as [chunk, stage, layer of the part, ...], canonically as [num_layers, ...].
+
+Part p = chunk * stages + stage holds consecutive layers, so an even cut is a plain reshape of the canonical order. Where
+layers do not divide, some parts hold one layer less and an empty slot (zeros) at their end, which the executor skips: the
+last part first, then the first one, and so on inward, because those also do the loss and the embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """The cut of `num_layers` layers into `stages * chunks` parts."""
+
+    num_layers: int
+    stages: int
+    chunks: int
+
+    @property
+    def layers_per_part(self) -> int:
+        """Slots of a part."""
+        return math.ceil(self.num_layers / (self.stages * self.chunks))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[chunks, stages, layers_per_part]"""
+        return self.chunks, self.stages, self.layers_per_part
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every slot holds a layer."""
+        return math.prod(self.shape) == self.num_layers
+
+    def counts(self) -> np.ndarray:
+        """Layers in each part, int32 [chunks, stages]."""
+        parts = self.stages * self.chunks
+        empty = parts * self.layers_per_part - self.num_layers
+        outermost_first = sorted(range(parts), key=lambda part: (min(part, parts - 1 - part), -part))
+        counts = np.full(parts, self.layers_per_part, np.int32)
+        counts[outermost_first[:empty]] -= 1
+        return counts.reshape(self.chunks, self.stages)
+
+    def layer_slots(self) -> np.ndarray:
+        """For each layer its slot in the flattened [chunks * stages * layers_per_part], int32 [num_layers]."""
+        held = np.arange(self.layers_per_part) < self.counts()[..., None]
+        return np.flatnonzero(held).astype(np.int32)
+
+    def stack(self, canonical: jax.Array) -> jax.Array:
+        """[num_layers, ...] -> [chunks, stages, layers_per_part, ...]; empty slots are zero."""
+        if not self.is_even:
+            slots = jnp.zeros((math.prod(self.shape), *canonical.shape[1:]), canonical.dtype)
+            canonical = slots.at[self.layer_slots()].set(canonical)
+        return canonical.reshape(*self.shape, *canonical.shape[1:])
+
+    def unstack(self, stacked: jax.Array) -> jax.Array:
+        """[chunks, stages, layers_per_part, ...] -> [num_layers, ...]"""
+        flat = stacked.reshape(-1, *stacked.shape[3:])
+        return flat if self.is_even else flat[self.layer_slots()]

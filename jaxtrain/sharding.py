@@ -1,0 +1,160 @@
+"""One table from logical dims to mesh axes, and the named collectives that the model code speaks.
+
+Inside the manual region every array is a device's own shard, and typed as varying over every mesh axis (`vary`), so
+nothing is summed behind the reader's back: what must be summed is summed by a call that names its axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.config import MESH_AXES
+
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
+
+# Logical dim -> the mesh axis that shards it. Parameter leaves of the layers are stacked as [chunk, stage, layer, ...].
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "length": "context",
+    "chunk": None,
+    "stage": "pipe",
+    "layer": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+}
+
+Dims = tuple[str, ...]
+
+
+def is_dims(value: Any) -> bool:
+    """Whether `value` is one leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty NamedTuples)."""
+    return type(value) is tuple and all(isinstance(name, str) for name in value)
+
+
+def spec(dims: Dims) -> PartitionSpec:
+    """The PartitionSpec of an array whose dims have these logical names."""
+    return PartitionSpec(*(RULES[name] for name in dims))
+
+
+def specs(dims_tree: Any) -> Any:
+    """`spec` of every leaf of a tree of dims."""
+    return jax.tree.map(spec, dims_tree, is_leaf=is_dims)
+
+
+def named(mesh: Mesh, dims_tree: Any) -> Any:
+    """The NamedSharding of every leaf of a tree of dims."""
+    return jax.tree.map(lambda dims: NamedSharding(mesh, spec(dims)), dims_tree, is_leaf=is_dims)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the manual region
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes over which the type of `x` says that devices hold different values."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(tree: Any, axes: Sequence[str] = MESH_AXES) -> Any:
+    """Types every leaf as varying over `axes`. Moves no bytes; stops autodiff from inserting a sum over them."""
+
+    def leaf(x: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """The sum of `x` over the devices along `axes`; the result is typed as equal on all of them."""
+    return lax.psum(vary(x, axes), tuple(axes)) if axes else x
+
+
+def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Joins the shards along a mesh axis into one array along dim `dim`. Its transpose is `reduce_scatter`."""
+    return x if lax.axis_size(axis) == 1 else lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Sums over a mesh axis and leaves each device its own slice of dim `dim`. Its transpose is `all_gather`."""
+    return x if lax.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def shift(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """Sends `x` to the device `by` places on along a mesh axis, round the ring."""
+    size = lax.axis_size(axis)
+    return x if size == 1 else lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
+
+
+def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str) -> jax.Array:
+    """The whole weight (over fsdp) in compute dtype, from this device's shard.
+
+    `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and
+    no cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
+    reduce-scattered over fsdp, and cast to master's dtype.
+    """
+    fsdp_dims = [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
+
+    @jax.custom_vjp
+    def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
+        for dim in fsdp_dims:
+            compute = all_gather(compute, "fsdp", dim)
+        return compute
+
+    def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
+        return gather(master, compute), None
+
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gradient = gradient.astype(reduce_dtype)
+        for dim in fsdp_dims:
+            gradient = reduce_scatter(gradient, "fsdp", dim)
+        return gradient.astype(master.dtype), vary(jnp.zeros(compute.shape, compute.dtype))
+
+    gather.defvjp(forward, backward)
+    with jax.named_scope("fsdp"):
+        return gather(master, compute)
+
+
+def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str) -> Any:
+    """`gather_weight` of every leaf of a tree."""
+    return jax.tree.map(lambda dims, m, c: gather_weight(m, c, dims, reduce_dtype), dims_tree, master, compute, is_leaf=is_dims)
+
+
+def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str) -> Any:
+    """Sums each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`.
+
+    Leaves arrive already reduce-scattered over fsdp (`gather_weight`); what is left is `data`, and for a leaf that is whole
+    on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the devices' shares.
+    """
+
+    def leaf(dims: Dims, gradient: jax.Array) -> jax.Array:
+        sharding_axes = {RULES[name] for name in dims}
+        axes = tuple(axis for axis in MESH_AXES if axis not in sharding_axes)
+        return sum_over(gradient.astype(reduce_dtype), axes).astype(gradient.dtype)
+
+    with jax.named_scope("reduce_gradients"):
+        return jax.tree.map(leaf, dims_tree, gradients, is_leaf=is_dims)
+
+
+def shard_count(dims: Dims, mesh: Mesh) -> int:
+    """Into how many different shards an array with these dims is cut."""
+    axes = [RULES[name] for name in dims]
+    flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+    return math.prod(mesh.shape[axis] for axis in flat)
