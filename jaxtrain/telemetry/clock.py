@@ -1,0 +1,175 @@
+"""Times, throughput and memory of a run, measured without making the device wait.
+
+The loop calls `start` just before the first step and `step_done` once for every step whose metrics it has read. Since
+metrics are read one step late, the time between two such calls is the time of one step in steady state, whatever the
+device and the host overlap.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtrain.config import Config
+from jaxtrain.hardware import Chip
+from jaxtrain.telemetry.flops import mfu, model_flops_per_token
+
+Row = dict[str, float | int | str | None]
+"""A logged row: names as in metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, for turning seconds into throughput."""
+
+    tokens_per_step: int
+    """Tokens in the global batch, padding included: what the devices compute."""
+    num_devices: int
+    """Devices that share the step."""
+    flops_per_token_full: int
+    """Model FLOPs a token with the full attention square (see flops.py)."""
+    flops_per_token_causal: int
+    """Model FLOPs a token with half of it."""
+    peak_flops: float | None
+    """Peak matmul FLOP/s of one device in the compute dtype; None if unknown."""
+
+    @classmethod
+    def of(cls, config: Config, num_devices: int, chip: Chip) -> Work:
+        """The work of one step of `config` over `num_devices` chips."""
+        length = config.data.sequence_length
+        return cls(
+            tokens_per_step=config.train.global_batch_size * length,
+            num_devices=num_devices,
+            flops_per_token_full=model_flops_per_token(config.model, length, "full"),
+            flops_per_token_causal=model_flops_per_token(config.model, length, "causal"),
+            peak_flops=chip.matmul_peak(config.model.dtype),
+        )
+
+    def throughput(self, tokens_per_second: float) -> Row:
+        """The row's throughput: tokens/s over all devices; TFLOP/s per device and MFU in both attention conventions."""
+        per_device = tokens_per_second / self.num_devices
+        full, causal = per_device * self.flops_per_token_full, per_device * self.flops_per_token_causal
+        return {
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_second_per_device_full": full / 1e12,
+            "tflops_per_second_per_device_causal": causal / 1e12,
+            "mfu_full": mfu(full, self.peak_flops),
+            "mfu_causal": mfu(causal, self.peak_flops),
+        }
+
+
+class StepClock:
+    """Step times over the window between two logged rows, and the time left.
+
+    Args:
+      work: what a step does.
+      total_steps: the last step of the run.
+      start_step: the step that the run resumed from; 0 for a new one.
+      elapsed_before: seconds the run had taken before it was resumed.
+      now: the monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        total_steps: int,
+        start_step: int = 0,
+        elapsed_before: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self._work, self._total_steps, self._start_step = work, total_steps, start_step
+        self._elapsed_before, self._now = elapsed_before, now
+        self._step = start_step
+        self._steps_seconds: list[float] = []
+        self._window_data_wait = 0.0
+        self._pause = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Steps are timed from here: call it after compilation, just before the first step."""
+        self._started = self._last = self._now()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around taking the next batch: counted as data wait, and in the step's time too, since the loop stands still."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self._window_data_wait += self._now() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around validation, checkpoints and the like: left out of step times and throughput, not out of elapsed and ETA."""
+        before = self._now()
+        try:
+            yield
+        finally:
+            self._pause += self._now() - before
+
+    def step_done(self, step: int) -> None:
+        """One more step is known to be done. Costs a microsecond."""
+        now = self._now()
+        self._steps_seconds.append(max(now - self._last - self._pause, 0.0))
+        self._last, self._pause, self._step = now, 0.0, step
+
+    def window(self) -> Row:
+        """The row's timings since the last call, and starts a new window.
+
+        step_seconds and data_wait_seconds are the median step and the mean wait a step, in seconds. Throughput (see `Work`)
+        is over the whole window, waits included, pauses excluded. eta_seconds goes by the mean over the whole run so far,
+        pauses included. A window without a step has None throughout.
+        """
+        seconds, count = sum(self._steps_seconds), len(self._steps_seconds)
+        row: Row = {
+            "step_seconds": statistics.median(self._steps_seconds) if count else None,
+            "data_wait_seconds": self._window_data_wait / count if count else None,
+        }
+        rate = count * self._work.tokens_per_step / seconds if seconds > 0 else None
+        row |= self._work.throughput(rate) if rate is not None else dict.fromkeys(self._work.throughput(1.0))
+        row |= {
+            "tokens": self._step * self._work.tokens_per_step,
+            "elapsed_seconds": self.elapsed_seconds(),
+            "eta_seconds": self.eta_seconds(),
+        }
+        self._steps_seconds, self._window_data_wait = [], 0.0
+        return row
+
+    def elapsed_seconds(self) -> float:
+        """Seconds of training since `start`, and before the run was resumed."""
+        return self._elapsed_before + self._now() - self._started
+
+    def eta_seconds(self) -> float | None:
+        """Seconds left: the steps left times the mean seconds a step of this process, everything included. None at first."""
+        done = self._step - self._start_step
+        if done <= 0:
+            return None
+        return (self._total_steps - self._step) * (self._last - self._started) / done
+
+
+def memory_row(devices: Sequence[Any] | None = None) -> Row:
+    """Peak memory in bytes: `device_memory_bytes`, the most that any of the jax `devices` (by default all local
+    ones) has had in use so far.
+
+    Where the device keeps no such record (CPU) that is None, and `host_memory_bytes` is the peak resident memory of this
+    process instead.
+    """
+    stats = [device.memory_stats() for device in (jax.local_devices() if devices is None else devices)]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return {"device_memory_bytes": max(peaks)}
+    return {"device_memory_bytes": None, "host_memory_bytes": host_memory_peak()}
+
+
+def host_memory_peak() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

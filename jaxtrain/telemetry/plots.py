@@ -1,0 +1,171 @@
+"""The picture of a run: loss.png, drawn from metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxtrain.telemetry.metrics import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TRAINING, VALIDATION, BASELINE, RATE, INK, FAINT = "#2563eb", "#ea580c", "#64748b", "#0d9488", "#0f172a", "#e2e8f0"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#94a3b8",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "grid.color": FAINT,
+    "xtick.color": "#475569",
+    "ytick.color": "#475569",
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def plot_losses(
+    metrics_jsonl: Path, png_path: Path, title: str = "", baselines: Mapping[str, float] | None = None, dots_per_inch: int = 150
+) -> bool:
+    """Draws training loss (nats a token), learning rate, and validation (bits a byte) over steps into a PNG.
+
+    Args:
+      metrics_jsonl: the run's metrics.
+      png_path: the picture; replaced in one move.
+      title: stands above it.
+      baselines: horizontal lines on the validation panel, in bits a byte, e.g. {"gzip -9": 2.02}.
+      dots_per_inch: the picture is 11 x 4.6 inches, or 6.8 x 4.6 without validation.
+
+    Returns False, and draws nothing, while there is no training loss to show.
+    """
+    rows = read_rows(metrics_jsonl)
+    steps, losses = column(rows, "loss")
+    if not steps.size:
+        return False
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    has_validation = column(rows, "validation_bits_per_byte")[0].size > 0
+    # A Figure of our own, not pyplot's: no window system is looked for, and no global state is touched.
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(11 if has_validation else 6.8, 4.6),
+            layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+            facecolor="white",
+        )
+        FigureCanvasAgg(figure)
+        _draw(figure, rows, has_validation, dict(baselines or {}))
+        if title:
+            figure.suptitle(title, x=0.012, ha="left", fontsize=13.5, fontweight="bold")
+        beside = Path(png_path).with_name(Path(png_path).name + ".new")
+        figure.savefig(beside, dpi=dots_per_inch, format="png")
+        beside.replace(png_path)
+    return True
+
+
+def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of all rows that have a number under `key`; null (not finite) is left out."""
+    pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+    points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def smooth(values: np.ndarray, width: float) -> np.ndarray:
+    """Means under a Gaussian of standard deviation `width` (in values) centred on each value, so the curve does not lag.
+
+    Towards both ends the weights are normalised over the values that there are.
+    """
+    reach = np.arange(-int(3 * width), int(3 * width) + 1)
+    kernel = np.exp(-0.5 * (reach / width) ** 2)
+    middle = slice(len(reach) // 2, len(reach) // 2 + len(values))
+    total, weight = np.convolve(values, kernel), np.convolve(np.ones(len(values)), kernel)
+    return total[middle] / weight[middle]
+
+
+def _draw(figure: Figure, rows: list[dict[str, Any]], has_validation: bool, baselines: dict[str, float]) -> None:
+    grid = figure.add_gridspec(2, 2 if has_validation else 1, height_ratios=(3.4, 1), width_ratios=None)
+    loss = figure.add_subplot(grid[0, 0])
+    rate = figure.add_subplot(grid[1, 0], sharex=loss)
+    _draw_loss(loss, rows)
+    loss.tick_params(labelbottom=False)
+    steps, rates = column(rows, "learning_rate")
+    rate.fill_between(steps, rates, color=RATE, alpha=0.12, linewidth=0)
+    rate.plot(steps, rates, color=RATE, linewidth=1.6)
+    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    panels = [loss, rate]
+    if has_validation:
+        validation = figure.add_subplot(grid[:, 1])
+        _draw_validation(validation, rows, baselines)
+        panels.append(validation)
+    last = max(row["step"] for row in rows)
+    for panel in panels:
+        panel.set_xlim(0, last * 1.02)
+        panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+
+
+def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, losses = column(rows, "loss")
+    smoothed = smooth(losses, width=max(len(losses) / 80, 0.5))
+    axes.plot(steps, losses, color=TRAINING, alpha=0.35, linewidth=1.0, label="training, each logged step")
+    axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label="training, smoothed")
+    held_out_steps, held_out = column(rows, "validation_loss")
+    if held_out.size:
+        axes.plot(
+            held_out_steps,
+            held_out,
+            "o",
+            color=VALIDATION,
+            markersize=4.5,
+            markeredgecolor="white",
+            label="held-out text",
+            zorder=4,
+        )
+    # The first steps fall from log(vocabulary) so fast that showing all of them would flatten the rest.
+    visible = np.concatenate([losses[len(losses) // 50 :], held_out])
+    low, high = visible.min(), visible.max()
+    margin = 0.06 * (high - low) or 0.1
+    axes.set(title="Loss", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
+    axes.legend(loc="upper right")
+
+
+def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:
+    steps, bits = column(rows, "validation_bits_per_byte")
+    axes.plot(steps, bits, "-o", color=VALIDATION, linewidth=2.0, markersize=5.5, markeredgecolor="white", zorder=3)
+    above = (0, 9) if len(bits) < 2 or bits[-1] <= bits[-2] else (0, -16)
+    axes.annotate(
+        f"{bits[-1]:.3f}",
+        (steps[-1], bits[-1]),
+        xytext=above,
+        textcoords="offset points",
+        ha="right",
+        color=VALIDATION,
+        weight="bold",
+    )
+    for name, level in baselines.items():
+        axes.axhline(level, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), zorder=2)
+        axes.annotate(
+            f"{name}: {level:.3f}",
+            (0.01, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 4),
+            textcoords="offset points",
+            color=BASELINE,
+        )
+    levels = [*bits, *baselines.values()]
+    margin = 0.08 * (max(levels) - min(levels)) or 0.1
+    axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(min(levels) - margin, max(levels) + margin))

@@ -1,0 +1,178 @@
+"""How a run looks while it runs: a live bar on a terminal, a greppable line a logged row anywhere else.
+
+    step 100/1000 | loss 2.345 | 12,345 tokens/s | data wait 0.3% | grad norm 0.81 | lr 3.00e-04 | ETA 1m 04s
+
+All forms have the same four calls (`Progress`). `advance` only stores a number, so it may be called on every step: the live
+bar draws itself four times a second from a thread of its own, whatever the loop does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Mapping
+from typing import IO, Any
+
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+REFRESHES_PER_SECOND = 4
+UNKNOWN = "?"
+
+
+class Progress:
+    """Shows nothing: what processes other than 0 get, and the form that the others fill in."""
+
+    def advance(self, step: int) -> None:
+        """Step number `step` is done."""
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """A row was logged (training or validation, with the names of metrics.jsonl)."""
+
+    def say(self, text: str) -> None:
+        """Prints a message of its own, above the bar where there is one."""
+
+    def close(self) -> None:
+        """Leaves the terminal as it was. Safe to call twice."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0, stream: IO[str] | None = None) -> Progress:
+    """The form that fits: live if `stream` (standard output) is a terminal that can move its cursor, else plain lines.
+
+    Processes other than 0 show nothing.
+    """
+    if process_index != 0:
+        return Progress()
+    target: IO[str] = stream or sys.stdout
+    console = Console(file=target, highlight=False)
+    if target.isatty() and not console.is_dumb_terminal:
+        return LiveProgress(total_steps, start_step, console)
+    return PlainProgress(total_steps, target)
+
+
+class PlainProgress(Progress):
+    """One line for each logged row and each message."""
+
+    def __init__(self, total_steps: int, stream: IO[str] | None = None):
+        self._total_steps, self._stream = total_steps, stream or sys.stdout
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        self.say(describe(row, self._total_steps))
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class LiveProgress(Progress):
+    """A bar with the newest figures under it; validation rows and messages are printed above it and stay."""
+
+    def __init__(self, total_steps: int, start_step: int, console: Console):
+        self._total_steps, self._step, self._console = total_steps, start_step, console
+        self._training: Mapping[str, Any] = {}
+        self._validation: Mapping[str, Any] = {}
+        # Live also sends print() and stderr above the bar, and its thread is what draws.
+        self._live = Live(
+            console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_SECOND, vertical_overflow="crop"
+        )
+        self._live.start()
+        atexit.register(self.close)  # a hidden cursor must not survive us, even if the loop never gets to close
+
+    def advance(self, step: int) -> None:
+        self._step = step
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        if is_validation(row):
+            self._validation = row
+            self.say(describe(row, self._total_steps))
+        else:
+            self._training, self._step = row, max(self._step, row["step"])
+
+    def say(self, text: str) -> None:
+        # As Text, since square brackets in a path or a message are not markup.
+        self._console.print(Text(text), soft_wrap=True)
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        share = self._step / max(self._total_steps, 1)
+        line = Table.grid(expand=True, padding=(0, 1))
+        line.add_column(ratio=1, min_width=10)
+        for _ in range(3):
+            line.add_column(justify="right", no_wrap=True)
+        line.add_row(
+            Bar(self._total_steps, 0, self._step, color="green", bgcolor="grey30"),
+            Text(f"{share:4.0%}", style="bold"),
+            Text(f"step {self._step:,}/{self._total_steps:,}"),
+            Text(f"ETA {readable_seconds(self._training.get('eta_seconds'))}", style="cyan"),
+        )
+        newest = {k: self._validation[k] for k in ("validation_bits_per_byte",) if k in self._validation}
+        figures = [part for part in figures_of({**self._training, **newest}) if not part.startswith("ETA")]
+        lines = fill(figures or ["waiting for the first step"], self._console.width)
+        return Group(line, *(Text(text, style="dim", no_wrap=True, overflow="ellipsis") for text in lines))
+
+
+def is_validation(row: Mapping[str, Any]) -> bool:
+    """Whether this is a validation row."""
+    return "validation_loss" in row
+
+
+def describe(row: Mapping[str, Any], total_steps: int) -> str:
+    """The row as one greppable line: "step 100/1000 | loss 2.345 | ..."."""
+    return " | ".join([f"step {row['step']}/{total_steps}", *figures_of(row)])
+
+
+def figures_of(row: Mapping[str, Any]) -> list[str]:
+    """The row's figures in words, most important first; what is missing or unknown (None) is left out."""
+    parts: list[str] = []
+
+    def add(key: str, words: str, scale: float = 1.0) -> None:
+        if row.get(key) is not None:
+            parts.append(words.format(row[key] * scale))
+
+    add("loss", "loss {:.3f}")
+    add("validation_loss", "validation loss {:.4f}")
+    add("validation_bits_per_byte", "{:.4f} bits/byte" if is_validation(row) else "validation {:.3f} bits/byte")
+    add("tokens_per_second", "{:,.0f} tokens/s")
+    add("tflops_per_second_per_device_full", "{:,.3g} TFLOP/s/device")
+    add("mfu_full", "MFU {:.1f}% full", 100)
+    add("mfu_causal", "{:.1f}% causal", 100)
+    if row.get("data_wait_seconds") is not None and row.get("step_seconds"):
+        parts.append(f"data wait {row['data_wait_seconds'] / row['step_seconds']:.1%}")
+    add("grad_norm", "grad norm {:.2f}")
+    add("learning_rate", "lr {:.2e}")
+    add("device_memory_bytes", "{:.1f} GiB device", 2**-30)
+    add("host_memory_bytes", "{:.1f} GiB host", 2**-30)
+    if row.get("eta_seconds") is not None:
+        parts.append(f"ETA {readable_seconds(row['eta_seconds'])}")
+    return parts
+
+
+def fill(parts: list[str], width: int) -> list[str]:
+    """The parts joined by " · " into as few lines of at most `width` columns as hold them in order, none of them broken."""
+    lines: list[str] = []
+    for part in parts:
+        joined = f"{lines[-1]} · {part}" if lines else part
+        lines[-1:] = [joined] if len(joined) <= width or not lines else [lines[-1], part]
+    return lines
+
+
+def readable_seconds(seconds: float | None) -> str:
+    """A duration in its two largest units: "3m 20s", "2h 05m", "3d 04h"; "?" for None."""
+    if seconds is None:
+        return UNKNOWN
+    whole = round(seconds)
+    for unit, above, below, inner in ((86400, "d", "h", 3600), (3600, "h", "m", 60), (60, "m", "s", 1)):
+        if whole >= unit:
+            return f"{whole // unit}{above} {whole % unit // inner:02d}{below}"
+    return f"{whole}s"

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtrain.errors import ConfigError
+from jaxtrain.telemetry.profile import ProfileWindow, parse_window
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """What was asked of the profiler, in order."""
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda directory, **options: calls.append(("start", directory, options)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))
+    return calls
+
+
+def run(window, steps):
+    for step in steps:
+        window.on_step(step)
+
+
+def test_the_window_holds_first_to_last(traces, tmp_path):
+    window = ProfileWindow("10:12", tmp_path)
+    run(window, range(1, 10))
+    assert traces == []
+    run(window, [10, 11, 12])
+    assert window.tracing
+    assert [call[0] for call in traces] == ["start"]
+    assert window.on_step(13)
+    assert [call[0] for call in traces] == ["start", "stop"]
+    run(window, [11, 12, 13])
+    assert len(traces) == 2
+    _, directory, options = traces[0]
+    assert directory == str(tmp_path / "profile")
+    assert options["create_perfetto_trace"]
+    assert not options.get("create_perfetto_link")
+
+
+def test_a_run_that_ends_inside_closes_the_trace(traces, tmp_path):
+    window = ProfileWindow("3:100", tmp_path)
+    run(window, [1, 2, 3, 4])
+    assert window.close(in_flight=jnp.ones(3))
+    assert not window.close()
+    assert [call[0] for call in traces] == ["start", "stop"]
+
+
+def test_a_run_resumed_inside_traces_the_rest(traces, tmp_path):
+    run(ProfileWindow("3:5", tmp_path), [5, 6])
+    assert [call[0] for call in traces] == ["start", "stop"]
+
+
+@pytest.mark.parametrize(("profile", "process_index"), [("", 0), ("1:3", 1)])
+def test_nothing_without_a_window_or_on_other_processes(traces, tmp_path, profile, process_index):
+    window = ProfileWindow(profile, tmp_path, process_index)
+    run(window, range(5))
+    assert not window.close()
+    assert traces == []
+
+
+def test_windows_are_read_or_refused():
+    assert parse_window("") is None
+    assert parse_window("10:13") == (10, 13)
+    with pytest.raises(ConfigError, match="FIRST:LAST"):
+        parse_window("10-13")
+    with pytest.raises(ConfigError, match="use 10:13"):
+        parse_window("13:10")
+
+
+def test_a_real_trace_lands_in_the_run_directory(tmp_path):
+    window = ProfileWindow("1:2", tmp_path)
+    step = jax.jit(lambda x: x @ x)
+    x = jnp.ones((8, 8))
+    for number in (1, 2, 3):
+        window.on_step(number, in_flight=x)
+        x = step(x)
+    names = [file.name for file in (tmp_path / "profile").rglob("*") if file.is_file()]
+    assert any(name.endswith(".xplane.pb") for name in names)
+    assert "perfetto_trace.json.gz" in names
