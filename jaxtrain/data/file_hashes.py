@@ -1,0 +1,92 @@
+"""SHA-256 of files, remembered by size and modification time, so that an unchanged file is read only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from jaxtrain.data.progress import progress
+from jaxtrain.errors import DataError
+
+READ_BYTES = 1 << 22
+# A file changed again within the clock's grain keeps its time stamp, so a stamp younger than this proves nothing yet.
+SETTLED_SECONDS = 2.0
+
+
+def short_hash(value: object) -> str:
+    """32 hexadecimal digits of the SHA-256 of a JSON value, equal for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error to raise where reading `path` failed."""
+    return DataError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def file_hashes(paths: Sequence[Path], cache_dir: Path, title: str) -> list[str]:
+    """SHA-256 of the contents of each file, in hexadecimal.
+
+    Contents are read only where the file's size, inode or modification time is not the one noted in
+    `cache_dir/hashes`. Failing to write the note is no error: the next run reads again. Raises DataError for a
+    file that cannot be read.
+    """
+    note_path = cache_dir / "hashes" / f"{short_hash([str(path.absolute()) for path in paths])}.json"
+    noted = _read_note(note_path)
+    stats = [_stat(path) for path in paths]
+    stamps = [[stat.st_size, stat.st_mtime_ns, stat.st_ino] for stat in stats]
+    known = [noted.get(str(path.absolute())) for path in paths]
+    changed = [i for i, entry in enumerate(known) if entry is None or entry[:3] != stamps[i]]
+    hashes = ["" if entry is None else str(entry[3]) for entry in known]
+    with progress(title, sum(stats[i].st_size for i in changed)) as advance:
+        for i in changed:
+            hashes[i] = _hash_file(paths[i], advance)
+    settled_before = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    if any(stats[i].st_mtime_ns < settled_before for i in changed):
+        note = {
+            str(path.absolute()): [*stamps[i], hashes[i]]
+            for i, path in enumerate(paths)
+            if stats[i].st_mtime_ns < settled_before
+        }
+        _write_note(note_path, note)
+    return hashes
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _hash_file(path: Path, advance) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                advance(len(block))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _read_note(path: Path) -> dict[str, list]:
+    try:
+        note = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    good = isinstance(note, dict) and all(isinstance(entry, list) and len(entry) == 4 for entry in note.values())
+    return note if good else {}
+
+
+def _write_note(path: Path, note: dict[str, list]) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+        temporary.write_text(json.dumps(note))
+        os.replace(temporary, path)

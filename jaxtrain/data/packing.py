@@ -1,0 +1,59 @@
+"""Cuts a token stream into sequences, and marks where its documents begin.
+
+Shapes: R rows (sequences), L length of a sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+"""int32 arrays, each [R, L]: `tokens`; `targets`, the token that follows each (-1 where there is no loss); `segments`,
+the number of the document inside the row (1, 2, ...; 0 for padding); `positions`, counted from 0 in each document."""
+
+NO_TARGET = -1
+
+
+def num_full_windows(num_tokens: int, length: int) -> int:
+    """Windows of `length` inputs, each with the token that follows, that a stream of `num_tokens` fills."""
+    return max(0, num_tokens - 1) // length
+
+
+def num_padded_windows(num_tokens: int, length: int) -> int:
+    """Windows that hold every target of a stream, the last one padded."""
+    return -(-max(0, num_tokens - 1) // length)
+
+
+def read_window(stream: np.ndarray, index: int, out: np.ndarray) -> int:
+    """Copies stream[index*L : index*L + L + 1] into `out`, [L + 1], and gives how many tokens there were."""
+    length = len(out) - 1
+    window = stream[index * length : index * length + length + 1]
+    out[: len(window)] = window
+    return len(window)
+
+
+def pack(windows: np.ndarray, sizes: np.ndarray, separators: np.ndarray, mask_documents: bool) -> Batch:
+    """A batch from windows of a stream.
+
+    windows: [R, L + 1] ids. sizes: [R], how many of a row's ids are real; the others become padding (tokens and
+    segments 0, targets -1). separators: [R], the id that begins a new document in that row, itself included; what comes
+    before the first one is a document too. Without `mask_documents` a row is one document: segments 1 and positions 0 to L-1.
+    """
+    rows, length = windows.shape[0], windows.shape[1] - 1
+    tokens = np.ascontiguousarray(windows[:, :-1], dtype=np.int32)
+    targets = np.ascontiguousarray(windows[:, 1:], dtype=np.int32)
+    index = np.arange(length, dtype=np.int32)
+    if mask_documents:
+        begins = tokens == separators[:, None]
+        begins[:, 0] = True
+        segments = np.cumsum(begins, axis=1, dtype=np.int32)
+        positions = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    else:
+        segments = np.ones((rows, length), np.int32)
+        positions = np.broadcast_to(index, (rows, length)).copy()
+    batch = {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments}
+    if (sizes <= length).any():
+        padding = index >= np.maximum(sizes - 1, 0)[:, None]
+        for name, array in batch.items():
+            array[padding] = NO_TARGET if name == "targets" else 0
+    return batch

@@ -1,0 +1,252 @@
+"""From a config to batches. Batch n is a pure function of (fingerprint, seed, batch size, n), on any number of hosts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain.config import Config, DataSource
+from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.order import Order
+from jaxtrain.data.packing import Batch, pack
+from jaxtrain.data.prefetch import Prefetcher
+from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
+from jaxtrain.data.token_files import TokenPart, open_token_files, part_of_stream
+from jaxtrain.data.tokenizers import NO_TOKENIZER, IdTokenizer, Tokenizer, load_tokenizer
+from jaxtrain.data.windows import (
+    SYNTHETIC_VALIDATION_WINDOWS,
+    SYNTHETIC_WINDOWS,
+    StreamWindows,
+    SyntheticWindows,
+    Windows,
+)
+from jaxtrain.errors import ConfigError, DataError
+
+PROMPT_SEARCH_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """One source of the mixture, ready to read. `identity` is what it adds to the fingerprint."""
+
+    words: str
+    weight: float
+    train: Windows
+    validation: Windows
+    validation_parts: tuple[TokenPart, ...]
+    identity: object
+
+
+def open_data(config: Config) -> Data:
+    """Opens, and at first use tokenizes, everything that config.data names, and checks all of it on the host.
+
+    Raises DataError or ConfigError, each with one clear line, for data that is missing, broken, empty, too short for
+    one sequence, or beyond the model's vocabulary.
+    """
+    data = config.data
+    cache_dir = Path(data.cache_dir).expanduser()
+    corpora = {
+        i: open_corpus(source, f"data.sources.{i}", data.validation_fraction, cache_dir)
+        for i, source in enumerate(data.sources)
+        if source.kind not in ("tokens", "synthetic")
+    }
+    tokenizer = open_tokenizer(config, list(corpora.values()), cache_dir)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size={config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of "
+                f"data.tokenizer={data.tokenizer}; use --model.vocab_size={tokenizer.vocab_size} or more"
+            ]
+        )
+    only_synthetic = all(source.kind == "synthetic" for source in data.sources)
+    sources = []
+    for i, source in enumerate(data.sources):
+        if source.kind == "synthetic":
+            sources.append(_open_synthetic(source, i, config, only_synthetic))
+        else:
+            sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
+    return Data(config, tokenizer, sources)
+
+
+def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, trained on the corpora's training documents if it is bpe:SIZE.
+
+    Raises DataError where it is missing or broken, or there is no text to train it on.
+    """
+    name = config.data.tokenizer
+    if name == NO_TOKENIZER or all(source.kind == "synthetic" for source in config.data.sources):
+        if corpora:
+            raise DataError(f"data.tokenizer=none, but {corpora[0].name} is text; use byte, bpe:SIZE or a tokenizer's file")
+        return IdTokenizer(config.model.vocab_size)
+    if name.startswith("bpe:"):
+        if not corpora:
+            raise DataError(f"data.tokenizer={name}: there is no text to train it on; name the tokenizer that made the tokens")
+        return trained_tokenizer(corpora, int(name[4:]), cache_dir)[0]
+    return load_tokenizer(name)
+
+
+def _open_tokens(
+    source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
+) -> OpenSource:
+    """A source of text, by way of the cache, or of tokens."""
+    name, length = f"data.sources.{index}", config.data.sequence_length
+    if corpus is None:
+        train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
+        origin = f"{source.path}"
+    else:
+        streams = cached_streams(corpus, tokenizer, config.data.tokenizer, cache_dir)
+        train = [part_of_stream(streams.train)]
+        validation = [part_of_stream(streams.validation)]
+        sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
+        origin = f"{source.path or 'stdlib'} ({sides}, split by {corpus.split_by})"
+    windows = StreamWindows(train, length, padded=False)
+    if not windows.count:
+        most = max((len(part.tokens) for part in train), default=0)
+        raise DataError(
+            f"{name}: {most} training tokens are too short for one sequence, which takes data.sequence_length + 1 = "
+            f"{length + 1}; give more text, or --data.sequence_length={max(1, most - 1)} or less"
+        )
+    held_out = StreamWindows(validation, length, padded=True)
+    tokens = f"{windows.num_targets:,} + {held_out.num_targets:,} held-out tokens"
+    identity = [source.kind, [part.sha256 for part in train], [part.sha256 for part in validation], windows.separator]
+    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), identity)
+
+
+def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
+    """Random tokens. They are held out only where nothing else is, so that bits per byte stay those of the text."""
+    vocab_size, length, seed = config.model.vocab_size, config.data.sequence_length, config.train.seed
+    held_out = SYNTHETIC_VALIDATION_WINDOWS if with_validation and config.data.validation_fraction > 0 else 0
+    seed = int(short_hash([seed, index])[:16], 16)
+    return OpenSource(
+        f"synthetic: endless random tokens below {vocab_size:,}",
+        source.weight,
+        SyntheticWindows(seed, vocab_size, length, 0, SYNTHETIC_WINDOWS),
+        SyntheticWindows(seed, vocab_size, length, SYNTHETIC_WINDOWS, held_out),
+        (),
+        ["synthetic-1", vocab_size],
+    )
+
+
+class Data:
+    """Training and validation batches of one config. Made by `open_data`.
+
+    A batch is a `packing.Batch`: int32 arrays tokens, targets, positions, segments, each [rows, L].
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    """Ids of the tokenizer; of the model where the sources are ids without one."""
+    fingerprint: str
+    """Hash of the sources' contents and weights, the split, the tokenizer, sequence_length and mask_documents: not of
+    the seed, nor of paths."""
+    description: str
+    """One line for a person."""
+    tokens_per_epoch: int
+    """Training targets in all the sources, each counted once."""
+    validation_tokens: int
+    """Held-out targets: what the validation batches score, all together."""
+    validation_bytes: int
+    """UTF-8 bytes of the held-out documents, without separators; 0 where unknown."""
+    gzip_bits_per_byte: float | None
+    """8 x bytes of gzip -9 of the held-out documents joined, over their own bytes; None where the text is not at hand.
+    Of more than 64 MiB a source, the first 64 MiB."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[OpenSource]):
+        """Takes what `open_data` opened and checked."""
+        data = config.data
+        self._config, self._sources = config, sources
+        self._train = [source.train for source in sources]
+        self._validation = [source.validation for source in sources]
+        self._validation_ends = np.cumsum([windows.count for windows in self._validation])
+        weights = [source.weight for source in sources]
+        self._order = Order([windows.count for windows in self._train], weights, config.train.seed)
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        identity = [[source.identity, source.weight / sum(weights)] for source in sources]
+        self.fingerprint = short_hash(
+            ["data-1", identity, tokenizer.fingerprint, data.sequence_length, data.mask_documents],
+        )
+        words = "; ".join(source.words for source in sources)
+        self.description = (
+            f"{words}; tokenizer {data.tokenizer if tokenizer.separator >= 0 else 'none'}, {self.vocab_size:,} ids"
+        )
+        self.tokens_per_epoch = sum(windows.num_targets for windows in self._train)
+        self.validation_tokens = sum(windows.num_targets for windows in self._validation)
+        parts = [part for source in sources for part in source.validation_parts if len(part.tokens) > 1]
+        self.validation_bytes = sum(part.utf8_bytes for part in parts) if all(part.utf8_bytes for part in parts) else 0
+        gzip_input = sum(part.gzip_input_bytes for part in parts) if all(part.gzip_input_bytes for part in parts) else 0
+        self.gzip_bits_per_byte = 8 * sum(part.gzip_bytes for part in parts) / gzip_input if gzip_input else None
+
+    def train_batch(self, step: int, rows: slice) -> Batch:
+        """Rows `rows` (of 0 to train.global_batch_size - 1) of batch `step`: elements step*B + row of the mixture.
+
+        A pure function: whoever asks, for whatever rows, gets the same ones.
+        """
+        batch_size = self._config.train.global_batch_size
+        picks = [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
+        return self._read(self._train, picks)
+
+    def train_batches(self, first_step: int, rows: slice) -> Prefetcher[Batch]:
+        """Iterates over train_batch(first_step, rows), train_batch(first_step + 1, rows), ... without end.
+
+        data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with`.
+        """
+        data = self._config.data
+        return Prefetcher(lambda step: self.train_batch(step, rows), first_step, data.prefetch, max(1, data.workers))
+
+    def num_validation_batches(self, batch_size: int) -> int:
+        """Batches of `batch_size` rows that hold all the held-out tokens; 0 where nothing is held out."""
+        return math.ceil(int(self._validation_ends[-1]) / batch_size)
+
+    def validation_batch(self, index: int, rows: slice, batch_size: int) -> Batch:
+        """Rows `rows` (of 0 to batch_size - 1) of validation batch `index`; every held-out token is a target once.
+
+        Rows beyond the last window are padding: tokens and segments 0, targets -1.
+        """
+        picks = []
+        for row in range(*rows.indices(batch_size)):
+            window = index * batch_size + row
+            source = int(np.searchsorted(self._validation_ends, window, side="right"))
+            first = int(self._validation_ends[source - 1]) if source else 0
+            picks.append((source, window - first) if source < len(self._validation) else None)
+        return self._read(self._validation, picks)
+
+    def bits_per_byte(self, mean_loss: float) -> float | None:
+        """mean_loss (nats a token, over all held-out tokens) x tokens / bytes / ln 2; None where the bytes are unknown."""
+        if not self.validation_bytes:
+            return None
+        return mean_loss * self.validation_tokens / self.validation_bytes / math.log(2)
+
+    def sample_prompt(self, num_tokens: int) -> np.ndarray:
+        """The first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long (of any stretch of
+        held-out text, or of training text, where there is none); fewer only where the data has fewer."""
+        for source in self._sources:
+            for part in source.validation_parts:
+                ids = part.tokens[:PROMPT_SEARCH_TOKENS]
+                if len(ids) > 1:
+                    return ids[_document_start(ids, part.separator, num_tokens) :][:num_tokens].astype(np.int32)
+        window = self._read(self._train, [(0, 0)])["tokens"][0]
+        return window[:num_tokens]
+
+    def _read(self, sources: Sequence[Windows], picks: Sequence[tuple[int, int] | None]) -> Batch:
+        """The batch of the picked (source, window) pairs; None gives a row of padding."""
+        windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
+        sizes = np.zeros(len(picks), np.int64)
+        separators = np.full(len(picks), -1, np.int64)
+        for row, pick in enumerate(picks):
+            if pick is not None:
+                source = sources[pick[0]]
+                sizes[row] = source.read(pick[1], windows[row])
+                separators[row] = source.separator
+        return pack(windows, sizes, separators, self._config.data.mask_documents)
+
+
+def _document_start(ids: np.ndarray, separator: int, length: int) -> int:
+    """Where the first document of at least `length` ids begins (its separator); 0 where there is none."""
+    starts = np.flatnonzero(ids == separator)
+    long_enough = np.flatnonzero(np.diff(starts) > length)
+    return int(starts[long_enough[0]]) if long_enough.size else 0

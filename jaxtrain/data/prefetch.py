@@ -1,0 +1,58 @@
+"""Makes batches ready ahead of the step, in threads that end with the iterator."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Prefetcher(Generic[T]):
+    """Iterates over make(first), make(first + 1), ... without end, in order, `depth` of them made ahead.
+
+    An error in `make` is raised by the `next` that would have given its result, and closes the iterator. `close` (or
+    the end of a `with` block) returns when no thread is left.
+    """
+
+    def __init__(self, make: Callable[[int], T], first: int, depth: int, threads: int):
+        """Starts making at once. `depth` and `threads` are at least 1; `make` must be safe to call from several threads."""
+        self._make, self._next_index = make, first
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="jaxtrain-data")
+        self._pending: deque[Future[T]] = deque()
+        self._closed = False
+        for _ in range(depth):
+            self._submit()
+
+    def _submit(self) -> None:
+        self._pending.append(self._executor.submit(self._make, self._next_index))
+        self._next_index += 1
+
+    def __iter__(self) -> Prefetcher[T]:
+        return self
+
+    def __next__(self) -> T:
+        """The next result; StopIteration after `close`."""
+        if self._closed:
+            raise StopIteration
+        try:
+            result = self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._submit()
+        return result
+
+    def close(self) -> None:
+        """Drops what is not consumed, and waits for the threads to end. May be called again."""
+        self._closed = True
+        self._pending.clear()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Prefetcher[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

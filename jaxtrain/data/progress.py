@@ -1,0 +1,67 @@
+"""A progress bar for work on the host: live on a terminal, plain lines elsewhere, silent when the work is short."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+QUIET_SECONDS = 1.0  # work shorter than this prints nothing where lines stay
+LINE_SECONDS = 10.0
+
+Advance = Callable[[int], None]
+
+
+def readable_bytes(count: int) -> str:
+    """A number of bytes in the unit that suits it: "11.6 MB" (powers of 1000)."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Advance]:
+    """Shows how many of `total` bytes are done, on standard error; yields the function to call with each further amount."""
+    with _live(title, total) if sys.stderr.isatty() else _lines(title, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _live(title: str, total: int) -> Iterator[Advance]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=max(total, 1))
+        yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def _lines(title: str, total: int) -> Iterator[Advance]:
+    start = time.monotonic()
+    done, next_line, printed = 0, start + QUIET_SECONDS, False
+
+    def advance(amount: int) -> None:
+        nonlocal done, next_line, printed
+        done += amount
+        now = time.monotonic()
+        if now >= next_line:
+            share = 100 * done / max(total, 1)
+            print(f"{title}: {share:.0f}% of {readable_bytes(total)}", file=sys.stderr, flush=True)
+            next_line, printed = now + LINE_SECONDS, True
+
+    yield advance
+    if printed:
+        seconds = time.monotonic() - start
+        print(f"{title}: done, {readable_bytes(total)} in {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,185 @@
+"""Tokenizes a corpus once, into a folder of the cache that several processes may want at the same time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts, with_progress
+from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
+from jaxtrain.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from jaxtrain.errors import DataError
+
+BATCH_CHARACTERS = 1 << 21  # text handed to the tokenizer at once: enough for its threads, little for memory
+LARGEST_TRAINING_SAMPLE = 100_000_000
+ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class SplitStreams:
+    """The two sides of a source."""
+
+    train: TokenStream
+    validation: TokenStream
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """The error to raise where the cache cannot be written."""
+    return DataError(f"data.cache_dir: cannot write {path} ({error.strerror or error}); name another with --data.cache_dir")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds `path` as a lock between the processes of a host; the system frees it when the holder dies.
+
+    Where the file system knows no locks there is none: work may then be done twice, but results are renamed into place
+    whole, so nothing breaks. Raises DataError where the lock file cannot be made.
+    """
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A new folder that becomes `target`, in one rename, when the block ends well, and vanishes when it does not.
+
+    A folder already at `target` is replaced. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f"{target.name}.tmp-*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(old)
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            replaced = temporary.with_name(f"{temporary.name}-replaced")
+            target.rename(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
+        _rename_unless_present(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_unless_present(temporary: Path, target: Path) -> None:
+    """Another host, whose lock we cannot see, may have put the same contents there first; then ours are not needed."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path) -> dict[str, StreamMetadata]:
+    """Tokenizes a corpus into folder/train.bin and folder/validation.bin with their JSON files, under a progress bar.
+
+    Raises DataError for bad documents or an empty corpus, OSError where writing fails.
+    """
+    writers = {
+        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name) for split in ("train", "validation")
+    }
+    try:
+        documents = with_progress(corpus.documents(), corpus, f"tokenizing {corpus.name}")
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                writers["validation" if document.held_out else "train"].append(document.text, ids)
+        metadata = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    check_sides(corpus, metadata["train"].documents, metadata["validation"].documents)
+    return metadata
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> SplitStreams:
+    """The token streams of a corpus, from the cache if they are there and whole, else tokenized now.
+
+    Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
+    """
+    key = short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
+    folder = cache_dir / "streams" / key
+    found = _open_if_whole(folder, cache_dir)
+    if found is not None:
+        return found
+    with locked(cache_dir / "streams" / f"{key}.lock"):
+        found = _open_if_whole(folder, cache_dir)  # another process may have made it while we waited
+        if found is not None:
+            return found
+        try:
+            with new_folder(folder) as temporary:
+                write_streams(corpus, tokenizer, tokenizer_name, temporary)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+    return _open_both(folder, cache_dir)
+
+
+def _open_both(folder: Path, cache_dir: Path) -> SplitStreams:
+    return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
+
+
+def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
+    """What is in the cache is made again where it is damaged: the documents are at hand."""
+    if not folder.is_dir():
+        return None
+    try:
+        return _open_both(folder, cache_dir)
+    except DataError:
+        return None
+
+
+def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Path) -> tuple[JsonTokenizer, Path]:
+    """A byte-level BPE of at most `vocab_size` ids, trained on the training documents only; and its tokenizer.json.
+
+    Kept in cache_dir/tokenizers, trained again where the documents changed. Raises DataError like `cached_streams`.
+    """
+    key = short_hash([training_key(corpora), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
+    folder = cache_dir / "tokenizers" / key
+    path = folder / "tokenizer.json"
+    with locked(cache_dir / "tokenizers" / f"{key}.lock"):
+        with suppress(DataError):
+            return _load_json(path), path
+        try:
+            with new_folder(folder) as temporary:
+                content = train_bpe(training_texts(corpora, LARGEST_TRAINING_SAMPLE), vocab_size)
+                (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise unwritable(folder, error) from error
+    return _load_json(path), path
+
+
+def _load_json(path: Path) -> JsonTokenizer:
+    tokenizer = load_tokenizer(str(path))
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer

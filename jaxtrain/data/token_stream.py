@@ -1,0 +1,189 @@
+"""A token stream on disk: one flat file of ids, and a small JSON file beside it that says what they are.
+
+Documents are joined as [separator, a1..an, separator, b1..bm, separator]: every token, and every closing separator, is
+then predicted exactly once when the stream is cut into windows that share one token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain.data.file_hashes import file_hashes, unreadable
+from jaxtrain.data.tokenizers import Tokenizer
+from jaxtrain.errors import DataError
+
+FORMAT = "jaxtrain-tokens-1"
+GZIP_SAMPLE_BYTES = 1 << 26  # gzip -9 reads some 20 MB/s: beyond this much text its ratio is known well enough
+DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+
+
+@dataclass(frozen=True)
+class StreamMetadata:
+    """What the JSON file beside a token stream says."""
+
+    format: str
+    split: str
+    """"train" or "validation"."""
+    dtype: str
+    """uint16 where the vocabulary fits, else uint32; little-endian."""
+    count: int
+    """Tokens in the stream, separators among them."""
+    largest_id: int
+    """The largest id in the stream; -1 in an empty one."""
+    vocab_size: int
+    """Ids of the tokenizer."""
+    tokenizer: str
+    """How the tokenizer was named when the stream was made."""
+    tokenizer_fingerprint: str
+    separator: int
+    """The id between documents; -1 for none."""
+    documents: int
+    utf8_bytes: int
+    """Bytes of the documents' text; 0 where unknown."""
+    gzip_bytes: int
+    """What gzip -9 makes of the first gzip_input_bytes of the documents, joined; 0 where it was not measured."""
+    gzip_input_bytes: int
+    sha256: str
+    """Of the whole .bin file."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """An opened stream. `tokens` is a read-only memory map, [count]."""
+
+    path: Path
+    tokens: np.ndarray
+    metadata: StreamMetadata
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted: all but the first."""
+        return max(0, len(self.tokens) - 1)
+
+
+def stream_dtype(vocab_size: int) -> str:
+    """The smallest dtype that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class StreamWriter:
+    """Writes one stream, document by document; `close` writes the closing separator and the JSON file."""
+
+    def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str):
+        """Opens `path` (a .bin) for writing; measures gzip only for split="validation". Raises OSError."""
+        self._path, self._split = path, split
+        self._tokenizer, self._tokenizer_name = tokenizer, tokenizer_name
+        self._dtype = stream_dtype(tokenizer.vocab_size)
+        self._digest = hashlib.sha256()
+        self._gzip = zlib.compressobj(9, wbits=31) if split == "validation" else None
+        self._count, self._largest, self._documents = 0, -1, 0
+        self._utf8_bytes, self._gzip_bytes, self._gzip_input_bytes = 0, 0, 0
+        self._file = path.open("wb")
+
+    def append(self, text: str, ids: np.ndarray) -> None:
+        """Adds one document: its text, only measured, and its ids, [length]. Raises OSError."""
+        self._write(np.array([self._tokenizer.separator]))
+        self._write(ids)
+        content = text.encode()
+        self._documents += 1
+        self._utf8_bytes += len(content)
+        if self._gzip is not None and self._gzip_input_bytes < GZIP_SAMPLE_BYTES:
+            self._gzip_bytes += len(self._gzip.compress(content))
+            self._gzip_input_bytes += len(content)
+
+    def _write(self, ids: np.ndarray) -> None:
+        if not ids.size:
+            return
+        content = np.ascontiguousarray(ids, dtype=DTYPES[self._dtype]).astype(f"<u{2 if self._dtype == 'uint16' else 4}")
+        self._file.write(content.data)
+        self._digest.update(content.data)
+        self._count += ids.size
+        self._largest = max(self._largest, int(ids.max()))
+
+    def close(self) -> StreamMetadata:
+        """Ends the stream and writes its JSON file. Raises OSError."""
+        if self._documents:
+            self._write(np.array([self._tokenizer.separator]))
+        self._file.close()
+        if self._gzip is not None:
+            self._gzip_bytes += len(self._gzip.flush())
+        metadata = StreamMetadata(
+            format=FORMAT,
+            split=self._split,
+            dtype=self._dtype,
+            count=self._count,
+            largest_id=self._largest,
+            vocab_size=self._tokenizer.vocab_size,
+            tokenizer=self._tokenizer_name,
+            tokenizer_fingerprint=self._tokenizer.fingerprint,
+            separator=self._tokenizer.separator,
+            documents=self._documents,
+            utf8_bytes=self._utf8_bytes,
+            gzip_bytes=self._gzip_bytes,
+            gzip_input_bytes=self._gzip_input_bytes,
+            sha256=self._digest.hexdigest(),
+        )
+        text = json.dumps(dataclasses.asdict(metadata), indent=2) + "\n"
+        self._path.with_suffix(".json").write_text(text, encoding="utf-8")
+        return metadata
+
+    def abandon(self) -> None:
+        """Closes the file without finishing the stream."""
+        self._file.close()
+
+
+def read_metadata(path: Path) -> StreamMetadata:
+    """The JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
+    json_path = path.with_suffix(".json")
+    try:
+        content = json.loads(json_path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no {json_path.name} beside it, which says what its bytes are; make both with "
+            f"`python -m jaxtrain.tokenize`, or save the ids as .npy"
+        ) from error
+    except OSError as error:
+        raise unreadable(json_path, error) from error
+    except ValueError as error:
+        raise DataError(f"{json_path}: not JSON ({error})") from error
+    fields = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
+    wrong = [name for name, kind in fields.items() if not isinstance(content, dict) or not isinstance(content.get(name), kind)]
+    if wrong:
+        raise DataError(f"{json_path}: field {wrong[0]!r} is missing or of the wrong type; make the file again")
+    metadata = StreamMetadata(**{name: content[name] for name in fields})
+    if metadata.format != FORMAT or metadata.dtype not in DTYPES:
+        raise DataError(f"{json_path}: format {metadata.format!r} of {metadata.dtype} is not {FORMAT!r}; make the file again")
+    return metadata
+
+
+def open_stream(path: Path, cache_dir: Path) -> TokenStream:
+    """Opens a .bin file that has its JSON file beside it, and makes sure that it is whole.
+
+    The checksum is computed again only where size or modification time changed since it was last seen to be right.
+    Raises DataError where the file is missing, cut short or altered.
+    """
+    metadata = read_metadata(path)
+    expected = metadata.count * np.dtype(DTYPES[metadata.dtype]).itemsize
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if size != expected:
+        raise DataError(
+            f"{path}: {size} bytes, but {path.with_suffix('.json').name} says {metadata.count} tokens of {metadata.dtype} = "
+            f"{expected} bytes; the file is damaged, make it again"
+        )
+    if file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
+        raise DataError(f"{path}: its contents do not have the checksum in {path.with_suffix('.json').name}; make it again")
+    if not metadata.count:
+        return TokenStream(path, np.zeros(0, DTYPES[metadata.dtype]), metadata)
+    # A plain array view: every slice of an np.memmap object would cost microseconds of bookkeeping.
+    tokens = np.memmap(path, dtype=f"<u{2 if metadata.dtype == 'uint16' else 4}", mode="r").view(np.ndarray)
+    return TokenStream(path, tokens, metadata)

@@ -1,0 +1,251 @@
+"""Tokenizers: text to token ids and back, each with one separator id that stands between documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+NO_TOKENIZER = "none"
+# The usual names of the token that ends a document, then of the one that begins it, best first.
+SEPARATOR_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "<|startoftext|>",
+)
+KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens), a tokenizer.json, or a SentencePiece .model"
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the separator among them: every id is below it."""
+        ...
+
+    @property
+    def separator(self) -> int:
+        """The id put before, between and after documents; -1 where there is none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the mapping from text to ids does."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, [length], without any separator."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, over several cores where the tokenizer can."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids. Separators and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of the text, 0 to 255, and the separator 256."""
+
+    vocab_size = 257
+    separator = 256
+    fingerprint = "byte-1"
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, [length] uint8."""
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The bytes as text; separators are left out and broken UTF-8 becomes U+FFFD."""
+        array = np.asarray(ids)
+        return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class IdTokenizer:
+    """No tokenizer at all, for sources that are token ids already: shows ids as numbers and encodes nothing."""
+
+    separator = -1
+    fingerprint = NO_TOKENIZER
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Raises DataError: there is nothing to turn text into ids with."""
+        raise DataError(f"data.tokenizer=none cannot turn text into tokens; {KINDS_THAT_WORK}")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Raises DataError, like `encode`."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The ids as numbers with spaces between."""
+        return " ".join(str(int(i)) for i in ids)
+
+
+class JsonTokenizer:
+    """A HuggingFace `tokenizer.json`, read by the `tokenizers` library.
+
+    Special tokens spelled out in the text are encoded as plain text: a document cannot fake the end of itself. Nothing is
+    added, cut off or padded, whatever the file asks for.
+    """
+
+    def __init__(self, content: str, where: str, eos_name: str | None = None):
+        """`content` of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
+
+        Raises DataError for broken content, or where no token can serve as the separator.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{where}: not a tokenizer.json ({error})") from error
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        names = [END_OF_TEXT, *([eos_name] if eos_name else []), *SEPARATOR_NAMES]
+        found = [name for name in names if name in vocabulary]
+        if not found:
+            raise DataError(f"{where}: has no token to put between documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.separator = vocabulary[found[0]]
+        self.fingerprint = hashlib.sha256(f"json-1 {self.separator} {content}".encode()).hexdigest()[:32]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, [length] int32."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids, without special tokens."""
+        return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model`. Text is normalised as the model says, so decoding need not give back every character."""
+
+    def __init__(self, content: bytes, where: str):
+        """`content` of the file named `where`. Raises DataError for broken content, or without an eos or bos piece."""
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise DataError(f"{where} needs the package sentencepiece: pip install 'jaxtrain[data]'") from error
+        try:
+            self._backend = SentencePieceProcessor(model_proto=content)
+            self.vocab_size = int(self._backend.piece_size())
+        except Exception as error:  # the library raises RuntimeError and others
+            raise DataError(f"{where}: not a SentencePiece model") from error
+        marks = [i for i in (self._backend.eos_id(), self._backend.bos_id()) if i >= 0]
+        if not marks:
+            raise DataError(f"{where}: has no token to put between documents; train it with an eos or a bos piece")
+        self.separator = int(marks[0])
+        self.fingerprint = hashlib.sha256(b"sentencepiece-1 " + content).hexdigest()[:32]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, [length] int32."""
+        return np.array(self._backend.encode(text), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids, without control pieces."""
+        return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+def tokenizer_file(name: str) -> Path:
+    """The file that data.tokenizer=`name` means; a folder means the tokenizer file inside it. Raises DataError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = [path / "tokenizer.json", path / "tokenizer.model"]
+        found = [candidate for candidate in inside if candidate.is_file()]
+        if not found:
+            raise DataError(f"data.tokenizer={name}: the folder has neither tokenizer.json nor tokenizer.model in it")
+        return found[0]
+    if not path.is_file():
+        raise DataError(f"data.tokenizer={name}: no such file; {KINDS_THAT_WORK}")
+    return path
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that needs no training: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with one.
+
+    Raises DataError where there is no such file or it is broken.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    path = tokenizer_file(name)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(content, str(path))
+    if path.suffix != ".json":
+        raise DataError(f"data.tokenizer={name}: unknown kind of file; {KINDS_THAT_WORK}")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a tokenizer.json (byte {error.start} is not UTF-8)") from error
+    return JsonTokenizer(text, str(path), _eos_name(path.with_name("tokenizer_config.json")))
+
+
+def _eos_name(path: Path) -> str | None:
+    """The eos_token that a tokenizer_config.json names, as a string or as an object with its content."""
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE (Sennrich et al. 2016, on GPT-2's byte alphabet and word boundaries); gives its tokenizer.json.
+
+    Ids: 0 is <|endoftext|>, then the 256 bytes, then merges. A small text may yield fewer than `vocab_size`.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str(pretty=True)
