@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import time
@@ -63,11 +64,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     A folder already at `target` is replaced. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for old in target.parent.glob(f"{target.name}.tmp-*"):
+    prefix = f"{target.name}.unfinished-jaxtrain-"
+    for old in target.parent.glob(glob.escape(prefix) + "*"):
         with suppress(OSError):
-            if time.time() - old.stat().st_mtime > ABANDONED_SECONDS:
+            if time.time() - max(path.stat().st_mtime for path in (old, *old.iterdir())) > ABANDONED_SECONDS:
                 shutil.rmtree(old)
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    temporary = target.with_name(f"{prefix}{os.getpid()}-{os.urandom(4).hex()}")
     temporary.mkdir()
     try:
         yield temporary

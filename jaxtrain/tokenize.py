@@ -1,0 +1,139 @@
+"""Turns text into token files once, for runs to read: `python -m jaxtrain.tokenize --input='books/*.jsonl' ...`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxtrain.config import DataSource
+from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.progress import readable_bytes
+from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
+from jaxtrain.data.token_stream import StreamMetadata
+from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
+from jaxtrain.errors import EXIT_DONE, ConfigError, DataError, ExplainedError
+
+TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """What to read, how to tokenize it, and where to write."""
+
+    output: str
+    """New folder for train.bin, validation.bin, their .json files, and a copy of the tokenizer."""
+    input: str = ""
+    """Files to read, as a glob ("books/**/*.jsonl"); several globs are separated by commas. Not needed for kind=stdlib."""
+    kind: TextKind = "text"
+    """stdlib: the running Python's own source code. text: a document a file. jsonl, parquet: a document a row.
+    array_record: one UTF-8 document a record."""
+    tokenizer: str = "byte"
+    """byte; bpe:SIZE (trained on the training part); a tokenizer.json; or a SentencePiece .model."""
+    text_field: str = "text"
+    """Which field of a JSONL or Parquet row holds the text."""
+    validation_fraction: float = 0.05
+    """Share of the files (of the documents, where files are few) that is held out for validation."""
+    cache_dir: str = "~/.cache/jaxtrain/data"
+    """Where a bpe:SIZE tokenizer is kept between runs."""
+
+
+def find_problems(config: TokenizeConfig) -> list[str]:
+    """Everything that is wrong with the flags, one line each."""
+    problems = []
+    if config.kind != "stdlib" and not config.input:
+        problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
+    if not 0 <= config.validation_fraction < 1:
+        problems.append(f"--validation_fraction={config.validation_fraction} is a share: at least 0 and below 1")
+    name = config.tokenizer
+    if name.startswith("bpe:") and not (name[4:].isdigit() and int(name[4:]) >= 257):
+        problems.append(f"--tokenizer={name}: the size after bpe: is a whole number of at least 257")
+    if name == "none":
+        problems.append("--tokenizer=none: text needs a tokenizer; use byte, bpe:SIZE, a tokenizer.json or a .model")
+    return problems
+
+
+def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
+    """Writes config.output, whole or not at all, and gives what its two JSON files say.
+
+    Raises ConfigError for flags that cannot work, DataError for bad input or a folder that cannot be written.
+    """
+    problems = find_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    output, cache_dir = Path(config.output).expanduser().absolute(), Path(config.cache_dir).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"--output={config.output}: there is something already; name a new folder")
+    source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field)
+    corpus = open_corpus(source, "--input", config.validation_fraction, cache_dir)
+    tokenizer, original = _open_tokenizer(config.tokenizer, corpus, cache_dir)
+    try:
+        with new_folder(output) as folder:
+            if original is not None:
+                (folder / f"tokenizer{original.suffix}").write_bytes(original.read_bytes())
+                side = original.with_name("tokenizer_config.json")  # it may name the separator
+                if side.is_file():
+                    (folder / side.name).write_bytes(side.read_bytes())
+            return write_streams(corpus, tokenizer, config.tokenizer, folder)
+    except OSError as error:
+        raise DataError(f"--output={config.output}: cannot be written ({error.strerror or error})") from error
+
+
+def _open_tokenizer(name: str, corpus: Corpus, cache_dir: Path) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer and the file to copy beside the tokens, if it has one."""
+    if name.startswith("bpe:"):
+        return trained_tokenizer([corpus], int(name[4:]), cache_dir)
+    return load_tokenizer(name), None if name == "byte" else tokenizer_file(name)
+
+
+def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
+    """What was written, and the flags that train on it."""
+    lines = []
+    for split, data in written.items():
+        ratio = f", {data.utf8_bytes / data.count:.2f} bytes a token" if data.count else ""
+        lines.append(
+            f"{split:<10} {data.documents:,} documents, {readable_bytes(data.utf8_bytes)}, {data.count:,} tokens "
+            f"({data.dtype}{ratio})"
+        )
+    folder = Path(config.output)
+    copies = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder.expanduser() / name).is_file()]
+    tokenizer = copies[0] if copies else config.tokenizer
+    flags = {
+        "data.sources.0.kind": "tokens",
+        "data.sources.0.path": f"{folder}/*.bin",
+        "data.tokenizer": str(tokenizer),
+        "model.vocab_size": str(written["train"].vocab_size),
+    }
+    words = " ".join(f"--{name}={shlex.quote(value)}" for name, value in flags.items())
+    lines += ["train on it with:", f"  {words}"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Gives the exit code: 0 done, 1 explained error, 2 wrong usage."""
+    import tyro
+
+    config = tyro.cli(
+        TokenizeConfig,
+        args=arguments,
+        prog="python -m jaxtrain.tokenize",
+        description="Tokenizes text once, into files that kind=tokens reads.",
+        use_underscores=True,
+    )
+    try:
+        written = tokenize(config)
+    except ExplainedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(summary(config, written))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
