@@ -40,8 +40,7 @@ def pack(windows: np.ndarray, sizes: np.ndarray, separators: np.ndarray, mask_do
     before the first one is a document too. Without `mask_documents` a row is one document: segments 1 and positions 0 to L-1.
     """
     rows, length = windows.shape[0], windows.shape[1] - 1
-    tokens = np.ascontiguousarray(windows[:, :-1], dtype=np.int32)
-    targets = np.ascontiguousarray(windows[:, 1:], dtype=np.int32)
+    tokens, targets = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)  # copies: the two overlap
     index = np.arange(length, dtype=np.int32)
     if mask_documents:
         begins = tokens == separators[:, None]
