@@ -7,6 +7,7 @@ import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -114,21 +115,34 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 def _read_array_record(path: Path, text_field: str) -> Iterator[str]:
     module = require("array_record.python.array_record_module", "kind=array_record")
-    try:
-        reader = module.ArrayRecordReader(str(path))
-    except Exception as error:  # the library raises whatever its C++ status says
-        raise DataError(f"{path}: not an ArrayRecord file ({str(error).splitlines()[0]})") from error
-    try:
+    with _open_array_record(module, path) as reader:
         count = reader.num_records()
         for start in range(0, count, ROWS_AT_ONCE):
             try:
                 records = reader.read(range(start, min(start + ROWS_AT_ONCE, count)))
-            except Exception as error:
-                raise DataError(f"{path}: broken ArrayRecord file ({str(error).splitlines()[0]})") from error
+            except Exception as error:  # the library raises whatever its C++ status says
+                raise _broken_array_record(path, error) from error
             for number, record in enumerate(records, start):
                 yield decode_utf8(record, f"{path}: record {number}")
+
+
+@contextmanager
+def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
+    try:
+        reader = module.ArrayRecordReader(str(path))
+        if not reader.ok():
+            reader.close()  # a broken file looks empty; only closing it says why
+    except Exception as error:
+        raise _broken_array_record(path, error) from error
+    try:
+        yield reader
     finally:
-        reader.close()
+        with suppress(Exception):  # every record was checked when it was read
+            reader.close()
+
+
+def _broken_array_record(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: broken ArrayRecord file ({str(error).splitlines()[0].partition('; ')[0]})")
 
 
 READERS: dict[str, Reader] = {

@@ -1,0 +1,147 @@
+"""Each kind of source yields its documents, split as it should be."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from jaxtrain.config import DataSource
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.listing import list_files, list_stdlib
+from jaxtrain.data.pipeline import open_data
+
+
+def write_parquet(path, texts, column="text"):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), column: texts}), path)
+
+
+def write_array_record(path, records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    def write(kind, texts):
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        elif kind == "jsonl.gz":
+            path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+        elif kind == "parquet":
+            write_parquet(path, texts)
+        else:
+            write_array_record(path, [text.encode() for text in texts])
+        return DataSource(kind=kind.partition(".")[0], path=str(path))
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "array_record"])
+def test_a_file_of_rows_is_split_by_document(write_rows, texts, tmp_path, kind):
+    corpus = open_corpus(write_rows(kind, texts), "data", 0.2, tmp_path)
+    documents = list(corpus.documents())
+    assert [document.text for document in documents] == texts
+    assert 0 < sum(document.held_out for document in documents) < len(texts)
+    assert corpus.split_by == "document"
+
+
+def test_empty_documents_are_left_out(write_rows, tmp_path):
+    for kind in ("jsonl", "parquet", "array_record"):
+        corpus = open_corpus(write_rows(kind, ["a", "", "b"]), "data", 0.2, tmp_path)
+        assert [document.text for document in corpus.documents()] == ["a", "b"]
+
+
+def test_files_of_text_are_split_by_file(books, texts, tmp_path):
+    corpus = open_corpus(books, "data", 0.2, tmp_path)
+    documents = list(corpus.documents())
+    assert [document.text for document in documents] == texts
+    assert corpus.split_by == "file"
+    held_out = {document.file for document in documents if document.held_out}
+    assert not held_out & {document.file for document in documents if not document.held_out}
+
+
+def test_one_file_of_text_is_cut_at_a_line(tmp_path):
+    path = tmp_path / "book.txt"
+    lines = [f"line {i} é" for i in range(100)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    training, held_out = open_corpus(DataSource(kind="text", path=str(path)), "data", 0.1, tmp_path).documents()
+    assert training.text + held_out.text == "\n".join(lines)
+    assert training.text.endswith("\n")
+    assert not training.held_out
+    assert held_out.held_out
+    assert 8 <= len(held_out.text.splitlines()) <= 12
+
+
+def test_rows_in_many_files_are_split_by_file(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(3)))
+    corpus = open_corpus(DataSource(kind="jsonl", path=f"{tmp_path}/*.jsonl"), "data", 0.2, tmp_path / "cache")
+    assert corpus.split_by == "file"
+    sides = {document.file: document.held_out for document in corpus.documents()}
+    assert all(sides[document.file] == document.held_out for document in corpus.documents())
+
+
+def test_stdlib_is_the_library_without_its_tests():
+    names = [file.name for file in list_stdlib()]
+    assert {"os.py", "json/decoder.py"} <= set(names)
+    assert names == sorted(names)
+    assert not [name for name in names if {"test", "tests", "idle_test", "site-packages"} & set(name.split("/"))]
+    assert sum(file.path.stat().st_size for file in list_stdlib()) > 5e6
+
+
+def test_globs_are_joined_by_commas_and_a_file_comes_once(text_folder, monkeypatch):
+    monkeypatch.chdir(text_folder)
+    names = [file.name for file in list_files("0[12].txt, 0*.txt,./11.txt", "data")]
+    assert names == ["01.txt", "02.txt", *[f"0{i}.txt" for i in (0, 3, 4, 5, 6, 7, 8, 9)], "11.txt"]
+    (text_folder / "deep" / "er").mkdir(parents=True)
+    (text_folder / "deep" / "er" / "x,y.txt").write_text("x")
+    assert [file.name for file in list_files(f"{text_folder}/**/x*.txt", "data")] == ["deep/er/x,y.txt"]
+    assert [file.name for file in list_files(f"{text_folder}/deep/er/x,y.txt", "data")] == ["x,y.txt"]
+
+
+def test_synthetic_is_a_pure_function_of_seed_and_index(make_config):
+    source = DataSource(kind="synthetic")
+    data, again, other = (open_data(make_config(source, seed=seed)) for seed in (0, 0, 1))
+    batch = data.train_batch(10**6, slice(None))
+    assert np.array_equal(batch["tokens"], again.train_batch(10**6, slice(None))["tokens"])
+    assert not np.array_equal(batch["tokens"], other.train_batch(10**6, slice(None))["tokens"])
+    assert np.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    assert batch["tokens"].max() < 300
+    assert (data.validation_bytes, data.gzip_bits_per_byte, data.vocab_size) == (0, None, 300)
+    assert data.num_validation_batches(8) == 8
+    assert data.bits_per_byte(1.0) is None
+    assert len(data.sample_prompt(5)) == 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint8])
+def test_npy_tokens_of_one_file_hold_out_the_last_windows(make_config, tmp_path, dtype):
+    ids = np.random.default_rng(0).integers(0, 200, 1000).astype(dtype)
+    np.save(tmp_path / "ids.npy", ids)
+    data = open_data(make_config(DataSource(kind="tokens", path=str(tmp_path / "ids.npy")), batch_size=1))
+    train, held_out = data.tokens_per_epoch // 16, data.validation_tokens
+    assert train == 50  # 62 full windows, of which the last fifth is held out
+    assert held_out == 999 - 50 * 16
+    rows = {data.train_batch(n, slice(None))["tokens"].tobytes() for n in range(train)}
+    assert rows == {ids[i * 16 : i * 16 + 16].astype(np.int32).tobytes() for i in range(train)}
+    targets = np.concatenate([data.validation_batch(i, slice(None), 4)["targets"] for i in range(4)]).ravel()
+    assert targets[targets >= 0].tolist() == ids[801:].tolist()
+    assert data.validation_bytes == 0
+
+
+def test_npy_tokens_of_several_files_are_split_by_file(make_config, tmp_path):
+    for i in range(6):
+        np.save(tmp_path / f"{i}.npy", np.full(100, i, np.uint16))
+    data = open_data(make_config(DataSource(kind="tokens", path=str(tmp_path)), tokenizer="none", batch_size=60))
+    training = set(data.train_batch(0, slice(None))["tokens"].ravel().tolist())
+    held_out = data.validation_batch(0, slice(None), 60)["targets"]
+    assert training.isdisjoint(held_out[held_out >= 0].tolist())
+    assert len(training) + len(set(held_out[held_out >= 0].tolist())) == 6

@@ -1,0 +1,109 @@
+"""`python -m jaxtrain.tokenize` writes files that train like the text they came from."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from jaxtrain.config import DataSource, parse_command_line
+from jaxtrain.data.pipeline import open_data
+from jaxtrain.errors import DataError
+from jaxtrain.tokenize import main
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """run(flags...) -> (exit code, stdout, stderr)"""
+
+    def call(*flags):
+        code = main([*flags, f"--cache_dir={tmp_path}/cache"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:280"])
+def test_the_printed_flags_train_on_the_same_batches_as_the_text(run, make_config, jsonl_file, tmp_path, tokenizer):
+    output = tmp_path / "to kens"
+    code, printed, _ = run(f"--input={jsonl_file}", "--kind=jsonl", f"--tokenizer={tokenizer}", f"--output={output}")
+    assert code == 0
+    (flags,) = re.findall(r"^ +(--data\.sources.*)$", printed, re.MULTILINE)
+    config_file = tmp_path / "config.py"
+    config_file.write_text("from jaxtrain.config import *\ndef get_config():\n    return Config()\n")
+    parsed = parse_command_line([f"--config={config_file}", *shlex.split(flags)], "", "main")
+    tokens = make_config(
+        *parsed.data.sources,
+        tokenizer=parsed.data.tokenizer,
+        vocab_size=parsed.model.vocab_size,
+    )
+    from_tokens = open_data(tokens)
+    text = DataSource(kind="jsonl", path=str(jsonl_file))
+    from_text = open_data(make_config(text, tokenizer=tokenizer, validation_fraction=0.05))
+    for step in range(3):
+        a, b = from_tokens.train_batch(step, slice(None)), from_text.train_batch(step, slice(None))
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert from_tokens.validation_bytes == from_text.validation_bytes > 0
+    assert from_tokens.gzip_bits_per_byte == from_text.gzip_bits_per_byte
+    assert from_tokens.validation_tokens == from_text.validation_tokens
+
+
+def test_damaged_token_files_are_refused_by_name(run, make_config, jsonl_file, tmp_path):
+    output = tmp_path / "tokens"
+    run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={output}")
+    config = make_config(DataSource(kind="tokens", path=str(output)))
+    open_data(config)
+    whole = (output / "train.bin").read_bytes()
+    (output / "train.bin").write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=r"train.bin: \d+ bytes, but train.json says"):
+        open_data(config)
+    (output / "train.bin").write_bytes(whole[:-2] + b"\1\1")
+    with pytest.raises(DataError, match=r"train.bin: its contents do not have the checksum"):
+        open_data(config)
+
+
+def test_another_tokenizer_is_refused(run, make_config, jsonl_file, tmp_path):
+    output = tmp_path / "tokens"
+    run(f"--input={jsonl_file}", "--kind=jsonl", "--tokenizer=bpe:280", f"--output={output}")
+    source = DataSource(kind="tokens", path=f"{output}/*.bin")
+    with pytest.raises(DataError, match=r"made by another tokenizer \(bpe:280, .*data.tokenizer=byte"):
+        open_data(make_config(source))
+    data = open_data(make_config(source, tokenizer="none"))
+    assert data.train_batch(0, slice(None))["segments"].max() > 1  # the separator is known all the same
+
+
+def test_a_training_file_alone_holds_out_its_last_windows(run, make_config, jsonl_file, tmp_path):
+    output = tmp_path / "tokens"
+    run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={output}", "--validation_fraction=0")
+    data = open_data(make_config(DataSource(kind="tokens", path=f"{output}/train.bin")))
+    assert data.validation_tokens > 0
+    assert data.validation_bytes == 0
+    with pytest.raises(DataError, match="every file is held-out text"):
+        open_data(make_config(DataSource(kind="tokens", path=f"{output}/validation.bin")))
+
+
+def test_errors_are_one_line_and_exit_codes_are_right(run, jsonl_file, tmp_path):
+    code, _, printed = run(f"--input={tmp_path}/none*.jsonl", "--kind=jsonl", f"--output={tmp_path}/out")
+    assert code == 1
+    assert printed.count("\n") == 1
+    assert "--input" in printed
+    code, _, printed = run(f"--output={tmp_path}/out")
+    assert code == 2
+    assert "--input is missing" in printed
+    code, _, printed = run(f"--input={jsonl_file}", "--kind=jsonl", "--tokenizer=bpe:10", f"--output={tmp_path}/out")
+    assert code == 2
+    code, _, printed = run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={tmp_path}")
+    assert code == 1
+    assert "name a new folder" in printed
+    code, _, printed = run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={jsonl_file}/below")
+    assert code == 1
+    assert "cannot be written" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--inptu=x", "--kind=csv", "--validation_fraction=much"])
+def test_wrong_flags_exit_with_2(run, flag):
+    with pytest.raises(SystemExit) as caught:
+        run("--output=x", flag)
+    assert caught.value.code == 2
