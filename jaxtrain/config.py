@@ -152,13 +152,14 @@ class DataConfig:
     sources: tuple[DataSource, ...] = (DataSource(),)
     """The mixture; flags are --data.sources.0.kind and so on."""
     tokenizer: str = "byte"
-    """byte; bpe:SIZE (a byte-level BPE trained on the data at first use); a tokenizer.json; or a SentencePiece .model."""
+    """byte; bpe:SIZE (a byte-level BPE trained on the data at first use); a tokenizer.json; a SentencePiece .model; or none,
+    where every source is token ids already."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     mask_documents: bool = True
     """Keep attention inside a document, and restart positions with it, where several are packed into a sequence."""
     validation_fraction: float = 0.05
-    """Share of the files (of the documents, where a source is one file) that is held out for validation."""
+    """Share of the files (of the documents, where rows are in few files; of the lines, in a lone text file) held out."""
     prefetch: int = 4
     """Batches made ready ahead of the step."""
     workers: int = 0

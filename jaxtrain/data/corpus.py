@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from jaxtrain.config import DataSource
 from jaxtrain.data.documents import read_documents
 from jaxtrain.data.file_hashes import file_hashes, short_hash
@@ -61,17 +63,28 @@ class Corpus:
             return "document"
         return "line" if len(self.files) == 1 else "file"
 
-    def documents(self) -> Iterator[Document]:
-        """All documents in order, without the empty ones. Raises DataError where a file is not what it should be."""
+    @cached_property
+    def held_out_mask(self) -> np.ndarray:
+        """Which files, or which documents, are held out. Counting documents reads the files, under a progress bar."""
+        if self.split_by == "file":
+            return held_out((file.name for file in self.files), self.validation_fraction)
+        documents = (Document(text, i, False) for i, text in self._texts())
+        counted = _with_progress(documents, self.sizes, f"counting the documents of {self.name}")
+        names = (f"{self.files[document.file].name}:{number}" for number, document in enumerate(counted))
+        return held_out(names, self.validation_fraction)
+
+    def documents(self, title: str) -> Iterator[Document]:
+        """All documents in order, without the empty ones, while a progress bar called `title` shows the bytes read.
+
+        Raises DataError where a file is not what it should be.
+        """
         if self.split_by == "line":
             yield from self._cut_document()
-        elif self.split_by == "file":
-            mask = held_out((file.name for file in self.files), self.validation_fraction)
-            yield from (Document(text, i, bool(mask[i])) for i, text in self._texts())
-        else:
-            mask = held_out(self._document_names(), self.validation_fraction)
-            numbered = enumerate(self._texts())
-            yield from (Document(text, i, bool(mask[n])) for n, (i, text) in numbered)
+            return
+        mask, by_file = self.held_out_mask, self.split_by == "file"
+        numbered = enumerate(self._texts())
+        documents = (Document(text, i, bool(mask[i if by_file else number])) for number, (i, text) in numbered)
+        yield from _with_progress(documents, self.sizes, title)
 
     def _texts(self) -> Iterator[tuple[int, str]]:
         """(index of the file, text) of every document that is not empty."""
@@ -79,9 +92,6 @@ class Corpus:
             for text in read_documents(self.source.kind, file.path, self.source.text_field):
                 if text:
                     yield i, text
-
-    def _document_names(self) -> Iterator[str]:
-        return (f"{self.files[i].name}:{n}" for n, (i, _) in enumerate(self._texts()))
 
     def _cut_document(self) -> Iterator[Document]:
         """The one document, cut at the line end nearest before the held-out share of its characters."""
@@ -102,9 +112,8 @@ def open_corpus(source: DataSource, name: str, validation_fraction: float, cache
     return Corpus(source, name, tuple(files), tuple(hashes), validation_fraction)
 
 
-def with_progress(documents: Iterator[Document], corpus: Corpus, title: str) -> Iterator[Document]:
+def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: str) -> Iterator[Document]:
     """The same documents, while a bar shows the share of the files' bytes that has been read."""
-    sizes = corpus.sizes
     with progress(title, sum(sizes)) as advance:
         current, shown = 0, 0
         for document in documents:
@@ -122,7 +131,7 @@ def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[s
     total = sum(sum(corpus.sizes) for corpus in corpora)
     stride = max(1, -(-total // largest_sample))
     for corpus in corpora:
-        documents = with_progress(corpus.documents(), corpus, f"training a tokenizer on {corpus.name}")
+        documents = corpus.documents(f"training a tokenizer on {corpus.name}")
         training = (document.text for document in documents if not document.held_out)
         yield from (text for i, text in enumerate(training) if i % stride == 0)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts, with_progress
+from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
 from jaxtrain.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -100,8 +100,7 @@ def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, fol
         split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name) for split in ("train", "validation")
     }
     try:
-        documents = with_progress(corpus.documents(), corpus, f"tokenizing {corpus.name}")
-        for batch in _batches(documents):
+        for batch in _batches(corpus.documents(f"tokenizing {corpus.name}")):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 writers["validation" if document.held_out else "train"].append(document.text, ids)
@@ -169,8 +168,10 @@ def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Pat
     key = short_hash([training_key(corpora), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
     folder = cache_dir / "tokenizers" / key
     path = folder / "tokenizer.json"
+    with suppress(DataError):
+        return _load_json(path), path
     with locked(cache_dir / "tokenizers" / f"{key}.lock"):
-        with suppress(DataError):
+        with suppress(DataError):  # another process may have made it while we waited
             return _load_json(path), path
         try:
             with new_folder(folder) as temporary:

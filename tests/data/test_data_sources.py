@@ -48,7 +48,7 @@ def write_rows(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "array_record"])
 def test_a_file_of_rows_is_split_by_document(write_rows, texts, tmp_path, kind):
     corpus = open_corpus(write_rows(kind, texts), "data", 0.2, tmp_path)
-    documents = list(corpus.documents())
+    documents = list(corpus.documents("reading"))
     assert [document.text for document in documents] == texts
     assert 0 < sum(document.held_out for document in documents) < len(texts)
     assert corpus.split_by == "document"
@@ -57,12 +57,12 @@ def test_a_file_of_rows_is_split_by_document(write_rows, texts, tmp_path, kind):
 def test_empty_documents_are_left_out(write_rows, tmp_path):
     for kind in ("jsonl", "parquet", "array_record"):
         corpus = open_corpus(write_rows(kind, ["a", "", "b"]), "data", 0.2, tmp_path)
-        assert [document.text for document in corpus.documents()] == ["a", "b"]
+        assert [document.text for document in corpus.documents("reading")] == ["a", "b"]
 
 
 def test_files_of_text_are_split_by_file(books, texts, tmp_path):
     corpus = open_corpus(books, "data", 0.2, tmp_path)
-    documents = list(corpus.documents())
+    documents = list(corpus.documents("reading"))
     assert [document.text for document in documents] == texts
     assert corpus.split_by == "file"
     held_out = {document.file for document in documents if document.held_out}
@@ -73,7 +73,7 @@ def test_one_file_of_text_is_cut_at_a_line(tmp_path):
     path = tmp_path / "book.txt"
     lines = [f"line {i} é" for i in range(100)]
     path.write_text("\n".join(lines), encoding="utf-8")
-    training, held_out = open_corpus(DataSource(kind="text", path=str(path)), "data", 0.1, tmp_path).documents()
+    training, held_out = open_corpus(DataSource(kind="text", path=str(path)), "data", 0.1, tmp_path).documents("reading")
     assert training.text + held_out.text == "\n".join(lines)
     assert training.text.endswith("\n")
     assert not training.held_out
@@ -86,8 +86,8 @@ def test_rows_in_many_files_are_split_by_file(tmp_path):
         (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"text": f"{i} {j}"}) + "\n" for j in range(3)))
     corpus = open_corpus(DataSource(kind="jsonl", path=f"{tmp_path}/*.jsonl"), "data", 0.2, tmp_path / "cache")
     assert corpus.split_by == "file"
-    sides = {document.file: document.held_out for document in corpus.documents()}
-    assert all(sides[document.file] == document.held_out for document in corpus.documents())
+    sides = {document.file: document.held_out for document in corpus.documents("reading")}
+    assert all(sides[document.file] == document.held_out for document in corpus.documents("reading"))
 
 
 def test_stdlib_is_the_library_without_its_tests():
