@@ -1,8 +1,10 @@
 import math
 
+import jax
 import pytest
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.decoder import initialize
 from jaxtrain.telemetry.flops import mfu, model_flops_per_step, model_flops_per_token, num_parameters
 
 
@@ -59,6 +61,15 @@ def test_parameters_are_the_sum_of_the_shapes(tied, qk_norm):
     assert count.total == layers + 48 + 77 * 48 * (1 if tied else 2)
     assert count.non_embedding == layers + 48
     assert count.matmul == 3 * sum(math.prod(shape) for shape in matrices) + 77 * 48
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_real_decoder(tied):
+    model = ModelConfig(num_layers=3, num_kv_heads=2, vocab_size=1000, tie_embeddings=tied, qk_norm=True)
+    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
+    held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim * (1 if tied else 2)
+    assert num_parameters(model).total == held - padding
 
 
 def test_flops_of_a_token_by_hand():
