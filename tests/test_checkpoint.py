@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,9 @@ from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, di
 from jaxtrain.config import CheckpointConfig, Config, DataSource, RopeScaling
 from jaxtrain.errors import CheckpointError
 
+# TensorStore finishes the other writes of a failed save after Orbax has closed its event loop: noise, nothing is lost
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = CheckpointConfig(every=1, keep=3)
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -37,19 +41,22 @@ def sharding_of(leaf, on):
 
 
 def make_state(on, seed=0, layers=6):
-    """[layers, D, F] kernels in float32 and bfloat16, a bias, Adam's moments and count, the step."""
-    keys = jax.random.split(jax.random.key(seed), 3)
+    """[layers, D, F] kernels in float32 and bfloat16, a bias, Adam's moments and count, the step: random bits in all."""
+    random_numbers = np.random.default_rng(seed)
     params = {
         "layers": {
-            "kernel": jax.random.normal(keys[0], (layers, 8, 16)),
-            "gate": jax.random.normal(keys[1], (layers, 16, 8), jnp.bfloat16),
+            "kernel": jax.ShapeDtypeStruct((layers, 8, 16), jnp.float32),
+            "gate": jax.ShapeDtypeStruct((layers, 16, 8), jnp.bfloat16),
         },
-        "bias": jax.random.normal(keys[2], (16,)),
+        "bias": jax.ShapeDtypeStruct((16,), jnp.float32),
     }
-    optimizer = ADAM.init(params)
-    _, optimizer = ADAM.update(params, optimizer, params)  # so that the moments and the count are not zero
-    state = {"params": params, "optimizer": optimizer, "step": jnp.int32(seed)}
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding_of(leaf, on)), state)
+    shapes = {"params": params, "optimizer": jax.eval_shape(ADAM.init, params), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def leaf(shape):
+        values = 100 * random_numbers.standard_normal(shape.shape)
+        return jax.device_put(np.asarray(values).astype(shape.dtype), sharding_of(shape, on))
+
+    return jax.tree.map(leaf, shapes)
 
 
 def abstract(state, on=None):
@@ -114,17 +121,18 @@ def test_disk_holds_plain_names_and_no_optax_classes(tmp_path, state):
 
 def test_buffers_may_be_donated_right_after_an_asynchronous_save(tmp_path):
     placed = NamedSharding(mesh(4, 2), P("fsdp"))
-    first = {f"w{i}": jax.device_put(jnp.full((1 << 20,), float(i)), placed) for i in range(8)}
+    first = {f"w{i}": jax.device_put(jnp.full((1 << 18,), float(i)), placed) for i in range(8)}
     expected = bits(first)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x - 1e6, tree), donate_argnums=0)
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in range(1, 4):
             live = jax.tree.map(jnp.copy, first)
             checkpoints.save(step, live, {})
+            given = live
             for _ in range(4):
                 live = overwrite(live)
             jax.block_until_ready(live)
-        assert all(x.is_deleted() for x in [*jax.tree.leaves(overwrite(live)), *jax.tree.leaves(live)][8:])
+            assert all(x.is_deleted() for x in jax.tree.leaves(given))
     for step in (1, 2, 3):
         assert bits(checkpoint.restore(tmp_path, step, abstract(first))) == expected
 
@@ -209,18 +217,12 @@ def test_restore_of_damaged_or_missing_data_gives_the_cause(tmp_path, state):
         checkpoint.restore(tmp_path, 1, abstract(state))
 
 
-@pytest.mark.parametrize("keys", [("a.b",), ("a/b",), ("",), (0, "0")], ids=str)
-def test_save_refuses_keys_that_collide_on_disk(tmp_path, keys):
-    x = jnp.zeros(4)
-    tree = jax.tree.map(lambda _: x, dict.fromkeys(keys, 0)) if len(keys) == 1 else {"k": [x], "0": x}
+@pytest.mark.parametrize("key", ["a.b", "a/b", ""])
+def test_save_refuses_keys_that_could_collide_on_disk(tmp_path, key):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        if len(keys) == 1:
-            with pytest.raises(ValueError, match="keys must be distinct"):
-                checkpoints.save(1, tree, {})
-        else:
-            checkpoints.save(1, tree, {})  # the same word at two depths is no collision
-            checkpoints.wait()
-            assert checkpoints.latest_step() == 1
+        with pytest.raises(ValueError, match="keys must be distinct"):
+            checkpoints.save(1, {key: jnp.zeros(4)}, {})
+        checkpoints.save(1, {"k": [jnp.zeros(4)], "0": jnp.ones(4)}, {})  # the same word at two depths is no collision
 
 
 def test_save_refuses_leaves_that_are_not_arrays(tmp_path):
@@ -432,6 +434,63 @@ def test_kill_at_any_moment_of_saving_leaves_an_exact_latest_step(tmp_path):
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {str(step) for step in committed_steps(tmp_path)}
         assert checkpoints.latest_step() == last
+
+
+PEER = """
+import os, sys, jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import CheckpointConfig
+rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, coordinator_bind_address=f"127.0.0.1:{port}")
+def placed(shape, spec):
+    return NamedSharding(jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2), spec)
+w = np.arange(64, dtype=np.float32).reshape(8, 8)
+make = lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+with Checkpoints(directory, CheckpointConfig(keep=2)) as checkpoints:
+    for step in (1, 2, 3):
+        state = {"w": make(w * step, placed((2, 2), P("a", "b"))), "step": make(np.int32(step), placed((2, 2), P()))}
+        checkpoints.save(step, state, {"step": step})
+    checkpoints.wait()
+    like = {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=placed((1, 4), P("b", "a"))),
+            "step": jax.ShapeDtypeStruct((), np.int32, sharding=placed((1, 4), P()))}
+    state = checkpoints.restore(checkpoints.latest_step(), like)
+    for shard in state["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, (w * 3)[shard.index])
+    assert int(state["step"].addressable_data(0)) == 3
+print("right")
+"""
+
+
+def test_two_processes_save_together_and_one_restores(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PEER]
+    peers = [
+        subprocess.Popen(
+            [*command, str(rank), str(port), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        for rank in range(2)
+    ]
+    try:
+        for peer in peers:
+            output, _ = peer.communicate(timeout=120)
+            assert peer.returncode == 0, output.decode()
+            assert b"right" in output
+    finally:
+        for peer in peers:
+            peer.kill()
+    assert committed_steps(tmp_path) == [2, 3]
+    onto = NamedSharding(mesh(4, 2), P("tensor", "fsdp"))
+    everywhere = NamedSharding(mesh(4, 2), P())
+    like = {
+        "w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=onto),
+        "step": jax.ShapeDtypeStruct((), np.int32, sharding=everywhere),
+    }
+    restored = checkpoint.restore(tmp_path, 3, like)
+    np.testing.assert_array_equal(restored["w"], 3 * np.arange(64, dtype=np.float32).reshape(8, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
