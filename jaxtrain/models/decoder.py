@@ -14,7 +14,7 @@ from jax import lax
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
 from jaxtrain.ops.losses import cross_entropy, mask_padded_vocabulary
-from jaxtrain.parallel.pipeline import Functions
+from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
 
@@ -29,7 +29,8 @@ def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
 def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
     """Tree of logical dims, as the module declares them."""
     state = nnx.state(_abstract(module, config), nnx.Param)
-    return nnx.to_pure_dict(nnx.map_state(lambda _, p: p.get_metadata()["dims"], state))
+    is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
 
 
 def parameter_dims(config: ModelConfig) -> PyTree:
@@ -69,9 +70,7 @@ def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], 
     graph, state = nnx.split(_abstract(module, config), nnx.Param)
 
     def merge(weights: PyTree) -> Any:
-        filled = nnx.State(state.raw_mapping) if not hasattr(state, "copy") else state.copy()
-        nnx.replace_by_pure_dict(filled, weights)
-        return nnx.merge(graph, filled)
+        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights)))
 
     return merge
 
@@ -104,20 +103,20 @@ class Decoder:
     backend: str
     """Attention backend, chosen."""
 
-    def _layers(self) -> Callable[[tuple, jax.Array, PyTree, jax.Array], jax.Array]:
+    def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], jax.Array]:
         dims, merge = _dims(Layer, self.config), _merge(Layer, self.config)
         counts = self.stacking.counts()
 
-        def layers(weights: tuple, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> jax.Array:
+        def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> jax.Array:
             packing = Packing(microbatch["positions"], microbatch.get("segments"))
 
-            def layer(x: jax.Array, weights: tuple) -> jax.Array:
+            def layer(x: jax.Array, weights: Weights) -> jax.Array:
                 gathered = gather_weights(*weights, dims, self.train.reduce_dtype)
                 return merge(gathered)(x, packing, self.backend)
 
             layer = jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 
-            def step(x: jax.Array, slot: tuple) -> tuple[jax.Array, None]:
+            def step(x: jax.Array, slot: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
                 weights, index = slot
                 if self.stacking.is_even:
                     return layer(x, weights), None
@@ -129,19 +128,19 @@ class Decoder:
 
         return layers
 
-    def _embed(self) -> Callable[[tuple, PyTree], jax.Array]:
+    def _embed(self) -> Callable[[Weights, PyTree], jax.Array]:
         dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
 
-        def embed(weights: tuple, microbatch: PyTree) -> jax.Array:
+        def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):
                 return merge(gather_weights(*weights, dims, self.train.reduce_dtype)).embed(microbatch["tokens"])
 
         return embed
 
-    def _head(self) -> Callable[[tuple, jax.Array], tuple[jax.Array, jax.Array]]:
+    def _head(self) -> Callable[[Weights, jax.Array], tuple[jax.Array, jax.Array]]:
         dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
 
-        def head(weights: tuple, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def head(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             outer = merge(gather_weights(*weights, dims, self.train.reduce_dtype))
             return rms_norm(x, outer.norm[...], self.config.norm_epsilon), outer.head_DV()
 
@@ -152,7 +151,7 @@ class Decoder:
         segments, and a float32 scalar `scale`, by which its summed loss is multiplied."""
         head = self._head()
 
-        def loss(weights: tuple, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
+        def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             with jax.named_scope("loss"):
                 x, head_DV = head(weights, x)
                 total, likelihood = cross_entropy(
@@ -172,7 +171,7 @@ class Decoder:
         """For sampling: reports `logits` [B, V] float32 at the position `position` of one microbatch."""
         head = self._head()
 
-        def logits(weights: tuple, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
+        def logits(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             x, head_DV = head(weights, x)
             x_BD = lax.dynamic_index_in_dim(all_gather(x, "tensor", dim=1), microbatch["position"], axis=1, keepdims=False)
             logits = jnp.einsum("BD,DV->BV", x_BD, head_DV, preferred_element_type=jnp.float32)

@@ -73,9 +73,7 @@ class Attention(nnx.Module):
         q_BLHN = rope(q_BLHN, packing.positions, config.rope_theta, config.rope_scaling)
         k_BLKN = rope(k_BLKN, packing.positions, config.rope_theta, config.rope_scaling)
         with jax.named_scope("attention"):
-            a_BLHN = attention(
-                q_BLHN, k_BLKN, v_BLKN, backend=backend, segments_BL=packing.segments, residual_name="attention"
-            )
+            a_BLHN = attention(q_BLHN, k_BLKN, v_BLKN, backend=backend, segments_BL=packing.segments, residual_name="attention")
         out_BLD = reduce_scatter(jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...]), "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "attention_out")
 

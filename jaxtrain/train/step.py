@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
+from jaxtrain.ops.attention import choose_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
@@ -23,7 +23,7 @@ from jaxtrain.train.state import abstract_state, make_stacking, state_shardings
 PyTree = Any
 BATCH_DIMS = ("batch", "length")
 _BATCH_AXES = (*BATCH_AXES, "context")
-Step = Callable[..., Any]
+Step = Any  # a jitted function: called, or lowered
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after `position`."""
+    """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after position."""
     functions = make_decoder(config, backend).logits_functions()
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)
 
@@ -176,3 +176,21 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
     dims = decoder.parameter_dims(config.model)
     rows = specs(dict.fromkeys(batch_names(config), BATCH_DIMS))
     return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True))
+
+
+def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
+    """The attention backend for this mesh's devices, and why.
+
+    Raises:
+      ExplainedError: the config asks for one that cannot work here.
+    """
+    device = mesh.devices.flat[0]
+    return choose_backend(
+        config.model.attention,
+        platform=device.platform,
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
+        sequence_length=config.data.sequence_length,
+        masks_documents=config.data.mask_documents,
+        compute_capability=float(getattr(device, "compute_capability", None) or 8.0),
+    )

@@ -1,0 +1,56 @@
+"""Sampling from the model being trained, on the mesh that it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.config import Config
+
+PyTree = Any
+
+
+def draw(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    """One id from softmax(logits / temperature); the likeliest one at temperature 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    return int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))
+
+
+def sample(
+    next_logits: Callable[[dict[str, np.ndarray], int], np.ndarray],
+    config: Config,
+    prompt: np.ndarray,
+    num_tokens: int,
+    temperature: float = 0.8,
+) -> np.ndarray:
+    """Continues `prompt` by `num_tokens` ids, seeded by train.seed.
+
+    Every token costs a forward pass over a whole sequence: no cache of keys and values, so it is for a look at the model, on
+    any mesh, not for serving. The context is the last sequence_length tokens, cut to half of that whenever it is full.
+
+    Args:
+      next_logits: (batch of one row, index of the last token) -> logits [vocab_size].
+      prompt: ids, [n], n >= 1.
+
+    Returns:
+      The new ids, int32 [num_tokens].
+    """
+    length = config.data.sequence_length
+    random = np.random.default_rng(config.train.seed)
+    context, made = [int(i) for i in prompt[-length // 2 :]], []
+    row = np.arange(length, dtype=np.int32)[None]
+    batch = {"positions": row, "segments": np.ones_like(row), "targets": np.full_like(row, -1)}
+    for _ in range(num_tokens):
+        if len(context) == length:
+            context = context[length - length // 2 :]
+        tokens = np.zeros_like(row)
+        tokens[0, : len(context)] = context
+        logits = next_logits(batch | {"tokens": tokens}, len(context) - 1)
+        context.append(draw(logits[: config.model.vocab_size], temperature, random))
+        made.append(context[-1])
+    return np.array(made, np.int32)

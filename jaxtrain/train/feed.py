@@ -1,0 +1,32 @@
+"""From host rows to global arrays: each process reads only the rows that its devices hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
+    """The smallest range of global rows that covers what this process's devices hold of a [B, L] batch."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    bounds = [(rows.start or 0, shape[0] if rows.stop is None else rows.stop) for rows, _ in indices if rows is not None]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def to_global(
+    batch: Mapping[str, np.ndarray], rows: slice, num_rows: int, names: tuple[str, ...], sharding: NamedSharding
+) -> dict[str, Any]:
+    """Global arrays [num_rows, L] of the named arrays, from this process's rows `rows` of them."""
+
+    def place(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(num_rows)
+            return local[start - rows.start : stop - rows.start, index[1]]
+
+        return jax.make_array_from_callback((num_rows, local.shape[1]), sharding, shard)
+
+    return {name: place(batch[name]) for name in names}
