@@ -1,0 +1,358 @@
+"""The update rule: clip to a global norm, turn gradients into a direction, decay matrices, scale by the learning rate.
+
+    parameters += -learning_rate(step) * (direction(clip(gradients)) + weight_decay * parameters)
+
+A layout never changes an update. Whatever is computed over a whole matrix (Adafactor's factors and norms, Muon's
+orthogonalisation) is computed for each layer alone, however the layers are stacked, and an empty layer slot (all zeros) gets
+the update 0. What a leaf is, is read from its logical dims, never from its name or its sizes. State is float32, also where
+parameters are bfloat16, and so are the updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxtrain.config import OptimizerConfig
+from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.sharding import Dims, is_dims
+
+PyTree = Any
+STACKING = ("chunk", "stage", "layer")
+BATCH_DIMS = (*STACKING, "experts")  # leading dims of these names hold one matrix each
+MUON_RMS = 0.2  # the root mean square of an AdamW update: arXiv:2502.16982, section 2.2
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+MUON_ITERATIONS = 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a leaf is
+
+
+@dataclass(frozen=True)
+class LeafAxes:
+    """The array axes of a parameter leaf by what they mean."""
+
+    layer: tuple[int, ...]
+    """Axes of one layer's own parameter: all but the stacking."""
+    inputs: tuple[int, ...]
+    """Axes that the matrix product sums over; empty where the leaf is no matrix."""
+    outputs: tuple[int, ...]
+    """The other axes of the matrix; empty where the leaf is no matrix."""
+    in_vocabulary: bool
+    """Whether this is an embedding table or an output head."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the leaf maps vectors to vectors. Norm scales and biases do not, those of a head [H, N] included."""
+        return bool(self.inputs)
+
+
+def leaf_axes(dims: Dims) -> LeafAxes:
+    """Reads a leaf's logical dims.
+
+    After the leading stacking dims, "head_dim" belongs to the heads before it; of what is left the last group is the output
+    and all before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is
+    [(H N), D], ("heads", "head_dim") and ("norm",) are vectors.
+    """
+    first = next((i for i, name in enumerate(dims) if name not in BATCH_DIMS), len(dims))
+    groups: list[list[int]] = []
+    for axis in range(first, len(dims)):
+        if dims[axis] == "head_dim" and groups and dims[axis - 1] in ("heads", "kv_heads"):
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    if len(groups) < 2:
+        return LeafAxes(tuple(range(first, len(dims))), (), (), "vocab" in dims)
+    outputs = tuple(groups[-1])
+    return LeafAxes(tuple(range(first, len(dims))), tuple(range(first, outputs[0])), outputs, "vocab" in dims)
+
+
+def axes_tree(dims: PyTree) -> PyTree:
+    """`leaf_axes` of every leaf of a tree of dims."""
+    return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of step s = 0, 1, ..., a float32 scalar.
+
+    With n = s + 1, peak p, warm-up w, T = total_steps and final share f, the rate is p n / w for n <= w: the first step is
+    taken at p / w, never at 0, and step w - 1 at p. After that:
+
+    - constant: p.
+    - cosine: p (f + (1 - f) (1 + cos(pi x)) / 2), x = (n - w) / (T - w) (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    - warmup_stable_decay: p, and over the last d = round(decay_fraction T) steps p (1 - (1 - f) x), x = (n - (T - d)) / d
+      (Hu et al. 2024, arXiv:2404.06395; linear decay as in Haegele et al. 2024, arXiv:2405.18392).
+    - inverse_sqrt: p sqrt(max(w, 1) / n) (Vaswani et al. 2017, arXiv:1706.03762, section 5.3).
+
+    cosine and warmup_stable_decay reach f p at step T - 1 and stay there.
+
+    Raises:
+      ExplainedError: an unknown schedule.
+    """
+    peak, final, warmup = config.peak_lr, config.final_lr_fraction, config.warmup_steps
+    decay_steps = round(config.decay_fraction * total_steps)
+
+    def cosine(n: jax.Array) -> jax.Array:
+        x = jnp.clip((n - warmup) / max(total_steps - warmup, 1), 0, 1)
+        return final + (1 - final) * (1 + jnp.cos(math.pi * x)) / 2
+
+    def stable_decay(n: jax.Array) -> jax.Array:
+        return 1 - (1 - final) * jnp.clip((n - (total_steps - decay_steps)) / max(decay_steps, 1), 0, 1)
+
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "constant": jnp.ones_like,
+        "cosine": cosine,
+        "warmup_stable_decay": stable_decay,
+        "inverse_sqrt": lambda n: jnp.sqrt(max(warmup, 1) / n),
+    }
+    if config.schedule not in shapes:
+        raise ExplainedError(f"optimizer.schedule={config.schedule!r}: {nearest(config.schedule, shapes)}")
+
+    def schedule(step: Any) -> jax.Array:
+        n = jnp.asarray(step, jnp.float32) + 1
+        return peak * jnp.where(n <= warmup, n / max(warmup, 1), shapes[config.schedule](n))
+
+    return schedule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adafactor
+
+
+class AdafactorState(NamedTuple):
+    """Second moments. Each tree has the parameters' structure, with `optax.MaskedNode()` where it has nothing to hold."""
+
+    step: jax.Array
+    """Steps taken, int32 scalar."""
+    row: PyTree
+    """Matrices: the mean over the outputs, [stacking..., inputs...]."""
+    column: PyTree
+    """Matrices: the mean over the inputs, [stacking..., outputs...]."""
+    full: PyTree
+    """Vectors: the moment itself, shaped like the parameter."""
+
+
+def scale_by_adafactor(dims: PyTree, decay: float = 0.8) -> optax.GradientTransformation:
+    """Adafactor's direction, each layer alone (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5).
+
+    With b = 1 - t^-decay, t = 1, 2, ..., and G2 = G^2 + 1e-30, for a matrix with inputs i and outputs o
+
+        R_i = b R_i + (1 - b) mean_o G2,  C_o = b C_o + (1 - b) mean_i G2,  V = R_i C_o / mean_i R_i,
+
+    for a vector V = b V + (1 - b) G2; then U = G / sqrt(V), and the direction is
+    U / max(1, RMS(U)) * max(1e-3, RMS(parameter)), with RMS over one layer's leaf. So `peak_lr` is relative to the size of a
+    parameter (the paper uses 1e-2). No first moment: beta1, beta2 and epsilon are not used.
+
+    Unlike `optax.scale_by_factored_rms`, which factors the two largest dims of a leaf where both reach 128, a matrix is what
+    its logical dims say, and is always factored.
+    """
+    axes = axes_tree(dims)
+
+    def init(params: PyTree) -> AdafactorState:
+        def zeros(keep: Callable[[LeafAxes], bool], over: Callable[[LeafAxes], tuple[int, ...]]) -> PyTree:
+            def leaf(a: LeafAxes, p: jax.Array) -> Any:
+                return jnp.zeros_like(jnp.sum(p, axis=over(a))) if keep(a) else optax.MaskedNode()
+
+            return jax.tree.map(leaf, axes, params)
+
+        return AdafactorState(
+            step=jnp.zeros((), jnp.int32),
+            row=zeros(lambda a: a.is_matrix, lambda a: a.outputs),
+            column=zeros(lambda a: a.is_matrix, lambda a: a.inputs),
+            full=zeros(lambda a: not a.is_matrix, lambda a: ()),
+        )
+
+    def update(gradients: PyTree, state: AdafactorState, params: PyTree = None) -> tuple[PyTree, AdafactorState]:
+        step = state.step + 1
+        b = 1 - step.astype(jnp.float32) ** -decay
+        leaves, structure = jax.tree.flatten(gradients)
+        trees = (axes, params, state.row, state.column, state.full)
+        results = [_adafactor_leaf(b, g, *rest) for g, *rest in zip(leaves, *map(structure.flatten_up_to, trees), strict=True)]
+        directions, *moments = (structure.unflatten(column) for column in zip(*results, strict=True))
+        return directions, AdafactorState(step, *moments)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _adafactor_leaf(
+    b: Any, gradient: jax.Array, axes: LeafAxes, parameter: jax.Array, row: Any, column: Any, full: Any
+) -> tuple[jax.Array, Any, Any, Any]:
+    """(direction, row, column, full) of one leaf."""
+    squared = jnp.square(gradient) + 1e-30
+    if axes.is_matrix:
+        row = b * row + (1 - b) * jnp.mean(squared, axes.outputs)
+        column = b * column + (1 - b) * jnp.mean(squared, axes.inputs)
+        relative_row = row / jnp.mean(row, axes.inputs, keepdims=True)  # the leading axes of a row are those of the leaf
+        # Two roots, not the root of a product: both factors may be 1e-30.
+        direction = gradient * jnp.expand_dims(relative_row**-0.5, axes.outputs) * jnp.expand_dims(column**-0.5, axes.inputs)
+    else:
+        full = b * full + (1 - b) * squared
+        direction = gradient * full**-0.5
+
+    def root_mean_square(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jnp.square(x), axes.layer, keepdims=True))
+
+    direction = direction / jnp.maximum(1.0, root_mean_square(direction))
+    return direction * jnp.maximum(1e-3, root_mean_square(parameter)), row, column, full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+class MuonState(NamedTuple):
+    """Momentum of the hidden matrices."""
+
+    step: jax.Array
+    """Steps taken, int32 scalar."""
+    momentum: PyTree
+    """Shaped like the parameters."""
+
+
+def orthogonalise(x: jax.Array) -> jax.Array:
+    """Brings the singular values of each matrix [..., rows, columns] near 1: U S V^T -> about U V^T.
+
+    X = X / |X|, then five times X = a X + (b A + c A^2) X with A = X X^T (Newton-Schulz; Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). 0 stays 0.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
+    a, b, c = MUON_COEFFICIENTS
+
+    def iterate(_: int, x: jax.Array) -> jax.Array:
+        gram = x @ x.mT
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    x = lax.fori_loop(0, MUON_ITERATIONS, iterate, x)
+    return x.mT if tall else x
+
+
+def _muon_direction(momentum: jax.Array, axes: LeafAxes) -> jax.Array:
+    shape = momentum.shape
+    rows, columns = (math.prod(shape[i] for i in group) for group in (axes.inputs, axes.outputs))
+    matrices = momentum.reshape(*shape[: axes.layer[0]], rows, columns)
+    if matrices.ndim >= 5:  # a layer at a time, so that only one layer's matrices are ever gathered
+        matrices = jax.vmap(jax.vmap(lambda layers: lax.map(orthogonalise, layers)))(matrices)
+    else:
+        matrices = orthogonalise(matrices)
+    return (MUON_RMS * math.sqrt(max(rows, columns)) * matrices).reshape(shape)
+
+
+def scale_by_muon(axes: PyTree, beta: float) -> optax.GradientTransformation:
+    """Muon's direction for matrices, each layer alone: 0.2 sqrt(max(inputs, outputs)) * orthogonalise(Nesterov momentum).
+
+    The same numbers as `optax.contrib.muon(consistent_rms=0.2)`: momentum M = beta M + (1 - beta) G, and what is
+    orthogonalised is beta M / (1 - beta^(t+1)) + (1 - beta) G / (1 - beta^t). The factor (Liu et al. 2025, arXiv:2502.16982)
+    gives updates the size of AdamW's, so that one learning rate serves both. Optax's own merges the stacking dims into one,
+    which with several chunks makes XLA gather every stage's layers onto every stage; here they stay apart.
+
+    Args:
+      axes: `leaf_axes` of every leaf of the tree that this is applied to.
+    """
+
+    def init(params: PyTree) -> MuonState:
+        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
+        del params
+        step = state.step + 1
+        t = step.astype(jnp.float32)
+        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, gradients)
+
+        def direction(m: jax.Array, g: jax.Array, a: LeafAxes) -> jax.Array:
+            return _muon_direction(beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t), a)
+
+        return jax.tree.map(direction, momentum, gradients, axes), MuonState(step, momentum)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _muon_and_adamw(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:
+    """Muon for hidden matrices; embeddings, output head, norms and biases go to Adam."""
+    axes = axes_tree(dims)
+    labels = jax.tree.map(lambda a: "muon" if a.is_matrix and not a.in_vocabulary else "adamw", axes)
+    # `optax.partition` hands on a tree with MaskedNode in place of what is not labelled so; the axes must look alike.
+    hidden = jax.tree.map(lambda a, label: a if label == "muon" else optax.MaskedNode(), axes, labels)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return optax.partition({"muon": scale_by_muon(hidden, config.beta1), "adamw": adam}, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def _direction(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:
+    rules: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        "sgd": lambda: optax.trace(config.beta1) if config.beta1 else optax.identity(),
+        "adafactor": lambda: scale_by_adafactor(dims),
+        "lion": lambda: optax.scale_by_lion(config.beta1, config.beta2),
+        "muon": lambda: _muon_and_adamw(config, dims),
+    }
+    if config.name not in rules:
+        raise ExplainedError(f"optimizer.name={config.name!r}: {nearest(config.name, rules)}")
+    return rules[config.name]()
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Computes in float32, with float32 state and updates, whatever the dtype of parameters and gradients."""
+
+    def cast(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def init(params: PyTree) -> PyTree:
+        return inner.init(cast(params))
+
+    def update(gradients: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return inner.update(cast(gradients), state, cast(params))
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformation:
+    """The whole update rule, for `optax.apply_updates`.
+
+    - adamw: M / (sqrt(V) + epsilon), both bias-corrected (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    - sgd: the gradient, or with beta1 the trace T = beta1 T + G. With beta1, clip_norm and weight_decay 0 a step is exactly
+      parameters - learning_rate * gradients.
+    - adafactor: `scale_by_adafactor`. muon: `scale_by_muon`, with adamw for all but hidden matrices.
+    - lion: sign(beta1 M + (1 - beta1) G), then M = beta2 M + (1 - beta2) G (Chen et al. 2023, arXiv:2302.06675).
+
+    Gradients whose norm over all parameters is above clip_norm are first scaled to it. Weight decay is decoupled and, as in
+    PyTorch, times the learning rate; only matrices decay (`LeafAxes.is_matrix`: embeddings and output head too).
+
+    Args:
+      total_steps: optimizer steps in the whole run.
+      dims: the parameter tree with a tuple of logical dim names for each leaf; stacked leaves begin with STACKING.
+
+    Returns:
+      A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, in trees of the
+      parameters' structure and, but for Adafactor's rows and columns, of their shapes.
+
+    Raises:
+      ExplainedError: an unknown optimizer or schedule.
+    """
+    decays = jax.tree.map(lambda a: a.is_matrix, axes_tree(dims))
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity()
+    return in_float32(
+        optax.named_chain(
+            ("clip", clip),
+            (config.name, _direction(config, dims)),
+            ("decay", decay),
+            ("learning_rate", optax.scale_by_learning_rate(make_schedule(config, total_steps))),
+        )
+    )
