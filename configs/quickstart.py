@@ -34,7 +34,7 @@ def get_config() -> Config:
             remat="none",
             log_every=10,
             validate_every=100,
-            validate_batches=8,
+            validate_batches=0,
             sample_tokens=200,
         ),
         checkpoint=CheckpointConfig(every=250),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
+from jaxtrain.hardware import find_chip
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
 UNBUILT_AXES = ("replica", "expert", "context")
@@ -63,7 +64,7 @@ class ModelConfig:
     """Width of one head, d_k of the attention formula; even, for RoPE."""
     mlp_dim: int = 1024
     """Hidden width of the SwiGLU block."""
-    vocab_size: int = 256
+    vocab_size: int = 257
     """Number of token ids. Stored padded up to a multiple of 128; the padding is masked in the loss, never exported."""
     rope_theta: float = 10_000.0
     """Base of the RoPE wavelengths."""
@@ -473,8 +474,14 @@ def _other_problems(config: Config) -> list[str]:
             problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
         elif int(size) > config.model.vocab_size:
             problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
-    if config.telemetry.profile and not re.fullmatch(r"\d+:\d+", config.telemetry.profile):
+    window = re.fullmatch(r"(\d+):(\d+)", config.telemetry.profile)
+    if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
         problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
+    if config.telemetry.hardware != "auto":
+        try:
+            find_chip(config.telemetry.hardware)
+        except ExplainedError as error:
+            problems.append(str(error))
     if not re.fullmatch(r"[\w.+-]+", config.name):
         problems.append(f"name={config.name!r}: use letters, digits and . _ + - only")
     return problems

@@ -22,6 +22,8 @@ from jaxtrain.parallel.pipeline_schedule import IDLE, Run, Schedule, Slots, allo
 from jaxtrain.sharding import shift, vary
 
 PyTree = Any
+Weights = tuple[PyTree, PyTree]
+"""(master, compute)"""
 
 
 class Functions(NamedTuple):
@@ -30,11 +32,11 @@ class Functions(NamedTuple):
     Every result is typed as varying over all mesh axes, except the loss, which may be equal on some of them.
     """
 
-    embed: Callable[[tuple, PyTree], jax.Array]
+    embed: Callable[[Weights, PyTree], jax.Array]
     """(outer, microbatch) -> x, the input of part 0."""
-    layers: Callable[[tuple, jax.Array, PyTree, jax.Array], jax.Array]
+    layers: Callable[[Weights, jax.Array, PyTree, jax.Array], jax.Array]
     """(layers of one chunk, x, microbatch, chunk) -> x, through one part of the layer stack."""
-    loss: Callable[[tuple, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+    loss: Callable[[Weights, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     """(outer, x, microbatch) -> (this device's share of the loss, sums to report)."""
 
 
@@ -91,10 +93,10 @@ class _Residuals:
         self.tree: Any = None
         self.parameter_of: list[int | None] = []
 
-    def forward(self, layers: tuple, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def forward(self, layers: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """y, and what must be stored until the backward."""
 
-        def part(layers: tuple, x: jax.Array) -> jax.Array:
+        def part(layers: Weights, x: jax.Array) -> jax.Array:
             return self.functions.layers(layers, x, microbatch, chunk)
 
         y, closure = jax.vjp(part, layers, x)
@@ -103,7 +105,7 @@ class _Residuals:
         self.parameter_of = [place.get(id(leaf)) for leaf in leaves]
         return y, [leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None]
 
-    def backward(self, layers: tuple, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
+    def backward(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
         """(gradients of the part's master parameters, gradient of its input)."""
         parameters, rest = jax.tree.leaves(layers), iter(stored)
         leaves = [next(rest) if i is None else parameters[i] for i in self.parameter_of]
@@ -125,10 +127,10 @@ class _Pass:
     residuals: _Residuals
 
     @property
-    def outer(self) -> tuple:
+    def outer(self) -> Weights:
         return self.master.outer, self.compute.outer
 
-    def layers(self, chunk: jax.Array) -> tuple:
+    def layers(self, chunk: jax.Array) -> Weights:
         return _index(self.master.layers, chunk), _index(self.compute.layers, chunk)
 
     def is_first(self, chunk: jax.Array) -> jax.Array:
