@@ -19,9 +19,9 @@ from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, blockwise_attention
 
 BACKENDS = ("reference", "blockwise", "cudnn")
-# Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens, float32):
-# 0.97 at length 128, 1.40 at 256, 0.68 at 512, 0.32 at 1024, 0.42 at 2048; bfloat16 1.40, 1.80, 0.79, 0.75, 0.40.
-# `pytest tests/ops/test_attention_blockwise.py -m slow -s` prints them again.
+# Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens): float32
+# 0.99 at length 128, 0.91 at 256, 0.52 at 512, 0.39 at 1024, 0.48 at 2048; bfloat16 1.26, 1.03, 0.55, 0.50, 0.37.
+# Printed by `pytest tests/ops/test_attention_blockwise.py -m slow -s`.
 BLOCKWISE_FROM_LENGTH = 512
 CUDNN_LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
 # The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` spares the

@@ -70,7 +70,7 @@ def with_gradients(q, k, v, do, segments, backend, block_size=None):
     return o, *pull(do)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     backend=st.sampled_from(["reference", "blockwise"]),
     seed=st.integers(0, 2**16),
