@@ -130,7 +130,7 @@ def from_canonical(config: Config, canonical: PyTree, dims: PyTree) -> PyTree:
         if dims[:3] == decoder.STACKED:
             return stacking.stack(value)
         padding = [(0, model.padded_vocab_size - model.vocab_size if name == "vocab" else 0) for name in dims]
-        return jnp.pad(value, padding)
+        return jnp.pad(value, padding) if padding else value
 
     return jax.tree.map(leaf, dims, canonical, is_leaf=is_dims)
 
