@@ -15,7 +15,7 @@ def get_config() -> Config:
     return Config(
         name="quickstart",
         model=ModelConfig(
-            num_layers=3,
+            num_layers=2,
             embed_dim=192,
             num_heads=3,
             num_kv_heads=3,
@@ -27,15 +27,14 @@ def get_config() -> Config:
             qk_norm=True,
         ),
         data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=256),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=30, weight_decay=0.1),
+        optimizer=OptimizerConfig(name="muon", peak_lr=6e-3, warmup_steps=30),
         train=TrainConfig(
-            steps=500,
-            global_batch_size=16,
+            steps=600,
+            global_batch_size=4,
             remat="none",
-            log_every=10,
-            validate_every=100,
-            validate_batches=0,
+            log_every=20,
+            validate_every=150,
             sample_tokens=200,
         ),
-        checkpoint=CheckpointConfig(every=250),
+        checkpoint=CheckpointConfig(every=200),
     )

@@ -185,9 +185,8 @@ def main(draws: int | None) -> None:
         worst.setdefault(" x ".join(axes), []).append(errors)
         print(f"{i + 1}/{len(layouts)} {layout} {errors}", file=sys.stderr, flush=True)
         jax.clear_caches()
-    print(
-        "| axes above 1 | layouts | same initial bits | loss | worst gradient leaf | 10-step loss curve |\n|---|---|---|---|---|---|"
-    )
+    print("| axes above 1 | layouts | same initial bits | loss | worst gradient leaf | 10-step loss curve |")
+    print("|---|---|---|---|---|---|")
     for axes, errors in sorted(worst.items(), key=lambda item: (item[0].count("x"), item[0])):
         same = "yes" if all(e.same_start for e in errors) else "NO"
         figures = " | ".join(f"{max(getattr(e, name) for e in errors):.1e}" for name in ("loss", "gradient", "curve"))

@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
+from jaxtrain.ops.attention import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.losses import cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
@@ -46,14 +47,24 @@ def canonical_dims(config: ModelConfig) -> PyTree:
 
 
 def initialize(config: ModelConfig, key: jax.Array) -> PyTree:
-    """Canonical parameters. A layer's are a function of the key and the layer's number alone, whatever the mesh."""
+    """Parameters with layers as [num_layers, ...]. A layer's are a function of the key and its number alone.
+
+    The vocabulary's padding is zero, as it is after a checkpoint, which does not hold it.
+    """
 
     def build(module: type[nnx.Module], key: jax.Array) -> PyTree:
         return nnx.to_pure_dict(nnx.state(module(config, nnx.Rngs(params=key)), nnx.Param))  # type: ignore[call-arg]
 
+    def clear_padding(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
+        if "vocab" not in dims:
+            return value
+        ids = lax.broadcasted_iota(jnp.int32, value.shape, dims.index("vocab"))
+        return jnp.where(ids < config.vocab_size, value, 0)
+
     outer_key, layers_key = jax.random.split(key)
     layer_keys = jax.vmap(lambda i: jax.random.fold_in(layers_key, i))(jnp.arange(config.num_layers))
-    return {"outer": build(Outer, outer_key), "layers": jax.vmap(lambda key: build(Layer, key))(layer_keys)}
+    outer = jax.tree.map(clear_padding, _dims(Outer, config), build(Outer, outer_key), is_leaf=is_dims)
+    return {"outer": outer, "layers": jax.vmap(lambda key: build(Layer, key))(layer_keys)}
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
@@ -83,14 +94,20 @@ def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
     """
     if train.remat == "full":
         return None
-    if train.remat == "named":
-        return jax.checkpoint_policies.save_only_these_names(*train.remat_save)
     if train.remat == "none":
         return lambda primitive, *_, **__: primitive.name != "all_gather"
-    weight_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint_policies.save_from_both_policies(
-        weight_matmuls, jax.checkpoint_policies.save_only_these_names("attention")
-    )
+    names = train.remat_save if train.remat == "named" else ("attention",)
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+        # A name cannot reach into cuDNN's forward kernel, so keeping its result takes the primitive too.
+        if primitive.name == CUDNN_FORWARD_PRIMITIVE:
+            return "attention" in names
+        if train.remat == "dots" and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
+            return True
+        return by_name(primitive, *avals, **parameters)
+
+    return keep
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxtrain.parallel.pipeline_schedule import IDLE, Run, Schedule, Slots, allocate_slots, cut_into_runs
-from jaxtrain.sharding import shift, vary
+from jaxtrain.sharding import shift, vary, varying_axes
 
 PyTree = Any
 Weights = tuple[PyTree, PyTree]
@@ -77,9 +77,13 @@ def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
     return jax.tree.map(lambda a: vary(jnp.zeros(lead + a.shape, dtype or a.dtype)), tree)
 
 
-def _when(pattern: str, predicate: jax.Array, do: Callable, otherwise: Callable, carry: PyTree) -> PyTree:
-    """`do(carry)` where the predicate holds, without a conditional where the table says that it always does."""
-    return do(carry) if pattern == "all" else lax.cond(predicate, do, otherwise, carry)
+def _when(pattern: str, predicate: jax.Array, do: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
+    """`do()` where the predicate holds, without a conditional where the table says that it always does.
+
+    Buffers must not go through a conditional: XLA copies what a branch only hands on (seen in the CUDA program: the whole
+    ring of residuals, twice a tick). So a branch returns what it computed, or zeros, and the buffers are written outside.
+    """
+    return do() if pattern == "all" else lax.cond(predicate, do, otherwise)
 
 
 class _Residuals:
@@ -103,14 +107,22 @@ class _Residuals:
         leaves, self.tree = jax.tree.flatten(closure)
         place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(layers))}
         self.parameter_of = [place.get(id(leaf)) for leaf in leaves]
-        return y, [leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None]
+        return y, vary([leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None])
 
     def backward(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
         """(gradients of the part's master parameters, gradient of its input)."""
         parameters, rest = jax.tree.leaves(layers), iter(stored)
         leaves = [next(rest) if i is None else parameters[i] for i in self.parameter_of]
         (master, _), dx = jax.tree.unflatten(self.tree, leaves)(gradient)
-        return master, dx
+        return vary((master, dx))
+
+
+class _Shapes(NamedTuple):
+    """Abstract values: of a boundary activation, of the sums to report, of what F stores for B."""
+
+    x: Any
+    sums: Any
+    stored: Any
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,7 @@ class _Pass:
     microbatches: PyTree
     stage: jax.Array
     residuals: _Residuals
+    shapes: _Shapes
 
     @property
     def outer(self) -> Weights:
@@ -150,36 +163,35 @@ def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> 
     return _when(
         run.ends,
         run.is_first(row["forward_chunk"]),
-        lambda _: vary(run.functions.embed(run.outer, microbatch)),
-        lambda buffer: _index(buffer, row["activation_read"]),
-        activation,
+        lambda: vary(run.functions.embed(run.outer, microbatch)),
+        lambda: _index(activation, row["activation_read"]),
     )
 
 
-def _loss_pass(run: _Pass, carry: dict, y: jax.Array, microbatch: PyTree) -> tuple[dict, jax.Array]:
-    """Adds the loss and the gradients of the outer parameters; returns the gradient of y too."""
+def _loss_pass(run: _Pass, y: jax.Array, microbatch: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
+    """(sums to report, gradients of the outer parameters, gradient of y)"""
     master, compute = run.outer
 
     def loss(master: PyTree, y: jax.Array) -> tuple[jax.Array, PyTree]:
         return run.functions.loss((master, compute), y, microbatch)
 
     value, closure, sums = jax.vjp(loss, master, y, has_aux=True)
-    outer, dy = closure(vary(jnp.ones((), value.dtype), jax.typeof(value).manual_axis_type.varying))
-    return carry | {"outer": _add(carry["outer"], outer), "sums": _add(carry["sums"], sums)}, dy
+    # A gradient that is zero whatever the input comes typed as equal everywhere: hence the `vary` here and elsewhere.
+    outer, dy = closure(vary(jnp.ones((), value.dtype), tuple(varying_axes(value))))
+    return vary((sums, outer, dy))
 
 
-def _backward_pass(run: _Pass, carry: dict, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[dict, jax.Array]:
-    """Adds the gradients of one part (and of the embedding, on part 0); returns the gradient of the part's input too."""
+def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
+    """(gradients of one part's layers, of the outer parameters through the embedding on part 0, of the part's input)"""
     chunk, microbatch = row["backward_chunk"], _index(run.microbatches, row["backward_microbatch"])
     layers, dx = run.residuals.backward(run.layers(chunk), stored, gradient)
     master, compute = run.outer
 
-    def embed_backward(outer: PyTree) -> PyTree:
+    def embed_backward() -> PyTree:
         _, closure = jax.vjp(lambda master: vary(run.functions.embed((master, compute), microbatch)), master)
-        return _add(outer, closure(dx)[0])
+        return vary(closure(dx)[0])
 
-    outer = _when(run.ends, run.is_first(chunk), embed_backward, lambda outer: outer, carry["outer"])
-    return carry | {"layers": _add_at(carry["layers"], layers, chunk), "outer": outer}, dx
+    return layers, _when(run.ends, run.is_first(chunk), embed_backward, lambda: _zeros(master)), dx
 
 
 def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
@@ -187,43 +199,62 @@ def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
     microbatch = _index(run.microbatches, row["forward_microbatch"])
     x = vary(run.functions.embed(run.outer, microbatch))
     y, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
-    carry, gradient = _loss_pass(run, carry, y, microbatch)
-    return _backward_pass(run, carry, row, stored, gradient)[0]
+    sums, outer, dy = _loss_pass(run, y, microbatch)
+    layers, outer_embed, _ = _backward_pass(run, row, stored, dy)
+    return {
+        "sums": _add(carry["sums"], sums),
+        "outer": _add(_add(carry["outer"], outer), outer_embed),
+        "layers": _add_at(carry["layers"], layers, row["backward_chunk"]),
+    }
 
 
-def _forward_and_store(run: _Pass, carry: dict, row: dict) -> tuple[dict, jax.Array]:
-    microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
-    x = _input(run, row, carry["activation"], microbatch)
-    y, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
-    carry = carry | {"residual": _write(carry["residual"], stored, row["residual_write"])}
+def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dict, jax.Array]:
+    """F of this tick, and the loss after the last part; returns what goes to the next part too."""
+    idle = _zeros((run.shapes.sums, run.master.outer, run.shapes.x))
 
-    def loss_and_store(carry: dict) -> dict:
-        carry, dy = _loss_pass(run, carry, y, microbatch)
-        return carry | {"gradient": _write(carry["gradient"], dy, row["gradient_write_loss"])}
+    def forward() -> tuple:
+        microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+        x = _input(run, row, carry["activation"], microbatch)
+        y, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
+        return y, stored, _when(run.ends, run.is_last(chunk), lambda: _loss_pass(run, y, microbatch), lambda: idle)
 
-    return _when(run.ends, run.is_last(chunk), loss_and_store, lambda carry: carry, carry), y
+    doing = row["forward_microbatch"] != IDLE
+    # An idle stage writes back what its slot holds, so that no slot is spent on it (dynamic indices clamp to the last slot).
+    y, stored, (sums, outer, dy) = _when(
+        pattern, doing, forward, lambda: (idle[2], _index(carry["residual"], row["residual_write"]), idle)
+    )
+    return carry | {
+        "sums": _add(carry["sums"], sums),
+        "outer": _add(carry["outer"], outer),
+        "residual": _write(carry["residual"], stored, row["residual_write"]),
+        "gradient": _write(carry["gradient"], dy, row["gradient_write_loss"]),
+    }, y
+
+
+def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dict, jax.Array]:
+    """B of this tick; returns what goes back to the part before too."""
+
+    def backward() -> tuple:
+        stored = _index(carry["residual"], row["residual_read"])
+        return _backward_pass(run, row, stored, _index(carry["gradient"], row["gradient_read"]))
+
+    doing = row["backward_microbatch"] != IDLE
+    part = _index(run.master.layers, 0)
+    layers, outer, dx = _when(pattern, doing, backward, lambda: _zeros((part, run.master.outer, run.shapes.x)))
+    return carry | {
+        "layers": _add_at(carry["layers"], layers, row["backward_chunk"]),
+        "outer": _add(carry["outer"], outer),
+    }, dx
 
 
 def _tick(run: _Pass, patterns: Run, carry: dict, row: dict) -> dict:
-    """F, send on, B, send back; either is conditional where only some stages do it."""
-    idle = vary(jnp.zeros(carry["activation"].shape[1:], carry["activation"].dtype))
-    y = dx = idle
+    """F, send on, B, send back."""
+    arrived = None
     if patterns.forward != "no":
-        carry, y = _when(
-            patterns.forward,
-            row["forward_microbatch"] != IDLE,
-            lambda carry: _forward_and_store(run, carry, row),
-            lambda carry: (carry, idle),
-            carry,
-        )
-    arrived = shift(y, "pipe", +1) if patterns.forward != "no" else None
+        carry, y = _forward_tick(run, patterns.forward, carry, row)
+        arrived = shift(y, "pipe", +1)
     if patterns.backward != "no":
-
-        def backward(carry: dict) -> tuple[dict, jax.Array]:
-            stored = _index(carry["residual"], row["residual_read"])
-            return _backward_pass(run, carry, row, stored, _index(carry["gradient"], row["gradient_read"]))
-
-        carry, dx = _when(patterns.backward, row["backward_microbatch"] != IDLE, backward, lambda carry: (carry, idle), carry)
+        carry, dx = _backward_tick(run, patterns.backward, carry, row)
         carry = carry | {"gradient": _write(carry["gradient"], shift(dx, "pipe", -1), row["gradient_write"])}
     if arrived is not None:
         carry = carry | {"activation": _write(carry["activation"], arrived, row["activation_write"])}
@@ -260,10 +291,18 @@ def _run_table(run: _Pass, tick: Callable[[Run, dict, dict], dict], carry: dict)
 
 
 def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> _Pass:
-    stage = lax.axis_index("pipe")
-    slots = allocate_slots(schedule)
     master, compute, microbatches = vary((master, compute, microbatches))
-    return _Pass(functions, schedule, slots, master, compute, microbatches, stage, _Residuals(functions))
+    first, chunk = _index(microbatches, 0), jnp.zeros((), jnp.int32)
+    outer, layers = (master.outer, compute.outer), (_index(master.layers, chunk), _index(compute.layers, chunk))
+    residuals = _Residuals(functions)
+    x = jax.eval_shape(lambda: vary(functions.embed(outer, first)))
+    sums = jax.eval_shape(lambda x: functions.loss(outer, x, first)[1], x)
+    stored = []
+    if (schedule.backward_microbatch != IDLE).any():
+        stored = jax.eval_shape(lambda x: residuals.forward(layers, x, first, chunk)[1], x)
+    shapes = _Shapes(x, sums, stored)
+    slots, stage = allocate_slots(schedule), lax.axis_index("pipe")
+    return _Pass(functions, schedule, slots, master, compute, microbatches, stage, residuals, shapes)
 
 
 def loss_and_gradients(
@@ -274,24 +313,18 @@ def loss_and_gradients(
     Leaves of `microbatches` are [microbatches, ...]. Gradients are float32.
     """
     run = _begin(functions, schedule, master, compute, microbatches)
-    first = _index(run.microbatches, 0)
-    x = jax.eval_shape(lambda: vary(functions.embed(run.outer, first)))
-    sums = jax.eval_shape(lambda x: functions.loss(run.outer, x, first)[1], x)
     carry = {
         "outer": _zeros(run.master.outer, jnp.float32),
         "layers": _zeros(run.master.layers, jnp.float32),
-        "sums": _zeros(sums),
+        "sums": _zeros(run.shapes.sums),
     }
-    paired = (schedule.forward_microbatch == schedule.backward_microbatch).all() and schedule.parts == 1
-    if paired:
+    if schedule.parts == 1 and (schedule.forward_microbatch == schedule.backward_microbatch).all():
         carry = _run_table(run, lambda patterns, carry, row: _tick_at_once(run, carry, row), carry)
     else:
-        chunk = jnp.zeros((), jnp.int32)
-        _, stored = jax.eval_shape(lambda x: run.residuals.forward(run.layers(chunk), x, first, chunk), x)
         carry |= {
-            "activation": _zeros(x, slots=run.slots.activation_count + 1),
-            "gradient": _zeros(x, slots=run.slots.gradient_count + 1),
-            "residual": _zeros(stored, slots=run.slots.residual_count),
+            "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1),
+            "gradient": _zeros(run.shapes.x, slots=run.slots.gradient_count + 1),
+            "residual": _zeros(run.shapes.stored, slots=run.slots.residual_count + 1),
         }
         carry = _run_table(run, lambda patterns, carry, row: _tick(run, patterns, carry, row), carry)
     return carry["sums"], Parameters(carry["outer"], carry["layers"])
@@ -300,30 +333,19 @@ def loss_and_gradients(
 def forward(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> PyTree:
     """The sums of `functions.loss` over all microbatches, this device's share; `schedule` holds forwards only."""
     run = _begin(functions, schedule, master, compute, microbatches)
-    first = _index(run.microbatches, 0)
-    x = jax.eval_shape(lambda: vary(functions.embed(run.outer, first)))
-    sums = jax.eval_shape(lambda x: functions.loss(run.outer, x, first)[1], x)
-    carry = {"sums": _zeros(sums), "activation": _zeros(x, slots=run.slots.activation_count + 1)}
-    idle = _zeros(x)
-
-    def part(carry: dict, row: dict) -> tuple[dict, jax.Array]:
-        microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
-        x = _input(run, row, carry["activation"], microbatch)
-        y = functions.layers(run.layers(chunk), x, microbatch, chunk)
-
-        def report(carry: dict) -> dict:
-            return carry | {"sums": _add(carry["sums"], functions.loss(run.outer, y, microbatch)[1])}
-
-        return _when(run.ends, run.is_last(chunk), report, lambda carry: carry, carry), y
+    carry = {"sums": _zeros(run.shapes.sums), "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1)}
+    idle = _zeros((run.shapes.x, run.shapes.sums))
 
     def tick(patterns: Run, carry: dict, row: dict) -> dict:
-        carry, y = _when(
-            patterns.forward,
-            row["forward_microbatch"] != IDLE,
-            lambda carry: part(carry, row),
-            lambda carry: (carry, idle),
-            carry,
-        )
-        return carry | {"activation": _write(carry["activation"], shift(y, "pipe", +1), row["activation_write"])}
+        def part() -> tuple[jax.Array, PyTree]:
+            microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+            x = _input(run, row, carry["activation"], microbatch)
+            y = functions.layers(run.layers(chunk), x, microbatch, chunk)
+            last = run.is_last(chunk)
+            return y, _when(run.ends, last, lambda: functions.loss(run.outer, y, microbatch)[1], lambda: idle[1])
+
+        y, sums = _when(patterns.forward, row["forward_microbatch"] != IDLE, part, lambda: idle)
+        arrived = _write(carry["activation"], shift(y, "pipe", +1), row["activation_write"])
+        return {"sums": _add(carry["sums"], sums), "activation": arrived}
 
     return _run_table(run, tick, carry)["sums"]

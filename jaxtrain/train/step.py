@@ -107,7 +107,6 @@ def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
         metrics, gradients = loss_and_gradients(state["params"], batch)
         with jax.named_scope("optimizer"):
             metrics["grad_norm"] = optax.global_norm(gradients)
-            gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state["params"])
             updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
             params = optax.apply_updates(state["params"], updates)
         return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
