@@ -1,0 +1,190 @@
+"""`python -m jaxtrain.bench --config=configs/125m.py`: measures the compiled train step on the devices at hand.
+
+Prints a small table and one JSON line. Data is synthetic, nothing is saved. Bare steps (the compiled program alone, the same
+batch again and again) and loop steps (reading, placing and packing batches, metrics, log files) take turns in one process, so
+that a noisy machine disturbs both alike; the host overhead is the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import Config, DataSource, parse_command_line, validate
+from jaxtrain.main import explained
+
+DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."
+WARM_UP_STEPS = 3
+STEPS_PER_ROUND = 5
+ROUNDS = 6
+MOST_SECONDS = 240.0
+PyTree = Any
+
+
+def bench_config(config: Config) -> Config:
+    """The config with synthetic data and nothing that interrupts the steps."""
+    train = dataclasses.replace(config.train, validate_every=0, sample_tokens=0, log_every=1)
+    data = dataclasses.replace(config.data, sources=(DataSource(kind="synthetic"),))
+    return dataclasses.replace(config, train=train, data=data)
+
+
+class Bench:
+    """The compiled step of a valid config with a state to run it on."""
+
+    def __init__(self, config: Config):
+        import jax
+
+        from jaxtrain.data.pipeline import open_data
+        from jaxtrain.hardware import resolve_chip
+        from jaxtrain.mesh import make_mesh
+        from jaxtrain.models.decoder import parameter_dims
+        from jaxtrain.telemetry.clock import Work
+        from jaxtrain.train.optimizer import make_optimizer
+        from jaxtrain.train.state import create_state
+        from jaxtrain.train.step import batch_sharding, choose_attention, compile_train_step
+
+        self.config, self.mesh = config, make_mesh(config.mesh)
+        self.backend, self.why = choose_attention(config, self.mesh)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+        self.data, self.sharding = open_data(config), batch_sharding(self.mesh)
+        started = time.perf_counter()
+        self.step = compile_train_step(config, self.mesh, optimizer, self.backend)
+        self.compile_seconds = time.perf_counter() - started
+        self.state = create_state(config, self.mesh, optimizer)
+        chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
+        self.work = Work.of(config, self.mesh.devices.size, chip)
+
+    @property
+    def rows(self) -> slice:
+        """This process's rows of a batch."""
+        from jaxtrain.train.feed import owned_rows
+
+        return owned_rows(self.sharding, (self.config.train.global_batch_size, self.config.data.sequence_length))
+
+    def place(self, batch: Any) -> PyTree:
+        """A host batch of this process's rows as global arrays."""
+        from jaxtrain.train.feed import to_global
+        from jaxtrain.train.step import batch_names
+
+        return to_global(batch, self.rows, self.config.train.global_batch_size, batch_names(self.config), self.sharding)
+
+    def bare_steps(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
+        import jax
+
+        batch = self.place(self.data.train_batch(0, self.rows))
+        jax.block_until_ready(batch)
+        seconds, last, before = [], None, time.perf_counter()
+        for _ in range(count + 1):
+            self.state, metrics = self.step(self.state, batch)
+            if last is not None:
+                jax.block_until_ready(last)
+                now = time.perf_counter()
+                seconds.append(now - before)
+                before = now
+            last = metrics
+        jax.block_until_ready(last)
+        return seconds
+
+    def loop_steps(self, count: int, directory: Path) -> list[float]:
+        """Seconds of each of `count` steps of the training loop with its data, clock, progress and log files."""
+        import jax
+
+        from jaxtrain.telemetry.clock import StepClock
+        from jaxtrain.telemetry.metrics import MetricsLog
+        from jaxtrain.telemetry.progress import PlainProgress
+        from jaxtrain.train.hooks import Logging
+        from jaxtrain.train.loop import Hook, Loop
+
+        class Stopwatch(Hook):
+            """Notes when each step's metrics were there."""
+
+            def __init__(self) -> None:
+                self.times = [time.perf_counter()]
+
+            def metrics_read(self, step: int, metrics: PyTree) -> None:
+                self.times.append(time.perf_counter())
+
+        stopwatch = Stopwatch()
+        clock = StepClock(self.work, count + 1)
+        with MetricsLog(directory) as log, self.data.train_batches(0, self.rows) as batches:
+            progress = PlainProgress(count + 1, io.StringIO())
+            hooks = [stopwatch, Logging(log, progress, clock, lambda _: 0.0, 1, 1, count + 1)]
+            next_batch: Callable[[], PyTree] = lambda: self.place(next(batches))  # noqa: E731
+            loop = Loop(self.step, next_batch, jax.block_until_ready, hooks, self.state, 0, count + 1)
+            loop.run()
+        self.state = loop.state
+        # The first step waits for the reader to start, and the last one has nothing behind it.
+        return [after - before for before, after in zip(stopwatch.times[1:-1], stopwatch.times[2:], strict=True)]
+
+    def report(self) -> dict[str, Any]:
+        """Runs bare and loop rounds in turn, and says everything that was measured."""
+        import jax
+        import numpy as np
+
+        from jaxtrain.mesh import describe_mesh
+        from jaxtrain.telemetry.clock import memory_row
+
+        self.bare_steps(WARM_UP_STEPS)
+        bare, loop, started = [], [], time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            for round_number in range(ROUNDS):
+                bare += self.bare_steps(STEPS_PER_ROUND)
+                loop += self.loop_steps(STEPS_PER_ROUND, Path(directory) / str(round_number))
+                if time.perf_counter() - started > MOST_SECONDS:
+                    break
+        median = float(np.median(bare))
+        analysis = self.step.memory_analysis()
+        return {
+            "config": self.config.name,
+            "mesh": describe_mesh(self.mesh),
+            "jax": jax.__version__,
+            "attention": self.backend,
+            "sequence_length": self.config.data.sequence_length,
+            "global_batch_size": self.config.train.global_batch_size,
+            "compile_seconds": self.compile_seconds,
+            "steps_measured": len(bare),
+            "step_seconds": median,
+            "step_seconds_p10": float(np.percentile(bare, 10)),
+            "step_seconds_p90": float(np.percentile(bare, 90)),
+            **self.work.throughput(self.work.tokens_per_step / median),
+            "host_overhead": float(np.median(loop)) / median - 1,
+            "state_bytes": analysis.argument_size_in_bytes,
+            "working_bytes": analysis.temp_size_in_bytes,
+            **memory_row(),
+        }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines for a person."""
+
+    def text(value: Any) -> str:
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    width = max(map(len, report))
+    return "\n".join(f"{name:<{width}}  {text(value)}" for name, value in report.items())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses, measures, prints; returns the exit code."""
+    config = parse_command_line(arguments, DESCRIPTION, "python -m jaxtrain.bench")
+
+    import jax
+
+    # No compilation cache here: compile_seconds is that of a first run.
+    config = validate(bench_config(config), jax.device_count())
+    report = Bench(config).report()
+    print(table(report))
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(explained(lambda: main(sys.argv[1:])))

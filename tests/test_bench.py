@@ -1,0 +1,22 @@
+"""The bench on a tiny model: what it reports, not how fast."""
+
+import json
+from dataclasses import replace
+
+from jaxtrain import bench
+from tests.layouts import BASE
+
+
+def test_reports_what_the_issue_names(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    report = bench.Bench(bench.bench_config(replace(BASE, name="tiny"))).report()
+    assert report["steps_measured"] == bench.STEPS_PER_ROUND
+    assert 0 < report["step_seconds_p10"] <= report["step_seconds"] <= report["step_seconds_p90"]
+    tokens = BASE.train.global_batch_size * BASE.data.sequence_length
+    assert abs(report["tokens_per_second"] * report["step_seconds"] / tokens - 1) < 1e-9
+    assert report["tflops_per_second_per_device_full"] > report["tflops_per_second_per_device_causal"] > 0
+    assert report["compile_seconds"] > 0
+    assert report["host_overhead"] > -1
+    assert report["state_bytes"] > 0
+    assert json.loads(json.dumps(report)) == report
+    assert len(bench.table(report).splitlines()) == len(report)
