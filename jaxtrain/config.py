@@ -14,7 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.hardware import find_chip
@@ -344,25 +345,31 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
 
 def _type_problems(value: Any, path: str = "") -> list[str]:
     """Values whose type or choice is not what the field declares (a config file is Python, and may hold anything)."""
-    problems = []
     hints = get_type_hints(type(value))
-    for f in dataclasses.fields(value):
-        child, name, hint = getattr(value, f.name), f"{path}{f.name}", hints[f.name]
-        choices = get_args(hint) if str(hint).startswith("typing.Literal") else ()
-        if dataclasses.is_dataclass(child):
-            problems += _type_problems(child, name + ".")
-        elif choices:
-            if child not in choices:
-                problems.append(f"{name}={child!r}: {nearest(str(child), choices)}")
-        elif hint is bool or hint is str:
-            if not isinstance(child, hint):
-                problems.append(f"{name}={child!r} is not a {hint.__name__}")
-        elif hint is int:
-            if not isinstance(child, int) or isinstance(child, bool):
-                problems.append(f"{name}={child!r} is not a whole number")
-        elif hint is float and (not isinstance(child, (int, float)) or isinstance(child, bool) or not math.isfinite(child)):
-            problems.append(f"{name}={child!r} is not a finite number")
-    return problems
+    names = [f.name for f in dataclasses.fields(value)]
+    return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
+
+
+def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
+    """`_type_problems` of one field."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return [] if value in arguments else [f"{name}={value!r}: {nearest(str(value), arguments)}"]
+    if kind is UnionType:  # X | None
+        return [] if value is None else _field_problems(value, arguments[0], name)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return [f"{name}={value!r} is not a tuple"]
+        return [problem for i, item in enumerate(value) for problem in _field_problems(item, arguments[0], f"{name}.{i}")]
+    if dataclasses.is_dataclass(hint):
+        return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
+    if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
+        return [f"{name}={value!r} is not a whole number"]
+    if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+        return [f"{name}={value!r} is not a finite number"]
+    if hint in (bool, str) and not isinstance(value, hint):
+        return [f"{name}={value!r} is not a {hint.__name__}"]
+    return []
 
 
 _AT_LEAST_ONE = (
@@ -378,6 +385,8 @@ _AT_LEAST_ZERO = (
 _ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon".split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction".split()
 _DECAYS = "optimizer.beta1 optimizer.beta2".split()
+# Divisibility is only judged where these are in range.
+_SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
 
 
 def _range_problems(config: Config) -> list[str]:
@@ -405,16 +414,16 @@ def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
     if model.head_dim % 2:
         problems.append(f"model.head_dim={model.head_dim} is odd, but RoPE turns pairs; use {model.head_dim + 1}")
     tensor, fsdp = mesh.tensor, mesh.fsdp
+    cut = math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim, model.padded_vocab_size)
+    fits = _or([d for d in divisors(cut) if d <= 64])
     for name in ("num_heads", "num_kv_heads", "mlp_dim"):
         size = getattr(model, name)
         if tensor > 0 and size % tensor:
-            fits = [d for d in divisors(math.gcd(model.num_heads, model.num_kv_heads)) if d <= 64]
-            problems.append(f"mesh.tensor={tensor} does not divide model.{name}={size}; use {_or(fits)}")
+            problems.append(f"mesh.tensor={tensor} does not divide model.{name}={size}; use {fits}")
     if tensor > 0 and model.padded_vocab_size % tensor:
-        fits = [d for d in divisors(model.padded_vocab_size) if d <= 64]
         problems.append(
             f"mesh.tensor={tensor} does not divide the padded vocabulary of {model.padded_vocab_size} "
-            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {_or(fits)}"
+            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {fits}"
         )
     if fsdp > 0 and model.embed_dim % fsdp:
         problems.append(
@@ -459,8 +468,15 @@ def _other_problems(config: Config) -> list[str]:
     problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
     if not config.data.sources:
         problems.append("data.sources is empty; give at least one source")
+    scaling = config.model.rope_scaling
+    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor < scaling.high_frequency_factor):
+        problems.append(
+            f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
+            f"{scaling.low_frequency_factor} between 0 and high_frequency_factor={scaling.high_frequency_factor}"
+        )
+    if scaling and scaling.original_length < 1:
+        problems.append(f"model.rope_scaling.original_length={scaling.original_length} must be at least 1")
     for i, source in enumerate(config.data.sources):
-        problems += _type_problems(source, f"data.sources.{i}.")
         if source.weight <= 0:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
         if source.kind not in ("stdlib", "synthetic") and not source.path:
@@ -492,13 +508,13 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     problems = _type_problems(config)
     if problems:  # the rules below compute with the values, so they need right types
         return config, problems
-    problems = _range_problems(config)
-    if problems:
-        return config, problems + resolve_mesh(config.mesh, num_devices)[1]
+    range_problems = _range_problems(config)
     mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
-    problems = mesh_problems + _model_problems(config.model, mesh)
-    if not mesh_problems:
-        problems += _layout_problems(config, mesh)
+    problems = range_problems + mesh_problems
+    if not any(problem.startswith(_SIZES) for problem in range_problems):
+        problems += _model_problems(config.model, mesh)
+        if not mesh_problems:
+            problems += _layout_problems(config, mesh)
     problems += _other_problems(config)
     return dataclasses.replace(config, mesh=mesh), problems
 
@@ -528,12 +544,12 @@ def load_config(path: str | Path) -> Config:
     """Runs a config file and calls its `get_config()`. The file is Python code, and is trusted as such."""
     path = Path(path)
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) if beside else f"there is no folder {path.parent} with configs"
+        beside = sorted(p.name for p in path.parent.glob("*.py"))
+        hint = nearest(path.name, beside) if beside else f"there is no .py file in {path.parent.resolve()}; see configs/"
         raise ExplainedError(f"--config={path}: no such file; {hint}")
     spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ExplainedError(f"--config={path}: not a Python file; give one that defines get_config(), such as configs/7b.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

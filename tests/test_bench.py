@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 
 from jaxtrain import bench
+from jaxtrain.config import MeshConfig
 from tests.layouts import BASE
 
 
 def test_reports_what_the_issue_names(monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
-    report = bench.Bench(bench.bench_config(replace(BASE, name="tiny"))).report()
+    report = bench.Bench(bench.bench_config(replace(BASE, mesh=MeshConfig(fsdp=8)))).report()
     assert report["steps_measured"] == bench.STEPS_PER_ROUND
     assert 0 < report["step_seconds_p10"] <= report["step_seconds"] <= report["step_seconds_p90"]
     tokens = BASE.train.global_batch_size * BASE.data.sequence_length
