@@ -171,7 +171,7 @@ class Decoder:
         def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             with jax.named_scope("loss"):
                 x, head_DV = head(weights, x)
-                total, likelihood = cross_entropy(
+                terms: Any = cross_entropy(
                     x,
                     head_DV,
                     microbatch["targets"],
@@ -180,6 +180,7 @@ class Decoder:
                     self.train.loss_chunk,
                     self.train.z_loss,
                 )
+            total, likelihood = terms
             return total, {"loss": likelihood, "total_loss": lax.stop_gradient(total)}
 
         return Functions(self._embed(), self._layers(), loss)
