@@ -361,7 +361,7 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
         if not isinstance(value, tuple):
             return [f"{name}={value!r} is not a tuple"]
         return [problem for i, item in enumerate(value) for problem in _field_problems(item, arguments[0], f"{name}.{i}")]
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a whole number"]

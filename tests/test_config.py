@@ -1,0 +1,472 @@
+"""Every problem of a config is found, all at once, with its numbers and what would work; and what is accepted builds."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from jaxtrain.config import (
+    MESH_AXES,
+    Config,
+    DataConfig,
+    DataSource,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    RopeScaling,
+    TelemetryConfig,
+    TrainConfig,
+    divisors,
+    find_problems,
+    load_config,
+    parse_command_line,
+    resolve_mesh,
+    to_json,
+    validate,
+)
+from jaxtrain.errors import EXIT_USAGE, ConfigError, ExplainedError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def with_fields(config: Config, **sections: dict) -> Config:
+    """The config with fields replaced, section by section."""
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def problems_of(devices: int = 1, **sections: dict) -> list[str]:
+    """What is wrong with the default config once these fields are set."""
+    return find_problems(with_fields(Config(), **sections), devices)[1]
+
+
+# name: (devices, sections, words that the one problem must contain)
+ONE_PROBLEM = {
+    "too few devices": (
+        8,
+        {"mesh": {"fsdp": 2, "tensor": 2}},
+        ["fsdp=2 x tensor=2 is 4 devices", "8 are present", "device_count=4"],
+    ),
+    "too many devices": (1, {"mesh": {"fsdp": 2}}, ["fsdp=2 is 2 devices", "1 is present", "device_count=2"]),
+    "rest not whole": (6, {"mesh": {"tensor": 4}}, ["tensor=4 uses 4 devices", "the 6 present", "1, 2, 3 or 6"]),
+    "two free axes": (8, {"mesh": {"data": -1}}, ["only one axis may be -1", "data and fsdp"]),
+    "axis of zero": (1, {"mesh": {"pipe": 0}}, ["mesh.pipe=0", "at least 1"]),
+    "axis below -1": (1, {"mesh": {"data": -2}}, ["mesh.data=-2", "at least 1"]),
+    "replica": (2, {"mesh": {"replica": 2}}, ["mesh.replica=2", "not built yet; use 1"]),
+    "expert": (4, {"mesh": {"expert": 4}}, ["mesh.expert=4", "not built yet; use 1"]),
+    "context": (2, {"mesh": {"context": 2}}, ["mesh.context=2", "not built yet; use 1"]),
+    "free axis not built": (4, {"mesh": {"fsdp": 1, "context": -1}}, ["mesh.context=-1 would become 4", "use 1"]),
+    "batch": (
+        8,
+        {"mesh": {"data": 2}, "train": {"global_batch_size": 20, "microbatches": 2}},
+        ["global_batch_size=20", "2 x 4 x 1 x 2 = 16", "use 16 or 32"],
+    ),
+    "batch below one unit": (8, {"train": {"global_batch_size": 3}}, ["global_batch_size=3", "= 8", "use 8"]),
+    "length": (
+        4,
+        {"mesh": {"tensor": 4}, "data": {"sequence_length": 30}},
+        ["sequence_length=30", "mesh.tensor=4", "use 28 or 32"],
+    ),
+    "kv heads do not divide heads": (1, {"model": {"num_kv_heads": 3}}, ["num_kv_heads=3", "num_heads=4", "use 1, 2 or 4"]),
+    "kv heads over tensor": (
+        4,
+        {"mesh": {"tensor": 4}, "model": {"num_kv_heads": 2}},
+        ["mesh.tensor=4 does not divide model.num_kv_heads=2", "use 1 or 2"],
+    ),
+    "mlp over tensor": (
+        4,
+        {"mesh": {"tensor": 4}, "model": {"mlp_dim": 1002}},
+        ["mesh.tensor=4 does not divide model.mlp_dim=1002", "use 1 or 2"],
+    ),
+    "vocabulary over tensor": (
+        3,
+        {
+            "mesh": {"tensor": 3},
+            "model": {"num_heads": 3, "num_kv_heads": 3, "mlp_dim": 96, "vocab_size": 500},
+            "data": {"sequence_length": 9},
+        },
+        ["mesh.tensor=3 does not divide the padded vocabulary of 512", "vocab_size=500", "use 1"],
+    ),
+    "embed over fsdp": (
+        8,
+        {"model": {"embed_dim": 100}},
+        ["mesh.fsdp=8 does not divide model.embed_dim=100", "fsdp=5", "embed_dim=96 or 104"],
+    ),
+    "odd head": (1, {"model": {"head_dim": 7}}, ["head_dim=7 is odd", "use 8"]),
+    "more parts than layers": (
+        8,
+        {"mesh": {"pipe": 8, "fsdp": 1}},
+        ["mesh.pipe=8 x pipeline.chunks=1", "num_layers=4", "at most 4 parts"],
+    ),
+    "chunks make more parts than layers": (
+        2,
+        {"mesh": {"pipe": 2}, "pipeline": {"schedule": "interleaved", "chunks": 3}},
+        ["into 6 parts", "at most 4 parts"],
+    ),
+    "chunks without interleaved": (
+        2,
+        {"mesh": {"pipe": 2}, "pipeline": {"chunks": 2}},
+        ["chunks=2 needs", "interleaved, not 1f1b"],
+    ),
+    "chunks without stages": (1, {"pipeline": {"schedule": "interleaved", "chunks": 2}}, ["mesh.pipe above 1"]),
+    "unknown choice": (1, {"optimizer": {"name": "adamv"}}, ["optimizer.name='adamv'", "did you mean 'adamw'", "muon"]),
+    "unknown dtype": (1, {"model": {"dtype": "float16"}}, ["model.dtype='float16'", "'bfloat16'"]),
+    "unknown source": (1, {"data": {"sources": (DataSource(kind="txt"),)}}, ["data.sources.0.kind='txt'", "'text'"]),
+    "float for int": (1, {"train": {"steps": 10.5}}, ["train.steps=10.5 is not a whole number"]),
+    "bool for int": (1, {"train": {"steps": True}}, ["train.steps=True is not a whole number"]),
+    "text for float": (1, {"optimizer": {"peak_lr": "3e-4"}}, ["optimizer.peak_lr='3e-4' is not a finite number"]),
+    "not a number": (1, {"optimizer": {"peak_lr": math.nan}}, ["peak_lr=nan is not a finite number"]),
+    "infinite": (1, {"train": {"z_loss": math.inf}}, ["z_loss=inf is not a finite number"]),
+    "number for bool": (1, {"model": {"qk_norm": 1}}, ["model.qk_norm=1 is not a bool"]),
+    "number for text": (1, {"data": {"tokenizer": 257}}, ["data.tokenizer=257 is not a str"]),
+    "text for tuple": (1, {"train": {"remat_save": "attention"}}, ["remat_save='attention' is not a tuple"]),
+    "source for tuple": (1, {"data": {"sources": DataSource()}}, ["data.sources=DataSource", "is not a tuple"]),
+    "text for source": (1, {"data": {"sources": ("stdlib",)}}, ["data.sources.0='stdlib' is not a DataSource"]),
+    "type inside a source": (1, {"data": {"sources": (DataSource(weight="2"),)}}, ["data.sources.0.weight='2'"]),
+    "number for scaling": (1, {"model": {"rope_scaling": 8.0}}, ["model.rope_scaling=8.0 is not a RopeScaling"]),
+    "scaling upside down": (
+        1,
+        {"model": {"rope_scaling": RopeScaling(low_frequency_factor=4.0, high_frequency_factor=4.0)}},
+        ["low_frequency_factor=4.0", "high_frequency_factor=4.0"],
+    ),
+    "zero size": (1, {"model": {"embed_dim": 0}}, ["model.embed_dim=0 must be at least 1"]),
+    "zero microbatches": (1, {"train": {"microbatches": 0}}, ["train.microbatches=0 must be at least 1"]),
+    "negative decay": (1, {"optimizer": {"weight_decay": -0.1}}, ["weight_decay=-0.1 must be 0 or more"]),
+    "zero rate": (1, {"optimizer": {"peak_lr": 0.0}}, ["peak_lr=0.0 must be above 0"]),
+    "share": (1, {"data": {"validation_fraction": 1.5}}, ["validation_fraction=1.5 is a share: 0 to 1"]),
+    "momentum of one": (1, {"optimizer": {"beta1": 1.0}}, ["beta1=1.0 must be at least 0 and below 1"]),
+    "warm-up beyond the run": (
+        1,
+        {"optimizer": {"warmup_steps": 20}, "train": {"steps": 10}},
+        ["warmup_steps=20", "train.steps=10"],
+    ),
+    "unknown activation": (1, {"train": {"remat_save": ("mlp_gat",)}}, ["'mlp_gat'", "did you mean 'mlp_gate'"]),
+    "no sources": (1, {"data": {"sources": ()}}, ["data.sources is empty"]),
+    "no path": (1, {"data": {"sources": (DataSource(kind="text"),)}}, ["data.sources.0.path is empty"]),
+    "no weight": (1, {"data": {"sources": (DataSource(weight=0.0),)}}, ["data.sources.0.weight=0.0 must be above 0"]),
+    "small tokenizer": (1, {"data": {"tokenizer": "bpe:200"}}, ["'bpe:200'", "at least 257"]),
+    "tokenizer without a size": (1, {"data": {"tokenizer": "bpe:big"}}, ["'bpe:big'", "at least 257"]),
+    "tokenizer beyond the vocabulary": (1, {"data": {"tokenizer": "bpe:5000"}}, ["'bpe:5000'", "vocab_size=257"]),
+    "profile backwards": (1, {"telemetry": {"profile": "13:10"}}, ["profile='13:10'", "10:13"]),
+    "unknown chip": (1, {"telemetry": {"hardware": "h2000"}}, ["h2000"]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PROBLEM)
+def test_each_problem_is_found_alone_with_its_numbers(name: str):
+    devices, sections, words = ONE_PROBLEM[name]
+    problems = problems_of(devices, **sections)
+    assert len(problems) == 1, problems
+    assert [word for word in words if word not in problems[0]] == []
+
+
+def test_the_default_config_has_no_problem_on_any_number_of_devices():
+    for devices in (1, 2, 4, 8, 32):
+        resolved, problems = find_problems(Config(), devices)
+        assert problems == []
+        assert resolved.mesh.fsdp == devices
+
+
+def test_the_tensor_sizes_that_are_offered_are_all_that_work():
+    model, data = {"num_heads": 12, "num_kv_heads": 12, "mlp_dim": 90}, {"sequence_length": 48}
+    (problem,) = problems_of(4, mesh={"tensor": 4}, model=model, data=data)
+    offered = [int(word) for word in problem.split("use ")[1].replace(" or ", ", ").split(", ")]
+    assert offered == [n for n in range(1, 100) if problems_of(n, mesh={"tensor": n}, model=model, data=data) == []]
+
+
+def test_every_problem_is_found_at_once():
+    """Problems of the mesh, of ranges, of names and of paths do not hide one another."""
+    problems = problems_of(
+        8,
+        mesh={"tensor": 8, "fsdp": 2},
+        model={"num_kv_heads": 3, "mlp_dim": 1001, "head_dim": 5},
+        train={"steps": 0, "remat_save": ("mpl_out",)},
+        optimizer={"beta2": 2.0},
+        data={"sources": (DataSource(kind="jsonl"), DataSource(weight=-1.0))},
+        telemetry={"profile": "ten"},
+    )
+    for words in (
+        "train.steps=0",
+        "optimizer.beta2=2.0",
+        "16 devices",
+        "num_kv_heads=3 does not divide",
+        "head_dim=5",
+        "tensor=8 does not divide model.num_heads=4",
+        "tensor=8 does not divide model.num_kv_heads=3",
+        "tensor=8 does not divide model.mlp_dim=1001",
+        "'mpl_out'",
+        "sources.0.path",
+        "sources.1.weight",
+        "profile='ten'",
+    ):
+        assert sum(words in problem for problem in problems) == 1, words
+    assert len(problems) == 12
+    with pytest.raises(ConfigError) as raised:
+        validate(with_fields(Config(), mesh={"tensor": 8, "pipe": 3}, train={"steps": 0}), 8)
+    assert raised.value.exit_code == EXIT_USAGE
+    assert str(raised.value).startswith(f"{len(raised.value.problems)} problems in the configuration:\n  - train.steps=0")
+
+
+def test_every_wrong_type_is_found_at_once():
+    config = dataclasses.replace(
+        Config(name=3),
+        model=ModelConfig(num_layers="4", rope_scaling=RopeScaling(factor="8")),
+        mesh=None,
+        data=DataConfig(sources=(DataSource(), DataSource(kind=1))),
+        optimizer=OptimizerConfig(beta1=None, schedule="cosin"),
+        pipeline=PipelineConfig(schedule=1),
+        telemetry=TelemetryConfig(hardware=None),
+        train=TrainConfig(remat_save=("query", 2)),
+    )
+    problems = find_problems(config, 1)[1]
+    assert [problem.split("=")[0] for problem in problems] == [
+        "name",
+        "model.num_layers",
+        "model.rope_scaling.factor",
+        "mesh",
+        "pipeline.schedule",
+        "data.sources.1.kind",
+        "optimizer.schedule",
+        "optimizer.beta1",
+        "train.remat_save.1",
+        "telemetry.hardware",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is accepted
+
+INTENDED_DEVICES = {
+    "quickstart": [1, 2, 4],
+    "125m": [1, 8],
+    "1b": [1, 8],
+    "7b": [8, 64],
+    "8b": [8, 64],
+    "70b": [8, 128, 1024],
+    "405b": [128, 2048, 16384],
+    "ten_parts_on_five_nodes": [5],
+}
+
+
+def test_every_shipped_config_is_listed_here():
+    assert {path.stem for path in CONFIGS.glob("*.py")} == set(INTENDED_DEVICES)
+
+
+@pytest.mark.parametrize("name", INTENDED_DEVICES)
+def test_a_shipped_config_is_valid_on_its_devices(name: str):
+    config = load_config(CONFIGS / f"{name}.py")
+    assert config.name == name
+    for devices in INTENDED_DEVICES[name]:
+        resolved, problems = find_problems(config, devices)
+        assert problems == []
+        assert math.prod(resolved.mesh.shape) == devices
+        assert json.loads(to_json(resolved))["mesh"] == dict(zip(MESH_AXES, resolved.mesh.shape, strict=True))
+
+
+def test_the_worked_example_does_not_run_on_four_devices():
+    problems = find_problems(load_config(CONFIGS / "ten_parts_on_five_nodes.py"), 4)[1]
+    assert ["pipe=5" in problem for problem in problems] == [True]
+
+
+@given(st.integers(1, 64), st.lists(st.integers(1, 4), min_size=7, max_size=7), st.integers(0, 6))
+def test_a_free_axis_takes_what_is_left(devices: int, sizes: list[int], free: int):
+    built = {axis: 1 if axis in ("replica", "expert", "context") else n for axis, n in zip(MESH_AXES, sizes, strict=True)}
+    mesh, problems = resolve_mesh(MeshConfig(**{**built, MESH_AXES[free]: -1}), devices)
+    others = math.prod(n for axis, n in built.items() if axis != MESH_AXES[free])
+    left = devices // others
+    unbuilt = MESH_AXES[free] in ("replica", "expert", "context") and left != 1
+    assert bool(problems) == (devices % others > 0 or unbuilt)
+    if not problems:
+        assert mesh == MeshConfig(**{**built, MESH_AXES[free]: left})
+
+
+@given(st.integers(1, 500))
+def test_divisors(number: int):
+    assert divisors(number) == [d for d in range(1, 501) if d <= number and number / d == number // d]
+
+
+@given(st.integers(1, 300_000))
+def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(size: int):
+    padded = ModelConfig(vocab_size=size).padded_vocab_size
+    assert padded % 128 == 0
+    assert 0 <= padded - size < 128
+
+
+@st.composite
+def layouts(draw) -> tuple[Config, int]:
+    """Configs that are often valid: sizes are small, and many divide one another."""
+    mesh = {axis: draw(st.sampled_from([1, 1, 2, 3, 4])) for axis in ("pipe", "data", "fsdp", "tensor")}
+    kv_heads = mesh["tensor"] * draw(st.sampled_from([1, 2]))
+    model = ModelConfig(
+        num_layers=draw(st.integers(1, 13)),
+        embed_dim=draw(st.sampled_from([12, 24, 30])),
+        num_heads=kv_heads * draw(st.sampled_from([1, 3])),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 4])),
+        mlp_dim=draw(st.sampled_from([12, 16, 36])),
+        vocab_size=draw(st.sampled_from([100, 257, 300])),
+        qk_norm=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+    )
+    chunks = draw(st.sampled_from([1, 1, 2, 3]))
+    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved"] if chunks == 1 else ["interleaved"]))
+    microbatches = draw(st.integers(1, 5))
+    batch = mesh["data"] * mesh["fsdp"] * microbatches * draw(st.sampled_from([1, 2]))
+    config = Config(
+        model=model,
+        mesh=MeshConfig(**mesh),
+        pipeline=PipelineConfig(schedule=schedule, chunks=chunks),
+        data=DataConfig(sequence_length=draw(st.sampled_from([12, 16, 20]))),
+        train=TrainConfig(global_batch_size=batch, microbatches=microbatches),
+    )
+    return config, math.prod(mesh.values())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(layouts())
+def test_what_is_accepted_builds(drawn: tuple[Config, int]):
+    """The schedule checks, every part holds a layer, and every mesh axis divides what it shards."""
+    import jax
+
+    from jaxtrain.models.decoder import parameter_dims
+    from jaxtrain.parallel.pipeline_schedule import make_schedule
+    from jaxtrain.sharding import is_dims
+    from jaxtrain.train.state import initial_params, make_stacking
+
+    config, problems = find_problems(*drawn)
+    assume(not problems)
+    mesh = dict(zip(MESH_AXES, config.mesh.shape, strict=True))
+    schedule = make_schedule(config.pipeline.schedule, mesh["pipe"], config.pipeline.chunks, config.train.microbatches)
+    counts = make_stacking(config).counts()
+    assert counts.shape == (schedule.chunks, schedule.stages)
+    assert counts.min() >= 1
+    assert counts.sum() == config.model.num_layers
+    assert config.train.global_batch_size % (mesh["data"] * mesh["fsdp"] * config.train.microbatches) == 0
+    assert config.data.sequence_length % mesh["tensor"] == 0
+    sharded_by = {"stage": "pipe", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    shapes = jax.eval_shape(lambda: initial_params(config))
+
+    def divides(dims: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> bool:
+        return all(n % mesh[sharded_by.get(name, "replica")] == 0 for name, n in zip(dims, leaf.shape, strict=True))
+
+    assert all(jax.tree.leaves(jax.tree.map(divides, parameter_dims(config.model), shapes, is_leaf=is_dims)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and the command line
+
+
+def parse(*arguments: str) -> Config:
+    return parse_command_line(arguments, "description", "program")
+
+
+def config_flag(tmp_path: Path, body: str = "return Config(name='mine')") -> str:
+    """--config=FILE with this body of get_config."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"from jaxtrain.config import *\n\ndef get_config():\n    {body}\n")
+    return f"--config={path}"
+
+
+def test_flags_override_the_file(tmp_path: Path):
+    flag = config_flag(tmp_path, "return Config(mesh=MeshConfig(pipe=4), train=TrainConfig(steps=7, seed=3))")
+    config = parse(
+        flag, "--mesh.fsdp=8", "--train.steps", "9", "--model.tie_embeddings=True", "--train.remat_save", "key", "value"
+    )
+    assert config == with_fields(
+        Config(),
+        mesh={"pipe": 4, "fsdp": 8},
+        train={"steps": 9, "seed": 3, "remat_save": ("key", "value")},
+        model={"tie_embeddings": True},
+    )
+
+
+def test_the_file_may_stand_anywhere_and_apart(tmp_path: Path):
+    path = config_flag(tmp_path).removeprefix("--config=")
+    assert parse("--run_dir=x", "--config", path) == Config(name="mine", run_dir="x")
+
+
+def test_flags_of_nested_sources(tmp_path: Path):
+    config = parse(config_flag(tmp_path), "--data.sources.0.kind=text", "--data.sources.0.path=books/*.txt")
+    assert config.data.sources == (DataSource(kind="text", path="books/*.txt"),)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--mesh.fdsp=8", ["--mesh.fdsp=8", "--mesh.fsdp"]),
+        ("--train.global_batchsize=8", ["--train.global_batch_size"]),
+        ("--mesh.fsdp=two", ["--mesh.fsdp", "'two'"]),
+        ("--optimizer.peak_lr=fast", ["--optimizer.peak_lr", "'fast'"]),
+        ("--optimizer.name=adamv", ["--optimizer.name", "'adamw'"]),
+        ("--model.qk_norm=perhaps", ["--model.qk_norm", "True"]),
+    ],
+)
+def test_a_wrong_flag_exits_with_2_and_names_the_right_one(flag: str, words: list[str], tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(config_flag(tmp_path), flag)
+    assert stopped.value.code == EXIT_USAGE
+    told = capsys.readouterr()
+    assert [word for word in words if word not in told.out + told.err] == []
+
+
+def test_help_names_every_field_with_underscores(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for section in dataclasses.fields(Config):
+        part = getattr(Config(), section.name)
+        for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+            if (section.name, field.name) not in (("data", "sources"), ("model", "rope_scaling")):
+                assert f"--{section.name}.{field.name} " in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--mesh.fsdp=2"], ["--config="], ["--config"]])
+def test_a_missing_config_flag(arguments: list[str]):
+    with pytest.raises(ConfigError, match=r"--config=configs/quickstart.py"):
+        parse(*arguments)
+
+
+def test_a_missing_file_names_the_nearest():
+    with pytest.raises(ExplainedError, match=r"configs/quickstrat.py: no such file; did you mean 'quickstart.py'\?"):
+        parse(f"--config={CONFIGS / 'quickstrat.py'}")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(ExplainedError, match=r"no such file; there is no \.py file in .*nowhere; see configs/"):
+        parse(f"--config={tmp_path / 'nowhere' / '7b.py'}")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise ValueError('no such disk')", "ValueError: no such disk"),
+        ("return 3", r"get_config\(\) gave a int, not a jaxtrain.config.Config"),
+        ("return Config(modle=3)", "TypeError: .*'modle'"),
+        ("return 3 +", "SyntaxError"),
+        ("pass\ndel get_config", "AttributeError: .*'get_config'"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_message(body: str, words: str, tmp_path: Path):
+    with pytest.raises(ExplainedError, match=f"mine.py: {words}"):
+        parse(config_flag(tmp_path, body))
+
+
+def test_a_file_that_is_not_python(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("[mesh]\n")
+    with pytest.raises(ExplainedError, match="not a Python file"):
+        load_config(tmp_path / "config.toml")
+
+
+def test_importing_the_config_imports_nothing_slow():
+    slow = ("jax", "numpy", "flax", "optax", "tyro", "rich", "orbax", "grain")
+    program = f"import sys, jaxtrain.config, jaxtrain.hardware; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
