@@ -41,6 +41,12 @@ class CheckpointError(ExplainedError):
     """A checkpoint cannot be written, or does not belong to this run."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end where nothing is lost by ending at once: before or after the training loop."""
+
+    exit_code = EXIT_STOPPED
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
     options = list(options)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from jaxtrain.config import Config
-
-PyTree = Any
 
 
 def draw(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
@@ -31,7 +28,7 @@ def sample(
     """Continues `prompt` by `num_tokens` ids, seeded by train.seed.
 
     Every token costs a forward pass over a whole sequence: no cache of keys and values, so it is for a look at the model, on
-    any mesh, not for serving. The context is the last sequence_length tokens, cut to half of that whenever it is full.
+    any mesh, not for serving. The context is the last sequence_length tokens.
 
     Args:
       next_logits: (batch of one row, index of the last token) -> logits [vocab_size].
@@ -42,15 +39,13 @@ def sample(
     """
     length = config.data.sequence_length
     random = np.random.default_rng(config.train.seed)
-    context, made = [int(i) for i in prompt[-length // 2 :]], []
+    ids = [int(i) for i in prompt]
     row = np.arange(length, dtype=np.int32)[None]
     batch = {"positions": row, "segments": np.ones_like(row), "targets": np.full_like(row, -1)}
     for _ in range(num_tokens):
-        if len(context) == length:
-            context = context[length - length // 2 :]
+        context = ids[-length:]
         tokens = np.zeros_like(row)
         tokens[0, : len(context)] = context
         logits = next_logits(batch | {"tokens": tokens}, len(context) - 1)
-        context.append(draw(logits[: config.model.vocab_size], temperature, random))
-        made.append(context[-1])
-    return np.array(made, np.int32)
+        ids.append(draw(logits[: config.model.vocab_size], temperature, random))
+    return np.array(ids[len(prompt) :], np.int32)

@@ -5,13 +5,15 @@ Exit codes: 0 done, 1 an error explained in one message, 2 wrong usage, 76 stopp
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from jaxtrain.config import parse_command_line, validate
-from jaxtrain.errors import EXIT_ERROR, ExplainedError
+from jaxtrain.errors import EXIT_ERROR, ExplainedError, Stopped
 
 DESCRIPTION = "Train a transformer. Every field of the config is a flag; the file named by --config sets their defaults."
+EXIT_INTERRUPTED = 130
 
 
 def explained(work: Callable[[], int]) -> int:
@@ -21,9 +23,12 @@ def explained(work: Callable[[], int]) -> int:
     except ExplainedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Stopped as stop:
+        print(f"stopped: {stop}; nothing that was saved is lost, and the same command goes on from there", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted outside the training loop; nothing that was saved is lost", file=sys.stderr)
-        return EXIT_ERROR
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -35,6 +40,25 @@ def explained(work: Callable[[], int]) -> int:
         return EXIT_ERROR
 
 
+def count_devices() -> int:
+    """How many devices jax finds, over all processes.
+
+    Raises:
+      ExplainedError: none, or not of the kind that JAX_PLATFORMS asks for.
+    """
+    import jax
+
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # the assertion: JAX_PLATFORMS=cuda without jax's CUDA plugin
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        why = (str(error).splitlines() or ["jax has no backend of that name"])[0]
+        raise ExplainedError(
+            f"no device can be used with JAX_PLATFORMS={wanted!r}: {why}; unset it to take what there is, "
+            "or for NVIDIA GPUs install jaxtrain[cuda12] or jaxtrain[cuda13]"
+        ) from error
+
+
 def train(arguments: Sequence[str]) -> int:
     """Parses, validates, trains; returns the exit code."""
     config = parse_command_line(arguments, DESCRIPTION, "python -m jaxtrain.main")
@@ -42,11 +66,15 @@ def train(arguments: Sequence[str]) -> int:
     import jax  # after parsing, so that a typo is answered at once
 
     from jaxtrain.telemetry.progress import open_progress
+    from jaxtrain.train.hooks import StopOnSignal
     from jaxtrain.train.run import Run
 
-    config = validate(config, jax.device_count())
-    with open_progress(config.train.steps, process_index=jax.process_index()) as progress:
-        return Run(config, progress).train()
+    config = validate(config, count_devices())
+    with (
+        open_progress(config.train.steps, process_index=jax.process_index()) as progress,
+        StopOnSignal(progress) as stop,
+    ):
+        return Run(config, progress, stop).train()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ bar draws itself four times a second from a thread of its own, whatever the loop
 from __future__ import annotations
 
 import atexit
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.bar import Bar
@@ -24,7 +26,23 @@ UNKNOWN = "?"
 
 
 class Progress:
-    """Shows nothing: what processes other than 0 get, and the form that the others fill in."""
+    """Shows nothing: what processes other than 0 get, and the form that the others fill in.
+
+    The run outlives its listener: where the terminal, or the program at the other end of the pipe, has gone, nothing is shown
+    and nothing fails.
+    """
+
+    status = ""
+    """What is being done while no step is; see `during`."""
+
+    @contextmanager
+    def during(self, words: str) -> Iterator[None]:
+        """Around whatever keeps the steps waiting ("compiling"): the live form says so in place of the ETA."""
+        self.status = words
+        try:
+            yield
+        finally:
+            self.status = ""
 
     def advance(self, step: int) -> None:
         """Step number `step` is done."""
@@ -69,7 +87,10 @@ class PlainProgress(Progress):
         self.say(describe(row, self._total_steps))
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        try:
+            print(text, file=self._stream, flush=True)
+        except OSError:
+            discard(self._stream)
 
 
 class LiveProgress(Progress):
@@ -98,11 +119,17 @@ class LiveProgress(Progress):
 
     def say(self, text: str) -> None:
         # As Text, since square brackets in a path or a message are not markup.
-        self._console.print(Text(text), soft_wrap=True)
+        try:
+            self._console.print(Text(text), soft_wrap=True)
+        except (OSError, SystemExit):  # rich makes a SystemExit of a broken pipe
+            discard(self._console.file)
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self._live.stop()
+        try:
+            self._live.stop()
+        except (OSError, SystemExit):
+            discard(self._console.file)
 
     def _render(self) -> RenderableType:
         share = self._step / max(self._total_steps, 1)
@@ -114,12 +141,20 @@ class LiveProgress(Progress):
             Bar(self._total_steps, 0, self._step, color="green", bgcolor="grey30"),
             Text(f"{share:4.0%}", style="bold"),
             Text(f"step {self._step:,}/{self._total_steps:,}"),
-            Text(f"ETA {readable_seconds(self._training.get('eta_seconds'))}", style="cyan"),
+            Text(self.status or f"ETA {readable_seconds(self._training.get('eta_seconds'))}", style="cyan"),
         )
         newest = {k: self._validation[k] for k in ("validation_bits_per_byte",) if k in self._validation}
         figures = [part for part in figures_of({**self._training, **newest}) if not part.startswith("ETA")]
         lines = fill(figures or ["waiting for the first step"], self._console.width)
         return Group(line, *(Text(text, style="dim", no_wrap=True, overflow="ellipsis") for text in lines))
+
+
+def discard(stream: IO[str]) -> None:
+    """Lets what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.profile import ProfileWindow
@@ -68,7 +71,7 @@ class Validation(Hook):
         return self._every > 0 and (step % self._every == 0 or step == self._last_step)
 
     def after_step(self, step: int, state: PyTree) -> None:
-        with self._clock.paused():
+        with self._clock.paused(), self._progress.during("validating"):
             loss = self._evaluate(state["params"])
         self.newest = {"step": step, "validation_loss": loss, "validation_bits_per_byte": self._bits_per_byte(loss)}
         self._log.write(self.newest)
@@ -76,35 +79,46 @@ class Validation(Hook):
 
     def stop_reason(self) -> str | None:
         loss = self.newest.get("validation_loss")
-        if loss is None or loss > self._stop_at_loss:
+        if loss is None or not 0 < loss <= self._stop_at_loss:  # a NaN has reached nothing
             return None
         return f"validation loss {loss:.4f} has reached train.stop_at_validation_loss={self._stop_at_loss}"
 
 
 class Saving(Hook):
-    """Saves every `every` steps; `save_now` is for the end of the run."""
+    """Saves every `every` steps; `save_now` is for the end of the run.
+
+    A save that failed in the background is told, and the run goes on with this one; it ends where this one fails too.
+    """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         to_canonical: Callable[[PyTree], PyTree],
         metadata: dict[str, Any],
+        progress: Progress,
         clock: StepClock,
         every: int,
     ):
         self._checkpoints, self._to_canonical, self._metadata = checkpoints, to_canonical, metadata
-        self._clock, self._every = clock, every
+        self._progress, self._clock, self._every = progress, clock, every
 
     def wants(self, step: int) -> bool:
         return step % self._every == 0
 
     def after_step(self, step: int, state: PyTree) -> None:
-        with self._clock.paused():
-            self._checkpoints.save(step, self._to_canonical(state), self._metadata)
+        self._save(step, state, wait=False)
 
     def save_now(self, step: int, state: PyTree) -> None:
         """Saves and waits until it is committed."""
-        self._checkpoints.save(step, self._to_canonical(state), self._metadata, wait=True)
+        self._save(step, state, wait=True)
+
+    def _save(self, step: int, state: PyTree, wait: bool) -> None:
+        with self._clock.paused(), self._progress.during("saving"):
+            try:
+                self._checkpoints.wait()
+            except CheckpointError as error:
+                self._progress.say(f"warning    {error}")
+            self._checkpoints.save(step, self._to_canonical(state), self._metadata, wait=wait)
 
 
 class Profiling(Hook):
@@ -115,35 +129,80 @@ class Profiling(Hook):
 
     def before_step(self, step: int, state: PyTree) -> None:
         if self._window.on_step(step, state):
-            self._progress.say(f"profile written to {self._window.directory}")
+            self._say_where()
+
+    def close(self) -> None:
+        """Ends a trace that the run ended in."""
+        if self._window.close():
+            self._say_where()
+
+    def _say_where(self) -> None:
+        self._progress.say(f"profile    written to {self._window.directory}")
 
 
 class StopOnSignal(Hook):
-    """The first SIGINT or SIGTERM asks the loop to end after the step under way; a second one ends the process at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks the run to end; a second one ends the process at once, as 128 + its number.
 
-    Use it as a context manager around the loop.
+    Inside `deferred` (the loop and its last checkpoint) the first one is a reason to stop after the step under way. Outside
+    it is raised as `Stopped`. SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
+
+    Use it as a context manager, in the main thread. A thread of its own takes the signals from a pipe, because Python runs
+    handlers in the main thread alone, and not before it returns from whatever hangs there.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, progress: Progress):
         self._progress = progress
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        """The first signal."""
+        self._deferred = False
+        self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in numbers}
+        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)  # which ends the thread
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            self._progress.close()
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Around what must not be broken off by the first signal."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     def stop_reason(self) -> str | None:
         return None if self.received is None else f"{self.received.name} received"
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise Stopped(f"{signal.Signals(number).name} received outside the training loop")
+
+    def _watch(self, reading: int) -> None:
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while byte := pipe.read(1):
+                if byte[0] not in self._handlers_before:  # other people's signals come through the same pipe
+                    continue
+                if self.received is not None:
+                    self._end_at_once(128 + byte[0])
+                self.received = signal.Signals(byte[0])
+                then = "saving after the step under way" if self._deferred else "stopping"
+                self._progress.say(f"{self.received.name} received: {then}; a second one ends at once, without saving")
+
+    def _end_at_once(self, exit_code: int) -> None:
+        timer = threading.Timer(1.0, os._exit, [exit_code])  # in case the terminal is what hangs
+        timer.daemon = True
+        timer.start()
+        self._progress.close()
+        os._exit(exit_code)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import importlib.metadata
-import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from jax.experimental import multihost_utils
 from jaxtrain.checkpoint import Checkpoints, check_same_run
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.flops import num_parameters
-from jaxtrain.telemetry.metrics import MetricsLog
+from jaxtrain.telemetry.metrics import MetricsLog, read_rows
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
@@ -45,30 +47,66 @@ from jaxtrain.train.step import (
 )
 
 PyTree = Any
+LOCK_FILE = ".lock"
 
 
-def make_run_dir(config: Config) -> Path:
-    """Creates run_dir and writes config.json into it.
+def make_run_dir(directory: Path) -> None:
+    """Creates run_dir and sees whether it can be written.
 
     Raises:
-      ExplainedError: it cannot be written.
+      ExplainedError: it cannot.
     """
-    directory = config.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".config.json.{os.getpid()}"
-        temporary.write_text(to_json(config) + "\n")
-        temporary.replace(directory / "config.json")
+        (directory / LOCK_FILE).touch()
     except OSError as error:
-        raise ExplainedError(f"--run_dir={directory} cannot be written: {error.strerror}; give another --run_dir") from error
-    return directory
+        why = "it is a file" if directory.is_file() else f"{error.strerror} ({error.filename})"
+        raise ExplainedError(f"--run_dir={directory} cannot be written: {why}; give another --run_dir") from error
 
 
-def use_compilation_cache(config: Config) -> None:
+@contextlib.contextmanager
+def only_run_in(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of run_dir, as long as it lasts and however it ends.
+
+    Raises:
+      ExplainedError: another process is training there.
+    """
+    with open(directory / LOCK_FILE, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
+                raise ExplainedError(
+                    f"another process is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
+                ) from error
+        yield
+
+
+def write_config(config: Config) -> None:
+    """run_dir/config.json, by process 0. Only once the run is known to go on here: it must not cover up another run's."""
+    if jax.process_index() == 0:
+        beside = config.directory / "config.json.new"
+        beside.write_text(to_json(config) + "\n")
+        beside.replace(config.directory / "config.json")
+
+
+def use_compilation_cache(config: Config, progress: Progress) -> None:
     """Turns on jax's persistent compilation cache, so that a restart compiles nothing again."""
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not config.train.compilation_cache:
+        return
+    directory = Path(config.train.compilation_cache).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def seconds_before(metrics_jsonl: Path, step: int) -> float:
+    """The elapsed_seconds that a run had logged when it was at `step`; 0 for a new one."""
+    return max((row.get("elapsed_seconds", 0.0) for row in read_rows(metrics_jsonl) if row["step"] <= step), default=0.0)
 
 
 def metadata(config: Config, data: Data) -> dict[str, Any]:
@@ -88,15 +126,17 @@ class Run:
     Args:
       config: valid and resolved (`config.validate`).
       progress: what the person sees.
+      stop: entered by the caller; without it signals do what they always do.
 
     Raises:
       ExplainedError: the data, the run folder or the attention backend cannot be had.
     """
 
-    def __init__(self, config: Config, progress: Progress):
-        self.config, self.progress = config, progress
-        self.directory = make_run_dir(config)
-        use_compilation_cache(config)
+    def __init__(self, config: Config, progress: Progress, stop: StopOnSignal | None = None):
+        self.config, self.progress, self.stop = config, progress, stop or StopOnSignal(progress)
+        self.directory = config.directory
+        make_run_dir(self.directory)
+        use_compilation_cache(config, progress)
         self.mesh = make_mesh(config.mesh)
         self.chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
         self.backend, why = choose_attention(config, self.mesh)
@@ -107,27 +147,40 @@ class Run:
         progress.say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
         progress.say(f"mesh       {describe_mesh(self.mesh)}")
         progress.say(f"attention  {self.backend} ({why})")
-        self.data = open_data(config)
+        with progress.during("reading data"):
+            self.data = open_data(config)
         progress.say(f"data       {self.data.description}")
         self.canonical = Canonical(config, self.mesh, self.optimizer)
 
     def train(self) -> int:
-        """Trains, saves, draws, samples; returns the exit code."""
+        """Trains, saves, draws, samples; returns the exit code.
+
+        Raises:
+          ExplainedError: run_dir belongs to another run, or to a process that is training there; what is written or read on
+            the way cannot be.
+        """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(only_run_in(self.directory))
             checkpoints = self._open_checkpoints(stack)
             state, first = self._begin(checkpoints)
+            write_config(self.config)
             step_function = self._compile()
             log = stack.enter_context(self._open_log(first))
-            reason, stopped, state, step = self._loop(stack, step_function, checkpoints, log, state, first)
+            loop, reason = self._loop(stack, step_function, checkpoints, log, state, first)
         self._draw()
-        if stopped:
-            words = f"saved step {step}; the same command goes on from there" if checkpoints else "nothing is saved"
-            self.progress.say(f"stopped    {reason}; {words}")
-            return EXIT_STOPPED
-        self.progress.say(f"done       {reason or f'all {step} steps'}")
+        if self.stop.received:
+            return self._stopped(self.stop.received, loop.step, checkpoints is not None)
+        self.progress.say(f"done       {reason or f'all {loop.step} steps'}")
         if self.config.train.sample_tokens:
-            self._sample(state["params"])
+            self._sample(loop.state["params"])
         return EXIT_DONE
+
+    def _stopped(self, number: int, step: int, saved: bool) -> int:
+        if saved:
+            self.progress.say(f"stopped    after saving step {step}; the same command goes on from there")
+            return EXIT_STOPPED
+        self.progress.say(f"stopped    after step {step}; nothing is saved, since checkpoint.every=0")
+        return 128 + number
 
     def _open_checkpoints(self, stack: contextlib.ExitStack) -> Checkpoints | None:
         if not self.config.checkpoint.every:
@@ -150,15 +203,24 @@ class Run:
         step = checkpoints.step_to_resume() if checkpoints else None
         if step is None or checkpoints is None:
             return create_state(self.config, self.mesh, self.optimizer), 0
-        now = metadata(self.config, self.data)
+        now, last = metadata(self.config, self.data), self.config.train.steps
         notes = check_same_run(checkpoints.read_metadata(step), now, checkpoints.directory)
-        state = self.canonical.to_state(checkpoints.restore(step, self.canonical.abstract))
+        if step > last:
+            raise CheckpointError(
+                f"{checkpoints.directory} already holds step {step}, beyond train.steps={last}; "
+                f"use --train.steps={step} or more, or another --run_dir"
+            )
+        with self.progress.during("restoring"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those of leaves that gain padding
+            state = self.canonical.to_state(checkpoints.restore(step, self.canonical.abstract))
+        self.progress.advance(step)
         self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
         return state, step
 
     def _compile(self) -> Any:
         started = time.perf_counter()
-        compiled = compile_train_step(self.config, self.mesh, self.optimizer, self.backend)
+        with self.progress.during("compiling"):
+            compiled = compile_train_step(self.config, self.mesh, self.optimizer, self.backend)
         memory = compiled.memory_analysis()
         held, working = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
         self.progress.say(
@@ -174,25 +236,22 @@ class Run:
         log: MetricsLog,
         state: PyTree,
         first: int,
-    ) -> tuple[str | None, bool, PyTree, int]:
-        """Runs the loop and saves its end: (reason of an early end, whether it was a signal, state, steps done)."""
+    ) -> tuple[Loop, str | None]:
+        """Runs the loop and saves its end: (the loop as it ended, the reason of an early end)."""
         config, last = self.config, self.config.train.steps
-        clock = StepClock(Work.of(config, self.mesh.devices.size, self.chip), last, first)
-        saving = (
-            Saving(checkpoints, self.canonical.from_state, metadata(config, self.data), clock, config.checkpoint.every)
-            if checkpoints
-            else None
-        )
-        window = ProfileWindow(config.telemetry.profile, self.directory, jax.process_index())
-        stack.callback(window.close)
-        stop = stack.enter_context(StopOnSignal(self.progress))
+        work = Work.of(config, self.mesh.devices.size, self.chip)
+        clock = StepClock(work, last, first, seconds_before(self.directory / "metrics.jsonl", first))
+        saving = self._saving(checkpoints, clock)
+        profiling = Profiling(ProfileWindow(config.telemetry.profile, self.directory, jax.process_index()), self.progress)
+        stack.callback(profiling.close)
         learning_rate = make_schedule(config.optimizer, last)
         hooks: list[Hook] = [
-            Profiling(window, self.progress),
-            Logging(log, self.progress, clock, lambda s: float(learning_rate(s)), config.train.log_every, first + 1, last),
+            profiling,
+            # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
+            Logging(log, self.progress, clock, lambda s: float(learning_rate(s)), config.train.log_every, 1, last),
             *self._validation(log, clock),
-            *([saving] if saving else []),
-            stop,
+            *saving,
+            self.stop,
         ]
         batches = stack.enter_context(self.data.train_batches(first, self._rows(config.train.global_batch_size)))
 
@@ -202,11 +261,19 @@ class Run:
             return self._place(batch, config.train.global_batch_size)
 
         loop = Loop(step_function, next_batch, jax.block_until_ready, hooks, state, first, last)
-        clock.start()
-        reason = loop.run()
-        if saving:
-            saving.save_now(loop.step, loop.state)
-        return reason, stop.received is not None, loop.state, loop.step
+        with self.stop.deferred():
+            clock.start()
+            reason = loop.run()
+            for hook in saving:
+                hook.save_now(loop.step, loop.state)
+        return loop, reason
+
+    def _saving(self, checkpoints: Checkpoints | None, clock: StepClock) -> list[Saving]:
+        """The hook that saves, where the config wants that."""
+        if checkpoints is None:
+            return []
+        now, every = metadata(self.config, self.data), self.config.checkpoint.every
+        return [Saving(checkpoints, self.canonical.from_state, now, self.progress, clock, every)]
 
     def _rows(self, num_rows: int) -> slice:
         return owned_rows(self.sharding, (num_rows, self.config.data.sequence_length))
