@@ -37,7 +37,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
-from jaxtrain.train.step import batch_sharding, make_loss_and_gradients
+from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 16, 100, 10
 BASE = Config(
@@ -127,7 +127,8 @@ def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outco
     optimizer = make_optimizer(config.optimizer, config.train.steps, dims)
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = state["params"], state["optimizer"]
-    batch = jax.device_put(batch_of(config.train.global_batch_size), batch_sharding(mesh))
+    rows = batch_of(config.train.global_batch_size)
+    batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     loss_and_gradients = jax.jit(make_loss_and_gradients(config, mesh, backend))
 
     def canonical(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -46,10 +47,14 @@ def canonical_dims(config: ModelConfig) -> PyTree:
     return {"outer": _dims(Outer, config), "layers": layers}
 
 
-def initialize(config: ModelConfig, key: jax.Array) -> PyTree:
-    """Parameters with layers as [num_layers, ...]. A layer's are a function of the key and its number alone.
+def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
+    """Parameters at step 0. A layer's are a function of the key and its number alone; the vocabulary's padding is zero.
 
-    The vocabulary's padding is zero, as it is after a checkpoint, which does not hold it.
+    Layers are made where they are to lie, not moved there afterwards: from a sharded result XLA can then make each device
+    compute its own share only (a stack made in canonical order and reshaped was computed whole on every device).
+
+    Args:
+      layer_numbers: int, of the shape in which the layers are stacked; -1 for an empty slot, which is zero.
     """
 
     def build(module: type[nnx.Module], key: jax.Array) -> PyTree:
@@ -62,9 +67,16 @@ def initialize(config: ModelConfig, key: jax.Array) -> PyTree:
         return jnp.where(ids < config.vocab_size, value, 0)
 
     outer_key, layers_key = jax.random.split(key)
-    layer_keys = jax.vmap(lambda i: jax.random.fold_in(layers_key, i))(jnp.arange(config.num_layers))
+
+    def layer(number: jax.Array) -> PyTree:
+        weights = build(Layer, jax.random.fold_in(layers_key, number))
+        return jax.tree.map(lambda w: jnp.where(number >= 0, w, 0), weights)
+
+    stacked = layer
+    for _ in layer_numbers.shape:
+        stacked = jax.vmap(stacked)
     outer = jax.tree.map(clear_padding, _dims(Outer, config), build(Outer, outer_key), is_leaf=is_dims)
-    return {"outer": outer, "layers": jax.vmap(lambda key: build(Layer, key))(layer_keys)}
+    return {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:

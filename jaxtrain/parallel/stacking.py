@@ -55,6 +55,12 @@ class Stacking:
         held = np.arange(self.layers_per_part) < self.counts()[..., None]
         return np.flatnonzero(held).astype(np.int32)
 
+    def layer_numbers(self) -> np.ndarray:
+        """The number of the layer in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty one."""
+        numbers = np.full(math.prod(self.shape), -1, np.int32)
+        numbers[self.layer_slots()] = np.arange(self.num_layers)
+        return numbers.reshape(self.shape)
+
     def stack(self, canonical: jax.Array) -> jax.Array:
         """[num_layers, ...] -> [chunks, stages, layers_per_part, ...]; empty slots are zero."""
         if not self.is_even:

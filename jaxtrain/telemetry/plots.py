@@ -146,11 +146,11 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     steps, bits = column(rows, "validation_bits_per_byte")
     axes.plot(steps, bits, "-o", color=VALIDATION, linewidth=2.0, markersize=5.5, markeredgecolor="white", zorder=3)
-    above = (0, 9) if len(bits) < 2 or bits[-1] <= bits[-2] else (0, -16)
+    beside = (-9, -7) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # off the line that leads to the point
     axes.annotate(
         f"{bits[-1]:.3f}",
         (steps[-1], bits[-1]),
-        xytext=above,
+        xytext=beside,
         textcoords="offset points",
         ha="right",
         color=VALIDATION,

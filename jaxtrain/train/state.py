@@ -6,6 +6,7 @@ canonical form layers are [num_layers, ...] and the vocabulary is as long as it 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -29,8 +30,7 @@ def make_stacking(config: Config) -> Stacking:
 
 def initial_params(config: Config) -> PyTree:
     """The parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh."""
-    params = decoder.initialize(config.model, jax.random.key(config.train.seed))
-    return params | {"layers": jax.tree.map(make_stacking(config).stack, params["layers"])}
+    return decoder.initialize(config.model, jax.random.key(config.train.seed), make_stacking(config).layer_numbers())
 
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
@@ -110,48 +110,58 @@ def _canonical_spec(dims: Dims, shape: tuple[int, ...], mesh: Mesh) -> Partition
     return PartitionSpec(*fits)
 
 
-def to_canonical(config: Config, state: PyTree, dims: PyTree) -> PyTree:
-    """Layers as [num_layers, ...], vocabulary without padding. Pure; run it under jit with `canonical_shardings`."""
-    stacking, model = make_stacking(config), config.model
-
-    def leaf(dims: Dims, value: jax.Array) -> jax.Array:
-        if dims[:3] == decoder.STACKED:
-            return stacking.unstack(value)
-        return value[tuple(slice(model.vocab_size) if name == "vocab" else slice(None) for name in dims)]
-
-    return jax.tree.map(leaf, dims, state, is_leaf=is_dims)
+def _to_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Array:
+    if dims[:3] == decoder.STACKED:
+        return make_stacking(config).unstack(value)
+    return value[tuple(slice(config.model.vocab_size) if name == "vocab" else slice(None) for name in dims)]
 
 
-def from_canonical(config: Config, canonical: PyTree, dims: PyTree) -> PyTree:
-    """The inverse of `to_canonical`: empty slots and the vocabulary's padding are zero."""
-    stacking, model = make_stacking(config), config.model
+def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Array:
+    """Empty slots and the vocabulary's padding are zero."""
+    if dims[:3] == decoder.STACKED:
+        return make_stacking(config).stack(value)
+    missing = config.model.padded_vocab_size - config.model.vocab_size
+    return jnp.pad(value, [(0, missing if name == "vocab" else 0) for name in dims]) if dims else value
 
-    def leaf(dims: Dims, value: jax.Array) -> jax.Array:
-        if dims[:3] == decoder.STACKED:
-            return stacking.stack(value)
-        padding = [(0, model.padded_vocab_size - model.vocab_size if name == "vocab" else 0) for name in dims]
-        return jnp.pad(value, padding) if padding else value
 
-    return jax.tree.map(leaf, dims, canonical, is_leaf=is_dims)
+def to_canonical(config: Config, tree: PyTree, dims: PyTree) -> PyTree:
+    """Layers as [num_layers, ...], vocabulary without padding, whatever the leaves' shardings."""
+    return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, value), dims, tree, is_leaf=is_dims)
 
 
 class Canonical:
-    """Compiled conversions between the state in memory and its canonical form, on one mesh."""
+    """Compiled conversions between the state in memory and its canonical form, on one mesh.
+
+    They go leaf by leaf, so that what XLA needs to move layers between stages is never more than one leaf's worth.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation):
-        dims = state_dims(config, optimizer)
+        self._dims = state_dims(config, optimizer)
         abstract = abstract_state(config, mesh, optimizer)
-        shapes = jax.eval_shape(lambda state: to_canonical(config, state, dims), abstract)
-        shardings = jax.tree.map(
-            lambda d, leaf: NamedSharding(mesh, _canonical_spec(_canonical_leaf_dims(d), leaf.shape, mesh)),
-            dims,
-            shapes,
-            is_leaf=is_dims,
-        )
-        self.abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+        shapes = jax.eval_shape(lambda state: to_canonical(config, state, self._dims), abstract)
+
+        def abstract_leaf(dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = NamedSharding(mesh, _canonical_spec(_canonical_leaf_dims(dims), leaf.shape, mesh))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        def jitted(convert: Any, dims: Dims, target: Any) -> Any:
+            return jax.jit(functools.partial(convert, config, dims), out_shardings=target.sharding)
+
+        self.abstract = jax.tree.map(abstract_leaf, self._dims, shapes, is_leaf=is_dims)
         """What a checkpoint holds, with the shardings in which this mesh reads and writes it."""
-        in_memory = state_shardings(config, mesh, optimizer)
-        self.from_state = jax.jit(lambda state: to_canonical(config, state, dims), out_shardings=shardings)
-        self.to_state = jax.jit(
-            lambda canonical: from_canonical(config, canonical, dims), out_shardings=in_memory, donate_argnums=0
-        )
+        self._to = jax.tree.map(functools.partial(jitted, _to_canonical_leaf), self._dims, self.abstract, is_leaf=is_dims)
+        self._from = jax.tree.map(functools.partial(jitted, _from_canonical_leaf), self._dims, abstract, is_leaf=is_dims)
+
+    def from_state(self, state: PyTree) -> PyTree:
+        """The canonical form of a state, which stays as it is."""
+        return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, state)
+
+    def to_state(self, canonical: PyTree) -> PyTree:
+        """The state of a canonical form, which is freed leaf by leaf."""
+
+        def leaf(convert: Any, value: jax.Array) -> jax.Array:
+            converted = jax.block_until_ready(convert(value))
+            value.delete()
+            return converted
+
+        return jax.tree.map(leaf, self._from, canonical)

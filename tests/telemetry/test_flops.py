@@ -1,6 +1,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 from jaxtrain.config import ModelConfig
@@ -66,7 +67,7 @@ def test_parameters_are_the_sum_of_the_shapes(tied, qk_norm):
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_those_of_the_real_decoder(tied):
     model = ModelConfig(num_layers=3, num_kv_heads=2, vocab_size=1000, tie_embeddings=tied, qk_norm=True)
-    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0), np.arange(model.num_layers)))
     held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim * (1 if tied else 2)
     assert num_parameters(model).total == held - padding
