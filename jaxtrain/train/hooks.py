@@ -143,8 +143,9 @@ class Profiling(Hook):
 class StopOnSignal(Hook):
     """The first SIGINT, SIGTERM or SIGHUP asks the run to end; a second one ends the process at once, as 128 + its number.
 
-    Inside `deferred` (the loop and its last checkpoint) the first one is a reason to stop after the step under way. Outside
-    it is raised as `Stopped`. SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
+    The loop stops after the step under way. Before and after it, `check` raises `Stopped` where the run may end. Inside
+    `breakable` the signal itself does: only around what is not jax, which crashes at exit if a lowering was broken off
+    (jax 0.10.2). SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
 
     Use it as a context manager, in the main thread. A thread of its own takes the signals from a pipe, because Python runs
     handlers in the main thread alone, and not before it returns from whatever hangs there.
@@ -154,7 +155,7 @@ class StopOnSignal(Hook):
         self._progress = progress
         self.received: signal.Signals | None = None
         """The first signal."""
-        self._deferred = False
+        self._breakable = False
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -174,19 +175,25 @@ class StopOnSignal(Hook):
         os.close(self._writing)  # which ends the thread
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Around what must not be broken off by the first signal."""
-        self._deferred = True
+    def breakable(self) -> Iterator[None]:
+        """Around long work that the first signal may break off anywhere."""
+        self.check()
+        self._breakable = True
         try:
             yield
         finally:
-            self._deferred = False
+            self._breakable = False
+
+    def check(self) -> None:
+        """Raises `Stopped` if there was a signal."""
+        if self.received is not None:
+            raise Stopped(f"{self.received.name} received outside the training loop")
 
     def stop_reason(self) -> str | None:
         return None if self.received is None else f"{self.received.name} received"
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferred:
+        if self._breakable:
             raise Stopped(f"{signal.Signals(number).name} received outside the training loop")
 
     def _watch(self, reading: int) -> None:
@@ -197,8 +204,9 @@ class StopOnSignal(Hook):
                 if self.received is not None:
                     self._end_at_once(128 + byte[0])
                 self.received = signal.Signals(byte[0])
-                then = "saving after the step under way" if self._deferred else "stopping"
-                self._progress.say(f"{self.received.name} received: {then}; a second one ends at once, without saving")
+                self._progress.say(
+                    f"{self.received.name} received: ending what is under way; again, and all ends at once, unsaved"
+                )
 
     def _end_at_once(self, exit_code: int) -> None:
         timer = threading.Timer(1.0, os._exit, [exit_code])  # in case the terminal is what hangs

@@ -147,7 +147,7 @@ class Run:
         progress.say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
         progress.say(f"mesh       {describe_mesh(self.mesh)}")
         progress.say(f"attention  {self.backend} ({why})")
-        with progress.during("reading data"):
+        with progress.during("reading data"), self.stop.breakable():
             self.data = open_data(config)
         progress.say(f"data       {self.data.description}")
         self.canonical = Canonical(config, self.mesh, self.optimizer)
@@ -164,7 +164,9 @@ class Run:
             checkpoints = self._open_checkpoints(stack)
             state, first = self._begin(checkpoints)
             write_config(self.config)
+            self.stop.check()
             step_function = self._compile()
+            self.stop.check()
             log = stack.enter_context(self._open_log(first))
             loop, reason = self._loop(stack, step_function, checkpoints, log, state, first)
         self._draw()
@@ -261,11 +263,10 @@ class Run:
             return self._place(batch, config.train.global_batch_size)
 
         loop = Loop(step_function, next_batch, jax.block_until_ready, hooks, state, first, last)
-        with self.stop.deferred():
-            clock.start()
-            reason = loop.run()
-            for hook in saving:
-                hook.save_now(loop.step, loop.state)
+        clock.start()
+        reason = loop.run()
+        for hook in saving:
+            hook.save_now(loop.step, loop.state)
         return loop, reason
 
     def _saving(self, checkpoints: Checkpoints | None, clock: StepClock) -> list[Saving]:
@@ -319,11 +320,13 @@ class Run:
         to_host: Callable[[Any], Any] = functools.partial(multihost_utils.process_allgather, tiled=True)
 
         def next_logits(batch: dict[str, np.ndarray], position: int) -> np.ndarray:
+            self.stop.check()
             copies = {name: array.repeat(rows.stop - rows.start, axis=0) for name, array in batch.items()}
             return to_host(step(params, self._place(copies, num_rows), np.int32(position)))[0]
 
         prompt = self.data.sample_prompt(min(64, config.data.sequence_length // 2))
-        made = sample(next_logits, config, prompt, config.train.sample_tokens)
+        with self.progress.during("sampling"):
+            made = sample(next_logits, config, prompt, config.train.sample_tokens)
         decode = self.data.tokenizer.decode
         self.progress.say(
             f"--- held-out text:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(made.tolist())}\n---"
