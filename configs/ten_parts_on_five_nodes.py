@@ -34,7 +34,7 @@ def get_config() -> Config:
         mesh=MeshConfig(pipe=5),
         pipeline=PipelineConfig(schedule="interleaved", chunks=2),
         data=DataConfig(tokenizer="byte", sequence_length=32),
-        optimizer=OptimizerConfig(name="sgd", peak_lr=0.1, schedule="constant", beta1=0.0, weight_decay=0.0, clip_norm=0.0),
+        optimizer=OptimizerConfig(name="sgd", peak_lr=2e-5, schedule="constant", beta1=0.0, weight_decay=0.0, clip_norm=0.0),
         train=TrainConfig(steps=5, global_batch_size=10, microbatches=10, log_every=1, validate_every=0),
         checkpoint=CheckpointConfig(every=0),
     )

@@ -97,15 +97,15 @@ def base_for(layout: Layout) -> Config:
 
 
 @functools.cache
-def batch_of(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+def batch_of(rows: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.ndarray]:
     """A packed batch with ragged documents, unequal numbers of targets a row, and some rows all padding."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
-    segments = np.cumsum(rng.random((rows, LENGTH)) < 0.2, axis=1).astype(np.int32) + 1
+    tokens = rng.integers(0, VOCAB, (rows, length + 1)).astype(np.int32)
+    segments = np.cumsum(rng.random((rows, length)) < 0.2, axis=1).astype(np.int32) + 1
     starts = np.concatenate([np.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    index = np.arange(LENGTH, dtype=np.int32)
+    index = np.arange(length, dtype=np.int32)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-    targets = np.where(rng.random((rows, LENGTH)) < rng.random((rows, 1)), -1, tokens[:, 1:])
+    targets = np.where(rng.random((rows, length)) < rng.random((rows, 1)), -1, tokens[:, 1:])
     padding = rng.random(rows) < 0.1
     targets[padding], segments[padding] = -1, 0
     return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "positions": positions, "segments": segments}
@@ -127,7 +127,7 @@ def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outco
     optimizer = make_optimizer(config.optimizer, config.train.steps, dims)
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = state["params"], state["optimizer"]
-    rows = batch_of(config.train.global_batch_size)
+    rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     loss_and_gradients = jax.jit(make_loss_and_gradients(config, mesh, backend))
 
