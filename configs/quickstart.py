@@ -29,12 +29,12 @@ def get_config() -> Config:
         data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=256),
         optimizer=OptimizerConfig(name="muon", peak_lr=6e-3, warmup_steps=30),
         train=TrainConfig(
-            steps=600,
+            steps=500,
             global_batch_size=4,
             remat="none",
             log_every=5,
-            validate_every=100,
+            validate_every=125,
             sample_tokens=200,
         ),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=250),
     )
