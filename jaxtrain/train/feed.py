@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
     """The smallest range of global rows that covers what this process's devices hold of a [B, L] batch."""
-    indices = sharding.addressable_devices_indices_map(shape).values()
-    bounds = [(rows.start or 0, shape[0] if rows.stop is None else rows.stop) for rows, _ in indices if rows is not None]
+    indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
+    bounds = [rows.indices(shape[0])[:2] for rows, _ in indices]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
@@ -23,7 +23,8 @@ def to_global(
     """Global arrays [num_rows, L] of the named arrays, from this process's rows `rows` of them."""
 
     def place(local: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(num_rows)
             return local[start - rows.start : stop - rows.start, index[1]]
 

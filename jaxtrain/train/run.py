@@ -9,7 +9,6 @@ import fcntl
 import functools
 import importlib.metadata
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,8 +211,7 @@ class Run:
                 f"{checkpoints.directory} already holds step {step}, beyond train.steps={last}; "
                 f"use --train.steps={step} or more, or another --run_dir"
             )
-        with self.progress.during("restoring"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # those of leaves that gain padding
+        with self.progress.during("restoring"):
             state = self.canonical.to_state(checkpoints.restore(step, self.canonical.abstract))
         self.progress.advance(step)
         self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
@@ -250,7 +248,7 @@ class Run:
         hooks: list[Hook] = [
             profiling,
             # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
-            Logging(log, self.progress, clock, lambda s: float(learning_rate(s)), config.train.log_every, 1, last),
+            Logging(log, self.progress, clock, lambda s: float(np.asarray(learning_rate(s))), config.train.log_every, 1, last),
             *self._validation(log, clock),
             *saving,
             self.stop,
