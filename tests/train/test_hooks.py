@@ -1,0 +1,233 @@
+"""The hooks by themselves: signals that are heard at any moment, validation that stops, saves that fail."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxtrain.errors import CheckpointError, Stopped
+from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.hooks import Logging, Saving, StopOnSignal, Validation
+
+
+class Said(Progress):
+    """Keeps what is said and logged."""
+
+    def __init__(self):
+        self.lines, self.rows, self.statuses = [], [], []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def update(self, row):
+        self.rows.append(row)
+
+
+class Log:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, row):
+        self.rows.append(row)
+
+
+class Clock:
+    """Stands still."""
+
+    def __init__(self):
+        self.pauses = 0
+
+    def step_done(self, step):
+        pass
+
+    def window(self):
+        return {"step_seconds": 1.0}
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.pauses += 1
+        yield
+
+
+def send(number, stop):
+    """Sends this process a signal, and waits until the watching thread has it."""
+    os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 5
+    while stop.received is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_is_a_reason_to_stop(number):
+    said, before = Said(), signal.getsignal(number)
+    with StopOnSignal(said) as stop:
+        assert stop.stop_reason() is None
+        stop.check()
+        send(number, stop)
+        assert stop.stop_reason() == f"{number.name} received"
+        with pytest.raises(Stopped, match=number.name):
+            stop.check()
+        with pytest.raises(Stopped), stop.breakable():
+            pytest.fail("began work that should not begin any more")
+    assert signal.getsignal(number) is before
+    assert len(said.lines) == 1
+    assert number.name in said.lines[0]
+
+
+def signal_and_wait(number):
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+
+
+def test_a_signal_breaks_off_what_is_breakable():
+    started = time.monotonic()
+    with StopOnSignal(Said()) as stop, pytest.raises(Stopped, match="SIGTERM"), stop.breakable():
+        signal_and_wait(signal.SIGTERM)
+    assert time.monotonic() - started < 4
+
+
+def test_without_being_entered_it_leaves_signals_alone():
+    stop = StopOnSignal(Said())
+    with pytest.raises(KeyboardInterrupt):
+        signal_and_wait(signal.SIGINT)
+    assert stop.received is None
+
+
+HANGING = """
+import ctypes, signal, sys
+from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.hooks import StopOnSignal
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with StopOnSignal(Progress()):
+    library.pthread_mutex_lock(mutex)
+    print("hanging", flush=True)
+    library.pthread_mutex_lock(mutex)  # like a step that waits for a dead host: no Python runs in this thread again
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "exit_code"),
+    [(["INT", "INT"], 130), (["TERM", "TERM"], 143), (["INT", "TERM"], 143), (["nohup", "HUP", "TERM", "INT"], 130)],
+    ids=["INT-INT", "TERM-TERM", "INT-TERM", "nohup-HUP-TERM-INT"],
+)
+def test_a_second_signal_ends_a_hanging_process_at_once(signals, exit_code):
+    mode = "nohup" if signals[0] == "nohup" else "terminal"
+    child = subprocess.Popen([sys.executable, "-c", HANGING, mode], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "hanging\n"
+        *firsts, last = [name for name in signals if name != "nohup"]
+        for name in firsts:
+            child.send_signal(getattr(signal, "SIG" + name))
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.2)
+        child.send_signal(getattr(signal, "SIG" + last))
+        assert child.wait(5) == exit_code
+    finally:
+        child.kill()
+
+
+# --- logging
+
+
+def test_rows_are_a_function_of_the_step_alone():
+    """Whether a process begins at 0 or in between: the first step, every multiple, and the last."""
+    log, said = Log(), Said()
+    logging = Logging(log, said, Clock(), lambda step: step / 100, 10, 1, 25)
+    for step in range(1, 26):
+        logging.metrics_read(step, {"loss": 2.0, "grad_norm": 1.0, "targets": 3.0})
+    assert [row["step"] for row in log.rows] == [1, 10, 20, 25]
+    assert said.rows == log.rows
+    row = log.rows[1]
+    assert list(row)[:4] == ["step", "loss", "grad_norm", "learning_rate"]
+    assert row["learning_rate"] == 0.09  # of the step that was taken: the tenth is number 9
+    assert (row["targets"], row["step_seconds"]) == (3.0, 1.0)
+
+
+# --- validation
+
+
+def validation(losses, stop_at=0.0, every=10, last=25):
+    losses = iter(losses)
+    return Validation(
+        lambda params: next(losses),
+        lambda loss: loss / 2,
+        Log(),
+        Said(),
+        Clock(),
+        every=every,
+        last_step=last,
+        stop_at_loss=stop_at,
+    )
+
+
+def test_validation_wants_every_multiple_and_the_last_step():
+    hook = validation([])
+    assert [step for step in range(1, 26) if hook.wants(step)] == [10, 20, 25]
+
+
+def test_validation_writes_its_row():
+    hook = validation([3.0])
+    hook.after_step(10, {"params": None})
+    assert hook._log.rows == hook._progress.rows == [{"step": 10, "validation_loss": 3.0, "validation_bits_per_byte": 1.5}]
+    assert hook._clock.pauses == 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "stop_at", "stops"),
+    [(2.0, 2.0, True), (1.9, 2.0, True), (2.1, 2.0, False), (0.0, 0.0, False), (float("nan"), 2.0, False), (1.0, 0.0, False)],
+)
+def test_validation_stops_at_the_threshold(loss, stop_at, stops):
+    hook = validation([loss], stop_at)
+    assert hook.stop_reason() is None
+    hook.after_step(10, {"params": None})
+    reason = hook.stop_reason()
+    assert (reason is not None) is stops
+    assert not stops or f"{loss:.4f}" in reason
+    assert not stops or f"train.stop_at_validation_loss={stop_at}" in reason
+
+
+# --- saving
+
+
+class FailingCheckpoints:
+    """The save that was made before the next `wait` has failed."""
+
+    def __init__(self, always=False):
+        self.failure, self.always, self.saved = None, always, []
+
+    def wait(self):
+        failure, self.failure = self.failure, None
+        if failure:
+            raise failure
+
+    def save(self, step, state, metadata, wait=False):
+        if self.always:
+            raise CheckpointError(f"step {step}: disk full")
+        self.saved.append((step, state, wait))
+
+
+def test_a_save_that_failed_is_told_and_the_next_one_is_made():
+    checkpoints, said = FailingCheckpoints(), Said()
+    hook = Saving(checkpoints, lambda state: f"canonical {state}", {}, said, Clock(), every=10)
+    assert [step for step in range(1, 31) if hook.wants(step)] == [10, 20, 30]
+    hook.after_step(10, "a")
+    checkpoints.failure = CheckpointError("step 10: disk full")
+    hook.after_step(20, "b")
+    hook.save_now(23, "c")
+    assert checkpoints.saved == [(10, "canonical a", False), (20, "canonical b", False), (23, "canonical c", True)]
+    assert said.lines == ["warning    step 10: disk full"]
+
+
+def test_a_save_that_cannot_be_made_ends_the_run():
+    hook = Saving(FailingCheckpoints(always=True), lambda state: state, {}, Said(), Clock(), every=10)
+    with pytest.raises(CheckpointError, match="step 10"):
+        hook.after_step(10, "a")
