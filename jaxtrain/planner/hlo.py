@@ -18,6 +18,7 @@ _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _OPERAND = re.compile(r"%?([\w.\-]+)")
+_FIRST_OPERAND = re.compile(r"(?:\w+\[[\d,]*\](?:\{[^}]*\})? )?%?([\w.\-]+)")  # its type may stand before it
 
 
 @dataclass
@@ -34,7 +35,7 @@ def _dims(text: str) -> tuple[int, ...]:
 
 def _dot_flops(computation: _Computation, output: tuple[int, ...], operands: str) -> float:
     """2 * (elements of the output) * (length of the contraction)."""
-    left = _OPERAND.match(operands.split(",")[0].split(" ")[-1])
+    left = _FIRST_OPERAND.match(operands)
     contracted = _CONTRACTED.search(operands)
     if left is None or contracted is None:
         raise ValueError(f"a dot without operands or contracting dims: {operands[:200]}")
