@@ -39,8 +39,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(workplace: Path, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+def start(workplace: Path, *flags: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jaxtrain.main", f"--config={workplace / 'tiny.py'}", *flags]
     return subprocess.Popen(
         command, cwd=workplace, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -107,23 +107,6 @@ def test_stopped_by_a_signal_the_same_command_goes_on_bit_for_bit(workplace: Pat
     code, output = finish(start(workplace, *flags))
     assert code == 0, output
     assert losses_of(run_dir) == losses_of(whole)
-
-
-def test_goes_on_with_another_mesh_and_pipeline(workplace: Path, whole: Path):
-    """Three layers on two stages of two chunks: uneven parts, another order in memory, the same losses."""
-    code, output = finish(start(workplace, "--run_dir=moved", "--train.steps=60", "--mesh.fsdp=4", devices=4))
-    assert code == 0, output
-    for step in ("50", "60"):
-        for path in sorted((workplace / "moved" / "checkpoints" / step).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (workplace / "moved" / "checkpoints" / step).rmdir()
-    flags = ("--mesh.pipe=2", "--mesh.tensor=2", "--mesh.fsdp=2", "--train.microbatches=2", "--pipeline.schedule=1f1b")
-    code, output = finish(start(workplace, "--run_dir=moved", *flags, devices=8))
-    assert code == 0, output
-    assert "resume     from step 25" in output
-    ours, truth = losses_of(workplace / "moved"), losses_of(whole)
-    assert sorted(ours) == list(range(1, 61))
-    assert max(abs(ours[step] / truth[step] - 1) for step in range(26, 46)) < 1e-5
 
 
 WRONG = {
