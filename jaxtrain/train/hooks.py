@@ -204,9 +204,8 @@ class StopOnSignal(Hook):
                 if self.received is not None:
                     self._end_at_once(128 + byte[0])
                 self.received = signal.Signals(byte[0])
-                self._progress.say(
-                    f"{self.received.name} received: ending what is under way; again, and all ends at once, unsaved"
-                )
+                name = self.received.name
+                self._progress.say(f"{name} received: finishing the step under way; a second one ends at once, without saving")
 
     def _end_at_once(self, exit_code: int) -> None:
         timer = threading.Timer(1.0, os._exit, [exit_code])  # in case the terminal is what hangs

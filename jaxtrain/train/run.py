@@ -203,7 +203,8 @@ class Run:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
         step = checkpoints.step_to_resume() if checkpoints else None
         if step is None or checkpoints is None:
-            return create_state(self.config, self.mesh, self.optimizer), 0
+            with self.progress.during("initialising"):
+                return create_state(self.config, self.mesh, self.optimizer), 0
         now, last = metadata(self.config, self.data), self.config.train.steps
         notes = check_same_run(checkpoints.read_metadata(step), now, checkpoints.directory)
         if step > last:
@@ -306,7 +307,7 @@ class Run:
         if jax.process_index() != 0:
             return
         baseline = self.data.gzip_bits_per_byte
-        title = f"{self.config.name}: {num_parameters(self.config.model).total / 1e6:.1f} M parameters"
+        title = f"{self.config.name}: {num_parameters(self.config.model).total:,} parameters"
         picture = self.directory / "loss.png"
         if plot_losses(self.directory / "metrics.jsonl", picture, title, {"gzip -9": baseline} if baseline else None):
             self.progress.say(f"picture    {picture}")
