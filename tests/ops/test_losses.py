@@ -70,7 +70,9 @@ def compiled(tensor: int, chunk: int, z_loss: float, factor: float = 1.0):
 
     specs = (P(None, "tensor"), P(None, "tensor"), P(), P())
     out = (P(), P(None, "tensor"), P(None, "tensor"))
-    return jax.jit(jax.shard_map(region, mesh=mesh_of(tensor), in_specs=specs, out_specs=out))
+    mapped = jax.shard_map(region, mesh=mesh_of(tensor), in_specs=specs, out_specs=out)
+    # The time of these tests is LLVM's.
+    return jax.jit(mapped, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
