@@ -469,7 +469,7 @@ def _other_problems(config: Config) -> list[str]:
     if not config.data.sources:
         problems.append("data.sources is empty; give at least one source")
     scaling = config.model.rope_scaling
-    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor < scaling.high_frequency_factor):
+    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor <= scaling.high_frequency_factor):
         problems.append(
             f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
             f"{scaling.low_frequency_factor} between 0 and high_frequency_factor={scaling.high_frequency_factor}"

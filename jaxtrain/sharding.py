@@ -112,12 +112,12 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
     """
     fsdp_dims = [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
 
-    @jax.custom_vjp
     def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
         for dim in fsdp_dims:
             compute = all_gather(compute, "fsdp", dim)
         return compute
 
+    # Not the differentiable call itself: a remat policy would be asked about that, and never see the all_gather inside.
     def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
         return gather(master, compute), None
 
@@ -127,9 +127,10 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
             gradient = reduce_scatter(gradient, "fsdp", dim)
         return gradient.astype(master.dtype), vary(jnp.zeros(compute.shape, compute.dtype))
 
-    gather.defvjp(forward, backward)
+    differentiable = jax.custom_vjp(gather)
+    differentiable.defvjp(forward, backward)
     with jax.named_scope("fsdp"):
-        return gather(master, compute)
+        return differentiable(master, compute)
 
 
 def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str) -> Any:

@@ -133,8 +133,8 @@ ONE_PROBLEM = {
     "number for scaling": (1, {"model": {"rope_scaling": 8.0}}, ["model.rope_scaling=8.0 is not a RopeScaling"]),
     "scaling upside down": (
         1,
-        {"model": {"rope_scaling": RopeScaling(low_frequency_factor=4.0, high_frequency_factor=4.0)}},
-        ["low_frequency_factor=4.0", "high_frequency_factor=4.0"],
+        {"model": {"rope_scaling": RopeScaling(low_frequency_factor=4.0, high_frequency_factor=2.0)}},
+        ["low_frequency_factor=4.0", "high_frequency_factor=2.0"],
     ),
     "zero size": (1, {"model": {"embed_dim": 0}}, ["model.embed_dim=0 must be at least 1"]),
     "zero microbatches": (1, {"train": {"microbatches": 0}}, ["train.microbatches=0 must be at least 1"]),
