@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, DataSource, parse_command_line, validate
+from jaxtrain.config import Config, DataSource, parse_command_line
+from jaxtrain.config_rules import validate
 from jaxtrain.main import explained
 
 DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."

@@ -1,4 +1,4 @@
-"""The configuration: nested dataclasses, one meaning a field, and one `validate` that finds every problem at once.
+"""The configuration: nested dataclasses, one meaning a field, read from a file and from the command line.
 
 Imports neither jax nor anything else that is slow, so that a typo is answered in a moment. Every field is a typed
 command-line flag (`--mesh.fsdp=8`), and the string below a field is its help text.
@@ -10,20 +10,17 @@ import dataclasses
 import importlib.util
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
-from jaxtrain.hardware import find_chip
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
-UNBUILT_AXES = ("replica", "expert", "context")
 VOCAB_MULTIPLE = 128
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "mlp_out")
+REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidden", "expert_out")
 
 DType = Literal["float32", "bfloat16"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
@@ -33,6 +30,12 @@ SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_reco
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
 ResumeMode = Literal["auto", "never", "required"]
+Router = Literal["softmax", "sigmoid"]
+Dispatch = Literal["dropless", "capacity"]
+ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
+ZeroLevel = Literal[1, 2, 3]
+SyncMode = Literal["every_step", "local", "diloco", "delayed"]
+Compression = Literal["none", "bfloat16", "int8", "float8"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,67 @@ class RopeScaling:
     """Wavelengths below original_length / this are left as they are."""
     original_length: int = 8192
     """The context, in tokens, that the unstretched model was trained on."""
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are projected up from one small latent.
+
+    A query or key head is `model.head_dim` numbers without position beside `rope_dim` with RoPE; the latter half of the key
+    is one for all heads.
+    """
+
+    query_rank: int = 1536
+    """Width of the queries' latent; 0 projects queries straight from the residual stream."""
+    kv_rank: int = 512
+    """Width of the latent of keys and values."""
+    rope_dim: int = 64
+    """Width of the part of a query and key head that RoPE turns; even."""
+    value_dim: int = 128
+    """Width of a value head."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the MLP: every token goes through the few SwiGLU experts that its router picks.
+
+    All auxiliary losses are means over the tokens that carry a loss, taken sequence by sequence, so neither microbatches nor
+    the mesh can change them.
+    """
+
+    num_experts: int = 8
+    """Routed experts."""
+    experts_per_token: int = 2
+    """Routed experts that a token goes through (top-k)."""
+    mlp_dim: int = 1024
+    """Hidden width of one expert."""
+    shared_experts: int = 0
+    """Experts that every token goes through, beside the routed ones; they are one MLP of shared_experts x mlp_dim."""
+    first_dense_layers: int = 0
+    """Layers at the start that keep a dense MLP (of model.mlp_dim). With a pipeline they belong to the first stage."""
+    router: Router = "softmax"
+    """How router logits become scores, before the top-k is taken."""
+    normalize_weights: bool = True
+    """Divide the scores of a token's experts by their sum."""
+    weight_scale: float = 1.0
+    """Factor on the weights of the routed experts (DeepSeek-V3: 2.5)."""
+    groups: int = 1
+    """Experts are in this many equal groups; only groups_per_token of them are open to a token (node-limited routing)."""
+    groups_per_token: int = 1
+    """Groups whose experts a token may take: those with the largest sum of their two best scores."""
+    balance_loss: float = 0.01
+    """Weight of the load-balance loss E/k sum_e f_e P_e of each sequence; 0 for none."""
+    router_z_loss: float = 0.0
+    """Weight of the mean of logsumexp(router logits)^2; 0 for none."""
+    bias_update_rate: float = 0.0
+    """Auxiliary-loss-free balance: every step an expert's bias, which only the choice of experts sees, goes this far up where
+    its load is below the mean, down where above; 0 for no bias."""
+    dispatch: Dispatch = "dropless"
+    """dropless: every token reaches its experts. capacity: an expert takes so many tokens of a group, and drops the rest."""
+    capacity_factor: float = 1.25
+    """capacity only: room of an expert, relative to an even spread of a group's tokens."""
+    capacity_group: int = 0
+    """capacity only: consecutive tokens of a sequence that share the experts' room; 0 for the whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +141,12 @@ class ModelConfig:
     """Use the embedding table as the output projection too."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE."""
+    sliding_window: int = 0
+    """Tokens that a query sees, itself and those before it; 0 for all of them."""
+    latent_attention: LatentAttentionConfig | None = None
+    """Multi-head latent attention; None for grouped-query attention."""
+    moe: MoEConfig | None = None
+    """Mixture of experts; None for a dense model."""
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
     param_dtype: DType = "float32"
@@ -91,13 +161,23 @@ class ModelConfig:
         """vocab_size rounded up to a multiple of 128: the same on every mesh, so that the parameters are too."""
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def first_dense_layers(self) -> int:
+        """Dense layers before the stack of like layers; they are held beside the embedding."""
+        return self.moe.first_dense_layers if self.moe else 0
+
+    @property
+    def stacked_layers(self) -> int:
+        """Layers in the stack that is scanned and cut into pipeline stages."""
+        return self.num_layers - self.first_dense_layers
+
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis. The product must equal the number of devices; one axis may be -1 (whatever is left)."""
 
     replica: int = 1
-    """Whole training replicas on slow links (not built yet: 1)."""
+    """Whole training replicas on slow links; how they keep together is `sync`."""
     pipe: int = 1
     """Pipeline stages: layers are cut into stages."""
     data: int = 1
@@ -105,9 +185,9 @@ class MeshConfig:
     fsdp: int = -1
     """Data parallelism with sharded parameters, gradients and optimizer state."""
     expert: int = 1
-    """Expert parallelism (not built yet: 1)."""
+    """Expert parallelism: experts are shared out; outside of them a further axis of data parallelism."""
     context: int = 1
-    """Sequence sharding inside attention (not built yet: 1)."""
+    """Context parallelism: the sequence is shared out, inside attention too."""
     tensor: int = 1
     """Tensor parallelism over heads, MLP width and vocabulary, with the sequence sharded between blocks."""
 
@@ -120,6 +200,50 @@ class MeshConfig:
     def batch_shards(self) -> int:
         """Into how many parts the global batch is cut."""
         return self.replica * self.data * self.fsdp * self.expert
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """What the mesh axes do where there is a choice. Nothing here changes a result."""
+
+    zero: ZeroLevel = 3
+    """What `fsdp` shards (Rajbhandari et al. 2020). 1: master weights and optimizer state; weights are gathered and gradients
+    reduced once a step. 2: gradients too, reduced in every microbatch. 3: the weights too, gathered layer by layer."""
+    context_attention: ContextAttention = "auto"
+    """How attention reaches the keys of other devices along `context`. ring: they come round one device at a time; gather:
+    all at once; ulysses: heads are exchanged for sequence. auto chooses, and the log says why."""
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """How replicas (mesh axis `replica`) keep together."""
+
+    mode: SyncMode = "every_step"
+    """every_step: gradients are averaged in every step. local: parameters are averaged every `every` steps. diloco: as local,
+    with outer Nesterov momentum on the difference. delayed: averaged gradients are applied `delay` steps late."""
+    every: int = 20
+    """local, diloco: inner steps between two exchanges (H)."""
+    outer_lr: float = 0.7
+    """diloco: learning rate of the outer Nesterov step."""
+    outer_momentum: float = 0.9
+    """diloco: momentum of the outer Nesterov step."""
+    fragments: int = 1
+    """local, diloco: the layers are exchanged in this many interleaved fragments, in turn, each every `every` steps."""
+    delay: int = 1
+    """delayed: steps between a gradient and its use (tau). 0 is every_step."""
+    overlap: int = 0
+    """local, diloco: steps for which an exchange may travel behind the inner steps before its result is used."""
+    compression: Compression = "none"
+    """What travels between replicas: float32, or this dtype (int8 and float8 with one float32 scale per block)."""
+    compression_block: int = 256
+    """Numbers that share a scale."""
+    error_feedback: bool = False
+    """Add what compression lost to the next exchange."""
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether each replica has parameters and optimizer state of its own."""
+        return self.mode in ("local", "diloco")
 
 
 @dataclass(frozen=True)
@@ -273,6 +397,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -283,252 +409,6 @@ class Config:
     def directory(self) -> Path:
         """run_dir, or runs/NAME where none is given."""
         return Path(self.run_dir).expanduser() if self.run_dir else Path("runs") / self.name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _or(numbers: Sequence[int]) -> str:
-    """ "1, 2 or 4" """
-    shown = [str(n) for n in numbers]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
-
-
-def _nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` next to `number`, as words."""
-    below, above = number // unit * unit, math.ceil(number / unit) * unit
-    return _or([n for n in (below, above) if n > 0])
-
-
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
-    """Fills in the axis that is -1, and lists what is wrong with the mesh.
-
-    An axis of -1 becomes num_devices over the product of the others.
-    """
-    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
-    problems = [
-        f"mesh.{a}={n}: an axis has at least 1 device (or -1 for whatever is left)"
-        for a, n in sizes.items()
-        if n < 1 and n != -1
-    ]
-    problems += [f"mesh.{a}={sizes[a]}: the {a} axis is not built yet; use 1" for a in UNBUILT_AXES if sizes[a] not in (1, -1)]
-    free = [a for a, n in sizes.items() if n == -1]
-    if len(free) > 1:
-        problems.append(f"mesh: only one axis may be -1, but {' and '.join(free)} are; set all but one of them")
-    if problems:
-        return mesh, problems
-    fixed = math.prod(n for n in sizes.values() if n != -1)
-    words = " x ".join(f"{a}={n}" for a, n in sizes.items() if n not in (1, -1)) or "all axes 1"
-    if free and num_devices % fixed:
-        return mesh, [
-            f"mesh: {words} uses {fixed} devices, which does not divide the {num_devices} present; "
-            f"use a product of {_or(divisors(num_devices))}"
-        ]
-    if free:
-        if free[0] in UNBUILT_AXES and num_devices != fixed:
-            return mesh, [f"mesh.{free[0]}=-1 would become {num_devices // fixed}, but that axis is not built yet; use 1"]
-        return dataclasses.replace(mesh, **{free[0]: num_devices // fixed}), []
-    if fixed != num_devices:
-        return mesh, [
-            f"mesh: {words} is {fixed} device{'s' if fixed > 1 else ''}, but {num_devices} "
-            f"{'are' if num_devices > 1 else 'is'} present; change an axis, set one to -1, or for fake CPU devices set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={fixed}"
-        ]
-    return mesh, []
-
-
-def _type_problems(value: Any, path: str = "") -> list[str]:
-    """Values whose type or choice is not what the field declares (a config file is Python, and may hold anything)."""
-    hints = get_type_hints(type(value))
-    names = [f.name for f in dataclasses.fields(value)]
-    return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
-
-
-def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
-    """`_type_problems` of one field."""
-    kind, arguments = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return [] if value in arguments else [f"{name}={value!r}: {nearest(str(value), arguments)}"]
-    if kind is UnionType:  # X | None
-        return [] if value is None else _field_problems(value, arguments[0], name)
-    if kind is tuple:
-        if not isinstance(value, tuple):
-            return [f"{name}={value!r} is not a tuple"]
-        return [problem for i, item in enumerate(value) for problem in _field_problems(item, arguments[0], f"{name}.{i}")]
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
-    if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
-        return [f"{name}={value!r} is not a whole number"]
-    if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
-        return [f"{name}={value!r} is not a finite number"]
-    if hint in (bool, str) and not isinstance(value, hint):
-        return [f"{name}={value!r} is not a {hint.__name__}"]
-    return []
-
-
-_AT_LEAST_ONE = (
-    "model.num_layers model.embed_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size "
-    "pipeline.chunks data.sequence_length data.prefetch train.steps train.global_batch_size train.microbatches "
-    "train.log_every train.loss_chunk checkpoint.keep"
-).split()
-_AT_LEAST_ZERO = (
-    "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
-    "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every"
-).split()
-_ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon".split()
-_SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction".split()
-_DECAYS = "optimizer.beta1 optimizer.beta2".split()
-# Divisibility is only judged where these are in range.
-_SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
-
-
-def _range_problems(config: Config) -> list[str]:
-    def value(path: str) -> float:
-        section, name = path.split(".")
-        return getattr(getattr(config, section), name)
-
-    rules = [
-        (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
-        (_AT_LEAST_ZERO, lambda v: v >= 0, "must be 0 or more"),
-        (_ABOVE_ZERO, lambda v: v > 0, "must be above 0"),
-        (_SHARES, lambda v: 0 <= v <= 1, "is a share: 0 to 1"),
-        (_DECAYS, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
-    ]
-    return [f"{p}={value(p)} {words}" for paths, holds, words in rules for p in paths if not holds(value(p))]
-
-
-def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
-    problems = []
-    if model.num_heads % model.num_kv_heads:
-        problems.append(
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
-            f"use {_or(divisors(model.num_heads))}"
-        )
-    if model.head_dim % 2:
-        problems.append(f"model.head_dim={model.head_dim} is odd, but RoPE turns pairs; use {model.head_dim + 1}")
-    tensor, fsdp = mesh.tensor, mesh.fsdp
-    cut = math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim, model.padded_vocab_size)
-    fits = _or([d for d in divisors(cut) if d <= 64])
-    for name in ("num_heads", "num_kv_heads", "mlp_dim"):
-        size = getattr(model, name)
-        if tensor > 0 and size % tensor:
-            problems.append(f"mesh.tensor={tensor} does not divide model.{name}={size}; use {fits}")
-    if tensor > 0 and model.padded_vocab_size % tensor:
-        problems.append(
-            f"mesh.tensor={tensor} does not divide the padded vocabulary of {model.padded_vocab_size} "
-            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {fits}"
-        )
-    if fsdp > 0 and model.embed_dim % fsdp:
-        problems.append(
-            f"mesh.fsdp={fsdp} does not divide model.embed_dim={model.embed_dim}, over which parameters are sharded; "
-            f"use fsdp={max(d for d in divisors(model.embed_dim) if d <= fsdp)} and data for the rest, "
-            f"or embed_dim={_nearest_multiples(model.embed_dim, fsdp)}"
-        )
-    return problems
-
-
-def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
-    train, pipeline, layers = config.train, config.pipeline, config.model.num_layers
-    problems = []
-    unit = mesh.batch_shards * train.microbatches
-    if train.global_batch_size % unit:
-        problems.append(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of data x fsdp x expert x microbatches = "
-            f"{mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
-            f"use {_nearest_multiples(train.global_batch_size, unit)}"
-        )
-    if config.data.sequence_length % mesh.tensor:
-        problems.append(
-            f"data.sequence_length={config.data.sequence_length} is not a multiple of mesh.tensor={mesh.tensor}, over which "
-            f"the sequence is sharded between blocks; use {_nearest_multiples(config.data.sequence_length, mesh.tensor)}"
-        )
-    if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
-        problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
-    if pipeline.chunks > 1 and mesh.pipe == 1:
-        problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
-    parts = mesh.pipe * pipeline.chunks
-    if parts > layers:
-        problems.append(
-            f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts model.num_layers={layers} into {parts} parts, "
-            f"some without a layer; use at most {layers} parts"
-        )
-    return problems
-
-
-def _other_problems(config: Config) -> list[str]:
-    problems = []
-    unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
-    problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
-    if not config.data.sources:
-        problems.append("data.sources is empty; give at least one source")
-    scaling = config.model.rope_scaling
-    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor <= scaling.high_frequency_factor):
-        problems.append(
-            f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
-            f"{scaling.low_frequency_factor} between 0 and high_frequency_factor={scaling.high_frequency_factor}"
-        )
-    if scaling and scaling.original_length < 1:
-        problems.append(f"model.rope_scaling.original_length={scaling.original_length} must be at least 1")
-    for i, source in enumerate(config.data.sources):
-        if source.weight <= 0:
-            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        if source.kind not in ("stdlib", "synthetic") and not source.path:
-            problems.append(f"data.sources.{i}.path is empty; a source of kind {source.kind} needs the files to read")
-    if config.optimizer.warmup_steps > config.train.steps:
-        problems.append(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.steps={config.train.steps}")
-    tokenizer = config.data.tokenizer
-    if tokenizer.startswith("bpe:"):
-        size = tokenizer[4:]
-        if not size.isdigit() or int(size) < 257:
-            problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
-        elif int(size) > config.model.vocab_size:
-            problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
-    window = re.fullmatch(r"(\d+):(\d+)", config.telemetry.profile)
-    if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
-        problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
-    if config.telemetry.hardware != "auto":
-        try:
-            find_chip(config.telemetry.hardware)
-        except ExplainedError as error:
-            problems.append(str(error))
-    if not re.fullmatch(r"[\w.+-]+", config.name):
-        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only")
-    return problems
-
-
-def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
-    """The config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
-    problems = _type_problems(config)
-    if problems:  # the rules below compute with the values, so they need right types
-        return config, problems
-    range_problems = _range_problems(config)
-    mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
-    problems = range_problems + mesh_problems
-    if not any(problem.startswith(_SIZES) for problem in range_problems):
-        problems += _model_problems(config.model, mesh)
-        if not mesh_problems:
-            problems += _layout_problems(config, mesh)
-    problems += _other_problems(config)
-    return dataclasses.replace(config, mesh=mesh), problems
-
-
-def validate(config: Config, num_devices: int) -> Config:
-    """The config with its mesh resolved for `num_devices`.
-
-    Raises:
-      ConfigError: with all the problems at once, each with its numbers and the nearest values that work.
-    """
-    resolved, problems = find_problems(config, num_devices)
-    if problems:
-        raise ConfigError(problems)
-    return resolved
 
 
 # ---------------------------------------------------------------------------------------------------------------------

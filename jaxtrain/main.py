@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jaxtrain.config import parse_command_line, validate
+from jaxtrain.config import parse_command_line
+from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_ERROR, ExplainedError, Stopped
 
 DESCRIPTION = "Train a transformer. Every field of the config is a flag; the file named by --config sets their defaults."

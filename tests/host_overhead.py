@@ -16,7 +16,8 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtrain import bench
-from jaxtrain.config import parse_command_line, validate
+from jaxtrain.config import parse_command_line
+from jaxtrain.config_rules import validate
 from jaxtrain.telemetry.clock import StepClock
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 # Prefixes of module names, the longest match counts. `jaxtrain.train` is on two floors: pure functions below, the loop above.
 FLOORS = {
     "config": 0,
+    "config_rules": 0,
     "hardware": 0,
     "errors": 0,
     "mesh": 1,
@@ -40,13 +41,15 @@ FLOORS = {
 }
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
-    ("config", "hardware"),
     ("config", "errors"),
+    ("config_rules", "config"),
+    ("config_rules", "hardware"),
+    ("config_rules", "errors"),
     ("hardware", "errors"),
     ("models", "parallel"),
     ("bench", "main"),
 }
-NO_JAX = ("config", "hardware", "errors")
+NO_JAX = ("config", "config_rules", "hardware", "errors")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -19,8 +19,8 @@ from jaxtrain.config import (
     PipelineConfig,
     TelemetryConfig,
     TrainConfig,
-    validate,
 )
+from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress

@@ -1,0 +1,336 @@
+"""What a valid config is: every rule about fields and their combinations, checked at once, before jax is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig
+from jaxtrain.errors import ConfigError, ExplainedError, nearest
+from jaxtrain.hardware import find_chip
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _or(numbers: Sequence[int]) -> str:
+    """ "1, 2 or 4" """
+    shown = [str(n) for n in numbers]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` next to `number`, as words."""
+    below, above = number // unit * unit, math.ceil(number / unit) * unit
+    return _or([n for n in (below, above) if n > 0])
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
+    """Fills in the axis that is -1, and lists what is wrong with the mesh.
+
+    An axis of -1 becomes num_devices over the product of the others.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    problems = [
+        f"mesh.{a}={n}: an axis has at least 1 device (or -1 for whatever is left)"
+        for a, n in sizes.items()
+        if n < 1 and n != -1
+    ]
+    free = [a for a, n in sizes.items() if n == -1]
+    if len(free) > 1:
+        problems.append(f"mesh: only one axis may be -1, but {' and '.join(free)} are; set all but one of them")
+    if problems:
+        return mesh, problems
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    words = " x ".join(f"{a}={n}" for a, n in sizes.items() if n not in (1, -1)) or "all axes 1"
+    if free and num_devices % fixed:
+        return mesh, [
+            f"mesh: {words} uses {fixed} devices, which does not divide the {num_devices} present; "
+            f"use a product of {_or(divisors(num_devices))}"
+        ]
+    if free:
+        return dataclasses.replace(mesh, **{free[0]: num_devices // fixed}), []
+    if fixed != num_devices:
+        return mesh, [
+            f"mesh: {words} is {fixed} device{'s' if fixed > 1 else ''}, but {num_devices} "
+            f"{'are' if num_devices > 1 else 'is'} present; change an axis, set one to -1, or for fake CPU devices set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={fixed}"
+        ]
+    return mesh, []
+
+
+def _type_problems(value: Any, path: str = "") -> list[str]:
+    """Values whose type or choice is not what the field declares (a config file is Python, and may hold anything)."""
+    hints = get_type_hints(type(value))
+    names = [f.name for f in dataclasses.fields(value)]
+    return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
+
+
+def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
+    """`_type_problems` of one field."""
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return [] if value in arguments else [f"{name}={value!r}: {nearest(str(value), arguments)}"]
+    if kind is UnionType:  # X | None
+        return [] if value is None else _field_problems(value, arguments[0], name)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return [f"{name}={value!r} is not a tuple"]
+        return [problem for i, item in enumerate(value) for problem in _field_problems(item, arguments[0], f"{name}.{i}")]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
+    if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
+        return [f"{name}={value!r} is not a whole number"]
+    if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+        return [f"{name}={value!r} is not a finite number"]
+    if hint in (bool, str) and not isinstance(value, hint):
+        return [f"{name}={value!r} is not a {hint.__name__}"]
+    return []
+
+
+_AT_LEAST_ONE = (
+    "model.num_layers model.embed_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size "
+    "pipeline.chunks data.sequence_length data.prefetch train.steps train.global_batch_size train.microbatches "
+    "train.log_every train.loss_chunk checkpoint.keep sync.every sync.fragments sync.compression_block"
+).split()
+_AT_LEAST_ZERO = (
+    "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
+    "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
+    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap"
+).split()
+_ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr".split()
+_SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction".split()
+_DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
+# Divisibility is only judged where these are in range.
+_SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
+
+
+def _range_problems(config: Config) -> list[str]:
+    def value(path: str) -> float:
+        section, name = path.split(".")
+        return getattr(getattr(config, section), name)
+
+    rules = [
+        (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
+        (_AT_LEAST_ZERO, lambda v: v >= 0, "must be 0 or more"),
+        (_ABOVE_ZERO, lambda v: v > 0, "must be above 0"),
+        (_SHARES, lambda v: 0 <= v <= 1, "is a share: 0 to 1"),
+        (_DECAYS, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    ]
+    return [f"{p}={value(p)} {words}" for paths, holds, words in rules for p in paths if not holds(value(p))]
+
+
+def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
+    problems = []
+    if model.num_heads % model.num_kv_heads:
+        problems.append(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"use {_or(divisors(model.num_heads))}"
+        )
+    if model.head_dim % 2:
+        problems.append(f"model.head_dim={model.head_dim} is odd, but RoPE turns pairs; use {model.head_dim + 1}")
+    tensor, fsdp = mesh.tensor, mesh.fsdp
+    sizes = {f"model.{name}": getattr(model, name) for name in ("num_heads", "num_kv_heads", "mlp_dim")}
+    if model.moe:
+        sizes["model.moe.mlp_dim"] = model.moe.mlp_dim
+    cut = math.gcd(model.padded_vocab_size, *sizes.values())
+    fits = _or([d for d in divisors(cut) if d <= 64])
+    for name, size in sizes.items():
+        if tensor > 0 and size % tensor:
+            problems.append(f"mesh.tensor={tensor} does not divide {name}={size}; use {fits}")
+    if tensor > 0 and model.padded_vocab_size % tensor:
+        problems.append(
+            f"mesh.tensor={tensor} does not divide the padded vocabulary of {model.padded_vocab_size} "
+            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {fits}"
+        )
+    if fsdp > 0 and model.embed_dim % fsdp:
+        problems.append(
+            f"mesh.fsdp={fsdp} does not divide model.embed_dim={model.embed_dim}, over which parameters are sharded; "
+            f"use fsdp={max(d for d in divisors(model.embed_dim) if d <= fsdp)} and data for the rest, "
+            f"or embed_dim={_nearest_multiples(model.embed_dim, fsdp)}"
+        )
+    return problems
+
+
+def _latent_attention_problems(model: ModelConfig) -> list[str]:
+    latent = model.latent_attention
+    if latent is None:
+        return []
+    problems = []
+    if model.num_kv_heads != model.num_heads:
+        problems.append(
+            f"model.latent_attention gives every query head its own key, but model.num_kv_heads={model.num_kv_heads}; "
+            f"use model.num_heads={model.num_heads}"
+        )
+    if model.qk_norm:
+        problems.append("model.qk_norm=True: latent attention norms its latents instead; use False")
+    for name in ("kv_rank", "rope_dim", "value_dim"):
+        if getattr(latent, name) < 1:
+            problems.append(f"model.latent_attention.{name}={getattr(latent, name)} must be at least 1")
+    if latent.query_rank < 0:
+        problems.append(f"model.latent_attention.query_rank={latent.query_rank} must be 0 or more")
+    if latent.rope_dim % 2:
+        problems.append(f"model.latent_attention.rope_dim={latent.rope_dim} is odd, but RoPE turns pairs")
+    return problems
+
+
+def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
+    moe, layers, length = config.model.moe, config.model.num_layers, config.data.sequence_length
+    if moe is None:
+        return []
+    at_least = {"num_experts": 1, "experts_per_token": 1, "mlp_dim": 1, "groups": 1, "groups_per_token": 1}
+    at_least |= dict.fromkeys(("shared_experts", "first_dense_layers", "capacity_group"), 0)
+    at_least |= dict.fromkeys(("balance_loss", "router_z_loss", "bias_update_rate"), 0)
+    wrong = [(name, least) for name, least in at_least.items() if getattr(moe, name) < least]
+    if wrong:
+        return [f"model.moe.{name}={getattr(moe, name)} must be at least {least}" for name, least in wrong]
+    problems = []
+    open_experts = moe.num_experts // moe.groups * min(moe.groups_per_token, moe.groups)
+    if moe.num_experts % moe.groups:
+        problems.append(
+            f"model.moe.groups={moe.groups} does not divide num_experts={moe.num_experts}; use {_or(divisors(moe.num_experts))}"
+        )
+    elif moe.groups_per_token > moe.groups:
+        problems.append(f"model.moe.groups_per_token={moe.groups_per_token} is more than groups={moe.groups}")
+    elif moe.experts_per_token > open_experts:
+        problems.append(
+            f"model.moe.experts_per_token={moe.experts_per_token} is more than the {open_experts} experts to choose from"
+        )
+    if moe.first_dense_layers >= layers:
+        problems.append(f"model.moe.first_dense_layers={moe.first_dense_layers} leaves none of the {layers} layers; use fewer")
+    if moe.num_experts % mesh.expert:
+        problems.append(
+            f"mesh.expert={mesh.expert} does not divide model.moe.num_experts={moe.num_experts}; "
+            f"use {_or([d for d in divisors(moe.num_experts) if d <= 64])}"
+        )
+    if moe.weight_scale <= 0 or moe.capacity_factor <= 0:
+        problems.append(f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above 0")
+    group, piece = moe.capacity_group or length, length if mesh.context == 1 else length // (2 * mesh.context)
+    if moe.dispatch == "capacity" and piece % group:
+        problems.append(
+            f"model.moe.capacity_group={moe.capacity_group}: groups of {group} tokens must fit whole into the {piece} "
+            f"consecutive tokens that a device holds with mesh.context={mesh.context}; use {_or(divisors(piece)[-3:])}"
+        )
+    return problems
+
+
+def _context_problems(config: Config, mesh: MeshConfig) -> list[str]:
+    length, context, model = config.data.sequence_length, mesh.context, config.model
+    problems, unit = [], math.lcm(2 * context if context > 1 else 1, context * mesh.tensor)
+    if length % unit:
+        problems.append(
+            f"data.sequence_length={length} is not a multiple of {unit}: with mesh.context={context} the sequence is cut into "
+            f"{2 * context if context > 1 else 1} pieces, and with mesh.tensor={mesh.tensor} sharded between blocks too; "
+            f"use {_nearest_multiples(length, unit)}"
+        )
+    heads = math.gcd(model.num_heads, model.num_kv_heads) // max(mesh.tensor, 1)
+    if config.sharding.context_attention == "ulysses" and heads and heads % context:
+        problems.append(
+            f"sharding.context_attention=ulysses exchanges heads, but mesh.context={context} does not divide the {heads} "
+            f"kv heads that mesh.tensor={mesh.tensor} leaves a device; use context={_or(divisors(heads))}, ring or gather"
+        )
+    return problems
+
+
+def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
+    train, pipeline, layers = config.train, config.pipeline, config.model.stacked_layers
+    problems = []
+    unit = mesh.batch_shards * train.microbatches
+    if train.global_batch_size % unit:
+        problems.append(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of replica x data x fsdp x expert x "
+            f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
+            f"use {_nearest_multiples(train.global_batch_size, unit)}"
+        )
+    if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
+        problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
+    if pipeline.chunks > 1 and mesh.pipe == 1:
+        problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
+    parts = mesh.pipe * pipeline.chunks
+    if parts > layers > 0:
+        problems.append(
+            f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
+            f"some without a layer; use at most {layers} parts"
+        )
+    if config.sync.fragments > 1 and config.sync.fragments > math.ceil(layers / parts):
+        problems.append(
+            f"sync.fragments={config.sync.fragments} is more than the {math.ceil(layers / parts)} layers of a part; use fewer"
+        )
+    if config.sync.replicas_differ and config.sync.overlap >= config.sync.every:
+        problems.append(f"sync.overlap={config.sync.overlap} must be below sync.every={config.sync.every}")
+    return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
+
+
+def _other_problems(config: Config) -> list[str]:
+    problems = []
+    unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
+    problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
+    if not config.data.sources:
+        problems.append("data.sources is empty; give at least one source")
+    scaling = config.model.rope_scaling
+    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor <= scaling.high_frequency_factor):
+        problems.append(
+            f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
+            f"{scaling.low_frequency_factor} between 0 and high_frequency_factor={scaling.high_frequency_factor}"
+        )
+    if scaling and scaling.original_length < 1:
+        problems.append(f"model.rope_scaling.original_length={scaling.original_length} must be at least 1")
+    for i, source in enumerate(config.data.sources):
+        if source.weight <= 0:
+            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
+        if source.kind not in ("stdlib", "synthetic") and not source.path:
+            problems.append(f"data.sources.{i}.path is empty; a source of kind {source.kind} needs the files to read")
+    if config.optimizer.warmup_steps > config.train.steps:
+        problems.append(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.steps={config.train.steps}")
+    tokenizer = config.data.tokenizer
+    if tokenizer.startswith("bpe:"):
+        size = tokenizer[4:]
+        if not size.isdigit() or int(size) < 257:
+            problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
+        elif int(size) > config.model.vocab_size:
+            problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
+    window = re.fullmatch(r"(\d+):(\d+)", config.telemetry.profile)
+    if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
+        problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
+    if config.telemetry.hardware != "auto":
+        try:
+            find_chip(config.telemetry.hardware)
+        except ExplainedError as error:
+            problems.append(str(error))
+    if not re.fullmatch(r"[\w.+-]+", config.name):
+        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only")
+    return problems
+
+
+def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
+    """The config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
+    problems = _type_problems(config)
+    if problems:  # the rules below compute with the values, so they need right types
+        return config, problems
+    range_problems = _range_problems(config)
+    mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
+    problems = range_problems + mesh_problems
+    if not any(problem.startswith(_SIZES) for problem in range_problems):
+        problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model)
+        if not mesh_problems:
+            problems += _layout_problems(config, mesh)
+    problems += _other_problems(config)
+    return dataclasses.replace(config, mesh=mesh), problems
+
+
+def validate(config: Config, num_devices: int) -> Config:
+    """The config with its mesh resolved for `num_devices`.
+
+    Raises:
+      ConfigError: with all the problems at once, each with its numbers and the nearest values that work.
+    """
+    resolved, problems = find_problems(config, num_devices)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
