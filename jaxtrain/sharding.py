@@ -103,19 +103,52 @@ def shift(x: jax.Array, axis: str, by: int) -> jax.Array:
     return x if size == 1 else lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
 
 
-def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str) -> jax.Array:
-    """The whole weight (over fsdp) in compute dtype, from this device's shard.
+def _fsdp_dims(dims: Dims) -> list[int]:
+    return [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
+
+
+def _gather_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
+    for dim in _fsdp_dims(dims):
+        x = all_gather(x, "fsdp", dim)
+    return x
+
+
+def _scatter_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
+    for dim in _fsdp_dims(dims):
+        x = reduce_scatter(x, "fsdp", dim)
+    return x
+
+
+def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[Any, Any]:
+    """(master, compute) as the layers get them, at the start of a step; see `sharding.zero` in the config.
+
+    Level 3 leaves them as they are, in shards. Levels 1 and 2 gather compute, whole over fsdp. At level 1 gradients are whole
+    too, and a gradient has the shape of what it is taken of: zeros stand in for master there. Nobody reads them, so XLA drops
+    them.
+    """
+
+    def stand_in(dims: Dims, shard: jax.Array) -> jax.Array:
+        factors = [lax.axis_size("fsdp") if i in _fsdp_dims(dims) else 1 for i in range(len(dims))]
+        return vary(jnp.zeros([n * f for n, f in zip(shard.shape, factors, strict=True)], shard.dtype))
+
+    if zero < 3:
+        with jax.named_scope("fsdp_once"):
+            compute = jax.tree.map(_gather_over_fsdp, dims_tree, compute, is_leaf=is_dims)
+    if zero == 1:
+        master = jax.tree.map(stand_in, dims_tree, master, is_leaf=is_dims)
+    return master, compute
+
+
+def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
+    """The whole weight (over fsdp) in compute dtype, from what `gather_once` made of this device's shard.
 
     `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and
     no cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
-    reduce-scattered over fsdp, and cast to master's dtype.
+    reduce-scattered over fsdp (but for ZeRO level 1), and cast to master's dtype.
     """
-    fsdp_dims = [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
 
     def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
-        for dim in fsdp_dims:
-            compute = all_gather(compute, "fsdp", dim)
-        return compute
+        return _gather_over_fsdp(dims, compute) if zero == 3 else compute
 
     # Not the differentiable call itself: a remat policy would be asked about that, and never see the all_gather inside.
     def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
@@ -123,8 +156,8 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient = gradient.astype(reduce_dtype)
-        for dim in fsdp_dims:
-            gradient = reduce_scatter(gradient, "fsdp", dim)
+        if zero > 1:
+            gradient = _scatter_over_fsdp(dims, gradient)
         return gradient.astype(master.dtype), vary(jnp.zeros(compute.shape, compute.dtype))
 
     differentiable = jax.custom_vjp(gather)
@@ -133,22 +166,30 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
         return differentiable(master, compute)
 
 
-def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str) -> Any:
+def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
     """`gather_weight` of every leaf of a tree."""
-    return jax.tree.map(lambda dims, m, c: gather_weight(m, c, dims, reduce_dtype), dims_tree, master, compute, is_leaf=is_dims)
+
+    def leaf(dims: Dims, master: jax.Array, compute: jax.Array) -> jax.Array:
+        return gather_weight(master, compute, dims, reduce_dtype, zero)
+
+    return jax.tree.map(leaf, dims_tree, master, compute, is_leaf=is_dims)
 
 
-def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str) -> Any:
+def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
     """Sums each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`.
 
-    Leaves arrive already reduce-scattered over fsdp (`gather_weight`); what is left is `data`, and for a leaf that is whole
-    on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the devices' shares.
+    Leaves arrive already reduce-scattered over fsdp (`gather_weight`), but for ZeRO level 1, which does it here, once; what is
+    left is `data`, and for a leaf that is whole on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the
+    devices' shares.
     """
 
     def leaf(dims: Dims, gradient: jax.Array) -> jax.Array:
         sharding_axes = {RULES[name] for name in dims}
         axes = tuple(axis for axis in MESH_AXES if axis not in sharding_axes)
-        return sum_over(gradient.astype(reduce_dtype), axes).astype(gradient.dtype)
+        reduced = gradient.astype(reduce_dtype)
+        if zero == 1:
+            reduced = _scatter_over_fsdp(dims, reduced)
+        return sum_over(reduced, axes).astype(gradient.dtype)
 
     with jax.named_scope("reduce_gradients"):
         return jax.tree.map(leaf, dims_tree, gradients, is_leaf=is_dims)

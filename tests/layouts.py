@@ -133,7 +133,7 @@ def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outco
 
     initial, losses, first = canonical(params), [], None
     for _ in range(steps):
-        metrics, gradients = loss_and_gradients(params, batch)
+        metrics, _, gradients = loss_and_gradients(params, batch)
         losses.append(float(metrics["total_loss"]))
         first = first or canonical(gradients)
         params, optimizer_state = update(params, optimizer_state, gradients)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
 from jaxtrain.ops.attention import CUDNN_FORWARD_PRIMITIVE
-from jaxtrain.ops.losses import cross_entropy, mask_padded_vocabulary
+from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
@@ -35,16 +35,31 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
 
 
-def parameter_dims(config: ModelConfig) -> PyTree:
-    """Logical dims of every parameter; the layers' leaves are stacked (`Stacking`)."""
-    layers = jax.tree.map(lambda dims: (*STACKED, *dims), _dims(Layer, config), is_leaf=is_dims)
-    return {"outer": _dims(Outer, config), "layers": layers}
+def _dense(config: ModelConfig) -> ModelConfig:
+    """What the first dense layers are made from."""
+    return replace(config, moe=None)
+
+
+def _under(lead: tuple[str, ...], dims: PyTree) -> PyTree:
+    """Every leaf with these dims before its own."""
+    return jax.tree.map(lambda own: (*lead, *own), dims, is_leaf=is_dims)
+
+
+def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTree:
+    """Logical dims of every parameter; the layers' leaves are stacked (`Stacking`).
+
+    The first dense layers of a mixture of experts are unlike the others, so they stand with the embedding, as
+    outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
+    """
+    outer = _dims(Outer, config)
+    if config.first_dense_layers:
+        outer["first_layers"] = _under(("layer",), _dims(Layer, _dense(config)))
+    return {"outer": outer, "layers": _under(lead, _dims(Layer, config))}
 
 
 def canonical_dims(config: ModelConfig) -> PyTree:
-    """Logical dims in canonical form: the layers' leaves are [num_layers, ...]."""
-    layers = jax.tree.map(lambda dims: ("layer", *dims), _dims(Layer, config), is_leaf=is_dims)
-    return {"outer": _dims(Outer, config), "layers": layers}
+    """Logical dims in canonical form: the layers' leaves are [stacked_layers, ...]."""
+    return parameter_dims(config, ("layer",))
 
 
 def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
@@ -54,10 +69,11 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
     compute its own share only (a stack made in canonical order and reshaped was computed whole on every device).
 
     Args:
-      layer_numbers: int, of the shape in which the layers are stacked; -1 for an empty slot, which is zero.
+      layer_numbers: int, of the shape in which the layers are stacked; -1 for an empty slot, which is zero. Counted from
+        the first layer of the stack.
     """
 
-    def build(module: type[nnx.Module], key: jax.Array) -> PyTree:
+    def build(module: type[nnx.Module], config: ModelConfig, key: jax.Array) -> PyTree:
         return nnx.to_pure_dict(nnx.state(module(config, nnx.Rngs(params=key)), nnx.Param))  # type: ignore[call-arg]
 
     def clear_padding(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
@@ -68,14 +84,19 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
 
     outer_key, layers_key = jax.random.split(key)
 
+    first = config.first_dense_layers
+
     def layer(number: jax.Array) -> PyTree:
-        weights = build(Layer, jax.random.fold_in(layers_key, number))
+        weights = build(Layer, config, jax.random.fold_in(layers_key, first + number))
         return jax.tree.map(lambda w: jnp.where(number >= 0, w, 0), weights)
 
     stacked = layer
     for _ in layer_numbers.shape:
         stacked = jax.vmap(stacked)
-    outer = jax.tree.map(clear_padding, _dims(Outer, config), build(Outer, outer_key), is_leaf=is_dims)
+    outer = jax.tree.map(clear_padding, _dims(Outer, config), build(Outer, config, outer_key), is_leaf=is_dims)
+    if first:
+        dense = jax.vmap(lambda number: build(Layer, _dense(config), jax.random.fold_in(layers_key, number)))
+        outer["first_layers"] = dense(jnp.arange(first))
     return {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}
 
 
@@ -131,46 +152,75 @@ class Decoder:
     stacking: Stacking
     backend: str
     """Attention backend, chosen."""
+    zero: int
+    """`sharding.zero`."""
 
-    def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], jax.Array]:
-        dims, merge = _dims(Layer, self.config), _merge(Layer, self.config)
+    def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
+        return gather_weights(*weights, dims, self.train.reduce_dtype, self.zero)
+
+    def _layer(
+        self, config: ModelConfig, microbatch: PyTree
+    ) -> Callable[[jax.Array, Weights], tuple[jax.Array, jax.Array, PyTree]]:
+        """One layer on this microbatch, under the remat policy: (x, weights) -> (x, auxiliary loss, sums to report)."""
+        dims, merge = _dims(Layer, config), _merge(Layer, config)
+        targets = microbatch.get("targets")
+        counted = None if targets is None else targets != IGNORED
+        packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
+
+        def layer(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
+            return vary(merge(self._gathered(weights, dims))(x, packing, self.backend))
+
+        return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
+
+    def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts = self.stacking.counts()
 
-        def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> jax.Array:
-            packing = Packing(microbatch["positions"], microbatch.get("segments"))
+        def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
+            layer = self._layer(self.config, microbatch)
 
-            def layer(x: jax.Array, weights: Weights) -> jax.Array:
-                gathered = gather_weights(*weights, dims, self.train.reduce_dtype)
-                return merge(gathered)(x, packing, self.backend)
+            def skip(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
+                shapes = jax.eval_shape(layer, x, weights)[1:]
+                return x, *jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype)), shapes)
 
-            layer = jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
-
-            def step(x: jax.Array, slot: tuple[Weights, jax.Array]) -> tuple[jax.Array, None]:
-                weights, index = slot
+            def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
+                (x, auxiliary), (weights, index) = carry, slot
                 if self.stacking.is_even:
-                    return layer(x, weights), None
-                held = jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
-                return lax.cond(index < held, layer, lambda x, _: x, x, weights), None
+                    x, more, reports = layer(x, weights)
+                else:
+                    held = jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
+                    x, more, reports = lax.cond(index < held, layer, skip, x, weights)
+                return (x, auxiliary + more), reports
 
-            x, _ = lax.scan(step, x, (weights, jnp.arange(self.stacking.layers_per_part)))
-            return x
+            slots = (weights, jnp.arange(self.stacking.layers_per_part))
+            (x, auxiliary), reports = lax.scan(step, (x, vary(jnp.zeros(()))), slots)
+            return x, auxiliary, reports
 
         return layers
 
+    def _outer(self, weights: Weights) -> Any:
+        """The outer module with its weights gathered; of those that nobody reads, XLA drops the gather."""
+        dims = _dims(Outer, self.config)
+        master, compute = ({name: tree[name] for name in dims} for tree in weights)
+        return _merge(Outer, self.config)(self._gathered((master, compute), dims))
+
     def _embed(self) -> Callable[[Weights, PyTree], jax.Array]:
-        dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
+        """The embedding, and the first dense layers."""
 
         def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):
-                return merge(gather_weights(*weights, dims, self.train.reduce_dtype)).embed(microbatch["tokens"])
+                x = self._outer(weights).embed(microbatch["tokens"])
+            if self.config.first_dense_layers:
+                layer = self._layer(_dense(self.config), microbatch)
+                first = (weights[0]["first_layers"], weights[1]["first_layers"])
+                with jax.named_scope("first_layers"):
+                    x, _ = lax.scan(lambda x, weights: (layer(x, weights)[0], None), vary(x), first)
+            return x
 
         return embed
 
     def _head(self) -> Callable[[Weights, jax.Array], tuple[jax.Array, jax.Array]]:
-        dims, merge = _dims(Outer, self.config), _merge(Outer, self.config)
-
         def head(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            outer = merge(gather_weights(*weights, dims, self.train.reduce_dtype))
+            outer = self._outer(weights)
             return rms_norm(x, outer.norm[...], self.config.norm_epsilon), outer.head_DV()
 
         return head

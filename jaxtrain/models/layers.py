@@ -18,16 +18,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.config import ModelConfig
 from jaxtrain.ops.attention import attention
 from jaxtrain.ops.rope import rope
-from jaxtrain.sharding import Dims, all_gather, reduce_scatter
+from jaxtrain.sharding import Dims, all_gather, reduce_scatter, vary
 
 
 class Packing(NamedTuple):
-    """Where each position of a packed sequence stands, both int32 [B, L] over the whole length."""
+    """What a layer needs to know of a microbatch, beside its activations."""
 
     positions: jax.Array
-    """Position inside its document, from 0."""
+    """int32 [B, L], position inside its document, from 0."""
     segments: jax.Array | None
-    """Number of its document, 0 for padding; None when attention may cross documents."""
+    """int32 [B, L], number of its document, 0 for padding; None when attention may cross documents."""
+    counted: jax.Array | None
+    """bool [B, L], whether a position carries a loss; None where there is no loss (sampling)."""
+    scale: jax.Array | None
+    """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str) -> nnx.Param:
@@ -105,11 +109,12 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(x, this device's share of the auxiliary losses, sums to report)"""
         with jax.named_scope("attention_block"):
             x_BLD = self.attention(x_BLD, packing, backend)
         with jax.named_scope("mlp_block"):
-            return self.mlp(x_BLD)
+            return self.mlp(x_BLD), vary(jnp.zeros(())), {}
 
 
 class Outer(nnx.Module):

@@ -34,8 +34,9 @@ class Functions(NamedTuple):
 
     embed: Callable[[Weights, PyTree], jax.Array]
     """(outer, microbatch) -> x, the input of part 0."""
-    layers: Callable[[Weights, jax.Array, PyTree, jax.Array], jax.Array]
-    """(layers of one chunk, x, microbatch, chunk) -> x, through one part of the layer stack."""
+    layers: Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]
+    """(layers of one chunk, x, microbatch, chunk) -> (x, this device's share of the layers' auxiliary losses, sums to report),
+    through one part of the layer stack. Leaves of the sums are [layers_per_part, ...]."""
     loss: Callable[[Weights, jax.Array, PyTree], tuple[jax.Array, PyTree]]
     """(outer, x, microbatch) -> (this device's share of the loss, sums to report)."""
 
@@ -45,6 +46,19 @@ class Parameters(NamedTuple):
 
     outer: PyTree
     layers: PyTree
+
+
+class Result(NamedTuple):
+    """What one call of `loss_and_gradients` has made, all of it this device's share: not yet summed over devices."""
+
+    sums: PyTree
+    """What the loss reports."""
+    auxiliary: jax.Array
+    """The layers' auxiliary losses, float32 scalar."""
+    reports: PyTree
+    """What the layers report, [chunks, layers_per_part, ...]."""
+    gradients: Parameters
+    """Of the master parameters, float32."""
 
 
 def _index(tree: PyTree, i: jax.Array | int) -> PyTree:
@@ -97,31 +111,34 @@ class _Residuals:
         self.tree: Any = None
         self.parameter_of: list[int | None] = []
 
-    def forward(self, layers: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """y, and what must be stored until the backward."""
+    def forward(self, layers: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple:
+        """(y, (auxiliary loss, sums to report), what must be stored until the backward)"""
 
-        def part(layers: Weights, x: jax.Array) -> jax.Array:
-            return self.functions.layers(layers, x, microbatch, chunk)
+        def part(layers: Weights, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+            y, auxiliary, reports = self.functions.layers(layers, x, microbatch, chunk)
+            return vary((y, auxiliary)), reports
 
-        y, closure = jax.vjp(part, layers, x)
+        (y, auxiliary), closure, reports = jax.vjp(part, layers, x, has_aux=True)
         leaves, self.tree = jax.tree.flatten(closure)
         place = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(layers))}
         self.parameter_of = [place.get(id(leaf)) for leaf in leaves]
-        return y, vary([leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None])
+        stored = [leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None]
+        return y, vary((auxiliary, reports)), vary(stored)
 
     def backward(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
         """(gradients of the part's master parameters, gradient of its input)."""
         parameters, rest = jax.tree.leaves(layers), iter(stored)
         leaves = [next(rest) if i is None else parameters[i] for i in self.parameter_of]
-        (master, _), dx = jax.tree.unflatten(self.tree, leaves)(gradient)
+        (master, _), dx = jax.tree.unflatten(self.tree, leaves)((gradient, vary(jnp.ones(()))))
         return vary((master, dx))
 
 
 class _Shapes(NamedTuple):
-    """Abstract values: of a boundary activation, of the sums to report, of what F stores for B."""
+    """Abstract values: of a boundary activation, of the sums to report, of what layers report, of what F stores for B."""
 
     x: Any
     sums: Any
+    reports: Any
     stored: Any
 
 
@@ -198,11 +215,12 @@ def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
     """One stage, one chunk, B in the tick of its F: nothing waits, so nothing is stored."""
     microbatch = _index(run.microbatches, row["forward_microbatch"])
     x = vary(run.functions.embed(run.outer, microbatch))
-    y, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
+    y, reports, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
     sums, outer, dy = _loss_pass(run, y, microbatch)
     layers, outer_embed, _ = _backward_pass(run, row, stored, dy)
     return {
         "sums": _add(carry["sums"], sums),
+        "reports": _add_at(carry["reports"], reports, row["forward_chunk"]),
         "outer": _add(_add(carry["outer"], outer), outer_embed),
         "layers": _add_at(carry["layers"], layers, row["backward_chunk"]),
     }
@@ -215,16 +233,18 @@ def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dic
     def forward() -> tuple:
         microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
         x = _input(run, row, carry["activation"], microbatch)
-        y, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
-        return y, stored, _when(run.ends, run.is_last(chunk), lambda: _loss_pass(run, y, microbatch), lambda: idle)
+        y, reports, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
+        return y, reports, stored, _when(run.ends, run.is_last(chunk), lambda: _loss_pass(run, y, microbatch), lambda: idle)
 
     doing = row["forward_microbatch"] != IDLE
     # An idle stage writes back what its slot holds, so that no slot is spent on it (dynamic indices clamp to the last slot).
-    y, stored, (sums, outer, dy) = _when(
-        pattern, doing, forward, lambda: (idle[2], _index(carry["residual"], row["residual_write"]), idle)
+    nothing = _zeros(run.shapes.reports)
+    y, reports, stored, (sums, outer, dy) = _when(
+        pattern, doing, forward, lambda: (idle[2], nothing, _index(carry["residual"], row["residual_write"]), idle)
     )
     return carry | {
         "sums": _add(carry["sums"], sums),
+        "reports": _add_at(carry["reports"], reports, row["forward_chunk"]),
         "outer": _add(carry["outer"], outer),
         "residual": _write(carry["residual"], stored, row["residual_write"]),
         "gradient": _write(carry["gradient"], dy, row["gradient_write_loss"]),
@@ -297,26 +317,24 @@ def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute
     residuals = _Residuals(functions)
     x = jax.eval_shape(lambda: vary(functions.embed(outer, first)))
     sums = jax.eval_shape(lambda x: functions.loss(outer, x, first)[1], x)
-    stored = []
+    reports, stored = None, []
     if (schedule.backward_microbatch != IDLE).any():
-        stored = jax.eval_shape(lambda x: residuals.forward(layers, x, first, chunk)[1], x)
-    shapes = _Shapes(x, sums, stored)
+        reports, stored = jax.eval_shape(lambda x: residuals.forward(layers, x, first, chunk)[1:], x)
+    shapes = _Shapes(x, sums, reports, stored)
     slots, stage = allocate_slots(schedule), lax.axis_index("pipe")
     return _Pass(functions, schedule, slots, master, compute, microbatches, stage, residuals, shapes)
 
 
 def loss_and_gradients(
     functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree
-) -> tuple[PyTree, Parameters]:
-    """(sums to report, gradients of master), both this device's share: not yet summed over devices.
-
-    Leaves of `microbatches` are [microbatches, ...]. Gradients are float32.
-    """
+) -> Result:
+    """The gradients of loss + auxiliary losses, summed over the microbatches, whose leaves are [microbatches, ...]."""
     run = _begin(functions, schedule, master, compute, microbatches)
     carry = {
         "outer": _zeros(run.master.outer, jnp.float32),
         "layers": _zeros(run.master.layers, jnp.float32),
         "sums": _zeros(run.shapes.sums),
+        "reports": _zeros(run.shapes.reports, slots=schedule.chunks),
     }
     if schedule.parts == 1 and (schedule.forward_microbatch == schedule.backward_microbatch).all():
         carry = _run_table(run, lambda patterns, carry, row: _tick_at_once(run, carry, row), carry)
@@ -327,7 +345,8 @@ def loss_and_gradients(
             "residual": _zeros(run.shapes.stored, slots=run.slots.residual_count + 1),
         }
         carry = _run_table(run, lambda patterns, carry, row: _tick(run, patterns, carry, row), carry)
-    return carry["sums"], Parameters(carry["outer"], carry["layers"])
+    auxiliary, reports = carry["reports"]
+    return Result(carry["sums"], auxiliary.sum(), reports, Parameters(carry["outer"], carry["layers"]))
 
 
 def forward(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> PyTree:
@@ -340,7 +359,7 @@ def forward(functions: Functions, schedule: Schedule, master: Parameters, comput
         def part() -> tuple[jax.Array, PyTree]:
             microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
             x = _input(run, row, carry["activation"], microbatch)
-            y = functions.layers(run.layers(chunk), x, microbatch, chunk)
+            y, _, _ = functions.layers(run.layers(chunk), x, microbatch, chunk)
             last = run.is_last(chunk)
             return y, _when(run.ends, last, lambda: functions.loss(run.outer, y, microbatch)[1], lambda: idle[1])
 

@@ -25,7 +25,7 @@ PATHS_OF_STACKED = "layers"
 
 def make_stacking(config: Config) -> Stacking:
     """How a resolved config lays its layers onto stages."""
-    return Stacking(config.model.num_layers, config.mesh.pipe, config.pipeline.chunks)
+    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
 
 
 def initial_params(config: Config) -> PyTree:

@@ -17,7 +17,7 @@ from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
-from jaxtrain.sharding import BATCH_AXES, named, reduce_gradients, replicated, spec, specs, sum_over, vary
+from jaxtrain.sharding import BATCH_AXES, gather_once, named, reduce_gradients, replicated, spec, specs, sum_over, vary
 from jaxtrain.train.state import abstract_state, make_stacking, state_shardings
 
 PyTree = Any
@@ -45,7 +45,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 def make_decoder(config: Config, backend: str) -> Decoder:
     """The model of a resolved config."""
-    return Decoder(config.model, config.train, make_stacking(config), backend)
+    return Decoder(config.model, config.train, make_stacking(config), backend, config.sharding.zero)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -55,8 +55,10 @@ def _local_parameters(params: PyTree) -> Parameters:
 
 def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
     """(master, compute)"""
+    dims = decoder.parameter_dims(config.model)
     master = vary(params)
-    compute = decoder.to_compute(master, decoder.parameter_dims(config.model), config.model.dtype)
+    compute = decoder.to_compute(master, dims, config.model.dtype)
+    master, compute = gather_once(master, compute, dims, config.sharding.zero)
     return _local_parameters(master), _local_parameters(compute)
 
 
@@ -66,33 +68,41 @@ def _microbatches(batch: PyTree, count: int) -> PyTree:
 
 
 def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
-    """(params, batch) -> (metrics, gradients): one shard_map, manual over all mesh axes.
+    """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
 
     The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
-    every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the answer.
+    every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the answer. Reports are summed
+    over the global batch, [chunk, stage, layer, ...].
     """
     functions = make_decoder(config, backend).loss_functions()
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     dims = decoder.parameter_dims(config.model)
 
-    def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         targets = sum_over(count_targets(batch["targets"]), _BATCH_AXES)
         microbatches = _microbatches(batch, config.train.microbatches)
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
         master, compute = _both(config, params)
-        sums, gradients = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
-        tree = {"outer": gradients.outer, "layers": jax.tree.map(lambda leaf: leaf[:, None], gradients.layers)}
-        gradients = reduce_gradients(tree, dims, config.train.reduce_dtype)
-        metrics = {name: sum_over(value, MESH_AXES) for name, value in sums.items()}
-        return metrics | {"targets": targets}, gradients
+        result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
+        layers, reports = jax.tree.map(lambda leaf: leaf[:, None], (result.gradients.layers, result.reports))
+        tree = {"outer": result.gradients.outer, "layers": layers}
+        gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero)
+        metrics = {name: sum_over(value, MESH_AXES) for name, value in result.sums.items()}
+        metrics["total_loss"] += sum_over(result.auxiliary, MESH_AXES)
+        return metrics | {"targets": targets}, _whole_reports(reports), gradients
 
     return jax.shard_map(
         region,
         mesh=mesh,
         in_specs=(specs(dims), specs(dict.fromkeys(batch_names(config), BATCH_DIMS))),
-        out_specs=(PartitionSpec(), specs(dims)),
+        out_specs=(PartitionSpec(), spec(decoder.STACKED), specs(dims)),
         check_vma=True,
     )
+
+
+def _whole_reports(reports: PyTree) -> PyTree:
+    """Sums what the layers report over all devices but those of other stages."""
+    return jax.tree.map(lambda leaf: sum_over(leaf, tuple(axis for axis in MESH_AXES if axis != "pipe")), reports)
 
 
 def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str) -> Step:
@@ -104,7 +114,7 @@ def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
     loss_and_gradients = make_loss_and_gradients(config, mesh, backend)
 
     def train_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        metrics, gradients = loss_and_gradients(state["params"], batch)
+        metrics, _, gradients = loss_and_gradients(state["params"], batch)
         with jax.named_scope("optimizer"):
             metrics["grad_norm"] = optax.global_norm(gradients)
             updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])

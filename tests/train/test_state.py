@@ -138,7 +138,7 @@ def test_the_optimizer_state_is_born_and_stays_like_the_parameters(name: str, la
     """Through two steps of the optimizer on gradients that stand in for the model's."""
 
     def stand_in(*_: Any) -> Any:
-        return lambda params, batch: ({}, jax.tree.map(lambda p: 0.5 * p, params))
+        return lambda params, batch: ({}, {}, jax.tree.map(lambda p: 0.5 * p, params))
 
     monkeypatch.setattr(step_module, "make_loss_and_gradients", stand_in)
     config, mesh, optimizer = setup(layout, name)

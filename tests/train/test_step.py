@@ -166,7 +166,7 @@ def loss_and_gradients(layout: str, base: Config = BASE) -> tuple[dict[str, floa
     """What the region computes, gradients in canonical form on the host."""
     config, mesh = in_layout(layout, base)
     region = jax.jit(make_loss_and_gradients(config, mesh, "reference"), compiler_options=FAST)
-    metrics, gradients = region(weights_in(config, mesh), batch_in(config, mesh))
+    metrics, _, gradients = region(weights_in(config, mesh), batch_in(config, mesh))
     canonical = to_canonical(config, jax.tree.map(np.asarray, gradients), parameter_dims(config.model))
     return {name: float(value) for name, value in metrics.items()}, canonical
 
