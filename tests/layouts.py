@@ -1,29 +1,50 @@
 """The first law, measured: the layout never changes the result. Compares any layout with one device, in float32.
 
-`python tests/layouts.py` runs the full matrix and prints the README's table; `--draws=N` a random sample of it.
+`python tests/layouts.py --draws=300` draws that many valid configs over all seven axes and prints the README's table;
+`--devices=16` does so over 16 fake devices, `--seed=1` draws others. A config that fails is printed, to paste.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=40)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={options.devices}"
 
 import functools
-import itertools
 import math
-import random
+import sys
+import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import seed as hypothesis_seed
+from hypothesis import strategies as st
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from jaxtrain.config import (
+    MESH_AXES,
+    Config,
+    DataConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from jaxtrain.config_rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -31,61 +52,109 @@ from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
-BATCH, LENGTH, VOCAB, STEPS = 32, 16, 100, 10
+BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
 BASE = Config(
     model=ModelConfig(
-        num_layers=4, embed_dim=32, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, vocab_size=VOCAB, dtype="float32"
+        num_layers=4,
+        embed_dim=32,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=4,
+        mlp_dim=64,
+        vocab_size=VOCAB,
+        dtype="float32",
+        attention="reference",
     ),
     mesh=MeshConfig(fsdp=1),
     data=DataConfig(sequence_length=LENGTH),
     optimizer=OptimizerConfig(peak_lr=1e-2),
     train=TrainConfig(steps=STEPS, global_batch_size=BATCH, loss_chunk=8, z_loss=1e-3, validate_every=0),
 )
+# Most of the time would be LLVM's; a step takes milliseconds.
+FAST = {"xla_llvm_disable_expensive_passes": True}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What must not matter."""
-
-    pipe: int
-    data: int
-    fsdp: int
-    tensor: int
-    schedule: str
-    chunks: int
-    microbatches: int
-    remat: str
-
-    def config(self, base: Config = BASE) -> Config:
-        """The base config in this layout."""
-        return replace(
-            base,
-            mesh=MeshConfig(pipe=self.pipe, data=self.data, fsdp=self.fsdp, tensor=self.tensor),
-            pipeline=PipelineConfig(schedule=self.schedule, chunks=self.chunks),  # type: ignore[arg-type]
-            train=replace(base.train, microbatches=self.microbatches, remat=self.remat),  # type: ignore[arg-type]
-        )
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be drawn
 
 
-def all_layouts(devices: int = 8) -> list[Layout]:
-    """Every valid layout over 8 devices: factorisations x schedules x microbatches x remat policies."""
-    meshes = [m for m in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(m) == devices]
-    schedules = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2))
-    found = [
-        Layout(*mesh, schedule, chunks, microbatches, remat)
-        for mesh in meshes
-        for schedule, chunks in schedules
-        for microbatches in (1, 2, 3, 4)
-        for remat in ("none", "dots", "full")
-        if not (mesh[0] == 1 and schedule == "interleaved")
-    ]
-    return [layout for layout in found if not find_problems(layout.config(base_for(layout)), devices)[1]]
+@st.composite
+def mixtures(draw: st.DrawFn) -> MoEConfig:
+    """A mixture of eight experts, of any kind."""
+    groups = draw(st.sampled_from((1, 4)))
+    return MoEConfig(
+        num_experts=8,
+        experts_per_token=draw(st.sampled_from((2, 3))),
+        mlp_dim=16,
+        shared_experts=draw(st.sampled_from((0, 1))),
+        first_dense_layers=draw(st.sampled_from((0, 1))),
+        router=draw(st.sampled_from(("softmax", "sigmoid"))),
+        groups=groups,
+        groups_per_token=2 if groups > 1 else 1,
+        balance_loss=0.02,
+        router_z_loss=0.01,
+        bias_update_rate=draw(st.sampled_from((0.0, 0.01))),
+        dispatch=draw(st.sampled_from(("dropless", "capacity"))),
+        capacity_group=2,
+    )
 
 
-def base_for(layout: Layout) -> Config:
-    """8 layers where the parts are many, and a batch that three microbatches divide: compared with the same on one device."""
-    layers = 8 if layout.pipe * layout.chunks > 4 else 4
-    batch = 48 if layout.microbatches == 3 else BATCH
-    return replace(BASE, model=replace(BASE.model, num_layers=layers), train=replace(BASE.train, global_batch_size=batch))
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """Any kind of decoder, tiny."""
+    moe = draw(st.one_of(st.none(), mixtures()))
+    layers = draw(st.sampled_from((4, 5))) + (moe.first_dense_layers if moe else 0)
+    latent = draw(st.sampled_from((None, None, None, LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6))))
+    return replace(
+        BASE.model,
+        num_layers=layers,
+        moe=moe,
+        latent_attention=latent,
+        num_kv_heads=8 if latent else draw(st.sampled_from((8, 4, 2))),
+        qk_norm=not latent and draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        sliding_window=draw(st.sampled_from((0, 0, 11))),
+        attention=draw(st.sampled_from(("reference", "blockwise"))),
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn, devices: int = 8) -> Config:
+    """Any valid config over this many devices, a power of two, that keeps replicas in step."""
+    model, sizes = draw(models()), dict.fromkeys(MESH_AXES, 1)
+    for _ in range(devices.bit_length() - 1):
+        sizes[draw(st.sampled_from(MESH_AXES))] *= 2
+    schedule = draw(st.sampled_from(("1f1b", "gpipe", "interleaved"))) if sizes["pipe"] > 1 else "1f1b"
+    config = replace(
+        BASE,
+        model=model,
+        mesh=MeshConfig(**sizes),
+        pipeline=PipelineConfig(schedule=schedule, chunks=2 if schedule == "interleaved" else 1),
+        sharding=ShardingConfig(
+            zero=draw(st.sampled_from((3, 2, 1))) if sizes["fsdp"] > 1 else 3,
+            context_attention=draw(st.sampled_from(("auto", "ring", "gather", "ulysses"))) if sizes["context"] > 1 else "auto",
+        ),
+        data=replace(BASE.data, mask_documents=draw(st.booleans())),
+        train=replace(
+            BASE.train,
+            microbatches=draw(st.sampled_from((1, 2, 4))),
+            remat=draw(st.sampled_from(("none", "dots", "named", "full"))),
+        ),
+    )
+    assume(not find_problems(config, devices)[1])
+    return config
+
+
+def on_one_device(config: Config) -> Config:
+    """The truth for a config: one device, one microbatch, nothing recomputed, attention as the formula says."""
+    return replace(
+        config,
+        model=replace(config.model, attention="reference"),
+        mesh=MeshConfig(fsdp=1),
+        pipeline=PipelineConfig(),
+        sharding=ShardingConfig(),
+        train=replace(config.train, microbatches=1, remat="none"),
+    )
 
 
 @functools.cache
@@ -103,6 +172,10 @@ def batch_of(rows: int, length: int = LENGTH, seed: int = 0) -> dict[str, np.nda
     return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "positions": positions, "segments": segments}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a layout computes, in canonical form on the host."""
@@ -112,7 +185,7 @@ class Outcome:
     gradients: Any
 
 
-def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outcome:
+def run(config: Config, steps: int = STEPS) -> Outcome:
     """Initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
     dims = parameter_dims(config.model)
@@ -121,7 +194,8 @@ def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outco
     params, optimizer_state = state["params"], state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
-    loss_and_gradients = jax.jit(make_loss_and_gradients(config, mesh, backend))
+    region = make_loss_and_gradients(config, mesh, config.model.attention)
+    loss_and_gradients = jax.jit(region).lower(params, batch).compile(FAST)
 
     def canonical(tree: Any) -> Any:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
@@ -140,10 +214,10 @@ def run(config: Config, steps: int = STEPS, backend: str = "reference") -> Outco
     return Outcome(initial, losses, first)
 
 
-@functools.cache
-def one_device(base: Config, steps: int = STEPS) -> Outcome:
-    """The truth: one device, one microbatch, nothing recomputed."""
-    return run(Layout(1, 1, 1, 1, "1f1b", 1, 1, "none").config(base), steps)
+@functools.lru_cache(maxsize=64)
+def truth(config: Config, steps: int = STEPS) -> Outcome:
+    """`run` of `on_one_device`, once for all the layouts that share it."""
+    return run(config, steps)
 
 
 @dataclass(frozen=True)
@@ -155,36 +229,80 @@ class Errors:
     gradient: float
     curve: float
 
+    @property
+    def problem(self) -> str | None:
+        """What breaks the law, if anything does."""
+        limits = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-5}
+        over = [
+            f"{name} is off by {getattr(self, name):.1e}" for name, most in limits.items() if not getattr(self, name) <= most
+        ]
+        return "; ".join(([] if self.same_start else ["initial parameters differ"]) + over) or None
 
-def compare(layout: Layout, base: Config | None = None, steps: int = STEPS, backend: str = "reference") -> Errors:
+
+def _distance(truth: np.ndarray, got: np.ndarray) -> float:
+    """Norm of the difference over the norm; a leaf without gradient has to stay without."""
+    size = float(np.linalg.norm(truth))
+    return float(np.linalg.norm(truth - got)) / (size or 1.0)
+
+
+def compare(config: Config, steps: int = STEPS) -> Errors:
     """Relative errors: of the first loss, of the worst gradient leaf (norm of difference over norm), of the worst loss."""
-    base = base or base_for(layout)
-    truth, got = one_device(base, steps), run(layout.config(base), steps, backend)
-    same = jax.tree.leaves(jax.tree.map(np.array_equal, truth.params, got.params))
-    distance = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(a), truth.gradients, got.gradients)
-    curve = np.abs(np.array(got.losses) / np.array(truth.losses) - 1)
-    return Errors(all(same), float(curve[0]), max(map(float, jax.tree.leaves(distance))), float(curve.max()))
+    exact, got = truth(on_one_device(config), steps), run(config, steps)
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, exact.params, got.params))
+    distance = jax.tree.leaves(jax.tree.map(_distance, exact.gradients, got.gradients))
+    curve = np.abs(np.array(got.losses) / np.array(exact.losses) - 1)
+    return Errors(all(same), float(curve[0]), max(distance), float(curve.max()))
 
 
-def main(draws: int | None) -> None:
-    """Prints the worst error of each kind of layout."""
-    layouts = all_layouts()
-    if draws:
-        layouts = random.Random(0).sample(layouts, draws)
-    worst: dict[str, list[Errors]] = {}
-    for i, layout in enumerate(layouts):
-        errors = compare(layout)
-        axes = [a for a in ("pipe", "data", "fsdp", "tensor") if getattr(layout, a) > 1]
-        worst.setdefault(" x ".join(axes), []).append(errors)
-        print(f"{i + 1}/{len(layouts)} {layout} {errors}", file=sys.stderr, flush=True)
+def check(config: Config, steps: int = STEPS) -> Errors:
+    """`compare`, and an assertion that prints the config."""
+    errors = compare(config, steps)
+    assert errors.problem is None, f"{errors.problem}\n{config!r}"
+    return errors
+
+
+def axes_of(config: Config) -> str:
+    """The axes above 1, in words."""
+    return " x ".join(axis for axis in MESH_AXES if getattr(config.mesh, axis) > 1)
+
+
+def main(draws: int, devices: int, seed: int) -> int:
+    """Prints the worst error for each number of axes that work together, and every config that breaks the law."""
+    found: list[tuple[Config, Errors]] = []
+    broken: list[str] = []
+
+    @hypothesis_seed(seed)
+    @settings(
+        max_examples=draws, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(configs(devices))
+    def draw(config: Config) -> None:
+        try:
+            errors = compare(config)
+        except Exception:
+            broken.append(f"{traceback.format_exc(limit=-3)}\n{config!r}")
+            print(f"CRASH {broken[-1]}", file=sys.stderr, flush=True)
+            return
+        found.append((config, errors))
+        if errors.problem:
+            broken.append(f"{errors.problem}\n{config!r}")
+        print(f"{len(found)}/{draws} {axes_of(config)}: {errors.problem or 'equal'} {errors}", file=sys.stderr, flush=True)
         jax.clear_caches()
-    print("| axes above 1 | layouts | same initial bits | loss | worst gradient leaf | 10-step loss curve |")
+
+    draw()
+    print("| axis above 1 | draws | same initial bits | loss | worst gradient leaf | 3-step loss curve |")
     print("|---|---|---|---|---|---|")
-    for axes, errors in sorted(worst.items(), key=lambda item: (item[0].count("x"), item[0])):
-        same = "yes" if all(e.same_start for e in errors) else "NO"
-        figures = " | ".join(f"{max(getattr(e, name) for e in errors):.1e}" for name in ("loss", "gradient", "curve"))
-        print(f"| {axes} | {len(errors)} | {same} | {figures} |")
+    for axis in (*MESH_AXES, "any"):
+        rows = [errors for config, errors in found if axis == "any" or getattr(config.mesh, axis) > 1]
+        if rows:
+            same = "yes" if all(errors.same_start for errors in rows) else "NO"
+            figures = " | ".join(
+                f"{max(getattr(errors, name) for errors in rows):.1e}" for name in ("loss", "gradient", "curve")
+            )
+            print(f"| {axis} | {len(rows)} | {same} | {figures} |")
+    print("\n\n".join([f"\n{len(broken)} configs break the law", *broken]))
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1].removeprefix("--draws=")) if len(sys.argv) > 1 else None)
+    sys.exit(main(options.draws, options.devices, options.seed))
