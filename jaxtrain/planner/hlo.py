@@ -1,99 +1,366 @@
-"""Reads a compiled program's text: matmul FLOPs as they will be executed, loop trip counts multiplied in.
+"""Reads a compiled program's text: its computations, how often its loops run, and the matmul FLOPs that it will execute.
 
-`compiled.cost_analysis()` counts the body of a scan once; here every `while` counts as often as XLA says that it runs.
+`compiled.cost_analysis()` counts the body of a scan once, and answers nothing on a GPU that is not there. Here every `while`
+counts as often as it will run, and a conditional counts as its most expensive branch: the busiest pipeline stage, tick by
+tick. The text of a scheduled program (`is_scheduled=true`) is in the order of its schedule; `hlo_collectives` reads that.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"^\w+\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_OPERAND = re.compile(r"%?([\w.\-]+)")
-_FIRST_OPERAND = re.compile(r"(?:\w+\[[\d,]*\](?:\{[^}]*\})? )?%?([\w.\-]+)")  # its type may stand before it
+_GEMM_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
+_SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{[^{}]*?"dimensions":\s*\[([^\]]*)\]')
+_WINDOW = re.compile(r'"sliding_window_length":\s*"?(\d+)')
+_INDEX = re.compile(r"index=(\d+)")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_NAME = re.compile(r"%?([\w.\-]+)$")
+_LONGEST_LOOP = 1_000_000
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array type."""
+
+    dtype: str
+    """As HLO writes it: bf16, f32, s32, f8e4m3fn, ..."""
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory; sub-byte types are packed."""
+        bits = 8 if self.dtype == "pred" else int((re.findall(r"\d+", self.dtype) or ["0"])[0])
+        return math.ceil(math.prod(self.dims) * bits / 8)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    op: str
+    result: tuple[Array, ...]
+    """The array, or the arrays of the tuple, nested ones flattened."""
+    operands: tuple[str, ...]
+    """Names (the text itself of a constant or of a parameter's number)."""
+    attributes: str
+    """What stands behind the operands."""
+    is_root: bool
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Computations that run once whenever this instruction does (a fusion's, a call's, an async wrapper's)."""
+        return tuple(_CALLED.findall(self.attributes)) if self.op in ("fusion", "call", "custom-call", "async-start") else ()
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Computations of which a conditional runs one."""
+        listed = _BRANCHES.search(self.attributes)
+        names = listed.group(1).split(",") if listed else _TRUE_FALSE.findall(self.attributes)
+        return tuple(name.strip().lstrip("%") for name in names)
+
+    @property
+    def body(self) -> str:
+        """The body of a loop."""
+        return _CALLED.findall(self.attributes)[0]
 
 
 @dataclass
-class _Computation:
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    flops: float = 0.0
-    calls: list[tuple[float, list[str]]] = field(default_factory=list)
-    """(times, alternatives): one of the alternatives runs that many times."""
+class Computation:
+    """Instructions in the order of the text."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+    by_name: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return next((i for i in reversed(self.instructions) if i.is_root), self.instructions[-1])
+
+    def operand(self, instruction: Instruction, number: int) -> Instruction | None:
+        """The instruction that makes an operand, if the text holds it."""
+        return self.by_name.get(instruction.operands[number]) if number < len(instruction.operands) else None
+
+
+def arrays_of(text: str) -> tuple[Array, ...]:
+    """All array types in a type's text, in order."""
+    return tuple(Array(dtype, _dims(dims)) for dtype, dims in _ARRAY.findall(text))
 
 
 def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
+    return tuple(int(n) for n in text.replace('"', "").split(",") if n.strip())
 
 
-def _dot_flops(computation: _Computation, output: tuple[int, ...], operands: str) -> float:
-    """2 * (elements of the output) * (length of the contraction)."""
-    left = _FIRST_OPERAND.match(operands)
-    contracted = _CONTRACTED.search(operands)
-    if left is None or contracted is None:
-        raise ValueError(f"a dot without operands or contracting dims: {operands[:200]}")
-    shape = computation.shapes[left.group(1)]
-    return 2.0 * math.prod(output) * math.prod(shape[i] for i in _dims(contracted.group(1)))
+def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
+    """(operands, attributes) of what stands behind an instruction's opening parenthesis."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(r"[(){}\[\],]", rest):
+        sign, i = match.group(), match.start()
+        if sign in "({[":
+            depth += 1
+        elif sign == "," and depth == 0:
+            parts.append(rest[start:i])
+            start = i + 1
+        elif sign in ")}]":
+            if depth == 0:
+                parts.append(rest[start:i])
+                return tuple(_operand_name(part) for part in parts if part.strip()), rest[i + 1 :]
+            depth -= 1
+    raise ValueError(f"an instruction without an end: {rest[:200]}")
 
 
-def _read(text: str) -> tuple[dict[str, _Computation], str]:
-    """All computations by name, and the name of the entry."""
-    computations: dict[str, _Computation] = {}
-    entry, now = "", _Computation()
-    for line in text.splitlines():
-        head = _COMPUTATION.match(line)
+def _operand_name(text: str) -> str:
+    found = _NAME.search(text.strip())  # its type may stand before it
+    return found.group(1) if found else text.strip()
+
+
+@dataclass
+class Program:
+    """A compiled module."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @functools.cached_property
+    def flops(self) -> dict[str, float]:
+        """Matmul FLOPs that one run of each computation executes, by name; those that nothing calls are left out."""
+        done: dict[str, float] = {}
+
+        def total(name: str) -> float:
+            if name not in done:
+                done[name] = sum(self.instruction_flops(self.computations[name], i, total) for i in self._lines(name))
+            return done[name]
+
+        total(self.entry)
+        return done
+
+    def _lines(self, name: str) -> list[Instruction]:
+        return self.computations[name].instructions
+
+    def instruction_flops(
+        self, computation: Computation, instruction: Instruction, total: Callable[[str], float] | None = None
+    ) -> float:
+        """Matmul FLOPs of one instruction with all that it calls, loop trip counts multiplied in."""
+        total = total or self.flops.__getitem__
+        if instruction.op == "while":
+            return self.trip_count(computation, instruction) * total(instruction.body)
+        if instruction.op == "conditional":
+            return max(total(name) for name in instruction.branches)
+        own = _own_flops(computation, instruction)
+        return own + sum(total(name) for name in instruction.called if name in self.computations)
+
+    def trip_count(self, computation: Computation, loop: Instruction) -> int:
+        """How often a loop runs: as XLA wrote it down, or counted by running the loop's counter.
+
+        XLA forgets the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
+
+        Raises:
+          ValueError: neither is there.
+        """
+        known = _TRIP_COUNT.search(loop.attributes)
+        if known:
+            return int(known.group(1))
+        try:
+            return _count_trips(self, computation, loop)
+        except _Unknown as why:
+            shown = f"%{loop.name} = ... while({', '.join(loop.operands)}){loop.attributes}"[:200]
+            raise ValueError(f"a loop without a known trip count ({why}): {shown}") from None
+
+
+def parse(text: str) -> Program:
+    """The program of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text holds no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry, now = "", Computation("")
+    for raw in text.splitlines():
+        head = _COMPUTATION.match(raw)
         if head:
-            now = computations.setdefault(head.group(2), _Computation())
+            now = computations.setdefault(head.group(2), Computation(head.group(2)))
             entry = head.group(2) if head.group(1) else entry
             continue
-        instruction = _INSTRUCTION.match(line)
-        if not instruction:
-            continue
-        name, result, op, rest = instruction.groups()
-        shape = _SHAPE.match(result)
-        now.shapes[name] = _dims(shape.group(1)) if shape else ()
-        if op == "dot":
-            now.flops += _dot_flops(now, now.shapes[name], rest)
-        elif op == "while":
-            trips = _TRIP_COUNT.search(rest)
-            if trips is None:
-                raise ValueError(f"a loop without a known trip count: {line.strip()[:200]}")
-            now.calls.append((float(trips.group(1)), _CALLED.findall(rest)))
-        elif op == "conditional":
-            branches = _BRANCHES.search(rest)
-            names = _OPERAND.findall(branches.group(1)) if branches else _TRUE_FALSE.findall(rest)
-            now.calls.append((1.0, names))
-        elif op in ("fusion", "call", "custom-call", "async-start"):
-            now.calls += [(1.0, [called]) for called in _CALLED.findall(rest)]
-    return computations, entry
+        line = _COMMENT.sub("", raw) if "/*" in raw else raw
+        match = _INSTRUCTION.match(line)
+        if match:
+            root, name, result, op, rest = match.groups()
+            operands, attributes = _split_operands(rest)
+            now.by_name[name] = Instruction(name, op, arrays_of(result), operands, attributes, bool(root))
+            now.instructions.append(now.by_name[name])
+    if not entry:
+        raise ValueError("this is no HLO text: it has no ENTRY computation")
+    return Program(computations, entry)
 
 
 def matmul_flops(text: str) -> float:
-    """FLOPs of all dots that one device executes in one run of the compiled program.
+    """FLOPs of all matmuls that one device executes in one run of the compiled program.
 
-    A conditional counts as its most expensive branch: the busiest stage, tick by tick.
+    Counted are dots and ragged dots (wherever they stand, in fusions too), cuBLAS calls and cuDNN's fused attention. A
+    conditional counts as its most expensive branch.
 
     Raises:
-      ValueError: a loop whose trip count XLA did not write down.
+      ValueError: a loop whose trip count is neither written down nor can be counted.
     """
-    computations, entry = _read(text)
-    done: dict[str, float] = {}
+    program = parse(text)
+    return program.flops[program.entry]
 
-    def total(name: str) -> float:
-        if name not in done:
-            computation = computations[name]
-            done[name] = computation.flops + sum(
-                times * max(total(alternative) for alternative in alternatives)
-                for times, alternatives in computation.calls
-                if alternatives
-            )
-        return done[name]
 
-    return total(entry)
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs of one instruction
+
+
+def _own_flops(computation: Computation, instruction: Instruction) -> float:
+    if instruction.op in ("dot", "ragged-dot", "scaled-dot"):
+        return _matmul_flops(computation, instruction, _CONTRACTED)
+    if instruction.op != "custom-call":
+        return 0.0
+    found = _TARGET.search(instruction.attributes)
+    target = found.group(1) if found else ""
+    if target.startswith("__cublas$"):
+        return _matmul_flops(computation, instruction, _GEMM_CONTRACTED)
+    return _attention_flops(computation, instruction, target) if target.startswith("__cudnn$fmha") else 0.0
+
+
+def _matmul_flops(computation: Computation, instruction: Instruction, contracted: re.Pattern[str]) -> float:
+    """2 * (elements of the output) * (length of the contraction). A ragged dot does no more: each row meets one group."""
+    left, found = computation.operand(instruction, 0), contracted.search(instruction.attributes)
+    if left is None or found is None:
+        raise ValueError(
+            f"{instruction.op} without operands or contracting dims: {instruction.name}{instruction.attributes[:200]}"
+        )
+    length = math.prod(left.result[0].dims[i] for i in _dims(found.group(1)))
+    return 2.0 * math.prod(instruction.result[0].dims) * length
+
+
+def _attention_flops(computation: Computation, instruction: Instruction, target: str) -> float:
+    """Of cuDNN's fused attention over scores [B, H, L, S] with head dims N of Q and K, M of V.
+
+    Forward Q K^T and P V: 2 B H L S (N + M). Backward, with the scores computed again, S = Q K^T, dP = dO V^T, dV, dQ, dK:
+    2 B H L S (3 N + 2 M). Under a causal mask the kernel skips the blocks that are all masked, so half of it counts, as in
+    Megatron-LM; with a sliding window of w, the share w/L - w^2/(2 L^2) of the square (half for w = L).
+    """
+    query, value = computation.operand(instruction, 0), computation.operand(instruction, 2)
+    scores = _SCORES.search(instruction.attributes)
+    if query is None or value is None or scores is None:
+        raise ValueError(f"cuDNN attention without operands or scores: {instruction.name}{instruction.attributes[:200]}")
+    constraints = arrays_of(instruction.attributes.partition("api_version")[0])
+    n, m = (
+        (constraints[0].dims[-1], constraints[2].dims[-1])
+        if constraints
+        else (query.result[0].dims[-1], value.result[0].dims[-1])
+    )
+    shape = _dims(scores.group(1))
+    widths = 3 * n + 2 * m if "Backward" in target else n + m
+    share = 0.5 if "CAUSAL" in instruction.attributes else 1.0
+    found = _WINDOW.search(instruction.attributes)
+    window = int(found.group(1)) if found else 0
+    if 0 < window < shape[-1]:
+        share = window / shape[-1] - window**2 / (2 * shape[-1] ** 2)
+    return 2.0 * math.prod(shape) * widths * share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loops whose trip count XLA did not write down
+
+
+class _Unknown(Exception):
+    """A scalar that cannot be computed from the text."""
+
+
+_BINARY: dict[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "and": operator.and_,
+    "or": operator.or_,
+    "minimum": min,
+    "maximum": max,
+}
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+}
+
+
+def _scalar(program: Program, computation: Computation, name: str, element: Callable[[int], int], inside: bool = False) -> int:
+    """The value of an integer scalar.
+
+    Args:
+      element: value of an element of the computation's tuple parameter, or of a parameter where `inside` a fusion.
+    """
+    instruction = computation.by_name.get(name)
+    if instruction is None:
+        raise _Unknown(f"no instruction {name}")
+    operands = instruction.operands
+
+    def value(number: int) -> int:
+        return _scalar(program, computation, operands[number], element, inside)
+
+    if instruction.op == "constant":
+        return {"true": 1, "false": 0}[operands[0]] if operands[0] in ("true", "false") else int(operands[0])
+    if instruction.op in ("copy", "bitcast", "convert"):
+        return value(0)
+    if instruction.op in _BINARY:
+        return _BINARY[instruction.op](value(0), value(1))
+    if instruction.op == "compare":
+        return int(_COMPARISONS[instruction.attributes.partition("direction=")[2][:2]](value(0), value(1)))
+    if instruction.op == "parameter" and inside:
+        return element(int(operands[0]))
+    if instruction.op in ("fusion", "call"):
+        called = program.computations[instruction.called[0]]
+        return _scalar(program, called, called.root.name, value, inside=True)
+    if instruction.op == "get-tuple-element":
+        source, index = computation.by_name.get(operands[0]), int(_INDEX.findall(instruction.attributes)[0])
+        if source is not None and source.op == "tuple":
+            return _scalar(program, computation, source.operands[index], element, inside)
+        if source is not None and source.op == "parameter" and not inside:
+            return element(index)
+    raise _Unknown(f"{instruction.op} {name} is not computed from constants")
+
+
+def _count_trips(program: Program, computation: Computation, loop: Instruction) -> int:
+    """Runs the scalars that the loop's condition reads, and nothing else."""
+    start = computation.by_name.get(loop.operands[0])
+    if start is None or start.op != "tuple":
+        raise _Unknown(f"{loop.operands[0]} is no tuple here")
+    body, condition = program.computations[loop.body], program.computations[_CONDITION.findall(loop.attributes)[0]]
+
+    def outside(index: int) -> int:
+        raise _Unknown(f"it begins with element {index} of an outer loop")
+
+    def begin(index: int) -> int:
+        return _scalar(program, computation, start.operands[index], outside)
+
+    values: dict[int, int] = {}
+
+    def read(index: int) -> int:
+        if index not in values:
+            values[index] = begin(index)
+        return values[index]
+
+    for trips in range(_LONGEST_LOOP):
+        if not _scalar(program, condition, condition.root.name, read):
+            return trips
+        values = {index: _scalar(program, body, body.root.operands[index], read) for index in list(values)}
+    raise _Unknown(f"it is not done after {_LONGEST_LOOP} iterations")

@@ -86,8 +86,99 @@ def test_loops_multiply_inside_loops():
 
 
 def test_a_loop_without_a_trip_count_is_an_error():
-    with pytest.raises(ValueError, match="a loop without a known trip count: ROOT %loop"):
+    with pytest.raises(ValueError, match=r"a loop without a known trip count \(start is no tuple here\): %loop"):
         matmul_flops(program(LOOP.partition(", backend_config")[0]))
+
+
+COUNTED = """
+%below (c: (s32[], s32[], f32[8,4])) -> pred[] {
+  %c = (s32[], s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] get-tuple-element(%c), index=1
+  ROOT %lt = pred[] fusion(%i, %n), kind=kLoop, calls=%compare_them
+}
+%compare_them (p: s32[], q: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %compare = pred[] compare(%p, %q), direction=LT
+}
+%step (b: (s32[], s32[], f32[8,4])) -> (s32[], s32[], f32[8,4]) {
+  %b = (s32[], s32[], f32[8,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %m = s32[] get-tuple-element(%b), index=1
+  %x = f32[8,4]{1,0} get-tuple-element(%b), index=2
+  %two = s32[] constant(2)
+  %next = s32[] add(%j, %two)
+  %y = f32[8,16]{1,0} fusion(%x, %x), kind=kOutput, calls=%multiply
+  ROOT %out = (s32[], s32[], /*index=2*/f32[8,4]{1,0}) tuple(%next, %m, /*index=2*/%x)
+}
+"""
+
+
+def counted(limit: str) -> str:
+    """A loop whose count is nowhere written down: from -1 by 2 to the limit."""
+    begin = [
+        "%first = s32[] constant(-1)",
+        f"%limit = s32[] {limit}",
+        "%start = (s32[], s32[], f32[8,4]) tuple(%first, %limit, %x)",
+    ]
+    loop = "%loop = (s32[], s32[], f32[8,4]) while(%start), condition=%below, body=%step"
+    return program(*begin, loop, computations=DOT + COUNTED)
+
+
+@pytest.mark.parametrize(("limit", "trips"), [("constant(8)", 5), ("constant(9)", 5), ("constant(-1)", 0)])
+def test_a_loop_that_xla_forgot_to_count_is_counted(limit: str, trips: int):
+    """As XLA leaves a pipelined loop of microbatches, of which it took one iteration out."""
+    assert matmul_flops(counted(limit)) == trips * ONE
+
+
+def test_a_loop_that_data_decides_is_an_error():
+    with pytest.raises(ValueError, match=r"parameter limit is not computed from constants|it begins with element"):
+        matmul_flops(counted("parameter(2)"))
+
+
+FMHA = """
+%q = bf16[2,512,8,64]{3,2,1,0} parameter(0)
+%k = bf16[2,512,4,64]{3,2,1,0} parameter(1)
+%attention = (bf16[2,8,512,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", \
+operand_layout_constraints={bf16[2,512,8,64]{3,2,1,0}, bf16[2,512,4,64]{3,2,1,0}, bf16[2,512,4,64]{3,2,1,0}}, api_version=A, \
+backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", \
+"dimensions": ["2", "8", "512", "512"], "layout": {}}, "mask_type": "CAUSAL", "sliding_window_length": 0}}
+""".replace("\\\n", "").strip()
+SQUARE = 2 * 2 * 8 * 512 * 512 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "flops"),
+    [
+        (("", ""), 2 * SQUARE / 2),
+        (("CAUSAL", "NO_MASK"), 2 * SQUARE),
+        (("fmhaSoftmax", "fmhaSoftmaxBackward"), 5 * SQUARE / 2),
+        (('length": 0', 'length": 128'), 2 * SQUARE * (1 / 4 - 1 / 32)),
+    ],
+)
+def test_fused_attention(change: tuple[str, str], flops: float):
+    """Two matmuls forward, five backward, over half of the square under a causal mask, over a band with a window."""
+    assert matmul_flops(program(*FMHA.replace(*change).splitlines())) == pytest.approx(flops)
+
+
+def test_cublas():
+    """bf16[96,512] x [512,1536], as cuBLAS is called."""
+    call = (
+        '%gemm = (bf16[96,1536]{1,0}, s8[4]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config='
+        '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
+    )
+    text = program("%a = bf16[96,512]{1,0} parameter(0)", "%b = bf16[512,1536]{1,0} parameter(1)", call)
+    assert matmul_flops(text) == 2 * 96 * 512 * 1536
+
+
+def test_ragged_dot_compiles_to_what_it_executes():
+    """Rows meet one group each in the formula; XLA on CPU multiplies every row with every group and masks, and that counts."""
+    lhs, rhs, sizes = (jax.ShapeDtypeStruct(s, d) for s, d in (((96, 16), "float32"), ((3, 16, 8), "float32"), ((3,), "int32")))
+    flops = matmul_flops(jax.jit(jax.lax.ragged_dot).lower(lhs, rhs, sizes).compile(FAST).as_text())
+    assert flops in (2 * 96 * 16 * 8, 3 * 2 * 96 * 16 * 8)
+    once = "%r = f32[96,8]{1,0} ragged-dot(%l, %w, %g), lhs_contracting_dims={1}, rhs_contracting_dims={1}, lhs_ragged_dims={0}"
+    assert matmul_flops(program("%l = f32[96,16]{1,0} parameter(0)", once)) == 2 * 96 * 16 * 8
 
 
 def test_the_busiest_branch_counts_with_all_that_it_calls():

@@ -1,0 +1,360 @@
+"""Every transfer of a compiled program: mesh axis, kind, calls, bytes, and how much of it travels behind compute.
+
+**Bytes**, a device and step. *Payload* is the whole array: what an all-gather ends with, what a reduce-scatter begins with,
+what an all-reduce sums, an all-to-all exchanges, a permute sends. *Wire* is what a device sends in a bandwidth-optimal ring
+of n devices (Patarasu & Yuan 2009; NCCL's bus bandwidth):
+
+    all-gather, reduce-scatter, all-to-all   (n-1)/n payload        all-reduce   2 (n-1)/n payload        permute   payload
+
+**Hidden** is what moves while the device computes. The text of a scheduled program is run in order: matmuls take
+FLOPs / peak, nothing else takes time (so compute is never overestimated); a transfer begins at its `-start`, behind those
+still under way on the same kind of link, and takes wire / bandwidth; at its `-done` the device waits. Bytes that move
+during waits are exposed, the others hidden. A transfer that XLA marks as synchronous is waited for at once. The simple
+measure stands beside it: bytes of transfers with any matmul at all between start and done.
+
+**Links.** A group inside a host has the chip's links. A group of k devices in each of several hosts has k NICs for its ring,
+or the links where those are slower.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtrain.hardware import Chip, find_chip
+from jaxtrain.planner.hlo import Array, Computation, Instruction, Program, parse
+from jaxtrain.planner.hlo_groups import Group, Layout, group_of
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_SOURCE = re.compile(r'op_name="([^"]*)"')
+_INDEX = re.compile(r"index=(\d+)")
+
+
+@dataclass
+class Transfer:
+    """All runs of one collective instruction in a step, for one dtype."""
+
+    name: str
+    kind: str
+    dtype: str
+    group: Group
+    source: str
+    """The op_name: which line of the model it comes from."""
+    payload_once: float
+    """Bytes of one call."""
+    calls: float = 0.0
+    seconds: float = 0.0
+    """On the wire."""
+    hidden_seconds: float = 0.0
+    behind_flops: float = 0.0
+    """Matmul FLOPs scheduled between start and done, all calls together."""
+    overlapped_calls: float = 0.0
+    """Calls with any matmul between start and done."""
+
+    @property
+    def payload(self) -> float:
+        """Bytes, all calls together."""
+        return self.calls * self.payload_once
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a device sends, all calls together."""
+        return self.payload * wire_factor(self.kind, self.group.size)
+
+    @property
+    def hidden(self) -> float:
+        """Wire bytes that move while the device computes."""
+        return self.wire * (self.hidden_seconds / self.seconds) if self.seconds else 0.0
+
+    @property
+    def overlapped(self) -> float:
+        """Wire bytes of the calls that have any matmul between start and done."""
+        return self.wire * self.overlapped_calls / self.calls if self.calls else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one device moves in a step along one set of mesh axes, by one kind of collective, in one dtype."""
+
+    axes: str
+    kind: str
+    dtype: str
+    calls: float
+    payload: float
+    wire: float
+    hidden: float
+    """Wire bytes that move while the device computes; the rest is exposed."""
+    overlapped: float
+    """Wire bytes of calls with any matmul between start and done."""
+    crosses_hosts: bool
+
+    @property
+    def exposed(self) -> float:
+        """Wire bytes that the device waits for."""
+        return self.wire - self.hidden
+
+
+def wire_factor(kind: str, size: int) -> float:
+    """Bytes that a device sends in a ring of `size` devices, over the payload (formulas above)."""
+    if kind in ("collective-permute", "collective-broadcast"):
+        return 1.0
+    return (2.0 if kind == "all-reduce" else 1.0) * (size - 1) / size
+
+
+def read_collectives(
+    text: str, layout: Layout, chip: Chip | None = None, flops_per_second: float | None = None
+) -> list[Transfer]:
+    """Every transfer between devices in one run of a compiled program (module docstring).
+
+    Args:
+      text: of `compiled.as_text()`.
+      layout: of the mesh that it was compiled for.
+      chip: whose links and peak decide what is hidden; H100 SXM by default.
+      flops_per_second: what matmuls run at; the chip's bfloat16 peak by default.
+
+    Raises:
+      ValueError: a loop without trip count, device groups in an unknown form, or a chip whose figures are unknown.
+    """
+    chip = chip or find_chip("h100-sxm")
+    peak = flops_per_second or chip.peak("bfloat16")
+    if peak is None or chip.link_bandwidth is None:
+        raise ValueError(f"{chip.name}: peak FLOP/s {peak} and link bytes/s {chip.link_bandwidth} must be known")
+    program = parse(text)
+    replay = _Replay(program, layout, chip, peak)
+    replay.run(program.computations[program.entry], [], 1.0)
+    return sorted(replay.transfers.values(), key=lambda t: -t.wire)
+
+
+def table(transfers: Sequence[Transfer]) -> list[Row]:
+    """Transfers added up by axes, kind and dtype, the largest first."""
+    grouped: dict[tuple[str, str, str], list[Transfer]] = defaultdict(list)
+    for transfer in transfers:
+        grouped[transfer.group.axes, transfer.kind, transfer.dtype].append(transfer)
+    rows = []
+    for (axes, kind, dtype), members in grouped.items():
+        sums = {name: sum(getattr(t, name) for t in members) for name in ("calls", "payload", "wire", "hidden", "overlapped")}
+        rows.append(Row(axes, kind, dtype, **sums, crosses_hosts=any(t.group.crosses_hosts for t in members)))
+    return sorted(rows, key=lambda row: -row.wire)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running the schedule
+
+
+@dataclass
+class _Flight:
+    """A transfer under way."""
+
+    transfers: list[Transfer]
+    begin: float
+    end: float
+    flops_at_start: float
+    weight: float
+    waited: bool = False
+    exposed: float = 0.0
+
+    def shift(self, seconds: float, flops: float) -> None:
+        """Moves it to a later time."""
+        self.begin, self.end, self.flops_at_start = self.begin + seconds, self.end + seconds, self.flops_at_start + flops
+
+
+_Value = Any
+"""What a name stands for, as far as it matters: a `_Flight`, a list of values (a tuple), or None."""
+
+
+@dataclass
+class _Replay:
+    """Runs computations in the order of their text; of a loop three iterations, the middle one counted often."""
+
+    program: Program
+    layout: Layout
+    chip: Chip
+    peak: float
+    transfers: dict[tuple[str, str], Transfer] = field(default_factory=dict)
+    now: float = 0.0
+    flops: float = 0.0
+    link_free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    under_way: list[_Flight] = field(default_factory=list)
+    groups: dict[str, Group] = field(default_factory=dict)
+    moves: dict[str, bool] = field(default_factory=dict)
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def run(self, computation: Computation, arguments: list[_Value], weight: float) -> _Value:
+        """Runs a computation once, counting everything in it `weight` times; returns its root's value."""
+        values: dict[str, _Value] = {}
+        for instruction in computation.instructions:
+            value = self._step(computation, instruction, values, arguments, weight)
+            if value is not None:
+                values[instruction.name] = value
+        return values.get(computation.root.name)
+
+    def _step(
+        self, computation: Computation, instruction: Instruction, values: dict[str, _Value], arguments: list, weight: float
+    ) -> _Value:
+        op, operands = instruction.op, instruction.operands
+        if op == "parameter":
+            return arguments[int(operands[0])] if int(operands[0]) < len(arguments) else None
+        if op == "get-tuple-element":
+            source = values.get(operands[0])
+            return source[int(_INDEX.findall(instruction.attributes)[0])] if isinstance(source, list) else None
+        if op == "tuple":
+            elements = [values.get(name) for name in operands]
+            return elements if any(element is not None for element in elements) else None
+        if op in ("copy", "bitcast", "opt-barrier", "async-update"):
+            return values.get(operands[0])
+        if op in ("send", "recv") and "is_host_transfer=true" not in instruction.attributes:
+            raise ValueError(f"%{instruction.name}: a point-to-point {op} is not counted here; compile without send/recv")
+        if op.endswith("-done"):
+            self._wait(values.get(operands[0]), weight)
+            return None
+        if op == "while" and self._moves_bytes(instruction.body):
+            return self._loop(computation, instruction, values.get(operands[0]), weight)
+        if op == "conditional" and any(self._moves_bytes(name) for name in instruction.branches):
+            dearest = max(instruction.branches, key=self._cost)
+            self.run(self.program.computations[dearest], [], weight)
+            return None
+        if op == "call" and self._moves_bytes(instruction.called[0]):
+            return self.run(self.program.computations[instruction.called[0]], [values.get(name) for name in operands], weight)
+        collectives = self._collectives(computation, instruction)
+        if collectives:
+            return self._start(instruction, collectives, weight)
+        flops = self.program.instruction_flops(computation, instruction)
+        self.flops += flops
+        self.now += flops / self.peak
+        return None
+
+    def _loop(self, computation: Computation, loop: Instruction, value: _Value, weight: float) -> _Value:
+        """The first iteration, a middle one that counts often, and the last: transfers may begin in one and end in the next."""
+        trips, body = self.program.trip_count(computation, loop), self.program.computations[loop.body]
+        middle = max(0, trips - 2)
+        for times in (min(trips, 1), middle, min(max(0, trips - 1), 1)):
+            if not times:
+                continue
+            before = self.now, self.flops
+            value = self.run(body, [value], weight * times)
+            passed, done = (times - 1) * (self.now - before[0]), (times - 1) * (self.flops - before[1])
+            self.now, self.flops = self.now + passed, self.flops + done
+            for flight in self.under_way:
+                if flight.begin >= before[0]:  # begun in the iteration just run
+                    flight.shift(passed, done)
+            self.link_free = {crosses: until + passed * (until > before[0]) for crosses, until in self.link_free.items()}
+        return value
+
+    def _cost(self, name: str) -> tuple[float, float]:
+        """Of a branch: FLOPs, then bytes."""
+        if name not in self.costs:
+            trial = _Replay(
+                self.program, self.layout, self.chip, self.peak, groups=self.groups, moves=self.moves, costs=self.costs
+            )
+            if self._moves_bytes(name):
+                trial.run(self.program.computations[name], [], 1.0)
+            self.costs[name] = self.program.flops[name], sum(transfer.wire for transfer in trial.transfers.values())
+        return self.costs[name]
+
+    def _moves_bytes(self, name: str) -> bool:
+        """Whether a computation, or one that it calls, holds a collective."""
+        if name not in self.moves:
+            self.moves[name] = False
+            for i in self.program.computations[name].instructions:
+                called = (*i.called, *i.branches, *([i.body] if i.op == "while" else []))
+                inside = any(self._moves_bytes(c) for c in called if c in self.program.computations)
+                self.moves[name] = self.moves[name] or inside or i.op.removesuffix("-start") in KINDS
+                self.moves[name] = self.moves[name] or i.op.endswith("-done")
+        return self.moves[name]
+
+    def _collectives(self, computation: Computation, instruction: Instruction) -> list[tuple[Computation, Instruction]]:
+        """The collectives that an instruction is, or that lie in the fusion or asynchronous wrapper that it is."""
+        if instruction.op.removesuffix("-start") in KINDS:
+            return [(computation, instruction)]
+        if instruction.op not in ("fusion", "async-start") or not instruction.called:
+            return []
+        inside = self.program.computations[instruction.called[0]]
+        if not self._moves_bytes(inside.name):
+            return []
+        return [found for i in inside.instructions for found in self._collectives(inside, i)]
+
+    def _start(self, outer: Instruction, collectives: list[tuple[Computation, Instruction]], weight: float) -> _Flight | None:
+        """A transfer begins, behind those on the same kind of link; without a -start it is waited for at once."""
+        transfers = [t for computation, i in collectives for t in self._transfers(computation, i)]
+        if not transfers:
+            return None
+        crosses = transfers[0].group.crosses_hosts
+        seconds = sum(t.payload_once * wire_factor(t.kind, t.group.size) / bandwidth(t.group, self.chip) for t in transfers)
+        begin = max(self.now, self.link_free[crosses])
+        flight = _Flight(transfers, begin, begin + seconds, self.flops, weight)
+        self.link_free[crosses] = flight.end
+        self.under_way.append(flight)
+        for transfer in transfers:
+            transfer.calls += weight
+            transfer.seconds += weight * seconds
+        if not outer.op.endswith("-start") or '"is_sync":true' in outer.attributes:
+            self._wait(flight, weight)
+        return flight
+
+    def _wait(self, flight: _Value, weight: float) -> None:
+        """The device waits until the transfer is over; what moves meanwhile is exposed."""
+        if not isinstance(flight, _Flight) or flight.waited:
+            return
+        until = max(self.now, flight.end)
+        for other in self.under_way:
+            other.exposed += max(0.0, min(other.end, until) - max(other.begin, self.now))
+        self.now, flight.waited = until, True
+        between = self.flops - flight.flops_at_start
+        for transfer in flight.transfers:
+            transfer.hidden_seconds += flight.weight * max(0.0, flight.end - flight.begin - flight.exposed)
+            transfer.behind_flops += flight.weight * between
+            transfer.overlapped_calls += flight.weight * (between > 0)
+        self.under_way = [other for other in self.under_way if not other.waited]
+
+    def _transfers(self, computation: Computation, instruction: Instruction) -> list[Transfer]:
+        """One entry for each dtype of a collective; none if it moves nothing off the device."""
+        kind, group = instruction.op.removesuffix("-start"), self._group(instruction)
+        if not group.axes:
+            return []
+        found = []
+        for dtype, sent in _bytes_sent(computation, instruction, kind).items():
+            payload = sent * group.size if kind == "all-gather" else sent
+            source = _SOURCE.search(instruction.attributes)
+            new = Transfer(instruction.name, kind, dtype, group, source.group(1) if source else "", payload)
+            found.append(self.transfers.setdefault((f"{computation.name}/{instruction.name}", dtype), new))
+        return found
+
+    def _group(self, instruction: Instruction) -> Group:
+        key = instruction.attributes.partition("metadata=")[0]
+        key = key[max(key.find("replica_groups="), key.find("source_target_pairs="), 0) :]
+        if key not in self.groups:
+            self.groups[key] = group_of(key, self.layout)
+        return self.groups[key]
+
+
+def bandwidth(group: Group, chip: Chip) -> float:
+    """Bytes/s at which a device takes part in a ring: its links inside a host, else the NICs of the group's devices there."""
+    link = chip.link_bandwidth or math.nan
+    if not group.crosses_hosts:
+        return link
+    return min(link, group.per_host * (chip.nic_bandwidth or link))
+
+
+def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -> dict[str, int]:
+    """Bytes of the operands, by dtype."""
+    sent: dict[str, int] = defaultdict(int)
+    names = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
+    for name in names:
+        source = computation.by_name.get(name)
+        if source is None:
+            raise ValueError(f"%{instruction.name}: its operand {name} is not in the text")
+        array: Array = source.result[0]
+        sent[array.dtype] += array.bytes
+    return dict(sent)

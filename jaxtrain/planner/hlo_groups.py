@@ -1,0 +1,125 @@
+"""The device groups of collectives, in the three forms that XLA writes, and where they lie in the mesh."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})?\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]+\))?[^)]*)\))? ?\{([^}]*)\}")
+_MESH_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_SUB_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+_PAIRS = re.compile(r"source_target_pairs=\{([\d,{} ]*)\}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh that a program was compiled for, as the ids in its text see it: id i is the i-th device of the mesh."""
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    hosts: tuple[int, ...]
+    """The host of each device."""
+
+    @property
+    def count(self) -> int:
+        """Devices."""
+        return math.prod(self.sizes)
+
+
+def layout_of(mesh: Any) -> Layout:
+    """The layout of a `jax.sharding.Mesh`."""
+    hosts = tuple(int(device.process_index) for device in mesh.devices.flat)
+    return Layout(tuple(mesh.axis_names), tuple(int(n) for n in mesh.devices.shape), hosts)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices that take part in one collective, and where they lie in the mesh."""
+
+    axes: str
+    """Mesh axes along which a group varies, "data+expert"; "" if a device talks to nobody but itself."""
+    size: int
+    """Devices in a group (of a permute: along its axes)."""
+    crosses_hosts: bool
+    per_host: int
+    """Devices of one group in one host."""
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text or ""))
+
+
+def _iota(shape: Sequence[int], transpose: Sequence[int]) -> np.ndarray:
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(transpose) if transpose else ids
+
+
+def _groups_by_mesh(match: re.Match[str]) -> np.ndarray:
+    """`mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a','b':(2)4}`: the axes named in braces vary inside a group.
+
+    A part of an axis, 'b':(2)4, is the factor 4 of it that stands behind a factor 2.
+    """
+    names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
+    shape = tuple(names.values())
+    order = _MESH_IOTA.search(match.group(2) or "")
+    ids = _iota(_numbers(order.group(1)), _numbers(order.group(2))) if order else np.arange(math.prod(shape))
+    factors: list[int] = []
+    place: dict[str, int] = {}
+    parts = {name: (int(before or 1), int(size or names[name])) for name, before, size in _SUB_AXIS.findall(match.group(3))}
+    for name, size in names.items():
+        before, own = parts.get(name, (1, size))
+        place[name] = len(factors) + 1
+        factors += [before, own, size // (before * own)]
+    inside = [place[name] for name in parts]
+    outside = [i for i in range(len(factors)) if i not in inside]
+    own = math.prod(factors[i] for i in inside)
+    return ids.reshape(factors).transpose(*outside, *inside).reshape(-1, own)
+
+
+def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
+    """The groups of a collective, each a row of device ids, from any of the three forms that XLA writes.
+
+    `{{0,1},{2,3}}`; `[4,2]<=[2,4]T(1,0)`; `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`. `{}` is all devices.
+
+    Raises:
+      ValueError: another form.
+    """
+    iota, by_mesh, listed = _IOTA.search(attributes), _MESH.search(attributes), _LISTED.search(attributes)
+    if iota:
+        shape = _numbers(iota.group(1))
+        return _iota(_numbers(iota.group(2)), _numbers(iota.group(3))).reshape(shape)
+    if by_mesh:
+        return _groups_by_mesh(by_mesh)
+    if listed:
+        return [list(_numbers(group)) for group in re.findall(r"\{([\d, ]+)\}", listed.group(1) or "")] or [list(range(count))]
+    raise ValueError(f"device groups in a form that is not known here: {attributes[:200]}")
+
+
+def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: Layout) -> Group:
+    """Where groups (or the pairs of a permute) lie in the mesh."""
+    hosts = np.array(layout.hosts)
+    varies, per_host, crosses = np.zeros(len(layout.sizes), bool), 1, False
+    for row in groups:
+        ids = np.asarray(row)
+        places = np.stack(np.unravel_index(ids, layout.sizes))
+        varies |= (places != places[:, :1]).any(axis=1)
+        of_hosts = np.unique(hosts[ids], return_counts=True)[1]
+        per_host, crosses = max(per_host, int(of_hosts.max())), crosses or len(of_hosts) > 1
+    axes = "+".join(axis for axis, differs in zip(layout.axes, varies, strict=True) if differs)
+    return Group(axes, max(len(row) for row in groups), crosses, per_host)
+
+
+def group_of(attributes: str, layout: Layout) -> Group:
+    """The group of a collective from its attributes: replica groups, or the source-target pairs of a permute."""
+    pairs = _PAIRS.search(attributes)
+    if pairs:
+        located = locate(np.array(_numbers(pairs.group(1))).reshape(-1, 2), layout)
+        return replace(located, per_host=1)  # each device sends for itself
+    return locate(device_groups(attributes, layout.count), layout)
