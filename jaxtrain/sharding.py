@@ -6,7 +6,9 @@ nothing is summed behind the reader's back: what must be summed is summed by a c
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "experts": "expert",
+    "router": None,
 }
 
 Dims = tuple[str, ...]
@@ -95,6 +99,18 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
 def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Sums over a mesh axis and leaves each device its own slice of dim `dim`. Its transpose is `all_gather`."""
     return x if lax.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def all_to_all(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Cuts dim `dim` into one part for each device along a mesh axis, and joins the parts that come from each. Its transpose
+    is itself."""
+    return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=dim, concat_axis=dim, tiled=True)
+
+
+def once(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Counts what all devices along `axes` hold alike once: whole on the first of them, zero on the others."""
+    first = functools.reduce(operator.and_, (lax.axis_index(axis) == 0 for axis in axes))
+    return jnp.where(first, x, jnp.zeros_like(x))
 
 
 def shift(x: jax.Array, axis: str, by: int) -> jax.Array:

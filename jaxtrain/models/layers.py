@@ -16,9 +16,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention import attention
+from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
-from jaxtrain.sharding import Dims, all_gather, reduce_scatter, vary
+from jaxtrain.sharding import all_gather, reduce_scatter, vary
 
 
 class Packing(NamedTuple):
@@ -32,20 +34,6 @@ class Packing(NamedTuple):
     """bool [B, L], whether a position carries a loss; None where there is no loss (sampling)."""
     scale: jax.Array | None
     """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""
-
-
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str) -> nnx.Param:
-    """A parameter with its logical dims: normal with this standard deviation, or ones where std is None."""
-    key = rngs.params()
-    value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)
-    return nnx.Param(value.astype(dtype), dims=dims)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last dim, in float32 (Zhang & Sennrich 2019)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,131 @@
+"""Mixture of experts in place of the MLP.
+
+Shape letters: B batch, L length, T tokens (B L), D embed, E experts, K experts of a token, F hidden width of an expert, S slots.
+Inside the manual region E is this device's share over `expert`, F its share over `tensor`, and L its share over `context`.
+
+As in the MLP block, tokens are gathered over `tensor`, and every device along it routes and dispatches the same ones: each moves
+whole rows along `expert`, so those bytes are spent `tensor` times. With experts narrow enough for one device tensor=1 is best.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtrain.config import ModelConfig, MoEConfig
+from jaxtrain.models.parameters import parameter
+from jaxtrain.ops.expert_dispatch import Dispatched, combine, dispatch_capacity, dispatch_dropless
+from jaxtrain.ops.grouped_matmul import grouped_matmul
+from jaxtrain.ops.norm import rms_norm
+from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
+from jaxtrain.sharding import all_gather, once, reduce_scatter
+
+
+class ExpertBackend(NamedTuple):
+    """How the platform moves and multiplies tokens; every choice gives the same result."""
+
+    ragged: bool
+    """Whether tokens move by `ragged_all_to_all`."""
+    tile: int
+    """Rows that the grouped matmul works on at once; 1 for `lax.ragged_dot`, which has tiles of its own."""
+
+
+class Counted(NamedTuple):
+    """Which tokens carry a loss, and what each is worth."""
+
+    tokens_BL: jax.Array
+    """bool, over this device's whole length."""
+    scale: jax.Array
+    """float32 scalar: 1 / (counted tokens of the global batch)."""
+
+
+class MoE(nnx.Module):
+    """x + sum_k weight_k expert_k(h) + shared(h), with h = RMSNorm(x) and SwiGLU experts: silu(h W_gate) * (h W_up) W_down."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.moe is not None
+        self.config, moe = config, config.moe
+        d, e, f, shared = config.embed_dim, moe.num_experts, moe.mlp_dim, moe.shared_experts * moe.mlp_dim
+        std, out_std, dtype = config.init_std, config.init_std / math.sqrt(2 * config.num_layers), config.param_dtype
+        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        self.router = parameter(rngs, (d, e), ("embed", "router"), std, dtype)
+        if moe.bias_update_rate:
+            # Steps of 0.001 around 1 are lost in bfloat16.
+            self.bias = parameter(rngs, (e,), ("router",), 0.0, "float32")
+        self.gate = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
+        self.up = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
+        self.down = parameter(rngs, (e, f, d), ("experts", "mlp", "embed"), out_std, dtype)
+        if shared:
+            self.shared_gate = parameter(rngs, (d, shared), ("embed", "mlp"), std, dtype)
+            self.shared_up = parameter(rngs, (d, shared), ("embed", "mlp"), std, dtype)
+            self.shared_down = parameter(rngs, (shared, d), ("mlp", "embed"), out_std, dtype)
+
+    @property
+    def moe(self) -> MoEConfig:
+        """The part of the config that this block is about."""
+        assert self.config.moe is not None
+        return self.config.moe
+
+    def __call__(self, x_BLD: jax.Array, counted: Counted, backend: ExpertBackend) -> tuple[jax.Array, jax.Array, Any]:
+        """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report)."""
+        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
+        with jax.named_scope("router"):
+            routing, auxiliary, reports = self._route(h_BLD, counted)
+        h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
+        with jax.named_scope("dispatch"):
+            group = self.moe.capacity_group or h_BLD.shape[1]
+            dispatched = self._dispatch(h_TD, routing.experts_BLK.reshape(-1, k), group, backend)
+        rows = checkpoint_name(dispatched.rows, "expert_in")
+        with jax.named_scope("experts"):
+            made = self._experts(dispatched._replace(rows=rows), backend)
+        with jax.named_scope("combine"):
+            back_TKD = checkpoint_name(dispatched.back(made), "expert_out")
+            out_TD = combine(back_TKD, routing.weights_BLK.reshape(-1, k))
+        out_BLD = out_TD.reshape(h_BLD.shape)
+        if self.moe.shared_experts:
+            out_BLD = out_BLD + self._shared(h_BLD)
+        dropped = ~dispatched.kept_TK & counted.tokens_BL.reshape(-1, 1)
+        reports |= {"dropped": once(dropped.sum(dtype=jnp.float32), ("tensor",))}
+        out_BLD = checkpoint_name(reduce_scatter(out_BLD, "tensor", dim=1), "mlp_out")
+        return x_BLD + out_BLD, auxiliary, reports
+
+    def _route(self, h_BLD: jax.Array, counted: Counted) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
+        moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's float32 is else TF32, which ties experts that are apart
+        h32, w32 = h_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
+        logits_BLE = checkpoint_name(jnp.einsum("BLD,DE->BLE", h32, w32, precision=highest), "router")
+        routing = route(logits_BLE, self.bias[...] if moe.bias_update_rate else None, moe)
+        balance = counted.scale * balance_loss(routing, counted.tokens_BL)
+        z = counted.scale * router_z_loss(logits_BLE, counted.tokens_BL)
+        load = expert_load(routing.experts_BLK, counted.tokens_BL, moe.num_experts)
+        reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load}
+        return routing, moe.balance_loss * balance + moe.router_z_loss * z, jax.tree.map(lax.stop_gradient, reports)
+
+    def _dispatch(self, h_TD: jax.Array, experts_TK: jax.Array, group: int, backend: ExpertBackend) -> Dispatched:
+        moe = self.moe
+        if moe.dispatch == "dropless":
+            return dispatch_dropless(h_TD, experts_TK, moe.num_experts, backend.tile, backend.ragged)
+        return dispatch_capacity(h_TD, experts_TK, moe.num_experts, group, moe.capacity_factor)
+
+    def _experts(self, dispatched: Dispatched, backend: ExpertBackend) -> jax.Array:
+        rows, sizes = dispatched.rows, dispatched.group_sizes
+
+        def matmul(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
+            if sizes is None:
+                return jnp.einsum("ESD,EDF->ESF", x, w_EDF)
+            return grouped_matmul(x, w_EDF, sizes, backend.tile)
+
+        gate = checkpoint_name(matmul(rows, self.gate[...]), "expert_gate")
+        up = checkpoint_name(matmul(rows, self.up[...]), "expert_up")
+        return matmul(checkpoint_name(jax.nn.silu(gate) * up, "expert_hidden"), self.down[...])
+
+    def _shared(self, h_BLD: jax.Array) -> jax.Array:
+        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_gate[...]), "mlp_gate")
+        up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_up[...]), "mlp_up")
+        hidden_BLF = checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
+        return jnp.einsum("BLF,FD->BLD", hidden_BLF, self.shared_down[...])

@@ -1,0 +1,319 @@
+"""Brings tokens to their experts and back: sorted and dropless, or into a fixed room for each expert.
+
+Shape letters: T tokens of this device, K experts of a token, E experts, D width, S slots (rows that an expert works on), P devices
+along `expert`. A token's k-th choice is row t K + k. Where rows go is integer bookkeeping (`row_of_slot`, `slot_of_row`, -1
+for nowhere), so moving them is a gather whose transpose is a gather too: no scatter, and sums in an order of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.sharding import all_gather, all_to_all, vary
+
+
+class Dispatched(NamedTuple):
+    """Tokens where their experts are."""
+
+    rows: jax.Array
+    """dropless: [S, D], sorted by expert. capacity: [E/expert, S, D]. Unused slots are zero."""
+    group_sizes: jax.Array | None
+    """dropless: slots of each expert, int32 [E/expert]; slots beyond their sum belong to none. capacity: None."""
+    back: Callable[[jax.Array], jax.Array]
+    """What the experts made of `rows` -> [T, K, D], zero for dropped rows."""
+    kept_TK: jax.Array
+    """bool, whether the row has found room."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving rows
+
+
+def _gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], and zero where the index is -1."""
+    return jnp.where((index >= 0)[:, None], x[jnp.maximum(index, 0)], 0)
+
+
+@jax.custom_vjp
+def take_rows(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    """x[index], zero where the index is -1; `inverse_R` says for each row of x which result holds it (at most one), or -1."""
+    return _gather_rows(x_RD, index_S)
+
+
+take_rows.defvjp(
+    lambda x, index, inverse: (_gather_rows(x, index), inverse),
+    lambda inverse, gradient: (_gather_rows(gradient, inverse), None, None),
+)
+
+
+def _spread(x_TD: jax.Array, row_of_slot_S: jax.Array, slot_of_row_TK: jax.Array) -> jax.Array:
+    k = slot_of_row_TK.shape[1]
+    return _gather_rows(x_TD, jnp.where(row_of_slot_S >= 0, row_of_slot_S // k, -1))
+
+
+def _spread_backward(slot_of_row_TK: jax.Array, gradient_SD: jax.Array) -> tuple[jax.Array, None, None]:
+    rows = _gather_rows(gradient_SD, slot_of_row_TK.reshape(-1)).reshape(*slot_of_row_TK.shape, -1)
+    return rows.astype(jnp.float32).sum(1).astype(gradient_SD.dtype), None, None
+
+
+@jax.custom_vjp
+def spread_tokens(x_TD: jax.Array, row_of_slot_S: jax.Array, slot_of_row_TK: jax.Array) -> jax.Array:
+    """[S, D]: in each slot the token of its row. The gradients of a token's K rows are added in float32, in order of choice."""
+    return _spread(x_TD, row_of_slot_S, slot_of_row_TK)
+
+
+spread_tokens.defvjp(lambda x, row, slot: (_spread(x, row, slot), slot), _spread_backward)
+
+
+def combine(rows_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
+    """sum_k weights_k rows_k, [T, D], added in float32 in order of choice, whatever the layout."""
+    # Not an einsum: a GPU would do that in TF32.
+    return (rows_TKD.astype(jnp.float32) * weights_TK[..., None]).sum(1).astype(rows_TKD.dtype)
+
+
+def _map_segments(source_starts: jax.Array, target_starts: jax.Array, sizes: jax.Array, length: int) -> jax.Array:
+    """For each of `length` places of the target the place in the source that belongs there, or -1.
+
+    Segment i lies at target_starts[i] (ascending) and source_starts[i] and has sizes[i] places.
+    """
+    places = jnp.arange(length, dtype=jnp.int32)
+    segment = jnp.searchsorted(target_starts, places, side="right").astype(jnp.int32) - 1
+    within = places - target_starts[segment]
+    return jnp.where(within < sizes[segment], source_starts[segment] + within, -1)
+
+
+def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
+    """Sums of all sizes before each."""
+    return jnp.cumsum(sizes, axis) - sizes
+
+
+def _sort(keys_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the row of each sorted place, the sorted place of each row); equal keys stay in order."""
+    order = jnp.argsort(keys_R, stable=True).astype(jnp.int32)
+    places = vary(jnp.arange(keys_R.shape[0], dtype=jnp.int32))
+    return order, jnp.zeros_like(places).at[order].set(places, unique_indices=True)
+
+
+def _compose(first: jax.Array, then: jax.Array) -> jax.Array:
+    """then[first], -1 where either is."""
+    return jnp.where(first >= 0, then[jnp.maximum(first, 0)], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows between devices
+
+
+class Exchange(NamedTuple):
+    """Which rows go where along `expert`, each int32 [P]."""
+
+    send_starts: jax.Array
+    """Where the rows for each device begin here."""
+    send_sizes: jax.Array
+    landing_starts: jax.Array
+    """Where they will begin there."""
+    receive_starts: jax.Array
+    """Where the rows from each device will begin here."""
+    receive_sizes: jax.Array
+    origin_starts: jax.Array
+    """Where they begin there."""
+
+    def reversed(self) -> Exchange:
+        """The way back."""
+        return Exchange(*self[3:], *self[:3])
+
+
+def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> Exchange:
+    """Each device's rows are sorted by device they go to; received ones are sorted by device they come from.
+
+    Args:
+      counts_PPE: rows from device (first dim) to device (second dim) for each of its experts.
+      me: this device's place.
+    """
+    sizes = counts_PPE.sum(-1)
+    at_source, at_target = _starts(sizes, 1), _starts(sizes, 0)
+    return Exchange(at_source[me], sizes[me], at_target[me], at_target[:, me], sizes[:, me], at_source[:, me])
+
+
+def _exchange_padded(rows: jax.Array, plan: Exchange, length: int, room: int) -> jax.Array:
+    """What `ragged_all_to_all` does, by an `all_to_all` of `room` slots for each pair of devices."""
+    slots = jnp.arange(plan.send_sizes.shape[0], dtype=jnp.int32) * room
+    packed = _gather_rows(rows, _map_segments(plan.send_starts, slots, plan.send_sizes, room * slots.shape[0]))
+    received = all_to_all(packed, "expert", dim=0)
+    return _gather_rows(received, _map_segments(slots, plan.receive_starts, plan.receive_sizes, length))
+
+
+def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: Exchange) -> jax.Array:
+    if not ragged:
+        return _exchange_padded(rows, plan, length, room)
+    output = vary(jnp.zeros((length, *rows.shape[1:]), rows.dtype))
+    sizes = plan.send_starts, plan.send_sizes, plan.landing_starts, plan.receive_sizes
+    return lax.ragged_all_to_all(rows, output, *sizes, axis_name="expert")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: Exchange) -> jax.Array:
+    """Sends rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the way back.
+
+    Args:
+      length: rows that may arrive at most.
+      room: rows that one device may send to one other at most.
+      ragged: by `lax.ragged_all_to_all`, which sends only the rows that there are, where XLA has it (GPU, TPU). Else by
+        an `all_to_all` of padded slots, with the same result.
+    """
+    return _exchange(length, room, ragged, rows_RD, plan)
+
+
+def _exchange_forward(length: int, room: int, ragged: bool, rows: jax.Array, plan: Exchange) -> tuple:
+    return _exchange(length, room, ragged, rows, plan), (plan, rows.shape[0])
+
+
+def _exchange_backward(length: int, room: int, ragged: bool, kept: tuple, gradient: jax.Array) -> tuple:
+    plan, sent = kept
+    return _exchange(sent, room, ragged, gradient, plan.reversed()), None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropless
+
+
+def _padded_groups(sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+    """(start of each group, its size) when every group is padded to whole tiles."""
+    padded = (sizes_E + tile - 1) // tile * tile
+    return _starts(padded), padded
+
+
+def _padded_length(rows: int, groups: int, tile: int) -> int:
+    """Slots that are enough for any split of the rows into groups of whole tiles."""
+    return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile
+
+
+def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int) -> Dispatched:
+    """`dispatch_dropless` where all experts are here."""
+    tokens, k = experts_TK.shape
+    order, place = _sort(experts_TK.reshape(-1))
+    sorted_starts = _starts(counts_E)
+    starts, sizes = _padded_groups(counts_E, tile)
+    length = _padded_length(tokens * k, counts_E.shape[0], tile)
+    row_of_slot = _compose(_map_segments(sorted_starts, starts, counts_E, length), order)
+    slot_of_row = _map_segments(starts, sorted_starts, counts_E, tokens * k)[place]
+
+    def back(y_SD: jax.Array) -> jax.Array:
+        return take_rows(y_SD, slot_of_row, row_of_slot).reshape(tokens, k, -1)
+
+    rows = spread_tokens(x_TD, row_of_slot, slot_of_row.reshape(tokens, k))
+    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)))
+
+
+def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int, ragged: bool) -> Dispatched:
+    """`dispatch_dropless` where experts are shared out: sort by expert, send, sort what has come by expert again."""
+    tokens, k = experts_TK.shape
+    devices, me = lax.axis_size("expert"), lax.axis_index("expert")
+    local = counts_E.shape[0] // devices
+    room = tokens * min(k, local)
+    order, place = _sort(experts_TK.reshape(-1))
+    counts_PPE = all_gather(counts_E[None], "expert", dim=0).reshape(devices, devices, local)
+    plan = plan_exchange(counts_PPE, me)
+    sent = spread_tokens(x_TD, order, place.reshape(tokens, k))
+    received = exchange(devices * room, room, ragged, sent, plan)
+
+    # What has come lies by device, then expert; the experts want it by expert, then device.
+    counts_PE = counts_PPE[:, me]
+    starts, sizes = _padded_groups(counts_PE.sum(0), tile)
+    in_received = _starts(counts_PE.reshape(-1)).reshape(devices, local)
+    in_slots = starts + _starts(counts_PE)
+    length = _padded_length(devices * room, local, tile)
+    by_expert = _map_segments(*(a.T.reshape(-1) for a in (in_received, in_slots, counts_PE)), length)
+    by_device = _map_segments(*(a.reshape(-1) for a in (in_slots, in_received, counts_PE)), devices * room)
+
+    def back(y_SD: jax.Array) -> jax.Array:
+        returned = exchange(tokens * k, room, ragged, take_rows(y_SD, by_device, by_expert), plan.reversed())
+        return take_rows(returned, place, order).reshape(tokens, k, -1)
+
+    rows = take_rows(received, by_expert, by_device)
+    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)))
+
+
+def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, tile: int, ragged: bool) -> Dispatched:
+    """Every token reaches all its experts: rows sorted by expert, and within an expert by device, token and choice.
+
+    Along `expert` counts are exchanged first, then rows, into a buffer for the worst case: P T min(K, E / P) rows, when every
+    token of every device comes here. With one device it is T K rows, and nothing is sent.
+
+    Args:
+      tile: an expert's slots are padded to a multiple of this.
+      ragged: see `exchange`.
+    """
+    counts_E = (experts_TK.reshape(-1, 1) == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    if lax.axis_size("expert") == 1:
+        return _dropless_here(x_TD, experts_TK, counts_E, tile)
+    return _dropless_exchanged(x_TD, experts_TK, counts_E, tile, ragged)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Capacity
+
+
+def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
+    """Rows that an expert takes of a group of tokens: ceil(factor * group * K / E), and never more than there are tokens."""
+    return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
+
+
+def _places_in_experts(experts_CK: jax.Array, num_experts: int, room: int) -> tuple[jax.Array, jax.Array]:
+    """For one group of tokens: (row [E, room] of each place of each expert, place [C, K] of each row, -1 where dropped).
+
+    First choices are placed before second choices, and so on, each in token order (GShard, arXiv:2006.16668, algorithm 1).
+    """
+    tokens, k = experts_CK.shape
+    by_choice = experts_CK.T.reshape(-1)  # [K C]
+    order, place = _sort(by_choice)
+    counts = (by_choice[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    starts = _starts(counts)
+    rank = place - starts[by_choice]
+    place_CK = jnp.where(rank < room, rank, -1).reshape(k, tokens).T
+    sorted_ER = starts[:, None] + jnp.arange(room, dtype=jnp.int32)
+    inside = jnp.arange(room) < counts[:, None]
+    choice_major = order[jnp.minimum(sorted_ER, tokens * k - 1)]
+    row_ER = choice_major % tokens * k + choice_major // tokens
+    return jnp.where(inside, row_ER, -1), place_CK
+
+
+def dispatch_capacity(
+    x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, group: int, capacity_factor: float
+) -> Dispatched:
+    """Every expert takes `room_of_expert` rows of each group of consecutive tokens, in the order of GShard; the rest is dropped.
+
+    A dropped row adds nothing to its token, whose other experts keep their weights. Groups lie whole on a device, so no
+    layout changes what is dropped.
+
+    Args:
+      group: tokens of a group; divides T.
+    """
+    tokens, k = experts_TK.shape
+    groups, devices = tokens // group, lax.axis_size("expert")
+    room = room_of_expert(group, k, num_experts, capacity_factor)
+    row_GER, place_GCK = jax.vmap(lambda e: _places_in_experts(e, num_experts, room))(experts_TK.reshape(groups, group, k))
+    first_row = (jnp.arange(groups, dtype=jnp.int32) * group * k)[:, None, None]
+    row_of_slot = jnp.where(row_GER >= 0, row_GER + first_row, -1).transpose(1, 0, 2).reshape(-1)  # [E, groups, room]
+    place_TK, group_T = place_GCK.reshape(tokens, k), jnp.arange(tokens, dtype=jnp.int32) // group
+    slot_TK = jnp.where(place_TK >= 0, (experts_TK * groups + group_T[:, None]) * room + place_TK, -1)
+
+    local, slots = num_experts // devices, groups * room
+
+    def back(y_ESD: jax.Array) -> jax.Array:
+        y = y_ESD.reshape(local, devices, slots, -1).swapaxes(0, 1).reshape(num_experts * slots, -1)
+        return take_rows(all_to_all(y, "expert", dim=0), slot_TK.reshape(-1), row_of_slot).reshape(tokens, k, -1)
+
+    sent = spread_tokens(x_TD, row_of_slot, slot_TK)
+    received = all_to_all(sent, "expert", dim=0).reshape(devices, local, slots, -1)
+    rows = received.swapaxes(0, 1).reshape(local, devices * slots, -1)
+    return Dispatched(rows, None, back, slot_TK >= 0)
