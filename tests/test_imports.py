@@ -21,6 +21,7 @@ FLOORS = {
     "models": 3,
     "parallel": 3,
     "train.optimizer": 4,
+    "train.balance": 4,
     "train.state": 4,
     "train.step": 4,
     "data": 4,

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
 from jaxtrain.ops.attention import CUDNN_FORWARD_PRIMITIVE
+from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
@@ -22,6 +23,9 @@ from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
 STACKED = ("chunk", "stage", "layer")
+# What `remat=dots` keeps beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Tokens are
+# sent, not gathered: keeping them repeats nothing on other devices, and sending them again would cost the slowest link.
+DOTS_BY_NAME = ("attention", "expert_in", "expert_gate", "expert_up", "expert_out")
 
 
 def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
@@ -101,10 +105,10 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
-    """Parameters in compute dtype; norms stay in float32."""
+    """Parameters in compute dtype; norms and routers stay in float32."""
 
     def leaf(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
-        return value.astype(jnp.float32 if dims[-1] == "norm" else dtype)
+        return value.astype(jnp.float32 if dims[-1] in ("norm", "router") else dtype)
 
     return jax.tree.map(leaf, dims, params, is_leaf=is_dims)
 
@@ -129,7 +133,7 @@ def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
         return None
     if train.remat == "none":
         return lambda primitive, *_, **__: primitive.name != "all_gather"
-    names = train.remat_save if train.remat == "named" else ("attention",)
+    names = train.remat_save if train.remat == "named" else DOTS_BY_NAME
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
@@ -152,6 +156,8 @@ class Decoder:
     stacking: Stacking
     backend: str
     """Attention backend, chosen."""
+    experts: ExpertBackend
+    """How tokens reach their experts, chosen."""
     zero: int
     """`sharding.zero`."""
 
@@ -168,7 +174,7 @@ class Decoder:
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
         def layer(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
-            return vary(merge(self._gathered(weights, dims))(x, packing, self.backend))
+            return vary(merge(self._gathered(weights, dims))(x, packing, self.backend, self.experts))
 
         return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 

@@ -16,8 +16,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.moe import MoE
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention import attention
+from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
 from jaxtrain.sharding import all_gather, reduce_scatter, vary
@@ -91,18 +93,28 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then MLP, each added to the residual stream."""
+    """Attention, then MLP or mixture of experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs)
-        self.mlp = MLP(config, rngs)
+        if config.moe:
+            self.moe = MoE(config, rngs)
+        else:
+            self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    def __call__(
+        self, x_BLD: jax.Array, packing: Packing, backend: str, experts: ExpertBackend
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """(x, this device's share of the auxiliary losses, sums to report)"""
         with jax.named_scope("attention_block"):
             x_BLD = self.attention(x_BLD, packing, backend)
-        with jax.named_scope("mlp_block"):
-            return self.mlp(x_BLD), vary(jnp.zeros(())), {}
+        if not hasattr(self, "moe"):
+            with jax.named_scope("mlp_block"):
+                return self.mlp(x_BLD), vary(jnp.zeros(())), {}
+        counted = vary(jnp.zeros(packing.positions.shape, bool)) if packing.counted is None else packing.counted
+        scale = vary(jnp.zeros(())) if packing.scale is None else packing.scale
+        with jax.named_scope("moe_block"):
+            return self.moe(x_BLD, counted, scale, experts)
 
 
 class Outer(nnx.Module):

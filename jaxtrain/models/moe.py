@@ -1,16 +1,15 @@
 """Mixture of experts in place of the MLP.
 
-Shape letters: B batch, L length, T tokens (B L), D embed, E experts, K experts of a token, F hidden width of an expert, S slots.
+Shape letters: B batch, L length, T tokens (B L), D embed, E experts, K experts of a token, F an expert's width, S slots.
 Inside the manual region E is this device's share over `expert`, F its share over `tensor`, and L its share over `context`.
 
-As in the MLP block, tokens are gathered over `tensor`, and every device along it routes and dispatches the same ones: each moves
-whole rows along `expert`, so those bytes are spent `tensor` times. With experts narrow enough for one device tensor=1 is best.
+As in the MLP block, tokens are gathered over `tensor`, and every device along it routes and dispatches the same ones: each
+moves whole rows along `expert`, so those bytes are spent `tensor` times. With experts that fit one device tensor=1 is best.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig, MoEConfig
 from jaxtrain.models.parameters import parameter
-from jaxtrain.ops.expert_dispatch import Dispatched, combine, dispatch_capacity, dispatch_dropless
+from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dispatch_capacity, dispatch_dropless
 from jaxtrain.ops.grouped_matmul import grouped_matmul
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
 from jaxtrain.sharding import all_gather, once, reduce_scatter
-
-
-class ExpertBackend(NamedTuple):
-    """How the platform moves and multiplies tokens; every choice gives the same result."""
-
-    ragged: bool
-    """Whether tokens move by `ragged_all_to_all`."""
-    tile: int
-    """Rows that the grouped matmul works on at once; 1 for `lax.ragged_dot`, which has tiles of its own."""
-
-
-class Counted(NamedTuple):
-    """Which tokens carry a loss, and what each is worth."""
-
-    tokens_BL: jax.Array
-    """bool, over this device's whole length."""
-    scale: jax.Array
-    """float32 scalar: 1 / (counted tokens of the global batch)."""
 
 
 class MoE(nnx.Module):
@@ -72,11 +53,21 @@ class MoE(nnx.Module):
         assert self.config.moe is not None
         return self.config.moe
 
-    def __call__(self, x_BLD: jax.Array, counted: Counted, backend: ExpertBackend) -> tuple[jax.Array, jax.Array, Any]:
-        """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report)."""
+    def __call__(
+        self, x_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array, backend: ExpertBackend
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report).
+
+        Reported are balance_loss and router_z_loss (without their weights), expert_load [E over all experts] and dropped.
+
+        Args:
+          x_BLD: this device's slice over `tensor`.
+          counted_BL: bool, over the whole length of this device: whether the token carries a loss.
+          scale: float32 scalar: 1 / (counted tokens of the global batch).
+        """
         h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
         with jax.named_scope("router"):
-            routing, auxiliary, reports = self._route(h_BLD, counted)
+            routing, auxiliary, reports = self._route(h_BLD, counted_BL, scale)
         h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
         with jax.named_scope("dispatch"):
             group = self.moe.capacity_group or h_BLD.shape[1]
@@ -90,21 +81,23 @@ class MoE(nnx.Module):
         out_BLD = out_TD.reshape(h_BLD.shape)
         if self.moe.shared_experts:
             out_BLD = out_BLD + self._shared(h_BLD)
-        dropped = ~dispatched.kept_TK & counted.tokens_BL.reshape(-1, 1)
+        dropped = ~dispatched.kept_TK & counted_BL.reshape(-1, 1)
         reports |= {"dropped": once(dropped.sum(dtype=jnp.float32), ("tensor",))}
         out_BLD = checkpoint_name(reduce_scatter(out_BLD, "tensor", dim=1), "mlp_out")
         return x_BLD + out_BLD, auxiliary, reports
 
-    def _route(self, h_BLD: jax.Array, counted: Counted) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
+    def _route(
+        self, h_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
+    ) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
         moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's float32 is else TF32, which ties experts that are apart
         h32, w32 = h_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         logits_BLE = checkpoint_name(jnp.einsum("BLD,DE->BLE", h32, w32, precision=highest), "router")
         routing = route(logits_BLE, self.bias[...] if moe.bias_update_rate else None, moe)
-        balance = counted.scale * balance_loss(routing, counted.tokens_BL)
-        z = counted.scale * router_z_loss(logits_BLE, counted.tokens_BL)
-        load = expert_load(routing.experts_BLK, counted.tokens_BL, moe.num_experts)
+        balance = scale * balance_loss(routing, counted_BL)
+        z = scale * router_z_loss(logits_BLE, counted_BL)
+        load = expert_load(routing.experts_BLK, counted_BL, moe.num_experts)
         reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load}
-        return routing, moe.balance_loss * balance + moe.router_z_loss * z, jax.tree.map(lax.stop_gradient, reports)
+        return routing, moe.balance_loss * balance + moe.router_z_loss * z, lax.stop_gradient(reports)
 
     def _dispatch(self, h_TD: jax.Array, experts_TK: jax.Array, group: int, backend: ExpertBackend) -> Dispatched:
         moe = self.moe

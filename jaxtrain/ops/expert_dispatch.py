@@ -1,6 +1,6 @@
 """Brings tokens to their experts and back: sorted and dropless, or into a fixed room for each expert.
 
-Shape letters: T tokens of this device, K experts of a token, E experts, D width, S slots (rows that an expert works on), P devices
+Shape letters: T tokens of this device, K experts of a token, E experts, D width, S slots (rows that experts work on), P devices
 along `expert`. A token's k-th choice is row t K + k. Where rows go is integer bookkeeping (`row_of_slot`, `slot_of_row`, -1
 for nowhere), so moving them is a gather whose transpose is a gather too: no scatter, and sums in an order of their own.
 """
@@ -17,6 +17,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxtrain.sharding import all_gather, all_to_all, vary
+
+
+class ExpertBackend(NamedTuple):
+    """How a platform moves and multiplies tokens. Every choice gives the same result."""
+
+    ragged: bool
+    """Whether dropless tokens move by `ragged_all_to_all`, else by `all_to_all` of padded slots."""
+    tile: int
+    """Rows of one group that the grouped matmul works on at a time: groups are padded to whole tiles."""
+
+
+def choose_expert_backend(platform: str) -> ExpertBackend:
+    """XLA's CPU backend has no `ragged_all_to_all`, and its grouped matmul takes groups of any size."""
+    return ExpertBackend(ragged=platform != "cpu", tile=1)
 
 
 class Dispatched(NamedTuple):
@@ -92,6 +106,10 @@ def _map_segments(source_starts: jax.Array, target_starts: jax.Array, sizes: jax
 def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
     """Sums of all sizes before each."""
     return jnp.cumsum(sizes, axis) - sizes
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1)
 
 
 def _sort(keys_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -229,11 +247,11 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
     # What has come lies by device, then expert; the experts want it by expert, then device.
     counts_PE = counts_PPE[:, me]
     starts, sizes = _padded_groups(counts_PE.sum(0), tile)
-    in_received = _starts(counts_PE.reshape(-1)).reshape(devices, local)
+    in_received = _starts(_flat(counts_PE)).reshape(devices, local)
     in_slots = starts + _starts(counts_PE)
     length = _padded_length(devices * room, local, tile)
-    by_expert = _map_segments(*(a.T.reshape(-1) for a in (in_received, in_slots, counts_PE)), length)
-    by_device = _map_segments(*(a.reshape(-1) for a in (in_slots, in_received, counts_PE)), devices * room)
+    by_expert = _map_segments(_flat(in_received.T), _flat(in_slots.T), _flat(counts_PE.T), length)
+    by_device = _map_segments(_flat(in_slots), _flat(in_received), _flat(counts_PE), devices * room)
 
     def back(y_SD: jax.Array) -> jax.Array:
         returned = exchange(tokens * k, room, ragged, take_rows(y_SD, by_device, by_expert), plan.reversed())
@@ -290,7 +308,7 @@ def _places_in_experts(experts_CK: jax.Array, num_experts: int, room: int) -> tu
 def dispatch_capacity(
     x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, group: int, capacity_factor: float
 ) -> Dispatched:
-    """Every expert takes `room_of_expert` rows of each group of consecutive tokens, in the order of GShard; the rest is dropped.
+    """Every expert takes `room_of_expert` rows of each group of consecutive tokens, in GShard's order; the rest is dropped.
 
     A dropped row adds nothing to its token, whose other experts keep their weights. Groups lie whole on a device, so no
     layout changes what is dropped.

@@ -13,11 +13,13 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.ops.attention import choose_backend
+from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
 from jaxtrain.sharding import BATCH_AXES, gather_once, named, reduce_gradients, replicated, spec, specs, sum_over, vary
+from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.state import abstract_state, make_stacking, state_shardings
 
 PyTree = Any
@@ -43,9 +45,10 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for name in batch_names(config)}
 
 
-def make_decoder(config: Config, backend: str) -> Decoder:
-    """The model of a resolved config."""
-    return Decoder(config.model, config.train, make_stacking(config), backend, config.sharding.zero)
+def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
+    """The model of a resolved config, on this mesh's kind of device."""
+    experts = choose_expert_backend(mesh.devices.flat[0].platform)
+    return Decoder(config.model, config.train, make_stacking(config), backend, experts, config.sharding.zero)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -74,7 +77,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
     every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the answer. Reports are summed
     over the global batch, [chunk, stage, layer, ...].
     """
-    functions = make_decoder(config, backend).loss_functions()
+    functions = make_decoder(config, mesh, backend).loss_functions()
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     dims = decoder.parameter_dims(config.model)
 
@@ -108,17 +111,19 @@ def _whole_reports(reports: PyTree) -> PyTree:
 def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str) -> Step:
     """The jitted (state, batch) -> (state, metrics); the state is donated.
 
-    Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term), grad_norm
-    (before clipping), targets.
+    Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
+    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`.
     """
     loss_and_gradients = make_loss_and_gradients(config, mesh, backend)
 
     def train_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        metrics, _, gradients = loss_and_gradients(state["params"], batch)
+        metrics, reports, gradients = loss_and_gradients(state["params"], batch)
         with jax.named_scope("optimizer"):
             metrics["grad_norm"] = optax.global_norm(gradients)
             updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
             params = optax.apply_updates(state["params"], updates)
+            params = step_biases(config.model, params, reports)
+        metrics |= expert_metrics(config.model, make_stacking(config), reports)
         return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
 
     shardings = state_shardings(config, mesh, optimizer)
@@ -155,7 +160,7 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of targets."""
-    functions = make_decoder(config, backend).loss_functions()
+    functions = make_decoder(config, mesh, backend).loss_functions()
     microbatches = config.train.microbatches
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
 
@@ -169,7 +174,7 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after position."""
-    functions = make_decoder(config, backend).logits_functions()
+    functions = make_decoder(config, mesh, backend).logits_functions()
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)
 
     def region(params: PyTree, batch: PyTree, position: jax.Array) -> jax.Array:

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MESH_AXES, MeshConfig, ModelConfig, MoEConfig
 from jaxtrain.mesh import make_mesh
-from jaxtrain.models.moe import Counted, ExpertBackend, MoE
-from jaxtrain.sharding import gather_weights, is_dims, reduce_gradients, specs, sum_over, vary
+from jaxtrain.models.moe import MoE
+from jaxtrain.ops.expert_dispatch import ExpertBackend
+from jaxtrain.sharding import gather_weights, reduce_gradients, specs, sum_over, vary
 
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 BATCH = ("replica", "pipe", "data", "fsdp", "expert")
@@ -75,7 +76,7 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
         def loss(params, x):
             block = nnx.merge(graph, gather_weights(params, jax.lax.stop_gradient(params), dims, "float32"))
             parts = [
-                block(x, Counted(c, scale), backend)
+                block(x, c, scale, backend)
                 for x, c in zip(jnp.split(x, microbatches), jnp.split(counted, microbatches), strict=True)
             ]
             out = jnp.concatenate([part[0] for part in parts])
@@ -84,9 +85,14 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
             return jnp.sum(out * ct) + auxiliary, (out, auxiliary, reports)
 
         (_, (out, auxiliary, reports)), (d_params, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-        return out, sum_over((auxiliary), MESH_AXES), jax.tree.map(lambda r: sum_over(r, MESH_AXES), reports), (
-            reduce_gradients(vary(d_params), dims, "float32"),
-            dx,
+        return (
+            out,
+            sum_over((auxiliary), MESH_AXES),
+            jax.tree.map(lambda r: sum_over(r, MESH_AXES), reports),
+            (
+                reduce_gradients(vary(d_params), dims, "float32"),
+                dx,
+            ),
         )
 
     rows = P(BATCH, ("context", "tensor"))
