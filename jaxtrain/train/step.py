@@ -135,11 +135,16 @@ def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
     )
 
 
-def compile_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str) -> Any:
-    """Lowers and compiles the train step once, from shapes alone; telemetry and planner read the compiled program."""
+def compile_train_step(
+    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, options: dict[str, Any] | None = None
+) -> Any:
+    """Lowers and compiles the train step once, from shapes alone; telemetry and planner read the compiled program.
+
+    `options` are XLA options over those of `compiler_options`.
+    """
     step = make_train_step(config, mesh, optimizer, backend)
     lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
-    return lowered.compile(compiler_options(mesh.devices.flat[0].platform))
+    return lowered.compile(compiler_options(mesh.devices.flat[0].platform) | (options or {}))
 
 
 def compiler_options(platform: str) -> dict[str, bool | int | str]:

@@ -1,0 +1,226 @@
+"""Compiles the train step for NVIDIA GPUs on a machine that has none, and reports what it will compute, hold and move.
+
+It is the program that those GPUs would run: the same XLA, from the plugin of the extra `plan`, runs its whole GPU pipeline
+(collectives, schedule, Triton, cuBLAS and cuDNN calls, buffer assignment) for a target that is described, not present.
+The process itself must be on the CPU backend: the plugin's own backend would look for a GPU. XLA ends the process where a
+target is described wrongly, so whoever takes input from people calls `report_in_subprocess`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import find_chip
+from jaxtrain.planner.hlo import matmul_flops
+from jaxtrain.planner.hlo_collectives import Row, read_collectives, table
+from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.planner.targets import UNLIMITED, find_target
+
+PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+DEVICES_PER_HOST = 8
+CUDNN_VERSION = 91000
+_MARK = "jaxtrain-report:"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one device does in one step of a compiled program."""
+
+    flops: float
+    """Matmul FLOPs (`hlo.matmul_flops`)."""
+    rows: tuple[Row, ...]
+    """Bytes between devices (`hlo_collectives.table`)."""
+    argument_bytes: int
+    """Parameters, optimizer state and batch."""
+    temp_bytes: int
+    """Working memory, as XLA lays it out."""
+    output_bytes: int
+    alias_bytes: int
+    """Of the output, what lies in the memory of the arguments."""
+    attention: str
+    """Attention backend, and why."""
+    compile_seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """All that the program needs on a device; the CUDA context, NCCL's buffers and fragmentation come on top."""
+        return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
+
+
+def has_plugin() -> bool:
+    """Whether XLA for NVIDIA GPUs is installed."""
+    return importlib.util.find_spec("jax_plugins") is not None and any(map(importlib.util.find_spec, PLUGINS))
+
+
+def require_plugin() -> None:
+    """Refuses to go on without the plugin.
+
+    Raises:
+      ExplainedError: how to install it.
+    """
+    if not has_plugin():
+        raise ExplainedError('XLA\'s compiler for NVIDIA GPUs is not installed (it needs no GPU): pip install "jaxtrain[plan]"')
+
+
+def _require_cpu_backend() -> None:
+    import jax
+    from jax._src import xla_bridge
+
+    if not xla_bridge.backends_are_initialized():
+        jax.config.update("jax_platforms", "cpu")
+    if (jax.config.jax_platforms or "") != "cpu":  # type: ignore[attr-defined]
+        raise ExplainedError(
+            f"jax already runs on {jax.default_backend()} (JAX_PLATFORMS={jax.config.jax_platforms!r}); "  # type: ignore[attr-defined]
+            "set JAX_PLATFORMS=cpu before starting to compile for GPUs that are not there"
+        )
+
+
+def make_devices(chip: str, count: int, devices_per_host: int = DEVICES_PER_HOST, memory_bytes: int = UNLIMITED) -> list[Any]:
+    """Devices that can be compiled for and nothing else, `devices_per_host` to a process.
+
+    Args:
+      chip: a name in `targets.TARGETS`.
+      count: devices; a multiple of `devices_per_host`, or fewer than that.
+      memory_bytes: where XLA begins to recompute to save memory; without limit by default.
+
+    Raises:
+      ExplainedError: the plugin is missing, jax is already on another backend, or count does not fill hosts.
+    """
+    require_plugin()
+    _require_cpu_backend()
+    from jax.experimental import topologies
+
+    per_host = min(count, devices_per_host)
+    if count % per_host:
+        raise ExplainedError(f"{count} devices do not fill hosts of {per_host}; use a multiple of {per_host}")
+    text = find_target(chip).text(memory_bytes)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x{count // per_host}x{per_host}")
+    return list(topology.devices)
+
+
+@contextlib.contextmanager
+def cudnn_without_a_gpu() -> Iterator[None]:
+    """Lets JAX lower cuDNN attention where libcudnn is not: it asks it for nothing but its version."""
+    import jax._src.cudnn.fused_attention_stablehlo as fused_attention
+
+    ask, fused_attention.check_cudnn_version = fused_attention.check_cudnn_version, lambda: CUDNN_VERSION
+    try:
+        yield
+    finally:
+        fused_attention.check_cudnn_version = ask
+
+
+def compile_for(
+    config: Config,
+    chip: str = "h100-sxm",
+    devices_per_host: int = DEVICES_PER_HOST,
+    memory_bytes: int = UNLIMITED,
+    options: dict[str, Any] | None = None,
+) -> tuple[Any, Any, str]:
+    """Compiles the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
+
+    Args:
+      devices_per_host, memory_bytes: as in `make_devices`.
+      options: XLA options over those that the trainer sets.
+
+    Returns:
+      (the compiled program, its mesh, the attention backend and why)
+
+    Raises:
+      ExplainedError: as `make_devices`; or the config's attention cannot run on that chip.
+    """
+    from jaxtrain.mesh import make_mesh
+    from jaxtrain.models.decoder import parameter_dims
+    from jaxtrain.train.optimizer import make_optimizer
+    from jaxtrain.train.step import choose_attention, compile_train_step
+
+    mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host, memory_bytes))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    with cudnn_without_a_gpu():
+        backend, why = choose_attention(config, mesh)
+        return compile_train_step(config, mesh, optimizer, backend, options), mesh, f"{backend}: {why}"
+
+
+def report(
+    config: Config,
+    chip: str = "h100-sxm",
+    devices_per_host: int = DEVICES_PER_HOST,
+    memory_bytes: int = UNLIMITED,
+    options: dict[str, Any] | None = None,
+) -> Report:
+    """Compiles (see `compile_for`) and reads the program."""
+    started = time.perf_counter()
+    compiled, mesh, attention = compile_for(config, chip, devices_per_host, memory_bytes, options)
+    seconds = time.perf_counter() - started
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    return Report(
+        flops=matmul_flops(text),
+        rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip)))),
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        attention=attention,
+        compile_seconds=seconds,
+    )
+
+
+def report_in_subprocess(
+    config: Config,
+    chip: str = "h100-sxm",
+    devices_per_host: int = DEVICES_PER_HOST,
+    memory_bytes: int = UNLIMITED,
+    options: dict[str, Any] | None = None,
+) -> Report:
+    """`report`, in a process of its own: XLA may end it, and this one may be on any backend.
+
+    Raises:
+      ExplainedError: what the process said, or how it ended.
+    """
+    require_plugin()
+    request = base64.b64encode(pickle.dumps((config, chip, devices_per_host, memory_bytes, options))).decode()
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain.planner.deviceless"],
+        input=request,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    if answer is None:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ExplainedError(f"compiling for {chip} ended with exit code {done.returncode}: {last}")
+    said = json.loads(answer.removeprefix(_MARK))
+    if "error" in said:
+        raise ExplainedError(said["error"])
+    return Report(**said | {"rows": tuple(Row(**row) for row in said["rows"])})
+
+
+def main() -> None:
+    """Reads a request of `report_in_subprocess` from standard input, and writes the report as one line of JSON."""
+    arguments = pickle.loads(base64.b64decode(sys.stdin.read()))
+    try:
+        said = dataclasses.asdict(report(*arguments))
+    except ExplainedError as error:
+        said = {"error": str(error)}
+    print(_MARK + json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Compiling for GPUs that are not there: what is refused with one message, and one compile in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config_rules import validate
+from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import CHIPS
+from jaxtrain.planner import deviceless
+from jaxtrain.planner.targets import TARGETS, find_target
+
+needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
+TINY = ModelConfig(num_layers=1, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256, vocab_size=256)
+
+
+def tiny(devices: int = 2) -> Config:
+    config = Config(
+        model=TINY,
+        data=DataConfig(sequence_length=128, mask_documents=False),
+        train=TrainConfig(global_batch_size=devices),
+        mesh=MeshConfig(fsdp=devices),
+    )
+    return validate(config, devices)
+
+
+def test_targets_are_chips_of_their_memory():
+    """Each target is a chip whose links are known, with its maker's memory: 80 GB is a bit more to the driver."""
+    for name, target in TARGETS.items():
+        assert CHIPS[name].nic_bandwidth
+        assert target.memory_bytes == pytest.approx(CHIPS[name].memory_bytes, rel=0.1)
+        assert target.memory_bandwidth == pytest.approx(CHIPS[name].memory_bandwidth, rel=0.01)
+        assert f"device_memory_size: {target.memory_bytes}\n" in target.text()
+        assert "device_memory_size: 7\n" in target.text(7)
+
+
+def test_a_chip_that_nothing_can_be_compiled_for():
+    with pytest.raises(ExplainedError, match="--chip=h100-pcie: no program can be compiled for it .* did you mean 'h100-sxm'"):
+        find_target("h100-pcie")
+
+
+def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deviceless, "has_plugin", lambda: False)
+    for call in (deviceless.report, deviceless.report_in_subprocess):
+        with pytest.raises(ExplainedError, match=r'not installed .* pip install "jaxtrain\[plan\]"'):
+            call(tiny())
+
+
+@pytest.mark.plan
+@needs_plugin
+def test_devices_fill_hosts():
+    devices = deviceless.make_devices("h200", 16)
+    assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
+    assert devices[0].device_kind == "NVIDIA H200"
+    assert len(deviceless.make_devices("b200", 4)) == 4
+    with pytest.raises(ExplainedError, match="12 devices do not fill hosts of 8; use a multiple of 8"):
+        deviceless.make_devices("h100-sxm", 12)
+
+
+@pytest.mark.plan
+@needs_plugin
+def test_a_report_from_a_process_of_its_own():
+    """Arguments are the shards of the state and of the batch, to the byte; nothing needs cuDNN to be installed."""
+    report = deviceless.report_in_subprocess(tiny())
+    assert report.attention.startswith("cudnn: ")
+    layer = 4 * 128 * 128 + 3 * 128 * 256
+    matrices, norms, scalars = layer + 2 * 256 * 128, 3 * 128, 3  # scalars: the step, and two counts of the optimizer
+    assert report.argument_bytes == 12 * (matrices // 2 + norms) + 4 * scalars + 3 * 4 * 128
+    assert {(row.axes, row.kind, row.dtype) for row in report.rows} == {
+        ("fsdp", "all-gather", "bf16"),
+        ("fsdp", "reduce-scatter", "f32"),
+        ("fsdp", "all-reduce", "f32"),
+    }
+    assert report.memory_bytes > report.argument_bytes > 0
+
+
+@pytest.mark.plan
+@needs_plugin
+def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
+    """As XLA does where a target is described wrongly."""
+    died = subprocess.CompletedProcess([], -8, stdout="", stderr="first\nFloating point exception\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
+    with pytest.raises(ExplainedError, match="h200 ended with exit code -8: Floating point exception"):
+        deviceless.report_in_subprocess(tiny(), "h200")
+
+
+def test_what_the_process_explains_is_passed_on():
+    """Without the plugin too: the process answers in JSON whatever goes wrong that has an explanation."""
+    import base64
+    import pickle
+
+    request = base64.b64encode(pickle.dumps((tiny(), "a100-80", 8, 1, None))).decode()
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain.planner.deviceless"], input=request, capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout.strip().removeprefix("jaxtrain-report:"))
+    assert list(said) == ["error"]
