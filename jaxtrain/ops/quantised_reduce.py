@@ -1,0 +1,134 @@
+"""The mean over a mesh axis of slow links, moved in few bytes: blockwise quantised, accumulated in float32.
+
+A leaf of n numbers is cut into one chunk for each of the R devices along the axis. Every device quantises its chunks and sends
+each to its owner (`all_to_all`); the owner sums what it got in float32, quantises the mean, and sends that to all
+(`all_gather`). Everyone decodes the same bytes, so results are equal to the last bit. What travels is uint8, with the float32
+scales of the blocks in it, because XLA's CPU backend would widen bfloat16 and float8 collectives, and one message is less
+latency than two.
+
+A block of values x_1..x_b with a = max |x_i| becomes
+
+    int8     q = round(x / s),  s = a / 127              |x - s q| <= a / 254
+    float8   q = float8_e4m3fn(x / s),  s = a / 448      |x - s q| <= max(|x| / 16, a / (448 * 1024))
+    bfloat16 q = bfloat16(x), no scale                   |x - q|   <= |x| / 256
+
+each within float32 rounding. So with e(x) that bound, a mean m of x_1..x_R comes out within mean_r e(x_r) + e(m'), where m' is
+the mean of what was decoded. A block that holds an inf or a NaN comes out as NaN.
+
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) keeps what was lost, and adds it the next time:
+each device its own x - decode(encode(x)), and the owner of a chunk besides R times what its second quantisation lost, which is
+that loss again once the next mean divides it by R. So residuals have the shape of the leaf, and nothing is lost in the sum:
+over any number of exchanges, sum of results = sum of exact means - mean over the devices of the last residual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.config import Compression
+from jaxtrain.sharding import sum_over, vary
+
+PyTree = Any
+LARGEST = {"int8": 127.0, "float8": 448.0}
+_SMALLEST_SCALE = 2.0**-126
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """How means over a mesh axis travel."""
+
+    axis: str
+    """The mesh axis."""
+    compression: Compression = "none"
+    """What a number travels as; "none" is a plain float32 sum."""
+    block: int = 256
+    """Numbers that share a scale."""
+
+    def wire_bytes(self, size: int, devices: int) -> float:
+        """Bytes that one device sends for a leaf of `size` numbers (its own shard) over `devices` along the axis.
+
+        2 (R - 1) / R of the leaf, for reduce-scatter and all-gather (a ring all-reduce is both): 4 bytes a number, or 2, or
+        1 + 4 / block, padded to whole blocks on each device.
+        """
+        if self.compression == "none":
+            return 2 * (devices - 1) / devices * 4 * size
+        number = {"bfloat16": 2, "int8": 1, "float8": 1}[self.compression]
+        scale = _SCALE_BYTES if self.compression in LARGEST else 0
+        return 2 * (devices - 1) * self._blocks(size, devices) * (number * self.block + scale)
+
+    def _blocks(self, size: int, devices: int) -> int:
+        """Blocks of one chunk."""
+        return math.ceil(size / (devices * self.block))
+
+    def mean(self, tree: PyTree, residual: PyTree | None = None) -> tuple[PyTree, PyTree | None]:
+        """(mean of every float32 leaf over the axis, what compression lost). Inside the manual region.
+
+        The mean is typed as equal along the axis. Leaves of `residual` have the shapes of `tree`; without it, there is no
+        error feedback, and None is returned.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        kept = [None] * len(leaves) if residual is None else structure.flatten_up_to(residual)
+        with jax.named_scope(f"mean_over_{self.axis}"):
+            pairs = [self._mean_leaf(x, lost) for x, lost in zip(leaves, kept, strict=True)]
+        means, lost = ([pair[i] for pair in pairs] for i in (0, 1))
+        return structure.unflatten(means), None if residual is None else structure.unflatten(lost)
+
+    def _mean_leaf(self, x: jax.Array, residual: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        devices = lax.axis_size(self.axis)
+        x = vary(x if residual is None else x + residual, (self.axis,))
+        if self.compression == "none" or devices == 1:
+            return sum_over(x, (self.axis,)) / devices, None if residual is None else jnp.zeros_like(x)
+        blocks = self._blocks(x.size, devices)
+        padding = devices * blocks * self.block - x.size
+        chunks = jnp.pad(x.reshape(-1), (0, padding)).reshape(devices, blocks, self.block)
+        sent = encode(chunks, self.compression)
+        arrived = lax.all_to_all(sent, self.axis, split_axis=0, concat_axis=0)
+        own = jnp.sum(decode(arrived, self.compression), axis=0) / devices
+        sent_on = encode(own, self.compression)
+        everyone = lax.all_gather(sent_on, self.axis, to="invarying")
+        mean = decode(everyone, self.compression).reshape(-1)[: x.size].reshape(x.shape)
+        if residual is None:
+            return mean, None
+        lost = chunks - decode(sent, self.compression)
+        lost_in_mean = devices * (own - decode(sent_on, self.compression))
+        lost = lost.at[lax.axis_index(self.axis)].add(lost_in_mean)
+        return mean, lost.reshape(-1)[: x.size].reshape(x.shape)
+
+
+def encode(x: jax.Array, compression: str) -> jax.Array:
+    """float32 [..., block] -> uint8 [..., bytes]: the numbers, then the block's scale where there is one."""
+    if compression == "bfloat16":
+        return lax.optimization_barrier(_to_bytes(x.astype(jnp.bfloat16)))
+    # The smallest scale keeps a block of zeros, or of almost zeros, from dividing by 0. A NaN goes through `maximum`.
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST[compression], _SMALLEST_SCALE)
+    # Rounded up by an ulp, the quotient of the largest number must not leave the range: float8 would make it a NaN.
+    scaled = jnp.clip(x / scale, -LARGEST[compression], LARGEST[compression])
+    numbers = jnp.round(scaled).astype(jnp.int8) if compression == "int8" else scaled.astype(jnp.float8_e4m3fn)
+    # Without the barrier XLA may see that decoding undoes encoding, and lose what was lost.
+    return lax.optimization_barrier(jnp.concatenate([_to_bytes(numbers), _to_bytes(scale)], axis=-1))
+
+
+def decode(data: jax.Array, compression: str) -> jax.Array:
+    """uint8 [..., bytes] -> float32 [..., block]"""
+    if compression == "bfloat16":
+        return _from_bytes(data, jnp.bfloat16).astype(jnp.float32)
+    numbers, scale = data[..., :-_SCALE_BYTES], data[..., -_SCALE_BYTES:]
+    dtype = jnp.int8 if compression == "int8" else jnp.float8_e4m3fn
+    return _from_bytes(numbers, dtype).astype(jnp.float32) * _from_bytes(scale, jnp.float32)
+
+
+def _to_bytes(x: jax.Array) -> jax.Array:
+    data = lax.bitcast_convert_type(x, jnp.uint8)
+    return data if x.dtype.itemsize == 1 else data.reshape(*x.shape[:-1], -1)
+
+
+def _from_bytes(data: jax.Array, dtype: Any) -> jax.Array:
+    size = jnp.dtype(dtype).itemsize
+    return lax.bitcast_convert_type(data if size == 1 else data.reshape(*data.shape[:-1], -1, size), dtype)
