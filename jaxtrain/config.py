@@ -233,6 +233,8 @@ class SyncConfig:
     """delayed: steps between a gradient and its use (tau). 0 is every_step."""
     overlap: int = 0
     """local, diloco: steps for which an exchange may travel behind the inner steps before its result is used."""
+    mixing: float = 0.5
+    """overlap above 0: share of its own parameters that a replica keeps as a late result arrives (Streaming DiLoCo's alpha)."""
     compression: Compression = "none"
     """What travels between replicas: float32, or this dtype (int8 and float8 with one float32 scale per block)."""
     compression_block: int = 256
@@ -244,6 +246,21 @@ class SyncConfig:
     def replicas_differ(self) -> bool:
         """Whether each replica has parameters and optimizer state of its own."""
         return self.mode in ("local", "diloco")
+
+    @property
+    def queued(self) -> int:
+        """Steps for which gradients wait before they are averaged and applied; 0 but for delayed."""
+        return self.delay if self.mode == "delayed" else 0
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether a step's gradients are summed inside a replica only, and `parallel/sync.py` does the rest."""
+        return self.replicas_differ or self.queued > 0 or self.compression != "none"
+
+    @property
+    def outer(self) -> tuple[float, float]:
+        """(learning rate, momentum) of the outer step: local is diloco's with 1 and 0, which is the mean."""
+        return (self.outer_lr, self.outer_momentum) if self.mode == "diloco" else (1.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig
+from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.hardware import find_chip
 
@@ -105,7 +105,7 @@ _AT_LEAST_ZERO = (
     "checkpoint.keep_every model.sliding_window sync.delay sync.overlap"
 ).split()
 _ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr".split()
-_SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction".split()
+_SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()
 _DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
 # Divisibility is only judged where these are in range.
 _SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
@@ -258,13 +258,28 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
             f"some without a layer; use at most {layers} parts"
         )
-    if config.sync.fragments > 1 and config.sync.fragments > math.ceil(layers / parts):
-        problems.append(
-            f"sync.fragments={config.sync.fragments} is more than the {math.ceil(layers / parts)} layers of a part; use fewer"
-        )
-    if config.sync.replicas_differ and config.sync.overlap >= config.sync.every:
-        problems.append(f"sync.overlap={config.sync.overlap} must be below sync.every={config.sync.every}")
+    problems += _sync_problems(config.sync, layers, parts)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
+
+
+def _sync_problems(sync: SyncConfig, layers: int, parts: int) -> list[str]:
+    """Of a stack of `layers` cut into `parts`."""
+    if not sync.replicas_differ:
+        return []
+    problems = []
+    if sync.fragments > 1 and layers % (parts * sync.fragments):
+        fits = [n for n in divisors(layers) if layers % (parts * n) == 0] or [1]
+        problems.append(
+            f"sync.fragments={sync.fragments}: the {layers} layers of the stack do not make up {sync.fragments} fragments in "
+            f"each of {parts} parts (mesh.pipe x pipeline.chunks); use {_or(fits)}"
+        )
+    if sync.fragments > sync.every:
+        problems.append(
+            f"sync.fragments={sync.fragments}: at most one begins in a step, so use at most sync.every={sync.every}"
+        )
+    if sync.overlap >= sync.every:
+        problems.append(f"sync.overlap={sync.overlap} must be below sync.every={sync.every}")
+    return problems
 
 
 def _other_problems(config: Config) -> list[str]:

@@ -37,6 +37,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "experts": "expert",
     "router": None,
+    "replica": "replica",  # leading dim of what each replica has its own of
+    "delay": None,
 }
 
 Dims = tuple[str, ...]

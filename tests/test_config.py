@@ -90,7 +90,14 @@ ONE_PROBLEM = {
         ["num_kv_heads=2", "use model.num_heads=4"],
     ),
     "latent odd": (1, {"model": {"latent_attention": LatentAttentionConfig(rope_dim=3)}}, ["rope_dim=3 is odd"]),
-    "fragments": (1, {"sync": {"fragments": 5}}, ["sync.fragments=5", "4 layers of a part"]),
+    "fragments": (1, {"sync": {"mode": "diloco", "fragments": 3}}, ["sync.fragments=3", "4 layers", "use 1, 2 or 4"]),
+    "fragments of a part": (
+        2,
+        {"mesh": {"pipe": 2}, "sync": {"mode": "local", "fragments": 4}},
+        ["sync.fragments=4", "each of 2 parts", "use 1 or 2"],
+    ),
+    "fragments a step": (1, {"sync": {"mode": "diloco", "fragments": 2, "every": 1}}, ["fragments=2", "sync.every=1"]),
+    "mixing": (1, {"sync": {"mixing": 1.5}}, ["sync.mixing=1.5", "0 to 1"]),
     "overlap": (1, {"sync": {"mode": "diloco", "overlap": 20}}, ["overlap=20", "sync.every=20"]),
     "batch": (
         8,

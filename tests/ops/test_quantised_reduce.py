@@ -1,4 +1,4 @@
-"""Quantised means: within their bound of the exact mean, equal on all devices, nothing lost with error feedback, in few bytes."""
+"""Quantised means: within their bound of the exact mean, equal on all devices, nothing lost with feedback, in few bytes."""
 
 import re
 from typing import Any
@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.ops.quantised_reduce import Reduce, decode, encode
+from tests.replicas import blocked, mean_exchanged, quantised
 
 DEVICES, BLOCK = 4, 16
+FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 SHAPES = {"matrix": (7, 13), "vector": (5,), "blocks": (DEVICES * BLOCK * 2,)}  # ragged, shorter than a block, even
 COMPRESSIONS = ("bfloat16", "int8", "float8")
 
@@ -37,39 +39,7 @@ def jitted(reduce: Reduce, feedback: bool) -> Any:
 
     # Results are typed as equal along the axis; a spec that names it asks for each device's own copy all the same.
     one = PartitionSpec("replica")
-    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=one, out_specs=one))
-
-
-def quantised(x: np.ndarray, compression: str) -> np.ndarray:
-    """decode(encode(x)) of [..., block], in numpy, straight from the formulas."""
-    if compression == "bfloat16":
-        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
-    largest = np.float32(127 if compression == "int8" else 448)
-    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / largest, np.float32(2.0**-126))
-    number = np.clip(x / scale, -largest, largest)
-    number = np.round(number) if compression == "int8" else number.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return number * scale
-
-
-def blocked(leaf: np.ndarray) -> np.ndarray:
-    """[R, ...] -> [R, chunk, block of it, BLOCK], as the module cuts it."""
-    flat = leaf.reshape(leaf.shape[0], -1)
-    flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % (DEVICES * BLOCK))))
-    return flat.reshape(leaf.shape[0], DEVICES, -1, BLOCK)
-
-
-def simulated(x: np.ndarray, residual: np.ndarray, compression: str) -> tuple[np.ndarray, np.ndarray]:
-    """One exchange in numpy: (mean, residual of each device)."""
-    cut = blocked(x + residual)
-    sent = quantised(cut, compression)
-    own = sent.sum(0) / np.float32(DEVICES)
-    sent_on = quantised(own, compression)
-    lost = cut - sent + np.eye(DEVICES, dtype=np.float32)[:, :, None, None] * DEVICES * (own - sent_on)
-
-    def like(a: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return a.reshape(-1)[: int(np.prod(shape))].reshape(shape)
-
-    return like(sent_on, x.shape[1:]), np.stack([like(each, x.shape[1:]) for each in lost])
+    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=one, out_specs=one), compiler_options=FAST)
 
 
 def bound(x: np.ndarray, compression: str) -> np.ndarray:
@@ -88,9 +58,9 @@ def test_within_the_stated_bound_and_equal_everywhere(compression: str):
     got, _ = jax.device_get(jitted(Reduce("replica", compression, BLOCK), feedback=False)(tree, tree))
     for name, each in tree.items():
         assert all(np.array_equal(got[name][0], other) for other in got[name][1:]), "devices disagree"
-        cut = blocked(each)
+        cut = blocked(each, BLOCK)
         allowed = bound(cut, compression).mean(0) + bound(quantised(cut, compression).mean(0), compression)
-        error = np.abs(blocked(got[name][:1])[0] - cut.mean(0, dtype=np.float64))
+        error = np.abs(blocked(got[name], BLOCK)[0] - cut.mean(0, dtype=np.float64))
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max()} of the bound"
         assert error.max() > 0, "nothing was quantised"
 
@@ -102,7 +72,7 @@ def test_error_feedback_as_simulated_and_nothing_is_lost(compression: str):
     exact, received = (jax.tree.map(lambda a: np.zeros(a.shape[1:], np.float64), residual) for _ in range(2))
     for seed in range(3):
         tree = values(seed)
-        expected = {name: simulated(tree[name], residual[name], compression) for name in tree}
+        expected = {name: mean_exchanged(tree[name], residual[name], compression, BLOCK) for name in tree}
         got, residual = jax.device_get(exchange(tree, residual))
         for name, each in tree.items():
             np.testing.assert_allclose(got[name][0], expected[name][0], rtol=1e-6)
@@ -121,16 +91,18 @@ def test_without_compression_it_is_the_plain_mean():
         assert not lost[name].any()
 
 
-@pytest.mark.parametrize("compression", ("int8", "float8"))
+@pytest.mark.parametrize("compression", ["int8", "float8"])
 def test_blocks_of_zeros_of_almost_nothing_and_of_nan(compression: str):
     x = np.zeros((4, BLOCK), np.float32)
     x[1, 3], x[2, 5], x[3, 7] = 1e-38, np.nan, np.inf
     y = np.asarray(jax.jit(lambda x: decode(encode(x, compression), compression))(x))
-    assert (y[0] == 0).all() and abs(y[1]).max() <= 2e-38
-    assert np.isnan(y[2]).all() and np.isnan(y[3]).any(), "a step that blew up must stay visible"
+    assert (y[0] == 0).all()
+    assert abs(y[1]).max() <= 2e-38
+    assert np.isnan(y[2]).all()
+    assert np.isnan(y[3]).any(), "a step that blew up must stay visible"
 
 
-@pytest.mark.parametrize("compression", ("none", *COMPRESSIONS))
+@pytest.mark.parametrize("compression", ["none", *COMPRESSIONS])
 def test_bytes_on_the_wire(compression: str):
     """In the compiled program: what crosses the axis is uint8 (float32 without compression), as many as the formula says."""
     reduce = Reduce("replica", compression, BLOCK)

@@ -1,0 +1,310 @@
+"""How replicas keep together: which step exchanges what over the axis `replica`, and what is done with it. It knows no model.
+
+    every_step   mean gradients in every step (synchronous SGD, the default).
+    local        replicas train alone; every H steps they go on from the mean of their parameters (local SGD; Stich 2019,
+                 arXiv:1805.09767).
+    diloco       the same, with an outer optimizer (Douillard et al. 2023, arXiv:2311.08105): with anchor A (the last common
+                 parameters) and replicas' parameters P_r, the outer gradient is G = mean_r (A - P_r), and a step of SGD with
+                 Nesterov momentum M = m M + G, A = A - lr (G + m M) gives the anchor from which all replicas go on. Inner
+                 optimizer states stay with their replicas. `local` is this with lr = 1 and m = 0.
+    delayed      a step's gradients wait in a queue, and are averaged over replicas and applied `delay` steps late.
+
+Fragments (Streaming DiLoCo; Douillard et al. 2025, arXiv:2501.18512). The layers are cut into F interleaved fragments, layer
+l in fragment l mod F, and all that is no layer of the stack is with fragment 0. Fragment f is exchanged after the steps n = f
+H / F (mod H), each on its own every H steps, so the links carry 1/F at a time.
+
+Overlap. With `overlap` tau > 0 an exchange that begins after step n sets A - P_r aside; it travels in tau equal pieces, one
+behind the work of each of the steps n + 1 .. n + tau, since a piece depends on nothing that its step computes. After step n +
+tau the replicas take the new anchor in: P_r = mixing P_r + (1 - mixing) A (the paper's alpha). Without overlap P_r = A.
+
+`delayed` and the parameter server. In asynchronous SGD (Dean et al. 2012; Li et al. 2014) a worker pulls parameters, computes
+a gradient and pushes it, while others do the same: the gradient that the server applies at its step n was taken at the
+parameters of step n - s, the staleness s varying from push to push; stale-synchronous SGD (Ho et al. 2013) keeps s <= tau.
+Here s is tau for every gradient and every replica: the worst case of that bound, on which its convergence proofs rest, made
+the rule. It costs the same overlap (the exchange has a whole step's compute to hide behind) but no server, no race and no
+luck: a run can be repeated bit for bit. Given up is that a slow replica may lag: all take a step in the time of the slowest.
+The first `delay` steps apply nothing, the gradients of the last `delay` are never applied, and delay 0 *is* every_step.
+
+Compression (`ops/quantised_reduce.py`) can be put on any of them: on gradients, and for local and diloco on A - P_r.
+
+A step with an exchange is another compiled program than one without, because a conditional would copy the state: `exchange_at`
+says which program step n is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.config import SyncConfig
+from jaxtrain.ops.quantised_reduce import Reduce
+from jaxtrain.sharding import Dims, is_dims, sum_over, vary
+
+PyTree = Any
+AXIS = "replica"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a fragment."""
+
+    fragment: int
+    index: int
+    """Which of the equal pieces, from 0."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one step does between replicas; equal ones are the same compiled program."""
+
+    applies: bool = True
+    """The optimizer takes its step. Not in the first steps of `delayed`, whose gradients are still in the queue."""
+    begins: int | None = None
+    """The fragment whose distance from the anchor is set aside after this step."""
+    travels: tuple[Piece, ...] = ()
+    """What goes over the links during this step (overlap 0: after it)."""
+    ends: int | None = None
+    """The fragment whose new anchor replicas take in after this step."""
+
+
+def exchange_at(sync: SyncConfig, step: int) -> Exchange:
+    """What step number `step` (from 1) does."""
+    if not sync.replicas_differ:
+        return Exchange(applies=step > sync.queued)
+
+    def begun_at(step: int) -> int | None:
+        phases = [fragment * sync.every // sync.fragments for fragment in range(sync.fragments)]
+        return phases.index(step % sync.every) if step > 0 and step % sync.every in phases else None
+
+    begins, ends = begun_at(step), begun_at(step - sync.overlap)
+    if sync.overlap == 0:
+        return Exchange(True, begins, () if begins is None else (Piece(begins, 0),), ends)
+    sent = ((begun_at(step - 1 - index), index) for index in range(sync.overlap))
+    return Exchange(True, begins, tuple(Piece(fragment, index) for fragment, index in sent if fragment is not None), ends)
+
+
+def make_reduce(sync: SyncConfig) -> Reduce:
+    """How means over replicas travel."""
+    return Reduce(AXIS, sync.compression, sync.compression_block)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State
+
+
+def _keeps_residual(sync: SyncConfig) -> bool:
+    return sync.error_feedback and sync.compression != "none"
+
+
+def state_dims(sync: SyncConfig, dims: PyTree) -> PyTree:
+    """Logical dims of the state that `initial_state` makes, from the dims of the parameters."""
+
+    def under(*lead: str) -> PyTree:
+        return jax.tree.map(lambda own: (*lead, *own), dims, is_leaf=is_dims)
+
+    state: dict[str, PyTree] = {}
+    if sync.replicas_differ:
+        state["anchor"] = dims
+        if sync.outer[1]:
+            state["momentum"] = dims
+        if sync.overlap:
+            state["outgoing"] = under("replica")
+    elif sync.queued:
+        state["queue"], state["queued_targets"] = under("replica", "delay"), ("replica", "delay")
+    if _keeps_residual(sync):
+        state["residual"] = under("replica")
+    return state
+
+
+def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
+    """What the algorithm keeps, before the first step; all of it float32.
+
+    anchor: the last common parameters. momentum: the outer optimizer's. outgoing: distances from the anchor that are set aside.
+    queue, queued_targets: gradients that wait, [replicas, delay, ...], and how many targets each is the mean over. residual:
+    what compression lost, [replicas, ...].
+    """
+
+    def zeros(*lead: int) -> PyTree:
+        return jax.tree.map(lambda p: jnp.zeros((*lead, *p.shape), jnp.float32), params)
+
+    makers: dict[str, Callable[[], PyTree]] = {
+        "anchor": lambda: jax.tree.map(lambda p: p.astype(jnp.float32), params),
+        "momentum": zeros,
+        "outgoing": lambda: zeros(replicas),
+        "queue": lambda: zeros(replicas, sync.delay),
+        "queued_targets": lambda: jnp.zeros((replicas, sync.delay), jnp.float32),
+        "residual": lambda: zeros(replicas),
+    }
+    return {name: makers[name]() for name in state_dims(sync, {})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients: every_step with compression, and delayed. Inside the manual region; leaves are this device's own.
+
+
+def mean_gradients(sync: SyncConfig, gradients: PyTree, targets: jax.Array, state: PyTree) -> tuple[PyTree, PyTree]:
+    """(mean over all replicas' targets, state), from gradients that are means over this replica's own `targets`.
+
+    mean = sum_r n_r g_r / sum_r n_r, as mean_r (w_r g_r) with w_r = R n_r / sum_r n_r.
+    """
+    replicas = lax.axis_size(AXIS)
+    weight = replicas * targets / jnp.maximum(sum_over(targets, (AXIS,)), 1)
+    weighted = jax.tree.map(lambda g: weight * g.astype(jnp.float32), gradients)
+    mean, residual = make_reduce(sync).mean(weighted, state.get("residual"))
+    return mean, state if residual is None else state | {"residual": residual}
+
+
+def queue_gradients(
+    sync: SyncConfig, step: jax.Array, gradients: PyTree, targets: jax.Array, state: PyTree
+) -> tuple[PyTree, jax.Array, PyTree]:
+    """(gradients of `delay` steps ago, their targets, state with the new ones in their place); `step` counts from 0."""
+    slot = step % sync.delay
+    old, old_targets = jax.tree.map(
+        lambda queue: lax.dynamic_index_in_dim(queue, slot, keepdims=False), (state["queue"], state["queued_targets"])
+    )
+    queue, queued_targets = jax.tree.map(
+        lambda queue, new: lax.dynamic_update_index_in_dim(queue, new.astype(jnp.float32), slot, 0),
+        (state["queue"], state["queued_targets"]),
+        (gradients, targets),
+    )
+    return old, old_targets, state | {"queue": queue, "queued_targets": queued_targets}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters: local and diloco. Inside the manual region; leaves are this device's own.
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a fragment as a place in trees of the parameters' structure."""
+
+    dims: PyTree
+    fragment: int
+    fragments: int
+    index: int = 0
+    pieces: int = 1
+
+    def take(self, tree: PyTree) -> PyTree:
+        """The piece of each leaf as a vector; None for a leaf that has no share in the fragment."""
+
+        def leaf(dims: Dims, value: jax.Array) -> jax.Array | None:
+            if not self._has_share(dims):
+                return None
+            flat = self._fragment_of(dims, value).reshape(-1)
+            return lax.slice_in_dim(flat, *self._bounds(flat.size))
+
+        return jax.tree.map(leaf, self.dims, tree, is_leaf=is_dims)
+
+    def put(self, tree: PyTree, values: PyTree) -> PyTree:
+        """The tree with what `take` would find replaced."""
+
+        def leaf(dims: Dims, value: jax.Array, new: jax.Array | None) -> jax.Array:
+            if new is None:
+                return value
+            fragment = self._fragment_of(dims, value)
+            flat = fragment.reshape(-1)
+            start, _ = self._bounds(flat.size)
+            fragment = lax.dynamic_update_slice_in_dim(flat, new, start, 0).reshape(fragment.shape)
+            if "stage" not in dims:
+                return fragment
+            split, axis = self._split(dims, value)
+            return lax.dynamic_update_index_in_dim(split, fragment, self.fragment, axis).reshape(value.shape)
+
+        return jax.tree.map(leaf, self.dims, tree, values, is_leaf=is_dims)
+
+    def _has_share(self, dims: Dims) -> bool:
+        return "stage" in dims or self.fragment == 0
+
+    def _bounds(self, size: int) -> tuple[int, int]:
+        return size * self.index // self.pieces, size * (self.index + 1) // self.pieces
+
+    def _split(self, dims: Dims, value: jax.Array) -> tuple[jax.Array, int]:
+        """A stacked leaf with its layers as [layers of a fragment, fragments], and the axis of the fragments."""
+        layer = dims.index("layer")
+        return value.reshape(*value.shape[:layer], -1, self.fragments, *value.shape[layer + 1 :]), layer + 1
+
+    def _fragment_of(self, dims: Dims, value: jax.Array) -> jax.Array:
+        if "stage" not in dims:
+            return value
+        split, axis = self._split(dims, value)
+        return lax.index_in_dim(split, self.fragment, axis, keepdims=False)
+
+
+def exchange_parameters(
+    sync: SyncConfig, exchange: Exchange, dims: PyTree, params: PyTree, state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """(params, state) after a step whose optimizer left `params`: each replica's own, the anchor of the state common to all.
+
+    Args:
+      dims: logical dims of the parameters; leaves with a dim "stage" are stacked, and their dim "layer" is cut into fragments.
+    """
+
+    def part(fragment: int, index: int = 0, pieces: int = 1) -> _Part:
+        return _Part(dims, fragment, sync.fragments, index, pieces)
+
+    if exchange.begins is not None:
+        state = _begin(part(exchange.begins), params, state)
+    for piece in exchange.travels:
+        state = _travel(sync, part(piece.fragment, piece.index, max(sync.overlap, 1)), state)
+    if exchange.ends is not None:
+        mixing = sync.mixing if sync.overlap else 0.0
+        params = _end(part(exchange.ends), mixing, params, state["anchor"])
+    if not sync.overlap:
+        state = {name: tree for name, tree in state.items() if name != "outgoing"}
+    return params, state
+
+
+def _begin(part: _Part, params: PyTree, state: PyTree) -> PyTree:
+    """Sets the distance from the anchor aside."""
+    away = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), part.take(state["anchor"]), part.take(params))
+    outgoing = state.get("outgoing", jax.tree.map(jnp.zeros_like, state["anchor"]))  # without overlap it lives in one step
+    return state | {"outgoing": part.put(vary(outgoing, (AXIS,)), away)}
+
+
+def _travel(sync: SyncConfig, part: _Part, state: PyTree) -> PyTree:
+    """Averages a piece of what is set aside over replicas, and takes the outer optimizer's step with it."""
+    learning_rate, momentum = sync.outer
+    residual = part.take(state["residual"]) if "residual" in state else None
+    gradient, residual = make_reduce(sync).mean(part.take(state["outgoing"]), residual)
+    if residual is not None:
+        state = state | {"residual": part.put(state["residual"], residual)}
+    with jax.named_scope("outer_optimizer"):
+        if momentum:
+            trace = jax.tree.map(lambda m, g: momentum * m + g, part.take(state["momentum"]), gradient)
+            state = state | {"momentum": part.put(state["momentum"], trace)}
+            gradient = jax.tree.map(lambda m, g: g + momentum * m, trace, gradient)
+        anchor = jax.tree.map(lambda a, g: a - learning_rate * g, part.take(state["anchor"]), gradient)
+    return state | {"anchor": part.put(state["anchor"], anchor)}
+
+
+def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:
+    """Takes the new anchor in: mixing * params + (1 - mixing) * anchor."""
+
+    def leaf(own: jax.Array, common: jax.Array) -> jax.Array:
+        mixed = mixing * own.astype(jnp.float32) + (1 - mixing) * common if mixing else vary(common, (AXIS,))
+        return mixed.astype(own.dtype)
+
+    return part.put(params, jax.tree.map(leaf, part.take(params), part.take(anchor)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def exchanged_bytes(sync: SyncConfig, exchange: Exchange, dims: PyTree, shards: PyTree, replicas: int) -> float:
+    """Bytes that one device sends to other replicas in a step, gradients or parameters, counted from the formula of `Reduce`.
+
+    Args:
+      shards: how many numbers of each leaf a device holds, or anything with such leaves' shapes.
+    """
+    reduce = make_reduce(sync)
+    if not sync.replicas_differ:
+        return sum(reduce.wire_bytes(leaf.size, replicas) for leaf in jax.tree.leaves(shards)) if exchange.applies else 0.0
+    parts = [_Part(dims, p.fragment, sync.fragments, p.index, max(sync.overlap, 1)) for p in exchange.travels]
+    taken = [leaf for part in parts for leaf in jax.tree.leaves(jax.eval_shape(part.take, shards))]
+    return sum(reduce.wire_bytes(leaf.size, replicas) for leaf in taken)
