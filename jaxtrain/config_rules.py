@@ -158,8 +158,8 @@ def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
     return problems
 
 
-def _latent_attention_problems(model: ModelConfig) -> list[str]:
-    latent = model.latent_attention
+def _latent_attention_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
+    latent, fsdp = model.latent_attention, mesh.fsdp
     if latent is None:
         return []
     problems = []
@@ -175,6 +175,13 @@ def _latent_attention_problems(model: ModelConfig) -> list[str]:
             problems.append(f"model.latent_attention.{name}={getattr(latent, name)} must be at least 1")
     if latent.query_rank < 0:
         problems.append(f"model.latent_attention.query_rank={latent.query_rank} must be 0 or more")
+    for name in ("query_rank", "kv_rank"):
+        rank = getattr(latent, name)
+        if fsdp > 0 and rank > 0 and rank % fsdp:
+            problems.append(
+                f"mesh.fsdp={fsdp} does not divide model.latent_attention.{name}={rank}, over which the projections up are "
+                f"sharded; use fsdp={max(d for d in divisors(rank) if d <= fsdp)} and data for the rest"
+            )
     if latent.rope_dim % 2:
         problems.append(f"model.latent_attention.rope_dim={latent.rope_dim} is odd, but RoPE turns pairs")
     return problems
@@ -332,7 +339,7 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
     problems = range_problems + mesh_problems
     if not any(problem.startswith(_SIZES) for problem in range_problems):
-        problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model)
+        problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model, mesh)
         if not mesh_problems:
             problems += _layout_problems(config, mesh)
     problems += _other_problems(config)

@@ -39,6 +39,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "router": None,
     "replica": "replica",  # leading dim of what each replica has its own of
     "delay": None,
+    "latent": "fsdp",
+    "rank": None,
 }
 
 Dims = tuple[str, ...]

@@ -89,6 +89,14 @@ ONE_PROBLEM = {
         {"model": {"num_kv_heads": 2, "latent_attention": LatentAttentionConfig()}},
         ["num_kv_heads=2", "use model.num_heads=4"],
     ),
+    "latent fsdp": (
+        64,
+        {
+            "model": {"embed_dim": 1024, "num_kv_heads": 4, "latent_attention": LatentAttentionConfig(kv_rank=80)},
+            "train": {"global_batch_size": 64},
+        },
+        ["fsdp=64 does not divide model.latent_attention.kv_rank=80", "use fsdp=40 and data"],
+    ),
     "latent odd": (1, {"model": {"latent_attention": LatentAttentionConfig(rope_dim=3)}}, ["rope_dim=3 is odd"]),
     "fragments": (1, {"sync": {"mode": "diloco", "fragments": 3}}, ["sync.fragments=3", "4 layers", "use 1, 2 or 4"]),
     "fragments of a part": (
@@ -287,6 +295,10 @@ INTENDED_DEVICES = {
     "8b": [8, 64],
     "70b": [8, 128, 1024],
     "405b": [128, 2048, 16384],
+    "mixtral_8x7b": [8, 64],
+    "qwen3_30b_a3b": [8, 64],
+    "deepseek_v3": [128, 2048],
+    "tiny_moe": [1, 8],
     "ten_parts_on_five_nodes": [5],
 }
 

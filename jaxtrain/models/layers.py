@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.moe import MoE
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention import attention
@@ -96,7 +97,7 @@ class Layer(nnx.Module):
     """Attention, then MLP or mixture of experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs)
+        self.attention = LatentAttention(config, rngs) if config.latent_attention else Attention(config, rngs)
         if config.moe:
             self.moe = MoE(config, rngs)
         else:

@@ -2,30 +2,42 @@
 
 Notation: D embed_dim, H query heads, K kv heads, N head_dim, F mlp_dim, V vocab_size, L sequence length.
 
-**Parameters.** A layer has the projections Q (D x HN), K and V (D x KN each), O (HN x D) and SwiGLU's gate, up and down
+**Parameters.** A dense layer has the projections Q (D x HN), K and V (D x KN each), O (HN x D) and SwiGLU's gate, up and down
 (D x F each):
 
-    P_layer = 2 D H N + 2 D K N + 3 D F
+    P_attention = 2 D H N + 2 D K N,    P_mlp = 3 D F
 
 plus two RMSNorm scales (D each) and, with QK-norm, two of N. The model adds the embedding table (V x D), the final norm (D)
 and, untied, the output projection (D x V).
 
+Latent attention, with ranks Q of queries and C of keys and values, RoPE width R and value width M, has
+
+    P_attention = D Q + Q H (N + R) + D (C + R) + C H (N + M) + H M D        (without Q: D H (N + R) for the first two)
+
+and two more norms, of Q and C. A mixture of E experts of width F_e, S of them shared, has the router and its experts,
+
+    P_mlp = D E + 3 D F_e (E + S)
+
+and, where it is used, a bias of E. A token goes through k of the E experts: its *active* parameters have k in place of E.
+
 **FLOPs.** Multiplying by a weight costs one multiply-add, 2 FLOPs, per token in the forward pass; the backward pass does it
 twice more (for the input's gradient and for the weight's). So every parameter that is multiplied costs 6 FLOPs a token:
 
-    P_matmul = num_layers P_layer + D V        (the output projection is a matmul whether it is tied or not)
+    P_matmul = sum over layers of the active P_attention + P_mlp, + D V   (the output projection is a matmul, tied or not)
 
 The embedding lookup multiplies nothing and is not counted, nor are norms, RoPE, softmax and activations (all of them well
-below 1%), nor the rows that only pad the vocabulary, nor anything that remat computes again: these are *model* FLOPs.
+below 1%), nor the rows that only pad the vocabulary, nor what capacity leaves empty or drops, nor anything that remat computes
+again: these are *model* FLOPs.
 
 **Attention.** Per layer and token, QK^T and PV are each H N multiply-adds per key: 2 * 2 H N L FLOPs over L keys, forward;
 three times that with the backward pass:
 
-    A = 12 L H N per layer per token
+    A = 12 L H N per layer per token        (latent attention: 6 L H (N + R + M))
 
 This is the convention "full": the whole L x L square counts although half of it is masked (PaLM, appendix B; torchtitan;
-nanochat). The convention "causal" counts half of it, as Megatron-LM does. Document masks change neither: figures stay
-comparable between data sets.
+nanochat). The convention "causal" counts half of it, as Megatron-LM does. With a sliding window of W < L tokens a query sees
+W - W^2 / 2L keys in the mean, where without it is L / 2: L is replaced by twice that. Document masks change neither: figures
+stay comparable between data sets.
 """
 
 from __future__ import annotations
@@ -52,7 +64,9 @@ class ParameterCount:
     final_norm: int
     """The scale of the last RMSNorm, D."""
     matmul: int
-    """Parameters that every token is multiplied by: the layers' projections and the (tied or untied) output projection."""
+    """Parameters that a token is multiplied by: the layers' projections and the (tied or untied) output projection."""
+    idle: int
+    """Parameters of the experts that a token does not go through; 0 for a dense model."""
 
     @property
     def total(self) -> int:
@@ -60,31 +74,57 @@ class ParameterCount:
         return self.embedding + self.output + self.layers + self.final_norm
 
     @property
+    def active(self) -> int:
+        """The parameters that a token meets: all but those of the experts that it does not go through."""
+        return self.total - self.idle
+
+    @property
     def non_embedding(self) -> int:
         """All but the embedding table and the output projection: N of Kaplan et al. 2020."""
         return self.layers + self.final_norm
 
 
+def _attention_parameters(model: ModelConfig) -> tuple[int, int]:
+    """(projections, norm scales) of one layer's attention."""
+    width, heads, latent = model.embed_dim, model.num_heads, model.latent_attention
+    if latent is None:
+        return 2 * width * model.head_dim * (heads + model.num_kv_heads), 2 * model.head_dim if model.qk_norm else 0
+    head, rank = model.head_dim + latent.rope_dim, latent.query_rank
+    queries = width * rank + rank * heads * head if rank else width * heads * head
+    down, up = width * (latent.kv_rank + latent.rope_dim), latent.kv_rank * heads * (model.head_dim + latent.value_dim)
+    return queries + down + up + heads * latent.value_dim * width, rank + latent.kv_rank
+
+
 def num_parameters(model: ModelConfig) -> ParameterCount:
     """Parameters of the decoder (formulas above)."""
-    width = model.embed_dim
-    attention = 2 * width * model.head_dim * (model.num_heads + model.num_kv_heads)
-    projections = model.num_layers * (attention + 3 * width * model.mlp_dim)
-    norms = model.num_layers * (2 * width + (2 * model.head_dim if model.qk_norm else 0))
+    width, moe, dense_layers = model.embed_dim, model.moe, model.num_layers
+    attention, attention_norms = _attention_parameters(model)
+    projections = idle = biases = 0
+    if moe:
+        dense_layers, expert = model.first_dense_layers, 3 * width * moe.mlp_dim
+        projections = model.stacked_layers * (width * moe.num_experts + expert * (moe.num_experts + moe.shared_experts))
+        idle = model.stacked_layers * expert * (moe.num_experts - moe.experts_per_token)
+        biases = model.stacked_layers * moe.num_experts if moe.bias_update_rate else 0
+    projections += model.num_layers * attention + dense_layers * 3 * width * model.mlp_dim
     table = model.vocab_size * width
     return ParameterCount(
         embedding=table,
         output=0 if model.tie_embeddings else table,
-        layers=projections + norms,
+        layers=projections + biases + model.num_layers * (2 * width + attention_norms),
         final_norm=width,
-        matmul=projections + table,
+        matmul=projections - idle + table,
+        idle=idle,
     )
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
-    """FLOPs of QK^T and PV a token, forward and backward, all layers: 12 L H N per layer, or half of it if causal."""
-    per_layer = {"full": 12, "causal": 6}[convention] * sequence_length * model.num_heads * model.head_dim
-    return model.num_layers * per_layer
+    """FLOPs of QK^T and PV a token, forward and backward, all layers (formula above)."""
+    latent, length = model.latent_attention, sequence_length
+    widths = model.head_dim + latent.rope_dim + latent.value_dim if latent else 2 * model.head_dim
+    window = min(model.sliding_window or length, length)
+    pairs = 2 * window * length - window**2  # of a query and a key it sees, twice as many: the "full" square without a window
+    per_sequence = model.num_layers * 6 * pairs * model.num_heads * widths
+    return per_sequence // ({"full": 1, "causal": 2}[convention] * length)
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:

@@ -1,12 +1,19 @@
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import LatentAttentionConfig, ModelConfig, MoEConfig, load_config
 from jaxtrain.models.decoder import initialize
-from jaxtrain.telemetry.flops import mfu, model_flops_per_step, model_flops_per_token, num_parameters
+from jaxtrain.telemetry.flops import (
+    attention_flops_per_token,
+    mfu,
+    model_flops_per_step,
+    model_flops_per_token,
+    num_parameters,
+)
 
 
 def llama(layers, embed, heads, kv_heads, mlp, vocab):
@@ -101,3 +108,71 @@ def test_llama_2_7b_at_4096_is_megatrons_sum():
 def test_mfu_is_none_without_a_peak():
     assert mfu(5e14, 1e15) == 0.5
     assert mfu(5e14, None) is None
+
+
+PUBLISHED = {
+    # Mistral AI, "Mixtral of experts" (mistral.ai/news/mixtral-of-experts); Qwen3-30B-A3B's model card, which rounds to 0.1 B.
+    "mixtral_8x7b": (46.7e9, 12.9e9),
+    "qwen3_30b_a3b": (30.5e9, 3.3e9),
+    # arXiv:2412.19437, section 4.2, which counts neither the multi-token prediction module nor decimals.
+    "deepseek_v3": (671e9, 37e9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_mixtures_are_what_is_published(name):
+    total, active = PUBLISHED[name]
+    count = num_parameters(load_config(f"configs/{name}.py").model)
+    digits = 1e9 if name == "deepseek_v3" else 0.1e9
+    assert abs(count.total - total) <= digits / 2
+    assert abs(count.active - active) <= digits
+
+
+DEEPSEEK_LIKE = ModelConfig(
+    num_layers=3,
+    vocab_size=1000,
+    latent_attention=LatentAttentionConfig(query_rank=24, kv_rank=16, rope_dim=8, value_dim=12),
+    moe=MoEConfig(num_experts=8, experts_per_token=3, mlp_dim=20, shared_experts=2, first_dense_layers=1, bias_update_rate=0.1),
+)
+
+
+@pytest.mark.parametrize("rank", [0, 24])
+@pytest.mark.parametrize("bias", [0.0, 0.1])
+def test_parameters_of_a_mixture_are_those_of_the_real_decoder(rank, bias):
+    model = replace(
+        DEEPSEEK_LIKE,
+        latent_attention=replace(DEEPSEEK_LIKE.latent_attention, query_rank=rank),
+        moe=replace(DEEPSEEK_LIKE.moe, bias_update_rate=bias),
+    )
+    params = jax.eval_shape(lambda: initialize(model, jax.random.key(0), np.arange(model.stacked_layers)))
+    held = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    padding = 2 * (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+    assert num_parameters(model).total == held - padding
+
+
+def test_flops_of_a_mixture_by_hand():
+    # Two layers, the first dense; D=4, two heads of 2 + 2 with values of 3, ranks 5 and 6; V=10, L=6.
+    # Attention: 4 x 5 + 5 x 2 x 4 + 4 x (6 + 2) + 6 x 2 x (2 + 3) + 2 x 3 x 4 = 176, twice; dense MLP 3 x 4 x 8 = 96;
+    # router 4 x 4; experts of 3 x 4 x 7 = 84, two of four and one shared: 252; output 40. 6 x 756 = 4536.
+    # QK^T and PV: 6 x 6 x 2 x (4 + 3) = 504 a layer.
+    model = ModelConfig(
+        num_layers=2,
+        embed_dim=4,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=2,
+        mlp_dim=8,
+        vocab_size=10,
+        latent_attention=LatentAttentionConfig(query_rank=5, kv_rank=6, rope_dim=2, value_dim=3),
+        moe=MoEConfig(num_experts=4, experts_per_token=2, mlp_dim=7, shared_experts=1, first_dense_layers=1),
+    )
+    assert model_flops_per_token(model, 6, "full") == 6 * (2 * 176 + 96 + 16 + 252 + 40) + 2 * 504
+    assert model_flops_per_token(model, 6, "causal") == 6 * (2 * 176 + 96 + 16 + 252 + 40) + 504
+
+
+def test_a_sliding_window_counts_the_keys_that_are_seen():
+    model = ModelConfig(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, sliding_window=64)
+    length = 4096
+    seen = np.minimum(np.arange(length) + 0.5, 64).mean()  # half of its own key, as without a window
+    assert attention_flops_per_token(model, length, "causal") == pytest.approx(12 * 2 * seen, rel=1e-3)
+    assert attention_flops_per_token(model, 64, "full") == 12 * 64 * 2

@@ -1,0 +1,99 @@
+"""Multi-head latent attention: queries, keys and values are projected up from small latents.
+
+Shape letters: B batch, L length, D embed, H heads, N width of the part of a head without position, R width of the part that
+RoPE turns, M width of a value, Q and C widths of the latents of queries, and of keys and values. In the manual region L of the
+residual stream is this device's slice over `tensor`, and H its share over `tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtrain.config import LatentAttentionConfig, ModelConfig
+from jaxtrain.models.parameters import parameter
+from jaxtrain.ops.attention import attention
+from jaxtrain.ops.norm import rms_norm
+from jaxtrain.ops.rope import rope
+from jaxtrain.sharding import all_gather, reduce_scatter
+
+if TYPE_CHECKING:
+    from jaxtrain.models.layers import Packing
+
+
+class LatentAttention(nnx.Module):
+    """x + softmax(Q K^T / sqrt(N + R)) V W_out (DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437, 2.1.1).
+
+    With h = RMSNorm(x), a head has
+        query = [c_q W_q, rope(c_q W_qr)],  key = [c W_k, rope(h W_kr)],  value = c W_v,
+        c_q = RMSNorm(h W_dq),  c = RMSNorm(h W_dkv);
+    the turned part of the key is one for all heads. With query_rank=0 c_q is h itself. RoPE pairs a head's halves, as
+    everywhere in this model, where DeepSeek's own checkpoints pair neighbours (their columns are permuted on conversion).
+
+    The latents are made where the sequence is sharded over `tensor`, and gathered in one piece: Q + C + R numbers a token, and
+    not D. Then each device projects up to its own heads.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.latent_attention is not None
+        self.config, latent = config, config.latent_attention
+        d, h, n = config.embed_dim, config.num_heads, config.head_dim
+        q, c, r, m = latent.query_rank, latent.kv_rank, latent.rope_dim, latent.value_dim
+        std, dtype = config.init_std, config.param_dtype
+        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        if q:
+            self.query_down = parameter(rngs, (d, q), ("embed", "rank"), std, dtype)
+            self.query_norm = parameter(rngs, (q,), ("norm",), None, dtype)
+        into_queries = (q, "latent") if q else (d, "embed")
+        self.query_up = parameter(rngs, (into_queries[0], h, n + r), (into_queries[1], "heads", "head_dim"), std, dtype)
+        self.kv_down = parameter(rngs, (d, c), ("embed", "rank"), std, dtype)
+        self.kv_norm = parameter(rngs, (c,), ("norm",), None, dtype)
+        self.rope_key = parameter(rngs, (d, r), ("embed", "rank"), std, dtype)
+        self.key_up = parameter(rngs, (c, h, n), ("latent", "heads", "head_dim"), std, dtype)
+        self.value_up = parameter(rngs, (c, h, m), ("latent", "heads", "head_dim"), std, dtype)
+        out_std = std / math.sqrt(2 * config.num_layers)
+        self.out = parameter(rngs, (h, m, d), ("heads", "head_dim", "embed"), out_std, dtype)
+
+    @property
+    def latent(self) -> LatentAttentionConfig:
+        """The part of the config that this block is about."""
+        assert self.config.latent_attention is not None
+        return self.config.latent_attention
+
+    def _latents(self, x_BLD: jax.Array) -> list[jax.Array]:
+        """Over the whole length: what queries are projected from, the latent of keys and values, the key's part for RoPE."""
+        epsilon = self.config.norm_epsilon
+        h_BLD = rms_norm(x_BLD, self.norm[...], epsilon)
+        c_BLC = rms_norm(jnp.einsum("BLD,DC->BLC", h_BLD, self.kv_down[...]), self.kv_norm[...], epsilon)
+        turned_BLR = jnp.einsum("BLD,DR->BLR", h_BLD, self.rope_key[...])
+        if not self.latent.query_rank:
+            parts = [h_BLD, c_BLC, turned_BLR]
+        else:
+            q_BLQ = jnp.einsum("BLD,DQ->BLQ", h_BLD, self.query_down[...])
+            parts = [rms_norm(q_BLQ, self.query_norm[...], epsilon), c_BLC, turned_BLR]
+        ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
+        return jnp.split(all_gather(jnp.concatenate(parts, axis=-1), "tensor", dim=1), ends, axis=-1)
+
+    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+        config = self.config
+        q_BLQ, c_BLC, turned_BLR = self._latents(x_BLD)
+
+        def turn(x_BLHR: jax.Array) -> jax.Array:
+            return rope(x_BLHR, packing.positions, config.rope_theta, config.rope_scaling)
+
+        q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
+        k_BLHN = checkpoint_name(jnp.einsum("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
+        v_BLHM = checkpoint_name(jnp.einsum("BLC,CHM->BLHM", c_BLC, self.value_up[...]), "value")
+        q_plain, q_turned = jnp.split(q_BLHN, [config.head_dim], axis=-1)
+        q_BLHN = jnp.concatenate([q_plain, turn(q_turned)], axis=-1)
+        k_turned = jnp.broadcast_to(turn(turned_BLR[:, :, None]), (*k_BLHN.shape[:3], turned_BLR.shape[-1]))
+        k_BLHN = jnp.concatenate([k_BLHN, k_turned], axis=-1)
+        with jax.named_scope("attention"):
+            a_BLHM = attention(q_BLHN, k_BLHN, v_BLHM, backend=backend, segments_BL=packing.segments, residual_name="attention")
+        out_BLD = reduce_scatter(jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...]), "tensor", dim=1)
+        return x_BLD + checkpoint_name(out_BLD, "attention_out")
