@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
-from jaxtrain.ops.attention import CUDNN_FORWARD_PRIMITIVE
+from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights

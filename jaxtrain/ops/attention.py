@@ -3,7 +3,8 @@
 All of it are local calls on a device's own heads and sequences, inside the manual region: no collective.
 
 `reference` is the formula, and the oracle for the others. `blockwise` (attention_blockwise.py) needs O(length) memory and
-runs anywhere. `cudnn` is NVIDIA's fused kernel.
+runs anywhere. `cudnn` (attention_cudnn.py) is NVIDIA's fused kernel. Where a sequence is shared out over devices,
+attention_context.py joins their work.
 """
 
 from __future__ import annotations
@@ -17,120 +18,86 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, blockwise_attention
+from jaxtrain.ops.attention_cudnn import cudnn_attention, cudnn_obstacle
+from jaxtrain.ops.attention_mask import Rule, own_segments, visible_BLS
 
 BACKENDS = ("reference", "blockwise", "cudnn")
 # Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens): float32
 # 0.99 at length 128, 0.91 at 256, 0.52 at 512, 0.39 at 1024, 0.48 at 2048; bfloat16 1.26, 1.03, 0.55, 0.50, 0.37.
 # Printed by `pytest tests/ops/test_attention_blockwise.py -m slow -s`.
 BLOCKWISE_FROM_LENGTH = 512
-CUDNN_LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
-# The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` spares the
-# backward pass a second forward kernel; names cannot reach inside, because the kernel's vjp rule is JAX's own.
-CUDNN_FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-
-
-def visible_BLS(length: int, segments_BL: jax.Array | None) -> jax.Array:
-    """Which keys each query sees: itself and what came before it in its own segment. Bool [B or 1, L, L]."""
-    causal = jnp.tril(jnp.ones((1, length, length), bool))
-    return causal if segments_BL is None else causal & (segments_BL[:, :, None] == segments_BL[:, None, :])
 
 
 def reference_attention(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKN: jax.Array, segments_BL: jax.Array | None = None
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, window: int = 0
 ) -> jax.Array:
     """softmax(Q K^T / sqrt(N)) V as written (Vaswani et al. 2017, arXiv:1706.03762, equation 1), causal, within segments.
 
     Query head h reads key and value head h // (H / K) (grouped-query attention, arXiv:2305.13245). Logits and softmax are
-    float32. Holds the whole [B, H, L, L] of scores.
+    float32. Holds the whole [B, H, L, L] of scores. Returns [B, L, H, M].
     """
     batch, length, heads, head_dim = q_BLHN.shape
     kv_heads = k_BLKN.shape[2]
     q_BLKGN = q_BLHN.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     dtype = accumulator_dtype(q_BLHN.dtype)
     logits = jnp.einsum("BLKGN,BSKN->BKGLS", q_BLKGN, k_BLKN, preferred_element_type=dtype) / math.sqrt(head_dim)
-    logits = jnp.where(visible_BLS(length, segments_BL)[:, None, None], logits, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BLKN.dtype)
-    o = jnp.einsum("BKGLS,BSKN->BLKGN", weights, v_BLKN, preferred_element_type=dtype)
-    return o.reshape(q_BLHN.shape).astype(q_BLHN.dtype)
+    seen_BLS: Any = visible_BLS(Rule(window=window), own_segments(segments_BL), length, length)
+    weights = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], logits, MASKED), axis=-1).astype(v_BLKM.dtype)
+    o = jnp.einsum("BKGLS,BSKM->BLKGM", weights, v_BLKM, preferred_element_type=dtype)
+    return o.reshape(batch, length, heads, v_BLKM.shape[-1]).astype(q_BLHN.dtype)
 
 
-def cudnn_attention(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKN: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """cuDNN's fused attention (`jax.nn.dot_product_attention`): O(length) memory without segments.
-
-    Segments go in as a dense mask [B, 1, L, L], which cuDNN takes as a bias of 2 L^2 bytes a sequence.
-    """
-    mask = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(q_BLHN, k_BLKN, v_BLKN, mask=mask, is_causal=True, implementation="cudnn")
+def check_shapes(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array) -> None:
+    """Raises ValueError where queries, keys and values do not fit together."""
+    q, k, v = q_BLHN.shape, k_BLKN.shape, v_BLKM.shape
+    if q[:2] != k[:2] or q[3] != k[3] or k[:3] != v[:3] or q[2] % k[2]:
+        raise ValueError(f"attention: queries {q}, keys {k} and values {v} do not fit")
 
 
 def attention(
     q_BLHN: jax.Array,
     k_BLKN: jax.Array,
-    v_BLKN: jax.Array,
+    v_BLKM: jax.Array,
     *,
     backend: str,
+    window: int = 0,
     segments_BL: jax.Array | None = None,
     residual_name: str | None = None,
 ) -> jax.Array:
     """Causal grouped-query self-attention: softmax(Q K^T / sqrt(N)) V over the keys that each query sees.
 
-    Token l sees token s when s <= l, by index in the sequence, and both have the same segment number. Padding (segment 0)
-    sees padding only: its rows are finite and mean nothing. No repeated key or value is ever materialised.
+    Token l sees token s when 0 <= l - s, with a window l - s < window, by index in the sequence, and both have the same segment
+    number. Padding (segment 0) sees padding only: its rows are finite and mean nothing. No repeated key or value is ever
+    materialised. Values may be of another width M than queries and keys.
 
     What the backward pass needs, and what a remat policy that saves `residual_name` then spares: `reference` keeps the
     [B, H, L, L] weights, so the scores are computed again whatever is saved by name; `blockwise` keeps the output and the
     logsumexp, both named, and computes nothing of its forward pass again; `cudnn` keeps the same, but out of reach of names:
-    save CUDNN_FORWARD_PRIMITIVE too, or the kernel runs forward once more.
+    save FORWARD_PRIMITIVE of attention_cudnn.py too, or the kernel runs forward once more.
 
     Args:
       q_BLHN: queries, H a multiple of K.
-      k_BLKN, v_BLKN: keys and values.
+      k_BLKN, v_BLKM: keys and values.
       backend: what `choose_backend` chose: reference, blockwise or cudnn.
+      window: tokens that a token sees, itself and those before it; 0 for all.
       segments_BL: int32 document numbers, 0 for padding; None for one document.
       residual_name: name put on what the backward pass needs; give it here, and name the output nowhere else.
 
     Returns:
-      [B, L, H, N] in the dtype of the queries.
+      [B, L, H, M] in the dtype of the queries.
 
     Raises:
       ValueError: the shapes do not fit, or the backend is unknown.
     """
-    if q_BLHN.shape[:2] != k_BLKN.shape[:2] or k_BLKN.shape != v_BLKN.shape or q_BLHN.shape[2] % k_BLKN.shape[2]:
-        raise ValueError(f"attention: queries {q_BLHN.shape}, keys {k_BLKN.shape} and values {v_BLKN.shape} do not fit")
+    check_shapes(q_BLHN, k_BLKN, v_BLKM)
     with jax.named_scope(f"attention_{backend}"):
         if backend == "blockwise":
-            return blockwise_attention(q_BLHN, k_BLKN, v_BLKN, segments_BL, residual_name=residual_name)
+            return blockwise_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, window=window, residual_name=residual_name)
         if backend not in BACKENDS:
             raise ValueError(f"attention backend {backend!r}: {nearest(backend, BACKENDS)}")
         compute = {"reference": reference_attention, "cudnn": cudnn_attention}[backend]
-        o = compute(q_BLHN, k_BLKN, v_BLKN, segments_BL)
+        o = compute(q_BLHN, k_BLKN, v_BLKM, segments_BL, window)
         return o if residual_name is None else checkpoint_name(o, residual_name)
-
-
-def cudnn_obstacle(
-    *, platform: str, dtype: Any, head_dim: int, sequence_length: int, masks_documents: bool, compute_capability: float = 8.0
-) -> str | None:
-    """Why cuDNN's fused attention cannot be used, or None where it can.
-
-    The limits are those of `check_layout` and `check_is_flash_attention` in jax/_src/cudnn/fused_attention_stablehlo.py,
-    and our own on the size of the dense mask.
-    """
-    largest_head = 256 if compute_capability >= 9.0 else 128
-    if platform not in ("gpu", "cuda"):
-        return f"cuDNN needs an NVIDIA GPU, and this platform is {platform}"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN needs bfloat16 or float16, and the compute dtype is {jnp.dtype(dtype)}"
-    if head_dim % 8 or head_dim > largest_head:
-        return f"cuDNN needs a head_dim that is a multiple of 8, at most {largest_head} on this GPU, not {head_dim}"
-    if sequence_length % 2:
-        return f"cuDNN needs an even sequence length, not {sequence_length}"
-    if masks_documents and sequence_length > CUDNN_LARGEST_MASKED_LENGTH:
-        mebibytes = 2 * sequence_length**2 / 2**20
-        return (
-            f"document masks are a dense {mebibytes:.0f} MiB a sequence for cuDNN at length {sequence_length}, and are used "
-            f"up to length {CUDNN_LARGEST_MASKED_LENGTH}"
-        )
-    return None
 
 
 def choose_backend(
@@ -141,6 +108,9 @@ def choose_backend(
     head_dim: int,
     sequence_length: int,
     masks_documents: bool,
+    value_dim: int | None = None,
+    window: int = 0,
+    in_pieces: bool = False,
     compute_capability: float = 8.0,
 ) -> tuple[str, str]:
     """The attention backend to use, and why, in a line for the log.
@@ -151,7 +121,11 @@ def choose_backend(
       requested: auto, reference, blockwise or cudnn (`model.attention`).
       platform: of the devices: cpu, gpu, cuda, tpu.
       dtype: compute dtype of queries, keys and values.
+      sequence_length: of the longest run of tokens that one call sees: with `in_pieces`, a device's share.
       masks_documents: whether segments are given.
+      value_dim: width of a value head where it is not head_dim.
+      window: of sliding-window attention; 0 for none.
+      in_pieces: attention goes piece by piece over the devices of the context axis (ring, gather).
       compute_capability: of the GPU, e.g. 9.0 (Hopper); it only widens the range of head_dim.
 
     Raises:
@@ -163,6 +137,9 @@ def choose_backend(
         head_dim=head_dim,
         sequence_length=sequence_length,
         masks_documents=masks_documents,
+        value_dim=value_dim,
+        window=window,
+        in_pieces=in_pieces,
         compute_capability=compute_capability,
     )
     if requested == "cudnn" and obstacle:

@@ -1,19 +1,21 @@
 """Causal grouped-query attention in memory that grows with the length, not with its square.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691) in plain JAX: the score matrix is cut into blocks, only the blocks that the
-causal mask leaves are computed, and each is folded into a running (output, logsumexp) pair. The backward pass keeps
-nothing but that pair and recomputes the probabilities block by block. The pieces (`block_attention`, `merge_blocks`,
-`block_gradients`) take any mask and know no scan, so that ring attention can be built from them.
+causal mask and the window leave are computed, and each is folded into a running (output, logsumexp) pair. The backward pass
+keeps nothing but that pair and recomputes the probabilities block by block. `block_attention`, `merge_blocks` and
+`block_gradients` take any mask and know no scan; `blocks_forward` and `blocks_gradients` are the scans over the blocks of a
+piece of queries and a piece of keys, from which ring attention is built too.
 
-Shape letters: B batch, L query length, S key length, H query heads, K kv heads, N head_dim as everywhere; here also
-G = H // K query heads that share a kv head, n blocks in a sequence, Q and S positions in a query block and a key block.
+Shape letters: B batch, L query length, S key length, H query heads, K kv heads, N width of a query or key head, M of a value
+head; here also G = H // K query heads that share a kv head, n blocks in a piece, Q and S positions in a query block and a key
+block.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
 from jaxtrain.sharding import vary, varying_axes
 
 MASKED = -1e30  # a logit that counts as minus infinity, yet is finite: differences of two of them are 0, not NaN
@@ -36,14 +39,15 @@ def accumulator_dtype(dtype: Any) -> Any:
 # One block
 
 
-def _logits_BKGQS(q_BKGQN: jax.Array, k_BKSN: jax.Array, visible: jax.Array) -> jax.Array:
+def _logits_BKGQS(q_BKGQN: jax.Array, k_BKSN: jax.Array, visible: jax.Array | None) -> jax.Array:
     dtype = accumulator_dtype(q_BKGQN.dtype)
     logits = jnp.einsum("BKGQN,BKSN->BKGQS", q_BKGQN, k_BKSN, preferred_element_type=dtype)
-    return jnp.where(visible, logits * (1 / math.sqrt(q_BKGQN.shape[-1])), MASKED)
+    logits = logits * (1 / math.sqrt(q_BKGQN.shape[-1]))
+    return logits if visible is None else jnp.where(visible, logits, MASKED)
 
 
 def block_attention(
-    q_BKGQN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, visible: jax.Array
+    q_BKGQN: jax.Array, k_BKSN: jax.Array, v_BKSM: jax.Array, visible: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of a block of queries over a block of keys.
 
@@ -51,24 +55,24 @@ def block_attention(
     what `merge_blocks` needs to join it with other blocks.
 
     Args:
-      visible: bool, broadcastable to [B, K, G, Q, S].
+      visible: bool, broadcastable to [B, K, G, Q, S]; None where every query sees every key.
 
     Returns:
-      o_BKGQN and logsumexp_BKGQ, float32. A row that sees no key of this block has a logsumexp near -1e30, and a finite
+      o_BKGQM and logsumexp_BKGQ, float32. A row that sees no key of this block has a logsumexp near -1e30, and a finite
       output that vanishes when merged with any row that sees one.
     """
     logits = _logits_BKGQS(q_BKGQN, k_BKSN, visible)
     largest_BKGQ1 = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest_BKGQ1)
     total_BKGQ1 = weights.sum(axis=-1, keepdims=True)
-    o = jnp.einsum("BKGQS,BKSN->BKGQN", weights.astype(v_BKSN.dtype), v_BKSN, preferred_element_type=logits.dtype)
+    o = jnp.einsum("BKGQS,BKSM->BKGQM", weights.astype(v_BKSM.dtype), v_BKSM, preferred_element_type=logits.dtype)
     return o / total_BKGQ1, (largest_BKGQ1 + jnp.log(total_BKGQ1))[..., 0]
 
 
 def merge_blocks(o_1: jax.Array, logsumexp_1: jax.Array, o_2: jax.Array, logsumexp_2: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Joins the attention over two disjoint sets of keys into the attention over both.
 
-    logsumexp = log(e^l1 + e^l2), o = o1 e^(l1 - logsumexp) + o2 e^(l2 - logsumexp). Outputs are [..., N] where the
+    logsumexp = log(e^l1 + e^l2), o = o1 e^(l1 - logsumexp) + o2 e^(l2 - logsumexp). Outputs are [..., M] where the
     logsumexps are [...]. Associative, so blocks may come in any order.
     """
     logsumexp = jnp.logaddexp(logsumexp_1, logsumexp_2)
@@ -79,11 +83,11 @@ def merge_blocks(o_1: jax.Array, logsumexp_1: jax.Array, o_2: jax.Array, logsume
 def block_gradients(
     q_BKGQN: jax.Array,
     k_BKSN: jax.Array,
-    v_BKSN: jax.Array,
-    do_BKGQN: jax.Array,
+    v_BKSM: jax.Array,
+    do_BKGQM: jax.Array,
     logsumexp_BKGQ: jax.Array,
     delta_BKGQ: jax.Array,
-    visible: jax.Array,
+    visible: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What one block of queries and one block of keys add to the gradients (arXiv:2307.08691, algorithm 2).
 
@@ -92,16 +96,16 @@ def block_gradients(
 
     Args:
       logsumexp_BKGQ: over all keys that the query sees, in this block or not.
-      delta_BKGQ: the sum over N of dO * O, with O the whole output.
+      delta_BKGQ: the sum over M of dO * O, with O the whole output.
 
     Returns:
-      dq_BKGQN, dk_BKSN, dv_BKSN, float32.
+      dq_BKGQN, dk_BKSN, dv_BKSM, float32.
     """
     logits = _logits_BKGQS(q_BKGQN, k_BKSN, visible)
     sum_in = functools.partial(jnp.einsum, preferred_element_type=logits.dtype)
     weights = jnp.exp(logits - logsumexp_BKGQ[..., None])
-    dv = sum_in("BKGQS,BKGQN->BKSN", weights.astype(do_BKGQN.dtype), do_BKGQN)
-    d_weights = sum_in("BKGQN,BKSN->BKGQS", do_BKGQN, v_BKSN)
+    dv = sum_in("BKGQS,BKGQM->BKSM", weights.astype(do_BKGQM.dtype), do_BKGQM)
+    d_weights = sum_in("BKGQM,BKSM->BKGQS", do_BKGQM, v_BKSM)
     d_logits = weights * (d_weights - delta_BKGQ[..., None]) * (1 / math.sqrt(q_BKGQN.shape[-1]))
     d_logits = d_logits.astype(q_BKGQN.dtype)
     dq = sum_in("BKGQS,BKSN->BKGQN", d_logits, k_BKSN)
@@ -110,15 +114,21 @@ def block_gradients(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All blocks of a sequence
+# All blocks of a piece of queries and a piece of keys
 
 
-def causal_block_pairs(num_blocks: int) -> np.ndarray:
-    """The (query block, key block) pairs that a causal mask leaves, int32 [num_blocks * (num_blocks + 1) / 2, 2].
+def block_pairs(num_blocks: int, block: int, rule: Rule) -> np.ndarray:
+    """The (query block, key block) pairs of which the rule leaves something to see, int32 [pairs, 2].
 
-    A row of the lower triangle after the other, so that a query block stays in cache while its keys pass.
+    A query block after the other, so that it stays in cache while its keys pass. For a causal rule that is the lower triangle,
+    n (n + 1) / 2 pairs, less those that lie wholly before the window.
     """
-    return np.array([(i, j) for i in range(num_blocks) for j in range(i + 1)], np.int32)
+
+    def within(i: int, j: int) -> bool:
+        nearest = (i - j) * block - (block - 1)
+        return not rule.causal or (j <= i and (rule.window == 0 or nearest < rule.window))
+
+    return np.array([(i, j) for i in range(num_blocks) for j in range(num_blocks) if within(i, j)], np.int32)
 
 
 def pick_block_size(length: int) -> int:
@@ -155,16 +165,6 @@ def _from_blocks(x: jax.Array, length: int) -> jax.Array:
     return x[:, :length]
 
 
-def _visible(i: jax.Array, j: jax.Array, block: int, segments_nBQ: jax.Array | None) -> jax.Array:
-    """Which keys of block j the queries of block i see: [Q, S], or [B, 1, 1, Q, S] with segments."""
-    position = jnp.arange(block)
-    causal_QS = (i * block + position)[:, None] >= (j * block + position)[None, :]
-    if segments_nBQ is None:
-        return causal_QS
-    same_BQS = _at(segments_nBQ, i)[:, :, None] == _at(segments_nBQ, j)[:, None, :]
-    return (same_BQS & causal_QS)[:, None, None]
-
-
 def _at(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
@@ -178,68 +178,155 @@ def _filled(shape: tuple[int, ...], value: float, like: jax.Array) -> jax.Array:
     return vary(jnp.full(shape, value, accumulator_dtype(like.dtype)), tuple(sorted(varying_axes(like))))
 
 
-def _forward(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKN: jax.Array, segments_BL: jax.Array | None, block: int
+class _Sight(NamedTuple):
+    """`visible` of any two blocks."""
+
+    rule: Rule
+    mask_nBQ: Mask
+    length: int
+    block: int
+
+    def visible(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
+        """Which keys of block j the queries of block i see, [B or 1, 1, 1, Q, S]; None for all."""
+        parts = (None if part is None else _at(part, at) for part, at in zip(self.mask_nBQ, (i, j, i, j), strict=True))
+        seen_BQS = visible_BLS(self.rule, Mask(*parts), self.block, self.block)
+        if self.length % self.block and not self.rule.causal:  # no causal mask hides what fills up the last block
+            exists = (j * self.block + jnp.arange(self.block) < self.length)[None, None]
+            seen_BQS = exists if seen_BQS is None else seen_BQS & exists
+        return None if seen_BQS is None else seen_BQS[:, None, None]
+
+
+def _sight(rule: Rule, mask: Mask, length: int, block: int) -> _Sight:
+    if (rule.causal or rule.window) and mask.q_index is None:
+        places = jnp.arange(length, dtype=jnp.int32)[None]
+        mask = mask._replace(q_index=places, k_index=places)
+    return _Sight(rule, Mask(*(None if part is None else _to_blocks(part, block) for part in mask)), length, block)
+
+
+def _alike(*trees: Any) -> Any:
+    """Everything typed as varying over the mesh axes that any of it varies over."""
+    return vary(trees, tuple(sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(trees))))))
+
+
+def blocks_forward(
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule, block: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, L, H, N] in the queries' dtype and the logsumexp in blocks, [n, B, K, G, Q] float32."""
-    groups = q_BLHN.shape[2] // k_BLKN.shape[2]
-    q, k, v = _to_blocks(q_BLHN, block, groups), _to_blocks(k_BLKN, block), _to_blocks(v_BLKN, block)
-    segments = None if segments_BL is None else _to_blocks(segments_BL, block)
+    """Attention of a piece of queries over a piece of as many keys, block by block.
+
+    Returns:
+      o_BLHM and logsumexp_BLH, float32, as `block_attention`.
+    """
+    q_BLHN, k_BLKN, v_BLKM, mask = _alike(q_BLHN, k_BLKN, v_BLKM, mask)
+    length, groups = q_BLHN.shape[1], q_BLHN.shape[2] // k_BLKN.shape[2]
+    block = min(block or pick_block_size(length), length)
+    q, k, v = _to_blocks(q_BLHN, block, groups), _to_blocks(k_BLKN, block), _to_blocks(v_BLKM, block)
+    sight = _sight(rule, mask, length, block)
 
     def step(carry: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         (o, logsumexp), (i, j) = carry, pair
-        o_ij, logsumexp_ij = block_attention(_at(q, i), _at(k, j), _at(v, j), _visible(i, j, block, segments))
+        o_ij, logsumexp_ij = block_attention(_at(q, i), _at(k, j), _at(v, j), sight.visible(i, j))
         o_i, logsumexp_i = merge_blocks(_at(o, i), _at(logsumexp, i), o_ij, logsumexp_ij)
         update = lax.dynamic_update_index_in_dim
         return (update(o, o_i, i, 0), update(logsumexp, logsumexp_i, i, 0)), None
 
-    empty = _filled(q.shape, 0, q), _filled(q.shape[:-1], MASKED, q)
-    (o, logsumexp), _ = lax.scan(step, empty, jnp.asarray(causal_block_pairs(q.shape[0])))
-    return _from_blocks(o, q_BLHN.shape[1]).astype(q_BLHN.dtype), logsumexp
+    empty = _filled((*q.shape[:-1], v.shape[-1]), 0, q), _filled(q.shape[:-1], MASKED, q)
+    (o, logsumexp), _ = lax.scan(step, empty, jnp.asarray(block_pairs(q.shape[0], block, rule)))
+    return _from_blocks(o, length), _from_blocks(logsumexp[..., None], length)[..., 0]
 
 
-def _no_second_derivative(*_: Any) -> tuple[Any, Any]:
-    raise NotImplementedError("blockwise attention has no second derivative; use the reference backend")
+def blocks_gradients(
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    o_BLHM: jax.Array,
+    logsumexp_BLH: jax.Array,
+    do_BLHM: jax.Array,
+    mask: Mask,
+    rule: Rule,
+    block: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a piece of queries and a piece of as many keys add to the gradients, block by block (`block_gradients`).
 
+    Args:
+      o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.
 
-# `_forward` as one call to a remat policy: one that saves matmuls would otherwise save every score block, O(L^2).
-_opaque_forward: Any = jax.custom_vjp(_forward, nondiff_argnums=(4,))
-_opaque_forward.defvjp(_no_second_derivative, _no_second_derivative)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, block: int, name: str | None) -> jax.Array:
-    return _forward(q, k, v, segments, block)[0]
-
-
-def _attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, block: int, name: str | None
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    o, logsumexp = _opaque_forward(q, k, v, segments, block)
-    if name is not None:
-        o, logsumexp = checkpoint_name(o, name), checkpoint_name(logsumexp, name)
-    return o, (q, k, v, segments, o, logsumexp)
-
-
-def _attention_backward(block: int, name: str | None, residuals: tuple[Any, ...], do_BLHN: jax.Array) -> tuple[Any, ...]:
-    del name
-    q_BLHN, k_BLKN, v_BLKN, segments_BL, o_BLHN, logsumexp = residuals
+    Returns:
+      dq_BLHN, dk_BLKN, dv_BLKM, float32.
+    """
+    arrays = _alike(q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM, mask)
+    q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM, mask = arrays
     length, groups = q_BLHN.shape[1], q_BLHN.shape[2] // k_BLKN.shape[2]
-    q, k, v = _to_blocks(q_BLHN, block, groups), _to_blocks(k_BLKN, block), _to_blocks(v_BLKN, block)
-    do, o = _to_blocks(do_BLHN, block, groups), _to_blocks(o_BLHN, block, groups)
-    segments = None if segments_BL is None else _to_blocks(segments_BL, block)
+    block = min(block or pick_block_size(length), length)
+    q, k, v = _to_blocks(q_BLHN, block, groups), _to_blocks(k_BLKN, block), _to_blocks(v_BLKM, block)
+    do, o = _to_blocks(do_BLHM, block, groups), _to_blocks(o_BLHM, block, groups)
+    logsumexp = _to_blocks(logsumexp_BLH[..., None], block, groups)[..., 0]
     delta = jnp.sum(do.astype(logsumexp.dtype) * o.astype(logsumexp.dtype), axis=-1)
+    sight = _sight(rule, mask, length, block)
 
     def step(carry: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         (dq, dk, dv), (i, j) = carry, pair
         dq_i, dk_j, dv_j = block_gradients(
-            _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i), _visible(i, j, block, segments)
+            _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i), sight.visible(i, j)
         )
         return (_add_at(dq, i, dq_i), _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)), None
 
     empty = _filled(q.shape, 0, q), _filled(k.shape, 0, q), _filled(v.shape, 0, q)
-    gradients, _ = lax.scan(step, empty, jnp.asarray(causal_block_pairs(q.shape[0])))
+    gradients, _ = lax.scan(step, empty, jnp.asarray(block_pairs(q.shape[0], block, rule)))
     dq, dk, dv = (_from_blocks(g, length) for g in gradients)
+    return dq, dk, dv
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole sequence, differentiable
+
+
+def no_second_derivative(*_: Any) -> tuple[Any, Any]:
+    """Stands for the derivative of what is already a derivative rule."""
+    raise NotImplementedError("blockwise and context attention have no second derivative; use the reference backend")
+
+
+def opaque(function: Any, static: tuple[int, ...]) -> Any:
+    """`function` as one call to a remat policy: one that saves matmuls would otherwise save every score block, O(L^2)."""
+    call = jax.custom_vjp(function, nondiff_argnums=static)
+    call.defvjp(no_second_derivative, no_second_derivative)
+    return call
+
+
+def name_residuals(name: str | None, o: jax.Array, logsumexp: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Puts `name`, by which a remat policy may keep them, on what the backward pass needs beside its inputs."""
+    return (o, logsumexp) if name is None else (checkpoint_name(o, name), checkpoint_name(logsumexp, name))
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None
+) -> tuple[jax.Array, jax.Array]:
+    o, logsumexp = blocks_forward(q, k, v, own_segments(segments), rule, block)
+    return o.astype(q.dtype), logsumexp
+
+
+_opaque_forward = opaque(_forward, (4, 5))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None, name: str | None
+) -> jax.Array:
+    return _forward(q, k, v, segments, rule, block)[0]
+
+
+def _attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None, name: str | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, rule, block))
+    return o, (q, k, v, segments, o, logsumexp)
+
+
+def _attention_backward(
+    rule: Rule, block: int | None, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array
+) -> tuple[Any, ...]:
+    del name
+    q, k, v, segments, o, logsumexp = residuals
+    dq, dk, dv = blocks_gradients(q, k, v, o, logsumexp, do_BLHM, own_segments(segments), rule, block)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -249,27 +336,27 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def blockwise_attention(
     q_BLHN: jax.Array,
     k_BLKN: jax.Array,
-    v_BLKN: jax.Array,
+    v_BLKM: jax.Array,
     segments_BL: jax.Array | None = None,
     *,
+    window: int = 0,
     residual_name: str | None = None,
     block_size: int | None = None,
 ) -> jax.Array:
-    """softmax(Q K^T / sqrt(N)) V, causal, within segments, with O(L) memory forward and backward.
+    """softmax(Q K^T / sqrt(N)) V, causal, within the window and within segments, with O(L) memory forward and backward.
 
     The backward pass needs the output and the logsumexp. Where a remat policy saves `residual_name` both are kept and
     nothing of the forward pass is computed again; otherwise remat runs this forward pass a second time.
 
     Args:
       segments_BL: int32; a token sees only tokens of its own number. None for one segment.
+      window: tokens that a token sees, itself and those before it; 0 for all. Blocks before the window are not computed.
       residual_name: name (`jax.ad_checkpoint.checkpoint_name`) put on the output and on the logsumexp. Naming the output
         outside of this function instead would save it, but not the logsumexp, and so save no work.
       block_size: positions in a block; by default `pick_block_size` of the length.
 
     Returns:
-      [B, L, H, N] in the dtype of the queries. Logits, softmax and all sums are float32.
+      [B, L, H, M] in the dtype of the queries. Logits, softmax and all sums are float32.
     """
-    axes = tuple(sorted(frozenset().union(*map(varying_axes, jax.tree.leaves((q_BLHN, k_BLKN, v_BLKN, segments_BL))))))
-    q, k, v, segments = vary((q_BLHN, k_BLKN, v_BLKN, segments_BL), axes)
-    block = min(block_size or pick_block_size(q.shape[1]), q.shape[1])
-    return _attention(q, k, v, segments, block, residual_name)
+    q, k, v, segments = _alike(q_BLHN, k_BLKN, v_BLKM, segments_BL)
+    return _attention(q, k, v, segments, Rule(window=window), block_size, residual_name)

@@ -16,11 +16,12 @@ from jaxtrain.ops.attention import attention
 from jaxtrain.ops.attention_blockwise import (
     block_attention,
     block_gradients,
+    block_pairs,
     blockwise_attention,
-    causal_block_pairs,
     merge_blocks,
     pick_block_size,
 )
+from jaxtrain.ops.attention_mask import Rule
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -99,7 +100,7 @@ def test_block_sizes(length, block):
 
 
 def test_the_pairs_are_the_lower_triangle():
-    pairs = causal_block_pairs(5)
+    pairs = block_pairs(5, 4, Rule())
     assert sorted(map(tuple, pairs)) == [(i, j) for i in range(5) for j in range(i + 1)]
 
 
@@ -139,7 +140,7 @@ def saved_by(policy, residual_name, length=32):
 
 def test_saving_by_name_spares_the_second_forward():
     """Matmuls in units of one score block product: forward 2, backward 5, and 2 more where remat repeats the forward."""
-    pairs = len(causal_block_pairs(4))
+    pairs = len(block_pairs(4, 8, Rule()))
     unit = 2 * HEADS * HEAD_DIM * 8 * 8 * pairs
     named = jax.checkpoint_policies.save_only_these_names("attention")
     assert dot_flops(saved_by(named, "attention")) == 7 * unit

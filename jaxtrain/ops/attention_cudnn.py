@@ -1,0 +1,168 @@
+"""NVIDIA's fused attention kernels (cuDNN) by way of JAX: whole sequences, and the pieces of one; and when they can be used."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
+
+LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
+# The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` spares the
+# backward pass a second forward kernel; names cannot reach inside, because the kernel's vjp rule is JAX's own.
+FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+
+
+def _one_width(*arrays: jax.Array) -> list[jax.Array]:
+    """Fills up the last dim with zeros to the widest: cuDNN wants one width, and zeros change neither scores nor sums."""
+    width = max(x.shape[-1] for x in arrays)
+    return [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in arrays]
+
+
+def _dense_mask(mask: Mask, rule: Rule, queries: int, keys: int) -> jax.Array | None:
+    """What cuDNN does not know itself (segments, places in the sequence), as bool [B, 1, L, S]."""
+    knows_window = rule.causal and mask.q_index is None
+    told = Rule(causal=False, window=0 if knows_window else rule.window)
+    seen = visible_BLS(told, mask, queries, keys)
+    return None if seen is None else seen[:, None]
+
+
+def cudnn_attention(
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, window: int = 0
+) -> jax.Array:
+    """cuDNN's fused attention (`jax.nn.dot_product_attention`): O(length) memory without segments. [B, L, H, M].
+
+    Segments go in as a dense mask [B, 1, L, L], which cuDNN takes as a bias of 2 L^2 bytes a sequence. The window is cuDNN's
+    own. Where values are not as wide as queries and keys, the narrower are filled up with zeros.
+    """
+    q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
+    length = q.shape[1]
+    o = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=_dense_mask(own_segments(segments_BL), Rule(window=window), length, length),
+        scale=1 / math.sqrt(q_BLHN.shape[-1]),
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+    return o[..., : v_BLKM.shape[-1]]
+
+
+def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
+    """The static parameters of JAX's cuDNN primitives."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    return {
+        "scale": 1 / math.sqrt(head_dim),
+        "seed": 42,
+        "dropout_rate": 0.0,
+        "variadic_args": (has_mask, False),  # (there is a bias, its gradient is wanted)
+        "mask_type": library.MaskType.CAUSAL if rule.causal else library.MaskType.NO_MASK,
+        "layout": library.AttentionLayout.BTNH.value,
+        "sliding_window_length": rule.window if rule.window and rule.causal and mask.q_index is None else None,
+    }
+
+
+def _operands(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule) -> list[jax.Array]:
+    """Queries, keys, values and the mask as a bias, then the six operands of packed and paged layouts, which are not used."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    unused = jnp.zeros(0, q.dtype)
+    dense = _dense_mask(mask, rule, q.shape[1], k.shape[1])
+    bias = unused if dense is None else library.combine_bias_and_mask(None, dense, q.dtype)
+    return [q, k, v, bias, *[unused] * 6]
+
+
+def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule) -> tuple[jax.Array, jax.Array]:
+    """Attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
+
+    `jax.nn.dot_product_attention(return_residual=True)` would round the logsumexp to the queries' dtype, and its derivative
+    knows nothing of other pieces; so this speaks to the primitive below it (jax/_src/cudnn/fused_attention_stablehlo.py, the
+    same in jax 0.10.2 and 0.11.1). cuDNN's softmax statistics are max + log(sum(exp(logit - max))) of the scaled logits, the
+    natural logsumexp (arXiv:2307.08691, section 3.1.1).
+
+    Returns:
+      o_BLHM in the queries' dtype and logsumexp_BLH float32.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    library.check_cudnn_version()  # raises where the library is missing
+    operands = _operands(*_one_width(q_BLHN, k_BLKN, v_BLKM), mask, rule)
+    settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
+    o, logsumexp_BHL = library._dot_product_attention_fwd_p_wrapper.bind(*operands, **settings, is_training=True)
+    return o[..., : v_BLKM.shape[-1]], logsumexp_BHL.transpose(0, 2, 1)
+
+
+def cudnn_piece_gradients(
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    o_BLHM: jax.Array,
+    logsumexp_BLH: jax.Array,
+    do_BLHM: jax.Array,
+    mask: Mask,
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a piece of queries and a piece of keys add to the gradients, by cuDNN's backward kernel.
+
+    The kernel computes P = exp(Q K^T / sqrt(N) - logsumexp) and dS = P * (dO V^T - sum(dO * O)) from what it is given. With
+    output and logsumexp over all keys that is the share of this piece, as in `block_gradients`.
+
+    Returns:
+      dq_BLHN, dk_BLKN, dv_BLKM in the queries' dtype.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    q, k, v, o, do = _one_width(q_BLHN, k_BLKN, v_BLKM, o_BLHM.astype(q_BLHN.dtype), do_BLHM.astype(q_BLHN.dtype))
+    operands = _operands(q, k, v, mask, rule)
+    settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
+    statistics_BHL = logsumexp_BLH.transpose(0, 2, 1)
+    dq, dk, dv = library._dot_product_attention_bwd_p_wrapper.bind(*operands, statistics_BHL, o, do, **settings)
+    return dq[..., : q_BLHN.shape[-1]], dk[..., : k_BLKN.shape[-1]], dv[..., : v_BLKM.shape[-1]]
+
+
+def cudnn_obstacle(
+    *,
+    platform: str,
+    dtype: Any,
+    head_dim: int,
+    sequence_length: int,
+    masks_documents: bool,
+    value_dim: int | None = None,
+    window: int = 0,
+    in_pieces: bool = False,
+    compute_capability: float = 8.0,
+) -> str | None:
+    """Why cuDNN's fused attention cannot be used, or None where it can.
+
+    The limits are those of `check_layout` and `check_is_flash_attention` in jax/_src/cudnn/fused_attention_stablehlo.py,
+    and our own on the size of the dense mask, which documents need, and a window where the sequence comes in pieces.
+
+    Args:
+      sequence_length: of the longest run of tokens that one kernel sees: with `in_pieces`, a device's share.
+      value_dim: width of a value head where it is not head_dim.
+      in_pieces: attention goes piece by piece over the devices of the context axis.
+    """
+    largest_head = 256 if compute_capability >= 9.0 else 128
+    width = max(head_dim, value_dim or 0)
+    if platform not in ("gpu", "cuda"):
+        return f"cuDNN needs an NVIDIA GPU, and this platform is {platform}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN needs bfloat16 or float16, and the compute dtype is {jnp.dtype(dtype)}"
+    if width % 8 or width > largest_head:
+        return f"cuDNN needs a head_dim that is a multiple of 8, at most {largest_head} on this GPU, not {width}"
+    if sequence_length % 2:
+        return f"cuDNN needs an even sequence length, not {sequence_length}"
+    masks = ["document masks"] * masks_documents + ["sliding windows over pieces"] * bool(window and in_pieces)
+    if masks and sequence_length > LARGEST_MASKED_LENGTH:
+        mebibytes = 2 * sequence_length**2 / 2**20
+        return (
+            f"{' and '.join(masks)} are a dense {mebibytes:.0f} MiB a sequence for cuDNN at length {sequence_length}, and are "
+            f"used up to length {LARGEST_MASKED_LENGTH}"
+        )
+    return None

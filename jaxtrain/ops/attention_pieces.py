@@ -1,0 +1,60 @@
+"""Attention of one piece of queries over one piece of keys, and its gradients, by any backend: what context attention folds.
+
+Both pieces have the same length L. The output and the logsumexp of a piece are merged with those of others (`merge_blocks`);
+the gradients of a piece need the output and the logsumexp over all pieces.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from jaxtrain.ops.attention_blockwise import accumulator_dtype, blocks_forward, blocks_gradients
+from jaxtrain.ops.attention_cudnn import cudnn_piece, cudnn_piece_gradients
+from jaxtrain.ops.attention_mask import Mask, Rule
+
+
+def _block(backend: str, length: int) -> int | None:
+    """The reference holds all L^2 scores: one block."""
+    return length if backend == "reference" else None
+
+
+def piece_attention(
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule, backend: str
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(Q K^T / sqrt(N)) V over the keys of this piece that the mask and the rule leave.
+
+    Args:
+      backend: reference, blockwise or cudnn.
+
+    Returns:
+      o_BLHM and logsumexp_BLH, float32. A row that sees no key has a logsumexp so low that it vanishes when merged.
+    """
+    if backend == "cudnn":
+        o, logsumexp = cudnn_piece(q_BLHN, k_BLKN, v_BLKM, mask, rule)
+        return o.astype(accumulator_dtype(o.dtype)), logsumexp
+    return blocks_forward(q_BLHN, k_BLKN, v_BLKM, mask, rule, _block(backend, q_BLHN.shape[1]))
+
+
+def piece_gradients(
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    o_BLHM: jax.Array,
+    logsumexp_BLH: jax.Array,
+    do_BLHM: jax.Array,
+    mask: Mask,
+    rule: Rule,
+    backend: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What this piece adds to dQ, dK and dV, float32 (arXiv:2307.08691, algorithm 2).
+
+    Args:
+      o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.
+      do_BLHM: gradient of o_BLHM.
+    """
+    arrays = (q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM)
+    if backend == "cudnn":
+        gradients = cudnn_piece_gradients(*arrays, mask, rule)
+        dq, dk, dv = (g.astype(accumulator_dtype(g.dtype)) for g in gradients)
+        return dq, dk, dv
+    return blocks_gradients(*arrays, mask, rule, _block(backend, q_BLHN.shape[1]))
