@@ -105,10 +105,11 @@ def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     return x if lax.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
-def all_to_all(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Cuts dim `dim` into one part for each device along a mesh axis, and joins the parts that come from each. Its transpose
-    is itself."""
-    return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=dim, concat_axis=dim, tiled=True)
+def all_to_all(x: jax.Array, axis: str, dim: int, to_dim: int | None = None) -> jax.Array:
+    """Cuts dim `dim` into one part for each device along a mesh axis, and joins the parts that come from each along `to_dim`
+    (by default `dim` again). Its transpose has the two dims changed."""
+    to_dim = dim if to_dim is None else to_dim
+    return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=dim, concat_axis=to_dim, tiled=True)
 
 
 def once(x: jax.Array, axes: Sequence[str]) -> jax.Array:

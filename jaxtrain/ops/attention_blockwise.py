@@ -190,7 +190,7 @@ class _Sight(NamedTuple):
         """Which keys of block j the queries of block i see, [B or 1, 1, 1, Q, S]; None for all."""
         parts = (None if part is None else _at(part, at) for part, at in zip(self.mask_nBQ, (i, j, i, j), strict=True))
         seen_BQS = visible_BLS(self.rule, Mask(*parts), self.block, self.block)
-        if self.length % self.block and not self.rule.causal:  # no causal mask hides what fills up the last block
+        if self.length % self.block:  # the last block is filled up
             exists = (j * self.block + jnp.arange(self.block) < self.length)[None, None]
             seen_BQS = exists if seen_BQS is None else seen_BQS & exists
         return None if seen_BQS is None else seen_BQS[:, None, None]

@@ -1,0 +1,310 @@
+"""Attention over a sequence that is shared out over the devices of the `context` axis.
+
+Three kinds, the same result:
+
+- `ring` (Liu et al. 2023, arXiv:2310.01889): keys and values go round the devices; every device folds each block that passes
+  into a running (output, logsumexp). The next block is on its way while this one is computed.
+- `gather`: the same fold over blocks that come all at once, by one all_gather of keys and values. Holds the whole length.
+- `ulysses` (Jacobs et al. 2023, arXiv:2309.14509): all_to_all exchanges heads for sequence, each device attends over whole
+  sequences with its share of the heads, and all_to_all exchanges back.
+
+Ring and gather work in zigzag order (attention_order.py): device c holds lo = piece c and hi = piece 2C - 1 - c. On its own
+[lo, hi] attention is causal by local index. Of another device j it needs two whole pieces and nothing in part: hi sees lo_j
+always, and either lo sees lo_j (j < c) or hi sees hi_j (j > c). Which of the two is a choice of operands of one shape, so every
+device does the same work and no conditional is traced. Both go as one attention with twice the batch.
+
+Shape letters as everywhere, L a device's share of the sequence; P = L / 2 a piece; M the width of a value head.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.ops.attention import attention, check_shapes
+from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, merge_blocks, name_residuals, opaque
+from jaxtrain.ops.attention_mask import Mask, Rule
+from jaxtrain.ops.attention_order import places_L
+from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
+from jaxtrain.sharding import all_gather, all_to_all, reduce_scatter, shift, vary, varying_axes
+
+PyTree = Any
+KINDS = ("ring", "gather", "ulysses")
+
+
+class Plan(NamedTuple):
+    """What is fixed when attention is traced."""
+
+    kind: str
+    backend: str
+    window: int
+
+
+def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
+    """The steps s at which some device needs the block of the device s places before it; 0 is its own, and not among them.
+
+    The pieces that meet at step s lie at least min(s, C - s) apart, so their nearest tokens (min(s, C - s) - 1) P + 1; a window
+    that reaches less far leaves out the step, its work and its transfer, on all devices.
+    """
+    reach = math.ceil((window - 1) / piece) if window else context
+    return tuple(s for s in range(1, context) if min(s, context - s) <= reach)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two pieces of another device that this one needs
+
+
+class _Meeting(NamedTuple):
+    """This device and another one, whose keys it sees."""
+
+    here: jax.Array
+    there: jax.Array
+
+    def queries(self, x_BL: jax.Array) -> jax.Array:
+        """[2B, P]: hi, then lo where the other device comes before this one, else hi."""
+        lo, hi = jnp.split(x_BL, 2, axis=1)
+        return jnp.concatenate([hi, jnp.where(self.there < self.here, lo, hi)])
+
+    def keys(self, x_BL: jax.Array) -> jax.Array:
+        """[2B, P]: lo, then lo where the other device comes before this one, else hi."""
+        lo, hi = jnp.split(x_BL, 2, axis=1)
+        return jnp.concatenate([lo, jnp.where(self.there < self.here, lo, hi)])
+
+    def queries_back(self, x_2BP: jax.Array) -> jax.Array:
+        """The transpose of `queries`: [B, L]."""
+        first, second = jnp.split(x_2BP, 2)
+        in_lo = jnp.where(self.there < self.here, second, 0)
+        return jnp.concatenate([in_lo, first + jnp.where(self.there < self.here, 0, second)], axis=1)
+
+    def keys_back(self, x_2BP: jax.Array) -> jax.Array:
+        """The transpose of `keys`: [B, L]."""
+        first, second = jnp.split(x_2BP, 2)
+        in_lo = jnp.where(self.there < self.here, second, 0)
+        return jnp.concatenate([first + in_lo, jnp.where(self.there < self.here, 0, second)], axis=1)
+
+    def merge(self, so_far: tuple[jax.Array, jax.Array], more: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Folds the attention of `queries` over `keys` into the output and logsumexp of all this device's queries."""
+        (o_lo, o_hi), (l_lo, l_hi) = (jnp.split(x, 2, axis=1) for x in so_far)
+        (o_1, o_2), (l_1, l_2) = (jnp.split(x, 2) for x in more)
+        is_before = self.there < self.here
+        lo = merge_blocks(o_lo, l_lo, o_2, jnp.where(is_before, l_2, MASKED))
+        hi = merge_blocks(*merge_blocks(o_hi, l_hi, o_1, l_1), o_2, jnp.where(is_before, MASKED, l_2))
+        o, logsumexp = (jnp.concatenate(halves, axis=1) for halves in zip(lo, hi, strict=True))
+        return o, logsumexp
+
+
+def _meet(step: Any) -> _Meeting:
+    here = lax.axis_index("context")
+    return _Meeting(here, (here - step) % lax.axis_size("context"))
+
+
+def _of_device(x: jax.Array | None, device: jax.Array, length: int) -> jax.Array | None:
+    """A device's share of an array that holds dim 1 whole."""
+    return None if x is None else lax.dynamic_slice_in_dim(x, device * length, length, axis=1)
+
+
+def _mask(meeting: _Meeting, shape: tuple[int, ...], segments_BL: jax.Array | None, window: int) -> Mask:
+    """The mask of this device's queries and the other's keys, whole shares. Places are needed for a window only."""
+    context, length = lax.axis_size("context"), shape[1]
+    places = [jnp.broadcast_to(places_L(d, context, length), shape[:2]) if window else None for d in meeting]
+    return Mask(*places, *(_of_device(segments_BL, device, length) for device in meeting))
+
+
+def _mask_of_pieces(meeting: _Meeting, mask: Mask) -> Mask:
+    take = (meeting.queries, meeting.keys, meeting.queries, meeting.keys)
+    return Mask(*(None if part is None else side(part) for side, part in zip(take, mask, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the blocks of the other devices come by
+
+Visit = Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]]
+
+
+def _send(tree: PyTree, by: int) -> PyTree:
+    return jax.tree.map(lambda x: shift(x, "context", by), tree) if by else tree
+
+
+def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
+    """visit(carry, step, blocks of that step) -> (carry, what to add to those blocks' sums), in turn.
+
+    Blocks travel from device to device. Their sums follow one step behind, since a visit takes until the next transfer to add
+    to them, and come home in the end. A transfer is always issued before the visit that it can hide behind. Runs of steps with
+    the same transfers are a scan.
+    """
+    onward = [later - earlier for earlier, later in itertools.pairwise(steps)] + [0]
+    into = [0, *onward[:-1]] if jax.tree.leaves(sums) else [0] * len(steps)
+    state = _send(blocks, steps[0]), sums, carry
+    for (arriving, leaving), run in itertools.groupby(zip(into, onward, steps, strict=True), key=operator.itemgetter(0, 1)):
+
+        def one(state: tuple, step: Any, arriving: int = arriving, leaving: int = leaving) -> tuple[tuple, None]:
+            blocks, sums, carry = state
+            following, arrived = _send(blocks, leaving), _send(sums, arriving)
+            carry, added = visit(carry, step, blocks)
+            return (following, jax.tree.map(jnp.add, arrived, added), carry), None
+
+        numbers = [step for _, _, step in run]
+        state = one(state, numbers[0])[0] if len(numbers) == 1 else lax.scan(one, state, jnp.asarray(numbers))[0]
+    _, sums, carry = state
+    return carry, _send(sums, lax.axis_size("context") - steps[-1])
+
+
+def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
+    """`_go_round` with all blocks gathered at once, and all sums reduce-scattered at once in the blocks' dtype."""
+    context, here = lax.axis_size("context"), lax.axis_index("context")
+    whole = jax.tree.map(lambda x: all_gather(x, "context", dim=1), blocks)
+    whole_sums = jax.tree.map(lambda x: jnp.concatenate([x] * context, axis=1), sums)
+
+    def one(state: tuple, step: Any) -> tuple[tuple, None]:
+        sums, carry = state
+        there = (here - step) % context
+        block = jax.tree.map(lambda x, y: _of_device(x, there, y.shape[1]), whole, blocks)
+        carry, added = visit(carry, step, block)
+
+        def add(total: jax.Array, more: jax.Array) -> jax.Array:
+            so_far = lax.dynamic_slice_in_dim(total, there * more.shape[1], more.shape[1], axis=1)
+            return lax.dynamic_update_slice_in_dim(total, so_far + more, there * more.shape[1], axis=1)
+
+        return (jax.tree.map(add, sums, added), carry), None
+
+    (whole_sums, carry), _ = lax.scan(one, (whole_sums, carry), jnp.asarray(steps))
+    if not jax.tree.leaves(sums):
+        return carry, sums
+    # Partial sums are rounded to the compute dtype before they are added up, like those that tensor parallelism scatters.
+    scattered = jax.tree.map(lambda x, y: reduce_scatter(x.astype(y.dtype), "context", dim=1), whole_sums, blocks)
+    return carry, jax.tree.map(lambda x, y: x.astype(y.dtype), scattered, sums)
+
+
+def _others(plan: Plan, blocks: PyTree, sums: PyTree, carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
+    """Visits every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
+    piece = jax.tree.leaves(blocks)[0].shape[1] // 2
+    steps = needed_steps(lax.axis_size("context"), piece, plan.window)
+    go = {"ring": _go_round, "gather": _take_from_all}[plan.kind]
+    return go(blocks, sums, steps, carry, visit) if steps else (carry, sums)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fold, forward and backward
+
+
+def _forward(
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """o_BLHM in the queries' dtype and logsumexp_BLH float32, over the whole sequence."""
+    shape = q_BLHN.shape
+
+    def visit(so_far: tuple[jax.Array, jax.Array], step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[PyTree, tuple]:
+        meeting = _meet(step)
+        mask = _mask_of_pieces(meeting, _mask(meeting, shape, segments_BL, plan.window))
+        k, v = map(meeting.keys, block)
+        more = piece_attention(meeting.queries(q_BLHN), k, v, mask, Rule(False, plan.window), plan.backend)
+        return meeting.merge(so_far, more), ()
+
+    own = _mask(_meet(0), shape, segments_BL, plan.window)
+    so_far = piece_attention(q_BLHN, k_BLKN, v_BLKM, own, Rule(True, plan.window), plan.backend)
+    (o, logsumexp), _ = _others(plan, (k_BLKN, v_BLKM), (), so_far, visit)
+    return o.astype(q_BLHN.dtype), logsumexp
+
+
+def _backward(plan: Plan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
+    """Keys and values come by once more, and float32 sums of their gradients with them."""
+    del name
+    q, k, v, segments, o, logsumexp = residuals
+
+    def visit(dq: jax.Array, step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        meeting = _meet(step)
+        mask = _mask_of_pieces(meeting, _mask(meeting, q.shape, segments, plan.window))
+        rows = map(meeting.queries, (o, logsumexp, do_BLHM))
+        more, dk, dv = piece_gradients(
+            meeting.queries(q), *map(meeting.keys, block), *rows, mask, Rule(False, plan.window), plan.backend
+        )
+        return dq + meeting.queries_back(more), (meeting.keys_back(dk), meeting.keys_back(dv))
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x.dtype)), (q, k, v))
+    dq, dkv = _others(plan, (k, v), zeros[1:], zeros[0], visit)
+    # Last, so that the sums' way home has something to hide behind; they are twice as large as the first block's keys and
+    # values, which have not.
+    own = _mask(_meet(0), q.shape, segments, plan.window)
+    mine = piece_gradients(q, k, v, o, logsumexp, do_BLHM, own, Rule(True, plan.window), plan.backend)
+    gradients = jax.tree.map(lambda x, y, z: (x + y).astype(z.dtype), mine, (dq, *dkv), (q, k, v))
+    return *gradients, None
+
+
+_opaque_forward = opaque(_forward, (4,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _folded(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: Plan, name: str | None) -> jax.Array:
+    return _forward(q, k, v, segments, plan)[0]
+
+
+def _folded_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: Plan, name: str | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, plan))
+    return o, (q, k, v, segments, o, logsumexp)
+
+
+_folded.defvjp(_folded_forward, _backward)
+
+
+def context_attention(
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    *,
+    kind: str,
+    backend: str,
+    window: int = 0,
+    segments_BL: jax.Array | None = None,
+    residual_name: str | None = None,
+) -> jax.Array:
+    """`attention` over the whole sequence, of which this device holds L tokens in the order of `share_out(batch, kind)`.
+
+    Inside the manual region. With `context` of size 1 it is `attention`. With ring and gather the backward pass needs the
+    queries, keys, values, output and logsumexp of this device, and has the others' keys and values come again: no remat policy
+    can keep them. Collectives over `context` in a layer, with steps = C - 1 or fewer (`needed_steps`):
+
+    - ring: steps ppermutes each of keys and of values, forward and again backward, and steps of each one's float32 gradient.
+    - gather: one all_gather each of keys and values, forward and again backward, and one reduce_scatter of each one's gradient
+      in the compute dtype.
+    - ulysses: an all_to_all each of queries, keys, values and output, and backward the same of their gradients.
+
+    Args:
+      q_BLHN: this device's queries; k_BLKN, v_BLKM its keys and values. Positions are already in them.
+      kind: ring, gather or ulysses, as `choose_context_attention` chose; ulysses needs K divisible by the axis' size.
+      backend: what computes a piece, or with ulysses a whole sequence: reference, blockwise or cudnn.
+      window: tokens that a token sees, itself and those before it; 0 for all.
+      segments_BL: int32 document numbers of the WHOLE sequence in the devices' order, as `share_out` gives them.
+      residual_name: name put on what the backward pass needs, output and logsumexp.
+
+    Returns:
+      [B, L, H, M] in the dtype of the queries.
+
+    Raises:
+      ValueError: the shapes do not fit.
+    """
+    check_shapes(q_BLHN, k_BLKN, v_BLKM)
+    options = {"backend": backend, "window": window, "segments_BL": segments_BL, "residual_name": residual_name}
+    context = lax.axis_size("context")
+    if context == 1:
+        return attention(q_BLHN, k_BLKN, v_BLKM, **options)
+    if kind == "ulysses":
+        if k_BLKN.shape[2] % context:
+            raise ValueError(f"ulysses exchanges heads, but context={context} does not divide {k_BLKN.shape[2]} kv heads")
+        q, k, v = (all_to_all(x, "context", dim=2, to_dim=1) for x in (q_BLHN, k_BLKN, v_BLKM))
+        return all_to_all(attention(q, k, v, **options), "context", dim=1, to_dim=2)
+    if q_BLHN.shape[1] % 2:
+        raise ValueError(f"{kind} attention cuts a device's {q_BLHN.shape[1]} tokens into two pieces; use an even number")
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((q_BLHN, k_BLKN, v_BLKM, segments_BL))), {"context"})
+    q, k, v, segments = vary((q_BLHN, k_BLKN, v_BLKM, segments_BL), tuple(sorted(axes)))
+    with jax.named_scope(f"attention_{kind}_{backend}"):
+        return _folded(q, k, v, segments, Plan(kind, backend, window), residual_name)

@@ -1,0 +1,76 @@
+"""Which tokens of a sequence a device of the `context` axis holds, and how a batch is brought into that order.
+
+The batch arrives in contiguous shares. Ulysses leaves them so. Ring and gather want the zigzag order: the sequence is cut into
+2C pieces, C the size of the axis, and device c holds pieces c and 2C - 1 - c, one after the other. A causal query in piece p
+sees p + 1/2 pieces, so a device's two pieces see 2C together, whichever device it is: equal work. (Contiguous shares would give
+the last device nearly twice the mean.) The order is that of Megatron-LM's and of "Striped Attention"'s (arXiv:2311.09431)
+load balance; here whole pieces stay contiguous, so that fused kernels can work on them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxtrain.sharding import all_gather
+
+IN_PIECES = ("ring", "gather")  # kinds of context attention that go piece by piece, in zigzag order
+
+
+def zigzag_pieces(device: Any, context: int) -> tuple[Any, Any]:
+    """The two of 2 x context pieces that a device holds, in its order: (c, 2C - 1 - c)."""
+    return device, 2 * context - 1 - device
+
+
+def zigzag_order(context: int) -> np.ndarray:
+    """The pieces in the order in which the devices hold them, int32 [2C]."""
+    return np.array([piece for device in range(context) for piece in zigzag_pieces(device, context)], np.int32)
+
+
+def places_L(device: Any, context: int, length: int) -> jax.Array:
+    """Where in the sequence each of the `length` tokens of a device stands, in zigzag order: int32 [length]."""
+    piece, within = length // 2, jnp.arange(length // 2, dtype=jnp.int32)
+    return jnp.concatenate([piece * p + within for p in zigzag_pieces(device, context)])
+
+
+def find_place(place: jax.Array, kind: str, length: int, context: int) -> tuple[jax.Array, jax.Array]:
+    """The device that holds a place of the sequence, and its index among the `length` tokens there."""
+    if kind not in IN_PIECES:
+        return place // length, place % length
+    piece, within = place // (length // 2), place % (length // 2)
+    is_second = piece >= context
+    return jnp.where(is_second, 2 * context - 1 - piece, piece), within + jnp.where(is_second, length // 2, 0)
+
+
+def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
+    """This device's tokens of a batch, in the order that a kind of context attention wants, inside the manual region.
+
+    For ring and gather one all_gather over `context` of all arrays together, then a slice; for ulysses the tokens stay where
+    they are, and only segments are gathered.
+
+    Args:
+      batch: int32 arrays [B, L / C], this device's contiguous share.
+
+    Returns:
+      The same names, [B, L / C]; but `segments`, where given, is [B, L], of the whole sequence in the devices' order.
+    """
+    context, names = lax.axis_size("context"), list(batch)
+    if context == 1:
+        return batch
+    if kind not in IN_PIECES:
+        whole = {"segments": all_gather(batch["segments"], "context", dim=1)} if "segments" in batch else {}
+        return batch | whole
+    with jax.named_scope("zigzag"):
+        stacked_TBL = jnp.stack([batch[name] for name in names])
+        count, rows, length = stacked_TBL.shape
+        pieces = all_gather(stacked_TBL, "context", dim=2).reshape(count, rows, 2 * context, length // 2)
+        ordered_TBL = pieces[:, :, zigzag_order(context)].reshape(count, rows, context * length)
+        share_TBL = lax.dynamic_slice_in_dim(ordered_TBL, lax.axis_index("context") * length, length, axis=2)
+        share = dict(zip(names, share_TBL, strict=True))
+        if "segments" in batch:
+            share["segments"] = ordered_TBL[names.index("segments")]
+    return share
