@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention import attention, check_shapes
 from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, merge_blocks, name_residuals, opaque
+from jaxtrain.ops.attention_cudnn import cudnn_obstacle
 from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import places_L
 from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
@@ -38,6 +40,9 @@ from jaxtrain.sharding import all_gather, all_to_all, reduce_scatter, shift, var
 
 PyTree = Any
 KINDS = ("ring", "gather", "ulysses")
+# FLOP that a GPU does in the time in which it receives a byte: H100, 989 TFLOP/s dense bf16, of which a fused kernel reaches
+# some 65%, over 450 GB/s of NVLink in one direction (NVIDIA H100 datasheet).
+RING_HIDES_FROM = 1400
 
 
 class Plan(NamedTuple):
@@ -126,6 +131,7 @@ def _mask_of_pieces(meeting: _Meeting, mask: Mask) -> Mask:
 # ---------------------------------------------------------------------------------------------------------------------
 # How the blocks of the other devices come by
 
+Begin = Callable[[], PyTree]
 Visit = Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]]
 
 
@@ -133,8 +139,8 @@ def _send(tree: PyTree, by: int) -> PyTree:
     return jax.tree.map(lambda x: shift(x, "context", by), tree) if by else tree
 
 
-def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
-    """visit(carry, step, blocks of that step) -> (carry, what to add to those blocks' sums), in turn.
+def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
+    """carry = begin(); then visit(carry, step, blocks of that step) -> (carry, what to add to those blocks' sums), in turn.
 
     Blocks travel from device to device. Their sums follow one step behind, since a visit takes until the next transfer to add
     to them, and come home in the end. A transfer is always issued before the visit that it can hide behind. Runs of steps with
@@ -142,7 +148,7 @@ def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTre
     """
     onward = [later - earlier for earlier, later in itertools.pairwise(steps)] + [0]
     into = [0, *onward[:-1]] if jax.tree.leaves(sums) else [0] * len(steps)
-    state = _send(blocks, steps[0]), sums, carry
+    state = _send(blocks, steps[0]), sums, begin()
     for (arriving, leaving), run in itertools.groupby(zip(into, onward, steps, strict=True), key=operator.itemgetter(0, 1)):
 
         def one(state: tuple, step: Any, arriving: int = arriving, leaving: int = leaving) -> tuple[tuple, None]:
@@ -157,7 +163,7 @@ def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTre
     return carry, _send(sums, lax.axis_size("context") - steps[-1])
 
 
-def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
+def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
     """`_go_round` with all blocks gathered at once, and all sums reduce-scattered at once in the blocks' dtype."""
     context, here = lax.axis_size("context"), lax.axis_index("context")
     whole = jax.tree.map(lambda x: all_gather(x, "context", dim=1), blocks)
@@ -175,7 +181,7 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: 
 
         return (jax.tree.map(add, sums, added), carry), None
 
-    (whole_sums, carry), _ = lax.scan(one, (whole_sums, carry), jnp.asarray(steps))
+    (whole_sums, carry), _ = lax.scan(one, (whole_sums, begin()), jnp.asarray(steps))
     if not jax.tree.leaves(sums):
         return carry, sums
     # Partial sums are rounded to the compute dtype before they are added up, like those that tensor parallelism scatters.
@@ -183,12 +189,12 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], carry: 
     return carry, jax.tree.map(lambda x, y: x.astype(y.dtype), scattered, sums)
 
 
-def _others(plan: Plan, blocks: PyTree, sums: PyTree, carry: PyTree, visit: Visit) -> tuple[PyTree, PyTree]:
+def _others(plan: Plan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
     """Visits every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
     steps = needed_steps(lax.axis_size("context"), piece, plan.window)
     go = {"ring": _go_round, "gather": _take_from_all}[plan.kind]
-    return go(blocks, sums, steps, carry, visit) if steps else (carry, sums)
+    return go(blocks, sums, steps, begin, visit) if steps else (begin(), sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,9 +214,11 @@ def _forward(
         more = piece_attention(meeting.queries(q_BLHN), k, v, mask, Rule(False, plan.window), plan.backend)
         return meeting.merge(so_far, more), ()
 
-    own = _mask(_meet(0), shape, segments_BL, plan.window)
-    so_far = piece_attention(q_BLHN, k_BLKN, v_BLKM, own, Rule(True, plan.window), plan.backend)
-    (o, logsumexp), _ = _others(plan, (k_BLKN, v_BLKM), (), so_far, visit)
+    def own() -> tuple[jax.Array, jax.Array]:
+        mask = _mask(_meet(0), shape, segments_BL, plan.window)
+        return piece_attention(q_BLHN, k_BLKN, v_BLKM, mask, Rule(True, plan.window), plan.backend)
+
+    (o, logsumexp), _ = _others(plan, (k_BLKN, v_BLKM), (), own, visit)
     return o.astype(q_BLHN.dtype), logsumexp
 
 
@@ -222,14 +230,13 @@ def _backward(plan: Plan, name: str | None, residuals: tuple[Any, ...], do_BLHM:
     def visit(dq: jax.Array, step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         meeting = _meet(step)
         mask = _mask_of_pieces(meeting, _mask(meeting, q.shape, segments, plan.window))
-        rows = map(meeting.queries, (o, logsumexp, do_BLHM))
-        more, dk, dv = piece_gradients(
-            meeting.queries(q), *map(meeting.keys, block), *rows, mask, Rule(False, plan.window), plan.backend
-        )
+        (k_there, v_there), rows = map(meeting.keys, block), [meeting.queries(x) for x in (q, o, logsumexp, do_BLHM)]
+        arrays = (rows[0], k_there, v_there, *rows[1:])
+        more, dk, dv = piece_gradients(*arrays, mask=mask, rule=Rule(False, plan.window), backend=plan.backend)
         return dq + meeting.queries_back(more), (meeting.keys_back(dk), meeting.keys_back(dv))
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x.dtype)), (q, k, v))
-    dq, dkv = _others(plan, (k, v), zeros[1:], zeros[0], visit)
+    dq, dkv = _others(plan, (k, v), zeros[1:], lambda: zeros[0], visit)
     # Last, so that the sums' way home has something to hide behind; they are twice as large as the first block's keys and
     # values, which have not.
     own = _mask(_meet(0), q.shape, segments, plan.window)
@@ -308,3 +315,60 @@ def context_attention(
     q, k, v, segments = vary((q_BLHN, k_BLKN, v_BLKM, segments_BL), tuple(sorted(axes)))
     with jax.named_scope(f"attention_{kind}_{backend}"):
         return _folded(q, k, v, segments, Plan(kind, backend, window), residual_name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+def choose_context_attention(
+    requested: str,
+    *,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    sequence_length: int,
+    backend: str = "auto",
+    **facts: Any,
+) -> tuple[str, str]:
+    """The kind of context attention to use, and why, in a line for the log.
+
+    `auto` takes the ring, whose transfers hide behind its compute: in a step a device receives 2P keys and values and computes
+    2P^2 scores a query head, in bf16 P H / K FLOP a byte. It takes ulysses where the heads allow it and the pieces are so short
+    that transfers would show, or where cuDNN could be used on whole sequences, but not on pieces. It never takes gather, which
+    holds keys and values of the whole length.
+
+    Args:
+      requested: auto, ring, gather or ulysses (`sharding.context_attention`).
+      context: size of the axis.
+      heads, kv_heads: on a device, after tensor parallelism.
+      sequence_length: of a whole sequence.
+      backend: the backend that is asked for (`model.attention`).
+      facts: the other arguments of `cudnn_obstacle`.
+
+    Raises:
+      ExplainedError: the kind is unknown, or ulysses is asked for and the heads do not allow it.
+    """
+    if requested not in ("auto", *KINDS):
+        raise ExplainedError(f"sharding.context_attention={requested!r}: {nearest(requested, ('auto', *KINDS))}")
+    uneven = f"context={context} does not divide the {kv_heads} kv heads of a device"
+    if requested == "ulysses" and kv_heads % context:
+        raise ExplainedError(f"sharding.context_attention=ulysses exchanges heads, but {uneven}; use ring or gather")
+    if requested != "auto":
+        return requested, "asked for"
+    if context == 1:
+        return "ring", "context=1: nothing to exchange"
+    piece = sequence_length // (2 * context)
+    in_pieces = cudnn_obstacle(sequence_length=sequence_length // context, in_pieces=True, **facts)
+    whole = cudnn_obstacle(sequence_length=sequence_length, **facts)
+    intensity = piece * heads // kv_heads
+    hides = f"pieces of {piece} tokens do {intensity} FLOP a received byte, and from {RING_HIDES_FROM} on transfers hide"
+    if kv_heads % context:
+        return "ring", f"{uneven}, as ulysses needs; {hides}"
+    if backend in ("auto", "cudnn") and bool(in_pieces) != bool(whole):
+        return (
+            ("ulysses", f"whole sequences can use cuDNN, but {in_pieces}")
+            if in_pieces
+            else ("ring", f"pieces can use cuDNN, but {whole}")
+        )
+    return ("ring" if intensity >= RING_HIDES_FROM else "ulysses"), hides

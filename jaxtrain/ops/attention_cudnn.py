@@ -74,7 +74,7 @@ def _operands(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule) 
 
     unused = jnp.zeros(0, q.dtype)
     dense = _dense_mask(mask, rule, q.shape[1], k.shape[1])
-    bias = unused if dense is None else library.combine_bias_and_mask(None, dense, q.dtype)
+    bias: Any = unused if dense is None else library.combine_bias_and_mask(None, dense, q.dtype)
     return [q, k, v, bias, *[unused] * 6]
 
 
@@ -92,7 +92,8 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
     from jax._src.cudnn import fused_attention_stablehlo as library
 
     library.check_cudnn_version()  # raises where the library is missing
-    operands = _operands(*_one_width(q_BLHN, k_BLKN, v_BLKM), mask, rule)
+    q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
+    operands = _operands(q, k, v, mask, rule)
     settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
     o, logsumexp_BHL = library._dot_product_attention_fwd_p_wrapper.bind(*operands, **settings, is_training=True)
     return o[..., : v_BLKM.shape[-1]], logsumexp_BHL.transpose(0, 2, 1)

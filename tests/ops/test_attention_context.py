@@ -1,20 +1,29 @@
 """Attention over a shared-out sequence against `reference_attention` of the whole sequence on one device, float32."""
 
+import collections
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
+from jax._src.interpreters import partial_eval as pe
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MESH_AXES
+from jaxtrain.errors import ExplainedError
 from jaxtrain.ops.attention import reference_attention
-from jaxtrain.ops.attention_context import context_attention
-from jaxtrain.ops.attention_order import zigzag_order
+from jaxtrain.ops.attention_context import choose_context_attention, context_attention, needed_steps
+from jaxtrain.ops.attention_order import find_place, share_out, zigzag_order, zigzag_pieces
 from jaxtrain.sharding import vary
 from tests.ops.test_attention import ragged_segments, relative
+from tests.ops.test_attention_blockwise import dot_flops
 
 FAST_COMPILE = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
@@ -78,25 +87,40 @@ def region(case, remat=lambda f: f):
     return jax.shard_map(local, mesh=mesh_of(case.context), **specs, check_vma=True)
 
 
+@functools.cache
+def compiled(function, *shapes):
+    """Compiled quickly rather than well."""
+    return jax.jit(function).lower(*shapes).compile(FAST_COMPILE)
+
+
+def shapes_of(*arrays):
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+
+
+@functools.cache
+def truth_of(window, documents):
+    def truth(q, k, v, do, segments):
+        segments = segments if documents else None
+        o, pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, segments, window), q, k, v)
+        return o, *pull(do)
+
+    return truth
+
+
 def expected(case, arrays, segments):
-    q, k, v, do = arrays
-    segments = segments if case.documents else None
-    o, pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, segments, case.window), q, k, v)
-    return o, *pull(do)
+    return compiled(truth_of(case.window, case.documents), *shapes_of(*arrays, segments))(*arrays, segments)
 
 
 CASES = [
-    *(Case(context=c, kind=kind) for c in (2, 4) for kind in ("ring", "gather")),
-    Case(context=8, kind="ring", length=48, kv_heads=1),
-    Case(context=8, kind="gather", length=32, window=5),
+    Case(context=4, kind="ring"),
+    Case(context=4, kind="gather"),
     Case(context=4, kind="ulysses", heads=8, kv_heads=4),
     Case(context=2, kind="ulysses", window=7, value_dim=4),
-    Case(context=4, kind="ring", backend="reference", documents=False),
-    Case(context=4, kind="ring", backend="reference", heads=6, kv_heads=3, head_dim=6, value_dim=4),
-    Case(context=2, kind="ring", length=20, window=3, documents=False),
-    Case(context=4, kind="ring", length=40, window=6, value_dim=12),  # the window reaches one piece on: two steps left out
+    Case(context=8, kind="ring", length=48, kv_heads=1),
+    Case(context=8, kind="gather", length=32, window=5),
+    Case(context=4, kind="ring", backend="reference", heads=6, kv_heads=3, head_dim=6, value_dim=4, documents=False),
+    Case(context=4, kind="ring", length=40, window=5, value_dim=12),  # the window reaches one piece on: a step is left out
     Case(context=8, kind="ring", length=32, window=1),  # every token sees itself only
-    Case(context=8, kind="ring", length=32, window=4, heads=1, kv_heads=1),
     Case(context=2, kind="ring", length=4, backend="reference", window=100),  # pieces of one token
     Case(context=2, kind="ring", length=1200, heads=1, kv_heads=1),  # several blocks to a piece, the last not full
     Case(context=2, kind="gather", length=1200, heads=1, kv_heads=1, window=170, documents=False),
@@ -118,5 +142,195 @@ def test_equals_the_whole_sequence_on_one_device(case):
 
 @functools.cache
 def step_of(case):
-    (arrays, segments) = draw(case)
-    return jax.jit(region(case)).lower(*arrays, segments).compile(FAST_COMPILE)
+    return compiled(region(case), *shapes_of(*draw(case)[0], draw(case)[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def primitives(jaxpr, times=1):
+    """Counts of the primitives that a program runs, those in a scan times its length."""
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        counts[equation.primitive.name] += times
+        length = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            counts += primitives(inner, times * length)
+    return counts
+
+
+def program_of(case, forward_only=False, remat=lambda f: f):
+    arrays, segments = draw(case)
+    whole = region(case, remat)
+    function = (lambda *x: whole(*x)[0]) if forward_only else whole
+    # Without what the backward pass alone needs, as XLA would drop it.
+    return pe.dce_jaxpr(jax.make_jaxpr(function)(*arrays, segments).jaxpr, [True] * (1 if forward_only else 4))[0]
+
+
+@pytest.mark.parametrize("context", [2, 4, 8])
+@pytest.mark.parametrize("window", [0, 3])
+def test_collectives_are_those_of_the_design(context, window):
+    case = Case(context=context, length=8 * context, kv_heads=8, heads=8, window=window)
+    steps = context - 1 if window == 0 else min(context - 1, 2)  # the window reaches one piece of 4 tokens on
+    assert len(needed_steps(context, 4, window)) == steps
+
+    def collectives(kind, forward_only):
+        counts = primitives(program_of(case._replace(kind=kind), forward_only))
+        return {n: c for n, c in counts.items() if n in ("ppermute", "all_gather", "reduce_scatter", "all_to_all")}
+
+    # Keys and values; backward they come again, and their gradients go as far: from the first visit home.
+    assert collectives("ring", True) == {"ppermute": 2 * steps}
+    assert collectives("ring", False) == {"ppermute": (2 + 2 + 2) * steps}
+    assert collectives("gather", True) == {"all_gather": 2}
+    assert collectives("gather", False) == {"all_gather": 4, "reduce_scatter": 2}
+    assert collectives("ulysses", True) == {"all_to_all": 4}
+    assert collectives("ulysses", False) == {"all_to_all": 8}
+
+
+@pytest.mark.parametrize("kind", ["ring", "gather"])
+def test_every_device_does_the_same_work_and_none_too_much(kind):
+    """One program without a conditional does on each device 1/C of the causal triangle, but for its diagonal blocks."""
+    case = Case(context=4, kind=kind, backend="reference", length=256, documents=False)
+    program = program_of(case)
+    assert not {"cond", "switch"} & set(primitives(program))
+    assert_static_loops(program)
+    batch, share = 2, case.length // case.context
+    scores = share**2 + (case.context - 1) * 2 * (share // 2) ** 2  # its own square, and two pieces of each other device
+    matmul = 2 * batch * case.heads * case.head_dim
+    assert dot_flops(program) == (2 + 5) * matmul * scores
+    # Blockwise, its own square becomes a triangle, and the whole is L^2 / 2C and half a share's diagonal blocks.
+    assert scores - share**2 / 2 == case.length**2 / (2 * case.context)
+
+
+def assert_static_loops(jaxpr):
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name != "while"
+        for inner in jaxprs_in_params(equation.params):
+            assert_static_loops(inner)
+
+
+@pytest.mark.parametrize("kind", ["ring", "gather"])
+def test_the_next_transfer_is_issued_before_the_work(kind):
+    """In every scan body of the ring, and before the device's own block."""
+    program = program_of(Case(context=4, kind=kind), forward_only=True)
+
+    def order(jaxpr):
+        names = []
+        for equation in jaxpr.eqns:
+            inner = [n for j in jaxprs_in_params(equation.params) for n in order(j)]
+            if equation.primitive.name in ("ppermute", "dot_general", "all_gather"):
+                names.append(equation.primitive.name)
+            elif inner:
+                names += inner
+        return names
+
+    names = [name for name, _ in itertools.groupby(order(program))]
+    transfer = {"ring": "ppermute", "gather": "all_gather"}[kind]
+    assert names[0] == transfer
+    assert names == ([transfer, "dot_general"] * 2 if kind == "ring" else [transfer, "dot_general"])
+
+
+@pytest.mark.parametrize("kind", ["ring", "gather", "ulysses"])
+def test_remat_keeps_what_is_named_and_nothing_that_came_from_another_device(kind):
+    case = Case(context=4, kind=kind, heads=4, kv_heads=4, head_dim=8, value_dim=4)
+    policies = jax.checkpoint_policies
+    plain = dot_flops(program_of(case))
+
+    def flops(policy):
+        return dot_flops(program_of(case, remat=lambda f: jax.checkpoint(f, policy=policy)))
+
+    assert flops(policies.save_only_these_names("attention")) == plain  # nothing of the forward pass again
+    assert flops(policies.nothing_saveable) > 1.2 * plain
+
+    def kept(policy):
+        attend = functools.partial(context_attention, kind=kind, backend="blockwise", residual_name="attention")
+        arrays, _ = draw(case)
+        shares = [x[:, : case.length // case.context] for x in arrays[:3]]
+
+        def local(*shares):
+            found.extend(saved_residuals(jax.checkpoint(attend, policy=policy), *vary(shares)))
+            return shares[0]
+
+        found = []
+        specs = {"in_specs": (P(),) * 3, "out_specs": P()}
+        jax.make_jaxpr(jax.shard_map(local, mesh=mesh_of(case.context), **specs))(*shares)
+        return sum(math.prod(aval.shape) for aval, source in found if "argument" not in source)
+
+    share = 2 * case.length // case.context * case.heads
+    if kind != "ulysses":  # output and logsumexp and no more, whatever the policy: neither scores nor keys of others
+        assert kept(policies.everything_saveable) == share * (case.value_dim + 1)
+        assert kept(policies.save_only_these_names("attention")) == share * (case.value_dim + 1)
+        assert kept(policies.dots_saveable) < 10  # numbers, not arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of the tokens
+
+
+@pytest.mark.parametrize("context", [1, 2, 4, 8])
+def test_zigzag_gives_each_device_equal_causal_work(context):
+    seen = [sum(2 * piece + 1 for piece in zigzag_pieces(device, context)) for device in range(context)]
+    assert set(seen) == {4 * context}  # in half pieces
+    assert sorted(zigzag_order(context)) == list(range(2 * context))
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses"])
+def test_a_batch_is_shared_out_by_one_gather_and_places_are_found_again(kind):
+    context, length = 4, 24
+    tokens = np.arange(2 * length, dtype=np.int32).reshape(2, length)
+    batch = {"tokens": tokens, "positions": tokens % 5, "segments": tokens % 7}
+
+    def local(batch):
+        shared = share_out(batch, kind)
+        whole = jax.lax.dynamic_index_in_dim(jax.lax.all_gather(shared["segments"], "context"), 0, keepdims=False)
+        return {**shared, "segments": whole}
+
+    rows = P(None, "context")
+    split = {"in_specs": ({name: rows for name in batch},), "out_specs": {"tokens": rows, "positions": rows, "segments": P()}}
+    step = jax.shard_map(local, mesh=mesh_of(context), **split, check_vma=False)
+    shared = step(batch)
+    case = Case(context=context, kind=kind)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(shared[name], in_order(array, case), name)
+    assert primitives(jax.make_jaxpr(step)(batch).jaxpr)["all_gather"] == 1 + 1  # and one above, by the test
+    for place in range(length):
+        device, index = find_place(jnp.int32(place), kind, length // context, context)
+        assert shared["tokens"][0, device * (length // context) + index] == place
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+
+GPU = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128, "masks_documents": False, "compute_capability": 9.0}
+CHOICE = GPU | {"context": 4, "heads": 32, "kv_heads": 8, "sequence_length": 131072}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "reason"),
+    [
+        ({}, "ring", "pieces of 16384 tokens do 65536 FLOP a received byte"),
+        ({"sequence_length": 2048}, "ulysses", "pieces of 256 tokens do 1024 FLOP"),
+        ({"sequence_length": 2048, "kv_heads": 2}, "ring", "context=4 does not divide the 2 kv heads"),
+        ({"window": 4096}, "ulysses", "sliding windows over pieces are a dense 2048 MiB"),
+        ({"window": 4096, "kv_heads": 2}, "ring", "does not divide"),
+        ({"window": 4096, "backend": "blockwise"}, "ring", "65536 FLOP"),
+        ({"masks_documents": True, "sequence_length": 16384}, "ring", "document masks are a dense 512 MiB"),
+        ({"masks_documents": True}, "ring", "65536 FLOP"),  # cuDNN can do neither
+        ({"context": 1}, "ring", "nothing to exchange"),
+    ],
+)
+def test_auto_chooses_a_kind_and_says_why(change, expected, reason):
+    kind, said = choose_context_attention("auto", **(CHOICE | change))
+    assert kind == expected
+    assert reason in said
+    assert "\n" not in said
+
+
+def test_an_explicit_kind_is_granted_or_refused():
+    for kind in ("ring", "gather", "ulysses"):
+        assert choose_context_attention(kind, **CHOICE) == (kind, "asked for")
+    with pytest.raises(ExplainedError, match=r"context=3 does not divide the 8 kv heads of a device; use ring or gather"):
+        choose_context_attention("ulysses", **(CHOICE | {"context": 3}))
+    with pytest.raises(ExplainedError, match="did you mean 'ring'"):
+        choose_context_attention("rings", **CHOICE)
