@@ -73,7 +73,7 @@ def attention(
     What the backward pass needs, and what a remat policy that saves `residual_name` then spares: `reference` keeps the
     [B, H, L, L] weights, so the scores are computed again whatever is saved by name; `blockwise` keeps the output and the
     logsumexp, both named, and computes nothing of its forward pass again; `cudnn` keeps the same, but out of reach of names:
-    save FORWARD_PRIMITIVE of attention_cudnn.py too, or the kernel runs forward once more.
+    save CUDNN_FORWARD_PRIMITIVE too, or the kernel runs forward once more.
 
     Args:
       q_BLHN: queries, H a multiple of K.

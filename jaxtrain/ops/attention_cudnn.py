@@ -13,7 +13,7 @@ from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
 LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
 # The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` spares the
 # backward pass a second forward kernel; names cannot reach inside, because the kernel's vjp rule is JAX's own.
-FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+CUDNN_FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 
 def _one_width(*arrays: jax.Array) -> list[jax.Array]:

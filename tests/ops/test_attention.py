@@ -178,7 +178,7 @@ def test_cudnn_traces_and_saving_its_primitive_spares_the_second_forward(monkeyp
     """Traced only: there is no GPU to run it on. The version query is the one thing that needs the library."""
     from jax._src.cudnn import fused_attention_stablehlo as library
 
-    from jaxtrain.ops.attention_cudnn import FORWARD_PRIMITIVE as CUDNN_FORWARD_PRIMITIVE
+    from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
     (q, k, v, _), segments = draw(0, 2, 32, 4, 2, 16)
