@@ -1,0 +1,218 @@
+"""What a train step computes and holds on one device, in closed form: from the config alone, without compiling anything.
+
+Letters: B sequences in a microbatch of one device, L sequence length, D embed_dim, H query heads, K kv heads, N head_dim,
+F mlp_dim, V padded vocabulary; t, c, f: devices along tensor, context, fsdp. Every figure is that of the busiest device and of
+one step; what a conditional does counts in every tick in which any stage does it, because the stages go in lock-step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
+
+BYTES = {"bfloat16": 2, "float32": 4}
+HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model (of one layer, for a layer's)."""
+
+    elements: int
+    axes: tuple[str, ...]
+    """Mesh axes that shard it, but for pipe."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is kept in shards over fsdp, and so gathered; norms, whole everywhere, are not."""
+        return "fsdp" in self.axes
+
+    def shard(self, config: Config, without: tuple[str, ...] = ()) -> int:
+        """Elements on one device; `without` names axes over which it has been gathered."""
+        return self.elements // math.prod(getattr(config.mesh, axis) for axis in self.axes if axis not in without)
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """What the schedule makes every stage do in a step."""
+
+    forward: int
+    """Ticks in which a forward pass runs (on any stage)."""
+    backward: int
+    layers: int
+    """Layers that a pass goes through: the slots of one part of the stack."""
+    layers_held: int
+    """Layers of all the parts that a stage holds."""
+    forward_sends: int
+    """Ticks after which activations go on to the next stage."""
+    backward_sends: int
+
+
+def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
+    """The weights of one decoder layer: Q (D x HN), K and V (D x KN), O (HN x D), gate and up (D x F), down (F x D), norms.
+
+    Projections are sharded over fsdp along D and over tensor along heads or F; norms lie whole on every device.
+    """
+    d, n, f = model.embed_dim, model.head_dim, model.mlp_dim
+    matrix = ("fsdp", "tensor")
+    weights = {
+        "query": Weight(d * model.num_heads * n, matrix),
+        "key": Weight(d * model.num_kv_heads * n, matrix),
+        "value": Weight(d * model.num_kv_heads * n, matrix),
+        "out": Weight(model.num_heads * n * d, matrix),
+        "gate": Weight(d * f, matrix),
+        "up": Weight(d * f, matrix),
+        "down": Weight(f * d, matrix),
+        "attention_norm": Weight(d, ()),
+        "mlp_norm": Weight(d, ()),
+    }
+    if model.qk_norm:
+        weights |= {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())}
+    return weights
+
+
+def outer_weights(model: ModelConfig) -> Mapping[str, Weight]:
+    """The embedding table (V x D), the output projection (D x V) unless it is tied, and the final norm."""
+    table = Weight(model.padded_vocab_size * model.embed_dim, ("fsdp", "tensor"))
+    weights = {"table": table, "norm": Weight(model.embed_dim, ())}
+    return weights if model.tie_embeddings else weights | {"head": table}
+
+
+def count_ticks(config: Config) -> Ticks:
+    """How often forward and backward passes run, and through how many layers each.
+
+    1F1B in lock-step runs F in M + P - 1 ticks and B in as many, on P stages with M microbatches; gradient accumulation is
+    P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted. What the
+    last tick sends, nobody reads; XLA sees that, and drops it, where that tick is a run by itself and not one of a loop.
+    """
+    pipe, chunks = config.mesh.pipe, config.pipeline.chunks
+    schedule = make_schedule(config.pipeline.schedule, pipe, chunks, config.train.microbatches)
+    layers = math.ceil(config.model.stacked_layers / (pipe * chunks))
+    if pipe * chunks == 1 and np.array_equal(schedule.forward_microbatch, schedule.backward_microbatch):
+        return Ticks(config.train.microbatches, config.train.microbatches, layers, layers, 0, 0)
+    runs = cut_into_runs(schedule)
+    forward = [run.stop - run.start for run in runs if run.forward != "no"]
+    backward = [run.stop - run.start for run in runs if run.backward != "no"]
+    sends = [sum(ticks) - (ticks[-1] == 1) for ticks in (forward, backward)]
+    return Ticks(sum(forward), sum(backward), layers, layers * chunks, *sends)
+
+
+def microbatch_rows(config: Config) -> int:
+    """B: sequences of one microbatch on one device."""
+    return config.train.global_batch_size // (config.mesh.batch_shards * config.train.microbatches)
+
+
+def local_length(config: Config) -> int:
+    """L / c: positions of a sequence that a device has between gathers over tensor."""
+    return config.data.sequence_length // config.mesh.context
+
+
+def loss_positions(config: Config) -> int:
+    """Positions of a sequence that go through the head, with those that pad it to whole chunks of loss_chunk."""
+    tensor = config.mesh.tensor
+    length = local_length(config) // tensor
+    count = math.ceil(length / max(1, min(config.train.loss_chunk // tensor, length)))
+    return tensor * count * math.ceil(length / count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def recomputed(config: Config) -> frozenset[str]:
+    """Which of a layer's matmuls the backward pass runs a second time, by the name of their weight; "attention" for both of
+    attention's.
+
+    Remat `full` keeps the layer's input only: all but the last matmul, whose result nothing needs again. `none` and `dots`
+    keep the results of all projections. `named` keeps what it names: a projection whose result is kept is not run again.
+    """
+    everything = {"query", "key", "value", "out", "gate", "up", "attention"}
+    if config.train.remat in ("none", "dots"):
+        return frozenset()
+    kept = set(config.train.remat_save) if config.train.remat == "named" else set()
+    made = {"attention_out": "out", "mlp_gate": "gate", "mlp_up": "up"}
+    return frozenset(everything - {made.get(name, name) for name in kept})
+
+
+def attention_flops(config: Config, backend: str) -> tuple[float, float]:
+    """(forward, backward with all that is recomputed) of one layer's attention on one microbatch.
+
+    One matmul over the whole square is U = 2 B (H/t) L^2 N FLOPs. cudnn runs half of the square under the causal mask, 2 U / 2
+    forward and 5 U / 2 backward (the scores once more); remat that does not keep attention's result runs the forward again.
+    reference runs the whole square, 2 U and 4 U; its scores are computed again unless everything is kept, and the product
+    with V too under `full`.
+    """
+    model = config.model
+    square = (
+        2.0 * microbatch_rows(config) * model.num_heads / config.mesh.tensor * config.data.sequence_length**2 * model.head_dim
+    )
+    again = "attention" in recomputed(config)
+    if backend == "cudnn":
+        return square, (2.5 + again) * square
+    if backend == "reference":
+        scores_again = config.train.remat != "none"
+        return 2 * square, (4 + scores_again + again) * square
+    raise ValueError(f"attention backend {backend!r}: its FLOPs have no closed form here; cudnn and reference have")
+
+
+def step_flops(config: Config, backend: str) -> float:
+    """Matmul FLOPs of a step on one device.
+
+    A projection with P weights costs 2 P FLOPs a token forward and 4 P backward, 2 P more where it is recomputed. All of the
+    local tokens B L/c meet this device's 1/t of the weights. The head costs three matmuls, made together with the loss.
+    """
+    ticks, tokens = count_ticks(config), microbatch_rows(config) * local_length(config)
+    weights = {name: w.shard(config, without=("fsdp",)) for name, w in layer_weights(config.model).items() if w.is_matrix}
+    forward = 2.0 * tokens * sum(weights.values())
+    again = 2.0 * tokens * sum(weights[name] for name in recomputed(config) if name in weights)
+    attention_forward, attention_backward = attention_flops(config, backend)
+    rows = microbatch_rows(config) * loss_positions(config)
+    head = 6.0 * rows * config.model.embed_dim * config.model.padded_vocab_size / config.mesh.tensor
+    return ticks.forward * (ticks.layers * (forward + attention_forward) + head) + ticks.backward * ticks.layers * (
+        2 * forward + again + attention_backward
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory that lasts
+
+
+def parameters_held(config: Config) -> int:
+    """Parameters that one device holds: its share of its stage's layers (empty slots too) and of the outer weights."""
+    layers = count_ticks(config).layers_held
+    inner = layers * sum(weight.shard(config) for weight in layer_weights(config.model).values())
+    return inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
+
+
+def parameter_bytes(config: Config) -> int:
+    """Master weights, in param_dtype."""
+    return parameters_held(config) * BYTES[config.model.param_dtype]
+
+
+def gradient_bytes(config: Config) -> int:
+    """Gradients as they are accumulated, in float32: shards at ZeRO 2 and 3, whole over fsdp at 1."""
+    if config.sharding.zero > 1:
+        return 4 * parameters_held(config)
+    layers, model = count_ticks(config).layers_held, config.model
+    inner = layers * sum(weight.shard(config, without=("fsdp",)) for weight in layer_weights(model).values())
+    return 4 * (inner + sum(weight.shard(config, without=("fsdp",)) for weight in outer_weights(model).values()))
+
+
+def optimizer_bytes(config: Config) -> int:
+    """Moments in float32, sharded like the parameters at every ZeRO level: adamw two, lion one, sgd one with momentum.
+
+    Raises:
+      ValueError: an optimizer whose state is not so many whole moments (adafactor, muon).
+    """
+    moments = {"adamw": 2, "lion": 1, "sgd": 1 if config.optimizer.beta1 else 0}
+    if config.optimizer.name not in moments:
+        raise ValueError(
+            f"optimizer.name={config.optimizer.name}: its state has no closed form here; {', '.join(moments)} have"
+        )
+    return 4 * moments[config.optimizer.name] * parameters_held(config)

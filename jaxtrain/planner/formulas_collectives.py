@@ -1,0 +1,199 @@
+"""What a train step moves between devices, in closed form: mesh axes, kind, dtype, calls and bytes, each with its reason.
+
+Letters as in `formulas`: B sequences in a microbatch of one device, L length, D embed_dim, V padded vocabulary; t, c, f devices
+along tensor, context and fsdp; T_F and T_B ticks with a forward and with a backward pass (M each without a pipeline), l layers
+that a pass goes through. A *payload* is the whole array (see `hlo_collectives`). `calls` are those that the code makes: XLA
+joins neighbours into one and so makes fewer; it never makes more, and the bytes stay.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.planner.formulas import (
+    BYTES,
+    HLO_DTYPE,
+    Ticks,
+    Weight,
+    count_ticks,
+    layer_weights,
+    local_length,
+    loss_positions,
+    microbatch_rows,
+    outer_weights,
+    recomputed,
+)
+from jaxtrain.planner.hlo_collectives import wire_factor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Like transfers of one step on one device."""
+
+    axes: str
+    """Mesh axes, "data+expert"."""
+    kind: str
+    dtype: str
+    """As HLO writes it: bf16, f32."""
+    calls: int
+    payload: float
+    """Bytes of all calls together."""
+    purpose: str
+    size: int
+    """Devices in a group."""
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a device sends."""
+        return self.payload * wire_factor(self.kind, self.size)
+
+
+def collectives(config: Config) -> list[Entry]:
+    """Every collective of a train step of a valid config. Axes of size 1 move nothing and are not listed."""
+    ticks = count_ticks(config)
+    parts = (
+        _weights(config, ticks),
+        _gradients(config, ticks),
+        _sequence(config, ticks),
+        _loss(config, ticks),
+        _pipe(config, ticks),
+        _scalars(config, ticks),
+    )
+    return [entry for part in parts for entry in part if entry.size > 1 and entry.payload]
+
+
+def totals(entries: Sequence[Entry]) -> dict[tuple[str, str, str], float]:
+    """Payload bytes by (axes, kind, dtype)."""
+    sums: dict[tuple[str, str, str], float] = defaultdict(float)
+    for entry in entries:
+        sums[entry.axes, entry.kind, entry.dtype] += entry.payload
+    return dict(sums)
+
+
+def _entry(config: Config, axes: Sequence[str], kind: str, dtype: str, calls: int, payload: float, purpose: str) -> Entry:
+    """`payload` is that of one call."""
+    axes = [axis for axis in MESH_AXES if axis in axes and getattr(config.mesh, axis) > 1]
+    size = 1
+    for axis in axes:
+        size *= getattr(config.mesh, axis)
+    return Entry("+".join(axes), kind, dtype, calls, calls * payload, purpose, size)
+
+
+def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """All-gathers of weights over fsdp, in compute dtype (bf16: 2 bytes an element).
+
+    ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
+    to keep gathered weights. l layers in each of T_F + T_B passes, in the busiest stage. The table once in the forward (the
+    embedding's backward does not need it), the head once with the loss, which makes its gradients at once; a tied table both.
+    ZeRO 1 and 2: every matrix that the device holds a shard of, once a step.
+    """
+    dtype, bytes_each = HLO_DTYPE[config.model.dtype], BYTES[config.model.dtype]
+    layer = [w for w in layer_weights(config.model).values() if w.is_matrix]
+    outer = [w for w in outer_weights(config.model).values() if w.is_matrix]
+
+    def gathers(weights: list[Weight], times: int, purpose: str) -> Iterator[Entry]:
+        for weight in weights:
+            payload = weight.shard(config, without=("fsdp",)) * bytes_each
+            yield _entry(config, ["fsdp"], "all-gather", dtype, times, payload, purpose)
+
+    if config.sharding.zero < 3:
+        yield from gathers(layer, ticks.layers_held, "weights of the layers, once a step")
+        yield from gathers(outer, 1, "table and head, once a step")
+        return
+    yield from gathers(layer, ticks.forward * ticks.layers, "weights of a layer, forward")
+    yield from gathers(layer, ticks.backward * ticks.layers, "weights of a layer, backward")
+    yield from gathers(outer * (2 // len(outer)), ticks.forward, "table and head")
+
+
+def _gradients(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Sums of gradients, in reduce_dtype (float32: 4 bytes an element).
+
+    Over fsdp: matrices are reduce-scattered, payload P/t; at ZeRO 2 and 3 in each backward pass (the head in each forward, with
+    the loss), at ZeRO 1 once a step. Over all other axes that do not shard a leaf (replica, data, and expert and context for
+    what they do not shard): one all-reduce a step of the shard P/(t f). Outer weights are also summed over pipe. Norms, whole
+    everywhere, are summed over every axis but, in layers, pipe.
+    """
+    dtype, bytes_each = HLO_DTYPE[config.train.reduce_dtype], BYTES[config.train.reduce_dtype]
+    zero = config.sharding.zero
+    layer, outer = layer_weights(config.model), outer_weights(config.model)
+    tied = "head" not in outer
+    for name, weight in (*layer.items(), *outer.items()):
+        is_outer = name in outer
+        if weight.is_matrix:
+            passes = ticks.backward * ticks.layers
+            if is_outer:
+                passes = ticks.forward if name == "head" else ticks.backward + (ticks.forward if tied else 0)
+            calls = passes if zero > 1 else (1 if is_outer else ticks.layers_held)
+            payload = weight.shard(config, without=("fsdp",)) * bytes_each
+            yield _entry(config, ["fsdp"], "reduce-scatter", dtype, calls, payload, f"gradient of {name}")
+        axes = [axis for axis in MESH_AXES if axis not in weight.axes and (is_outer or axis != "pipe")]
+        copies = 1 if is_outer else ticks.layers_held
+        yield _entry(config, axes, "all-reduce", dtype, 1, copies * weight.shard(config) * bytes_each, f"gradient of {name}")
+
+
+def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Tensor parallelism with sequence sharding (Korthikanti et al. 2022): activations B L/c D in compute dtype.
+
+    A layer gathers its normed input before Q, K, V and before gate, up, and reduce-scatters after O and after down: 2 and 2
+    forward. Backward, each gather becomes a reduce-scatter and the other way round, 2 and 2; the gathered inputs are gathered
+    once more for the gradients of the weights, 2, since no remat policy keeps them; and O's reduce-scatter runs again unless
+    its result is kept (remat `none`, or `named` with attention_out). The embedding ends in a reduce-scatter, its backward in
+    a gather.
+    """
+    dtype = HLO_DTYPE[config.model.dtype]
+    payload = microbatch_rows(config) * local_length(config) * config.model.embed_dim * BYTES[config.model.dtype]
+    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
+    out_again = config.train.remat != "none" and ("out" in recomputed(config) or config.train.remat == "dots")
+
+    def entry(kind: str, calls: int, purpose: str) -> Entry:
+        return _entry(config, ["tensor"], kind, dtype, calls, payload, purpose)
+
+    yield entry("all-gather", 2 * forward, "inputs of attention and MLP")
+    yield entry("reduce-scatter", 2 * forward, "outputs of attention and MLP")
+    yield entry("all-gather", 2 * backward, "gradients of the outputs")
+    yield entry("reduce-scatter", 2 * backward, "gradients of the inputs")
+    yield entry("all-gather", 2 * backward, "the inputs again, for the gradients of the weights")
+    if out_again:
+        yield entry("reduce-scatter", backward, "attention's output, recomputed")
+    yield entry("reduce-scatter", ticks.forward, "embedded tokens")
+    yield entry("all-gather", ticks.backward, "their gradient")
+
+
+def _loss(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """The vocabulary is sharded over tensor: each chunk's hidden states are gathered, their gradients reduce-scattered (both
+    B L/c D in compute dtype over all chunks, in each forward pass), and for each position three float32 numbers are
+    all-reduced: the largest logit, the sum of exponentials, the target's logit.
+    """
+    positions = microbatch_rows(config) * loss_positions(config)
+    chunks = max(1, loss_positions(config) // max(1, config.train.loss_chunk))
+    payload, dtype = positions * config.model.embed_dim * BYTES[config.model.dtype] / chunks, HLO_DTYPE[config.model.dtype]
+    calls = ticks.forward * chunks
+    yield _entry(config, ["tensor"], "all-gather", dtype, calls, payload, "inputs of the head")
+    yield _entry(config, ["tensor"], "reduce-scatter", dtype, calls, payload, "gradients of the inputs of the head")
+    yield _entry(config, ["tensor"], "all-reduce", "f32", 3 * calls, 4 * positions / chunks, "softmax over the vocabulary")
+
+
+def _pipe(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Boundary activations B L/(c t) D go on by one stage after each forward pass, their gradients back after each backward."""
+    length = local_length(config) // config.mesh.tensor
+    payload = microbatch_rows(config) * length * config.model.embed_dim * BYTES[config.model.dtype]
+    dtype = HLO_DTYPE[config.model.dtype]
+    yield _entry(config, ["pipe"], "collective-permute", dtype, ticks.forward_sends, payload, "activations to the next stage")
+    yield _entry(config, ["pipe"], "collective-permute", dtype, ticks.backward_sends, payload, "gradients to the stage before")
+
+
+def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Single float32 numbers: the count of targets over the batch; loss and total loss over all devices, with experts
+    their auxiliary loss too; and for the global norm of the gradients the sum of squares of each leaf over the axes that shard it, once for the metric
+    and once for clipping."""
+    batch = ["replica", "data", "fsdp", "expert", "context"]
+    yield _entry(config, batch, "all-reduce", "f32", 1, 4, "number of targets")
+    yield _entry(config, MESH_AXES, "all-reduce", "f32", 3 if config.model.moe else 2, 4, "losses")
+    norms = 2 if config.optimizer.clip_norm else 1
+    for name, weight in layer_weights(config.model).items():
+        yield _entry(config, ("pipe", *weight.axes), "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
+    for name, weight in outer_weights(config.model).items():
+        yield _entry(config, weight.axes, "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
