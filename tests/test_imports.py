@@ -38,6 +38,7 @@ FLOORS = {
     "launch": 6,
     "main": 7,
     "tokenize": 7,
+    "collectives": 7,
     "bench": 7,
 }
 # Within a floor: files of one folder may know one another, and so may these.
@@ -49,6 +50,7 @@ SAME_FLOOR = {
     ("hardware", "errors"),
     ("models", "parallel"),
     ("bench", "main"),
+    ("collectives", "main"),
 }
 NO_JAX = ("config", "config_rules", "hardware", "errors")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}

@@ -49,9 +49,6 @@ class Ticks:
     """Layers that a pass goes through: the slots of one part of the stack."""
     layers_held: int
     """Layers of all the parts that a stage holds."""
-    forward_sends: int
-    """Ticks after which activations go on to the next stage."""
-    backward_sends: int
 
 
 def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
@@ -88,19 +85,17 @@ def count_ticks(config: Config) -> Ticks:
     """How often forward and backward passes run, and through how many layers each.
 
     1F1B in lock-step runs F in M + P - 1 ticks and B in as many, on P stages with M microbatches; gradient accumulation is
-    P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted. What the
-    last tick sends, nobody reads; XLA sees that, and drops it, where that tick is a run by itself and not one of a loop.
+    P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted.
     """
     pipe, chunks = config.mesh.pipe, config.pipeline.chunks
     schedule = make_schedule(config.pipeline.schedule, pipe, chunks, config.train.microbatches)
     layers = math.ceil(config.model.stacked_layers / (pipe * chunks))
     if pipe * chunks == 1 and np.array_equal(schedule.forward_microbatch, schedule.backward_microbatch):
-        return Ticks(config.train.microbatches, config.train.microbatches, layers, layers, 0, 0)
+        return Ticks(config.train.microbatches, config.train.microbatches, layers, layers)
     runs = cut_into_runs(schedule)
-    forward = [run.stop - run.start for run in runs if run.forward != "no"]
-    backward = [run.stop - run.start for run in runs if run.backward != "no"]
-    sends = [sum(ticks) - (ticks[-1] == 1) for ticks in (forward, backward)]
-    return Ticks(sum(forward), sum(backward), layers, layers * chunks, *sends)
+    forward = sum(run.stop - run.start for run in runs if run.forward != "no")
+    backward = sum(run.stop - run.start for run in runs if run.backward != "no")
+    return Ticks(forward, backward, layers, layers * chunks)
 
 
 def microbatch_rows(config: Config) -> int:

@@ -1,0 +1,222 @@
+"""Closed forms against the sharded state, against arithmetic by hand, and against programs compiled for H100s."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import pytest
+
+from jaxtrain.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from jaxtrain.config_rules import validate
+from jaxtrain.mesh import make_mesh
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.planner import deviceless
+from jaxtrain.planner.formulas import gradient_bytes, optimizer_bytes, parameter_bytes, step_flops
+from jaxtrain.planner.formulas_collectives import Entry, collectives, totals
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.state import abstract_state
+
+MODEL = ModelConfig(
+    num_layers=4, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=768, vocab_size=1000, qk_norm=True
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of 8 devices."""
+
+    mesh: MeshConfig
+    microbatches: int = 1
+    remat: str = "full"
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    model: ModelConfig = MODEL
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    remat_save: tuple[str, ...] = ("attention",)
+    length: int = 256
+    prefetches: bool = True
+    """Whether XLA pipelines all-gathers over the layers, as the trainer has it do (see `test_compiled_for_h100`)."""
+
+    def config(self) -> Config:
+        """Two sequences a microbatch and device."""
+        config = Config(
+            model=self.model,
+            mesh=self.mesh,
+            pipeline=self.pipeline,
+            sharding=self.sharding,
+            data=DataConfig(sequence_length=self.length, mask_documents=False),
+            optimizer=self.optimizer,
+            train=TrainConfig(
+                global_batch_size=2 * self.mesh.batch_shards * self.microbatches,
+                microbatches=self.microbatches,
+                remat=self.remat,  # type: ignore[arg-type]
+                remat_save=self.remat_save,
+                loss_chunk=128,
+            ),
+        )
+        return validate(config, 8)
+
+
+DENSE = {
+    "data": Case(MeshConfig(data=8, fsdp=1), microbatches=2),
+    "fsdp": Case(MeshConfig(fsdp=8), microbatches=2),
+    "fsdp, tied": Case(MeshConfig(fsdp=8), model=replace(MODEL, tie_embeddings=True)),
+    "zero 1": Case(MeshConfig(fsdp=8), microbatches=2, sharding=ShardingConfig(zero=1)),
+    "zero 2": Case(MeshConfig(fsdp=8), microbatches=2, sharding=ShardingConfig(zero=2)),
+    "data x fsdp": Case(MeshConfig(data=2, fsdp=4), remat="dots"),
+    "tensor": Case(MeshConfig(fsdp=1, tensor=4, data=2), remat="none"),
+    "fsdp x tensor": Case(MeshConfig(fsdp=2, tensor=4), remat="named", remat_save=("attention", "attention_out")),
+    "fsdp x tensor, full": Case(MeshConfig(fsdp=4, tensor=2), prefetches=False),
+    "pipe, 1f1b": Case(MeshConfig(pipe=4, fsdp=2), microbatches=5),
+    "pipe, gpipe": Case(MeshConfig(pipe=2, data=4, fsdp=1), microbatches=3, pipeline=PipelineConfig("gpipe"), remat="none"),
+    "pipe, interleaved": Case(
+        MeshConfig(pipe=2, fsdp=2, tensor=2),
+        microbatches=4,
+        pipeline=PipelineConfig("interleaved", 2),
+        remat="named",
+        remat_save=("attention", "attention_out", "query", "mlp_up"),
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By hand
+
+
+@functools.cache
+def seven_billion(fsdp: int, tensor: int) -> Config:
+    model = ModelConfig(
+        num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008, vocab_size=32000
+    )
+    config = Config(
+        model=model,
+        mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
+        data=DataConfig(sequence_length=4096, mask_documents=False),
+        train=TrainConfig(global_batch_size=fsdp),
+    )
+    return validate(config, fsdp * tensor)
+
+
+def test_the_7b_on_64_gpus():
+    """All weights but the table's twice in bf16; all gradients in float32; 12 bytes a parameter of state."""
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    bytes_moved = totals(collectives(seven_billion(64, 1)))
+    assert bytes_moved["fsdp", "all-gather", "bf16"] == 2 * (2 * 32 * layer + 2 * 32000 * 4096)
+    assert bytes_moved["fsdp", "reduce-scatter", "f32"] == 4 * (32 * layer + 2 * 32000 * 4096)
+    parameters = (32 * layer + 2 * 32000 * 4096) // 64 + 65 * 4096
+    config = seven_billion(64, 1)
+    assert (parameter_bytes(config), optimizer_bytes(config), gradient_bytes(config)) == (
+        4 * parameters,
+        8 * parameters,
+        4 * parameters,
+    )
+
+
+def test_the_7b_with_tensor_parallelism():
+    """Activations of 32 MiB in bf16: 6 gathers and 5 scatters a layer, and 2 of each around the layers."""
+    bytes_moved = totals(collectives(seven_billion(8, 8)))
+    activation = 4096 * 4096 * 2
+    assert bytes_moved["tensor", "all-gather", "bf16"] == (32 * 6 + 2) * activation
+    assert bytes_moved["tensor", "reduce-scatter", "bf16"] == (32 * 5 + 2) * activation
+    assert bytes_moved["tensor", "all-reduce", "f32"] == pytest.approx(3 * 4 * 4096, rel=0.01)
+
+
+def test_one_device_moves_nothing():
+    assert collectives(replace(Case(MeshConfig(fsdp=8)).config(), mesh=MeshConfig(fsdp=1))) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["fsdp x tensor", "pipe, interleaved", "zero 1", "fsdp, tied"])
+def test_state_bytes(name: str, optimizer: str):
+    """Shards of the abstract state, leaf by leaf; beside moments it holds only counts."""
+    config = replace(DENSE[name].config(), optimizer=OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
+    mesh = make_mesh(config.mesh, jax.devices()[:8])
+    state = abstract_state(config, mesh, make_optimizer(config.optimizer, 10, parameter_dims(config.model)))
+
+    def held(tree: Any) -> int:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    assert (parameter_bytes(config), optimizer_bytes(config)) == (held(state["params"]), held(state["optimizer"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for H100s
+
+
+SCALARS = 256  # bytes: numbers that XLA may well add up before it sends them
+
+
+def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: float = 0.02) -> list[str]:
+    """Where the program's bytes are not the closed form's, by axes, kind and dtype; empty where all are."""
+    expected, found = totals(entries), {(row.axes, row.kind, row.dtype): row for row in report.rows}
+    calls, unread = dict.fromkeys(expected, 0), dict.fromkeys(expected, 0.0)
+    for entry in entries:
+        calls[entry.axes, entry.kind, entry.dtype] += entry.calls
+        unread[entry.axes, entry.kind, entry.dtype] += entry.unread
+    wrong = []
+    for key in sorted(expected | found):
+        want, got = expected.get(key, 0.0), found[key].payload if key in found else 0.0
+        slack = tolerance * want
+        if not want - max(slack, SCALARS) - unread.get(key, 0.0) <= got <= want + max(slack, 4):
+            wrong.append(f"{key}: {got:,.0f} bytes compiled, {want:,.0f} expected")
+        if key in found and found[key].calls > calls.get(key, 0):
+            wrong.append(f"{key}: {found[key].calls:,.0f} calls compiled, {calls.get(key, 0):,} in the code")
+    return wrong
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
+@pytest.mark.parametrize("name", DENSE)
+def test_compiled_for_h100(name: str):
+    """No byte more or less than the formula, in no other dtype, kind or axis; FLOPs and state too.
+
+    With remat=full and tensor > 1, XLA's pipelined all-gather runs a layer's attention block twice in the backward pass (the
+    MLP's gather is brought forward by an iteration, with all that it depends on): there it is turned off.
+    """
+    case = DENSE[name]
+    config = case.config()
+    report = deviceless.report(config, options=None if case.prefetches else {"xla_gpu_enable_pipelined_all_gather": False})
+    assert report.attention.startswith("cudnn")
+    assert deviations(report, collectives(config)) == []
+    assert report.flops == pytest.approx(step_flops(config, "cudnn"), rel=0.02)
+    batch = 3 * 4 * config.train.global_batch_size * case.length // config.mesh.batch_shards
+    assert report.argument_bytes == pytest.approx(parameter_bytes(config) + optimizer_bytes(config) + batch, abs=64)
+
+
+def test_deviations_are_found():
+    """The test of the test: a transfer too few, too many, in float32, or twice."""
+    entries = collectives(replace(DENSE["fsdp"], microbatches=1).config())
+    payload = totals(entries)["fsdp", "all-gather", "bf16"]
+
+    def row(dtype: str, share: float) -> deviceless.Row:
+        return deviceless.Row("fsdp", "all-gather", dtype, 1, share * payload, 0, 0, 0, False)
+
+    others = [e for e in entries if e.kind != "all-gather"]
+    rest = [deviceless.Row(*key, 1, total, 0, 0, 0, False) for key, total in totals(others).items()]
+
+    def found(*rows: deviceless.Row) -> list[str]:
+        return deviations(deviceless.Report(0, (*rows, *rest), 0, 0, 0, 0, "", 0), entries)
+
+    assert found(row("bf16", 1)) == []
+    assert found(row("bf16", 1.015)) == []
+    for wrong in ([], [row("bf16", 0.9)], [row("bf16", 2)], [row("f32", 2)], [row("bf16", 1), row("f32", 0.1)]):
+        assert found(*wrong) != []
+    assert found(replace(row("bf16", 1), calls=10_000)) == [
+        "('fsdp', 'all-gather', 'bf16'): 10,000 calls compiled, 58 in the code"
+    ]
