@@ -71,7 +71,7 @@ BASE = Config(
     train=TrainConfig(steps=STEPS, global_batch_size=BATCH, loss_chunk=8, z_loss=1e-3, validate_every=0),
 )
 # Most of the time would be LLVM's; a step takes milliseconds.
-FAST = {"xla_llvm_disable_expensive_passes": True}
+FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
