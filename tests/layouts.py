@@ -48,6 +48,7 @@ from jaxtrain.config import (
 from jaxtrain.config_rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.balance import step_biases
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
@@ -201,16 +202,16 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, optimizer_state: Any, gradients: Any) -> tuple[Any, Any]:
+    def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any) -> tuple[Any, Any]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state
+        return step_biases(config.model, optax.apply_updates(params, updates), reports), optimizer_state
 
     initial, losses, first = canonical(params), [], None
     for _ in range(steps):
-        metrics, _, gradients = loss_and_gradients(params, batch)
+        metrics, reports, gradients = loss_and_gradients(params, batch)
         losses.append(float(metrics["total_loss"]))
         first = first or canonical(gradients)
-        params, optimizer_state = update(params, optimizer_state, gradients)
+        params, optimizer_state = update(params, optimizer_state, gradients, reports)
     return Outcome(initial, losses, first)
 
 

@@ -307,7 +307,6 @@ USAGE = {
     "mesh that does not divide": (["--mesh.pipe=3"], ["pipe=3", "3 devices", "1, 2, 4 or 8"]),
     "heads over tensor": (["--mesh.tensor=8"], ["mesh.tensor=8", "model.num_heads=2", "1 or 2"]),
     "batch over the mesh": (["--train.global_batch_size=12"], ["global_batch_size=12", "8 or 16"]),
-    "axis of the future": (["--mesh.context=2"], ["context", "not built yet"]),
     "vocabulary too small": (["--model.vocab_size=100"], ["model.vocab_size=100", "257"]),
 }
 
