@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtrain.ops.grouped_matmul import KERNEL_TILE
 from jaxtrain.sharding import all_gather, all_to_all, vary
 
 
@@ -29,8 +30,8 @@ class ExpertBackend(NamedTuple):
 
 
 def choose_expert_backend(platform: str) -> ExpertBackend:
-    """XLA's CPU backend has no `ragged_all_to_all`, and its grouped matmul takes groups of any size."""
-    return ExpertBackend(ragged=platform != "cpu", tile=1)
+    """XLA's CPU backend has no `ragged_all_to_all`; only on GPUs are `grouped_matmul`'s kernels worth their padding."""
+    return ExpertBackend(ragged=platform != "cpu", tile=KERNEL_TILE if platform in ("gpu", "cuda") else 1)
 
 
 class Dispatched(NamedTuple):

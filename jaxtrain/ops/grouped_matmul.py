@@ -1,12 +1,146 @@
-"""Rows times the matrix of the group that they belong to."""
+"""Rows times the matrix of the group that they belong to, for mixtures of experts.
+
+Shape letters: S rows, sorted by group, E groups, D and F widths.
+
+XLA's GPU backend makes one dense matmul of `lax.ragged_dot`: every row, masked, by every group's matrix, so E times the FLOPs,
+from an operand E times as large; and it computes the rows that belong to no group too. So for GPUs there are Pallas (Triton)
+kernels here. Groups are padded to whole tiles, a tile belongs to one group, and tiles beyond the last group cost nothing but
+the zeros that are written for them: at most E (tile - 1) rows are computed in vain.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+KERNEL_TILE = 128
+_BLOCK = 128  # columns of a result that one program makes
+_DEPTH = 64  # how much of the dim that is summed over is loaded at a time
+_TILES_TOGETHER = 8  # tiles whose programs are neighbours, so that they find the matrix's columns in the cache
+_NARROWEST = 16  # a tensor core's
+
+Refs = Any
 
 
-def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, tile: int) -> jax.Array:
-    """y_s = x_s w_e for the rows s of group e, [S, F]; rows beyond the groups are zero."""
-    del tile
-    return lax.ragged_dot(x_SD, w_EDF, group_sizes_E)
+def _kernels_fit(x_SD: jax.Array, w_EDF: jax.Array, tile: int) -> bool:
+    """Whether the kernels can take these operands; float32 is left to XLA, since a kernel would use TF32."""
+    _, *widths = w_EDF.shape
+    return tile % _DEPTH == 0 and x_SD.dtype in (jnp.bfloat16, jnp.float16) and all(n % _NARROWEST == 0 for n in widths)
+
+
+def _call(
+    kernel: Callable[..., None], programs: int, shape: tuple[int, ...], interpret: bool, *operands: jax.Array
+) -> jax.Array:
+    like = jax.typeof(operands[0])
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=like.manual_axis_type),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(*operands)
+
+
+def _place(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax.Array]:
+    """(tile, block of columns) of a program: all columns of a few tiles, then of the next few."""
+    together, within = program // (_TILES_TOGETHER * columns), program % (_TILES_TOGETHER * columns)
+    first = together * _TILES_TOGETHER
+    rows = jnp.minimum(tiles - first, _TILES_TOGETHER)
+    return first + within % rows, within // rows
+
+
+def _rows_times_matrices(
+    tile: int, turned: bool, interpret: bool, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """y_s = x_s w_e; with `turned` the matrices are [E, F, D]."""
+    tiles, width, depth = x_SD.shape[0] // tile, w_EDF.shape[1 if turned else 2], x_SD.shape[1]
+    block, step = math.gcd(width, _BLOCK), math.gcd(depth, _DEPTH)
+    ends = jnp.cumsum(sizes_E // tile)
+    group = jnp.searchsorted(ends, jnp.arange(tiles, dtype=ends.dtype), side="right").astype(jnp.int32)
+
+    def kernel(x: Refs, w: Refs, group: Refs, y: Refs) -> None:
+        i, j = _place(pl.program_id(0), tiles, width // block)
+        rows, columns, e = pl.ds(i * tile, tile), pl.ds(j * block, block), group[i]
+
+        def add(d: jax.Array, total: jax.Array) -> jax.Array:
+            part = pl.ds(d * step, step)
+            left = triton.load(x.at[rows, part])
+            right = triton.load(w.at[e, columns, part] if turned else w.at[e, part, columns])
+            dims = (((1,), (1 if turned else 0,)), ((), ()))
+            return total + lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+
+        @pl.when(e < sizes_E.shape[0])
+        def _() -> None:
+            total = lax.fori_loop(0, depth // step, add, jnp.zeros((tile, block), jnp.float32))
+            triton.store(y.at[rows, columns], total.astype(y.dtype))
+
+        @pl.when(e >= sizes_E.shape[0])
+        def _() -> None:
+            triton.store(y.at[rows, columns], jnp.zeros((tile, block), y.dtype))
+
+    return _call(kernel, tiles * (width // block), (x_SD.shape[0], width), interpret, x_SD, w_EDF, group)
+
+
+def _rows_times_rows(interpret: bool, x_SD: jax.Array, y_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """[E, D, F]: sum of x_s^T y_s over the rows s of each group."""
+    groups, depth, width = sizes_E.shape[0], x_SD.shape[1], y_SF.shape[1]
+    rows_block, block = math.gcd(depth, _BLOCK), math.gcd(width, _BLOCK)
+    stops = jnp.cumsum(sizes_E // _DEPTH)
+    starts = stops - sizes_E // _DEPTH
+    blocks = (depth // rows_block) * (width // block)
+
+    def kernel(x: Refs, y: Refs, starts: Refs, stops: Refs, w: Refs) -> None:
+        e, within = pl.program_id(0) // blocks, pl.program_id(0) % blocks
+        i, j = _place(within, depth // rows_block, width // block)
+        own, columns = pl.ds(i * rows_block, rows_block), pl.ds(j * block, block)
+
+        def add(s: jax.Array, total: jax.Array) -> jax.Array:
+            rows = pl.ds(s * _DEPTH, _DEPTH)
+            left, right = triton.load(x.at[rows, own]), triton.load(y.at[rows, columns])
+            return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+        total = lax.fori_loop(starts[e], stops[e], add, jnp.zeros((rows_block, block), jnp.float32))
+        triton.store(w.at[e, own, columns], total.astype(w.dtype))
+
+    return _call(kernel, groups * blocks, (groups, depth, width), interpret, x_SD, y_SF, starts, stops)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernels(tile: int, interpret: bool, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _rows_times_matrices(tile, False, interpret, x_SD, w_EDF, sizes_E)
+
+
+def _by_kernels_forward(tile: int, interpret: bool, x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
+    return _rows_times_matrices(tile, False, interpret, x, w, sizes), (x, w, sizes)
+
+
+def _by_kernels_backward(tile: int, interpret: bool, kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, sizes = kept
+    return _rows_times_matrices(tile, True, interpret, dy, w, sizes), _rows_times_rows(interpret, x, dy, sizes), None
+
+
+_by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
+
+
+def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: int, interpret: bool = False) -> jax.Array:
+    """y_s = x_s w_e for the rows s of group e, [S, F], summed in float32; rows beyond the last group are zero.
+
+    Kernels where `tile` asks for them and widths and dtype allow; else `lax.ragged_dot`, with the same result.
+
+    Args:
+      sizes_E: rows of each group, multiples of `tile`.
+      tile: KERNEL_TILE for the kernels, which S must be a multiple of too; 1 where groups have any size.
+      interpret: run the kernels without a GPU, slowly.
+    """
+    if not _kernels_fit(x_SD, w_EDF, tile):
+        return lax.ragged_dot(x_SD, w_EDF, sizes_E)
+    return _by_kernels(tile, interpret, x_SD, w_EDF, sizes_E)
