@@ -19,7 +19,7 @@ from jaxtrain.sharding import gather_weights, reduce_gradients, specs, vary
 
 BATCH = ("replica", "pipe", "data", "fsdp", "expert")
 ROWS, LENGTH = 4, 8
-LATENT = LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=10)
+LATENT = LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=5)
 MODEL = ModelConfig(
     num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=4, head_dim=6, dtype="float32", init_std=0.5, latent_attention=LATENT
 )
