@@ -14,8 +14,9 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_train_step
-from tests.layouts import BASE, FAST, batch_of, check
+from tests.layouts import BASE, batch_of, check
 
+QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 RATE = 0.01
 MOE = MoEConfig(
     num_experts=8,
@@ -80,7 +81,7 @@ def trained(config, steps=2):
     state = create_state(config, mesh, optimizer)
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile(FAST)
+    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile(QUICK)
     metrics = []
     for _ in range(steps):
         state, one = step(state, batch)
@@ -88,14 +89,18 @@ def trained(config, steps=2):
     return jax.tree.map(np.asarray, to_canonical(config, state["params"], dims)), metrics
 
 
-SGD = replace(DEEPSEEK, optimizer=OptimizerConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.5))
+SGD = replace(
+    BASE,
+    model=replace(BASE.model, num_layers=3, moe=MOE),
+    optimizer=OptimizerConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.5),
+)
 
 
 def test_biases_step_towards_balance_and_nothing_else_moves_them():
     params, metrics = trained(laid_out(SGD, 1, "none"))
     load = np.stack([step["expert_load"] for step in metrics])
     targets = (batch_of(BASE.train.global_batch_size, BASE.data.sequence_length)["targets"] != -1).sum()
-    assert load.shape == (2, 3, 8)
+    assert load.shape == (2, 2, 8)
     np.testing.assert_array_equal(load.sum(-1), targets * MOE.experts_per_token)
     steps = RATE * np.sign(load.mean(-1, keepdims=True) - load)
     np.testing.assert_allclose(params["layers"]["moe"]["bias"], steps.sum(0), atol=1e-7)
@@ -107,7 +112,7 @@ def test_metrics_of_the_experts():
     load = metrics[0]["expert_load"]
     assert metrics[0]["expert_load_max"] == pytest.approx((load.max(-1) / load.mean(-1)).max())
     assert 1 <= metrics[0]["balance_loss"] < MOE.num_experts / MOE.experts_per_token
-    auxiliary = 3 * (MOE.balance_loss * metrics[0]["balance_loss"] + MOE.router_z_loss * metrics[0]["router_z_loss"])
+    auxiliary = 2 * (MOE.balance_loss * metrics[0]["balance_loss"] + MOE.router_z_loss * metrics[0]["router_z_loss"])
     z_term = metrics[0]["total_loss"] - metrics[0]["loss"] - auxiliary
     assert 0 < z_term < 2 * BASE.train.z_loss * np.log(BASE.model.padded_vocab_size) ** 2
     assert "dropped_share" not in metrics[0]
