@@ -196,8 +196,8 @@ def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str,
     return jax.tree.map(leaf, dims_tree, master, compute, is_leaf=is_dims)
 
 
-def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
-    """Sums each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`.
+def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3, but: Sequence[str] = ()) -> Any:
+    """Sums each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`; not over the axes `but`.
 
     Leaves arrive already reduce-scattered over fsdp (`gather_weight`), but for ZeRO level 1, which does it here, once; what is
     left is `data`, and for a leaf that is whole on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the
@@ -206,7 +206,7 @@ def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: in
 
     def leaf(dims: Dims, gradient: jax.Array) -> jax.Array:
         sharding_axes = {RULES[name] for name in dims}
-        axes = tuple(axis for axis in MESH_AXES if axis not in sharding_axes)
+        axes = tuple(axis for axis in MESH_AXES if axis not in sharding_axes and axis not in but)
         reduced = gradient.astype(reduce_dtype)
         if zero == 1:
             reduced = _scatter_over_fsdp(dims, reduced)

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.telemetry.clock import StepClock, memory_row
@@ -19,6 +17,7 @@ from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.loop import Hook
+from jaxtrain.train.step import read_metrics
 
 PyTree = Any
 
@@ -43,7 +42,7 @@ class Logging(Hook):
         self._clock.step_done(step)
         self._progress.advance(step)
         if step % self._every == 0 or step in (self._first_step, self._last_step):
-            values = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+            values = read_metrics(metrics)
             row = {"step": step, "loss": values.pop("loss"), "grad_norm": values.pop("grad_norm")}
             row |= {"learning_rate": self._learning_rate(step - 1), **values, **self._clock.window(), **memory_row()}
             self._log.write(row)

@@ -35,12 +35,12 @@ from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.hooks import Logging, Profiling, Saving, StopOnSignal, Validation
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.optimizer import make_optimizer, make_schedule
-from jaxtrain.train.state import Canonical, create_state
+from jaxtrain.train.state import Canonical, check_same_replicas, create_state
 from jaxtrain.train.step import (
+    TrainSteps,
     batch_names,
     batch_sharding,
     choose_attention,
-    compile_train_step,
     make_evaluation_step,
     make_logits_step,
 )
@@ -164,7 +164,7 @@ class Run:
             state, first = self._begin(checkpoints)
             write_config(self.config)
             self.stop.check()
-            step_function = self._compile()
+            step_function = self._compile(first)
             self.stop.check()
             log = stack.enter_context(self._open_log(first))
             loop, reason = self._loop(stack, step_function, checkpoints, log, state, first)
@@ -206,7 +206,9 @@ class Run:
             with self.progress.during("initialising"):
                 return create_state(self.config, self.mesh, self.optimizer), 0
         now, last = metadata(self.config, self.data), self.config.train.steps
-        notes = check_same_run(checkpoints.read_metadata(step), now, checkpoints.directory)
+        saved = checkpoints.read_metadata(step)
+        notes = check_same_run(saved, now, checkpoints.directory)
+        check_same_replicas(saved.get("config", {}), self.config, checkpoints.directory)
         if step > last:
             raise CheckpointError(
                 f"{checkpoints.directory} already holds step {step}, beyond train.steps={last}; "
@@ -218,16 +220,19 @@ class Run:
         self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
         return state, step
 
-    def _compile(self) -> Any:
+    def _compile(self, first: int) -> TrainSteps:
         started = time.perf_counter()
         with self.progress.during("compiling"):
-            compiled = compile_train_step(self.config, self.mesh, self.optimizer, self.backend)
-        memory = compiled.memory_analysis()
+            steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, self.config.train.steps)
+        programs = [program.memory_analysis() for program in steps.programs.values()]
+        memory = max(programs, key=lambda program: program.temp_size_in_bytes)
         held, working = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
         self.progress.say(
             f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held:.2f} GiB, works in {working:.2f} GiB"
         )
-        return compiled
+        if steps.description:
+            self.progress.say(f"replicas   {steps.description}")
+        return steps
 
     def _loop(
         self,

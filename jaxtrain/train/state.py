@@ -1,12 +1,16 @@
 """The training state: what it holds, how it is sharded, how it begins, and its canonical form for checkpoints.
 
-A state is {"params", "optimizer", "step"}. In memory the layers are stacked for the pipeline and the vocabulary is padded; in
-canonical form layers are [num_layers, ...] and the vocabulary is as long as it is, so that it fits every mesh.
+A state is {"params", "optimizer", "sync", "step"}. Where replicas differ (`sync.replicas_differ`), every leaf of params and
+optimizer has a leading dim "replica"; "sync" is what `parallel/sync.py` keeps, mostly nothing. In memory the layers are stacked
+for the pipeline and the vocabulary is padded; in canonical form layers are [num_layers, ...] and the vocabulary is as long as
+it is, so that it fits every mesh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,8 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, SyncConfig
+from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
+from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named
 
@@ -33,10 +39,19 @@ def initial_params(config: Config) -> PyTree:
     return decoder.initialize(config.model, jax.random.key(config.train.seed), make_stacking(config).layer_numbers())
 
 
-def initial_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
-    """The state at step 0."""
+def _replica_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
+    """What one replica trains, at step 0."""
     params = initial_params(config)
-    return {"params": params, "optimizer": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    return {"params": params, "optimizer": optimizer.init(params)}
+
+
+def initial_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
+    """The state at step 0; all replicas begin alike."""
+    state, replicas = _replica_state(config, optimizer), config.mesh.replica
+    kept = sync.initial_state(config.sync, state["params"], replicas)
+    if config.sync.replicas_differ:
+        state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
+    return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)}
 
 
 def _path(key_path: tuple) -> tuple[str, ...]:
@@ -60,9 +75,18 @@ def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple
     return ("norm",) * leaf.ndim
 
 
+def params_dims(config: Config) -> PyTree:
+    """Logical dims of the parameters as the state holds them: with a leading "replica" where replicas differ."""
+    return _of_each_replica(config, decoder.parameter_dims(config.model))
+
+
+def _of_each_replica(config: Config, dims: PyTree) -> PyTree:
+    return jax.tree.map(lambda own: ("replica", *own), dims, is_leaf=is_dims) if config.sync.replicas_differ else dims
+
+
 def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
     """Logical dims of every leaf of the state."""
-    abstract = jax.eval_shape(lambda: initial_state(config, optimizer))
+    abstract = jax.eval_shape(lambda: _replica_state(config, optimizer))
     params = decoder.parameter_dims(config.model)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dims)[0]
     shapes = jax.tree_util.tree_flatten_with_path(abstract["params"])[0]
@@ -70,7 +94,8 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
     optimizer_dims = jax.tree_util.tree_map_with_path(
         lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
     )
-    return {"params": params, "optimizer": optimizer_dims, "step": ()}
+    trained = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims})
+    return trained | {"sync": sync.state_dims(config.sync, params), "step": ()}
 
 
 def state_shardings(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
@@ -100,7 +125,12 @@ def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransforma
 # Canonical form
 
 
+_LEADING = ("replica", "delay")
+
+
 def _canonical_leaf_dims(dims: Dims) -> Dims:
+    if dims[:1] and dims[0] in _LEADING:
+        return (dims[0], *_canonical_leaf_dims(dims[1:]))
     return ("layer", *dims[3:]) if dims[:3] == decoder.STACKED else dims
 
 
@@ -113,6 +143,8 @@ def _canonical_spec(dims: Dims, shape: tuple[int, ...], mesh: Mesh) -> Partition
 
 
 def _to_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Array:
+    if dims[:1] and dims[0] in _LEADING:
+        return jax.vmap(functools.partial(_to_canonical_leaf, config, dims[1:]))(value)
     if dims[:3] == decoder.STACKED:
         return make_stacking(config).unstack(value)
     return value[tuple(slice(config.model.vocab_size) if name == "vocab" else slice(None) for name in dims)]
@@ -120,6 +152,8 @@ def _to_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Arra
 
 def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Array:
     """Empty slots and the vocabulary's padding are zero."""
+    if dims[:1] and dims[0] in _LEADING:
+        return jax.vmap(functools.partial(_from_canonical_leaf, config, dims[1:]))(value)
     if dims[:3] == decoder.STACKED:
         return make_stacking(config).stack(value)
     missing = config.model.padded_vocab_size - config.model.vocab_size
@@ -129,6 +163,38 @@ def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Ar
 def to_canonical(config: Config, tree: PyTree, dims: PyTree) -> PyTree:
     """Layers as [num_layers, ...], vocabulary without padding, whatever the leaves' shardings."""
     return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, value), dims, tree, is_leaf=is_dims)
+
+
+def check_same_replicas(saved: Mapping[str, Any], config: Config, directory: Any) -> None:
+    """Sees whether a checkpoint's replicas are those of this run, where replicas hold something of their own.
+
+    Any other mesh will do, but parameters, moments, queued gradients and residuals of R replicas do not say what R' others
+    would hold. (An exchange that ends makes parameters alike, but not moments.)
+
+    Args:
+      saved: the config of the checkpoint, as `dataclasses.asdict` gives it.
+    Raises:
+      CheckpointError: they are not.
+    """
+    known = {field.name for field in dataclasses.fields(SyncConfig)}
+    before = SyncConfig(**{name: value for name, value in saved.get("sync", {}).items() if name in known})
+    replicas = saved.get("mesh", {}).get("replica", 1)
+
+    def held(sync_config: SyncConfig, replicas: int) -> tuple:
+        dims = sync.state_dims(sync_config, ())
+        own = sync_config.replicas_differ or any(is_dims(d) and d[:1] == ("replica",) for d in dims.values())
+        return sync_config.replicas_differ, sorted(dims), replicas if own else 1, sync_config.queued
+
+    if held(before, replicas) == held(config.sync, config.mesh.replica):
+        return
+    names = [name for name in sorted(known) if getattr(before, name) != getattr(config.sync, name)]
+    lines = [f"  - sync.{name}: {getattr(before, name)} -> {getattr(config.sync, name)}" for name in names]
+    lines += [f"  - mesh.replica: {replicas} -> {config.mesh.replica}"] if replicas != config.mesh.replica else []
+    raise CheckpointError(
+        f"the checkpoint in {directory} holds the state of other replicas (checkpoint -> now):\n" + "\n".join(lines) + "\n"
+        "With sync.mode local, diloco or delayed, and with error feedback, each replica has a state of its own. Set these back "
+        "to go on with it, or start a new run with another --run_dir."
+    )
 
 
 class Canonical:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -15,12 +16,25 @@ from jaxtrain.models.decoder import Decoder
 from jaxtrain.ops.attention import choose_backend
 from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
-from jaxtrain.parallel import pipeline
+from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
-from jaxtrain.sharding import BATCH_AXES, gather_once, named, reduce_gradients, replicated, spec, specs, sum_over, vary
+from jaxtrain.parallel.sync import Exchange
+from jaxtrain.sharding import (
+    BATCH_AXES,
+    Dims,
+    gather_once,
+    is_dims,
+    named,
+    reduce_gradients,
+    replicated,
+    spec,
+    specs,
+    sum_over,
+    vary,
+)
 from jaxtrain.train.balance import expert_metrics, step_biases
-from jaxtrain.train.state import abstract_state, make_stacking, state_shardings
+from jaxtrain.train.state import abstract_state, initial_params, make_stacking, params_dims, state_shardings
 
 PyTree = Any
 BATCH_DIMS = ("batch", "length")
@@ -70,81 +84,255 @@ def _microbatches(batch: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), batch)
 
 
+def _own(dims_tree: PyTree, tree: PyTree) -> PyTree:
+    """Inside a region: without the leading dim "replica", along which a device holds its own replica's leaf alone."""
+    return jax.tree.map(lambda dims, leaf: leaf[0] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
+
+
+def _for_each(dims_tree: PyTree, tree: PyTree) -> PyTree:
+    """The reverse of `_own`."""
+    return jax.tree.map(lambda dims, leaf: leaf[None] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
+
+
+def _under(lead: Dims, dims_tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
+
+
 def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
     """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
 
     The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
     every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the answer. Reports are summed
     over the global batch, [chunk, stage, layer, ...].
+
+    Where replicas are summed apart (`sync.sums_apart`) all this is so for each replica's own part of the batch: metrics are
+    [replica], gradients [replica, ...], and so are reports where replicas differ. No byte leaves a replica then.
     """
     functions = make_decoder(config, mesh, backend).loss_functions()
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
-    dims = decoder.parameter_dims(config.model)
+    dims, held = decoder.parameter_dims(config.model), params_dims(config)
+    apart: Dims = ("replica",) if config.sync.sums_apart else ()
+    differ: Dims = ("replica",) if config.sync.replicas_differ else ()
 
     def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        targets = sum_over(count_targets(batch["targets"]), _BATCH_AXES)
+        targets = sum_over(count_targets(batch["targets"]), _all_but(apart, _BATCH_AXES))
         microbatches = _microbatches(batch, config.train.microbatches)
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
-        master, compute = _both(config, params)
+        master, compute = _both(config, _own(held, params))
         result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
         layers, reports = jax.tree.map(lambda leaf: leaf[:, None], (result.gradients.layers, result.reports))
         tree = {"outer": result.gradients.outer, "layers": layers}
-        gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero)
-        metrics = {name: sum_over(value, MESH_AXES) for name, value in result.sums.items()}
-        metrics["total_loss"] += sum_over(result.auxiliary, MESH_AXES)
-        return metrics | {"targets": targets}, _whole_reports(reports), gradients
+        gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero, apart)
+        metrics = {name: sum_over(value, _all_but(apart)) for name, value in result.sums.items()}
+        metrics["total_loss"] += sum_over(result.auxiliary, _all_but(apart))
+        reports = jax.tree.map(lambda leaf: sum_over(leaf, _all_but((*differ, "pipe"))), reports)
+        metrics, gradients = jax.tree.map(
+            lambda leaf: leaf[None] if apart else leaf, (metrics | {"targets": targets}, gradients)
+        )
+        return metrics, jax.tree.map(lambda leaf: leaf[None] if differ else leaf, reports), gradients
 
     return jax.shard_map(
         region,
         mesh=mesh,
-        in_specs=(specs(dims), specs(dict.fromkeys(batch_names(config), BATCH_DIMS))),
-        out_specs=(PartitionSpec(), spec(decoder.STACKED), specs(dims)),
+        in_specs=(specs(held), specs(dict.fromkeys(batch_names(config), BATCH_DIMS))),
+        out_specs=(spec(apart), spec((*differ, *decoder.STACKED)), specs(_under(apart, dims))),
         check_vma=True,
     )
 
 
-def _whole_reports(reports: PyTree) -> PyTree:
-    """Sums what the layers report over all devices but those of other stages."""
-    return jax.tree.map(lambda leaf: sum_over(leaf, tuple(axis for axis in MESH_AXES if axis != "pipe")), reports)
+def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
+    return tuple(axis for axis in axes if axis not in left_out)
 
 
-def make_train_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str) -> Step:
+def _make_gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Step:
+    """(gradients [replica, ...], targets [replica], step, sync state) -> (gradients to apply, sync state), a shard_map.
+
+    In a step that applies nothing the gradients are zeros.
+    """
+    dims = decoder.parameter_dims(config.model)
+    kept = sync.state_dims(config.sync, dims)
+    of_each = _under(("replica",), dims)
+
+    def region(gradients: PyTree, targets: jax.Array, step: jax.Array, state: PyTree) -> tuple[PyTree, PyTree]:
+        gradients, state, targets = _own(of_each, gradients), _own(kept, state), targets[0]
+        if config.sync.queued:
+            gradients, targets, state = sync.queue_gradients(config.sync, step, gradients, targets, state)
+        if exchange.applies:
+            gradients, state = sync.mean_gradients(config.sync, gradients, targets, state)
+        return gradients if exchange.applies else None, _for_each(kept, state)
+
+    return jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(specs(of_each), spec(("replica",)), PartitionSpec(), specs(kept)),
+        out_specs=(specs(dims) if exchange.applies else None, specs(kept)),
+        check_vma=True,
+    )
+
+
+def _make_parameter_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Step:
+    """(params [replica, ...], sync state) -> (params, sync state), a shard_map."""
+    dims, held = decoder.parameter_dims(config.model), params_dims(config)
+    kept = sync.state_dims(config.sync, dims)
+
+    def region(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        params, state = sync.exchange_parameters(config.sync, exchange, dims, _own(held, params), _own(kept, state))
+        return _for_each(held, params), _for_each(kept, state)
+
+    trees = (specs(held), specs(kept))
+    return jax.shard_map(region, mesh=mesh, in_specs=trees, out_specs=trees, check_vma=True)
+
+
+def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
+    """(params, optimizer state, gradients, reports) -> (params, optimizer state, metrics), of each replica if they differ."""
+
+    def update(params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        metrics = {"grad_norm": optax.global_norm(gradients)}
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = step_biases(config.model, optax.apply_updates(params, updates), reports)
+        return params, optimizer_state, metrics | expert_metrics(config.model, make_stacking(config), reports)
+
+    return jax.vmap(update, spmd_axis_name="replica") if config.sync.replicas_differ else update
+
+
+def make_train_step(
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    backend: str,
+    exchange: Exchange = Exchange(),  # noqa: B008, it is frozen
+) -> Step:
     """The jitted (state, batch) -> (state, metrics); the state is donated.
 
     Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
-    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`.
+    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`. Where replicas are summed
+    apart each has a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
+
+    Args:
+      exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
     """
-    loss_and_gradients = make_loss_and_gradients(config, mesh, backend)
+    loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, optimizer)
+    replicas, differ, apart = config.mesh.replica, config.sync.replicas_differ, config.sync.sums_apart
 
     def train_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         metrics, reports, gradients = loss_and_gradients(state["params"], batch)
-        with jax.named_scope("optimizer"):
-            metrics["grad_norm"] = optax.global_norm(gradients)
-            updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
-            params = optax.apply_updates(state["params"], updates)
-            params = step_biases(config.model, params, reports)
-        metrics |= expert_metrics(config.model, make_stacking(config), reports)
-        return {"params": params, "optimizer": optimizer_state, "step": state["step"] + 1}, metrics
+        params, optimizer_state, kept = state["params"], state["optimizer"], state["sync"]
+        if apart and not differ:
+            exchanged = _make_gradient_exchange(config, mesh, exchange)
+            gradients, kept = exchanged(gradients, metrics["targets"], state["step"], kept)
+        more = {"grad_norm": jnp.zeros(())}
+        if exchange.applies:
+            with jax.named_scope("optimizer"):
+                params, optimizer_state, more = update(params, optimizer_state, gradients, reports)
+        if differ and exchange != Exchange():
+            params, kept = _make_parameter_exchange(config, mesh, exchange)(params, kept)
+        if apart and not differ:
+            more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
+        return {"params": params, "optimizer": optimizer_state, "sync": kept, "step": state["step"] + 1}, metrics | more
 
     shardings = state_shardings(config, mesh, optimizer)
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings, named(mesh, ("replica",)) if apart else replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def compile_train_step(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, options: dict[str, Any] | None = None
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    backend: str,
+    options: dict[str, Any] | None = None,
+    exchange: Exchange = Exchange(),  # noqa: B008, it is frozen
 ) -> Any:
-    """Lowers and compiles the train step once, from shapes alone; telemetry and planner read the compiled program.
+    """Lowers and compiles a train step, from shapes alone; telemetry and planner read the compiled program.
 
     `options` are XLA options over those of `compiler_options`.
     """
-    step = make_train_step(config, mesh, optimizer, backend)
+    step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
     return lowered.compile(compiler_options(mesh.devices.flat[0].platform) | (options or {}))
+
+
+class TrainSteps:
+    """The train steps first + 1 .. last, to be called in order: each is the compiled program of what it exchanges.
+
+    All programs are compiled here, before the run. Most ways to keep replicas together need one, or two.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, first: int, last: int
+    ):
+        self._sync, self._step = config.sync, first
+        kinds = dict.fromkeys(sync.exchange_at(config.sync, step) for step in range(first + 1, max(first + 1, last) + 1))
+        self.programs = {kind: compile_train_step(config, mesh, optimizer, backend, exchange=kind) for kind in kinds}
+        self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
+        self.description = describe_exchange(config, mesh)
+        """How replicas keep together; empty for a lone one."""
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """(state, metrics) of the next step; `exchanged_bytes` among the metrics where there are several replicas."""
+        self._step += 1
+        kind = sync.exchange_at(self._sync, self._step)
+        state, metrics = self.programs[kind](state, batch)
+        return state, metrics | ({"exchanged_bytes": self._bytes[kind]} if self._bytes[kind] is not None else {})
+
+
+def exchanged_bytes(config: Config, mesh: Mesh, exchange: Exchange) -> float | None:
+    """Bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone replica."""
+    replicas = config.mesh.replica
+    if replicas == 1:
+        return None
+    dims = decoder.parameter_dims(config.model)
+    shapes = jax.eval_shape(lambda: initial_params(config))
+    shards = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), shapes, named(mesh, dims)
+    )
+    sent = sync.exchanged_bytes(config.sync, exchange, dims, shards, replicas)
+    return sent if config.sync.sums_apart else sent * jnp.dtype(config.train.reduce_dtype).itemsize / 4
+
+
+def describe_exchange(config: Config, mesh: Mesh) -> str:
+    """One line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone replica."""
+    if config.mesh.replica == 1:
+        return ""
+    period = range(config.sync.every, 2 * config.sync.every)  # beyond the first steps of `delayed` too
+    if not config.sync.replicas_differ:
+        period = range(config.sync.queued + 1, config.sync.queued + 2)
+    sent = [exchanged_bytes(config, mesh, sync.exchange_at(config.sync, step)) or 0.0 for step in period]
+    how = config.sync.mode if config.sync.compression == "none" else f"{config.sync.mode}, {config.sync.compression}"
+    return f"{how}: a device sends {sum(sent) / len(sent) / 2**20:.3g} MiB a step to the other replicas, on average"
+
+
+def read_metrics(metrics: PyTree) -> dict[str, float]:
+    """The scalar metrics of a step on the host.
+
+    Of metrics [replica], what the replicas say of which this process holds a part: losses weighted by targets, the sum of
+    targets, and the mean of the rest.
+    """
+    values = {name: _own_replicas(value) for name, value in metrics.items()}
+    targets = values.get("targets", np.ones(()))
+    read = {}
+    for name, value in values.items():
+        if value.ndim == 1 and name == "targets":
+            read[name] = float(value.sum())
+        elif value.ndim == 1:
+            weights = targets if name in ("loss", "total_loss") and targets.sum() else None
+            read[name] = float(np.average(value, weights=weights))
+        elif value.ndim == 0:
+            read[name] = float(value)
+    return read
+
+
+def _own_replicas(value: Any) -> np.ndarray:
+    """A metric as far as this process holds it, each replica once."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+        return np.asarray(value)
+    shards = {str(shard.index): np.asarray(shard.data) for shard in value.addressable_shards}
+    parts = list(shards.values())
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def compiler_options(platform: str) -> dict[str, bool | int | str]:
@@ -166,12 +354,12 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of targets."""
     functions = make_decoder(config, mesh, backend).loss_functions()
-    microbatches = config.train.microbatches
+    microbatches, held = config.train.microbatches, params_dims(config)
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         rows = _microbatches(batch, microbatches) | {"scale": jnp.ones(microbatches)}
-        sums = pipeline.forward(functions, schedule, *_both(config, params), rows)
+        sums = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)
         return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
 
     return _jit_region(config, mesh, region, extra=(), outputs=PartitionSpec())
@@ -180,11 +368,11 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after position."""
     functions = make_decoder(config, mesh, backend).logits_functions()
-    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)
+    schedule, held = forward_only(config.mesh.pipe, config.pipeline.chunks, 1), params_dims(config)
 
     def region(params: PyTree, batch: PyTree, position: jax.Array) -> jax.Array:
         rows = _microbatches(batch, 1) | {"position": position[None]}
-        logits = pipeline.forward(functions, schedule, *_both(config, params), rows)["logits"]
+        logits = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)["logits"]
         return sum_over(logits, tuple(axis for axis in MESH_AXES if axis not in BATCH_AXES))
 
     return _jit_region(config, mesh, region, extra=(PartitionSpec(),), outputs=spec(("batch",)))
@@ -192,7 +380,7 @@ def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs: PartitionSpec) -> Step:
     """jit of a read-only region over (params, batch, *extra)."""
-    dims = decoder.parameter_dims(config.model)
+    dims = params_dims(config)
     rows = specs(dict.fromkeys(batch_names(config), BATCH_DIMS))
     return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True))
 
