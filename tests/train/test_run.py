@@ -17,6 +17,7 @@ from jaxtrain.config import (
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
+    SyncConfig,
     TelemetryConfig,
     TrainConfig,
 )
@@ -188,6 +189,29 @@ def test_config_json_is_of_the_layout_that_ran_last(interrupted):
     written = json.loads((interrupted[0].directory / "config.json").read_text())
     assert written["mesh"]["fsdp"] == 8
     assert -1 not in written["mesh"].values()
+
+
+def test_replicas_that_differ_resume_bit_by_bit_with_an_exchange_on_its_way(base):
+    """DiLoCo, every=3, one step late: stopped after step 3, what is set aside then travels in the resumed run's first step."""
+    config = replace(
+        base,
+        run_dir=base.run_dir + "_replicas",
+        mesh=MeshConfig(replica=2, fsdp=4),
+        sync=SyncConfig(mode="diloco", every=3, overlap=1),
+        train=replace(base.train, steps=5, validate_every=5, sample_tokens=2),
+    )
+    whole = Run(validate(replace(config, run_dir=config.run_dir + "_whole"), 8), Said())
+    parts = [Run(validate(config, 8), Said(), StopAt(3)), Run(validate(config, 8), Said())]
+    assert [run.train() for run in (whole, *parts)] == [EXIT_DONE, EXIT_STOPPED, EXIT_DONE]
+    rows, resumed = ([r for r in read_rows(run.directory / "metrics.jsonl")] for run in (whole, parts[0]))
+    for name in ("loss", "grad_norm", "validation_loss", "exchanged_bytes"):
+        values = [row[name] for row in rows if name in row]
+        assert values == [row[name] for row in resumed if name in row], name
+    assert [row["exchanged_bytes"] > 0 for row in rows if "loss" in row] == [False, False, False, True, False]
+    assert any(line.startswith("replicas   diloco: a device sends") for line in whole.progress.lines)
+    other = replace(config, mesh=MeshConfig(replica=4, fsdp=2))
+    with pytest.raises(ExplainedError, match="mesh.replica: 2 -> 4"):
+        Run(validate(other, 8), Said()).train()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
