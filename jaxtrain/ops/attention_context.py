@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxtrain.errors import ExplainedError, nearest
@@ -135,8 +136,36 @@ Begin = Callable[[], PyTree]
 Visit = Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]]
 
 
+def _to_words(x: jax.Array) -> jax.Array:
+    """The same bits as uint32, [..., W] -> [..., W * bytes / 4]."""
+    per_word = 4 // x.dtype.itemsize
+    words = x.reshape(*x.shape[:-1], x.shape[-1] // per_word, per_word) if per_word > 1 else x
+    return lax.bitcast_convert_type(words, jnp.uint32)
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `_to_words`."""
+    return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
+
+
 def _send(tree: PyTree, by: int) -> PyTree:
-    return jax.tree.map(lambda x: shift(x, "context", by), tree) if by else tree
+    """Sends all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time hide behind compute.
+
+    Leaves of different dtypes (keys and values, and the sums of their gradients) travel as bits.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    if not by or not leaves:
+        return tree
+    dtypes = [x.dtype for x in leaves]
+    as_words = len(set(dtypes)) > 1
+    if as_words and any(x.shape[-1] * x.dtype.itemsize % 4 for x in leaves):
+        return jax.tree.map(lambda x: shift(x, "context", by), tree)
+    packed = [_to_words(x) for x in leaves] if as_words else leaves
+    ends = np.cumsum([x.shape[-1] for x in packed])[:-1].tolist()
+    parts = jnp.split(shift(jnp.concatenate(packed, axis=-1), "context", by), ends, axis=-1)
+    if as_words:
+        parts = [_from_words(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+    return jax.tree.unflatten(structure, parts)
 
 
 def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
@@ -153,7 +182,10 @@ def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin
 
         def one(state: tuple, step: Any, arriving: int = arriving, leaving: int = leaving) -> tuple[tuple, None]:
             blocks, sums, carry = state
-            following, arrived = _send(blocks, leaving), _send(sums, arriving)
+            if arriving == leaving:
+                following, arrived = _send((blocks, sums), leaving)
+            else:
+                following, arrived = _send(blocks, leaving), _send(sums, arriving)
             carry, added = visit(carry, step, blocks)
             return (following, jax.tree.map(jnp.add, arrived, added), carry), None
 
@@ -280,7 +312,8 @@ def context_attention(
     queries, keys, values, output and logsumexp of this device, and has the others' keys and values come again: no remat policy
     can keep them. Collectives over `context` in a layer, with steps = C - 1 or fewer (`needed_steps`):
 
-    - ring: steps ppermutes each of keys and of values, forward and again backward, and steps of each one's float32 gradient.
+    - ring: as many ppermutes of keys and values together, forward and again backward, and as many of their float32 gradients;
+      backward all but the first and the last carry both.
     - gather: one all_gather each of keys and values, forward and again backward, and one reduce_scatter of each one's gradient
       in the compute dtype.
     - ulysses: an all_to_all each of queries, keys, values and output, and backward the same of their gradients.
