@@ -14,7 +14,9 @@ from jax import lax
 
 from jaxtrain.config import ModelConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
+from jaxtrain.ops.attention_context import Plan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
+from jaxtrain.ops.attention_order import find_place
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights
@@ -154,8 +156,8 @@ class Decoder:
     config: ModelConfig
     train: TrainConfig
     stacking: Stacking
-    backend: str
-    """Attention backend, chosen."""
+    attention: Plan
+    """How attention is computed, chosen."""
     experts: ExpertBackend
     """How tokens reach their experts, chosen."""
     zero: int
@@ -174,7 +176,7 @@ class Decoder:
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
         def layer(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
-            return vary(merge(self._gathered(weights, dims))(x, packing, self.backend, self.experts))
+            return vary(merge(self._gathered(weights, dims))(x, packing, self.attention, self.experts))
 
         return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 
@@ -233,7 +235,7 @@ class Decoder:
 
     def loss_functions(self) -> Functions:
         """For training and validation. A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks)
-        segments, and a float32 scalar `scale`, by which its summed loss is multiplied."""
+        segments, as `share_out` gives them, and a float32 scalar `scale`, by which its summed loss is multiplied."""
         head = self._head()
 
         def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
@@ -254,15 +256,17 @@ class Decoder:
         return Functions(self._embed(), self._layers(), loss)
 
     def logits_functions(self) -> Functions:
-        """For sampling: reports `logits` [B, V] float32 at the position `position` of one microbatch."""
+        """For sampling: reports `logits` [B, V] float32 at the place `position` of the sequence, of one microbatch."""
         head = self._head()
 
         def logits(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             x, head_DV = head(weights, x)
-            x_BD = lax.dynamic_index_in_dim(all_gather(x, "tensor", dim=1), microbatch["position"], axis=1, keepdims=False)
+            x_BLD, context = all_gather(x, "tensor", dim=1), lax.axis_size("context")
+            device, index = find_place(microbatch["position"], self.attention.kind, x_BLD.shape[1], context)
+            x_BD = lax.dynamic_index_in_dim(x_BLD, index, axis=1, keepdims=False)
             logits = jnp.einsum("BD,DV->BV", x_BD, head_DV, preferred_element_type=jnp.float32)
             whole = all_gather(mask_padded_vocabulary(logits, self.config.vocab_size), "tensor", dim=1)
-            once = jnp.where(lax.axis_index("tensor") == 0, whole, 0)
+            once = jnp.where((lax.axis_index("tensor") == 0) & (lax.axis_index("context") == device), whole, 0)
             return vary(jnp.zeros(())), {"logits": once}
 
         return Functions(self._embed(), self._layers(), logits)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
 from jaxtrain.models.parameters import parameter
-from jaxtrain.ops.attention import attention
+from jaxtrain.ops.attention_context import Plan, context_attention
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
 from jaxtrain.sharding import all_gather, reduce_scatter
@@ -79,7 +79,7 @@ class LatentAttention(nnx.Module):
         ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
         return jnp.split(all_gather(jnp.concatenate(parts, axis=-1), "tensor", dim=1), ends, axis=-1)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> jax.Array:
         config = self.config
         q_BLQ, c_BLC, turned_BLR = self._latents(x_BLD)
 
@@ -94,6 +94,6 @@ class LatentAttention(nnx.Module):
         k_turned = jnp.broadcast_to(turn(turned_BLR[:, :, None]), (*k_BLHN.shape[:3], turned_BLR.shape[-1]))
         k_BLHN = jnp.concatenate([k_BLHN, k_turned], axis=-1)
         with jax.named_scope("attention"):
-            a_BLHM = attention(q_BLHN, k_BLHN, v_BLHM, backend=backend, segments_BL=packing.segments, residual_name="attention")
+            a_BLHM = context_attention(q_BLHN, k_BLHN, v_BLHM, plan, segments_BL=packing.segments, residual_name="attention")
         out_BLD = reduce_scatter(jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...]), "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "attention_out")

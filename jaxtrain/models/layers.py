@@ -19,7 +19,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.moe import MoE
 from jaxtrain.models.parameters import parameter
-from jaxtrain.ops.attention import attention
+from jaxtrain.ops.attention_context import Plan, context_attention
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
@@ -30,9 +30,10 @@ class Packing(NamedTuple):
     """What a layer needs to know of a microbatch, beside its activations."""
 
     positions: jax.Array
-    """int32 [B, L], position inside its document, from 0."""
+    """int32 [B, L], position inside its document, from 0, of this device's tokens."""
     segments: jax.Array | None
-    """int32 [B, L], number of its document, 0 for padding; None when attention may cross documents."""
+    """int32 [B, whole length], number of its document, 0 for padding, of all tokens along `context`, in the order in which its
+    devices hold them (`share_out`); None when attention may cross documents."""
     counted: jax.Array | None
     """bool [B, L], whether a position carries a loss; None where there is no loss (sampling)."""
     scale: jax.Array | None
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
             self.query_norm = parameter(rngs, (n,), ("norm",), None, dtype)
             self.key_norm = parameter(rngs, (n,), ("norm",), None, dtype)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, backend: str) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> jax.Array:
         config = self.config
         h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], config.norm_epsilon), "tensor", dim=1)
         q_BLHN = checkpoint_name(jnp.einsum("BLD,DHN->BLHN", h_BLD, self.query[...]), "query")
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
         q_BLHN = rope(q_BLHN, packing.positions, config.rope_theta, config.rope_scaling)
         k_BLKN = rope(k_BLKN, packing.positions, config.rope_theta, config.rope_scaling)
         with jax.named_scope("attention"):
-            a_BLHN = attention(q_BLHN, k_BLKN, v_BLKN, backend=backend, segments_BL=packing.segments, residual_name="attention")
+            a_BLHN = context_attention(q_BLHN, k_BLKN, v_BLKN, plan, segments_BL=packing.segments, residual_name="attention")
         out_BLD = reduce_scatter(jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...]), "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "attention_out")
 
@@ -104,11 +105,11 @@ class Layer(nnx.Module):
             self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, packing: Packing, backend: str, experts: ExpertBackend
+        self, x_BLD: jax.Array, packing: Packing, plan: Plan, experts: ExpertBackend
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """(x, this device's share of the auxiliary losses, sums to report)"""
         with jax.named_scope("attention_block"):
-            x_BLD = self.attention(x_BLD, packing, backend)
+            x_BLD = self.attention(x_BLD, packing, plan)
         if not hasattr(self, "moe"):
             with jax.named_scope("mlp_block"):
                 return self.mlp(x_BLD), vary(jnp.zeros(())), {}

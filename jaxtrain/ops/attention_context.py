@@ -47,11 +47,14 @@ RING_HIDES_FROM = 1400
 
 
 class Plan(NamedTuple):
-    """What is fixed when attention is traced."""
+    """How attention is computed, chosen before anything is traced."""
 
-    kind: str
     backend: str
-    window: int
+    """What computes a piece, or with ulysses a whole sequence: reference, blockwise or cudnn."""
+    kind: str = "ring"
+    """How the keys of other devices along `context` are reached: ring, gather or ulysses."""
+    window: int = 0
+    """Tokens that a token sees, itself and those before it; 0 for all."""
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
@@ -299,14 +302,12 @@ def context_attention(
     q_BLHN: jax.Array,
     k_BLKN: jax.Array,
     v_BLKM: jax.Array,
+    plan: Plan,
     *,
-    kind: str,
-    backend: str,
-    window: int = 0,
     segments_BL: jax.Array | None = None,
     residual_name: str | None = None,
 ) -> jax.Array:
-    """`attention` over the whole sequence, of which this device holds L tokens in the order of `share_out(batch, kind)`.
+    """`attention` over the whole sequence, of which this device holds L tokens in the order of `share_out(batch, plan.kind)`.
 
     Inside the manual region. With `context` of size 1 it is `attention`. With ring and gather the backward pass needs the
     queries, keys, values, output and logsumexp of this device, and has the others' keys and values come again: no remat policy
@@ -320,9 +321,7 @@ def context_attention(
 
     Args:
       q_BLHN: this device's queries; k_BLKN, v_BLKM its keys and values. Positions are already in them.
-      kind: ring, gather or ulysses, as `choose_context_attention` chose; ulysses needs K divisible by the axis' size.
-      backend: what computes a piece, or with ulysses a whole sequence: reference, blockwise or cudnn.
-      window: tokens that a token sees, itself and those before it; 0 for all.
+      plan: as `choose_context_attention` and `choose_backend` chose; ulysses needs K divisible by the axis' size.
       segments_BL: int32 document numbers of the WHOLE sequence in the devices' order, as `share_out` gives them.
       residual_name: name put on what the backward pass needs, output and logsumexp.
 
@@ -333,21 +332,21 @@ def context_attention(
       ValueError: the shapes do not fit.
     """
     check_shapes(q_BLHN, k_BLKN, v_BLKM)
-    options = {"backend": backend, "window": window, "segments_BL": segments_BL, "residual_name": residual_name}
+    options = {"backend": plan.backend, "window": plan.window, "segments_BL": segments_BL, "residual_name": residual_name}
     context = lax.axis_size("context")
     if context == 1:
         return attention(q_BLHN, k_BLKN, v_BLKM, **options)
-    if kind == "ulysses":
+    if plan.kind == "ulysses":
         if k_BLKN.shape[2] % context:
             raise ValueError(f"ulysses exchanges heads, but context={context} does not divide {k_BLKN.shape[2]} kv heads")
         q, k, v = (all_to_all(x, "context", dim=2, to_dim=1) for x in (q_BLHN, k_BLKN, v_BLKM))
         return all_to_all(attention(q, k, v, **options), "context", dim=1, to_dim=2)
     if q_BLHN.shape[1] % 2:
-        raise ValueError(f"{kind} attention cuts a device's {q_BLHN.shape[1]} tokens into two pieces; use an even number")
+        raise ValueError(f"{plan.kind} attention cuts a device's {q_BLHN.shape[1]} tokens into two pieces; use an even number")
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((q_BLHN, k_BLKN, v_BLKM, segments_BL))), {"context"})
     q, k, v, segments = vary((q_BLHN, k_BLKN, v_BLKM, segments_BL), tuple(sorted(axes)))
-    with jax.named_scope(f"attention_{kind}_{backend}"):
-        return _folded(q, k, v, segments, Plan(kind, backend, window), residual_name)
+    with jax.named_scope(f"attention_{plan.kind}_{plan.backend}"):
+        return _folded(q, k, v, segments, plan, residual_name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

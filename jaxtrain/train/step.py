@@ -14,6 +14,8 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.ops.attention import choose_backend
+from jaxtrain.ops.attention_context import Plan, choose_context_attention
+from jaxtrain.ops.attention_order import IN_PIECES, share_out
 from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
@@ -62,7 +64,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     """The model of a resolved config, on this mesh's kind of device."""
     experts = choose_expert_backend(mesh.devices.flat[0].platform)
-    return Decoder(config.model, config.train, make_stacking(config), backend, experts, config.sharding.zero)
+    plan = Plan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window)
+    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding.zero)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -108,7 +111,8 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
     Where replicas are summed apart (`sync.sums_apart`) all this is so for each replica's own part of the batch: metrics are
     [replica], gradients [replica, ...], and so are reports where replicas differ. No byte leaves a replica then.
     """
-    functions = make_decoder(config, mesh, backend).loss_functions()
+    model = make_decoder(config, mesh, backend)
+    functions = model.loss_functions()
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     dims, held = decoder.parameter_dims(config.model), params_dims(config)
     apart: Dims = ("replica",) if config.sync.sums_apart else ()
@@ -116,7 +120,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
 
     def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         targets = sum_over(count_targets(batch["targets"]), _all_but(apart, _BATCH_AXES))
-        microbatches = _microbatches(batch, config.train.microbatches)
+        microbatches = _microbatches(share_out(batch, model.attention.kind), config.train.microbatches)
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
         master, compute = _both(config, _own(held, params))
         result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
@@ -353,12 +357,13 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of targets."""
-    functions = make_decoder(config, mesh, backend).loss_functions()
+    model = make_decoder(config, mesh, backend)
+    functions = model.loss_functions()
     microbatches, held = config.train.microbatches, params_dims(config)
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
-        rows = _microbatches(batch, microbatches) | {"scale": jnp.ones(microbatches)}
+        rows = _microbatches(share_out(batch, model.attention.kind), microbatches) | {"scale": jnp.ones(microbatches)}
         sums = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)
         return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
 
@@ -367,11 +372,12 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
     """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after position."""
-    functions = make_decoder(config, mesh, backend).logits_functions()
+    model = make_decoder(config, mesh, backend)
+    functions = model.logits_functions()
     schedule, held = forward_only(config.mesh.pipe, config.pipeline.chunks, 1), params_dims(config)
 
     def region(params: PyTree, batch: PyTree, position: jax.Array) -> jax.Array:
-        rows = _microbatches(batch, 1) | {"position": position[None]}
+        rows = _microbatches(share_out(batch, model.attention.kind), 1) | {"position": position[None]}
         logits = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)["logits"]
         return sum_over(logits, tuple(axis for axis in MESH_AXES if axis not in BATCH_AXES))
 
@@ -385,19 +391,43 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
     return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True))
 
 
+def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the choices of attention depend on, but for the length."""
+    model, device = config.model, mesh.devices.flat[0]
+    latent = model.latent_attention
+    return {
+        "platform": device.platform,
+        "dtype": model.dtype,
+        "head_dim": model.head_dim + (latent.rope_dim if latent else 0),
+        "value_dim": latent.value_dim if latent else None,
+        "window": model.sliding_window,
+        "masks_documents": config.data.mask_documents,
+        "compute_capability": float(getattr(device, "compute_capability", None) or 8.0),
+    }
+
+
+def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
+    """How attention reaches the keys of other devices along `context`, and why."""
+    return choose_context_attention(
+        config.sharding.context_attention,
+        context=config.mesh.context,
+        heads=config.model.num_heads // config.mesh.tensor,
+        kv_heads=config.model.num_kv_heads // config.mesh.tensor,
+        sequence_length=config.data.sequence_length,
+        backend=config.model.attention,
+        **_attention_facts(config, mesh),
+    )
+
+
 def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """The attention backend for this mesh's devices, and why.
+    """The attention backend for this mesh's devices, and why; with a context axis also what goes on along it, and why.
 
     Raises:
       ExplainedError: the config asks for one that cannot work here.
     """
-    device = mesh.devices.flat[0]
-    return choose_backend(
-        config.model.attention,
-        platform=device.platform,
-        dtype=config.model.dtype,
-        head_dim=config.model.head_dim,
-        sequence_length=config.data.sequence_length,
-        masks_documents=config.data.mask_documents,
-        compute_capability=float(getattr(device, "compute_capability", None) or 8.0),
-    )
+    context, (kind, why_kind) = config.mesh.context, _choose_kind(config, mesh)
+    in_pieces = context > 1 and kind in IN_PIECES
+    length = config.data.sequence_length // (context if in_pieces else 1)
+    facts = _attention_facts(config, mesh)
+    backend, why = choose_backend(config.model.attention, sequence_length=length, in_pieces=in_pieces, **facts)
+    return backend, why if context == 1 else f"{why}; along context: {kind}, {why_kind}"

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import MESH_AXES
 from jaxtrain.errors import ExplainedError
 from jaxtrain.ops.attention import reference_attention
-from jaxtrain.ops.attention_context import choose_context_attention, context_attention, needed_steps
+from jaxtrain.ops.attention_context import Plan, choose_context_attention, context_attention, needed_steps
 from jaxtrain.ops.attention_order import find_place, share_out, zigzag_order, zigzag_pieces
 from jaxtrain.sharding import vary
 from tests.ops.test_attention import ragged_segments, relative
@@ -72,9 +72,7 @@ def region(case, remat=lambda f: f):
     def local(q, k, v, do, segments):
         attend = functools.partial(
             context_attention,
-            kind=case.kind,
-            backend=case.backend,
-            window=case.window,
+            plan=Plan(case.backend, case.kind, case.window),
             segments_BL=segments if case.documents else None,
             residual_name="attention",
         )
@@ -247,7 +245,7 @@ def test_remat_keeps_what_is_named_and_nothing_that_came_from_another_device(kin
     assert flops(policies.nothing_saveable) > 1.2 * plain
 
     def kept(policy):
-        attend = functools.partial(context_attention, kind=kind, backend="blockwise", residual_name="attention")
+        attend = functools.partial(context_attention, plan=Plan("blockwise", kind), residual_name="attention")
         arrays, _ = draw(case)
         shares = [x[:, : case.length // case.context] for x in arrays[:3]]
 
