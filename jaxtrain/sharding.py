@@ -124,6 +124,19 @@ def shift(x: jax.Array, axis: str, by: int) -> jax.Array:
     return x if size == 1 else lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
 
 
+def shift_in_group(x: jax.Array, axis: str, by: int) -> jax.Array:
+    """`shift` by an all_gather along the axis, which keeps to the axis' own group of devices.
+
+    XLA:CPU lets all devices of the mesh meet at a permute, so that one in a branch that other pipeline stages do not take meets
+    another permute there, and hands out its data. On a GPU a permute meets nobody but its own pairs.
+    """
+    size = lax.axis_size(axis)
+    if size == 1:
+        return x
+    source = (lax.axis_index(axis) - by) % size
+    return lax.dynamic_index_in_dim(lax.all_gather(x, axis), source, keepdims=False)
+
+
 def _fsdp_dims(dims: Dims) -> list[int]:
     return [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
 

@@ -37,7 +37,7 @@ from jaxtrain.ops.attention_cudnn import cudnn_obstacle
 from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import places_L
 from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
-from jaxtrain.sharding import all_gather, all_to_all, reduce_scatter, shift, vary, varying_axes
+from jaxtrain.sharding import all_gather, all_to_all, reduce_scatter, shift, shift_in_group, vary, varying_axes
 
 PyTree = Any
 KINDS = ("ring", "gather", "ulysses")
@@ -55,6 +55,8 @@ class Plan(NamedTuple):
     """How the keys of other devices along `context` are reached: ring, gather or ulysses."""
     window: int = 0
     """Tokens that a token sees, itself and those before it; 0 for all."""
+    permutes: bool = True
+    """Whether the ring may move by ppermute where it is traced; else by `shift_in_group`, to the same end."""
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
@@ -135,6 +137,7 @@ def _mask_of_pieces(meeting: _Meeting, mask: Mask) -> Mask:
 # ---------------------------------------------------------------------------------------------------------------------
 # How the blocks of the other devices come by
 
+Move = Callable[[jax.Array, str, int], jax.Array]
 Begin = Callable[[], PyTree]
 Visit = Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]]
 
@@ -151,7 +154,7 @@ def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
 
 
-def _send(tree: PyTree, by: int) -> PyTree:
+def _send(move: Move, tree: PyTree, by: int) -> PyTree:
     """Sends all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time hide behind compute.
 
     Leaves of different dtypes (keys and values, and the sums of their gradients) travel as bits.
@@ -162,16 +165,18 @@ def _send(tree: PyTree, by: int) -> PyTree:
     dtypes = [x.dtype for x in leaves]
     as_words = len(set(dtypes)) > 1
     if as_words and any(x.shape[-1] * x.dtype.itemsize % 4 for x in leaves):
-        return jax.tree.map(lambda x: shift(x, "context", by), tree)
+        return jax.tree.map(lambda x: move(x, "context", by), tree)
     packed = [_to_words(x) for x in leaves] if as_words else leaves
     ends = np.cumsum([x.shape[-1] for x in packed])[:-1].tolist()
-    parts = jnp.split(shift(jnp.concatenate(packed, axis=-1), "context", by), ends, axis=-1)
+    parts = jnp.split(move(jnp.concatenate(packed, axis=-1), "context", by), ends, axis=-1)
     if as_words:
         parts = [_from_words(part, dtype) for part, dtype in zip(parts, dtypes, strict=True)]
     return jax.tree.unflatten(structure, parts)
 
 
-def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
+def _go_round(
+    move: Move, blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit
+) -> tuple[PyTree, PyTree]:
     """carry = begin(); then visit(carry, step, blocks of that step) -> (carry, what to add to those blocks' sums), in turn.
 
     Blocks travel from device to device. Their sums follow one step behind, since a visit takes until the next transfer to add
@@ -180,22 +185,22 @@ def _go_round(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin
     """
     onward = [later - earlier for earlier, later in itertools.pairwise(steps)] + [0]
     into = [0, *onward[:-1]] if jax.tree.leaves(sums) else [0] * len(steps)
-    state = _send(blocks, steps[0]), sums, begin()
+    state = _send(move, blocks, steps[0]), sums, begin()
     for (arriving, leaving), run in itertools.groupby(zip(into, onward, steps, strict=True), key=operator.itemgetter(0, 1)):
 
         def one(state: tuple, step: Any, arriving: int = arriving, leaving: int = leaving) -> tuple[tuple, None]:
             blocks, sums, carry = state
             if arriving == leaving:
-                following, arrived = _send((blocks, sums), leaving)
+                following, arrived = _send(move, (blocks, sums), leaving)
             else:
-                following, arrived = _send(blocks, leaving), _send(sums, arriving)
+                following, arrived = _send(move, blocks, leaving), _send(move, sums, arriving)
             carry, added = visit(carry, step, blocks)
             return (following, jax.tree.map(jnp.add, arrived, added), carry), None
 
         numbers = [step for _, _, step in run]
         state = one(state, numbers[0])[0] if len(numbers) == 1 else lax.scan(one, state, jnp.asarray(numbers))[0]
     _, sums, carry = state
-    return carry, _send(sums, lax.axis_size("context") - steps[-1])
+    return carry, _send(move, sums, lax.axis_size("context") - steps[-1])
 
 
 def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
@@ -228,7 +233,9 @@ def _others(plan: Plan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit
     """Visits every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
     steps = needed_steps(lax.axis_size("context"), piece, plan.window)
-    go = {"ring": _go_round, "gather": _take_from_all}[plan.kind]
+    go = _take_from_all
+    if plan.kind == "ring":
+        go = functools.partial(_go_round, shift if plan.permutes else shift_in_group)
     return go(blocks, sums, steps, begin, visit) if steps else (begin(), sums)
 
 

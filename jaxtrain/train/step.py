@@ -63,8 +63,11 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     """The model of a resolved config, on this mesh's kind of device."""
-    experts = choose_expert_backend(mesh.devices.flat[0].platform)
-    plan = Plan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window)
+    platform = mesh.devices.flat[0].platform
+    experts = choose_expert_backend(platform)
+    # The pipeline puts layers into branches, where XLA:CPU's permutes go wrong.
+    permutes = platform != "cpu" or config.mesh.pipe == 1
+    plan = Plan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
     return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding.zero)
 
 
@@ -345,6 +348,8 @@ def compiler_options(platform: str) -> dict[str, bool | int | str]:
         return {}
     return {
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Devices that permute along `context` in a pipeline stage's branch must not wait for those of other stages.
+        "xla_gpu_collective_permute_connected_components": True,
         "xla_gpu_enable_pipelined_all_gather": True,
         "xla_gpu_enable_pipelined_reduce_scatter": True,
         "xla_gpu_enable_pipelined_all_reduce": True,
