@@ -17,6 +17,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
 
 BYTES = {"bfloat16": 2, "float32": 4}
+MATRIX = ("fsdp", "tensor")
 HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
 
 
@@ -27,6 +28,8 @@ class Weight:
     elements: int
     axes: tuple[str, ...]
     """Mesh axes that shard it, but for pipe."""
+    compute: str = ""
+    """Dtype in which it is used, where that is not the model's."""
 
     @property
     def is_matrix(self) -> bool:
@@ -54,29 +57,36 @@ class Ticks:
 def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     """The weights of one decoder layer: Q (D x HN), K and V (D x KN), O (HN x D), gate and up (D x F), down (F x D), norms.
 
-    Projections are sharded over fsdp along D and over tensor along heads or F; norms lie whole on every device.
+    Projections are sharded over fsdp along D and over tensor along heads or F; norms lie whole on every device. A mixture has a
+    router (D x E, float32), and gate, up and down of all E experts, sharded over expert too, beside those of shared experts.
     """
-    d, n, f = model.embed_dim, model.head_dim, model.mlp_dim
-    matrix = ("fsdp", "tensor")
+    d, n = model.embed_dim, model.head_dim
     weights = {
-        "query": Weight(d * model.num_heads * n, matrix),
-        "key": Weight(d * model.num_kv_heads * n, matrix),
-        "value": Weight(d * model.num_kv_heads * n, matrix),
-        "out": Weight(model.num_heads * n * d, matrix),
-        "gate": Weight(d * f, matrix),
-        "up": Weight(d * f, matrix),
-        "down": Weight(f * d, matrix),
+        "query": Weight(d * model.num_heads * n, MATRIX),
+        "key": Weight(d * model.num_kv_heads * n, MATRIX),
+        "value": Weight(d * model.num_kv_heads * n, MATRIX),
+        "out": Weight(model.num_heads * n * d, MATRIX),
         "attention_norm": Weight(d, ()),
         "mlp_norm": Weight(d, ()),
     }
     if model.qk_norm:
         weights |= {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())}
+    if not model.moe:
+        return weights | dict.fromkeys(("gate", "up", "down"), Weight(d * model.mlp_dim, MATRIX))
+    moe = model.moe
+    expert = Weight(moe.num_experts * d * moe.mlp_dim, ("expert", *MATRIX))
+    weights |= {"router": Weight(d * moe.num_experts, ("fsdp",), "float32")}
+    weights |= dict.fromkeys(("expert_gate", "expert_up", "expert_down"), expert)
+    if moe.bias_update_rate:
+        weights |= {"bias": Weight(moe.num_experts, (), "float32")}
+    if moe.shared_experts:
+        weights |= dict.fromkeys(("gate", "up", "down"), Weight(d * moe.shared_experts * moe.mlp_dim, MATRIX))
     return weights
 
 
 def outer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     """The embedding table (V x D), the output projection (D x V) unless it is tied, and the final norm."""
-    table = Weight(model.padded_vocab_size * model.embed_dim, ("fsdp", "tensor"))
+    table = Weight(model.padded_vocab_size * model.embed_dim, MATRIX)
     weights = {"table": table, "norm": Weight(model.embed_dim, ())}
     return weights if model.tie_embeddings else weights | {"head": table}
 
@@ -120,25 +130,31 @@ def loss_positions(config: Config) -> int:
 # FLOPs
 
 
+MADE_BY = {"attention_out": "out", "mlp_gate": "gate", "mlp_up": "up", "expert_out": "expert_down"}
+"""Names that remat can keep, and the weight whose product each is, where they are called differently."""
+
+
 def recomputed(config: Config) -> frozenset[str]:
     """Which of a layer's matmuls the backward pass runs a second time, by the name of their weight; "attention" for both of
     attention's.
 
-    Remat `full` keeps the layer's input only: all but the last matmul, whose result nothing needs again. `none` and `dots`
-    keep the results of all projections. `named` keeps what it names: a projection whose result is kept is not run again.
+    Remat `full` keeps the layer's input only: all but the last matmul, whose result nothing needs again (but the experts' last,
+    which the gradient of the router's weights needs). `none` keeps all. `dots` keeps the results of matmuls without batch dims:
+    all but those of experts with capacity. `named` keeps what it names: a projection whose result is kept is not run again.
     """
-    everything = {"query", "key", "value", "out", "gate", "up", "attention"}
-    if config.train.remat in ("none", "dots"):
+    again = {*layer_weights(config.model)} - {"down"} | {"attention"}
+    if config.train.remat == "none":
         return frozenset()
+    if config.train.remat == "dots":
+        return frozenset(name for name in again if name.startswith("expert_"))
     kept = set(config.train.remat_save) if config.train.remat == "named" else set()
-    made = {"attention_out": "out", "mlp_gate": "gate", "mlp_up": "up"}
-    return frozenset(everything - {made.get(name, name) for name in kept})
+    return frozenset(again - {MADE_BY.get(name, name) for name in kept})
 
 
 def attention_flops(config: Config, backend: str) -> tuple[float, float]:
     """(forward, backward with all that is recomputed) of one layer's attention on one microbatch.
 
-    One matmul over the whole square is U = 2 B (H/t) L^2 N FLOPs. cudnn runs half of the square under the causal mask, 2 U / 2
+    One matmul over the whole square is U = 2 B (H/t) L^2 N / c FLOPs: along context, devices share heads or queries evenly. cudnn runs half of the square under the causal mask, 2 U / 2
     forward and 5 U / 2 backward (the scores once more); remat that does not keep attention's result runs the forward again.
     reference runs the whole square, 2 U and 4 U; its scores are computed again unless everything is kept, and the product
     with V too under `full`.
@@ -156,16 +172,42 @@ def attention_flops(config: Config, backend: str) -> tuple[float, float]:
     raise ValueError(f"attention backend {backend!r}: its FLOPs have no closed form here; cudnn and reference have")
 
 
+def expert_rows(config: Config) -> int:
+    """Rows that all experts together take from one microbatch of one device, those left empty included.
+
+    Capacity: E experts x (B L/c / G groups of G tokens) x ceil(factor G K / E). Dropless: B L/c K.
+    """
+    moe, tokens = config.model.moe, microbatch_rows(config) * local_length(config)
+    assert moe is not None
+    if moe.dispatch == "dropless":
+        return tokens * moe.experts_per_token
+    group = moe.capacity_group or local_length(config)
+    room = min(group, math.ceil(moe.capacity_factor * group * moe.experts_per_token / moe.num_experts))
+    return moe.num_experts * (tokens // group) * room
+
+
+def _rows_of(config: Config, name: str) -> float:
+    """Rows that a weight multiplies in one pass, times the weight's whole share of them: experts share their rows out."""
+    if not name.startswith("expert_"):
+        return microbatch_rows(config) * local_length(config)
+    assert config.model.moe is not None
+    return expert_rows(config) * config.mesh.expert / config.model.moe.num_experts
+
+
 def step_flops(config: Config, backend: str) -> float:
     """Matmul FLOPs of a step on one device.
 
     A projection with P weights costs 2 P FLOPs a token forward and 4 P backward, 2 P more where it is recomputed. All of the
-    local tokens B L/c meet this device's 1/t of the weights. The head costs three matmuls, made together with the loss.
+    local tokens B L/c meet this device's 1/t of the weights; of experts, each meets its own rows (`expert_rows`, from all
+    devices along expert). The head costs three matmuls, made together with the loss.
     """
-    ticks, tokens = count_ticks(config), microbatch_rows(config) * local_length(config)
-    weights = {name: w.shard(config, without=("fsdp",)) for name, w in layer_weights(config.model).items() if w.is_matrix}
-    forward = 2.0 * tokens * sum(weights.values())
-    again = 2.0 * tokens * sum(weights[name] for name in recomputed(config) if name in weights)
+    ticks, weights = count_ticks(config), layer_weights(config.model)
+    once = {
+        name: 2.0 * _rows_of(config, name) * weight.shard(config, without=("fsdp",))
+        for name, weight in weights.items()
+        if weight.is_matrix
+    }
+    forward, again = sum(once.values()), sum(once[name] for name in recomputed(config) if name in once)
     attention_forward, attention_backward = attention_flops(config, backend)
     rows = microbatch_rows(config) * loss_positions(config)
     head = 6.0 * rows * config.model.embed_dim * config.model.padded_vocab_size / config.mesh.tensor

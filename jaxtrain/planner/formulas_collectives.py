@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.ops.attention_context import choose_context_attention
 from jaxtrain.planner.formulas import (
     BYTES,
     HLO_DTYPE,
     Ticks,
     Weight,
     count_ticks,
+    expert_rows,
     layer_weights,
     local_length,
     loss_positions,
@@ -69,6 +71,8 @@ def collectives(config: Config) -> list[Entry]:
         _sequence(config, ticks),
         _loss(config, ticks),
         _pipe(config, ticks),
+        _experts(config, ticks),
+        _context(config, ticks),
         _scalars(config, ticks),
     )
     return [entry for part in parts for entry in part if entry.size > 1 and entry.payload]
@@ -77,9 +81,9 @@ def collectives(config: Config) -> list[Entry]:
 def uncovered(config: Config) -> list[str]:
     """What of a config has no closed form here."""
     found = {
-        "model.moe": config.model.moe is not None,
+        "model.moe.first_dense_layers": config.model.first_dense_layers > 0,
         "model.latent_attention": config.model.latent_attention is not None,
-        f"mesh.context={config.mesh.context}": config.mesh.context > 1,
+        "model.sliding_window with mesh.context": config.mesh.context > 1 and config.model.sliding_window > 0,
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         f"optimizer.name={config.optimizer.name}": config.optimizer.name in ("adafactor", "muon"),
@@ -110,7 +114,7 @@ def is_joined(config: Config) -> bool:
 
 
 def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
-    """All-gathers of weights over fsdp, in compute dtype (bf16: 2 bytes an element).
+    """All-gathers of weights over fsdp, in compute dtype (bf16: 2 bytes an element; routers in float32).
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
     to keep gathered weights. l layers in each of T_F + T_B passes, in the busiest stage. The table once in the forward (the
@@ -118,14 +122,14 @@ def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
     but for one stage, where XLA joins them.
     ZeRO 1 and 2: every matrix that the device holds a shard of, once a step.
     """
-    dtype, bytes_each = HLO_DTYPE[config.model.dtype], BYTES[config.model.dtype]
     layer = [w for w in layer_weights(config.model).values() if w.is_matrix]
     outer = [w for w in outer_weights(config.model).values() if w.is_matrix]
 
     def gathers(weights: list[Weight], times: int, purpose: str) -> Iterator[Entry]:
         for weight in weights:
-            payload = weight.shard(config, without=("fsdp",)) * bytes_each
-            yield _entry(config, ["fsdp"], "all-gather", dtype, times, payload, purpose)
+            dtype = weight.compute or config.model.dtype
+            payload = weight.shard(config, without=("fsdp",)) * BYTES[dtype]
+            yield _entry(config, ["fsdp"], "all-gather", HLO_DTYPE[dtype], times, payload, purpose)
 
     if config.sharding.zero < 3:
         yield from gathers(layer, ticks.layers_held, "weights of the layers, once a step")
@@ -215,6 +219,87 @@ def _pipe(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield replace(entry, unread=payload)
 
 
+def _experts(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Rows travel along expert to their experts and back, in compute dtype: 2 exchanges in a layer's forward, 2 of their
+    gradients in its backward, and each of the first two once more unless its result is kept (expert_in, expert_out).
+
+    Payload of one: `formulas.expert_rows` x D. Dropless rows go by ragged all-to-all, after an all-gather of the counts (int32,
+    E from each device) in forward and backward; those with capacity by all-to-all.
+    """
+    moe, train = config.model.moe, config.train
+    if moe is None:
+        return
+    dtype, width = config.model.dtype, config.model.embed_dim * BYTES[config.model.dtype]
+    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
+    kept = {"expert_in", "expert_out"} if train.remat == "none" else set(train.remat_save) if train.remat == "named" else set()
+    kind = "ragged-all-to-all" if moe.dispatch == "dropless" else "all-to-all"
+    again = len({"expert_in", "expert_out"} - kept)
+    passes = {"rows to experts and back": 2 * forward, "their gradients": 2 * backward, "rows again": again * backward}
+    for purpose, calls in passes.items():
+        yield _entry(config, ["expert"], kind, HLO_DTYPE[dtype], calls, expert_rows(config) * width, purpose)
+    if moe.dispatch == "dropless":
+        counts = config.mesh.expert * moe.num_experts * 4
+        yield _entry(config, ["expert"], "all-gather", "s32", forward + backward, counts, "how many rows go where")
+
+
+def context_kind(config: Config) -> str:
+    """How attention reaches along context on H100s: ring, gather or ulysses."""
+    kind, _ = choose_context_attention(
+        config.sharding.context_attention,
+        context=config.mesh.context,
+        heads=config.model.num_heads // config.mesh.tensor,
+        kv_heads=config.model.num_kv_heads // config.mesh.tensor,
+        sequence_length=config.data.sequence_length,
+        backend=config.model.attention,
+        platform="gpu",
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
+        masks_documents=config.data.mask_documents,
+        compute_capability=9.0,
+    )
+    return kind
+
+
+def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """Keys and values along context, on C devices; R = B L/C N/t numbers of a head on all this device's K or H heads.
+
+    ring: C - 1 permutes of K and V (2 K R in compute dtype) forward, as many in the backward, as many again where attention is
+    recomputed; and C - 1 of their gradients, in float32. gather: an all-gather of K and of V (C K R each) in the same places,
+    and a reduce-scatter of each one's gradient, in compute dtype. ulysses: an all-to-all of Q, K, V and the output ((2 H + 2 K) R)
+    forward, of their gradients backward, and again of all unless remat is none. Before all that, ring and gather bring the
+    batch into zigzag order: one all-gather of its int32 arrays.
+    """
+    size, model = config.mesh.context, config.model
+    if size == 1:
+        return
+    head = microbatch_rows(config) * local_length(config) * model.head_dim * BYTES[model.dtype] // config.mesh.tensor
+    dtype, kind = HLO_DTYPE[model.dtype], context_kind(config)
+    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
+    again = backward * ("attention" in recomputed(config))
+
+    def entry(kind: str, calls: int, payload: float, purpose: str, dtype: str = dtype) -> Entry:
+        return _entry(config, ["context"], kind, dtype, calls, payload, purpose)
+
+    pair = model.num_kv_heads * head
+    if kind == "ulysses":
+        calls = forward + backward * (1 if config.train.remat == "none" else 2)
+        for name, heads in (("queries", model.num_heads), ("keys", model.num_kv_heads), ("values", model.num_kv_heads)):
+            yield entry("all-to-all", calls, heads * head, f"{name}, heads for sequence")
+        yield entry("all-to-all", calls, model.num_heads * head, "output, sequence for heads")
+    elif kind == "ring":
+        yield entry(
+            "collective-permute", 2 * (size - 1) * (forward + backward + again), pair, "keys and values, round the ring"
+        )
+        gradients = 2 * (size - 1) * backward
+        yield entry("collective-permute", gradients, pair * 4 // BYTES[model.dtype], "their gradients", "f32")
+    else:
+        yield entry("all-gather", 2 * (forward + backward + again), size * pair, "keys and values of all devices")
+        yield entry("reduce-scatter", 2 * backward, size * pair, "their gradients")
+    arrays = (3 if kind != "ulysses" else 0) + config.data.mask_documents
+    rows = microbatch_rows(config) * config.train.microbatches
+    yield entry("all-gather", 1, 4 * arrays * rows * config.data.sequence_length, "the batch, in order", "s32")
+
+
 def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
     """Single float32 numbers: the count of targets over the batch; loss and total loss (with experts their auxiliary loss too)
     over all devices; and for the global norm of the gradients the sum of squares of each leaf over the axes that shard it, once
@@ -222,6 +307,10 @@ def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
     batch = ["replica", "data", "fsdp", "expert", "context"]
     yield _entry(config, batch, "all-reduce", "f32", 1, 4, "number of targets")
     yield _entry(config, MESH_AXES, "all-reduce", "f32", 3 if config.model.moe else 2, 4, "losses")
+    if config.model.moe:
+        numbers = ticks.layers_held * (config.model.moe.num_experts + 3)
+        axes = [axis for axis in MESH_AXES if axis != "pipe"]
+        yield _entry(config, axes, "all-reduce", "f32", 4, numbers, "loads of experts and auxiliary losses")
     norms = 2 if config.optimizer.clip_norm else 1
     for name, weight in layer_weights(config.model).items():
         yield _entry(config, ("pipe", *weight.axes), "all-reduce", "f32", norms, 4, f"gradient norm of {name}")

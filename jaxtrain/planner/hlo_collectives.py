@@ -1,7 +1,8 @@
 """Every transfer of a compiled program: mesh axis, kind, calls, bytes, and how much of it travels behind compute.
 
 **Bytes**, a device and step. *Payload* is the whole array: what an all-gather ends with, what a reduce-scatter begins with,
-what an all-reduce sums, an all-to-all exchanges, a permute sends. *Wire* is what a device sends in a bandwidth-optimal ring
+what an all-reduce sums, an all-to-all exchanges (a ragged one, at most: rows that fit both of its buffers), a
+permute sends. *Wire* is what a device sends in a bandwidth-optimal ring
 of n devices (Patarasu & Yuan 2009; NCCL's bus bandwidth):
 
     all-gather, reduce-scatter, all-to-all   (n-1)/n payload        all-reduce   2 (n-1)/n payload        permute   payload
@@ -348,13 +349,16 @@ def bandwidth(group: Group, chip: Chip) -> float:
 
 
 def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -> dict[str, int]:
-    """Bytes of the operands, by dtype."""
-    sent: dict[str, int] = defaultdict(int)
-    names = instruction.operands[:1] if kind == "ragged-all-to-all" else instruction.operands
-    for name in names:
+    """Bytes of the operands, by dtype. Of a ragged all-to-all, whose buffers are for the worst case, what fits both of them."""
+    arrays: list[Array] = []
+    for name in instruction.operands[: 2 if kind == "ragged-all-to-all" else None]:
         source = computation.by_name.get(name)
         if source is None:
             raise ValueError(f"%{instruction.name}: its operand {name} is not in the text")
-        array: Array = source.result[0]
+        arrays.append(source.result[0])
+    if kind == "ragged-all-to-all":
+        arrays = [min(arrays, key=lambda array: array.bytes)]
+    sent: dict[str, int] = defaultdict(int)
+    for array in arrays:
         sent[array.dtype] += array.bytes
     return dict(sent)

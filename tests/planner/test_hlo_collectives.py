@@ -68,6 +68,7 @@ def test_where_groups_lie(groups: list[list[int]], place: Group):
 
 TENSOR, DATA = "replica_groups={{0,1},{2,3},{4,5},{6,7}}", "replica_groups=[4,2]<=[2,4]T(1,0)"
 A, B = "%a = bf16[100]{0} parameter(0)", "%b = f32[50]{0} parameter(1)"
+C = "%c = bf16[300]{0} parameter(2)"
 
 
 def program(*lines: str, computations: str = "") -> str:
@@ -104,7 +105,7 @@ def test_bytes(line: str, expected: tuple):
         "%wrapped (p: bf16[100]) -> bf16[200] {\n  %p = bf16[100]{0} parameter(0)\n"
         f"  ROOT %w = bf16[200]{{0}} all-gather(%p), {TENSOR}\n}}\n"
     )
-    (row,) = rows(program(A, B, line, computations=wrapped))
+    (row,) = rows(program(A, B, C, line, computations=wrapped))
     assert (row.axes, row.kind, row.dtype, row.payload, row.wire) == expected
     assert row.calls == 1
 
