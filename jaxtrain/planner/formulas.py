@@ -154,10 +154,10 @@ def recomputed(config: Config) -> frozenset[str]:
 def attention_flops(config: Config, backend: str) -> tuple[float, float]:
     """(forward, backward with all that is recomputed) of one layer's attention on one microbatch.
 
-    One matmul over the whole square is U = 2 B (H/t) L^2 N / c FLOPs: along context, devices share heads or queries evenly. cudnn runs half of the square under the causal mask, 2 U / 2
-    forward and 5 U / 2 backward (the scores once more); remat that does not keep attention's result runs the forward again.
-    reference runs the whole square, 2 U and 4 U; its scores are computed again unless everything is kept, and the product
-    with V too under `full`.
+    One matmul over the whole square is U = 2 B (H/t) L^2 N / c FLOPs: along context, devices share heads or queries evenly.
+    cudnn runs half of the square under the causal mask, 2 U / 2 forward and 5 U / 2 backward (the scores once more); remat that
+    does not keep attention's result runs the forward again. reference runs the whole square, 2 U and 4 U; its scores are
+    computed again unless everything is kept, and the product with V too under `full`.
     """
     model = config.model
     square = (

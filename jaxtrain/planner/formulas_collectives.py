@@ -265,9 +265,9 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
 
     ring: C - 1 permutes of K and V (2 K R in compute dtype) forward, as many in the backward, as many again where attention is
     recomputed; and C - 1 of their gradients, in float32. gather: an all-gather of K and of V (C K R each) in the same places,
-    and a reduce-scatter of each one's gradient, in compute dtype. ulysses: an all-to-all of Q, K, V and the output ((2 H + 2 K) R)
-    forward, of their gradients backward, and again of all unless remat is none. Before all that, ring and gather bring the
-    batch into zigzag order: one all-gather of its int32 arrays.
+    and a reduce-scatter of each one's gradient, in compute dtype. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K
+    times R) forward, of their gradients backward, and again of all unless remat is none. Before all that, ring and gather
+    bring the batch into zigzag order: one all-gather of its int32 arrays.
     """
     size, model = config.mesh.context, config.model
     if size == 1:
