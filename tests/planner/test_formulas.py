@@ -14,6 +14,7 @@ from jaxtrain.config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     PipelineConfig,
     ShardingConfig,
@@ -28,6 +29,16 @@ from jaxtrain.planner.formulas_collectives import Entry, collectives, totals
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state
 
+MOE = ModelConfig(
+    num_layers=2,
+    embed_dim=256,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    vocab_size=1000,
+    moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=256, shared_experts=1),
+)
+CAPACITY = replace(MOE, moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=256, dispatch="capacity"))
 MODEL = ModelConfig(
     num_layers=4, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=768, vocab_size=1000, qk_norm=True
 )
@@ -69,7 +80,7 @@ class Case:
         return validate(config, 8)
 
 
-DENSE = {
+CASES = {
     "data": Case(MeshConfig(data=8, fsdp=1), microbatches=2),
     "fsdp": Case(MeshConfig(fsdp=8), microbatches=2),
     "fsdp, tied": Case(MeshConfig(fsdp=8), model=replace(MODEL, tie_embeddings=True)),
@@ -87,6 +98,22 @@ DENSE = {
         pipeline=PipelineConfig("interleaved", 2),
         remat="named",
         remat_save=("attention", "attention_out", "query", "mlp_up"),
+    ),
+    "replica x fsdp": Case(MeshConfig(replica=2, fsdp=4)),
+    "expert, dropless": Case(MeshConfig(fsdp=2, expert=4), model=MOE),
+    "expert, capacity": Case(MeshConfig(fsdp=2, expert=4), model=CAPACITY, remat="dots"),
+    "expert x tensor": Case(
+        MeshConfig(fsdp=1, expert=4, tensor=2), model=CAPACITY, microbatches=2, remat="none", prefetches=False
+    ),
+    "context, ring": Case(MeshConfig(fsdp=2, context=4), length=512, sharding=ShardingConfig(context_attention="ring")),
+    "context, gather": Case(
+        MeshConfig(fsdp=2, context=4), length=512, remat="none", sharding=ShardingConfig(context_attention="gather")
+    ),
+    "context x tensor, ulysses": Case(
+        MeshConfig(fsdp=1, data=2, tensor=2, context=2),
+        length=512,
+        remat="none",
+        sharding=ShardingConfig(context_attention="ulysses"),
     ),
 }
 
@@ -141,10 +168,10 @@ def test_one_device_moves_nothing():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
-@pytest.mark.parametrize("name", ["fsdp x tensor", "pipe, interleaved", "zero 1", "fsdp, tied"])
+@pytest.mark.parametrize("name", ["fsdp x tensor", "pipe, interleaved", "zero 1", "fsdp, tied", "expert, dropless"])
 def test_state_bytes(name: str, optimizer: str):
     """Shards of the abstract state, leaf by leaf; beside moments it holds only counts."""
-    config = replace(DENSE[name].config(), optimizer=OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
+    config = replace(CASES[name].config(), optimizer=OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     state = abstract_state(config, mesh, make_optimizer(config.optimizer, 10, parameter_dims(config.model)))
 
@@ -182,14 +209,14 @@ def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: f
 
 @pytest.mark.plan
 @pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", CASES)
 def test_compiled_for_h100(name: str):
     """No byte more or less than the formula, in no other dtype, kind or axis; FLOPs and state too.
 
-    With remat=full and tensor > 1, XLA's pipelined all-gather runs a layer's attention block twice in the backward pass (the
-    MLP's gather is brought forward by an iteration, with all that it depends on): there it is turned off.
+    With tensor > 1, XLA's pipelined all-gather brings a sequence gather of the backward pass forward by an iteration, with all
+    that it depends on, and so runs it twice: with remat=full the attention block, with experts more. There it is turned off.
     """
-    case = DENSE[name]
+    case = CASES[name]
     config = case.config()
     report = deviceless.report(config, options=None if case.prefetches else {"xla_gpu_enable_pipelined_all_gather": False})
     assert report.attention.startswith("cudnn")
@@ -201,7 +228,7 @@ def test_compiled_for_h100(name: str):
 
 def test_deviations_are_found():
     """The test of the test: a transfer too few, too many, in float32, or twice."""
-    entries = collectives(replace(DENSE["fsdp"], microbatches=1).config())
+    entries = collectives(replace(CASES["fsdp"], microbatches=1).config())
     payload = totals(entries)["fsdp", "all-gather", "bf16"]
 
     def row(dtype: str, share: float) -> deviceless.Row:

@@ -172,6 +172,17 @@ def test_cublas():
     assert matmul_flops(text) == 2 * 96 * 512 * 1536
 
 
+def test_grouped_matmul_kernels():
+    """Rows are what data make them: 300 of 4352, by two [64, 96] matrices, and the transposed."""
+    call = (
+        ' = bf16[{}] custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="a/grouped_matmul/b"}}'
+    )
+    lines = ["%x = bf16[4352,64]{1,0} parameter(0)", "%w = bf16[2,64,96] parameter(1)"]
+    text = program(*lines, "%y" + call.format("4352,96"), "%dw" + call.format("2,64,96"))
+    assert matmul_flops(text, grouped_rows=300) == 2 * (2 * 300 * 64 * 96)
+    assert matmul_flops(text) == 0
+
+
 def test_ragged_dot_compiles_to_what_it_executes():
     """Rows meet one group each in the formula; XLA on CPU multiplies every row with every group and masks, and that counts."""
     lhs, rhs, sizes = (jax.ShapeDtypeStruct(s, d) for s, d in (((96, 16), "float32"), ((3, 16, 8), "float32"), ((3,), "int32")))
