@@ -160,9 +160,8 @@ def attention_flops(config: Config, backend: str) -> tuple[float, float]:
     computed again unless everything is kept, and the product with V too under `full`.
     """
     model = config.model
-    square = (
-        2.0 * microbatch_rows(config) * model.num_heads / config.mesh.tensor * config.data.sequence_length**2 * model.head_dim
-    )
+    heads = model.num_heads / (config.mesh.tensor * config.mesh.context)
+    square = 2.0 * microbatch_rows(config) * heads * config.data.sequence_length**2 * model.head_dim
     again = "attention" in recomputed(config)
     if backend == "cudnn":
         return square, (2.5 + again) * square

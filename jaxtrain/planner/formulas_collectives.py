@@ -263,11 +263,13 @@ def context_kind(config: Config) -> str:
 def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
     """Keys and values along context, on C devices; R = B L/C N/t numbers of a head on all this device's K or H heads.
 
-    ring: C - 1 permutes of K and V (2 K R in compute dtype) forward, as many in the backward, as many again where attention is
-    recomputed; and C - 1 of their gradients, in float32. gather: an all-gather of K and of V (C K R each) in the same places,
-    and a reduce-scatter of each one's gradient, in compute dtype. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K
-    times R) forward, of their gradients backward, and again of all unless remat is none. Before all that, ring and gather
-    bring the batch into zigzag order: one all-gather of its int32 arrays.
+    ring: C - 1 permutes of K and V together (2 K R in compute dtype) forward, as many in the backward, as many again where
+    attention is recomputed, but for the first of those, which is the backward's first too, and XLA joins them; and C - 1 of
+    their gradients, in float32. C - 2 of the backward's carry both, as raw bits (u32). gather: an all-gather of K and of V
+    (C K R each) in the same places, and a reduce-scatter of each one's gradient, in compute dtype; XLA joins the gathers of a
+    recomputed forward with those of the backward. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K times R) forward,
+    of their gradients backward, and again of all unless remat is none. Before all that, ring and gather bring the batch into
+    zigzag order: one all-gather of its int32 arrays.
     """
     size, model = config.mesh.context, config.model
     if size == 1:
@@ -287,13 +289,13 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
             yield entry("all-to-all", calls, heads * head, f"{name}, heads for sequence")
         yield entry("all-to-all", calls, model.num_heads * head, "output, sequence for heads")
     elif kind == "ring":
-        yield entry(
-            "collective-permute", 2 * (size - 1) * (forward + backward + again), pair, "keys and values, round the ring"
-        )
-        gradients = 2 * (size - 1) * backward
-        yield entry("collective-permute", gradients, pair * 4 // BYTES[model.dtype], "their gradients", "f32")
+        sends, both, sums = size - 1, size - 2, 2 * pair * 4 // BYTES[model.dtype]
+        alone = sends * (forward + again) - again + (sends - both) * backward
+        yield entry("collective-permute", alone, 2 * pair, "keys and values, round the ring")
+        yield entry("collective-permute", (sends - both) * backward, sums, "their gradients", "f32")
+        yield entry("collective-permute", both * backward, 2 * pair + sums, "keys and values with gradients", "u32")
     else:
-        yield entry("all-gather", 2 * (forward + backward + again), size * pair, "keys and values of all devices")
+        yield entry("all-gather", 2 * (forward + backward), size * pair, "keys and values of all devices")
         yield entry("reduce-scatter", 2 * backward, size * pair, "their gradients")
     arrays = (3 if kind != "ulysses" else 0) + config.data.mask_documents
     rows = microbatch_rows(config) * config.train.microbatches
