@@ -265,7 +265,7 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
 
     ring: C - 1 permutes of K and V together (2 K R in compute dtype) forward, as many in the backward, as many again where
     attention is recomputed, but for the first of those, which is the backward's first too, and XLA joins them; and C - 1 of
-    their gradients, in float32. C - 2 of the backward's carry both, as raw bits (u32). gather: an all-gather of K and of V
+    their gradients, in float32. C - 3 of the backward's carry both, as raw bits (u32). gather: an all-gather of K and of V
     (C K R each) in the same places, and a reduce-scatter of each one's gradient, in compute dtype; XLA joins the gathers of a
     recomputed forward with those of the backward. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K times R) forward,
     of their gradients backward, and again of all unless remat is none. Before all that, ring and gather bring the batch into
@@ -289,7 +289,7 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
             yield entry("all-to-all", calls, heads * head, f"{name}, heads for sequence")
         yield entry("all-to-all", calls, model.num_heads * head, "output, sequence for heads")
     elif kind == "ring":
-        sends, both, sums = size - 1, size - 2, 2 * pair * 4 // BYTES[model.dtype]
+        sends, both, sums = size - 1, max(0, size - 3), 2 * pair * 4 // BYTES[model.dtype]
         alone = sends * (forward + again) - again + (sends - both) * backward
         yield entry("collective-permute", alone, 2 * pair, "keys and values, round the ring")
         yield entry("collective-permute", (sends - both) * backward, sums, "their gradients", "f32")

@@ -106,7 +106,9 @@ CASES = {
         MeshConfig(fsdp=1, expert=4, tensor=2), model=CAPACITY, microbatches=2, remat="none", prefetches=False
     ),
     "context, ring": Case(MeshConfig(fsdp=2, context=4), length=512, sharding=ShardingConfig(context_attention="ring")),
-    "context, gather": Case(MeshConfig(fsdp=2, context=4), length=512, sharding=ShardingConfig(context_attention="gather")),
+    "context, gather": Case(
+        MeshConfig(fsdp=2, context=4), length=512, sharding=ShardingConfig(context_attention="gather"), prefetches=False
+    ),
     "context x tensor, ulysses": Case(
         MeshConfig(fsdp=1, data=2, tensor=2, context=2),
         length=512,
@@ -212,8 +214,8 @@ def test_compiled_for_h100(name: str):
     """No byte more or less than the formula, in no other dtype, kind or axis; FLOPs and state too.
 
     XLA's pipelined all-gather brings gathers of the backward pass forward by an iteration, with all that they depend on, and so
-    runs that twice. Of weights that is nothing; but with tensor > 1 and remat=full, and with dropless experts (whose counts are
-    gathered), it is the whole attention block. In those cases it is turned off here.
+    runs that twice. Of weights that is nothing; but with tensor > 1 and remat=full, with dropless experts (whose counts are
+    gathered) and with gathered keys, it is the whole attention block. In those cases it is turned off here.
     """
     case = CASES[name]
     config = case.config()
