@@ -58,7 +58,8 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report).
 
-        Reported are balance_loss and router_z_loss (without their weights), expert_load [E over all experts] and dropped.
+        Reported are sums over the counted tokens: balance_loss and router_z_loss (without their weights), expert_load (of all
+        experts, [E]) and dropped (rows).
 
         Args:
           x_BLD: this device's slice over `tensor`.
@@ -93,11 +94,10 @@ class MoE(nnx.Module):
         h32, w32 = h_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         logits_BLE = checkpoint_name(jnp.einsum("BLD,DE->BLE", h32, w32, precision=highest), "router")
         routing = route(logits_BLE, self.bias[...] if moe.bias_update_rate else None, moe)
-        balance = scale * balance_loss(routing, counted_BL)
-        z = scale * router_z_loss(logits_BLE, counted_BL)
+        balance, z = balance_loss(routing, counted_BL), router_z_loss(logits_BLE, counted_BL)
         load = expert_load(routing.experts_BLK, counted_BL, moe.num_experts)
         reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load}
-        return routing, moe.balance_loss * balance + moe.router_z_loss * z, lax.stop_gradient(reports)
+        return routing, scale * (moe.balance_loss * balance + moe.router_z_loss * z), lax.stop_gradient(reports)
 
     def _dispatch(self, h_TD: jax.Array, experts_TK: jax.Array, group: int, backend: ExpertBackend) -> Dispatched:
         moe = self.moe

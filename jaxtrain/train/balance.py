@@ -16,9 +16,9 @@ PyTree = Any
 def expert_metrics(model: ModelConfig, stacking: Stacking, reports: PyTree) -> dict[str, jax.Array]:
     """Metrics of a step from its layers' reports, summed over the global batch; nothing for a dense model.
 
-    balance_loss (mean over the layers, without its weight; 1 is perfect balance), router_z_loss (likewise), expert_load_max
-    (the busiest expert's load over the mean load of its layer, in the worst layer), with dispatch=capacity dropped_share (of
-    all choices), and the array expert_load [stacked_layers, num_experts]: counted tokens that chose each expert.
+    balance_loss (mean over tokens and layers, without its weight; 1 is perfect balance), router_z_loss (likewise),
+    expert_load_max (the busiest expert's load over the mean load of its layer, in the worst layer), with dispatch=capacity
+    dropped_share (of all choices), and the array expert_load [stacked_layers, num_experts]: counted tokens that chose each.
 
     Args:
       reports: leaves [chunk, stage, layer, ...], as the executor stacks them; empty slots are zero.
@@ -27,7 +27,8 @@ def expert_metrics(model: ModelConfig, stacking: Stacking, reports: PyTree) -> d
         return {}
     load = stacking.unstack(reports["expert_load"])
     mean = jnp.maximum(load.mean(-1), 1e-9)
-    metrics = {name: reports[name].sum() / model.stacked_layers for name in ("balance_loss", "router_z_loss")}
+    tokens = jnp.maximum(load.sum() / model.moe.experts_per_token, 1)  # times layers
+    metrics = {name: reports[name].sum() / tokens for name in ("balance_loss", "router_z_loss")}
     metrics |= {"expert_load_max": jnp.max(load.max(-1) / mean), "expert_load": load}
     if model.moe.dispatch == "capacity":
         metrics["dropped_share"] = reports["dropped"].sum() / jnp.maximum(load.sum(), 1)

@@ -180,7 +180,8 @@ def truth(moe: MoEConfig):
         auxiliary = moe.balance_loss * balance + moe.router_z_loss * z
         load = router_mask[counted].sum(0)
         dropped = (router_mask & ~mask)[counted].sum()
-        reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load, "dropped": dropped}
+        sums = {"balance_loss": balance * counted.sum(), "router_z_loss": z * counted.sum()}
+        reports = sums | {"expert_load": load, "dropped": dropped}
         return jnp.sum(out * ct) + auxiliary, (out, auxiliary, reports)
 
     (_, (out, auxiliary, reports)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(module(moe)[1], x)
