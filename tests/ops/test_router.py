@@ -1,4 +1,4 @@
-"""What the router chooses, where that is not plain; its losses are held to their formulas in tests/models/test_moe.py."""
+"""What the router chooses, where that is not plain; its losses are held to their formulas in tests/models/test_moe_block.py."""
 
 import jax.numpy as jnp
 import numpy as np
