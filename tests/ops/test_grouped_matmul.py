@@ -43,3 +43,17 @@ def test_what_the_kernels_cannot_take_is_left_to_xla():
     program = str(jax.make_jaxpr(lambda x, w: grouped_matmul(x, w, in_tiles, KERNEL_TILE))(x, w))
     assert "ragged_dot" in program
     assert "pallas_call" not in program
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_kernels_on_a_gpu_are_those_that_are_interpreted():
+    x, w, ct, _, in_tiles = padded((100, 0, 130), 5 * KERNEL_TILE)
+    x, w, ct = (jnp.asarray(a, jnp.bfloat16) for a in (x, w, ct))
+
+    def all_three(interpret):
+        y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, in_tiles, KERNEL_TILE, interpret=interpret), x, w)
+        return jax.tree.map(lambda a: np.asarray(a, np.float32), (y, *vjp(ct)))
+
+    for a, b in zip(all_three(False), all_three(True), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-2, atol=1e-2 * max(np.abs(b).max(), 1))
