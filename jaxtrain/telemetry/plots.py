@@ -1,8 +1,12 @@
-"""The picture of a run: loss.png, drawn from metrics.jsonl."""
+"""Pictures: of a run (loss.png, drawn from metrics.jsonl), and of several runs in one.
+
+`python -m jaxtrain.telemetry.plots compared.png runs/one runs/other` draws the second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, VALIDATION, BASELINE, RATE, INK, FAINT = "#2563eb", "#ea580c", "#64748b", "#0d9488", "#0f172a", "#e2e8f0"
+COMPARED = (TRAINING, VALIDATION, RATE, "#9333ea", "#ca8a04", BASELINE)
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -54,27 +59,56 @@ def plot_losses(
     steps, losses = column(rows, "loss")
     if not steps.size:
         return False
+    has_validation = column(rows, "validation_bits_per_byte")[0].size > 0
+
+    def draw(figure: Figure) -> None:
+        _draw(figure, rows, has_validation, dict(baselines or {}))
+
+    _save(png_path, draw, 11 if has_validation else 6.8, title, dots_per_inch)
+    return True
+
+
+def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", dots_per_inch: int = 150) -> None:
+    """Draws the smoothed training losses and the held-out losses (nats a token) of several runs over steps into a PNG.
+
+    Args:
+      runs: each run's metrics.jsonl, under the name that the legend gives it.
+    """
+
+    def draw(figure: Figure) -> None:
+        training, held_out = figure.subplots(1, 2)
+        for (name, path), color in zip(runs.items(), COMPARED * len(runs), strict=False):
+            rows = read_rows(path)
+            steps, losses = column(rows, "loss")
+            training.plot(steps, smooth(losses, width=max(len(losses) / 30, 0.5)), color=color, linewidth=1.8, label=name)
+            steps, losses = column(rows, "validation_loss")
+            label = f"{name}: {losses[-1]:.3f}" if losses.size else name
+            held_out.plot(steps, losses, "-o", color=color, linewidth=1.8, markersize=5, markeredgecolor="white", label=label)
+        training.set(title="Training loss, smoothed", xlabel="step", ylabel="cross-entropy (nats per token)")
+        held_out.set(title="Held-out text", xlabel="step")
+        for panel in (training, held_out):
+            panel.legend(loc="upper right")
+
+    _save(png_path, draw, 11, title, dots_per_inch)
+
+
+def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: str, dots_per_inch: int) -> None:
+    """A picture `width` x 4.6 inches; the file is replaced in one move."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    has_validation = column(rows, "validation_bits_per_byte")[0].size > 0
     # A Figure of our own, not pyplot's: no window system is looked for, and no global state is touched.
     with mpl.rc_context(STYLE):
-        figure = Figure(
-            figsize=(11 if has_validation else 6.8, 4.6),
-            layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
-            facecolor="white",
-        )
+        figure = Figure(figsize=(width, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
         FigureCanvasAgg(figure)
-        _draw(figure, rows, has_validation, dict(baselines or {}))
+        draw(figure)
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=13.5, fontweight="bold")
         beside = Path(png_path).with_name(Path(png_path).name + ".new")
         figure.savefig(beside, dpi=dots_per_inch, format="png")
         beside.replace(png_path)
-    return True
 
 
 def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -169,3 +203,13 @@ def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str
     levels = [*bits, *baselines.values()]
     margin = 0.08 * (max(levels) - min(levels)) or 0.1
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(min(levels) - margin, max(levels) + margin))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draws the runs in the given folders, each under the folder's name, into the picture named first."""
+    picture, *folders = map(Path, arguments)
+    plot_comparison({folder.name: folder / "metrics.jsonl" for folder in folders}, picture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxtrain.telemetry.plots import column, plot_losses, smooth
+from jaxtrain.telemetry.plots import column, main, plot_losses, smooth
 
 
 def write(path, rows):
@@ -53,3 +53,14 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
     line = np.arange(50.0)
     assert smooth(line, 3.0)[10:40] == pytest.approx(line[10:40])
     assert smooth(np.array([7.0]), 4.0).tolist() == [7.0]
+
+
+def test_runs_are_compared_in_one_picture(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "metrics.jsonl", TRAINING + (VALIDATION if name == "one" else []))
+    picture = tmp_path / "compared.png"
+    main([str(picture), str(tmp_path / "one"), str(tmp_path / "other")])
+    pixels = matplotlib.image.imread(picture, format="png")
+    assert pixels.shape[:2] == (690, 1650)
+    assert pixels[..., :3].std() > 0.05

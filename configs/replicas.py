@@ -1,0 +1,41 @@
+"""Two replicas on the quickstart's text, to compare how they keep together. Two fake devices do, in two minutes on 2 cores.
+
+export XLA_FLAGS=--xla_force_host_platform_device_count=2
+python -m jaxtrain.main --config=configs/replicas.py --name=every_step
+python -m jaxtrain.main --config=configs/replicas.py --name=diloco --sync.mode=diloco --sync.every=20
+python -m jaxtrain.main --config=configs/replicas.py --name=delayed --sync.mode=delayed --sync.delay=1
+"""
+
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DataSource,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        name="replicas",
+        model=ModelConfig(
+            num_layers=2,
+            embed_dim=128,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=64,
+            mlp_dim=384,
+            vocab_size=2048,
+            dtype="float32",
+            tie_embeddings=True,
+            qk_norm=True,
+        ),
+        mesh=MeshConfig(replica=2, fsdp=1),
+        data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=128),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40),
+        train=TrainConfig(steps=400, global_batch_size=16, remat="none", log_every=5, validate_every=100, validate_batches=40),
+        checkpoint=CheckpointConfig(every=0),
+    )
