@@ -16,14 +16,14 @@ from jaxtrain.ops.attention_blockwise import blockwise_attention
 TOLERANCE = 1e-5
 
 
-def oracle(q_BLHN, k_BLKN, v_BLKN, do_BLHN, segments_BL):
+def oracle(q_BLHN, k_BLKN, v_BLKM, do_BLHM, segments_BL, window=10**9):
     """Output and gradients of attention, a query and a head at a time, float64."""
-    q, k, v, do = (np.asarray(x, np.float64) for x in (q_BLHN, k_BLKN, v_BLKN, do_BLHN))
-    o, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q_BLHN, k_BLKN, v_BLKM, do_BLHM))
+    o, dq, dk, dv = np.zeros_like(do), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     batch, length, heads, head_dim = q.shape
     group = heads // k.shape[2]
     for b, h, i in np.ndindex(batch, heads, length):
-        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i]]
+        seen = [j for j in range(max(0, i - window + 1), i + 1) if segments_BL[b, j] == segments_BL[b, i]]
         keys, values = k[b, seen, h // group], v[b, seen, h // group]
         scores = keys @ q[b, i, h] / np.sqrt(head_dim)
         weights = np.exp(scores - scores.max())
@@ -87,6 +87,20 @@ def test_matches_the_formula_with_gradients(backend, seed, batch, length, kv_hea
     for name, a, e in zip(("o", "dq", "dk", "dv"), actual, oracle(*arrays, segments), strict=True):
         assert np.isfinite(a).all()
         # A sequence of one token, or of one-token documents, has no gradient in q and k: the norm to compare with is 0.
+        assert relative(a, e) < TOLERANCE or np.abs(a - e).max() < 1e-6, name
+
+
+@pytest.mark.parametrize(("backend", "window"), [("reference", 5), ("blockwise", 1), ("blockwise", 5), ("blockwise", 12)])
+def test_a_window_and_values_of_their_own_width(backend, window):
+    (q, k, v, do), segments = draw(7, 2, 29, 4, 2, 6)
+    rng = np.random.default_rng(8)
+    v, do = (rng.normal(size=(2, 29, h, 4)).astype(np.float32) for h in (2, 4))
+    if backend == "blockwise":
+        compute = functools.partial(blockwise_attention, segments_BL=segments, window=window, block_size=4)
+    else:
+        compute = functools.partial(attention, backend=backend, segments_BL=segments, window=window)
+    o, pull = jax.vjp(compute, q, k, v)
+    for name, a, e in zip(("o", "dq", "dk", "dv"), (o, *pull(do)), oracle(q, k, v, do, segments, window), strict=True):
         assert relative(a, e) < TOLERANCE or np.abs(a - e).max() < 1e-6, name
 
 
@@ -154,6 +168,11 @@ CHOICE = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128, "sequence_len
         ({"sequence_length": 4095}, "blockwise", "even sequence length"),
         ({"sequence_length": 8192}, "blockwise", "a dense 128 MiB a sequence"),
         ({"sequence_length": 8192, "masks_documents": False}, "cudnn", "fused kernel"),
+        ({"sequence_length": 8192, "masks_documents": False, "window": 1024}, "cudnn", "fused kernel"),
+        ({"sequence_length": 8192, "masks_documents": False, "window": 99, "in_pieces": True}, "blockwise", "over pieces"),
+        ({"window": 1024, "in_pieces": True}, "cudnn", "fused kernel"),
+        ({"head_dim": 192, "value_dim": 128}, "blockwise", "at most 128"),
+        ({"head_dim": 192, "value_dim": 128, "compute_capability": 9.0}, "cudnn", "head_dim 192"),
     ],
 )
 def test_auto_takes_the_fastest_that_works_and_says_why(change, expected, reason):

@@ -13,14 +13,20 @@ import pytest
 from jax._src.ad_checkpoint import saved_residuals
 from jax._src.interpreters import partial_eval as pe
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MESH_AXES
 from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import find_chip
 from jaxtrain.ops.attention import reference_attention
 from jaxtrain.ops.attention_context import Plan, choose_context_attention, context_attention, needed_steps
+from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import find_place, share_out, zigzag_order, zigzag_pieces
+from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
+from jaxtrain.planner import deviceless
+from jaxtrain.planner.hlo_collectives import read_collectives
+from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.sharding import vary
 from tests.ops.test_attention import ragged_segments, relative
 from tests.ops.test_attention_blockwise import dot_flops
@@ -65,7 +71,7 @@ def in_order(x, case, inverse=False):
     return pieces[:, np.argsort(order) if inverse else order].reshape(x.shape)
 
 
-def region(case, remat=lambda f: f):
+def region(case, remat=lambda f: f, mesh=None):
     """(q, k, v, do, segments) -> (o, dq, dk, dv), all whole in the devices' order, under shard_map over all axes."""
     length = P(None, "context", "tensor")
 
@@ -82,7 +88,7 @@ def region(case, remat=lambda f: f):
         return jax.tree.map(lambda x: jax.lax.psum(x, unused), (o, *pull(do)))
 
     specs = {"in_specs": (*(length,) * 4, P()), "out_specs": (length,) * 4}
-    return jax.shard_map(local, mesh=mesh_of(case.context), **specs, check_vma=True)
+    return jax.shard_map(local, mesh=mesh or mesh_of(case.context), **specs, check_vma=True)
 
 
 @functools.cache
@@ -158,8 +164,16 @@ def primitives(jaxpr, times=1):
     return counts
 
 
-def program_of(case, forward_only=False, remat=lambda f: f):
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def program_of(case, forward_only=False, remat=lambda f: f, dtype=jnp.float32):
     arrays, segments = draw(case)
+    arrays = [jnp.asarray(x, dtype) for x in arrays]
     whole = region(case, remat)
     function = (lambda *x: whole(*x)[0]) if forward_only else whole
     # Without what the backward pass alone needs, as XLA would drop it.
@@ -195,20 +209,13 @@ def test_every_device_does_the_same_work_and_none_too_much(kind):
     case = Case(context=4, kind=kind, backend="reference", length=256, documents=False)
     program = program_of(case)
     assert not {"cond", "switch"} & set(primitives(program))
-    assert_static_loops(program)
+    assert "while" not in primitives(program)
     batch, share = 2, case.length // case.context
     scores = share**2 + (case.context - 1) * 2 * (share // 2) ** 2  # its own square, and two pieces of each other device
     matmul = 2 * batch * case.heads * case.head_dim
     assert dot_flops(program) == (2 + 5) * matmul * scores
     # Blockwise, its own square becomes a triangle, and the whole is L^2 / 2C and half a share's diagonal blocks.
     assert scores - share**2 / 2 == case.length**2 / (2 * case.context)
-
-
-def assert_static_loops(jaxpr):
-    for equation in jaxpr.eqns:
-        assert equation.primitive.name != "while"
-        for inner in jaxprs_in_params(equation.params):
-            assert_static_loops(inner)
 
 
 @pytest.mark.parametrize("kind", ["ring", "gather"])
@@ -263,6 +270,116 @@ def test_remat_keeps_what_is_named_and_nothing_that_came_from_another_device(kin
         assert kept(policies.everything_saveable) == share * (case.value_dim + 1)
         assert kept(policies.save_only_these_names("attention")) == share * (case.value_dim + 1)
         assert kept(policies.dots_saveable) < 10  # numbers, not arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16, and cuDNN
+
+
+def test_bfloat16_travels_as_it_is_with_float32_sums():
+    """Keys and values beside the float32 sums of their gradients travel as bits, with nothing lost."""
+    case = Case(context=4, kind="ring")
+    arrays, segments = draw(case)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    ordered = [in_order(x, case) for x in (*rounded, jnp.asarray(segments))]
+    step = compiled(region(case), *shapes_of(*ordered))
+    truth = expected(case, [x.astype(jnp.float32) for x in rounded], segments)
+    for actual, e in zip(step(*ordered), truth, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert relative(in_order(np.asarray(actual, np.float32), case, inverse=True), e) < 1e-2
+    types = {
+        e.outvars[0].aval.dtype.name for e in equations(program_of(case, dtype=jnp.bfloat16)) if e.primitive.name == "ppermute"
+    }
+    assert types == {"bfloat16", "uint32", "float32"}
+
+
+PIECES = [
+    (Rule(causal=True), Mask()),
+    (Rule(causal=False), Mask()),
+    (Rule(causal=True), "segments"),
+    (Rule(causal=True, window=40), "places"),
+    (Rule(causal=False, window=90), "places"),
+]
+
+
+def piece(rule, mask, length=64):
+    """(q, k, v, do) in bfloat16, values narrower, and the mask of two pieces of which the keys come before where it says so."""
+    rng = np.random.default_rng(3)
+    shapes = [(2, length, *w) for w in ((4, 64), (2, 64), (2, 32), (4, 32))]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    if isinstance(mask, Mask):
+        return arrays, mask
+    q_index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
+    segments = jnp.asarray(ragged_segments(rng, 2, length))
+    if mask == "segments":
+        return arrays, Mask(q_segments=segments, k_segments=segments)
+    return arrays, Mask(q_index + (0 if rule.causal else length), q_index, segments * 0 + 1, segments * 0 + 1)
+
+
+@pytest.mark.parametrize(("rule", "mask"), PIECES)
+def test_pieces_trace_with_cudnn(monkeypatch, rule, mask):
+    """Traced only: there is no GPU to run it on. Shapes, dtypes and the kernels' own parameters are checked by JAX."""
+    from jax._src.cudnn import fused_attention_stablehlo as library
+
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    (q, k, v, do), mask = piece(rule, mask)
+
+    def both(q, k, v, do):
+        o, logsumexp = piece_attention(q, k, v, mask, rule, "cudnn")
+        return o, logsumexp, *piece_gradients(q, k, v, o, logsumexp, do, mask, rule, "cudnn")
+
+    shapes = jax.eval_shape(both, q, k, v, do)
+    assert [x.shape for x in shapes] == [do.shape, do.shape[:3], q.shape, k.shape, v.shape]
+    assert {x.dtype.name for x in shapes} == {"float32"}
+    kernels = [e.params for e in jax.make_jaxpr(both)(q, k, v, do).eqns if "attention" in e.primitive.name]
+    needs_dense = mask.q_segments is not None
+    for parameters in kernels:
+        assert parameters["variadic_args"] == (needs_dense, False)
+        assert parameters["scale"] == 1 / math.sqrt(q.shape[-1])
+        assert parameters["mask_type"].name == ("CAUSAL" if rule.causal else "NO_MASK")
+        assert parameters["sliding_window_length"] is None  # in the dense mask: places may lie apart
+    assert len(kernels) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rule", "mask"), PIECES)
+def test_pieces_by_cudnn_match_the_reference_on_a_gpu(rule, mask):
+    """Also that cuDNN's logsumexp is the natural one, and that its backward takes that of all keys, here larger by log 2."""
+    (q, k, v, do), mask = piece(rule, mask)
+    found = {}
+    for backend in ("cudnn", "reference"):
+        o, logsumexp = piece_attention(q, k, v, mask, rule, backend)
+        gradients = piece_gradients(q, k, v, o / 2, logsumexp + math.log(2), do, mask, rule, backend)
+        found[backend] = (o, logsumexp, *gradients)
+    for actual, e in zip(found["cudnn"], found["reference"], strict=True):
+        assert relative(np.asarray(actual), np.asarray(e)) < 2e-2
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
+def test_on_h100s_every_transfer_of_the_ring_hides_behind_attention_kernels():
+    """In the scheduled program: each permute starts before a fused kernel and is waited for after it, and moves these bytes."""
+    case = Case(context=4, kind="ring", backend="cudnn", length=32768, heads=32, kv_heads=8, head_dim=128, value_dim=128)
+    devices = np.array(deviceless.make_devices("h100-sxm", case.context)).reshape(1, 1, 1, 1, 1, case.context, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+    def struct(heads, dtype=jnp.bfloat16):
+        sharding = NamedSharding(mesh, P(None, "context", "tensor") if heads else P())
+        dims = (heads, case.head_dim) if heads else ()
+        return jax.ShapeDtypeStruct((1, case.length, *dims), dtype, sharding=sharding)
+
+    shapes = [struct(heads) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)] + [struct(0, jnp.int32)]
+    with deviceless.cudnn_without_a_gpu():
+        lowered = jax.jit(region(case._replace(documents=False), mesh=mesh)).lower(*shapes)
+    compiled = lowered.compile({"xla_gpu_enable_latency_hiding_scheduler": True})
+    transfers = read_collectives(compiled.as_text(), layout_of(mesh), find_chip("h100-sxm"))
+    assert {t.kind for t in transfers} == {"collective-permute"}
+    assert all(t.overlapped_calls == t.calls and t.hidden_seconds == pytest.approx(t.seconds) for t in transfers)
+    share = case.length // case.context * case.kv_heads * (case.head_dim + case.value_dim)
+    steps = case.context - 1
+    # Keys and values in bf16, forward and back, and the sums of their gradients in float32. In this program, with nothing
+    # between forward and backward pass, XLA keeps the first block that came and sends it once.
+    assert sum(t.wire for t in transfers) == share * (steps * (2 + 2 + 4) - 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
