@@ -1,4 +1,4 @@
-"""Two replicas on the quickstart's text, to compare how they keep together. Two fake devices do, in two minutes on 2 cores.
+"""Two replicas on the quickstart's text, to compare how they keep together; on two fake devices, each run two minutes of CPU time.
 
 export XLA_FLAGS=--xla_force_host_platform_device_count=2
 python -m jaxtrain.main --config=configs/replicas.py --name=every_step
