@@ -212,6 +212,9 @@ class ShardingConfig:
     context_attention: ContextAttention = "auto"
     """How attention reaches the keys of other devices along `context`. ring: they come round one device at a time; gather:
     all at once; ulysses: heads are exchanged for sequence. auto chooses, and the log says why."""
+    take_turns: bool = True
+    """With tensor or expert above 1, and an even number of sequences in a device's share of a microbatch: compute the layers on
+    two halves of them in turns, so that one half's transfers travel behind the other half's matmuls."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,8 @@ class TrainConfig:
     """Tokens of a sequence whose logits exist at one time."""
     sample_tokens: int = 0
     """Tokens to sample from the trained model at the end of the run, from held-out text; 0 for none."""
+    xla_options: tuple[str, ...] = ()
+    """Options for XLA over those of train/xla_options.py, each as name=value."""
     compilation_cache: str = "~/.cache/jaxtrain/compilation"
     """Folder of the persistent compilation cache; empty for none."""
 

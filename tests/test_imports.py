@@ -24,6 +24,7 @@ FLOORS = {
     "train.balance": 4,
     "train.state": 4,
     "train.step": 4,
+    "train.xla_options": 4,
     "data": 4,
     "telemetry": 4,
     "checkpoint": 4,

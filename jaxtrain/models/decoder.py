@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxtrain.config import ModelConfig, TrainConfig
+from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
 from jaxtrain.ops.attention_context import Plan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
@@ -21,6 +21,7 @@ from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
+from jaxtrain.parallel.turns import take_turns
 from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
@@ -39,6 +40,13 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
     state = nnx.state(_abstract(module, config), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
+
+
+def cut_rows(tree: PyTree, parts: int) -> tuple[PyTree, ...]:
+    """The tree cut into equal parts along the first dim of its leaves; scalars go to all."""
+    leaves, treedef = jax.tree.flatten(tree)
+    cut = [[leaf] * parts if leaf.ndim == 0 else jnp.split(leaf, parts) for leaf in leaves]
+    return tuple(treedef.unflatten(part) for part in zip(*cut, strict=True))
 
 
 def _dense(config: ModelConfig) -> ModelConfig:
@@ -128,13 +136,13 @@ def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], 
 def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
     """Which intermediate results a layer keeps for its backward; None keeps only the layer's input.
 
-    No policy keeps a gathered weight or a gathered sequence: they are refused by primitive, since a policy by name would
-    still keep the value from just before its name.
+    No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as what comes out
+    of the barriers of `take_turns`), since a policy by name would still keep the value from just before its name.
     """
     if train.remat == "full":
         return None
     if train.remat == "none":
-        return lambda primitive, *_, **__: primitive.name != "all_gather"
+        return lambda primitive, *_, **__: primitive.name not in ("all_gather", "optimization_barrier")
     names = train.remat_save if train.remat == "named" else DOTS_BY_NAME
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
@@ -160,23 +168,33 @@ class Decoder:
     """How attention is computed, chosen."""
     experts: ExpertBackend
     """How tokens reach their experts, chosen."""
-    zero: int
-    """`sharding.zero`."""
+    sharding: ShardingConfig
+    layers_at_once: int = 1
+    """Layers in one iteration of the layer scan."""
+
+    def _parts(self, x: jax.Array) -> int:
+        """Into how many parts a microbatch's rows are cut, which take turns where layers send activations away."""
+        sends = lax.axis_size("tensor") > 1 or lax.axis_size("expert") > 1
+        return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
 
     def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
-        return gather_weights(*weights, dims, self.train.reduce_dtype, self.zero)
+        return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
 
     def _layer(
         self, config: ModelConfig, microbatch: PyTree
-    ) -> Callable[[jax.Array, Weights], tuple[jax.Array, jax.Array, PyTree]]:
-        """One layer on this microbatch, under the remat policy: (x, weights) -> (x, auxiliary loss, sums to report)."""
+    ) -> Callable[[tuple[jax.Array, ...], Weights], tuple[tuple[jax.Array, ...], jax.Array, PyTree]]:
+        """One layer on this microbatch, under the remat policy: (x of each part, weights) -> (x of each part, auxiliary loss,
+        sums to report)."""
         dims, merge = _dims(Layer, config), _merge(Layer, config)
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
-        def layer(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
-            return vary(merge(self._gathered(weights, dims))(x, packing, self.attention, self.experts))
+        def layer(xs: tuple[jax.Array, ...], weights: Weights) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree]:
+            apply, packings = merge(self._gathered(weights, dims)), cut_rows(packing, len(xs))
+            parts = [apply(x, own, self.attention, self.experts) for x, own in zip(xs, packings, strict=True)]
+            ys, auxiliary, reports = zip(*take_turns(parts), strict=True)
+            return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports)))
 
         return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 
@@ -186,22 +204,22 @@ class Decoder:
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
             layer = self._layer(self.config, microbatch)
 
-            def skip(x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array, PyTree]:
-                shapes = jax.eval_shape(layer, x, weights)[1:]
-                return x, *jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype)), shapes)
-
             def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
-                (x, auxiliary), (weights, index) = carry, slot
-                if self.stacking.is_even:
-                    x, more, reports = layer(x, weights)
-                else:
-                    held = jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
-                    x, more, reports = lax.cond(index < held, layer, skip, x, weights)
-                return (x, auxiliary + more), reports
+                (xs, auxiliary), (weights, index) = carry, slot
+                ys, more, reports = layer(xs, weights)
+                if not self.stacking.is_even:
+                    # An empty slot's layer runs too, on weights of zero, and is thrown away: its stage would only wait for the
+                    # others, and transfers inside a conditional could not travel behind anything.
+                    held = index < jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
+                    keep = lambda new, old: jnp.where(held, new, old)  # noqa: E731
+                    ys = jax.tree.map(keep, ys, xs)
+                    more, reports = jax.tree.map(lambda new: keep(new, jnp.zeros_like(new)), (more, reports))
+                return (ys, auxiliary + more), reports
 
             slots = (weights, jnp.arange(self.stacking.layers_per_part))
-            (x, auxiliary), reports = lax.scan(step, (x, vary(jnp.zeros(()))), slots)
-            return x, auxiliary, reports
+            start = (cut_rows(x, self._parts(x)), vary(jnp.zeros(())))
+            (xs, auxiliary), reports = lax.scan(step, start, slots, unroll=self.layers_at_once)
+            return jnp.concatenate(xs), auxiliary, reports
 
         return layers
 
@@ -221,7 +239,7 @@ class Decoder:
                 layer = self._layer(_dense(self.config), microbatch)
                 first = (weights[0]["first_layers"], weights[1]["first_layers"])
                 with jax.named_scope("first_layers"):
-                    x, _ = lax.scan(lambda x, weights: (layer(x, weights)[0], None), vary(x), first)
+                    (x,), _ = lax.scan(lambda xs, weights: (layer(xs, weights)[0], None), (vary(x),), first)
             return x
 
         return embed

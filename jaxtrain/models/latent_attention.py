@@ -20,6 +20,7 @@ from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention_context import Plan, context_attention
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
+from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ class LatentAttention(nnx.Module):
         ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
         return jnp.split(all_gather(jnp.concatenate(parts, axis=-1), "tensor", dim=1), ends, axis=-1)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> Turn[jax.Array]:
         config = self.config
-        q_BLQ, c_BLC, turned_BLR = self._latents(x_BLD)
+        x_BLD = yield x_BLD
+        q_BLQ, c_BLC, turned_BLR = yield self._latents(x_BLD)
 
         def turn(x_BLHR: jax.Array) -> jax.Array:
             return rope(x_BLHR, packing.positions, config.rope_theta, config.rope_scaling)
@@ -89,11 +91,13 @@ class LatentAttention(nnx.Module):
         q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
         k_BLHN = checkpoint_name(jnp.einsum("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
         v_BLHM = checkpoint_name(jnp.einsum("BLC,CHM->BLHM", c_BLC, self.value_up[...]), "value")
+        q_BLHN, k_BLHN, v_BLHM = yield (q_BLHN, k_BLHN, v_BLHM)
         q_plain, q_turned = jnp.split(q_BLHN, [config.head_dim], axis=-1)
         q_BLHN = jnp.concatenate([q_plain, turn(q_turned)], axis=-1)
         k_turned = jnp.broadcast_to(turn(turned_BLR[:, :, None]), (*k_BLHN.shape[:3], turned_BLR.shape[-1]))
         k_BLHN = jnp.concatenate([k_BLHN, k_turned], axis=-1)
         with jax.named_scope("attention"):
             a_BLHM = context_attention(q_BLHN, k_BLHN, v_BLHM, plan, segments_BL=packing.segments, residual_name="attention")
-        out_BLD = reduce_scatter(jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...]), "tensor", dim=1)
+        out_BLD = yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])
+        out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "attention_out")

@@ -23,6 +23,7 @@ from jaxtrain.ops.attention_context import Plan, context_attention
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
+from jaxtrain.parallel.turns import Turn, scoped
 from jaxtrain.sharding import all_gather, reduce_scatter, vary
 
 
@@ -57,12 +58,14 @@ class Attention(nnx.Module):
             self.query_norm = parameter(rngs, (n,), ("norm",), None, dtype)
             self.key_norm = parameter(rngs, (n,), ("norm",), None, dtype)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> Turn[jax.Array]:
         config = self.config
-        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], config.norm_epsilon), "tensor", dim=1)
+        x_BLD = yield x_BLD
+        h_BLD = yield all_gather(rms_norm(x_BLD, self.norm[...], config.norm_epsilon), "tensor", dim=1)
         q_BLHN = checkpoint_name(jnp.einsum("BLD,DHN->BLHN", h_BLD, self.query[...]), "query")
         k_BLKN = checkpoint_name(jnp.einsum("BLD,DKN->BLKN", h_BLD, self.key[...]), "key")
         v_BLKN = checkpoint_name(jnp.einsum("BLD,DKN->BLKN", h_BLD, self.value[...]), "value")
+        q_BLHN, k_BLKN, v_BLKN = yield (q_BLHN, k_BLKN, v_BLKN)
         if config.qk_norm:
             q_BLHN = rms_norm(q_BLHN, self.query_norm[...], config.norm_epsilon)
             k_BLKN = rms_norm(k_BLKN, self.key_norm[...], config.norm_epsilon)
@@ -70,7 +73,8 @@ class Attention(nnx.Module):
         k_BLKN = rope(k_BLKN, packing.positions, config.rope_theta, config.rope_scaling)
         with jax.named_scope("attention"):
             a_BLHN = context_attention(q_BLHN, k_BLKN, v_BLKN, plan, segments_BL=packing.segments, residual_name="attention")
-        out_BLD = reduce_scatter(jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...]), "tensor", dim=1)
+        out_BLD = yield jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...])
+        out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "attention_out")
 
 
@@ -85,11 +89,13 @@ class MLP(nnx.Module):
         self.up = parameter(rngs, (d, f), ("embed", "mlp"), std, dtype)
         self.down = parameter(rngs, (f, d), ("mlp", "embed"), std / math.sqrt(2 * config.num_layers), dtype)
 
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
-        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.gate[...]), "mlp_gate")
+    def __call__(self, x_BLD: jax.Array) -> Turn[jax.Array]:
+        x_BLD = yield x_BLD
+        h_BLD = yield all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
+        gate_BLF = yield checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.gate[...]), "mlp_gate")
         up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.up[...]), "mlp_up")
-        hidden_BLF = checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
+        # Not after the last matmul: the backward pass would compute that again, only to keep the turns.
+        hidden_BLF = yield checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
         out_BLD = reduce_scatter(jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...]), "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "mlp_out")
 
@@ -106,17 +112,15 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x_BLD: jax.Array, packing: Packing, plan: Plan, experts: ExpertBackend
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x, this device's share of the auxiliary losses, sums to report)"""
-        with jax.named_scope("attention_block"):
-            x_BLD = self.attention(x_BLD, packing, plan)
+        x_BLD = yield from scoped("attention_block", self.attention(x_BLD, packing, plan))
         if not hasattr(self, "moe"):
-            with jax.named_scope("mlp_block"):
-                return self.mlp(x_BLD), vary(jnp.zeros(())), {}
+            x_BLD = yield from scoped("mlp_block", self.mlp(x_BLD))
+            return x_BLD, vary(jnp.zeros(())), {}
         counted = vary(jnp.zeros(packing.positions.shape, bool)) if packing.counted is None else packing.counted
         scale = vary(jnp.zeros(())) if packing.scale is None else packing.scale
-        with jax.named_scope("moe_block"):
-            return self.moe(x_BLD, counted, scale, experts)
+        return (yield from scoped("moe_block", self.moe(x_BLD, counted, scale, experts)))
 
 
 class Outer(nnx.Module):

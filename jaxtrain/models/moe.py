@@ -10,6 +10,7 @@ moves whole rows along `expert`, so those bytes are spent `tensor` times. With e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dis
 from jaxtrain.ops.grouped_matmul import grouped_matmul
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
+from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, once, reduce_scatter
 
 
@@ -55,7 +57,7 @@ class MoE(nnx.Module):
 
     def __call__(
         self, x_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array, backend: ExpertBackend
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report).
 
         Reported are sums over the counted tokens: balance_loss and router_z_loss (without their weights), expert_load (of all
@@ -66,6 +68,7 @@ class MoE(nnx.Module):
           counted_BL: bool, over the whole length of this device: whether the token carries a loss.
           scale: float32 scalar: 1 / (counted tokens of the global batch).
         """
+        x_BLD = yield x_BLD
         h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
         with jax.named_scope("router"):
             routing, auxiliary, reports = self._route(h_BLD, counted_BL, scale)
@@ -73,9 +76,18 @@ class MoE(nnx.Module):
         with jax.named_scope("dispatch"):
             group = self.moe.capacity_group or h_BLD.shape[1]
             dispatched = self._dispatch(h_TD, routing.experts_BLK.reshape(-1, k), group, backend)
-        rows = checkpoint_name(dispatched.rows, "expert_in")
+        rows = yield checkpoint_name(dispatched.rows, "expert_in")
+        matmul = self._expert_matmul(dispatched, backend)
         with jax.named_scope("experts"):
-            made = self._experts(dispatched._replace(rows=rows), backend)
+            gate = checkpoint_name(matmul(rows, self.gate[...]), "expert_gate")
+        gate = yield gate
+        with jax.named_scope("experts"):
+            hidden = checkpoint_name(
+                jax.nn.silu(gate) * checkpoint_name(matmul(rows, self.up[...]), "expert_up"), "expert_hidden"
+            )
+        hidden = yield hidden
+        with jax.named_scope("experts"):
+            made = matmul(hidden, self.down[...])
         with jax.named_scope("combine"):
             back_TKD = checkpoint_name(dispatched.back(made), "expert_out")
             out_TD = combine(back_TKD, routing.weights_BLK.reshape(-1, k))
@@ -105,17 +117,16 @@ class MoE(nnx.Module):
             return dispatch_dropless(h_TD, experts_TK, moe.num_experts, backend.tile, backend.ragged)
         return dispatch_capacity(h_TD, experts_TK, moe.num_experts, group, moe.capacity_factor)
 
-    def _experts(self, dispatched: Dispatched, backend: ExpertBackend) -> jax.Array:
-        rows, sizes = dispatched.rows, dispatched.group_sizes
+    def _expert_matmul(self, dispatched: Dispatched, backend: ExpertBackend) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """(dispatched rows, a weight of every expert) -> each row times the weight of its expert"""
+        sizes = dispatched.group_sizes
 
         def matmul(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
             if sizes is None:
                 return jnp.einsum("ESD,EDF->ESF", x, w_EDF)
             return grouped_matmul(x, w_EDF, sizes, backend.tile)
 
-        gate = checkpoint_name(matmul(rows, self.gate[...]), "expert_gate")
-        up = checkpoint_name(matmul(rows, self.up[...]), "expert_up")
-        return matmul(checkpoint_name(jax.nn.silu(gate) * up, "expert_hidden"), self.down[...])
+        return matmul
 
     def _shared(self, h_BLD: jax.Array) -> jax.Array:
         gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_gate[...]), "mlp_gate")

@@ -37,6 +37,7 @@ from jaxtrain.sharding import (
 )
 from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.state import abstract_state, initial_params, make_stacking, params_dims, state_shardings
+from jaxtrain.train.xla_options import compile_with_options, default_options, layers_per_iteration, parse_options
 
 PyTree = Any
 BATCH_DIMS = ("batch", "length")
@@ -68,7 +69,8 @@ def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     # The pipeline puts layers into branches, where XLA:CPU's permutes go wrong.
     permutes = platform != "cpu" or config.mesh.pipe == 1
     plan = Plan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
-    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding.zero)
+    at_once = layers_per_iteration(config, platform)
+    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding, at_once)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -256,11 +258,15 @@ def compile_train_step(
 ) -> Any:
     """Lowers and compiles a train step, from shapes alone; telemetry and planner read the compiled program.
 
-    `options` are XLA options over those of `compiler_options`.
+    `options` are XLA options over those of `train.xla_options`, which are over the table of `xla_options.py`.
+
+    Raises:
+      ExplainedError: XLA does not take an option that was asked for.
     """
     step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
-    return lowered.compile(compiler_options(mesh.devices.flat[0].platform) | (options or {}))
+    asked = parse_options(config.train.xla_options) | (options or {})
+    return compile_with_options(lowered, default_options(config, mesh.devices.flat[0].platform), asked)
 
 
 class TrainSteps:
@@ -340,24 +346,6 @@ def _own_replicas(value: Any) -> np.ndarray:
     shards = {str(shard.index): np.asarray(shard.data) for shard in value.addressable_shards}
     parts = list(shards.values())
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def compiler_options(platform: str) -> dict[str, bool | int | str]:
-    """XLA options for a platform. On GPUs: overlap of collectives with compute, also across iterations of the layer scan."""
-    if platform not in ("gpu", "cuda"):
-        return {}
-    return {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Devices that permute along `context` in a pipeline stage's branch must not wait for those of other stages.
-        "xla_gpu_collective_permute_connected_components": True,
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
-        "xla_gpu_enable_while_loop_double_buffering": True,
-        "xla_gpu_all_gather_combine_threshold_bytes": 256 * 2**20,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 256 * 2**20,
-        "xla_gpu_all_reduce_combine_threshold_bytes": 256 * 2**20,
-    }
 
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:

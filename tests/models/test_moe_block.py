@@ -14,6 +14,7 @@ from jaxtrain.config import MESH_AXES, MeshConfig, ModelConfig, MoEConfig
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.moe import MoE
 from jaxtrain.ops.expert_dispatch import ExpertBackend
+from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import gather_weights, reduce_gradients, specs, sum_over, vary
 
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
@@ -76,7 +77,7 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
         def loss(params, x):
             block = nnx.merge(graph, gather_weights(params, jax.lax.stop_gradient(params), dims, "float32"))
             parts = [
-                block(x, c, scale, backend)
+                alone(block(x, c, scale, backend))
                 for x, c in zip(jnp.split(x, microbatches), jnp.split(counted, microbatches), strict=True)
             ]
             out = jnp.concatenate([part[0] for part in parts])

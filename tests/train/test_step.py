@@ -22,7 +22,6 @@ from jaxtrain.train.step import (
     abstract_batch,
     batch_names,
     batch_sharding,
-    compiler_options,
     make_evaluation_step,
     make_logits_step,
     make_loss_and_gradients,
@@ -297,12 +296,6 @@ def test_no_remat_policy_keeps_gathered_weights(remat: str, mesh: MeshConfig):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The rest
-
-
-def test_options_are_for_gpus_only():
-    assert compiler_options("cpu") == {}
-    assert compiler_options("gpu") == compiler_options("cuda")
-    assert compiler_options("gpu")["xla_gpu_enable_latency_hiding_scheduler"] is True
 
 
 def test_segments_are_in_the_batch_only_with_document_masks():

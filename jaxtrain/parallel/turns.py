@@ -1,0 +1,84 @@
+"""Two parts of a microbatch take turns: while one part's bytes travel, the other part's matmuls run.
+
+A transfer before or after a matmul (tensor parallelism's gathers and scatters, the experts' exchange) leaves a device idle as
+long as everything that it could compute waits for that transfer. The rows of a microbatch do not depend on each other: cut into
+two parts, each part's transfers have the other part's matmuls to travel behind (Wang et al. 2024, Domino, arXiv:2409.15241).
+
+XLA's scheduler does not find that order by itself: it runs two equal parts in step, transfers together and then matmuls
+together. So the order is said here. A block of a layer is a generator that stops at four places, and gets back what it hands
+out there:
+
+    x = yield x            what the block before it has made, added up: its transfer has landed
+    h = yield gather(x)    what its first matmuls read: its transfer has arrived
+    q = yield h @ w        about half of its matmuls are done
+    y = yield ...          what its last matmul made, or (where the backward pass would not need that) reads
+
+The parts run half a block apart, and at each place they meet: an `optimization_barrier` over what both hold. So the transfers
+between two stretches of one part's matmuls lie beside the halves of one stretch of the other's. The transpose of a barrier is a
+barrier: the backward pass keeps the same turns, in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+Result = TypeVar("Result")
+Turn = Generator[Any, Any, Result]
+"""A block or a layer on one part: yields trees of arrays (module docstring), and returns its result."""
+
+
+def alone(part: Turn[Result]) -> Result:
+    """Runs one part with nobody to take turns with."""
+    return _finish(part, None)
+
+
+def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
+    """The part, with every stretch of it under a `jax.named_scope`, which must not be held while the other part runs."""
+    value = None
+    while True:
+        with jax.named_scope(name):
+            try:
+                given = part.send(value)
+            except StopIteration as end:
+                return end.value
+        value = yield given
+
+
+def take_turns(parts: Sequence[Turn[Result]]) -> list[Result]:
+    """Runs one part, or two of the same kind half a block apart; returns their results."""
+    if len(parts) == 1:
+        return [alone(parts[0])]
+    first, second = parts
+    a = _ahead(first)
+    b = next(second)
+    while True:
+        a, b = lax.optimization_barrier((a, b))
+        try:
+            a = first.send(a)
+        except StopIteration as end:
+            b = second.send(b)
+            # What follows the first part's result comes after half of the second's last matmuls.
+            result, _ = lax.optimization_barrier((end.value, b))
+            return [result, _finish(second, b)]
+        b = second.send(b)
+
+
+def _ahead(part: Turn[Any]) -> Any:
+    """Runs a part through its first two stops; returns what it holds at the third."""
+    value = None
+    for _ in range(3):
+        value = part.send(value)
+    return value
+
+
+def _finish(part: Turn[Result], value: Any) -> Result:
+    """Runs the rest of a part."""
+    while True:
+        try:
+            value = part.send(value)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,155 @@
+"""The XLA options of a run on GPUs: one table, what each does and what it gained, and how a run overrides them.
+
+What they gain is read from the schedule of the program compiled for H100s (`planner/`): the share of the bytes that travel
+while the device waits. BENCHMARKS.md has the figures. There are two kinds of layout, and what helps one hurts the other:
+
+* **Weights move, activations do not** (`tensor` and `expert` are 1): XLA may take a layer's gathers and scatters into the
+  iteration of the scan before or after it.
+* **Activations move** (`tensor` or `expert` above 1): layers take turns (`parallel/turns.py`), four to an iteration, and
+  XLA's pipelining is off: it takes whole chains of recomputed attention along with a gather, and runs 40 of 241 GiB of
+  reduce-scatters twice.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+
+MIB = 2**20
+Value = bool | int | float | str
+LAYERS_PER_ITERATION = 4
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table."""
+
+    name: str
+    weights: Value
+    """Its value where only weights move between devices."""
+    activations: Value
+    """Its value where activations move too."""
+    why: str
+
+
+TABLE = (
+    Option(
+        "xla_gpu_enable_latency_hiding_scheduler",
+        True,
+        True,
+        "orders the program so that matmuls stand between the start and the end of transfers; nothing is hidden without it",
+    ),
+    Option(
+        "xla_gpu_experimental_parallel_collective_overlap_limit",
+        2,
+        4,
+        "transfers under way at a time (XLA: 1); else a gather over slow links keeps all others waiting. 7b fsdp=64: 31.8% "
+        "exposed with 1, 16.4% with 2, 29.4% with 3; 70b fsdp=32 tensor=8: 33.2% with 2, 27.0% with 4",
+    ),
+    Option(
+        "xla_gpu_enable_pipelined_all_gather",
+        True,
+        False,
+        "gathers the next layer's weights in this iteration of the scan, in backward too. 7b fsdp=64: 3% of the gathers' bytes "
+        "exposed with it, 56% without",
+    ),
+    Option("xla_gpu_enable_pipelined_reduce_scatter", True, False, "sends a layer's gradients in the next iteration"),
+    Option("xla_gpu_enable_pipelined_all_reduce", True, False, "the same for gradients that data parallelism sums"),
+    Option(
+        "xla_gpu_enable_while_loop_double_buffering",
+        True,
+        False,
+        "two layers an iteration, so that a gathered layer is not copied into the place of the one before it",
+    ),
+    Option(
+        "xla_gpu_all_gather_combine_threshold_bytes",
+        256 * MIB,
+        128 * MIB,
+        "gathers up to so much in one call: a layer's weights, and not the activations of two parts that take turns",
+    ),
+    Option(
+        "xla_gpu_reduce_scatter_combine_threshold_bytes",
+        256 * MIB,
+        16 * MIB,
+        "the same for reduce-scatters; XLA counts what each device is left with",
+    ),
+    Option(
+        "xla_gpu_all_reduce_combine_threshold_bytes",
+        256 * MIB,
+        256 * MIB,
+        "one all-reduce for all the gradients of norms, and few for those that data parallelism sums",
+    ),
+)
+
+
+def moves_activations(config: Config) -> bool:
+    """Whether layers send activations between devices, so that parts of a microbatch take turns."""
+    return config.mesh.tensor > 1 or config.mesh.expert > 1
+
+
+def layers_per_iteration(config: Config, platform: str) -> int:
+    """How many layers one iteration of the layer scan runs: one layer's last transfers travel behind the next one's matmuls."""
+    return LAYERS_PER_ITERATION if moves_activations(config) and _is_gpu(platform) else 1
+
+
+def _is_gpu(platform: str) -> bool:
+    return platform in ("gpu", "cuda")
+
+
+def default_options(config: Config, platform: str) -> dict[str, Value]:
+    """The table's values for a layout; nothing on other platforms than NVIDIA's."""
+    if not _is_gpu(platform):
+        return {}
+    return {option.name: option.activations if moves_activations(config) else option.weights for option in TABLE}
+
+
+def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
+    """What `train.xla_options` says: "name=value" each, true and false and numbers as such.
+
+    Raises:
+      ExplainedError: an entry without a name or a value.
+    """
+    return dict(_parse(option) for option in options)
+
+
+def _parse(option: str) -> tuple[str, Value]:
+    name, equals, text = (part.strip() for part in option.partition("="))
+    if not (name and equals and text):
+        raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
+    if text.lower() in ("true", "false"):
+        return name, text.lower() == "true"
+    return name, int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def compile_with_options(lowered: Any, defaults: Mapping[str, Value], asked: Mapping[str, Value]) -> Any:
+    """Compiles. A default that this XLA does not know is left out, with a line on stderr; what was asked for must be known.
+
+    Raises:
+      ExplainedError: XLA does not know an option that was asked for, or not with that value.
+    """
+    options = {**defaults, **asked}
+    while True:
+        try:
+            return lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            ill = re.search(r"While setting option (\w+), (.*)", str(error))
+            name = unknown.group(1) if unknown else ill.group(1) if ill else ""
+            if name in asked:
+                why = "this XLA has no such option" if unknown or not ill else ill.group(2)
+                raise ExplainedError(
+                    f"train.xla_options: {name}={asked[name]}: {why} (jaxlib {jaxlib.version.__version__})"
+                ) from error
+            if name not in options:
+                raise
+            del options[name]
+            print(f"xla        without {name}, which jaxlib {jaxlib.version.__version__} does not take", file=sys.stderr)
