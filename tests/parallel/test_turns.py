@@ -1,0 +1,53 @@
+"""Two parts take turns: the order of their matmuls forward and backward, and the same results as alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.parallel.turns import Turn, alone, scoped, take_turns
+
+BLOCKS = 2
+
+
+def part(name: str, x: jax.Array, ran: list[str]) -> Turn[jax.Array]:
+    """Blocks that stop at the four places, and tell what they did between them."""
+    for i in range(BLOCKS):
+        x = yield x
+        ran.append(f"{name}{i} arrives")
+        h = yield jnp.tanh(x)
+        ran.append(f"{name}{i} computes")
+        h = yield 2 * h
+        ran.append(f"{name}{i} computes on")
+        h = yield jnp.sin(h)
+        ran.append(f"{name}{i} leaves")
+        x = x + h
+    return x
+
+
+def test_one_part_runs_while_the_other_travels():
+    """Once both run, a part's transfers (leaves, arrives) stand in pairs with the other's stretches of compute."""
+    ran: list[str] = []
+    take_turns([part("a", jnp.ones(3), ran), part("b", jnp.ones(3), ran)])
+    begin = ran.index("a0 computes on")
+    steps = list(zip(ran[begin::2], ran[begin + 1 :: 2], strict=False))
+    assert steps[:4] == [
+        ("a0 computes on", "b0 arrives"),
+        ("a0 leaves", "b0 computes"),
+        ("a1 arrives", "b0 computes on"),
+        ("a1 computes", "b0 leaves"),
+    ]
+
+
+def test_results_and_gradients_are_those_of_each_alone():
+    xs = jnp.array([[0.1, 0.2], [0.3, -0.4]])
+
+    def together(xs):
+        return jnp.stack(take_turns([scoped("a", part("a", xs[0], [])), scoped("b", part("b", xs[1], []))])).sum()
+
+    def apart(xs):
+        return jnp.stack([alone(part("", x, [])) for x in xs]).sum()
+
+    np.testing.assert_allclose(jax.grad(together)(xs), jax.grad(apart)(xs), rtol=1e-6)
+    backward = str(jax.make_jaxpr(jax.grad(together))(xs))
+    # Seven meetings and one of the results, each once forward and once backward.
+    assert backward.count("optimization_barrier") >= 2 * (4 * BLOCKS - 2)
