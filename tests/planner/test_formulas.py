@@ -189,7 +189,7 @@ def test_state_bytes(name: str, optimizer: str):
 SCALARS = 256  # bytes: numbers that XLA may well add up before it sends them
 
 
-def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: float = 0.02) -> list[str]:
+def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: float = 0.02, parts: int = 1) -> list[str]:
     """Where the program's bytes are not the closed form's, by axes, kind and dtype; empty where all are."""
     expected, found = totals(entries), {(row.axes, row.kind, row.dtype): row for row in report.rows}
     calls, unread = dict.fromkeys(expected, 0), dict.fromkeys(expected, 0.0)
@@ -202,7 +202,7 @@ def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: f
         slack = tolerance * want
         if not want - max(slack, SCALARS) - unread.get(key, 0.0) <= got <= want + max(slack, 4):
             wrong.append(f"{key}: {got:,.0f} bytes compiled, {want:,.0f} expected")
-        if key in found and found[key].calls > calls.get(key, 0):
+        if key in found and found[key].calls > parts * calls.get(key, 0):
             wrong.append(f"{key}: {found[key].calls:,.0f} calls compiled, {calls.get(key, 0):,} in the code")
     return wrong
 
@@ -221,7 +221,9 @@ def test_compiled_for_h100(name: str):
     config = case.config()
     report = deviceless.report(config, options=None if case.prefetches else {"xla_gpu_enable_pipelined_all_gather": False})
     assert report.attention.startswith("cudnn")
-    assert deviations(report, collectives(config)) == []
+    # Layers that take turns send what they send in two halves.
+    parts = 2 if config.mesh.tensor > 1 or config.mesh.expert > 1 else 1
+    assert deviations(report, collectives(config), parts=parts) == []
     assert report.flops == pytest.approx(step_flops(config, "cudnn"), rel=0.02)
     batch = 3 * 4 * config.train.global_batch_size * case.length // config.mesh.batch_shards
     assert report.argument_bytes == pytest.approx(parameter_bytes(config) + optimizer_bytes(config) + batch, abs=64)
