@@ -170,12 +170,19 @@ class Decoder:
     """How tokens reach their experts, chosen."""
     sharding: ShardingConfig
     layers_at_once: int = 1
-    """Layers in one iteration of the layer scan."""
+    """Layers in one iteration of the layer scan, at most."""
 
     def _parts(self, x: jax.Array) -> int:
         """Into how many parts a microbatch's rows are cut, which take turns where layers send activations away."""
         sends = lax.axis_size("tensor") > 1 or lax.axis_size("expert") > 1
         return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
+
+    def _unroll(self) -> int:
+        """Layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand beside their own
+        recomputation, and XLA would take the two for one and keep everything."""
+        layers = self.stacking.layers_per_part
+        fits = [n for n in range(2, self.layers_at_once + 1) if layers % n == 0 and layers >= 2 * n]
+        return max(fits, default=1)
 
     def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
         return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
@@ -218,7 +225,7 @@ class Decoder:
 
             slots = (weights, jnp.arange(self.stacking.layers_per_part))
             start = (cut_rows(x, self._parts(x)), vary(jnp.zeros(())))
-            (xs, auxiliary), reports = lax.scan(step, start, slots, unroll=self.layers_at_once)
+            (xs, auxiliary), reports = lax.scan(step, start, slots, unroll=self._unroll())
             return jnp.concatenate(xs), auxiliary, reports
 
         return layers
