@@ -178,8 +178,8 @@ class Decoder:
         return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
 
     def _unroll(self) -> int:
-        """Layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand beside their own
-        recomputation, and XLA would take the two for one and keep everything."""
+        """Layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand beside their
+        own recomputation, and XLA would take the two for one and keep everything."""
         layers = self.stacking.layers_per_part
         fits = [n for n in range(2, self.layers_at_once + 1) if layers % n == 0 and layers >= 2 * n]
         return max(fits, default=1)
