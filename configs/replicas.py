@@ -36,7 +36,7 @@ def get_config() -> Config:
         ),
         mesh=MeshConfig(replica=2, fsdp=1),
         data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=128),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40),
+        optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=40),
         train=TrainConfig(steps=400, global_batch_size=16, remat="none", log_every=5, validate_every=100, validate_batches=40),
         checkpoint=CheckpointConfig(every=0),
     )

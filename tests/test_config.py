@@ -299,6 +299,7 @@ INTENDED_DEVICES = {
     "qwen3_30b_a3b": [8, 64],
     "deepseek_v3": [128, 2048],
     "tiny_moe": [1, 8],
+    "replicas": [2],
     "ten_parts_on_five_nodes": [5],
 }
 
