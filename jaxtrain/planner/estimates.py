@@ -1,0 +1,161 @@
+"""What a plan says of one layout on one cluster: numbers without the code that finds them, so that every room can speak them.
+
+`memory` and `cost` fill them from closed forms, `verify` from a compiled program; `plan` ranks, tabulates and draws them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.hardware import Chip
+
+Origin = Literal["estimate", "compiled", "approximate"]
+"""estimate: closed forms. compiled: memory, FLOPs and bytes of the program that the chip would run. approximate: of a program
+compiled for fake CPU devices, whose working memory and collectives are not a GPU's."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts of equal chips: links inside a host, a NIC a chip between hosts."""
+
+    chip: Chip
+    hosts: int
+    devices_per_host: int = 8
+    """Chips that reach each other over the chip's own links (8 in an HGX host, 72 in a GB200 NVL72 rack)."""
+    reserved_bytes: int = 3 * 2**30
+    """Of a chip's memory, what the CUDA context, NCCL and cuBLAS take beside the program."""
+
+    @property
+    def devices(self) -> int:
+        """Chips in all."""
+        return self.hosts * self.devices_per_host
+
+    @property
+    def budget_bytes(self) -> float:
+        """Memory that a program may take on one chip; infinite where the chip's memory is unknown."""
+        return (self.chip.memory_bytes or math.inf) - self.reserved_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device, at the worst moment of a step."""
+
+    parameters: float
+    """Master weights."""
+    optimizer: float
+    """Moments, and what the exchange between replicas keeps."""
+    gradients: float
+    """Gradients, as they are accumulated."""
+    weights: float
+    """Copies of weights in the compute dtype, and those gathered."""
+    activations: float
+    """What the forward pass keeps for the backward pass, of all microbatches under way."""
+    working: float
+    """What one layer, or the head, needs while it is computed; buffers of transfers under way."""
+
+    @property
+    def total(self) -> float:
+        """Bytes in all."""
+        return self.parameters + self.optimizer + self.gradients + self.weights + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What one device sends along some mesh axes in a step, by kind and dtype."""
+
+    axes: str
+    """Mesh axes, "data+expert"."""
+    kind: str
+    dtype: str
+    bytes: float
+    """Bytes that a device sends (payload times the ring's factor)."""
+    seconds: float
+    """Time on the link if nothing else used it."""
+    exposed_seconds: float
+    """Part of it for which the device waits."""
+    crosses_hosts: bool
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on the busiest device; they add up."""
+
+    matmul: float
+    """Matmuls of weights, recomputation included."""
+    attention: float
+    memory_bound: float
+    """Norms, activations, routing, the loss: whatever the memory's bandwidth limits."""
+    optimizer: float
+    exposed: float
+    """Waiting for transfers."""
+    bubble: float
+    """Waiting for other pipeline stages."""
+    overhead: float = 0.0
+    """Launching kernels, and the host."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step."""
+        return self.matmul + self.attention + self.memory_bound + self.optimizer + self.exposed + self.bubble + self.overhead
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout on one cluster."""
+
+    config: Config
+    """Valid for the cluster's devices, mesh resolved."""
+    cluster: Cluster
+    origin: Origin
+    memory: Memory
+    time: StepTime
+    wires: tuple[Wire, ...]
+    flops: float
+    """Matmul FLOPs of a device in a step, recomputation included."""
+    model_flops: float
+    """FLOPs of the model itself in a step, of all devices together: what MFU counts (`telemetry.flops`)."""
+    joules: float | None
+    """Energy of all chips in a step; None where the chip's power is not published."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest device has room."""
+        return self.memory.total <= self.cluster.budget_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.train.global_batch_size * self.config.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole cluster."""
+        return self.tokens / self.time.total
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: model FLOPs over what the chips could do at their peak; None without a known peak."""
+        peak = self.cluster.chip.matmul_peak(self.config.model.dtype)
+        return self.model_flops / (self.time.total * peak * self.cluster.devices) if peak else None
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which the busiest device waits for other stages."""
+        return self.time.bubble / self.time.total
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Energy of a token; None where the chip's power is not published."""
+        return None if self.joules is None else self.joules / self.tokens
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Axes above 1."""
+        return {axis: size for axis, size in zip(MESH_AXES, self.config.mesh.shape, strict=True) if size > 1}
+
+    def sent(self, crosses_hosts: bool) -> float:
+        """Bytes that a device sends in a step: between hosts, or inside its own."""
+        return sum(wire.bytes for wire in self.wires if wire.crosses_hosts == crosses_hosts)
