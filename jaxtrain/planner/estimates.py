@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,3 +160,38 @@ class Estimate:
     def sent(self, crosses_hosts: bool) -> float:
         """Bytes that a device sends in a step: between hosts, or inside its own."""
         return sum(wire.bytes for wire in self.wires if wire.crosses_hosts == crosses_hosts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layout on the map of a search: its time against its memory."""
+
+    seconds: float
+    """Of a step."""
+    bytes: float
+    """On the fullest device."""
+    mesh: tuple[int, ...]
+    """Sizes in the order of MESH_AXES."""
+    fits: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    ranked: tuple[Estimate, ...]
+    """The best that fit, best first; empty where none does."""
+    candidates: int
+    """Valid layouts that were looked at."""
+    pruned: Mapping[str, int]
+    """Layouts that were dropped before they were ranked, by reason ("does not fit": 1234)."""
+    points: tuple[Point, ...]
+    """Of all layouts looked at, a sample large enough to draw, the Pareto front within."""
+    pareto: tuple[Estimate, ...]
+    """Layouts that fit and that no other beats in both time and memory, fastest first."""
+    smallest: Cluster | None
+    """Where nothing fits: the smallest cluster of such hosts that something fits; None where something does, or none would do."""
+    leanest: Estimate | None
+    """The layout of least memory: how far from fitting the cluster is."""
+    seconds: float
+    """How long the search took."""
