@@ -42,6 +42,8 @@ class Chip:
     """Bytes/s of the network per chip, one direction, in the maker's reference system."""
     watts: float | None = None
     """Rated power of the chip or module."""
+    idle_watts: float | None = None
+    """Power of a chip that waits, memory in use and clocks up; makers publish none, `jaxtrain.calibrate` measures it."""
 
     def peak(self, dtype: str) -> float | None:
         """Peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
@@ -55,6 +57,28 @@ class Chip:
         if _DTYPE_ALIASES.get(dtype, dtype) != "float32":
             return self.peak(dtype)
         return self.peak("tfloat32") or (self.peak("bfloat16") if self.name.startswith("tpu") else self.peak("float32"))
+
+
+IDLE_SHARE = 0.15
+"""Share of its rated power that a waiting GPU draws, where it was not measured: `nvidia-smi` shows 10% on an H100 SXM and 13%
+on an A100 SXM without a process, and 18% on an H200 that holds a model and does nothing."""
+
+
+def predicted_watts(chip: Chip, utilisation: float) -> float | None:
+    """Mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a rating.
+
+    P(u) = idle + (rated - idle) u, the linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized
+    computer" (ISCA 2007), taken in time: in training the compute phases draw close to the rated power and the waits close to
+    idle (arXiv:2508.14318). "Works" means that kernels run, whatever fraction of the peak they reach: it is 1 - (exposed
+    transfers + bubble) / step, not the MFU. Values beyond 0 and 1 are held to them.
+
+    It is the chip alone: hosts, NICs, switches and cooling come on top (an 8 x H100 host is rated at 10.2 kW, 1.8 times its
+    GPUs, and was measured at 76% of that in training, arXiv:2506.14551).
+    """
+    if chip.watts is None:
+        return None
+    idle = IDLE_SHARE * chip.watts if chip.idle_watts is None else chip.idle_watts
+    return idle + (chip.watts - idle) * min(max(utilisation, 0.0), 1.0)
 
 
 def _tera(**rates: float) -> Mapping[str, float]:

@@ -1,10 +1,11 @@
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from jaxtrain.errors import ExplainedError
-from jaxtrain.hardware import CHIPS, chip_of_device_kind, find_chip, resolve_chip
+from jaxtrain.hardware import CHIPS, IDLE_SHARE, chip_of_device_kind, find_chip, predicted_watts, resolve_chip
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,12 @@ def test_figures_are_plausible():
 def test_reading_the_table_needs_no_jax():
     code = "import sys, jaxtrain.hardware; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_power_is_linear_between_waiting_and_working():
+    h100 = find_chip("h100-sxm")
+    assert predicted_watts(h100, 1.0) == 700
+    assert predicted_watts(h100, 0.0) == pytest.approx(700 * IDLE_SHARE)
+    assert predicted_watts(dataclasses.replace(h100, idle_watts=100.0), 0.5) == pytest.approx(400)
+    assert predicted_watts(h100, 1.2) == 700
+    assert predicted_watts(find_chip("tpu-v5p"), 1.0) is None
