@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 
@@ -436,6 +436,8 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and the command line
 
+Flags = TypeVar("Flags")
+
 
 def to_json(config: Config) -> str:
     """The fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
@@ -470,6 +472,37 @@ def parse_command_line(arguments: Sequence[str], description: str, prog: str) ->
     """
     import tyro
 
+    arguments, default = _take_config(arguments)
+    return tyro.cli(Config, default=default, args=arguments, config=_flag_style(), **_about(description, prog))
+
+
+def parse_with_flags(arguments: Sequence[str], flags: type[Flags], description: str, prog: str) -> tuple[Flags, Config]:
+    """`parse_command_line` of a verb with flags of its own: the fields of a dataclass, listed first in --help.
+
+    A bool among them is set by its bare name, `--json`.
+    """
+    import tyro
+
+    arguments, default = _take_config(arguments)
+    own = Annotated[flags, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
+    fields = Annotated[Config, tyro.conf.arg(name=""), *_flag_style()]
+    both = dataclasses.make_dataclass("Arguments", [("own", own), ("config", fields)])
+    parsed = tyro.cli(both, default=both(flags(), default), args=arguments, **_about(description, prog))
+    return parsed.own, parsed.config
+
+
+def _flag_style() -> tuple[Any, ...]:
+    import tyro
+
+    return tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands
+
+
+def _about(description: str, prog: str) -> dict[str, Any]:
+    return {"prog": f"{prog} --config=FILE", "description": description, "use_underscores": True}
+
+
+def _take_config(arguments: Sequence[str]) -> tuple[list[str], Config]:
+    """Takes `--config=FILE` out of the arguments, and loads it."""
     arguments, config_path = list(arguments), None
     for i, argument in enumerate(arguments):
         if argument == "--config" or argument.startswith("--config="):
@@ -481,13 +514,4 @@ def parse_command_line(arguments: Sequence[str], description: str, prog: str) ->
         raise ConfigError(["--config needs a file, e.g. --config=configs/quickstart.py"])
     if config_path is None and not {"-h", "--help"} & set(arguments):
         raise ConfigError(["--config is missing; give a config file, e.g. --config=configs/quickstart.py"])
-    default = load_config(config_path) if config_path else Config()
-    return tyro.cli(
-        Config,
-        default=default,
-        args=arguments,
-        prog=f"{prog} --config=FILE",
-        description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-        use_underscores=True,
-    )
+    return arguments, load_config(config_path) if config_path else Config()
