@@ -405,7 +405,7 @@ class TelemetryConfig:
     profile: str = ""
     """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty for none."""
     hardware: str = "auto"
-    """Chip whose peak FLOP/s the MFU is measured against; auto asks the device."""
+    """Chip whose peak FLOP/s the MFU is measured against, by name or as a chip file; auto asks the device."""
 
 
 @dataclass(frozen=True)

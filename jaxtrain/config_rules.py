@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
-from jaxtrain.hardware import find_chip
+from jaxtrain.hardware import load_chip
 
 
 def divisors(number: int) -> list[int]:
@@ -322,7 +322,7 @@ def _other_problems(config: Config) -> list[str]:
         problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
     if config.telemetry.hardware != "auto":
         try:
-            find_chip(config.telemetry.hardware)
+            load_chip(config.telemetry.hardware, "telemetry.hardware")
         except ExplainedError as error:
             problems.append(str(error))
     if not re.fullmatch(r"[\w.+-]+", config.name):

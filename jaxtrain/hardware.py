@@ -1,10 +1,8 @@
-"""Chips and their links: peak FLOP/s, bytes, bytes/s and watts, as their makers state them.
+"""Chips and their links: peak FLOP/s, bytes, bytes/s and watts, as their makers state them, and how to name one.
 
 Every figure is for one chip, at its rated power, dense (no structured sparsity: datasheets that print only the sparse
 figure are halved here). A figure that the maker does not publish is None or absent, and whatever would be computed from
-it is then None as well, never a guess.
-
-Units: FLOP/s (a multiply-add is two), bytes, bytes/s, watts; all decimal (1 GB = 1e9 bytes), as in datasheets.
+it is then None as well, never a guess. `chip.Chip` says what each field means, and in what unit.
 """
 
 from __future__ import annotations
@@ -12,80 +10,28 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
+from jaxtrain.chip import IDLE_SHARE, Calibration, Chip, predicted_watts
+from jaxtrain.chip_file import ENDINGS, read_chip
 from jaxtrain.errors import ExplainedError, nearest
 
-TERA, GIGA = 1e12, 1e9
+__all__ = ["CHIPS", "IDLE_SHARE", "Calibration", "Chip", "chip_of_device_kind", "find_chip", "load_chip"]
+__all__ += ["predicted_watts", "resolve_chip"]
 
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32": "float32", "tf32": "tfloat32"}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One accelerator: what its maker says it can do. Fields that are None are not published (or make no sense)."""
-
-    name: str
-    """Short name, as in --telemetry.hardware=h100-sxm."""
-    device_kinds: tuple[str, ...]
-    """Exactly what `jax.Device.device_kind` says on this chip."""
-    peak_flops: Mapping[str, float]
-    """Dense matmul FLOP/s by dtype: bfloat16, float16, float8, tfloat32; float32 is the plain (vector) rate."""
-    memory_bytes: int | None = None
-    """Device memory."""
-    memory_bandwidth: float | None = None
-    """Device memory bytes/s."""
-    link_bandwidth: float | None = None
-    """Bytes/s out of the chip over all its links to the other chips of the same host or slice, one direction."""
-    nic_bandwidth: float | None = None
-    """Bytes/s of the network per chip, one direction, in the maker's reference system."""
-    watts: float | None = None
-    """Rated power of the chip or module."""
-    idle_watts: float | None = None
-    """Power of a chip that waits, memory in use and clocks up; makers publish none, `jaxtrain.calibrate` measures it."""
-
-    def peak(self, dtype: str) -> float | None:
-        """Peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
-        return self.peak_flops.get(_DTYPE_ALIASES.get(dtype, dtype))
-
-    def matmul_peak(self, dtype: str) -> float | None:
-        """Peak FLOP/s of a matmul with operands of `dtype` as XLA runs it at its default precision, or None if unknown.
-
-        A float32 matmul runs in TF32 on NVIDIA tensor cores and in one bfloat16 pass on a TPU, so that is its peak there.
-        """
-        if _DTYPE_ALIASES.get(dtype, dtype) != "float32":
-            return self.peak(dtype)
-        return self.peak("tfloat32") or (self.peak("bfloat16") if self.name.startswith("tpu") else self.peak("float32"))
-
-
-IDLE_SHARE = 0.15
-"""Share of its rated power that a waiting GPU draws, where it was not measured: `nvidia-smi` shows 10% on an H100 SXM and 13%
-on an A100 SXM without a process, and 18% on an H200 that holds a model and does nothing."""
-
-
-def predicted_watts(chip: Chip, utilisation: float) -> float | None:
-    """Mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a rating.
-
-    P(u) = idle + (rated - idle) u, the linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized
-    computer" (ISCA 2007), taken in time: in training the compute phases draw close to the rated power and the waits close to
-    idle (arXiv:2508.14318). "Works" means that kernels run, whatever fraction of the peak they reach: it is 1 - (exposed
-    transfers + bubble) / step, not the MFU. Values beyond 0 and 1 are held to them.
-
-    It is the chip alone: hosts, NICs, switches and cooling come on top (an 8 x H100 host is rated at 10.2 kW, 1.8 times its
-    GPUs, and was measured at 76% of that in training, arXiv:2506.14551).
-    """
-    if chip.watts is None:
-        return None
-    idle = IDLE_SHARE * chip.watts if chip.idle_watts is None else chip.idle_watts
-    return idle + (chip.watts - idle) * min(max(utilisation, 0.0), 1.0)
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
 
 def _tera(**rates: float) -> Mapping[str, float]:
     return MappingProxyType({dtype: rate * TERA for dtype, rate in rates.items()})
 
 
-# NVIDIA A100 Tensor Core GPU datasheet (SXM: 400 W; NVLink 600 GB/s both ways). Network: DGX A100 datasheet, 200 Gb/s a GPU.
+# What NCCL reckons with when it chooses an algorithm: src/graph/tuning.cc (2.28), rings with the Simple protocol, which
+# carries large messages: 8.4 us to begin, 3.4 us a step over NVLink, 5.7 us over PCIe, 14 us from host to host.
+_NCCL = "; latencies: NCCL 2.28, src/graph/tuning.cc (ring, Simple)"
+_BEGIN, _NVLINK_STEP, _PCIE_STEP, _NIC_STEP = 8.4 * MICRO, 3.4 * MICRO, 5.7 * MICRO, 14.0 * MICRO
+
 _A100_40 = Chip(
     name="a100-40",
     device_kinds=("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
@@ -95,6 +41,10 @@ _A100_40 = Chip(
     link_bandwidth=300 * GIGA,
     nic_bandwidth=25 * GIGA,
     watts=400,
+    collective_latency=_BEGIN,
+    link_latency=_NVLINK_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA A100 datasheet (SXM; NVLink 600 GB/s both ways); DGX A100 datasheet (8 GPUs, 200 Gb/s a GPU)" + _NCCL,
 )
 _A100_80 = dataclasses.replace(
     _A100_40,
@@ -103,7 +53,6 @@ _A100_80 = dataclasses.replace(
     memory_bytes=int(80 * GIGA),
     memory_bandwidth=2039 * GIGA,
 )
-# Same datasheet, PCIe cards: PCIe Gen4 x16, 64 GB/s both ways. No reference network: 8-GPU servers differ.
 _A100_PCIE_40 = dataclasses.replace(
     _A100_40,
     name="a100-pcie-40",
@@ -111,6 +60,8 @@ _A100_PCIE_40 = dataclasses.replace(
     link_bandwidth=32 * GIGA,
     nic_bandwidth=None,
     watts=250,
+    link_latency=_PCIE_STEP,
+    source="NVIDIA A100 datasheet (PCIe Gen4 x16, 64 GB/s both ways); servers differ in their network" + _NCCL,
 )
 _A100_PCIE_80 = dataclasses.replace(
     _A100_PCIE_40,
@@ -120,8 +71,6 @@ _A100_PCIE_80 = dataclasses.replace(
     memory_bandwidth=1935 * GIGA,
     watts=300,
 )
-# NVIDIA H100 Tensor Core GPU Architecture whitepaper, table 2 (dense rates), and H100 datasheet (3.35 TB/s, 700 W, NVLink
-# 900 GB/s both ways). Network: DGX H100 datasheet, 400 Gb/s a GPU.
 _H100_SXM = Chip(
     name="h100-sxm",
     device_kinds=("NVIDIA H100 80GB HBM3",),
@@ -131,8 +80,12 @@ _H100_SXM = Chip(
     link_bandwidth=450 * GIGA,
     nic_bandwidth=50 * GIGA,
     watts=700,
+    collective_latency=_BEGIN,
+    link_latency=_NVLINK_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA H100 Tensor Core GPU Architecture whitepaper, table 2 (dense rates); H100 datasheet (3.35 TB/s, 700 W, "
+    "NVLink 900 GB/s both ways); DGX H100 datasheet (8 GPUs, 400 Gb/s a GPU)" + _NCCL,
 )
-# H100 datasheet, PCIe column (sparse rates halved), PCIe Gen5 x16 128 GB/s both ways.
 _H100_PCIE = Chip(
     name="h100-pcie",
     device_kinds=("NVIDIA H100 PCIe",),
@@ -141,16 +94,21 @@ _H100_PCIE = Chip(
     memory_bandwidth=2000 * GIGA,
     link_bandwidth=64 * GIGA,
     watts=350,
+    collective_latency=_BEGIN,
+    link_latency=_PCIE_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA H100 datasheet, PCIe column (sparse rates halved; PCIe Gen5 x16, 128 GB/s both ways); servers differ in "
+    "their network" + _NCCL,
 )
-# NVIDIA H200 Tensor Core GPU datasheet, SXM column: H100's compute, 141 GB at 4.8 TB/s. Network: DGX H200 datasheet.
 _H200 = dataclasses.replace(
     _H100_SXM,
     name="h200",
     device_kinds=("NVIDIA H200",),
     memory_bytes=int(141 * GIGA),
     memory_bandwidth=4800 * GIGA,
+    source="NVIDIA H200 datasheet, SXM column (the H100's compute, 141 GB at 4.8 TB/s); DGX H200 datasheet (8 GPUs, 400 Gb/s "
+    "a GPU)" + _NCCL,
 )
-# NVIDIA Blackwell datasheet, HGX B200, figures of one GPU (sparse rates halved). Network: DGX B200 datasheet, 400 Gb/s a GPU.
 _B200 = Chip(
     name="b200",
     device_kinds=("NVIDIA B200",),
@@ -160,8 +118,12 @@ _B200 = Chip(
     link_bandwidth=900 * GIGA,
     nic_bandwidth=50 * GIGA,
     watts=1000,
+    collective_latency=_BEGIN,
+    link_latency=_NVLINK_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA Blackwell datasheet, HGX B200, one GPU (sparse rates halved); DGX B200 datasheet (8 GPUs, 400 Gb/s a GPU)"
+    + _NCCL,
 )
-# Same datasheet, GB200 NVL72, figures of one GPU; the Grace CPU's power is not in the watts. Network: 400 Gb/s a GPU.
 _GB200 = Chip(
     name="gb200",
     device_kinds=("NVIDIA GB200",),
@@ -171,8 +133,13 @@ _GB200 = Chip(
     link_bandwidth=900 * GIGA,
     nic_bandwidth=50 * GIGA,
     watts=1200,
+    devices_per_host=72,
+    collective_latency=_BEGIN,
+    link_latency=_NVLINK_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA Blackwell datasheet, GB200 NVL72, one GPU (the Grace CPU's power is not in the watts; 72 GPUs on one "
+    "NVLink, 400 Gb/s a GPU)" + _NCCL,
 )
-# NVIDIA L40S datasheet (dense column; PCIe Gen4 x16, 64 GB/s both ways).
 _L40S = Chip(
     name="l40s",
     device_kinds=("NVIDIA L40S",),
@@ -181,9 +148,11 @@ _L40S = Chip(
     memory_bandwidth=864 * GIGA,
     link_bandwidth=32 * GIGA,
     watts=350,
+    collective_latency=_BEGIN,
+    link_latency=_PCIE_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA L40S datasheet (dense column; PCIe Gen4 x16, 64 GB/s both ways); servers differ in their network" + _NCCL,
 )
-# NVIDIA Ada GPU Architecture whitepaper, appendix A: tensor rates with float32 accumulation, which is what training uses
-# (float16 accumulation is twice as fast on GeForce). PCIe Gen4 x16.
 _RTX_4090 = Chip(
     name="rtx-4090",
     device_kinds=("NVIDIA GeForce RTX 4090",),
@@ -192,28 +161,25 @@ _RTX_4090 = Chip(
     memory_bandwidth=1008 * GIGA,
     link_bandwidth=32 * GIGA,
     watts=450,
+    collective_latency=_BEGIN,
+    link_latency=_PCIE_STEP,
+    nic_latency=_NIC_STEP,
+    source="NVIDIA Ada GPU Architecture whitepaper, appendix A: tensor rates with float32 accumulation, which is what training "
+    "uses (float16 accumulation is twice as fast on GeForce); PCIe Gen4 x16, without peer-to-peer, so that transfers pass "
+    "through the host's memory and half the link is more than they reach" + _NCCL,
 )
-# Google Cloud TPU documentation, "TPU v5e" and "TPU v6e": ICI 1,600 and 3,200 Gb/s a chip, host NICs of 2 x 100 and
-# 4 x 200 Gb/s over 8 chips. No float8 matmul unit, and no power figure is published.
 _TPU_V5E = Chip(
     name="tpu-v5e",
     device_kinds=("TPU v5 lite", "TPU v5e"),
     peak_flops=_tera(bfloat16=197),
     memory_bytes=int(16 * GIGA),
-    memory_bandwidth=800 * GIGA,
+    memory_bandwidth=819 * GIGA,
     link_bandwidth=200 * GIGA,
     nic_bandwidth=3.125 * GIGA,
+    devices_per_host=256,
+    source='Google Cloud TPU documentation, "TPU v5e" (ICI 400 GB/s both ways; a pod of 256 in a torus; hosts of 8 chips with '
+    "2 x 100 Gb/s between pods); no float8 unit, power and latencies are not published",
 )
-_TPU_V6E = Chip(
-    name="tpu-v6e",
-    device_kinds=("TPU v6 lite", "TPU v6e"),
-    peak_flops=_tera(bfloat16=918),
-    memory_bytes=int(32 * GIGA),
-    memory_bandwidth=1600 * GIGA,
-    link_bandwidth=400 * GIGA,
-    nic_bandwidth=12.5 * GIGA,
-)
-# Google Cloud TPU documentation, "TPU v5p": ICI 4,800 Gb/s a chip. Its network per chip is not in that table.
 _TPU_V5P = Chip(
     name="tpu-v5p",
     device_kinds=("TPU v5", "TPU v5p"),
@@ -221,9 +187,30 @@ _TPU_V5P = Chip(
     memory_bytes=int(95 * GIGA),
     memory_bandwidth=2765 * GIGA,
     link_bandwidth=600 * GIGA,
+    nic_bandwidth=6.25 * GIGA,
+    devices_per_host=8960,
+    source='Google Cloud TPU documentation, "TPU v5p" (ICI 1,200 GB/s both ways; a pod of 8,960 in a torus, jobs of at most '
+    "6,144; 50 Gb/s a chip between pods); power and latencies are not published",
 )
-# A CPU's peak depends on its cores, vector width and clock under load; nobody states it for "cpu", so neither do we.
-_CPU = Chip(name="cpu", device_kinds=("cpu",), peak_flops=_tera())
+_TPU_V6E = Chip(
+    name="tpu-v6e",
+    device_kinds=("TPU v6 lite", "TPU v6e"),
+    peak_flops=_tera(bfloat16=918),
+    memory_bytes=int(32 * GIGA),
+    memory_bandwidth=1638 * GIGA,
+    link_bandwidth=400 * GIGA,
+    nic_bandwidth=12.5 * GIGA,
+    devices_per_host=256,
+    source='Google Cloud TPU documentation, "TPU v6e" (ICI 800 GB/s both ways; a pod of 256 in a torus; hosts of 8 chips with '
+    "4 x 200 Gb/s between pods); no float8 unit, power and latencies are not published",
+)
+_CPU = Chip(
+    name="cpu",
+    device_kinds=("cpu",),
+    peak_flops=_tera(),
+    devices_per_host=1,
+    source="none: a CPU's peak depends on its cores, vector width and clock; `python -m jaxtrain.calibrate` measures it",
+)
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
@@ -250,16 +237,27 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 """Every chip known, by name."""
 
 
-def find_chip(name: str) -> Chip:
+def find_chip(name: str, flag: str = "--hardware") -> Chip:
     """The chip of that name; upper case, spaces and underscores are as good as lower case and hyphens ("RTX 4090").
 
     Raises:
-      ExplainedError: no such chip; the message names the nearest.
+      ExplainedError: no such chip; the message names the nearest, and the flag that the name was given with.
     """
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     if key not in CHIPS:
-        raise ExplainedError(f"telemetry.hardware={name!r} is no chip we know: {nearest(key, CHIPS)}")
+        raise ExplainedError(f"{flag}={name!r} is no chip we know: {nearest(key, CHIPS)}; or a file of your own, chip.json")
     return CHIPS[key]
+
+
+def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
+    """The chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file`).
+
+    Raises:
+      ExplainedError: no such chip, no such file, or something in the file is wrong; the message says what would work.
+    """
+    if Path(name_or_path).suffix in ENDINGS:
+        return read_chip(Path(name_or_path).expanduser(), CHIPS, flag)
+    return find_chip(name_or_path, flag)
 
 
 def chip_of_device_kind(device_kind: str) -> Chip | None:
@@ -277,8 +275,8 @@ def resolve_chip(hardware: str, device_kind: str) -> Chip:
     A device that nobody here knows gives a chip under its own name without figures, so that MFU is reported as unknown.
 
     Raises:
-      ExplainedError: `hardware` is neither "auto" nor a known name.
+      ExplainedError: `hardware` is neither "auto" nor a known name nor a chip file that can be read.
     """
     if hardware != "auto":
-        return find_chip(hardware)
+        return load_chip(hardware, "telemetry.hardware")
     return chip_of_device_kind(device_kind) or Chip(name=device_kind, device_kinds=(device_kind,), peak_flops=_tera())

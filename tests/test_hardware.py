@@ -94,3 +94,12 @@ def test_power_is_linear_between_waiting_and_working():
     assert predicted_watts(dataclasses.replace(h100, idle_watts=100.0), 0.5) == pytest.approx(400)
     assert predicted_watts(h100, 1.2) == 700
     assert predicted_watts(find_chip("tpu-v5p"), 1.0) is None
+
+
+def test_every_chip_says_where_its_figures_are_from():
+    for chip in CHIPS.values():
+        assert chip.source
+        assert chip.devices_per_host >= 1
+        if chip.link_latency is not None:  # a step over the network is slower than one over the links of a host
+            assert chip.nic_latency is not None
+            assert 1e-6 < chip.link_latency < chip.nic_latency < 1e-4

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 FLOORS = {
     "config": 0,
     "config_rules": 0,
+    "chip": 0,
+    "chip_file": 0,
     "hardware": 0,
     "errors": 0,
     "mesh": 1,
@@ -49,11 +51,15 @@ SAME_FLOOR = {
     ("config_rules", "hardware"),
     ("config_rules", "errors"),
     ("hardware", "errors"),
+    ("hardware", "chip"),
+    ("hardware", "chip_file"),
+    ("chip_file", "chip"),
+    ("chip_file", "errors"),
     ("models", "parallel"),
     ("bench", "main"),
     ("collectives", "main"),
 }
-NO_JAX = ("config", "config_rules", "hardware", "errors")
+NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -1,0 +1,170 @@
+"""What is known of one kind of chip: what its maker states, and how much of that was measured on it.
+
+Units: FLOP/s (a multiply-add is two), bytes, bytes/s, seconds, watts; all decimal (1 GB = 1e9 bytes), as in datasheets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32": "float32", "tf32": "tfloat32"}
+PEAK_DTYPES = ("bfloat16", "float16", "float8", "tfloat32", "float32")
+
+IDLE_SHARE = 0.15
+"""Share of its rated power that a waiting GPU draws, where it was not measured: `nvidia-smi` shows 10% on an H100 SXM and 13%
+on an A100 SXM without a process, and 18% on an H200 that holds a model and does nothing."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How much of the chip's peak one operation of one size reaches."""
+
+    dtype: str
+    size: int
+    """Of a matmul, the edge of its cube, (m k n)^(1/3); of attention, the length of the sequence."""
+    fraction: float
+    """FLOP/s over the chip's `matmul_peak(dtype)`; over 1 is possible, since peaks are stated for one clock."""
+    spread: float = 0.0
+    """(slowest - fastest) / median of the repetitions: what the figure is worth."""
+
+
+@dataclass(frozen=True)
+class CollectiveRate:
+    """One collective over one group of devices: its time is latency + sent bytes / bandwidth."""
+
+    over: Literal["link", "nic"]
+    """link: all devices of the group are in one host; nic: each in another."""
+    kind: str
+    """all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute."""
+    devices: int
+    bandwidth: float
+    """Bytes/s that one device sends, at the largest size (the payload times the ring's factor, as `planner` counts)."""
+    latency: float
+    """Seconds of the smallest one."""
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `python -m jaxtrain.calibrate` found, as fractions of what the chip states: a person can write it too."""
+
+    matmul: tuple[Rate, ...] = ()
+    attention: tuple[Rate, ...] = ()
+    """Forward and backward of causal attention with head_dim 128, counting the half of the square that is needed."""
+    memory: float | None = None
+    """Bytes/s of a copy (reading and writing) over `memory_bandwidth`."""
+    link: float | None = None
+    """Bytes/s of the best collective inside a host over `link_bandwidth`."""
+    nic: float | None = None
+    """The same between hosts, over `nic_bandwidth`."""
+    collectives: tuple[CollectiveRate, ...] = ()
+    device_kind: str = ""
+    devices: int = 1
+    processes: int = 1
+    simulated: bool = False
+    """Fake CPU devices: they share one machine's cores, and their links are its memory. Good to try the verb, no more."""
+    noise: float = 0.0
+    """Median spread of all that was measured."""
+    software: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator: what its maker says it can do. Fields that are None are not published (or make no sense)."""
+
+    name: str
+    """Short name, as in --telemetry.hardware=h100-sxm."""
+    device_kinds: tuple[str, ...]
+    """Exactly what `jax.Device.device_kind` says on this chip."""
+    peak_flops: Mapping[str, float]
+    """Dense matmul FLOP/s by dtype: bfloat16, float16, float8, tfloat32; float32 is the plain (vector) rate."""
+    memory_bytes: int | None = None
+    """Device memory."""
+    memory_bandwidth: float | None = None
+    """Device memory bytes/s."""
+    link_bandwidth: float | None = None
+    """Bytes/s out of the chip over all its links to the other chips of the same host or slice, one direction."""
+    nic_bandwidth: float | None = None
+    """Bytes/s of the network per chip, one direction, in the maker's reference system."""
+    watts: float | None = None
+    """Rated power of the chip or module."""
+    idle_watts: float | None = None
+    """Power of a chip that waits, memory in use and clocks up; makers publish none, `jaxtrain.calibrate` measures it."""
+    devices_per_host: int = 8
+    """Chips that reach each other over their own links in the maker's reference system: 8 in an HGX host, 72 in a GB200 NVL72
+    rack, a pod of TPUs."""
+    collective_latency: float | None = None
+    """Seconds that any collective takes to begin."""
+    link_latency: float | None = None
+    """Seconds that each step of a ring adds inside a host, however little it moves; a ring of n has n - 1 steps."""
+    nic_latency: float | None = None
+    """The same for a step from one host to the next."""
+    source: str = ""
+    """Where the figures are from."""
+    based_on: str = ""
+    """Of a chip from a file: the chip of the table that it is a variant of, and that programs are compiled for."""
+    calibration: Calibration | None = None
+    """What was measured on it; None where nothing was."""
+
+    @property
+    def target(self) -> str:
+        """The name under which programs are compiled for it (`planner.targets`)."""
+        return self.based_on or self.name
+
+    def peak(self, dtype: str) -> float | None:
+        """Peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
+        return self.peak_flops.get(DTYPE_ALIASES.get(dtype, dtype))
+
+    def matmul_peak(self, dtype: str) -> float | None:
+        """Peak FLOP/s of a matmul with operands of `dtype` as XLA runs it at its default precision, or None if unknown.
+
+        A float32 matmul runs in TF32 on NVIDIA tensor cores and in one bfloat16 pass on a TPU, so that is its peak there.
+        """
+        if DTYPE_ALIASES.get(dtype, dtype) != "float32":
+            return self.peak(dtype)
+        return self.peak("tfloat32") or (self.peak("bfloat16") if self.name.startswith("tpu") else self.peak("float32"))
+
+    def matmul_fraction(self, dtype: str, m: int, k: int, n: int) -> float | None:
+        """Measured share of `matmul_peak(dtype)` that an [m, k] x [k, n] matmul reaches; None where none was measured.
+
+        Between two measured sizes it is a straight line over the logarithm of (m k n)^(1/3); outside, the nearest one's.
+        """
+        return interpolated(self.calibration.matmul if self.calibration else (), dtype, (m * k * n) ** (1 / 3))
+
+    def attention_fraction(self, dtype: str, length: int) -> float | None:
+        """Measured share of `matmul_peak(dtype)` that attention over `length` tokens reaches; None where none was measured."""
+        return interpolated(self.calibration.attention if self.calibration else (), dtype, length)
+
+
+def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | None:
+    """The fraction at `size`, straight over the logarithm of sizes and constant beyond them; None without rates of `dtype`."""
+    dtype = DTYPE_ALIASES.get(dtype, dtype)
+    points = sorted((rate.size, rate.fraction) for rate in rates if rate.dtype == dtype)
+    if not points:
+        return None
+    for (small, below), (large, above) in zip(points, points[1:], strict=False):
+        if small <= size < large:
+            share = math.log(size / small) / math.log(large / small)
+            return below + (above - below) * share
+    return points[0][1] if size < points[0][0] else points[-1][1]
+
+
+def predicted_watts(chip: Chip, utilisation: float) -> float | None:
+    """Mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a rating.
+
+    P(u) = idle + (rated - idle) u, the linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized
+    computer" (ISCA 2007), taken in time: in training the compute phases draw close to the rated power and the waits close to
+    idle (arXiv:2508.14318). "Works" means that kernels run, whatever fraction of the peak they reach: it is 1 - (exposed
+    transfers + bubble) / step, not the MFU. Values beyond 0 and 1 are held to them.
+
+    It is the chip alone: hosts, NICs, switches and cooling come on top (an 8 x H100 host is rated at 10.2 kW, 1.8 times its
+    GPUs, and was measured at 76% of that in training, arXiv:2506.14551).
+    """
+    if chip.watts is None:
+        return None
+    idle = IDLE_SHARE * chip.watts if chip.idle_watts is None else chip.idle_watts
+    return idle + (chip.watts - idle) * min(max(utilisation, 0.0), 1.0)
