@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,17 +60,8 @@ def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     Projections are sharded over fsdp along D and over tensor along heads or F; norms lie whole on every device. A mixture has a
     router (D x E, float32), and gate, up and down of all E experts, sharded over expert too, beside those of shared experts.
     """
-    d, n = model.embed_dim, model.head_dim
-    weights = {
-        "query": Weight(d * model.num_heads * n, MATRIX),
-        "key": Weight(d * model.num_kv_heads * n, MATRIX),
-        "value": Weight(d * model.num_kv_heads * n, MATRIX),
-        "out": Weight(model.num_heads * n * d, MATRIX),
-        "attention_norm": Weight(d, ()),
-        "mlp_norm": Weight(d, ()),
-    }
-    if model.qk_norm:
-        weights |= {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())}
+    d = model.embed_dim
+    weights = dict(_attention_weights(model)) | {"attention_norm": Weight(d, ()), "mlp_norm": Weight(d, ())}
     if not model.moe:
         return weights | dict.fromkeys(("gate", "up", "down"), Weight(d * model.mlp_dim, MATRIX))
     moe = model.moe
@@ -84,10 +75,39 @@ def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     return weights
 
 
+def _attention_weights(model: ModelConfig) -> Mapping[str, Weight]:
+    """Q, K, V and O; of latent attention the projections down to latents of Q, C and R numbers, and up from them to heads."""
+    d, n, heads, latent = model.embed_dim, model.head_dim, model.num_heads, model.latent_attention
+    if latent is None:
+        weights = {
+            "query": Weight(d * heads * n, MATRIX),
+            "key": Weight(d * model.num_kv_heads * n, MATRIX),
+            "value": Weight(d * model.num_kv_heads * n, MATRIX),
+            "out": Weight(heads * n * d, MATRIX),
+        }
+        return weights | {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())} if model.qk_norm else weights
+    weights = {
+        "query": Weight((latent.query_rank or d) * heads * (n + latent.rope_dim), MATRIX),
+        "key": Weight(latent.kv_rank * heads * n, MATRIX),
+        "value": Weight(latent.kv_rank * heads * latent.value_dim, MATRIX),
+        "out": Weight(heads * latent.value_dim * d, MATRIX),
+        "kv_down": Weight(d * latent.kv_rank, ("fsdp",)),
+        "rope_key": Weight(d * latent.rope_dim, ("fsdp",)),
+        "kv_norm": Weight(latent.kv_rank, ()),
+    }
+    if latent.query_rank:
+        weights |= {"query_down": Weight(d * latent.query_rank, ("fsdp",)), "query_norm": Weight(latent.query_rank, ())}
+    return weights
+
+
 def outer_weights(model: ModelConfig) -> Mapping[str, Weight]:
-    """The embedding table (V x D), the output projection (D x V) unless it is tied, and the final norm."""
+    """The embedding table (V x D), the output projection (D x V) unless it is tied, the final norm, and a mixture's first dense
+    layers."""
     table = Weight(model.padded_vocab_size * model.embed_dim, MATRIX)
     weights = {"table": table, "norm": Weight(model.embed_dim, ())}
+    first = model.first_dense_layers
+    for name, weight in layer_weights(replace(model, moe=None)).items() if first else ():
+        weights[f"first_{name}"] = replace(weight, elements=first * weight.elements)
     return weights if model.tie_embeddings else weights | {"head": table}
 
 
