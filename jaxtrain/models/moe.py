@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         def matmul(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
             if sizes is None:
                 return jnp.einsum("ESD,EDF->ESF", x, w_EDF)
-            return grouped_matmul(x, w_EDF, sizes, backend.tile)
+            return grouped_matmul(x, w_EDF, sizes, backend.tile, dispatched.expected_rows)
 
         return matmul
 

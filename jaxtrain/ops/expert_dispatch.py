@@ -45,6 +45,8 @@ class Dispatched(NamedTuple):
     """What the experts made of `rows` -> [T, K, D], zero for dropped rows."""
     kept_TK: jax.Array
     """bool, whether the row has found room."""
+    expected_rows: int
+    """How many slots hold a row, if every expert gets as many."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, 
         return take_rows(y_SD, slot_of_row, row_of_slot).reshape(tokens, k, -1)
 
     rows = spread_tokens(x_TD, row_of_slot, slot_of_row.reshape(tokens, k))
-    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)))
+    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)), tokens * k)
 
 
 def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int, ragged: bool) -> Dispatched:
@@ -259,7 +261,7 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
         return take_rows(returned, place, order).reshape(tokens, k, -1)
 
     rows = take_rows(received, by_expert, by_device)
-    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)))
+    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)), tokens * k)
 
 
 def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, tile: int, ragged: bool) -> Dispatched:
@@ -335,4 +337,4 @@ def dispatch_capacity(
     sent = spread_tokens(x_TD, row_of_slot, slot_TK)
     received = all_to_all(sent, "expert", dim=0).reshape(devices, local, slots, -1)
     rows = received.swapaxes(0, 1).reshape(local, devices * slots, -1)
-    return Dispatched(rows, None, back, slot_TK >= 0)
+    return Dispatched(rows, None, back, slot_TK >= 0, num_experts * slots)

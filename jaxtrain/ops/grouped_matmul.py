@@ -13,19 +13,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.experimental.xla_metadata import set_xla_metadata
 
 KERNEL_TILE = 128
 _BLOCK = 128  # columns of a result that one program makes
 _DEPTH = 64  # how much of the dim that is summed over is loaded at a time
 _TILES_TOGETHER = 8  # tiles whose programs are neighbours, so that they find the matrix's columns in the cache
 _NARROWEST = 16  # a tensor core's
+EXPECTED_ROWS = "expected_rows"
+"""The attribute of a kernel's call in the compiled program that says how many rows it is expected to multiply."""
 
 Refs = Any
 
@@ -36,18 +39,25 @@ def _kernels_fit(x_SD: jax.Array, w_EDF: jax.Array, tile: int) -> bool:
     return tile % _DEPTH == 0 and x_SD.dtype in (jnp.bfloat16, jnp.float16) and all(n % _NARROWEST == 0 for n in widths)
 
 
-def _call(
-    kernel: Callable[..., None], programs: int, shape: tuple[int, ...], interpret: bool, *operands: jax.Array
-) -> jax.Array:
+class How(NamedTuple):
+    """What a kernel is told beside its operands."""
+
+    expected_rows: int
+    interpret: bool
+
+
+def _call(kernel: Callable[..., None], programs: int, shape: tuple[int, ...], how: How, *operands: jax.Array) -> jax.Array:
     like = jax.typeof(operands[0])
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(programs,),
         out_shape=jax.ShapeDtypeStruct(shape, like.dtype, manual_axis_type=like.manual_axis_type),
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
-        interpret=interpret,
+        interpret=how.interpret,
         name="grouped_matmul",
-    )(*operands)
+    )
+    with set_xla_metadata(**{EXPECTED_ROWS: str(how.expected_rows)}):
+        return call(*operands)
 
 
 def _place(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax.Array]:
@@ -58,9 +68,7 @@ def _place(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax
     return first + within % rows, within // rows
 
 
-def _rows_times_matrices(
-    tile: int, turned: bool, interpret: bool, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
-) -> jax.Array:
+def _rows_times_matrices(tile: int, turned: bool, how: How, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """y_s = x_s w_e; with `turned` the matrices are [E, F, D]."""
     tiles, width, depth = x_SD.shape[0] // tile, w_EDF.shape[1 if turned else 2], x_SD.shape[1]
     block, step = math.gcd(width, _BLOCK), math.gcd(depth, _DEPTH)
@@ -87,10 +95,10 @@ def _rows_times_matrices(
         def _() -> None:
             triton.store(y.at[rows, columns], jnp.zeros((tile, block), y.dtype))
 
-    return _call(kernel, tiles * (width // block), (x_SD.shape[0], width), interpret, x_SD, w_EDF, group)
+    return _call(kernel, tiles * (width // block), (x_SD.shape[0], width), how, x_SD, w_EDF, group)
 
 
-def _rows_times_rows(interpret: bool, x_SD: jax.Array, y_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _rows_times_rows(how: How, x_SD: jax.Array, y_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """[E, D, F]: sum of x_s^T y_s over the rows s of each group."""
     groups, depth, width = sizes_E.shape[0], x_SD.shape[1], y_SF.shape[1]
     rows_block, block = math.gcd(depth, _BLOCK), math.gcd(width, _BLOCK)
@@ -111,27 +119,34 @@ def _rows_times_rows(interpret: bool, x_SD: jax.Array, y_SF: jax.Array, sizes_E:
         total = lax.fori_loop(starts[e], stops[e], add, jnp.zeros((rows_block, block), jnp.float32))
         triton.store(w.at[e, own, columns], total.astype(w.dtype))
 
-    return _call(kernel, groups * blocks, (groups, depth, width), interpret, x_SD, y_SF, starts, stops)
+    return _call(kernel, groups * blocks, (groups, depth, width), how, x_SD, y_SF, starts, stops)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_kernels(tile: int, interpret: bool, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _rows_times_matrices(tile, False, interpret, x_SD, w_EDF, sizes_E)
+def _by_kernels(tile: int, how: How, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _rows_times_matrices(tile, False, how, x_SD, w_EDF, sizes_E)
 
 
-def _by_kernels_forward(tile: int, interpret: bool, x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
-    return _rows_times_matrices(tile, False, interpret, x, w, sizes), (x, w, sizes)
+def _by_kernels_forward(tile: int, how: How, x: jax.Array, w: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple]:
+    return _rows_times_matrices(tile, False, how, x, w, sizes), (x, w, sizes)
 
 
-def _by_kernels_backward(tile: int, interpret: bool, kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _by_kernels_backward(tile: int, how: How, kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, sizes = kept
-    return _rows_times_matrices(tile, True, interpret, dy, w, sizes), _rows_times_rows(interpret, x, dy, sizes), None
+    return _rows_times_matrices(tile, True, how, dy, w, sizes), _rows_times_rows(how, x, dy, sizes), None
 
 
 _by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 
 
-def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: int, interpret: bool = False) -> jax.Array:
+def grouped_matmul(
+    x_SD: jax.Array,
+    w_EDF: jax.Array,
+    sizes_E: jax.Array,
+    tile: int,
+    expected_rows: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
     """y_s = x_s w_e for the rows s of group e, [S, F], summed in float32; rows beyond the last group are zero.
 
     Kernels where `tile` asks for them and widths and dtype allow; else `lax.ragged_dot`, with the same result.
@@ -139,8 +154,11 @@ def grouped_matmul(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tile: 
     Args:
       sizes_E: rows of each group, multiples of `tile`.
       tile: KERNEL_TILE for the kernels, which S must be a multiple of too; 1 where groups have any size.
+      expected_rows: how many of the S rows will belong to a group, where that is known, else S. It changes no result: who reads
+        the compiled program counts the kernels' FLOPs by it (`planner.hlo`).
       interpret: run the kernels without a GPU, slowly.
     """
     if not _kernels_fit(x_SD, w_EDF, tile):
         return lax.ragged_dot(x_SD, w_EDF, sizes_E)
-    return _by_kernels(tile, interpret, x_SD, w_EDF, sizes_E)
+    how = How(x_SD.shape[0] if expected_rows is None else expected_rows, interpret)
+    return _by_kernels(tile, how, x_SD, w_EDF, sizes_E)

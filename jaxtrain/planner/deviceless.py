@@ -26,7 +26,6 @@ from typing import Any
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner.formulas import expert_rows
 from jaxtrain.planner.hlo import matmul_flops
 from jaxtrain.planner.hlo_collectives import Row, read_collectives, table
 from jaxtrain.planner.hlo_groups import layout_of
@@ -169,10 +168,9 @@ def report(
     compiled, mesh, attention = compile_for(config, chip, devices_per_host, memory_bytes, options)
     seconds = time.perf_counter() - started
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    rows = expert_rows(config) if config.model.moe else 0  # as if every expert got as many
     return Report(
-        flops=matmul_flops(text, rows),
-        rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip), grouped_rows=rows))),
+        flops=matmul_flops(text),
+        rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip)))),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

@@ -133,6 +133,12 @@ def microbatch_rows(config: Config) -> int:
     return config.train.global_batch_size // (config.mesh.batch_shards * config.train.microbatches)
 
 
+def turns(config: Config) -> int:
+    """Into how many parts a microbatch is cut, which take turns: two where layers send activations and rows can be halved."""
+    sends = config.mesh.tensor > 1 or config.mesh.expert > 1
+    return 2 if config.sharding.take_turns and sends and microbatch_rows(config) % 2 == 0 else 1
+
+
 def local_length(config: Config) -> int:
     """L / c: positions of a sequence that a device has between gathers over tensor."""
     return config.data.sequence_length // config.mesh.context

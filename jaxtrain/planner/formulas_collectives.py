@@ -27,6 +27,7 @@ from jaxtrain.planner.formulas import (
     microbatch_rows,
     outer_weights,
     recomputed,
+    turns,
 )
 from jaxtrain.planner.hlo_collectives import wire_factor
 
@@ -224,7 +225,7 @@ def _experts(config: Config, ticks: Ticks) -> Iterator[Entry]:
     gradients in its backward, and each of the first two once more unless its result is kept (expert_in, expert_out).
 
     Payload of one: `formulas.expert_rows` x D. Dropless rows go by ragged all-to-all, after an all-gather of the counts (int32,
-    E from each device) in forward and backward; those with capacity by all-to-all.
+    E from each device and each part that takes turns) in forward and backward; those with capacity by all-to-all.
     """
     moe, train = config.model.moe, config.train
     if moe is None:
@@ -239,7 +240,9 @@ def _experts(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, ["expert"], kind, HLO_DTYPE[dtype], calls, expert_rows(config) * width, purpose)
     if moe.dispatch == "dropless":
         counts = config.mesh.expert * moe.num_experts * 4
-        yield _entry(config, ["expert"], "all-gather", "s32", forward + backward, counts, "how many rows go where")
+        yield _entry(
+            config, ["expert"], "all-gather", "s32", turns(config) * (forward + backward), counts, "how many rows go where"
+        )
 
 
 def context_kind(config: Config) -> str:

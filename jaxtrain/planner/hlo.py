@@ -27,6 +27,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
 _SCORES = re.compile(r'"intermediate_tensor_shape":\s*\{[^{}]*?"dimensions":\s*\[([^\]]*)\]')
 _WINDOW = re.compile(r'"sliding_window_length":\s*"?(\d+)')
+_EXPECTED_ROWS = re.compile(r'\bexpected_rows="(\d+)"')
 _INDEX = re.compile(r"index=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NAME = re.compile(r"%?([\w.\-]+)$")
@@ -136,8 +137,6 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
-    grouped_rows: float = 0.0
-    """Rows that a grouped matmul (`ops.grouped_matmul`, whose kernel skips empty tiles) really multiplies: data decide."""
 
     @functools.cached_property
     def flops(self) -> dict[str, float]:
@@ -164,7 +163,7 @@ class Program:
             return self.trip_count(computation, instruction) * total(instruction.body)
         if instruction.op == "conditional":
             return max(total(name) for name in instruction.branches)
-        own = _own_flops(computation, instruction, self.grouped_rows)
+        own = _own_flops(computation, instruction)
         return own + sum(total(name) for name in instruction.called if name in self.computations)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
@@ -185,8 +184,8 @@ class Program:
             raise ValueError(f"a loop without a known trip count ({why}): {shown}") from None
 
 
-def parse(text: str, grouped_rows: float = 0.0) -> Program:
-    """The program of `compiled.as_text()`; for `grouped_rows` see `Program`.
+def parse(text: str) -> Program:
+    """The program of `compiled.as_text()`.
 
     Raises:
       ValueError: the text holds no entry computation.
@@ -208,19 +207,20 @@ def parse(text: str, grouped_rows: float = 0.0) -> Program:
             now.instructions.append(now.by_name[name])
     if not entry:
         raise ValueError("this is no HLO text: it has no ENTRY computation")
-    return Program(computations, entry, grouped_rows)
+    return Program(computations, entry)
 
 
-def matmul_flops(text: str, grouped_rows: float = 0.0) -> float:
+def matmul_flops(text: str) -> float:
     """FLOPs of all matmuls that one device executes in one run of the compiled program.
 
     Counted are dots and ragged dots (wherever they stand, in fusions too), cuBLAS calls, cuDNN's fused attention, and our own
-    kernels of grouped matmuls on `grouped_rows` rows each. A conditional counts as its most expensive branch.
+    kernels of grouped matmuls on the rows that they are expected to multiply (`ops.grouped_matmul`: data decide, empty tiles
+    are skipped). A conditional counts as its most expensive branch.
 
     Raises:
       ValueError: a loop whose trip count is neither written down nor can be counted.
     """
-    program = parse(text, grouped_rows)
+    program = parse(text)
     return program.flops[program.entry]
 
 
@@ -228,7 +228,7 @@ def matmul_flops(text: str, grouped_rows: float = 0.0) -> float:
 # FLOPs of one instruction
 
 
-def _own_flops(computation: Computation, instruction: Instruction, grouped_rows: float) -> float:
+def _own_flops(computation: Computation, instruction: Instruction) -> float:
     if instruction.op in ("dot", "ragged-dot", "scaled-dot"):
         return _matmul_flops(computation, instruction, _CONTRACTED)
     if instruction.op != "custom-call":
@@ -238,7 +238,7 @@ def _own_flops(computation: Computation, instruction: Instruction, grouped_rows:
     if target.startswith("__cublas$"):
         return _matmul_flops(computation, instruction, _GEMM_CONTRACTED)
     if "/grouped_matmul/" in instruction.attributes:
-        return _grouped_flops(computation, instruction, grouped_rows)
+        return _grouped_flops(computation, instruction)
     return _attention_flops(computation, instruction, target) if target.startswith("__cudnn$fmha") else 0.0
 
 
@@ -253,12 +253,14 @@ def _matmul_flops(computation: Computation, instruction: Instruction, contracted
     return 2.0 * math.prod(instruction.result[0].dims) * length
 
 
-def _grouped_flops(computation: Computation, instruction: Instruction, rows: float) -> float:
-    """Of rows [S, D] by matrices [E, D, F], or the transposed [S, D] by [S, F] to [E, D, F]: 2 rows D F."""
-    left = computation.operand(instruction, 0)
-    if left is None:
-        raise ValueError(f"a grouped matmul without operands: {instruction.name}{instruction.attributes[:200]}")
-    return 2.0 * rows * left.result[0].dims[-1] * instruction.result[0].dims[-1]
+def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
+    """Of rows [S, D] by matrices [E, D, F], or the transposed [S, D] by [S, F] to [E, D, F]: 2 R D F for R expected rows."""
+    left, rows = computation.operand(instruction, 0), _EXPECTED_ROWS.search(instruction.attributes)
+    if left is None or rows is None:
+        raise ValueError(
+            f"a grouped matmul without operands or expected rows: {instruction.name}{instruction.attributes[:200]}"
+        )
+    return 2.0 * int(rows.group(1)) * left.result[0].dims[-1] * instruction.result[0].dims[-1]
 
 
 def _attention_flops(computation: Computation, instruction: Instruction, target: str) -> float:

@@ -119,7 +119,6 @@ def read_collectives(
     layout: Layout,
     chip: Chip | None = None,
     flops_per_second: float | None = None,
-    grouped_rows: float = 0.0,
 ) -> list[Transfer]:
     """Every transfer between devices in one run of a compiled program (module docstring).
 
@@ -128,7 +127,6 @@ def read_collectives(
       layout: of the mesh that it was compiled for.
       chip: whose links and peak decide what is hidden; H100 SXM by default.
       flops_per_second: what matmuls run at; the chip's bfloat16 peak by default.
-      grouped_rows: see `hlo.Program`.
 
     Raises:
       ValueError: a loop without trip count, device groups in an unknown form, or a chip whose figures are unknown.
@@ -137,7 +135,7 @@ def read_collectives(
     peak = flops_per_second or chip.peak("bfloat16")
     if peak is None or chip.link_bandwidth is None:
         raise ValueError(f"{chip.name}: peak FLOP/s {peak} and link bytes/s {chip.link_bandwidth} must be known")
-    program = parse(text, grouped_rows)
+    program = parse(text)
     replay = _Replay(program, layout, chip, peak)
     replay.run(program.computations[program.entry], [], 1.0)
     return sorted(replay.transfers.values(), key=lambda t: -t.wire)

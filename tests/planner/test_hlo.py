@@ -173,14 +173,16 @@ def test_cublas():
 
 
 def test_grouped_matmul_kernels():
-    """Rows are what data make them: 300 of 4352, by two [64, 96] matrices, and the transposed."""
+    """Rows are what data make them, expected are 300 of 4352: by two [64, 96] matrices, and the transposed."""
     call = (
-        ' = bf16[{}] custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="a/grouped_matmul/b"}}'
+        ' = bf16[{}] custom-call(%x, %w), custom_call_target="__gpu$xla.gpu.triton", '
+        'frontend_attributes={{expected_rows="300"}}, metadata={{op_name="a/grouped_matmul/b"}}'
     )
     lines = ["%x = bf16[4352,64]{1,0} parameter(0)", "%w = bf16[2,64,96] parameter(1)"]
     text = program(*lines, "%y" + call.format("4352,96"), "%dw" + call.format("2,64,96"))
-    assert matmul_flops(text, grouped_rows=300) == 2 * (2 * 300 * 64 * 96)
-    assert matmul_flops(text) == 0
+    assert matmul_flops(text) == 2 * (2 * 300 * 64 * 96)
+    with pytest.raises(ValueError, match="a grouped matmul without operands or expected rows: y"):
+        matmul_flops(text.replace("expected_rows", "rows"))
 
 
 def test_ragged_dot_compiles_to_what_it_executes():
