@@ -30,16 +30,16 @@ def tiny(devices: int = 2) -> Config:
 def test_targets_are_chips_of_their_memory():
     """Each target is a chip whose links are known, with its maker's memory: 80 GB is a bit more to the driver."""
     for name, target in TARGETS.items():
-        assert CHIPS[name].nic_bandwidth
+        assert CHIPS[name].link_bandwidth
         assert target.memory_bytes == pytest.approx(CHIPS[name].memory_bytes, rel=0.1)
-        assert target.memory_bandwidth == pytest.approx(CHIPS[name].memory_bandwidth, rel=0.01)
+        assert target.memory_bandwidth == pytest.approx(CHIPS[name].memory_bandwidth, rel=0.02)
         assert f"device_memory_size: {target.memory_bytes}\n" in target.text()
         assert "device_memory_size: 7\n" in target.text(7)
 
 
 def test_a_chip_that_nothing_can_be_compiled_for():
-    with pytest.raises(ExplainedError, match="--chip=h100-pcie: no program can be compiled for it .* did you mean 'h100-sxm'"):
-        find_target("h100-pcie")
+    with pytest.raises(ExplainedError, match="--chip=tpu-v5p: no program can be compiled for it .* one of: a100-40"):
+        find_target("tpu-v5p")
 
 
 def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
