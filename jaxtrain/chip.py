@@ -53,11 +53,12 @@ class Calibration:
 
     matmul: tuple[Rate, ...] = ()
     attention: tuple[Rate, ...] = ()
-    """Forward and backward of causal attention with head_dim 128, counting the half of the square that is needed."""
+    """Forward and backward of causal attention, head_dim 128: 7 L^2 N H FLOPs a sequence, two matmuls forward and five backward
+    over the half of the square that is needed."""
     memory: float | None = None
     """Bytes/s of a copy (reading and writing) over `memory_bandwidth`."""
     link: float | None = None
-    """Bytes/s of the best collective inside a host over `link_bandwidth`."""
+    """Bytes/s that a device sends in all-gathers and reduce-scatters over a whole host, over `link_bandwidth`."""
     nic: float | None = None
     """The same between hosts, over `nic_bandwidth`."""
     collectives: tuple[CollectiveRate, ...] = ()

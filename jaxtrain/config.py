@@ -36,6 +36,7 @@ ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
 ZeroLevel = Literal[1, 2, 3]
 SyncMode = Literal["every_step", "local", "diloco", "delayed"]
 Compression = Literal["none", "bfloat16", "int8", "float8"]
+EnergySource = Literal["auto", "nvml", "rapl", "none"]
 
 
 @dataclass(frozen=True)
@@ -404,6 +405,8 @@ class TelemetryConfig:
     """Weights & Biases project; empty for none. The key comes from the environment."""
     profile: str = ""
     """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty for none."""
+    energy: EnergySource = "auto"
+    """What measures the energy: nvml (GPUs), rapl (CPUs), auto for whichever fits and can be read, or none."""
     hardware: str = "auto"
     """Chip whose peak FLOP/s the MFU is measured against, by name or as a chip file; auto asks the device."""
 

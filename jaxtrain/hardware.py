@@ -269,7 +269,7 @@ def chip_of_device_kind(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
-def resolve_chip(hardware: str, device_kind: str) -> Chip:
+def resolve_chip(hardware: str, device_kind: str, flag: str = "telemetry.hardware") -> Chip:
     """The chip that a run's MFU is measured against: telemetry.hardware, or with "auto" the one that the device says it is.
 
     A device that nobody here knows gives a chip under its own name without figures, so that MFU is reported as unknown.
@@ -278,5 +278,5 @@ def resolve_chip(hardware: str, device_kind: str) -> Chip:
       ExplainedError: `hardware` is neither "auto" nor a known name nor a chip file that can be read.
     """
     if hardware != "auto":
-        return load_chip(hardware, "telemetry.hardware")
+        return load_chip(hardware, flag)
     return chip_of_device_kind(device_kind) or Chip(name=device_kind, device_kinds=(device_kind,), peak_flops=_tera())

@@ -43,6 +43,7 @@ FLOORS = {
     "tokenize": 7,
     "collectives": 7,
     "bench": 7,
+    "calibrate": 7,
 }
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
@@ -57,6 +58,7 @@ SAME_FLOOR = {
     ("chip_file", "errors"),
     ("models", "parallel"),
     ("bench", "main"),
+    ("calibrate", "main"),
     ("collectives", "main"),
 }
 NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors")

@@ -188,6 +188,10 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
     add("learning_rate", "lr {:.2e}")
     add("device_memory_bytes", "{:.1f} GiB device", 2**-30)
     add("host_memory_bytes", "{:.1f} GiB host", 2**-30)
+    add("watts", "{:,.0f} W")
+    add("joules_per_token", "{:.3g} J/token")
+    if row.get("energy_kwh_at_end") is not None:
+        parts.append(f"{row['energy_kwh']:.3g} of {row['energy_kwh_at_end']:.3g} kWh")
     if row.get("eta_seconds") is not None:
         parts.append(f"ETA {readable_seconds(row['eta_seconds'])}")
     return parts

@@ -13,6 +13,7 @@ from typing import Any
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.telemetry.clock import StepClock, memory_row
+from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
@@ -34,17 +35,21 @@ class Logging(Hook):
         every: int,
         first_step: int,
         last_step: int,
+        energy: EnergyLog | None = None,
     ):
         self._log, self._progress, self._clock, self._learning_rate = log, progress, clock, learning_rate
+        self._energy = energy or EnergyLog(None)
         self._every, self._first_step, self._last_step = every, first_step, last_step
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
         self._clock.step_done(step)
         self._progress.advance(step)
+        self._energy.poll()
         if step % self._every == 0 or step in (self._first_step, self._last_step):
             values = read_metrics(metrics)
             row = {"step": step, "loss": values.pop("loss"), "grad_norm": values.pop("grad_norm")}
             row |= {"learning_rate": self._learning_rate(step - 1), **values, **self._clock.window(), **memory_row()}
+            row |= self._energy.row(step)
             self._log.write(row)
             self._progress.update(row)
 

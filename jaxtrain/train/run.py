@@ -26,6 +26,7 @@ from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.clock import StepClock, Work
+from jaxtrain.telemetry.energy import EnergyLog, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, read_rows
 from jaxtrain.telemetry.plots import plot_losses
@@ -103,9 +104,9 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def seconds_before(metrics_jsonl: Path, step: int) -> float:
-    """The elapsed_seconds that a run had logged when it was at `step`; 0 for a new one."""
-    return max((row.get("elapsed_seconds", 0.0) for row in read_rows(metrics_jsonl) if row["step"] <= step), default=0.0)
+def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:
+    """The largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 for a new one."""
+    return max((row.get(name) or 0.0 for row in read_rows(metrics_jsonl) if row["step"] <= step), default=0.0)
 
 
 def metadata(config: Config, data: Data) -> dict[str, Any]:
@@ -246,7 +247,8 @@ class Run:
         """Runs the loop and saves its end: (the loop as it ended, the reason of an early end)."""
         config, last = self.config, self.config.train.steps
         work = Work.of(config, self.mesh.devices.size, self.chip)
-        clock = StepClock(work, last, first, seconds_before(self.directory / "metrics.jsonl", first))
+        clock = StepClock(work, last, first, largest_before(self.directory / "metrics.jsonl", first, "elapsed_seconds"))
+        energy = self._energy(work, first)
         saving = self._saving(checkpoints, clock)
         profiling = Profiling(ProfileWindow(config.telemetry.profile, self.directory, jax.process_index()), self.progress)
         stack.callback(profiling.close)
@@ -254,7 +256,16 @@ class Run:
         hooks: list[Hook] = [
             profiling,
             # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
-            Logging(log, self.progress, clock, lambda s: float(np.asarray(learning_rate(s))), config.train.log_every, 1, last),
+            Logging(
+                log,
+                self.progress,
+                clock,
+                lambda s: float(np.asarray(learning_rate(s))),
+                config.train.log_every,
+                1,
+                last,
+                energy,
+            ),
             *self._validation(log, clock),
             *saving,
             self.stop,
@@ -268,10 +279,23 @@ class Run:
 
         loop = Loop(step_function, next_batch, jax.block_until_ready, hooks, state, first, last)
         clock.start()
+        energy.start()
         reason = loop.run()
         for hook in saving:
             hook.save_now(loop.step, loop.state)
         return loop, reason
+
+    def _energy(self, work: Work, first: int) -> EnergyLog:
+        """What measures the energy here; the log says which."""
+        local, last, count = jax.local_devices(), self.config.train.steps, self.mesh.devices.size
+        if jax.process_index() != 0:  # who logs nothing needs no meter
+            return EnergyLog(None)
+        ordinals = [device.local_hardware_id or 0 for device in local]
+        meter, words = open_meter(self.config.telemetry.energy, local[0].platform, ordinals)
+        others = f", and the same for all {count}" if meter and 0 < meter.devices < count else ""
+        self.progress.say(f"energy     {words}{others}")
+        before = largest_before(self.directory / "metrics.jsonl", first, "energy_kwh")
+        return EnergyLog(meter, work.tokens_per_step, last, count, first, before)
 
     def _saving(self, checkpoints: Checkpoints | None, clock: StepClock) -> list[Saving]:
         """The hook that saves, where the config wants that."""

@@ -49,6 +49,13 @@ def test_what_is_unknown_is_left_out_and_nan_is_shown():
     assert stream.getvalue() == "step 1/10 | loss nan\n"
 
 
+def test_energy_is_shown_where_it_is_measured():
+    stream = io.StringIO()
+    row = {"step": 1, "loss": 2.0, "watts": 5432.1, "joules_per_token": 0.01234, "energy_kwh": 1.5, "energy_kwh_at_end": 12.25}
+    open_progress(10, stream=stream).update(row)
+    assert stream.getvalue() == "step 1/10 | loss 2.000 | 5,432 W | 0.0123 J/token | 1.5 of 12.2 kWh\n"
+
+
 def test_other_processes_are_silent(capsys):
     with open_progress(10, process_index=3) as progress:
         assert type(progress) is Progress

@@ -26,7 +26,7 @@ from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.hooks import StopOnSignal
-from jaxtrain.train.run import Run, make_run_dir, only_run_in, seconds_before
+from jaxtrain.train.run import Run, largest_before, make_run_dir, only_run_in
 from jaxtrain.train.step import make_evaluation_step
 
 WORDS = ["alpha ", "beta ", "gamma\n", "été ", "0 1 2 "]
@@ -181,8 +181,8 @@ def test_elapsed_time_goes_on(interrupted):
     path = interrupted[0].directory / "metrics.jsonl"
     elapsed = [row["elapsed_seconds"] for row in read_rows(path)]
     assert all(before < after for before, after in zip(elapsed, elapsed[1:], strict=False))
-    assert seconds_before(path, SECOND_STOP) == elapsed[SECOND_STOP - 1]
-    assert seconds_before(path.with_name("nothing"), 7) == 0.0
+    assert largest_before(path, SECOND_STOP, "elapsed_seconds") == elapsed[SECOND_STOP - 1]
+    assert largest_before(path.with_name("nothing"), 7, "elapsed_seconds") == 0.0
 
 
 def test_config_json_is_of_the_layout_that_ran_last(interrupted):

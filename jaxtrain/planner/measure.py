@@ -1,0 +1,342 @@
+"""Measures the devices at hand: matmuls, copies, attention, collectives, power. `jaxtrain.calibrate` makes a chip file of it.
+
+Each operation is warmed up, repeated, and given as a median with its spread; sizes double until time or memory is up.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtrain.chip import CollectiveRate
+from jaxtrain.planner.hlo_collectives import wire_factor
+from jaxtrain.telemetry.energy import open_meter
+
+DTYPES = ("bfloat16", "float32")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+REPETITIONS = 7
+CHAINED = 8
+"""Operations in one program, each on the result of the one before, so that dispatching counts for an eighth."""
+FIRST_MATMUL, LARGEST_MATMUL = 256, 16384
+FIRST_COPY, LARGEST_COPY = 2**22, 2**30
+FIRST_LENGTH, LARGEST_LENGTH = 512, 16384
+HEADS, HEAD_DIM = 16, 128
+SMALL, FIRST_MESSAGE, LARGEST_MESSAGE = 2**10, 2**16, 2**28
+"""Bytes that a device holds before a collective: to see its latency, and its bandwidth, eight times as many each time."""
+IDLE_SECONDS = 2.0
+Array = Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one operation, and what the figure is worth."""
+
+    seconds: float
+    """Median of the repetitions."""
+    spread: float
+    """(slowest - fastest) / median."""
+
+
+class Stopwatch:
+    """Times compiled programs on the devices; every process of a run makes the same calls.
+
+    Args:
+      seconds: the most that the repetitions of one operation may take together, about.
+    """
+
+    def __init__(self, seconds: float):
+        import jax
+
+        self.seconds = seconds
+        # Fake devices share one pool of threads: programs under way at once take them from one another, and wait for ever.
+        self._waits = jax.local_devices()[0].platform == "cpu"
+
+    def __call__(self, program: Callable[..., Array], *arguments: Array, chained: int = CHAINED) -> Sample:
+        """Of one of the `chained` operations in `program`: warmed up, then REPETITIONS times, several calls in a row each."""
+        import jax
+
+        self._once(program, *arguments)  # compiles
+        calls = max(1, int(self.seconds / REPETITIONS / self._once(program, *arguments)))
+        if jax.process_count() > 1:  # as many calls everywhere, or a collective would wait for ever
+            from jax.experimental import multihost_utils
+
+            calls = int(multihost_utils.broadcast_one_to_all(calls))
+        runs, result = [], None
+        for _ in range(REPETITIONS):
+            started = time.perf_counter()
+            for _ in range(calls):
+                result = program(*arguments)
+                if self._waits:
+                    jax.block_until_ready(result)
+            jax.block_until_ready(result)
+            runs.append((time.perf_counter() - started) / calls / chained)
+        median = statistics.median(runs)
+        return Sample(median, (max(runs) - min(runs)) / median)
+
+    def is_up(self, sample: Sample, chained: int = CHAINED) -> bool:
+        """Whether an operation twice as large would take too long; all processes hear the answer of process 0."""
+        import jax
+
+        enough = sample.seconds * chained * REPETITIONS > self.seconds / 2
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            enough = bool(multihost_utils.broadcast_one_to_all(enough))
+        return enough
+
+    def _once(self, program: Callable[..., Array], *arguments: Array) -> float:
+        import jax
+
+        started = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        return time.perf_counter() - started
+
+
+def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """x -> operation(operation(... x)), CHAINED times, in one program."""
+    import jax
+
+    return lambda x: jax.lax.scan(lambda x, _: (operation(x), None), x, length=CHAINED)[0]
+
+
+def random_normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
+    """Numbers as a model has them: zeros would draw less power, and so run at a higher clock."""
+    import jax
+
+    return scale * jax.random.normal(jax.random.key(0), shape, dtype)
+
+
+def measure_matmul(watch: Stopwatch, dtype: str, largest: int = LARGEST_MATMUL) -> list[tuple[int, Sample]]:
+    """(edge, sample) of [edge, edge] x [edge, edge] in `dtype`, edges doubling as long as time and memory allow."""
+    import jax
+
+    found: list[tuple[int, Sample]] = []
+    edge = min(FIRST_MATMUL, largest)
+    while edge <= largest and _has_room(3 * edge * edge * 4):
+        x, w = random_normal((edge, edge), dtype), random_normal((edge, edge), dtype, edge**-0.5)
+        program = jax.jit(lambda x, w: chain(lambda x: x @ w)(x))
+        found.append((edge, watch(program, x, w)))
+        if watch.is_up(found[-1][1]):
+            break
+        edge *= 2
+    return found
+
+
+def measure_copy(watch: Stopwatch, largest: int = LARGEST_COPY) -> tuple[int, Sample]:
+    """(bytes read and written, sample) of x + 1 over an array that no cache holds, as large as time and memory allow."""
+    import jax
+
+    size = min(FIRST_COPY, largest)
+    program = jax.jit(chain(lambda x: x + 1.0))
+    while True:
+        sample = watch(program, random_normal((size // 4,), "float32"))
+        if size >= largest or not _has_room(4 * size) or watch.is_up(sample):
+            return 2 * size, sample
+        size *= 2
+
+
+def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[tuple[int, str, Sample]]:
+    """(length, backend, sample) of causal attention forward and backward in bfloat16, lengths doubling as time allows."""
+    import jax
+
+    from jaxtrain.ops.attention import attention, choose_backend
+
+    device = jax.local_devices()[0]
+    capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
+    found: list[tuple[int, str, Sample]] = []
+    length = min(FIRST_LENGTH, largest)
+    while length <= largest:
+        backend, _ = choose_backend(
+            "auto",
+            platform=device.platform,
+            dtype="bfloat16",
+            head_dim=HEAD_DIM,
+            sequence_length=length,
+            masks_documents=False,
+            compute_capability=capability,
+        )
+        q, k, v = (random_normal((1, length, HEADS, HEAD_DIM), "bfloat16") for _ in range(3))
+        compute = functools.partial(attention, backend=backend)
+        program = jax.jit(jax.grad(lambda q, k, v, f=compute: f(q, k, v).astype("float32").sum(), argnums=(0, 1, 2)))
+        found.append((length, backend, watch(program, q, k, v, chained=1)))
+        if watch.is_up(found[-1][2], chained=1):
+            break
+        length *= 2
+    return found
+
+
+def attention_flops(length: int) -> float:
+    """Two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the diagonal."""
+    return 7 * length**2 * HEAD_DIM * HEADS
+
+
+def collective(kind: str, size: int) -> Callable[[Array], Array]:
+    """The collective over the axis "group" of `size` devices, from a device's x to something of x's shape, for `chain`.
+
+    What comes back is cut or repeated to that shape in a way that XLA does not see through.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return {
+        "all-gather": lambda x: jax.lax.all_gather(x, "group", tiled=True)[-x.size :],
+        "reduce-scatter": lambda x: jnp.tile(jax.lax.psum_scatter(x, "group", tiled=True) / size, size),
+        "all-reduce": lambda x: jax.lax.psum(x, "group") / size,
+        "all-to-all": lambda x: jax.lax.all_to_all(x, "group", 0, 0, tiled=True),
+        "collective-permute": lambda x: jax.lax.ppermute(x, "group", ring),
+    }[kind]
+
+
+def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
+    """A mesh ("other", "group") of all devices: groups of `size` neighbours of a host (link), or one of each host (nic)."""
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
+    table = np.array(devices).reshape(size, -1).T if over == "nic" else np.array(devices).reshape(-1, size)
+    return Mesh(table, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
+
+
+def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, largest: int = LARGEST_MESSAGE) -> CollectiveRate:
+    """Latency and bandwidth of one collective, all groups at work at once, as in training.
+
+    bandwidth = bytes that a device sends / (time of the largest message - time of the smallest).
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    size = mesh.shape["group"]
+    spec = PartitionSpec(("other", "group"))
+    operation = jax.shard_map(chain(collective(kind, size)), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    program = jax.jit(operation)
+
+    def take(held: int) -> Sample:
+        numbers = max(held // 4 // size, 1) * size  # a device's, in equal parts for each of the group
+        make = functools.partial(random_normal, (numbers * mesh.size,), "float32")
+        return watch(program, jax.jit(make, out_shardings=NamedSharding(mesh, spec))())
+
+    small = take(SMALL)
+    held, sample = min(FIRST_MESSAGE, largest), take(min(FIRST_MESSAGE, largest))
+    while held < largest and _has_room(4 * size * held) and not watch.is_up(sample):
+        held = min(8 * held, largest)
+        sample = take(held)
+    payload = held * size if kind == "all-gather" else held
+    seconds = max(sample.seconds - small.seconds, sample.seconds / 2)  # noise, where a message is too small to tell
+    return CollectiveRate(
+        over="nic" if over == "nic" else "link",
+        kind=kind,
+        devices=size,
+        bandwidth=wire_factor(kind, size) * payload / seconds,
+        latency=small.seconds,
+        spread=max(small.spread, sample.spread),
+    )
+
+
+def measure_collectives(watch: Stopwatch, largest: int = LARGEST_MESSAGE, kinds: Sequence[str] = KINDS) -> list[CollectiveRate]:
+    """Every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
+    import jax
+
+    devices, local, processes = jax.devices(), jax.local_device_count(), jax.process_count()
+    sizes = [size for size in (2, 4, 8, 16, 32, 64) if size < local and local % size == 0] + ([local] if local > 1 else [])
+    meshes = [("link", groups_of(devices, size, "link")) for size in sizes]
+    meshes += [("nic", groups_of(devices, processes, "nic"))] if processes > 1 else []
+    return [measure_collective(watch, mesh, over, kind, largest) for over, mesh in meshes for kind in kinds]
+
+
+def latencies(rates: Sequence[CollectiveRate], over: str) -> tuple[float, float] | None:
+    """(seconds to begin, seconds a step) of rings: least squares of latency = begin + step (devices - 1), neither below 0.
+
+    From all-gathers and reduce-scatters. With groups of one size only, all of it is put on the steps. None without any.
+    """
+    points = [(r.devices - 1, r.latency) for r in rates if r.over == over and r.kind in ("all-gather", "reduce-scatter")]
+    if not points:
+        return None
+    steps, seconds = [p[0] for p in points], [p[1] for p in points]
+    if len(set(steps)) > 1:
+        slope, begin = statistics.linear_regression(steps, seconds)
+        if slope >= 0 and begin >= 0:
+            return begin, slope
+    return 0.0, statistics.mean(t / n for n, t in points)
+
+
+def bandwidth_of(rates: Sequence[CollectiveRate], over: str) -> float | None:
+    """Bytes/s that FSDP's traffic reaches: the mean of all-gather and reduce-scatter over the largest group; None without."""
+    of = [r for r in rates if r.over == over and r.kind in ("all-gather", "reduce-scatter")]
+    largest = max((r.devices for r in of), default=0)
+    return statistics.mean(r.bandwidth for r in of if r.devices == largest) if of else None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was measured, in seconds, bytes and watts."""
+
+    matmul: dict[str, list[tuple[int, Sample]]]
+    copy: tuple[int, Sample]
+    attention: list[tuple[int, str, Sample]]
+    collectives: list[CollectiveRate]
+    watts: tuple[float, float] | None = None
+    """Of one device: idle, at work."""
+
+
+def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
+    """Everything, one after the other; `say` hears what is under way."""
+    matmul = {}
+    for dtype in DTYPES:
+        say(f"matmuls in {dtype}")
+        matmul[dtype] = measure_matmul(watch, dtype)
+    say("copies")
+    copy = measure_copy(watch)
+    say("attention")
+    attention = measure_attention(watch)
+    say("collectives")
+    collectives = measure_collectives(watch)
+    say("power")
+    return Findings(matmul, copy, attention, collectives, measure_watts(matmul["bfloat16"][-1][0]))
+
+
+def measure_watts(edge: int) -> tuple[float, float] | None:
+    """Watts of this process's first device (idle, in bfloat16 matmuls of that edge); None where nothing measures them."""
+    import jax
+
+    device = jax.local_devices()[0]
+    meter, _ = open_meter("auto", device.platform, [device.local_hardware_id or 0])
+    if meter is None or is_simulated():
+        return None
+    x, w = random_normal((edge, edge), "bfloat16"), random_normal((edge, edge), "bfloat16", edge**-0.5)
+    program = jax.jit(lambda x, w: chain(lambda x: x @ w)(x))
+    jax.block_until_ready(program(x, w))
+
+    def mean_watts(work: Callable[[], object]) -> float:
+        before, started = meter.joules(), time.perf_counter()
+        while time.perf_counter() - started < IDLE_SECONDS:
+            work()
+        return (meter.joules() - before) / (time.perf_counter() - started)
+
+    busy = mean_watts(lambda: jax.block_until_ready(program(x, w)))
+    time.sleep(IDLE_SECONDS)  # power is a mean over the last second on many GPUs
+    return mean_watts(lambda: time.sleep(0.1)), busy
+
+
+def is_simulated() -> bool:
+    """Whether the devices are several made of one CPU, by XLA's flag: they share its cores."""
+    import jax
+
+    return jax.local_devices()[0].platform == "cpu" and jax.local_device_count() > 1
+
+
+def memory_bytes() -> int:
+    """Memory of one device: what jax may take of it; of a CPU, its share of the host's memory."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return int(stats.get("bytes_limit", host))
+
+
+def _has_room(size: int) -> bool:
+    return size < memory_bytes() // 4
