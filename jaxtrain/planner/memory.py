@@ -19,23 +19,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
-from jaxtrain.config import Config, ModelConfig, MoEConfig
+from jaxtrain.config import Config, ModelConfig
 from jaxtrain.parallel.pipeline_schedule import allocate_slots, make_schedule
+from jaxtrain.planner.activations import FLOAT32, Sizes, kept_bytes, moves_activations
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, local_length, microbatch_rows, outer_weights
-from jaxtrain.planner.formulas_collectives import context_kind
 
-FLOAT32 = 4
-KERNEL_TILE = 128
-"""Rows to which an expert's share is padded on GPUs (`ops.grouped_matmul`)."""
 LAYERS_PER_ITERATION = 4
 """Layers in one iteration of the layer scan where activations move (`train.xla_options`)."""
-KEPT_BY_DOTS = ("query", "key", "value", "attention", "mlp_gate", "mlp_up", "router")
-KEPT_BY_DOTS += ("expert_in", "expert_gate", "expert_up", "expert_out")
-"""What remat `dots` keeps, by names that `named` could say (`models.decoder.remat_policy`)."""
 
 
 def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
@@ -44,8 +38,8 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     Args:
       backend: of attention; cudnn, blockwise, or reference (which holds scores of L^2).
     """
-    cut, sizes = _cut(config), _Sizes.of(config)
-    worst = max(_loss_moment(config, cut, sizes), _backward_moment(config, cut, sizes), key=sum)
+    cut, sizes = _cut(config), Sizes.of(config)
+    worst = max(_loss_moment(config, cut, sizes), _backward_moment(config, cut, sizes, backend), key=sum)
     return Memory(
         parameters=cut.held * BYTES[config.model.param_dtype],
         optimizer=optimizer_state(config, cut) + sync_state(config, cut),
@@ -191,11 +185,6 @@ def _weights(config: Config, cut: Cut) -> float:
     return BYTES[config.model.dtype] * (cut.chunks * cut.layers * layer + outer)
 
 
-def moves_activations(config: Config) -> bool:
-    """Whether layers send activations between devices (`train.xla_options`): then they take turns, several to an iteration."""
-    return config.mesh.tensor > 1 or config.mesh.expert > 1
-
-
 def _gradients(config: Config, cut: Cut, copies: int) -> float:
     """Float32 gradients: shards at ZeRO 2 and 3, whole over fsdp at 1.
 
@@ -208,158 +197,17 @@ def _gradients(config: Config, cut: Cut, copies: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Activations
+# Activations that wait
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers (not bytes) of one microbatch's activations on one device."""
-
-    tokens: int
-    """B L: rows of a matmul."""
-    parts: int
-    """Parts of the microbatch that take turns."""
-    stream: float
-    """B L D / t: the residual stream."""
-    sequence: float
-    """B L D: gathered over tensor."""
-    query: float
-    """B L H N / t; of latent attention with the part that RoPE turns."""
-    key: float
-    """B L K N / t; of latent attention without that part, which all heads share."""
-    value: float
-    """B L K M / t, M the width of a value head."""
-    result: float
-    """B L H M / t: attention's result."""
-    latents: float
-    """B L (Q + C + R) / t: latent attention's projections down."""
-    mlp: float
-    """B L F / t."""
-    statistics: float
-    """B L H / t: logsumexp."""
-    rows: float
-    """Rows that a device's experts may get."""
-    choices: float
-    """B L x experts of a token."""
-
-    @staticmethod
-    def of(config: Config) -> _Sizes:
-        model, tensor = config.model, config.mesh.tensor
-        batch = microbatch_rows(config)
-        tokens = batch * local_length(config)
-        parts = 2 if config.sharding.take_turns and moves_activations(config) and batch % 2 == 0 else 1
-        width = model.moe.shared_experts * model.moe.mlp_dim if model.moe else model.mlp_dim
-        latent, wide = model.latent_attention, model.head_dim
-        turned, value = (latent.rope_dim, latent.value_dim) if latent else (0, wide)
-        down = latent.query_rank + latent.kv_rank + latent.rope_dim if latent else 0
-        return _Sizes(
-            tokens=tokens,
-            parts=parts,
-            stream=tokens * model.embed_dim / tensor,
-            sequence=tokens * model.embed_dim,
-            query=tokens * model.num_heads * (wide + turned) / tensor,
-            key=tokens * model.num_kv_heads * wide / tensor,
-            value=tokens * model.num_kv_heads * value / tensor,
-            result=tokens * model.num_heads * value / tensor,
-            latents=tokens * down / tensor,
-            mlp=tokens * width / tensor,
-            statistics=tokens * model.num_heads / tensor,
-            rows=parts * _expert_rows(config, model.moe, tokens // parts) if model.moe else 0,
-            choices=tokens * model.moe.experts_per_token if model.moe else 0,
-        )
-
-
-def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
-    """Rows for which there is room where `tokens` are dispatched.
-
-    Dropless: P T min(K, E / P) on P devices, since every token of every device may come here, and each expert padded to whole
-    tiles. Capacity: E x groups x ceil(factor G K / E).
-    """
-    devices, local = config.mesh.expert, moe.num_experts // config.mesh.expert
-    if moe.dispatch == "dropless":
-        here = devices * tokens * min(moe.experts_per_token, local) if devices > 1 else tokens * moe.experts_per_token
-        return math.ceil((here + local * (KERNEL_TILE - 1)) / KERNEL_TILE) * KERNEL_TILE
-    group = moe.capacity_group or local_length(config)
-    room = min(group, math.ceil(moe.capacity_factor * group * moe.experts_per_token / moe.num_experts))
-    return moe.num_experts * (tokens // group) * room
-
-
-def _folds(config: Config) -> bool:
-    """Whether attention is folded from pieces along context (ring, gather)."""
-    return config.mesh.context > 1 and context_kind(config) != "ulysses"
-
-
-def _kept(config: Config, sizes: _Sizes, backend: str) -> float:
-    """Bytes that one layer keeps of one microbatch until its backward: the residuals of its vjp under the remat policy."""
-    remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
-    stream = bytes_each * sizes.stream
-    if remat == "full":
-        return stream
-    if remat == "none":
-        return _kept_of_everything(config, sizes, backend)
-    names = set(config.train.remat_save) if remat == "named" else KEPT_BY_DOTS
-    numbers = _named(config, sizes, backend)
-    kept = sum(numbers[name] for name in names)
-    # `dots` keeps what attention's projection makes before it is summed over tensor, so over the whole length; and latents.
-    return stream + kept + (bytes_each * (sizes.sequence + sizes.latents) if remat == "dots" else 0)
-
-
-def _attention_kept(config: Config, sizes: _Sizes, backend: str) -> float:
-    """Attention's result and logsumexp. Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which
-    names cannot reach (in latent attention padded to the width of queries), and under its name."""
-    by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not _folds(config) else 0.0
-    statistics = 0.0 if backend == "reference" else FLOAT32 * sizes.statistics
-    return BYTES[config.model.dtype] * (by_kernel + sizes.result) + statistics
-
-
-def _named(config: Config, sizes: _Sizes, backend: str) -> dict[str, float]:
-    """Bytes of each value that remat can keep by name. The last of a block, mlp_out, nothing needs again."""
-    bytes_each, moe = BYTES[config.model.dtype], config.model.moe
-    width = moe.mlp_dim / config.mesh.tensor if moe else 0
-    numbers = dict.fromkeys(("mlp_gate", "mlp_up", "mlp_hidden"), bytes_each * sizes.mlp)
-    numbers |= dict.fromkeys(("expert_gate", "expert_up", "expert_hidden"), bytes_each * sizes.rows * width)
-    return numbers | {
-        "query": bytes_each * sizes.query,
-        "key": bytes_each * sizes.key,
-        "value": bytes_each * sizes.value,
-        "attention": _attention_kept(config, sizes, backend),
-        "attention_out": bytes_each * sizes.stream,
-        "mlp_out": 0.0,
-        "router": FLOAT32 * sizes.tokens * moe.num_experts if moe else 0.0,
-        "expert_in": bytes_each * sizes.rows * config.model.embed_dim,
-        "expert_out": bytes_each * sizes.choices * config.model.embed_dim,
-    }
-
-
-def _kept_of_everything(config: Config, sizes: _Sizes, backend: str) -> float:
-    """Remat none. An RMSNorm keeps three float32 of its input's size and hands on one in compute dtype; SwiGLU keeps six of its
-    width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: half a residual
-    stream, and attention's projection before it is summed over tensor."""
-    model, bytes_each = config.model, BYTES[config.model.dtype]
-    kept = 6 * FLOAT32 * sizes.stream + 2 * bytes_each * sizes.stream + 6 * bytes_each * sizes.mlp
-    kept += bytes_each * (sizes.query + sizes.key + sizes.value) + _attention_kept(config, sizes, backend)
-    kept += (3 * FLOAT32 + bytes_each) * sizes.latents
-    if sizes.parts > 1:
-        kept += bytes_each * (sizes.sequence + sizes.stream / 2)
-    if model.qk_norm:
-        kept += 3 * FLOAT32 * (sizes.query + sizes.key)
-    if backend == "reference":
-        kept += (FLOAT32 + bytes_each) * sizes.statistics * config.data.sequence_length
-    if model.moe:
-        width = model.moe.mlp_dim / config.mesh.tensor
-        kept += bytes_each * sizes.rows * (model.embed_dim + 6 * width) - bytes_each * sizes.stream
-        kept += FLOAT32 * (sizes.sequence + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
-    return kept
-
-
-def _activations(config: Config, cut: Cut, sizes: _Sizes, backend: str) -> float:
+def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     """What waits for the backward: a part's layers in each slot of the ring, and the boundary activations.
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
-    at hand; where XLA unrolls the loop over microbatches by two, the next one's buffer is there already.
+    at hand; where XLA unrolls the loop over microbatches by two and it still is a loop, the next one's buffer is there already.
     """
-    part = cut.layers * _kept(config, sizes, backend)
-    copies = cut.residuals + (1 if cut.is_pipe else int(cut.is_loop and not moves_activations(config)))
+    part = cut.layers * kept_bytes(config, sizes, backend)
+    copies = cut.residuals + (cut.is_pipe or (config.train.microbatches > 2 and not moves_activations(config)))
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
@@ -379,18 +227,36 @@ UNREDUCED = 1.2
 """Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered; XLA sends them an iteration late."""
 GATHERED = 1.0
 """Layers whose weights are gathered: the one at work and the start of the next."""
-RESIDENT = (10.0, 4.0)
-"""Where only weights move: arrays of the size of the residual stream, and of the MLP's width."""
-PEELED = (23.0, 12.0)
+
+
+class Arrays(NamedTuple):
+    """How many arrays of each size are alive in the backward of a layer, in compute dtype."""
+
+    sequence: float
+    """B L D, gathered over tensor."""
+    stream: float
+    """B L D / t."""
+    mlp: float
+    """B L F / t."""
+    heads: float
+    """B L H N / t."""
+    wide_rows: float
+    """Of the rows that experts may get, in the experts' width."""
+    rows: float
+    """Of the same rows, in the model's width."""
+    choices: float
+    """Of the rows that tokens send, in the model's width."""
+
+
+RESIDENT = Arrays(0, 10, 4, 0, 4, 3, 2)
+"""Where only weights move."""
+PEELED = Arrays(0, 23, 12, 0, 8, 6, 4)
 """The same for an odd number of layers: XLA unrolls their loop by two, and the layer left over runs beside the last two."""
-ALONE = (4.0, 1.0, 3.0, 3.5, 0.0)
-"""Where activations move, for each layer of an iteration of the layer scan (XLA keeps what was gathered for all of them until
-the gradients of their weights are made): arrays of the size of the gathered sequence, of the residual stream, of the MLP's
-width, of all heads, and of the experts' rows beyond those of the layers."""
-IN_TURNS = (6.5, 4.0, 4.0, 7.0, 1.0)
-"""The same of each of two parts that take turns: both parts' arrays wait for each other."""
-EXPERT_ARRAYS = (4, 4)
-"""Arrays of all rows that experts may get, for each layer of an iteration: of the experts' width, and of the model's."""
+ALONE = Arrays(4, 1, 3, 3.5, 0.75, 3.25, 2)
+"""Where activations move, for each layer of an iteration of the layer scan: what was gathered for one of them stays until the
+gradients of its weights are made, and XLA makes the zeros into which rows are to be sent for all of them at once."""
+IN_TURNS = Arrays(6.5, 4, 4, 7, 4.25, 4, 0)
+"""The same of each of two parts that take turns: one part's arrays wait while the other part is computed."""
 
 
 class Moment(NamedTuple):
@@ -410,7 +276,7 @@ def _gathers(config: Config) -> bool:
     return config.mesh.fsdp > 1 and config.sharding.zero == 3
 
 
-def _loss_moment(config: Config, cut: Cut, sizes: _Sizes) -> Moment:
+def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     """The head in compute dtype, and `HEAD_SUMS` of it in float32; the gradient of a chunk's logits; hidden states and their
     gradient, in and out of chunks; the last layer's weights, where XLA gathers an iteration ahead. No tick's gradients yet."""
     bytes_each = BYTES[config.model.dtype]
@@ -422,7 +288,7 @@ def _loss_moment(config: Config, cut: Cut, sizes: _Sizes) -> Moment:
     return Moment(_gradients(config, cut, copies), sums * _head(config) + bytes_each * (logits + ahead + 4 * sizes.stream))
 
 
-def _backward_moment(config: Config, cut: Cut, sizes: _Sizes) -> Moment:
+def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Moment:
     """Gathered weights and whole gradients of about a layer; what is left of the loss; the layer's own arrays.
 
     A loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA unrolls that loop by two
@@ -435,7 +301,26 @@ def _backward_moment(config: Config, cut: Cut, sizes: _Sizes) -> Moment:
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + by_two)
     copies = cut.is_loop + by_two
     working = weights + whole + sums * FLOAT32 * _head(config) + _layer_arrays(config, cut, sizes)
+    working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies), working)
+
+
+def _scores(config: Config, backend: str) -> float:
+    """What attention holds of L^2: the reference its scores and weights, and the gradients of both; cuDNN a mask of documents
+    as a bias, and its gradient. The other kernels hold none."""
+    square = BYTES[config.model.dtype] * microbatch_rows(config) * local_length(config) ** 2
+    if backend == "reference":
+        heads = config.model.num_heads / config.mesh.tensor
+        return 2 * (1 + FLOAT32 / BYTES[config.model.dtype]) * square * heads
+    return 2 * square if backend == "cudnn" and config.data.mask_documents else 0.0
+
+
+def _first_layers(config: Config, backend: str) -> float:
+    """What a mixture's first dense layers keep: they run again, with the embedding, in the first stage's backward."""
+    if not config.model.first_dense_layers:
+        return 0.0
+    dense = replace(config, model=replace(config.model, moe=None))
+    return config.model.first_dense_layers * kept_bytes(dense, Sizes.of(dense), backend)
 
 
 def _unrolled(cut: Cut) -> int:
@@ -444,15 +329,16 @@ def _unrolled(cut: Cut) -> int:
     return max(fits, default=1)
 
 
-def _layer_arrays(config: Config, cut: Cut, sizes: _Sizes) -> float:
+def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     """Activations and their gradients that are alive in the backward of the layers of one iteration."""
-    bytes_each = BYTES[config.model.dtype]
-    if not moves_activations(config):
-        streams, widths = PEELED if cut.layers % 2 else RESIDENT
-        return bytes_each * (streams * sizes.stream + widths * sizes.mlp)
-    sequences, streams, widths, heads, more = IN_TURNS if sizes.parts > 1 else ALONE
-    layers, width = _unrolled(cut), config.model.moe.mlp_dim / config.mesh.tensor if config.model.moe else 0
-    arrays = sequences * sizes.sequence + streams * sizes.stream + widths * sizes.mlp + heads * sizes.query
-    wide, narrow = EXPERT_ARRAYS
-    rows = sizes.rows * ((wide * layers + more) * width + narrow * layers * config.model.embed_dim)
-    return bytes_each * (layers * arrays + rows) / sizes.parts
+    if moves_activations(config):
+        arrays, layers = IN_TURNS if sizes.parts > 1 else ALONE, _unrolled(cut)
+    else:
+        arrays, layers = PEELED if cut.layers % 2 else RESIDENT, 1
+    moe, width = config.model.moe, config.model.embed_dim
+    numbers = arrays.sequence * sizes.sequence + arrays.stream * sizes.stream
+    numbers += arrays.mlp * sizes.mlp + arrays.heads * sizes.query
+    if moe:
+        numbers += sizes.rows * (arrays.wide_rows * moe.mlp_dim / config.mesh.tensor + arrays.rows * width)
+        numbers += arrays.choices * sizes.choices * width
+    return BYTES[config.model.dtype] * layers * numbers / sizes.parts

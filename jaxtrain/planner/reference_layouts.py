@@ -108,7 +108,7 @@ LAYOUTS = (
     _layout("405b", 1024, pipe=1, tensor=8, global_batch_size=256, microbatches=2),
     _layout("405b", 1024, pipe=16, tensor=8, global_batch_size=256, microbatches=32, reduce_dtype="bfloat16"),
     _layout("mixtral_8x7b", 64, expert=8, global_batch_size=128),
-    _layout("mixtral_8x7b", 32, pipe=4, expert=8, global_batch_size=64, microbatches=8, remat="dots"),
+    _layout("mixtral_8x7b", 32, pipe=4, expert=8, global_batch_size=64, microbatches=8, remat="named"),
     _layout("qwen3_30b_a3b", 64, expert=8, global_batch_size=64),
 )
 """Every axis, schedule, remat policy and ZeRO level, at sequence lengths from 2048 to 131,072."""

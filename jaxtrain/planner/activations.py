@@ -1,0 +1,167 @@
+"""What a layer's forward leaves for its backward, in bytes: the residuals of its vjp under the remat policy.
+
+A test traces layers and counts what they keep; these are the same numbers. Letters as in `memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtrain.config import Config, MoEConfig
+from jaxtrain.planner.formulas import BYTES, local_length, microbatch_rows
+from jaxtrain.planner.formulas_collectives import context_kind
+
+FLOAT32 = 4
+KERNEL_TILE = 128
+"""Rows to which an expert's share is padded on GPUs (`ops.grouped_matmul`)."""
+KEPT_BY_DOTS = ("query", "key", "value", "attention", "mlp_gate", "mlp_up", "router")
+KEPT_BY_DOTS += ("expert_in", "expert_gate", "expert_up", "expert_out")
+"""What remat `dots` keeps, by names that `named` could say (`models.decoder.remat_policy`)."""
+
+
+def moves_activations(config: Config) -> bool:
+    """Whether layers send activations between devices (`train.xla_options`): then they take turns, several to an iteration."""
+    return config.mesh.tensor > 1 or config.mesh.expert > 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers (not bytes) of one microbatch's activations on one device."""
+
+    tokens: int
+    """B L: rows of a matmul."""
+    parts: int
+    """Parts of the microbatch that take turns."""
+    stream: float
+    """B L D / t: the residual stream."""
+    sequence: float
+    """B L D: gathered over tensor."""
+    query: float
+    """B L H N / t; of latent attention with the part that RoPE turns."""
+    key: float
+    """B L K N / t; of latent attention without that part, which all heads share."""
+    value: float
+    """B L K M / t, M the width of a value head."""
+    result: float
+    """B L H M / t: attention's result."""
+    latents: float
+    """B L (Q + C + R) / t: latent attention's projections down."""
+    mlp: float
+    """B L F / t."""
+    statistics: float
+    """B L H / t: logsumexp."""
+    rows: float
+    """Rows that a device's experts may get."""
+    choices: float
+    """B L x experts of a token."""
+
+    @staticmethod
+    def of(config: Config) -> Sizes:
+        """Those of a valid config."""
+        model, tensor = config.model, config.mesh.tensor
+        batch = microbatch_rows(config)
+        tokens = batch * local_length(config)
+        parts = 2 if config.sharding.take_turns and moves_activations(config) and batch % 2 == 0 else 1
+        width = model.moe.shared_experts * model.moe.mlp_dim if model.moe else model.mlp_dim
+        latent, wide = model.latent_attention, model.head_dim
+        turned, value = (latent.rope_dim, latent.value_dim) if latent else (0, wide)
+        down = latent.query_rank + latent.kv_rank + latent.rope_dim if latent else 0
+        return Sizes(
+            tokens=tokens,
+            parts=parts,
+            stream=tokens * model.embed_dim / tensor,
+            sequence=tokens * model.embed_dim,
+            query=tokens * model.num_heads * (wide + turned) / tensor,
+            key=tokens * model.num_kv_heads * wide / tensor,
+            value=tokens * model.num_kv_heads * value / tensor,
+            result=tokens * model.num_heads * value / tensor,
+            latents=tokens * down / tensor,
+            mlp=tokens * width / tensor,
+            statistics=tokens * model.num_heads / tensor,
+            rows=parts * _expert_rows(config, model.moe, tokens // parts) if model.moe else 0,
+            choices=tokens * model.moe.experts_per_token if model.moe else 0,
+        )
+
+
+def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
+    """Rows for which there is room where `tokens` are dispatched.
+
+    Dropless: P T min(K, E / P) on P devices, since every token of every device may come here, and each expert padded to whole
+    tiles. Capacity: E x groups x ceil(factor G K / E).
+    """
+    devices, local = config.mesh.expert, moe.num_experts // config.mesh.expert
+    if moe.dispatch == "dropless":
+        here = devices * tokens * min(moe.experts_per_token, local) if devices > 1 else tokens * moe.experts_per_token
+        return math.ceil((here + local * (KERNEL_TILE - 1)) / KERNEL_TILE) * KERNEL_TILE
+    group = moe.capacity_group or local_length(config)
+    room = min(group, math.ceil(moe.capacity_factor * group * moe.experts_per_token / moe.num_experts))
+    return moe.num_experts * (tokens // group) * room
+
+
+def _folds(config: Config) -> bool:
+    """Whether attention is folded from pieces along context (ring, gather)."""
+    return config.mesh.context > 1 and context_kind(config) != "ulysses"
+
+
+def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
+    """Bytes that one layer keeps of one microbatch until its backward: the residuals of its vjp under the remat policy."""
+    remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
+    stream = bytes_each * sizes.stream
+    if remat == "full":
+        return stream
+    if remat == "none":
+        return _kept_of_everything(config, sizes, backend)
+    names = set(config.train.remat_save) if remat == "named" else KEPT_BY_DOTS
+    numbers = _named(config, sizes, backend)
+    kept = sum(numbers[name] for name in names)
+    # `dots` keeps what attention's projection makes before it is summed over tensor, so over the whole length; and latents.
+    return stream + kept + (bytes_each * (sizes.sequence + sizes.latents) if remat == "dots" else 0)
+
+
+def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
+    """Attention's result and logsumexp. Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which
+    names cannot reach (in latent attention padded to the width of queries), and under its name."""
+    by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not _folds(config) else 0.0
+    statistics = 0.0 if backend == "reference" else FLOAT32 * sizes.statistics
+    return BYTES[config.model.dtype] * (by_kernel + sizes.result) + statistics
+
+
+def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
+    """Bytes of each value that remat can keep by name. The last of a block, mlp_out, nothing needs again."""
+    bytes_each, moe = BYTES[config.model.dtype], config.model.moe
+    width = moe.mlp_dim / config.mesh.tensor if moe else 0
+    numbers = dict.fromkeys(("mlp_gate", "mlp_up", "mlp_hidden"), bytes_each * sizes.mlp)
+    numbers |= dict.fromkeys(("expert_gate", "expert_up", "expert_hidden"), bytes_each * sizes.rows * width)
+    return numbers | {
+        "query": bytes_each * sizes.query,
+        "key": bytes_each * sizes.key,
+        "value": bytes_each * sizes.value,
+        "attention": _attention_kept(config, sizes, backend),
+        "attention_out": bytes_each * sizes.stream,
+        "mlp_out": 0.0,
+        "router": FLOAT32 * sizes.tokens * moe.num_experts if moe else 0.0,
+        "expert_in": bytes_each * sizes.rows * config.model.embed_dim,
+        "expert_out": bytes_each * sizes.choices * config.model.embed_dim,
+    }
+
+
+def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
+    """Remat none. An RMSNorm keeps three float32 of its input's size and hands on one in compute dtype; SwiGLU keeps six of its
+    width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: half a residual
+    stream, and attention's projection before it is summed over tensor."""
+    model, bytes_each = config.model, BYTES[config.model.dtype]
+    kept = 6 * FLOAT32 * sizes.stream + 2 * bytes_each * sizes.stream + 6 * bytes_each * sizes.mlp
+    kept += bytes_each * (sizes.query + sizes.key + sizes.value) + _attention_kept(config, sizes, backend)
+    kept += (3 * FLOAT32 + bytes_each) * sizes.latents
+    if sizes.parts > 1:
+        kept += bytes_each * (sizes.sequence + sizes.stream / 2)
+    if model.qk_norm:
+        kept += 3 * FLOAT32 * (sizes.query + sizes.key)
+    if backend == "reference":
+        kept += (FLOAT32 + bytes_each) * sizes.statistics * config.data.sequence_length
+    if model.moe:
+        width = model.moe.mlp_dim / config.mesh.tensor
+        kept += bytes_each * sizes.rows * (model.embed_dim + 6 * width) - bytes_each * sizes.stream
+        kept += FLOAT32 * (sizes.sequence + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
+    return kept
