@@ -190,7 +190,7 @@ class SearchResult:
     pareto: tuple[Estimate, ...]
     """Layouts that fit and that no other beats in both time and memory, fastest first."""
     smallest: Cluster | None
-    """Where nothing fits: the smallest cluster of such hosts that holds a layout; None where something fits, or none would do."""
+    """Where nothing fits, the smallest cluster of such hosts that holds a layout; else None, and also where none would do."""
     leanest: Estimate | None
     """The layout of least memory: how far from fitting the cluster is."""
     seconds: float

@@ -1,0 +1,215 @@
+"""The planner's answer: what was asked and found, as tables for a person and as JSON for a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from jaxtrain.config import Config
+from jaxtrain.planner.estimates import Cluster, Estimate, SearchResult
+from jaxtrain.planner.wording import (
+    MEMORY_WORDS,
+    cluster_words,
+    gib,
+    joules,
+    mesh_words,
+    options_words,
+    percent,
+    remat_words,
+    schedule_words,
+    seconds,
+)
+
+SECONDS_A_DAY = 86400.0
+JOULES_A_KWH = 3.6e6
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a whole training run takes."""
+
+    tokens: float
+    steps: int
+    seconds: float
+    gpu_hours: float
+    kilowatt_hours: float | None
+    """Of the chips alone: hosts, network and cooling come on top. None where the chip's power is not published."""
+    money: float | None
+    """At the price of a GPU-hour; None without one."""
+    deadline_seconds: float | None = None
+    """What it was to take, where that was asked too."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A question and its answer."""
+
+    config: Config
+    """As it was given; its layout is what the search replaces."""
+    cluster: Cluster
+    objective: str
+    search: SearchResult
+    ranked: tuple[Estimate, ...]
+    """Best first; those that were verified carry the compiled program's figures."""
+    words: tuple[str, ...]
+    """Why, in sentences: a paragraph each."""
+    bill: Bill | None = None
+
+    @property
+    def best(self) -> Estimate | None:
+        """The first; None where nothing fits."""
+        return self.ranked[0] if self.ranked else None
+
+
+def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour: float) -> Bill | None:
+    """What `tokens` tokens take; or what `days` days give, where no tokens are asked for; None where neither is.
+
+    GPU-hours = devices x hours; kWh = joules a step x steps / 3.6e6; money = GPU-hours x price.
+    """
+    if not tokens and not days:
+        return None
+    wanted = tokens or estimate.tokens_per_second * days * SECONDS_A_DAY
+    steps = math.ceil(wanted / estimate.tokens)
+    duration = steps * estimate.time.total
+    hours = estimate.cluster.devices * duration / 3600
+    return Bill(
+        tokens=wanted,
+        steps=steps,
+        seconds=duration,
+        gpu_hours=hours,
+        kilowatt_hours=None if estimate.joules is None else estimate.joules * steps / JOULES_A_KWH,
+        money=hours * price_per_gpu_hour if price_per_gpu_hour else None,
+        deadline_seconds=days * SECONDS_A_DAY if tokens and days else None,
+    )
+
+
+def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
+    """The layouts, best first: time, use of the chips, and what moves."""
+    table = _table(title)
+    for head in ("#", "mesh", "schedule", "microbatches", "remat", "choices"):
+        table.add_column(head, justify="right" if head in ("#", "microbatches") else "left")
+    for head in ("step", "MFU", "tokens/s", "in-host GiB", "network GiB", "bubble", "J/token"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    for rank, estimate in enumerate(ranked, 1):
+        config = estimate.config
+        table.add_row(
+            str(rank),
+            mesh_words(estimate),
+            schedule_words(config),
+            str(config.train.microbatches),
+            remat_words(config),
+            options_words(config),
+            seconds(estimate.time.total),
+            percent(estimate.mfu),
+            f"{estimate.tokens_per_second:,.0f}",
+            gib(estimate.sent(crosses_hosts=False)),
+            gib(estimate.sent(crosses_hosts=True)),
+            percent(estimate.bubble),
+            joules(estimate.joules_per_token),
+            estimate.origin,
+            style="bold" if rank == 1 else None,
+        )
+    return table
+
+
+def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest device, GiB") -> Table:
+    """What the fullest device holds, by category, against its budget."""
+    table = _table(title)
+    table.add_column("#", justify="right")
+    for head in (*MEMORY_WORDS.values(), "total", "budget", "used"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for rank, estimate in enumerate(ranked, 1):
+        budget = estimate.cluster.budget_bytes
+        table.add_row(
+            str(rank),
+            *(gib(getattr(estimate.memory, name)) for name in MEMORY_WORDS),
+            gib(estimate.memory.total),
+            gib(budget) if math.isfinite(budget) else "?",
+            f"{estimate.memory.total / budget:.0%}" if math.isfinite(budget) else "?",
+            style=None if estimate.fits else "red",
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", padding=(0, 1))
+
+
+def plan_title(plan: Plan) -> str:
+    """ "70b on 128 × h100-sxm (16 hosts of 8), best by time"."""
+    return f"{plan.config.name} on {cluster_words(plan.cluster)}, best by {plan.objective}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """One layout with every figure, in base units (bytes, seconds, joules); unknown ones are null."""
+    config = estimate.config
+    return {
+        "mesh": estimate.mesh,
+        "schedule": config.pipeline.schedule,
+        "chunks": config.pipeline.chunks,
+        "microbatches": config.train.microbatches,
+        "remat": config.train.remat,
+        "remat_save": list(config.train.remat_save),
+        "zero": config.sharding.zero,
+        "context_attention": config.sharding.context_attention,
+        "take_turns": config.sharding.take_turns,
+        "origin": estimate.origin,
+        "fits": estimate.fits,
+        "step_seconds": estimate.time.total,
+        "time": dataclasses.asdict(estimate.time),
+        "mfu": estimate.mfu,
+        "tokens_per_second": estimate.tokens_per_second,
+        "memory_bytes": estimate.memory.total,
+        "memory": dataclasses.asdict(estimate.memory),
+        "budget_bytes": _finite(estimate.cluster.budget_bytes),
+        "in_host_bytes": estimate.sent(crosses_hosts=False),
+        "network_bytes": estimate.sent(crosses_hosts=True),
+        "wires": [dataclasses.asdict(wire) for wire in estimate.wires],
+        "bubble": estimate.bubble,
+        "flops_per_device": estimate.flops,
+        "model_flops": estimate.model_flops,
+        "joules_per_token": estimate.joules_per_token,
+    }
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The whole answer; the winner's whole config within."""
+    found = plan.search
+    return {
+        "config": plan.config.name,
+        "cluster": cluster_json(plan.cluster),
+        "objective": plan.objective,
+        "ranked": [estimate_json(estimate) for estimate in plan.ranked],
+        "best_config": dataclasses.asdict(plan.best.config) if plan.best else None,
+        "words": list(plan.words),
+        "bill": dataclasses.asdict(plan.bill) if plan.bill else None,
+        "search": {"candidates": found.candidates, "pruned": dict(found.pruned), "seconds": found.seconds},
+        "pareto": [estimate_json(estimate) for estimate in found.pareto],
+        "leanest": estimate_json(found.leanest) if found.leanest else None,
+        "smallest_cluster": cluster_json(found.smallest) if found.smallest else None,
+    }
+
+
+def cluster_json(cluster: Cluster) -> dict[str, Any]:
+    """What the plan is for."""
+    return {
+        "hardware": cluster.chip.name,
+        "hosts": cluster.hosts,
+        "devices_per_host": cluster.devices_per_host,
+        "devices": cluster.devices,
+        "budget_bytes": _finite(cluster.budget_bytes),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

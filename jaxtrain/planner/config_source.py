@@ -1,0 +1,77 @@
+"""Writes a config as the Python file that a person would write: what differs from the defaults, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jaxtrain.config
+from jaxtrain.config import Config, load_config
+from jaxtrain.errors import ExplainedError
+
+WIDTH = 128
+
+
+def config_source(config: Config, docstring: str) -> str:
+    """Python source of a file whose `get_config()` gives exactly `config`.
+
+    Fields that have their default are left out; so are whole sections. The docstring says where the layout comes from.
+    """
+    used: set[str] = set()
+    body = _expression(config, 4, len("    return "), used)
+    names = ", ".join(sorted(used))
+    line = f"from jaxtrain.config import {names}\n"
+    if len(line) > WIDTH:
+        line = "from jaxtrain.config import (\n" + "".join(f"    {name},\n" for name in sorted(used)) + ")\n"
+    quoted = docstring.replace("\\", "\\\\").replace('"""', "'''")
+    return f'"""{quoted}"""\n\n{line}\n\ndef get_config() -> Config:\n    return {body}\n'
+
+
+def write_config(config: Config, path: str, docstring: str) -> None:
+    """Writes `config_source` to a file, and reads it back to see that it is the same config.
+
+    Raises:
+      ExplainedError: the file cannot be written.
+    """
+    file = Path(path)
+    if file.suffix != ".py":
+        raise ExplainedError(f"--write={path}: a config is a Python file; give a name that ends in .py")
+    try:
+        file.write_text(config_source(config, docstring))
+    except OSError as error:
+        raise ExplainedError(f"--write={path}: {error.strerror}; give a file in a folder that can be written") from error
+    assert load_config(file) == config, f"{path} does not give the config that was written to it"
+
+
+def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:
+    """Source of one value that starts in `column`; broken into lines, indented by `indent` and more, where it is too wide."""
+    if dataclasses.is_dataclass(value):
+        name = type(value).__name__
+        assert getattr(jaxtrain.config, name) is type(value)
+        used.add(name)
+        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != _default(f)]
+        return _call(f"{name}(", [(f"{field}=", item) for field, item in fields], ")", indent, column, used)
+    if isinstance(value, tuple):
+        return _call("(", [("", item) for item in value], ",)" if len(value) == 1 else ")", indent, column, used)
+    if isinstance(value, str):
+        return '"' + repr(value)[1:-1].replace('"', '\\"') + '"' if "'" not in value else repr(value)
+    if type(value) in (int, float) and value % 1000 == 0 and 10_000 <= abs(value) < 1e15:
+        return f"{value:_}"
+    return repr(value)
+
+
+def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int, column: int, used: set[str]) -> str:
+    """`opening items closing` on one line, or on a line each."""
+    flat = opening + ", ".join(key + _expression(item, 0, 0, used) for key, item in items) + closing
+    if "\n" not in flat and column + len(flat) + 1 <= WIDTH:
+        return flat
+    inner = " " * (indent + 4)
+    lines = [f"{inner}{key}{_expression(item, indent + 4, indent + 4 + len(key), used)},\n" for key, item in items]
+    return f"{opening}\n{''.join(lines)}{' ' * indent}{closing.lstrip(',')}"
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else dataclasses.MISSING

@@ -1,0 +1,126 @@
+"""How the planner writes figures and layouts: the same words in the terminal, in JSON's keys and on the page."""
+
+from __future__ import annotations
+
+import math
+
+from jaxtrain.config import Config
+from jaxtrain.planner.estimates import Cluster, Estimate, Wire
+
+GIBI = 2**30
+MEMORY_WORDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "weights": "weights in use",
+    "activations": "activations",
+    "working": "working",
+}
+"""Fields of `estimates.Memory`, as they are called in tables."""
+TIME_WORDS = {
+    "matmul": "matmuls",
+    "attention": "attention",
+    "memory_bound": "memory-bound",
+    "optimizer": "optimizer",
+    "exposed": "transfers",
+    "bubble": "bubble",
+    "overhead": "overhead",
+}
+"""Fields of `estimates.StepTime`, as they are called in tables."""
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB: "61.3", and "0.021" where that is all there is."""
+    value = count / GIBI
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}" if value >= 1 or not value else f"{value:.2g}"
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """A number with three digits and a prefix: "1.41 M", "12.3 k"."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return (
+                f"{value / factor:.3g} {prefix}{unit}"
+                if abs(value) < 1000 * factor
+                else f"{value / factor:,.0f} {prefix}{unit}"
+            )
+    return f"{value:.3g} {unit}".strip()
+
+
+def seconds(value: float) -> str:
+    """A short time: "12.4 s", "830 ms", "12 µs"."""
+    if not math.isfinite(value):
+        return "never"
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}" if value < 1000 else f"{value:,.0f} s"
+    return "0 s" if not value else f"{value:.2g} s"
+
+
+def duration(value: float) -> str:
+    """A long time, in the unit that a person would take: "41 min", "5.2 hours", "23 days", "2.1 years"."""
+    for factor, unit in ((365.25 * 86400, "years"), (2 * 86400, "days"), (2 * 3600, "hours"), (120, "min")):
+        if value >= factor:
+            size = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "min": 60}[unit]
+            return f"{value / size:,.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
+    return seconds(value)
+
+
+def percent(share: float | None) -> str:
+    """ "41.2%", or "?" for what is not known."""
+    return "?" if share is None else f"{share:.1%}"
+
+
+def joules(value: float | None) -> str:
+    """Joules of a token, three digits, or "?"."""
+    return "?" if value is None else f"{value:.3g}"
+
+
+def listed(words: list[str]) -> str:
+    """ "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def mesh_words(estimate: Estimate) -> str:
+    """ "pipe=4 × fsdp=4 × tensor=8", the axes above 1."""
+    return " × ".join(f"{axis}={size}" for axis, size in estimate.mesh.items()) or "one device"
+
+
+def schedule_words(config: Config) -> str:
+    """ "1f1b", "interleaved × 2"; "-" without a pipeline."""
+    if config.mesh.pipe == 1:
+        return "-"
+    return config.pipeline.schedule + (f" × {config.pipeline.chunks}" if config.pipeline.chunks > 1 else "")
+
+
+def remat_words(config: Config) -> str:
+    """ "full", or "named: attention, mlp_out"."""
+    kept = ", ".join(config.train.remat_save)
+    return f"named: {kept}" if config.train.remat == "named" else config.train.remat
+
+
+def options_words(config: Config) -> str:
+    """What else a layout chose: "ZeRO 2, ring"."""
+    words = [f"ZeRO {config.sharding.zero}"] if config.mesh.fsdp > 1 else []
+    return ", ".join(words + ([config.sharding.context_attention] if config.mesh.context > 1 else [])) or "-"
+
+
+def layout_words(estimate: Estimate) -> str:
+    """A layout in a sentence: "pipe=4 × tensor=8 (1f1b, 16 microbatches, remat full)"."""
+    config = estimate.config
+    parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
+    count = config.train.microbatches
+    parts += [f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"]
+    parts += [options_words(config)] if options_words(config) != "-" else []
+    return f"{mesh_words(estimate)} ({', '.join(parts)})"
+
+
+def cluster_words(cluster: Cluster) -> str:
+    """ "128 × h100-sxm (16 hosts of 8)"."""
+    hosts = f"{cluster.hosts:,} host{'s' if cluster.hosts > 1 else ''} of {cluster.devices_per_host}"
+    return f"{cluster.devices:,} × {cluster.chip.name} ({hosts})"
+
+
+def link_words(wire: Wire) -> str:
+    """What a transfer goes over: the links inside a host, or the network between hosts."""
+    return "the network between hosts" if wire.crosses_hosts else "the links inside a host"
