@@ -21,6 +21,12 @@ class ExplainedError(Exception):
     exit_code = EXIT_ERROR
 
 
+class UsageError(ExplainedError):
+    """A flag of a verb's own is wrong, or does not go with another."""
+
+    exit_code = EXIT_USAGE
+
+
 class ConfigError(ExplainedError):
     """The configuration cannot work. `problems` lists everything that is wrong with it, one line each."""
 

@@ -1,4 +1,4 @@
-"""Why a layout won, in words: against the runner-up and other kinds of layout, what limits it, and what would change the answer."""
+"""Why a layout won, in words: against the runner-up and other kinds of layout, what limits it, what would change the answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.hardware import Chip
 from jaxtrain.planner.answer import Bill
 from jaxtrain.planner.estimates import Cluster, Estimate, Memory, SearchResult, StepTime, Wire
 from jaxtrain.planner.wording import (
@@ -52,7 +53,7 @@ def explain_plan(
     return (
         why_first(ranked, found, objective),
         what_limits(best, found),
-        what_would_change(config, cluster, best, search, objective),
+        what_would_change(config, cluster, found.ranked[0], search, objective),
     )
 
 
@@ -213,7 +214,11 @@ def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
 
 
 def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: Search, objective: str = "time") -> str:
-    """The search again, with twice the memory, twice the batch, and twice the network."""
+    """The search again, with twice the memory, twice the batch, and twice the network.
+
+    Args:
+      best: the first of the search itself, so that estimates are compared with estimates.
+    """
     chip = cluster.chip
     batch = 2 * config.train.global_batch_size
     cases: list[tuple[str, Config, Cluster]] = []
@@ -230,7 +235,7 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
     return " ".join(_outcome(name, best, search(other, where), objective) for name, other, where in cases)
 
 
-def _with(cluster: Cluster, chip: object) -> Cluster:
+def _with(cluster: Cluster, chip: Chip) -> Cluster:
     return dataclasses.replace(cluster, chip=chip)
 
 
@@ -259,9 +264,9 @@ def why_nothing_fits(config: Config, cluster: Cluster, found: SearchResult) -> s
     """How far from fitting the cluster is, and the smallest that would do."""
     if not found.candidates:
         return (
-            f"No layout of {config.name} is valid on {cluster_words(cluster)}: {config.train.global_batch_size} sequences a step, "
-            f"{config.model.num_layers} layers and {config.model.num_heads} heads cannot be shared out over them; change "
-            "train.global_batch_size or the number of devices."
+            f"No layout of {config.name} is valid on {cluster_words(cluster)}: {config.train.global_batch_size} sequences a "
+            f"step, {config.model.num_layers} layers and {config.model.num_heads} heads cannot be shared out over them; "
+            "change train.global_batch_size or the number of devices."
         )
     said = [f"{config.name} does not fit on {cluster_words(cluster)}: none of {found.candidates:,} layouts does."]
     if found.leanest:

@@ -1,0 +1,174 @@
+"""One layout, explained: what each device holds, what each mesh axis moves in a step, and the schedule as a picture of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.config_rules import validate
+from jaxtrain.mesh import split_over_hosts
+from jaxtrain.planner import formulas
+from jaxtrain.planner.answer import estimate_json
+from jaxtrain.planner.cost import estimate
+from jaxtrain.planner.estimates import Cluster, Estimate, Wire
+from jaxtrain.planner.formulas_collectives import Entry, collectives
+from jaxtrain.planner.timeline import text_gantt, timeline_of
+from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
+from jaxtrain.telemetry.flops import num_parameters
+
+HOLDS = {
+    "parameters": "master weights in {param_dtype}, {held:,} of {all:,}",
+    "optimizer": "state of {optimizer}",
+    "gradients": "in float32, as they are accumulated",
+    "weights": "copies in {dtype}, and those gathered",
+    "activations": "kept for the backward pass, {live} microbatch parts at a time",
+    "working": "one layer or the head while it is computed, buffers of transfers",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A layout, and where its axes lie."""
+
+    estimate: Estimate
+    entries: tuple[Entry, ...]
+    """The closed form's transfers with their purposes; empty where it does not cover the config."""
+    uncovered: str
+    """Why it does not."""
+    inside: tuple[int, ...]
+    """Factor of each mesh axis inside a host."""
+    live_parts: int
+    """Largest number of (microbatch, chunk) whose activations a stage keeps at one time."""
+
+    def show(self, console: Console) -> None:
+        """Prints everything."""
+        layout = self.estimate
+        console.print(
+            f"{layout.config.name} on {cluster_words(layout.cluster)}: {layout_words(layout)}", style="bold", highlight=False
+        )
+        if not layout.fits:
+            over = layout.memory.total - layout.cluster.budget_bytes
+            console.print(
+                f"does not fit: {gib(over)} GiB over the budget of the fullest device", style="bold red", highlight=False
+            )
+        for table in (holdings_table(self), axes_table(self), time_table(layout)):
+            console.print(table)
+        console.print(schedule_heading(layout.config), style="bold", highlight=False)
+        console.print(text_gantt(timeline_of(layout.config), console.width), highlight=False, soft_wrap=True)
+
+
+def explain(config: Config, cluster: Cluster) -> Explanation:
+    """The config's own layout on a cluster.
+
+    Raises:
+      ConfigError: the config is not valid on so many devices, or its mesh does not fill the hosts.
+    """
+    from jaxtrain.parallel.pipeline_schedule import live_parts, make_schedule
+
+    config = validate(config, cluster.devices)
+    inside, _ = split_over_hosts(config.mesh.shape, min(cluster.devices_per_host, cluster.devices))
+    try:
+        entries, uncovered = tuple(collectives(config)), ""
+    except ValueError as error:
+        entries, uncovered = (), str(error)
+    schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
+    return Explanation(estimate(config, cluster), entries, uncovered, inside, max(live_parts(schedule)))
+
+
+def explain_json(explanation: Explanation) -> dict[str, Any]:
+    """The same for a program."""
+    return estimate_json(explanation.estimate) | {
+        "devices": explanation.estimate.cluster.devices,
+        "inside_hosts": dict(zip(MESH_AXES, explanation.inside, strict=True)),
+        "live_parts": explanation.live_parts,
+        "transfers": [dataclasses.asdict(entry) | {"wire": entry.wire} for entry in explanation.entries],
+        "uncovered": explanation.uncovered,
+    }
+
+
+def holdings_table(explanation: Explanation) -> Table:
+    """What the fullest device holds."""
+    layout = explanation.estimate
+    config, memory, budget = layout.config, layout.memory, layout.cluster.budget_bytes
+    words = {
+        "param_dtype": config.model.param_dtype,
+        "dtype": config.model.dtype,
+        "optimizer": config.optimizer.name,
+        "held": formulas.parameters_held(config),
+        "all": num_parameters(config.model).total,
+        "live": explanation.live_parts,
+    }
+    table = _table("The fullest device holds", ("", "GiB", "of the budget", "what"), numbers=("GiB", "of the budget"))
+    for name, title in MEMORY_WORDS.items():
+        value = getattr(memory, name)
+        table.add_row(title, gib(value), _share(value, budget), HOLDS[name].format(**words))
+    room = f"budget {gib(budget)} GiB" if math.isfinite(budget) else "the chip's memory is not known"
+    table.add_row("in all", gib(memory.total), _share(memory.total, budget), room, style="bold" if layout.fits else "bold red")
+    return table
+
+
+def axes_table(explanation: Explanation) -> Table:
+    """What a device sends along each axis in a step, with its purpose; times are those of the cost model."""
+    layout = explanation.estimate
+    heads = ("axes", "what", "collective", "dtype", "calls", "GiB sent", "over")
+    table = _table("Each axis moves, a device and step", heads, numbers=("calls", "GiB sent"))
+    for entry in explanation.entries:
+        axes = entry.axes.split("+")
+        across = any(getattr(layout.config.mesh, axis) > explanation.inside[MESH_AXES.index(axis)] for axis in axes)
+        link = "network" if across else "in host"
+        table.add_row(entry.axes, entry.purpose, entry.kind, entry.dtype, f"{entry.calls:,}", gib(entry.wire), link)
+    if not explanation.entries and explanation.uncovered:
+        _add_wires(table, layout.wires)
+        table.caption = explanation.uncovered
+    elif not explanation.entries:
+        table.caption = "nothing: one device"
+    return table
+
+
+def _add_wires(table: Table, wires: Sequence[Wire]) -> None:
+    for wire in wires:
+        table.add_row(wire.axes, "", wire.kind, wire.dtype, "", gib(wire.bytes), "network" if wire.crosses_hosts else "in host")
+
+
+def time_table(layout: Estimate) -> Table:
+    """Where the step's time goes."""
+    table = _table("A step takes", ("", "time", "share"), numbers=("time", "share"))
+    for name, title in TIME_WORDS.items():
+        value = getattr(layout.time, name)
+        table.add_row(title, seconds(value), f"{value / layout.time.total:.1%}")
+    rate = f"{layout.tokens_per_second:,.0f} tokens/s, MFU {percent(layout.mfu)}"
+    table.add_row("in all", seconds(layout.time.total), rate, style="bold")
+    return table
+
+
+def schedule_heading(config: Config) -> str:
+    """The line above the picture of the schedule."""
+    from jaxtrain.parallel.pipeline_schedule import bubble_fraction, make_schedule
+
+    count = config.train.microbatches
+    if config.mesh.pipe == 1:
+        return f"Schedule: one stage, {count} microbatch{'es' if count > 1 else ''} one after the other"
+    schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, count)
+    chunks = f", {config.pipeline.chunks} chunks a stage" if config.pipeline.chunks > 1 else ""
+    return (
+        f"Schedule: {config.pipeline.schedule}, {config.mesh.pipe} stages{chunks}, {count} microbatches, "
+        f"bubble {bubble_fraction(schedule):.1%}"
+    )
+
+
+def _table(title: str, heads: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", caption_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right" if head in numbers else "left", no_wrap=head in numbers)
+    return table
+
+
+def _share(value: float, budget: float) -> str:
+    return f"{value / budget:.1%}" if math.isfinite(budget) else "?"

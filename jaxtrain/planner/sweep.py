@@ -1,0 +1,290 @@
+"""A grid of layouts side by side: by estimate, by compiling each, or by really training each for a few steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rich.table import Table
+
+from jaxtrain.config import Config
+from jaxtrain.config_rules import find_problems
+from jaxtrain.errors import ExplainedError, UsageError, nearest
+from jaxtrain.planner.answer import estimate_json
+from jaxtrain.planner.config_source import config_source
+from jaxtrain.planner.estimates import Cluster, Estimate
+from jaxtrain.planner.wording import gib, joules, mesh_words, percent, seconds
+
+Way = Literal["estimate", "compile", "run"]
+MOST_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a real run of a few steps said."""
+
+    losses: tuple[float, ...]
+    """Of each step, nats a token."""
+    step_seconds: float
+    """Median of the steps after the first."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of the grid."""
+
+    values: dict[str, str]
+    """Fields and their values, as they were given."""
+    estimate: Estimate | None = None
+    measured: Measured | None = None
+    problem: str = ""
+    """Why there is nothing to show: the config is not valid, or the compiler or the run failed."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """ "mesh.tensor=1,2,4" as a field and its values.
+
+    Raises:
+      UsageError: it is not of that form.
+    """
+    name, equals, values = text.partition("=")
+    items = [item.strip() for item in values.split(",")]
+    if not equals or not all((name, *items)):
+        raise UsageError(f"--sweep {text}: give FIELD=VALUE,VALUE,... such as mesh.tensor=1,2,4,8")
+    return name, list(dict.fromkeys(items))
+
+
+def replace_field(config: Any, name: str, text: str, path: str = "") -> Any:
+    """The config with one field, by its dotted name, read from text as its type says.
+
+    Raises:
+      UsageError: no such field, or text that is no value of its type.
+    """
+    first, _, rest = name.partition(".")
+    hints = get_type_hints(type(config))
+    if first not in hints:
+        raise UsageError(f"--sweep {path}{name}: no such field; {nearest(first, hints)}")
+    if rest:
+        inner = getattr(config, first)
+        if not dataclasses.is_dataclass(inner):
+            raise UsageError(f"--sweep {path}{name}: {path}{first} is {inner!r} here and has no fields")
+        return dataclasses.replace(config, **{first: replace_field(inner, rest, text, f"{path}{first}.")})
+    return dataclasses.replace(config, **{first: _read(text, hints[first], path + first)})
+
+
+def _read(text: str, hint: Any, name: str) -> Any:
+    """A value of a field's type."""
+    if get_origin(hint) is UnionType and text == "None":
+        return None
+    if get_origin(hint) is Literal:
+        for choice in get_args(hint):
+            if str(choice) == text:
+                return choice
+        raise UsageError(f"--sweep {name}={text}: {nearest(text, [str(choice) for choice in get_args(hint)])}")
+    if hint is bool and text in ("True", "False"):
+        return text == "True"
+    if hint in (int, float, str):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "whole number" if hint is int else "number"
+            raise UsageError(f"--sweep {name}={text}: not a {kind}") from None
+    raise UsageError(f"--sweep {name}={text}: fields that are a number, a word, True or False can be swept")
+
+
+def grid(config: Config, sweeps: Sequence[str]) -> list[tuple[dict[str, str], Config]]:
+    """Every combination of the values, the last field changing fastest, with its config.
+
+    Raises:
+      UsageError: a field or value that is none, or more than MOST_ROWS combinations.
+    """
+    axes = dict(parse_axis(text) for text in sweeps)
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if len(combinations) > MOST_ROWS:
+        raise UsageError(f"--sweep: {len(combinations):,} combinations; give at most {MOST_ROWS}")
+    configs = []
+    for values in combinations:
+        changed = config
+        for name, text in values.items():
+            changed = replace_field(changed, name, text)
+        configs.append((values, changed))
+    return configs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ways to fill it
+
+
+def sweep(
+    config: Config, cluster: Cluster, sweeps: Sequence[str], way: Way, steps: int, tell: Callable[[str], None]
+) -> list[Row]:
+    """Fills the grid, a row after the other.
+
+    Args:
+      way: estimate by closed forms, compile for the chip, or run `steps` steps of training in a process of its own.
+      tell: takes a line on progress.
+    """
+    rows, points = [], grid(config, sweeps)
+    for number, (values, changed) in enumerate(points, 1):
+        if way != "estimate":
+            tell(f"{number} of {len(points)}: {', '.join(f'{name}={text}' for name, text in values.items())}")
+        resolved, problems = find_problems(changed, cluster.devices)
+        rows.append(Row(values, problem=problems[0]) if problems else _fill(values, resolved, cluster, way, steps))
+    return rows
+
+
+def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, steps: int) -> Row:
+    """One row of a valid config."""
+    try:
+        if way == "run":
+            return Row(values, _estimate_if_known(config, cluster), run(config, cluster, steps))
+        estimate = _estimate(config, cluster)
+        return Row(values, _compile(estimate) if way == "compile" else estimate)
+    except ExplainedError as error:
+        return Row(values, problem=str(error).splitlines()[0])
+
+
+def _estimate(config: Config, cluster: Cluster) -> Estimate:
+    from jaxtrain.planner.cost import estimate
+
+    return estimate(config, cluster)
+
+
+def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
+    """The estimate beside a measurement; None for a chip whose figures nobody states."""
+    try:
+        return _estimate(config, cluster)
+    except ExplainedError:
+        return None
+
+
+def _compile(estimate: Estimate) -> Estimate:
+    from jaxtrain.planner.verify import verify
+
+    return verify([estimate], 1)[0]
+
+
+def run(config: Config, cluster: Cluster, steps: int) -> Measured:
+    """Trains in a process of its own, `python -m jaxtrain.main`, and reads its metrics.
+
+    On a chip named cpu the devices are fake ones, as many as the cluster has; else they are those that jax finds.
+
+    Raises:
+      ExplainedError: the last line that the run said, if it failed.
+    """
+    train = dataclasses.replace(config.train, steps=steps, log_every=1, validate_every=0, sample_tokens=0)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, steps))
+    checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-sweep-") as folder:
+        file, run_dir = Path(folder) / "config.py", Path(folder) / "run"
+        whole = dataclasses.replace(config, train=train, optimizer=optimizer, checkpoint=checkpoint, run_dir=str(run_dir))
+        file.write_text(config_source(whole, "A layout of a sweep."))
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxtrain.main", f"--config={file}"],
+            env=_environment(cluster),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()] or ["it said nothing"]
+            explained = next((line for line in said if line.startswith("error: ")), said[-1])
+            raise ExplainedError(f"the run ended with exit code {done.returncode}: {explained.removeprefix('error: ')}")
+        return read_metrics(run_dir / "metrics.jsonl")
+
+
+def _environment(cluster: Cluster) -> dict[str, str]:
+    if cluster.chip.name != "cpu":
+        return dict(os.environ)
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={cluster.devices}")
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
+def read_metrics(metrics_jsonl: Path) -> Measured:
+    """Losses of all steps, and the median of their times but for the first, which warms up."""
+    import statistics
+
+    rows = [json.loads(line) for line in metrics_jsonl.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    times = [row["step_seconds"] for row in rows if row.get("step_seconds")]
+    return Measured(tuple(losses), statistics.median(times[1:] or times))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answer
+
+
+def sweep_table(rows: Sequence[Row], way: Way) -> Table:
+    """The grid as a table; the fastest row that fits is bold."""
+    table = Table(title=f"Sweep, by {way}", title_justify="left", title_style="bold", header_style="dim", padding=(0, 1))
+    for name in rows[0].values:
+        table.add_column(name, justify="right")
+    heads = ("first loss", "last loss", "measured step", "estimated") if way == "run" else ("step", "MFU", "tokens/s", "GiB")
+    for head in heads if way == "run" else (*heads, "of budget", "bubble", "J/token"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("mesh")
+    best = min((row for row in rows if _time(row) is not None), key=lambda row: _time(row) or 0.0, default=None)
+    for row in rows:
+        count = len(heads) if way == "run" else len(heads) + 3
+        cells = [""] * count if row.problem else _measured_cells(row) if way == "run" else _estimated_cells(row)
+        tail = row.problem or (mesh_words(row.estimate) if row.estimate else "")
+        style = "dim" if row.problem else "bold green" if row is best else None
+        table.add_row(*row.values.values(), *cells, tail, style=style)
+    return table
+
+
+def _time(row: Row) -> float | None:
+    """What the rows are compared by: measured, or estimated where it fits."""
+    if row.measured:
+        return row.measured.step_seconds
+    return row.estimate.time.total if row.estimate and row.estimate.fits and not row.problem else None
+
+
+def _measured_cells(row: Row) -> list[str]:
+    assert row.measured is not None
+    beside = seconds(row.estimate.time.total) if row.estimate else "?"
+    losses = row.measured.losses
+    return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", seconds(row.measured.step_seconds), beside]
+
+
+def _estimated_cells(row: Row) -> list[str]:
+    layout = row.estimate
+    assert layout is not None
+    used = layout.memory.total / layout.cluster.budget_bytes
+    return [
+        seconds(layout.time.total),
+        percent(layout.mfu),
+        f"{layout.tokens_per_second:,.0f}",
+        gib(layout.memory.total),
+        f"{used:.0%}" + ("" if layout.fits else " does not fit"),
+        percent(layout.bubble),
+        joules(layout.joules_per_token),
+    ]
+
+
+def sweep_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The grid for a program."""
+    return [
+        {
+            "values": row.values,
+            "problem": row.problem,
+            "estimate": estimate_json(row.estimate) if row.estimate else None,
+            "measured": dataclasses.asdict(row.measured) if row.measured else None,
+        }
+        for row in rows
+    ]
