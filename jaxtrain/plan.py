@@ -38,7 +38,7 @@ class Flags:
     """What to plan for, and what to make of it."""
 
     hardware: str = "h100-sxm"
-    """Chip: a name in hardware.py, or a file (.json, .toml) that describes one, such as `python -m jaxtrain.calibrate` writes."""
+    """Chip: a name in hardware.py, or a file (.json, .toml) that describes one, as `python -m jaxtrain.calibrate` writes it."""
     hosts: int = 1
     """Hosts in the cluster."""
     devices_per_host: int = 8

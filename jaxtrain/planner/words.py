@@ -105,9 +105,10 @@ def _apart(best: Estimate, other: Estimate) -> str:
 
 def _against(name: str, best: Estimate, other: Estimate, objective: str) -> str:
     worse = score(other, objective) / score(best, objective) - 1
-    what = "energy a token" if objective == "energy" else "time"
-    measure = f"as good within {max(worse, 0):.1%}" if worse < NEGLIGIBLE else f"{worse:.1%} worse in {what}"
-    return f"{name}, {layout_words(other)}, is {measure}: {_differences(best, other)}."
+    measure = f"takes {worse:.1%} more {'energy' if objective == 'energy' else 'time'}"
+    if worse < NEGLIGIBLE:
+        measure = f"is as good within {max(worse, 0):.1%}"
+    return f"{name}, {layout_words(other)}, {measure}: {_differences(best, other)}."
 
 
 def _differences(best: Estimate, other: Estimate) -> str:
@@ -243,12 +244,13 @@ def _outcome(name: str, best: Estimate, found: SearchResult, objective: str) -> 
     if not found.ranked:
         return f"With {name} nothing would fit."
     other = found.ranked[0]
-    gain = 1 - score(other, objective) / score(best, objective)
-    rate = f"{scaled(other.tokens_per_second)} tokens/s" + (f", {percent(other.mfu)} MFU" if other.mfu is not None else "")
-    verdict = "nothing gained" if abs(gain) < NEGLIGIBLE else f"{abs(gain):.1%} {'better' if gain > 0 else 'worse'}"
+    gain = score(best, objective) / score(other, objective) - 1
+    unit = "tokens a joule" if objective == "energy" else "tokens/s"
+    verdict = "nothing gained" if abs(gain) < NEGLIGIBLE else f"{abs(gain):.1%} {'more' if gain > 0 else 'fewer'} {unit}"
+    mfu = f" at {percent(other.mfu)} MFU" if other.mfu is not None else ""
     same = _layout(other.config) == _layout(best.config)
     which = "the same layout" if same else layout_words(other)
-    return f"With {name} the best is {which}: {rate}, {verdict}."
+    return f"With {name} the best is {which}: {verdict}{mfu}."
 
 
 def _layout(config: Config) -> tuple[object, ...]:

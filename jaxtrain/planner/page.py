@@ -1,0 +1,223 @@
+"""The answer as one page: self-contained HTML with its pictures inside, light or dark as the reader's screen is."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from jaxtrain.planner.answer import Bill, Plan
+from jaxtrain.planner.estimates import Estimate
+from jaxtrain.planner.pictures import (
+    SLOWEST,
+    gantt_picture,
+    map_picture,
+    memory_picture,
+    mesh_caption,
+    mesh_picture,
+    time_picture,
+)
+from jaxtrain.planner.wording import (
+    cluster_words,
+    duration,
+    gib,
+    joules,
+    layout_words,
+    mesh_words,
+    options_words,
+    percent,
+    remat_words,
+    scaled,
+    schedule_words,
+    seconds,
+)
+from jaxtrain.planner.words import bill_words
+
+STYLE = """
+:root { color-scheme: light dark;
+  --page: #f7f7f5; --card: #ffffff; --ink: #16191d; --soft: #5c6570; --line: #e3e3df; --idle: #ececea; --grid: #eeeeeb;
+  --accent: #2f5bd0; --limit: #c22f2f; --beyond: #c22f2f0d;
+  --c0: #3d68cf; --c1: #7a9bea; --c2: #2aa198; --c3: #86b94c; --c4: #eab02e; --c5: #e5703a; --c6: #a1a7b0; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #111316; --card: #191c20; --ink: #e9ebee; --soft: #9aa3ad; --line: #2a2f35; --idle: #23272c; --grid: #24282d;
+  --accent: #86a5f5; --limit: #f07070; --beyond: #f0707012;
+  --c0: #5b82e0; --c1: #93aff2; --c2: #35b3a9; --c3: #93c45c; --c4: #e8b844; --c5: #e88352; --c6: #7c848e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+main { max-width: 1176px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 27px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 0 0 10px; }
+.lead { color: var(--soft); margin: 0 0 26px; }
+.lead b { color: var(--ink); font-weight: 600; }
+section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
+section { padding: 22px 24px 20px; margin-top: 18px; }
+p { margin: 0; max-width: 92ch; }
+h2 + p { margin-top: -2px; }
+.columns { display: grid; gap: 18px 36px; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); margin-top: 20px; }
+h3 { font-size: 16px; margin: 0 0 6px; }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
+.tile { padding: 13px 16px 12px; }
+.tile .name { color: var(--soft); font-size: 13px; }
+.tile .figure { font-size: 23px; font-weight: 600; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+.tile .beside { color: var(--soft); font-size: 13px; }
+figure { margin: 14px 0 0; overflow-x: auto; }
+figcaption, .note { color: var(--soft); font-size: 14px; margin-top: 10px; }
+svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg .ink { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
+.host { fill: none; stroke: var(--line); stroke-width: 1.2; }
+.forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
+.chunk1 { opacity: .78; } .chunk2 { opacity: .6; } .chunk3 { opacity: .46; }
+.c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
+.c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); }
+.limit { stroke: var(--limit); stroke-width: 1.4; stroke-dasharray: 5 4; } .limit-words { fill: var(--limit); }
+.grid { stroke: var(--grid); } .beyond { fill: var(--beyond); }
+.k0 { fill: var(--c6); } .k1 { fill: var(--c2); } .k2 { fill: var(--c4); } .k3 { fill: var(--c0); }
+.dot { opacity: .75; } .faint { opacity: .25; }
+.front { stroke: var(--ink); stroke-width: 1.6; stroke-linejoin: round; } .on-front, .swatch-front { fill: var(--ink); }
+.winner { fill: none; stroke: var(--limit); stroke-width: 2.6; }
+.swatch-winner { fill: none; stroke: var(--limit); stroke-width: 2; }
+table { border-collapse: collapse; font-size: 14px; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 7px 9px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 500; }
+tr:last-child td { border-bottom: 0; } tbody tr:first-child { font-weight: 600; }
+.left { text-align: left; }
+footer { color: var(--soft); font-size: 14px; margin-top: 22px; max-width: 88ch; }
+"""
+HEADINGS = ("Why this one", "What limits it", "What would change the answer")
+"""Of the three paragraphs of `words.explain_plan`."""
+
+
+def render(plan: Plan) -> str:
+    """The page of a plan that found something."""
+    best = plan.best
+    assert best is not None
+    body = [
+        f"<h1>{escape(plan.config.name)} on {escape(cluster_words(plan.cluster))}</h1>",
+        f'<p class="lead"><b>{escape(layout_words(best))}</b></p>',
+        _tiles(best, plan.bill),
+        _words(plan),
+        _section("The mesh on its hosts", _figure(mesh_picture(best), mesh_caption(best))),
+        _section("The schedule of a step", _figure(gantt_picture(best), _schedule_caption(best))),
+        _section("Memory of the fullest device", _figure(memory_picture(plan.ranked), "")),
+        _section("Where a step's time goes", _figure(time_picture(plan.ranked), "")),
+        _section("All layouts: time against memory", _figure(_map(plan), _map_caption(plan))),
+        _section("The ranking", f"<figure>{_ranking(plan)}</figure>"),
+        _footer(plan),
+    ]
+    title = escape(f"{plan.config.name} on {cluster_words(plan.cluster)}")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, inner: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{inner}\n</section>"
+
+
+def _words(plan: Plan) -> str:
+    """The paragraphs: the first across, the others side by side below it."""
+    first, *others = [f"<h3>{title}</h3><p>{escape(words)}</p>" for title, words in zip(HEADINGS, plan.words, strict=False)]
+    if plan.bill:
+        others.append(f"<h3>The whole run</h3><p>{escape(bill_words(plan.bill))}</p>")
+    columns = "".join(f"<div>{paragraph}</div>" for paragraph in others)
+    return f'<section>{first}<div class="columns">{columns}</div></section>'
+
+
+def _figure(picture: str, caption: str) -> str:
+    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{picture}</figure>{words}"
+
+
+def _tiles(best: Estimate, bill: Bill | None) -> str:
+    budget = best.cluster.budget_bytes
+    used = f"{best.memory.total / budget:.0%} of {gib(budget)} GiB" if math.isfinite(budget) else "budget not known"
+    tiles = [
+        ("Step", seconds(best.time.total), f"{best.tokens:,} tokens"),
+        ("MFU", percent(best.mfu), f"bubble {percent(best.bubble)}"),
+        ("Tokens a second", scaled(best.tokens_per_second), f"{best.tokens_per_second / best.cluster.devices:,.0f} a device"),
+        ("Memory", f"{gib(best.memory.total)} GiB", used),
+        (
+            "Sent between hosts",
+            f"{gib(best.sent(crosses_hosts=True))} GiB",
+            f"{gib(best.sent(crosses_hosts=False))} GiB in a host",
+        ),
+        ("Joules a token", joules(best.joules_per_token), "chips alone"),
+    ]
+    if bill:
+        tiles.append(("Time in all", duration(bill.seconds), f"{scaled(bill.tokens)} tokens"))
+        tiles.append(("GPU-hours", scaled(bill.gpu_hours), f"{bill.steps:,} steps"))
+        if bill.kilowatt_hours is not None:
+            tiles.append(("Energy in all", scaled(1000 * bill.kilowatt_hours, "Wh"), "chips alone"))
+        if bill.money is not None:
+            tiles.append(("Money", scaled(bill.money), "at the price given"))
+    inner = "".join(
+        f'<div class="tile"><div class="name">{escape(name)}</div><div class="figure">{escape(figure)}</div>'
+        f'<div class="beside">{escape(beside)}</div></div>'
+        for name, figure, beside in tiles
+    )
+    return f'<div class="tiles">{inner}</div>'
+
+
+def _schedule_caption(best: Estimate) -> str:
+    config = best.config
+    if config.mesh.pipe == 1:
+        return "One stage: microbatches follow one another, and gradients add up."
+    return (
+        f"{config.pipeline.schedule}, {config.train.microbatches} microbatches; numbers are microbatches, paler boxes later "
+        "chunks. A backward pass is drawn twice as long as a forward one; stages go in lock-step. "
+        f"Waiting: {percent(best.bubble)} of a step."
+    )
+
+
+def _map(plan: Plan) -> str:
+    return map_picture(plan.search.points, plan.search.pareto, plan.ranked)
+
+
+def _map_caption(plan: Plan) -> str:
+    pruned = ", ".join(f"{count:,} {reason}" for reason, count in plan.search.pruned.items())
+    return (
+        f"{plan.search.candidates:,} layouts were looked at"
+        + (f" ({pruned})" if pruned else "")
+        + f". Drawn: a sample of those within {SLOWEST} times the fastest. Both axes are logarithmic; dots are estimates, "
+        "the ring is the first of the ranking. Point at a dot for its mesh."
+    )
+
+
+def _ranking(plan: Plan) -> str:
+    heads = ("#", "mesh", "schedule", "microbatches", "remat", "choices", "step", "MFU", "tokens/s", "GiB")
+    heads += ("in-host GiB", "network GiB", "bubble", "J/token", "from")
+    words = {"mesh", "schedule", "remat", "choices", "from"}
+    head = "".join(f"<th{_left(name in words)}>{escape(name)}</th>" for name in heads)
+    rows = []
+    for rank, layout in enumerate(plan.ranked, 1):
+        config = layout.config
+        cells = (str(rank), mesh_words(layout), schedule_words(config), str(config.train.microbatches), remat_words(config))
+        cells += (options_words(config), seconds(layout.time.total), percent(layout.mfu), f"{layout.tokens_per_second:,.0f}")
+        cells += (gib(layout.memory.total), gib(layout.sent(crosses_hosts=False)), gib(layout.sent(crosses_hosts=True)))
+        cells += (percent(layout.bubble), joules(layout.joules_per_token), layout.origin)
+        rows.append("".join(f"<td{_left(h in words)}>{escape(cell)}</td>" for h, cell in zip(heads, cells, strict=True)))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _left(yes: bool) -> str:
+    return ' class="left"' if yes else ""
+
+
+def _footer(plan: Plan) -> str:
+    origins = {layout.origin for layout in plan.ranked}
+    said = ["Made by python -m jaxtrain.plan, without a GPU."]
+    if "compiled" in origins:
+        said.append("Rows marked compiled hold memory, FLOPs and bytes of the program that these chips would run.")
+    if "approximate" in origins:
+        said.append(
+            "Rows marked approximate were compiled for fake CPU devices, or are of a model that the closed forms only approach."
+        )
+    if "estimate" in origins:
+        said.append("Rows marked estimate are closed forms alone.")
+    said.append(f"The budget is the chip's memory less {gib(plan.cluster.reserved_bytes)} GiB for CUDA, NCCL and cuBLAS.")
+    return f"<footer>{escape(' '.join(said))}</footer>"

@@ -1,0 +1,293 @@
+"""The pictures of the planner's page, each a function from what was planned to SVG: mesh, schedule, bars, map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxtrain.config import MESH_AXES
+from jaxtrain.mesh import split_over_hosts
+from jaxtrain.planner.estimates import Estimate, Point
+from jaxtrain.planner.svg import fitted, legend, line, polyline, rect, round_ticks, svg, text, text_width
+from jaxtrain.planner.timeline import Box, timeline_of
+from jaxtrain.planner.wording import GIBI, MEMORY_WORDS, TIME_WORDS, gib, mesh_words, remat_words, schedule_words, seconds
+
+WIDTH = 1080
+MOST_HOSTS = 32
+CELL, GAP, HOST_GAP = 24, 3, 14
+UNIT = 7.0
+"""Least width of a unit of the schedule's time."""
+MOST_POINTS = 1500
+SLOWEST = 8
+"""Layouts that take longer than so many times the fastest are left off the map."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mesh on hosts
+
+
+def coordinates(shape: Sequence[int], devices_per_host: int) -> np.ndarray:
+    """[host, device of the host, axis]: where on the mesh each device stands, as `mesh.make_mesh` lays it."""
+    per_host = min(devices_per_host, math.prod(shape))
+    inside, across = split_over_hosts(shape, per_host)
+    hosts = np.array(np.unravel_index(np.arange(math.prod(across)), across)).T
+    own = np.array(np.unravel_index(np.arange(per_host), inside)).T
+    return hosts[:, None, :] * np.array(inside) + own[None, :, :]
+
+
+def colour_axis(shape: Sequence[int]) -> int:
+    """The axis that colours tell apart: pipe where there is one, else the outermost in use."""
+    pipe = MESH_AXES.index("pipe")
+    return pipe if shape[pipe] > 1 else next((i for i, size in enumerate(shape) if size > 1), pipe)
+
+
+def hue(index: int, count: int) -> str:
+    """Colour of one of `count` groups, neighbours far enough apart."""
+    return f"hsl({(212 + 360 * index / max(count, 1)) % 360:.0f} 48% 47%)"
+
+
+def mesh_picture(layout: Estimate) -> str:
+    """Hosts as boxes, devices as squares: what differs inside a host stands on its devices, what does not above the host."""
+    shape, per_host = layout.config.mesh.shape, layout.cluster.devices_per_host
+    places = coordinates(shape, per_host)
+    hosts, devices, _ = places.shape
+    stride = math.ceil(hosts / MOST_HOSTS)
+    shown = range(0, hosts, stride)
+    varying = [axis for axis in range(len(shape)) if len(np.unique(places[0, :, axis])) > 1]
+    fixed = [axis for axis, size in enumerate(shape) if size > 1 and axis not in varying]
+    columns = 4 if devices <= 16 else 12
+    rows = math.ceil(devices / columns)
+    wide = min(devices, columns) * (CELL + GAP) - GAP + 16
+    wide = max(wide, 118)
+    tall = rows * (CELL + GAP) - GAP + 34
+    per_row = max(1, int((WIDTH + HOST_GAP) / (wide + HOST_GAP)))
+    parts, painted = [], colour_axis(shape)
+    for number, host in enumerate(shown):
+        x, y = number % per_row * (wide + HOST_GAP), number // per_row * (tall + HOST_GAP)
+        parts.append(rect(x + 0.5, y + 0.5, wide - 1, tall - 1, class_="host", rx=8))
+        name = ", ".join(f"{MESH_AXES[axis]} {places[host, 0, axis]}" for axis in fixed)
+        parts.append(text(x + 8, y + 17, fitted(name or f"host {host}", wide - 16, 11), 11, class_="soft"))
+        for device in range(devices):
+            place = places[host, device]
+            left, top = x + 8 + device % columns * (CELL + GAP), y + 26 + device // columns * (CELL + GAP)
+            whole = ", ".join(f"{MESH_AXES[axis]} {place[axis]}" for axis in range(len(shape)) if shape[axis] > 1)
+            fill = hue(int(place[painted]), shape[painted])
+            parts.append(rect(left, top, CELL, CELL, f"host {host}, device {device}: {whole or 'alone'}", fill=fill, rx=4))
+            parts += _device_words([f"{MESH_AXES[axis][0]}{place[axis]}" for axis in varying], left, top)
+    height = math.ceil(len(shown) / per_row) * (tall + HOST_GAP) - HOST_GAP
+    return svg(WIDTH, height, parts, f"{hosts} hosts of {devices} devices")
+
+
+def _device_words(words: list[str], left: float, top: float) -> list[str]:
+    """Up to three coordinates, centred on a device's square, a line each."""
+    words = words[-3:]
+    size = {0: 11, 1: 11, 2: 9.5, 3: 7.5}[len(words)]
+    first = top + CELL / 2 - (len(words) - 1) * size / 2 + size * 0.36
+    return [text(left + CELL / 2, first + i * size, word, size, "middle", class_="on") for i, word in enumerate(words)]
+
+
+def mesh_caption(layout: Estimate) -> str:
+    """What the picture of the mesh shows, in a sentence or three."""
+    shape = layout.config.mesh.shape
+    places = coordinates(shape, layout.cluster.devices_per_host)
+    hosts, stride = len(places), math.ceil(len(places) / MOST_HOSTS)
+    painted = colour_axis(shape)
+    said = [f"A box is a host, a square a {layout.cluster.chip.name}."]
+    if shape[painted] > 1:
+        said.append(f"Colour tells apart the {shape[painted]} positions along {MESH_AXES[painted]}.")
+    inside = [axis for axis in range(len(shape)) if len(np.unique(places[0, :, axis])) > 1]
+    if inside:
+        letters = ", ".join(f"{MESH_AXES[axis][0]} = {MESH_AXES[axis]}" for axis in inside)
+        said.append(f"On the squares: position along the axes inside a host ({letters}).")
+    if stride > 1:
+        said.append(f"Of {hosts:,} hosts, every {stride}th is drawn.")
+    return " ".join(said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+def gantt_picture(layout: Estimate) -> str:
+    """A row a stage, time to the right; long steps are cut in the middle."""
+    whole = timeline_of(layout.config)
+    left, tall = 64.0, 24.0
+    most = int((WIDTH - left) / UNIT)
+    if whole.length <= most:
+        windows = [(0, whole.length)]
+    else:
+        head = (most - 4) * 2 // 3
+        windows = [(0, head), (whole.length - (most - 4 - head), whole.length)]
+    units = sum(stop - start for start, stop in windows) + 4 * (len(windows) - 1)
+    unit = min((WIDTH - left) / units, 40.0)
+    parts = [legend(left, 12, [("forward", "forward"), ("backward", "backward"), ("idle", "waiting for other stages")])]
+    top = 28.0
+    origins = [left, left + (windows[0][1] - windows[0][0] + 4) * unit]
+    for stage in range(whole.stages):
+        parts.append(text(left - 10, top + stage * (tall + 3) + tall * 0.68, f"stage {stage}", 12, "end", class_="soft"))
+        for (start, stop), origin in zip(windows, origins, strict=False):
+            parts.append(rect(origin, top + stage * (tall + 3), (stop - start) * unit, tall, class_="idle", rx=3))
+    for (start, stop), origin in zip(windows, origins, strict=False):
+        for box in whole.boxes:
+            first, last = max(box.start, start), min(box.start + box.length, stop)
+            if first < last:
+                y = top + box.stage * (tall + 3)
+                parts += _box(box, origin + (first - start) * unit, y, (last - first) * unit, tall)
+    height = top + whole.stages * (tall + 3)
+    if len(windows) > 1:
+        parts.append(text(origins[1] - 2 * unit, top + (height - top) / 2, "…", 20, "middle", class_="soft"))
+    return svg(WIDTH, height, parts, "the pipeline's schedule")
+
+
+def _box(box: Box, x: float, y: float, width: float, height: float) -> list[str]:
+    kind = "forward" if box.is_forward else "backward"
+    title = f"{kind} of microbatch {box.microbatch} on stage {box.stage}" + (f", chunk {box.chunk}" if box.chunk else "")
+    parts = [rect(x + 0.4, y, width - 0.8, height, title, class_=f"{kind} chunk{box.chunk % 4}", rx=3)]
+    if text_width(str(box.microbatch), 10) + 3 <= width:
+        parts.append(text(x + width / 2, y + height * 0.65, str(box.microbatch), 10, "middle", class_="on"))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bars
+
+
+def memory_picture(ranked: Sequence[Estimate]) -> str:
+    """Memory of the fullest device by category, against the budget."""
+    rows = [(layout, {name: getattr(layout.memory, name) / GIBI for name in MEMORY_WORDS}) for layout in ranked]
+    budget = ranked[0].cluster.budget_bytes / GIBI
+    limit = (budget, f"budget {gib(ranked[0].cluster.budget_bytes)} GiB") if math.isfinite(budget) else None
+    return _bars(rows, MEMORY_WORDS, "GiB", limit, lambda value: f"{gib(value * GIBI)} GiB")
+
+
+def time_picture(ranked: Sequence[Estimate]) -> str:
+    """Seconds of a step, by what they are spent on."""
+    rows = [(layout, {name: getattr(layout.time, name) for name in TIME_WORDS}) for layout in ranked]
+    return _bars(rows, TIME_WORDS, "s", None, seconds)
+
+
+def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[str, str], unit: str, limit, write) -> str:
+    """Stacked horizontal bars, one a layout, its name on the left and its sum on the right.
+
+    Args:
+      limit: (value, words) of a line across the bars; None for none.
+      write: a value as words.
+    """
+    left, right, tall, pitch, top = 300.0, 90.0, 22.0, 40.0, 46.0 if limit else 30.0
+    longest = max([sum(values.values()) for _, values in rows] + ([limit[0]] if limit else []))
+    scale = (WIDTH - left - right) / longest
+    parts = [legend(left, 12, [(f"c{i}", name) for i, name in enumerate(names.values())])]
+    for number, (layout, values) in enumerate(rows):
+        y, x = top + number * pitch, left
+        weight = "600" if number == 0 else None
+        name = fitted(f"{number + 1}  {mesh_words(layout)}", left - 16, 12.5)
+        parts.append(text(0, y + 9, name, 12.5, class_="ink", font_weight=weight))
+        parts.append(text(16, y + 24, fitted(_how(layout), left - 32, 11), 11, class_="soft"))
+        for i, key in enumerate(names):
+            wide = values[key] * scale
+            parts.append(rect(x, y, wide, tall, f"{names[key]}: {write(values[key])}", class_=f"c{i}"))
+            x += wide
+        parts.append(text(x + 8, y + tall * 0.7, write(sum(values.values())), 12, class_="ink", font_weight=weight))
+    height = top + len(rows) * pitch - (pitch - tall) + 4
+    if limit:
+        x = left + limit[0] * scale
+        parts.append(line(x, top - 8, x, height, class_="limit"))
+        anchor = "end" if x > WIDTH - text_width(limit[1], 11.5) / 2 else "middle"
+        parts.append(text(x, top - 13, limit[1], 11.5, anchor, class_="limit-words"))
+    return svg(WIDTH, height, parts, f"{', '.join(names.values())} of each layout, in {unit}")
+
+
+def _how(layout: Estimate) -> str:
+    """The rest of a layout, below its mesh."""
+    config = layout.config
+    count = config.train.microbatches
+    parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
+    return ", ".join([*parts, f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The map
+
+KINDS = ("data alone", "tensor", "pipe", "pipe and tensor")
+
+
+def kind_of(mesh: Sequence[int]) -> int:
+    """Index into KINDS: which of pipe and tensor a mesh uses."""
+    return 2 * (mesh[MESH_AXES.index("pipe")] > 1) + (mesh[MESH_AXES.index("tensor")] > 1)
+
+
+def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Sequence[Estimate]) -> str:
+    """Step time over memory of the layouts that were looked at, both logarithmic, and the front that none beats in both."""
+    longest = SLOWEST * min(estimate.time.total for estimate in ranked)
+    drawn = [p for p in points if p.bytes > 0 and 0 < p.seconds <= longest]
+    drawn = drawn[:: math.ceil(len(drawn) / MOST_POINTS) or 1]
+    ends = [(e.memory.total, e.time.total) for e in (*pareto, *ranked)] + [(p.bytes, p.seconds) for p in drawn]
+    plot = _Plot([x / GIBI for x, _ in ends], [y for _, y in ends])
+    budget = ranked[0].cluster.budget_bytes / GIBI
+    parts = plot.grid()
+    if math.isfinite(budget) and plot.low_x < budget < plot.high_x:
+        x = plot.x(budget)
+        parts.append(rect(x, plot.top, plot.right - x, plot.bottom - plot.top, class_="beyond"))
+        parts.append(line(x, plot.top, x, plot.bottom, class_="limit"))
+        parts.append(text(x + 6, plot.top + 14, "does not fit", 11.5, class_="limit-words"))
+    for point in drawn:
+        mesh = " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, point.mesh, strict=True) if size > 1)
+        css = f"dot k{kind_of(point.mesh)}" + ("" if point.fits else " faint")
+        parts.append(
+            plot.dot(point.bytes / GIBI, point.seconds, 2.6, css, f"{mesh}: {seconds(point.seconds)}, {gib(point.bytes)} GiB")
+        )
+    front = sorted((e.memory.total / GIBI, e.time.total) for e in pareto)
+    parts.append(polyline([(plot.x(x), plot.y(y)) for x, y in front], class_="front"))
+    for estimate in pareto:
+        label = f"{mesh_words(estimate)}: {seconds(estimate.time.total)}, {gib(estimate.memory.total)} GiB"
+        parts.append(plot.dot(estimate.memory.total / GIBI, estimate.time.total, 4, "on-front", label))
+    best = ranked[0]
+    parts.append(plot.dot(best.memory.total / GIBI, best.time.total, 8, "winner", f"first: {mesh_words(best)}"))
+    names = [(f"k{i}", name) for i, name in enumerate(KINDS) if any(kind_of(p.mesh) == i for p in drawn)]
+    parts.append(
+        legend(plot.left, 12, [*names, ("swatch-front", "none is both faster and smaller"), ("swatch-winner", "the first")])
+    )
+    return svg(WIDTH, plot.height, parts, "step time over memory of the layouts that were looked at")
+
+
+class _Plot:
+    """A logarithmic plane: memory in GiB to the right, seconds up."""
+
+    left, right, top, bottom, height = 64.0, WIDTH - 8.0, 30.0, 440.0, 486.0
+
+    def __init__(self, xs: Sequence[float], ys: Sequence[float]):
+        self.low_x, self.high_x = min(xs) / 1.12, max(xs) * 1.12
+        self.low_y, self.high_y = min(ys) / 1.12, max(ys) * 1.12
+
+    def x(self, value: float) -> float:
+        """Pixels from the left."""
+        share = math.log(value / self.low_x) / math.log(self.high_x / self.low_x)
+        return self.left + share * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Pixels from above."""
+        share = math.log(value / self.low_y) / math.log(self.high_y / self.low_y)
+        return self.bottom - share * (self.bottom - self.top)
+
+    def grid(self) -> list[str]:
+        """Lines at round numbers, and what they are."""
+        parts = []
+        for value in round_ticks(self.low_x, self.high_x, 12):
+            parts.append(line(self.x(value), self.top, self.x(value), self.bottom, class_="grid"))
+            parts.append(text(self.x(value), self.bottom + 18, f"{value:g}", 11.5, "middle", class_="soft"))
+        for value in round_ticks(self.low_y, self.high_y):
+            parts.append(line(self.left, self.y(value), self.right, self.y(value), class_="grid"))
+            parts.append(text(self.left - 8, self.y(value) + 4, seconds(value), 11.5, "end", class_="soft"))
+        middle = (self.left + self.right) / 2
+        parts.append(text(middle, self.bottom + 40, "GiB on the fullest device", 12, "middle", class_="soft"))
+        return parts
+
+    def dot(self, x: float, y: float, radius: float, css: str, title: str) -> str:
+        """A point with a title."""
+        from html import escape
+
+        from jaxtrain.planner.svg import element
+
+        return element("circle", element("title", escape(title)), cx=self.x(x), cy=self.y(y), r=radius, class_=css)
