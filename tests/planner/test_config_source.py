@@ -37,7 +37,10 @@ def test_only_what_differs_is_written():
 
 def test_a_plan_of_70b_reads_like_the_config_it_came_from():
     text = config_source(load_config("configs/70b.py"), "x")
-    assert Path("configs/70b.py").read_text().replace("1.5e-4", "0.00015").partition("def get_config")[2] == text.partition("def get_config")[2]
+    assert (
+        Path("configs/70b.py").read_text().replace("1.5e-4", "0.00015").partition("def get_config")[2]
+        == text.partition("def get_config")[2]
+    )
 
 
 @pytest.mark.parametrize(("path", "message"), [("x.yaml", "ends in .py"), ("no/such/folder/x.py", "No such file")])
