@@ -126,6 +126,8 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
     Raises:
       ExplainedError: nothing fits; the message says what would.
     """
+    check_model(config)
+
     import functools
 
     from jaxtrain.planner.answer import Plan, make_bill, plan_json
@@ -133,7 +135,6 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
     from jaxtrain.planner.verify import verify
     from jaxtrain.planner.words import explain_plan
 
-    check_model(config)
     look = functools.partial(search, objective=flags.objective)
     found = look(config, cluster)
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")

@@ -100,7 +100,7 @@ def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
         config = estimate.config
         table.add_row(
             str(rank),
-            mesh_words(estimate),
+            mesh_words(estimate.config.mesh),
             schedule_words(config),
             str(config.train.microbatches),
             remat_words(config),

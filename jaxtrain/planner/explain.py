@@ -23,6 +23,8 @@ from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
 from jaxtrain.telemetry.flops import num_parameters
 
+SMALL = 8 * 2**20
+"""Bytes below which a transfer is listed with the other small ones."""
 HOLDS = {
     "parameters": "master weights in {param_dtype}, {held:,} of {all:,}",
     "optimizer": "state of {optimizer}",
@@ -119,17 +121,31 @@ def axes_table(explanation: Explanation) -> Table:
     layout = explanation.estimate
     heads = ("axes", "what", "collective", "dtype", "calls", "GiB sent", "over")
     table = _table("Each axis moves, a device and step", heads, numbers=("calls", "GiB sent"))
-    for entry in explanation.entries:
-        axes = entry.axes.split("+")
-        across = any(getattr(layout.config.mesh, axis) > explanation.inside[MESH_AXES.index(axis)] for axis in axes)
-        link = "network" if across else "in host"
-        table.add_row(entry.axes, entry.purpose, entry.kind, entry.dtype, f"{entry.calls:,}", gib(entry.wire), link)
+    for (axes, purpose, kind, dtype), (calls, sent) in grouped(explanation.entries).items():
+        across = any(getattr(layout.config.mesh, axis) > explanation.inside[MESH_AXES.index(axis)] for axis in axes.split("+"))
+        table.add_row(axes, purpose, kind, dtype, f"{calls:,}", gib(sent), "network" if across else "in host")
+    small = sum(entry.wire for entry in explanation.entries if entry.wire < SMALL)
+    if small:
+        table.add_row("", "counts, losses, norms and what else is small", "", "", "", gib(small), "", style="dim")
     if not explanation.entries and explanation.uncovered:
         _add_wires(table, layout.wires)
         table.caption = explanation.uncovered
     elif not explanation.entries:
         table.caption = "nothing: one device"
     return table
+
+
+def grouped(entries: Sequence[Entry]) -> dict[tuple[str, str, str, str], tuple[int, float]]:
+    """(calls, bytes sent) by (axes, purpose, kind, dtype): what is alike is added up, what is small is left out."""
+    sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
+    for entry in entries:
+        if entry.wire < SMALL:
+            continue
+        purpose = "gradients of weights" if entry.purpose.startswith("gradient of ") else entry.purpose
+        key = (entry.axes, purpose, entry.kind, entry.dtype)
+        calls, sent = sums.get(key, (0, 0.0))
+        sums[key] = calls + entry.calls, sent + entry.wire
+    return sums
 
 
 def _add_wires(table: Table, wires: Sequence[Wire]) -> None:

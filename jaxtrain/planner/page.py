@@ -195,7 +195,13 @@ def _ranking(plan: Plan) -> str:
     rows = []
     for rank, layout in enumerate(plan.ranked, 1):
         config = layout.config
-        cells = (str(rank), mesh_words(layout), schedule_words(config), str(config.train.microbatches), remat_words(config))
+        cells = (
+            str(rank),
+            mesh_words(layout.config.mesh),
+            schedule_words(config),
+            str(config.train.microbatches),
+            remat_words(config),
+        )
         cells += (options_words(config), seconds(layout.time.total), percent(layout.mfu), f"{layout.tokens_per_second:,.0f}")
         cells += (gib(layout.memory.total), gib(layout.sent(crosses_hosts=False)), gib(layout.sent(crosses_hosts=True)))
         cells += (percent(layout.bubble), joules(layout.joules_per_token), layout.origin)

@@ -12,7 +12,17 @@ from jaxtrain.mesh import split_over_hosts
 from jaxtrain.planner.estimates import Estimate, Point
 from jaxtrain.planner.svg import fitted, legend, line, polyline, rect, round_ticks, svg, text, text_width
 from jaxtrain.planner.timeline import Box, timeline_of
-from jaxtrain.planner.wording import GIBI, MEMORY_WORDS, TIME_WORDS, gib, mesh_words, remat_words, schedule_words, seconds
+from jaxtrain.planner.wording import (
+    GIBI,
+    MEMORY_WORDS,
+    TIME_WORDS,
+    gib,
+    mesh_words,
+    remat_words,
+    schedule_words,
+    seconds,
+    shape_words,
+)
 
 WIDTH = 1080
 MOST_HOSTS = 32
@@ -182,7 +192,7 @@ def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[s
     for number, (layout, values) in enumerate(rows):
         y, x = top + number * pitch, left
         weight = "600" if number == 0 else None
-        name = fitted(f"{number + 1}  {mesh_words(layout)}", left - 16, 12.5)
+        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 16, 12.5)
         parts.append(text(0, y + 9, name, 12.5, class_="ink", font_weight=weight))
         parts.append(text(16, y + 24, fitted(_how(layout), left - 32, 11), 11, class_="soft"))
         for i, key in enumerate(names):
@@ -233,7 +243,7 @@ def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Seq
         parts.append(line(x, plot.top, x, plot.bottom, class_="limit"))
         parts.append(text(x + 6, plot.top + 14, "does not fit", 11.5, class_="limit-words"))
     for point in drawn:
-        mesh = " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, point.mesh, strict=True) if size > 1)
+        mesh = shape_words(point.mesh)
         css = f"dot k{kind_of(point.mesh)}" + ("" if point.fits else " faint")
         parts.append(
             plot.dot(point.bytes / GIBI, point.seconds, 2.6, css, f"{mesh}: {seconds(point.seconds)}, {gib(point.bytes)} GiB")
@@ -241,10 +251,10 @@ def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Seq
     front = sorted((e.memory.total / GIBI, e.time.total) for e in pareto)
     parts.append(polyline([(plot.x(x), plot.y(y)) for x, y in front], class_="front"))
     for estimate in pareto:
-        label = f"{mesh_words(estimate)}: {seconds(estimate.time.total)}, {gib(estimate.memory.total)} GiB"
+        label = f"{mesh_words(estimate.config.mesh)}: {seconds(estimate.time.total)}, {gib(estimate.memory.total)} GiB"
         parts.append(plot.dot(estimate.memory.total / GIBI, estimate.time.total, 4, "on-front", label))
     best = ranked[0]
-    parts.append(plot.dot(best.memory.total / GIBI, best.time.total, 8, "winner", f"first: {mesh_words(best)}"))
+    parts.append(plot.dot(best.memory.total / GIBI, best.time.total, 8, "winner", f"first: {mesh_words(best.config.mesh)}"))
     names = [(f"k{i}", name) for i, name in enumerate(KINDS) if any(kind_of(p.mesh) == i for p in drawn)]
     parts.append(
         legend(plot.left, 12, [*names, ("swatch-front", "none is both faster and smaller"), ("swatch-winner", "the first")])

@@ -47,6 +47,8 @@ class Row:
     """Fields and their values, as they were given."""
     estimate: Estimate | None = None
     measured: Measured | None = None
+    config: Config | None = None
+    """Valid, mesh resolved."""
     problem: str = ""
     """Why there is nothing to show: the config is not valid, or the compiler or the run failed."""
 
@@ -151,9 +153,9 @@ def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, st
     """One row of a valid config."""
     try:
         if way == "run":
-            return Row(values, _estimate_if_known(config, cluster), run(config, cluster, steps))
+            return Row(values, _estimate_if_known(config, cluster), run(config, cluster, steps), config)
         estimate = _estimate(config, cluster)
-        return Row(values, _compile(estimate) if way == "compile" else estimate)
+        return Row(values, _compile(estimate) if way == "compile" else estimate, config=config)
     except ExplainedError as error:
         return Row(values, problem=str(error).splitlines()[0])
 
@@ -242,7 +244,7 @@ def sweep_table(rows: Sequence[Row], way: Way) -> Table:
     for row in rows:
         count = len(heads) if way == "run" else len(heads) + 3
         cells = [""] * count if row.problem else _measured_cells(row) if way == "run" else _estimated_cells(row)
-        tail = row.problem or (mesh_words(row.estimate) if row.estimate else "")
+        tail = row.problem or (mesh_words(row.config.mesh) if row.config else "")
         style = "dim" if row.problem else "bold green" if row is best else None
         table.add_row(*row.values.values(), *cells, tail, style=style)
     return table

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from jaxtrain.config import Config
+from jaxtrain.config import MESH_AXES, Config, MeshConfig
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 
 GIBI = 2**30
@@ -27,6 +28,11 @@ TIME_WORDS = {
     "overhead": "overhead",
 }
 """Fields of `estimates.StepTime`, as they are called in tables."""
+
+
+def _three(value: float) -> str:
+    """Three digits, "8.00", or all of them before the point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
 
 
 def gib(count: float) -> str:
@@ -53,7 +59,7 @@ def seconds(value: float) -> str:
         return "never"
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}" if value < 1000 else f"{value:,.0f} s"
+            return f"{_three(value / factor)} {unit}"
     return "0 s" if not value else f"{value:.2g} s"
 
 
@@ -62,7 +68,7 @@ def duration(value: float) -> str:
     for factor, unit in ((365.25 * 86400, "years"), (2 * 86400, "days"), (2 * 3600, "hours"), (120, "min")):
         if value >= factor:
             size = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "min": 60}[unit]
-            return f"{value / size:,.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
+            return f"{_three(value / size)} {unit}"
     return seconds(value)
 
 
@@ -73,7 +79,7 @@ def percent(share: float | None) -> str:
 
 def joules(value: float | None) -> str:
     """Joules of a token, three digits, or "?"."""
-    return "?" if value is None else f"{value:.3g}"
+    return "?" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def listed(words: list[str]) -> str:
@@ -81,9 +87,14 @@ def listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
-def mesh_words(estimate: Estimate) -> str:
+def mesh_words(mesh: MeshConfig) -> str:
     """ "pipe=4 × fsdp=4 × tensor=8", the axes above 1."""
-    return " × ".join(f"{axis}={size}" for axis, size in estimate.mesh.items()) or "one device"
+    return shape_words(mesh.shape)
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """The same from sizes in the order of MESH_AXES."""
+    return " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1) or "one device"
 
 
 def schedule_words(config: Config) -> str:
@@ -112,7 +123,7 @@ def layout_words(estimate: Estimate) -> str:
     count = config.train.microbatches
     parts += [f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"]
     parts += [options_words(config)] if options_words(config) != "-" else []
-    return f"{mesh_words(estimate)} ({', '.join(parts)})"
+    return f"{mesh_words(config.mesh)} ({', '.join(parts)})"
 
 
 def cluster_words(cluster: Cluster) -> str:

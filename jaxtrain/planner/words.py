@@ -22,6 +22,7 @@ from jaxtrain.planner.wording import (
     percent,
     scaled,
     seconds,
+    shape_words,
 )
 
 Search = Callable[[Config, Cluster], SearchResult]
@@ -204,10 +205,7 @@ def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
     if not faster:
         return "; memory does not limit it: no layout that needs more is faster."
     point = min(faster, key=lambda point: point.seconds)
-    mesh = " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, point.mesh, strict=True) if size > 1)
-    return (
-        f"; memory limits it too: {mesh or 'one device'} would take {seconds(point.seconds)}, but needs {gib(point.bytes)} GiB."
-    )
+    return f"; memory limits it too: {shape_words(point.mesh)} would take {seconds(point.seconds)}, but needs {gib(point.bytes)} GiB."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +223,7 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
     cases: list[tuple[str, Config, Cluster]] = []
     if chip.memory_bytes:
         roomier = dataclasses.replace(chip, memory_bytes=2 * chip.memory_bytes)
-        cases.append((f"twice the memory ({roomier.memory_bytes / 1e9:,.0f} GB a chip)", config, _with(cluster, roomier)))
+        cases.append((f"twice the memory ({2 * chip.memory_bytes / 1e9:,.0f} GB a chip)", config, _with(cluster, roomier)))
     larger = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=batch))
     cases.append((f"twice the batch ({batch:,} sequences a step)", larger, cluster))
     if chip.nic_bandwidth and cluster.hosts > 1:
@@ -274,8 +272,8 @@ def why_nothing_fits(config: Config, cluster: Cluster, found: SearchResult) -> s
     if found.leanest:
         memory = found.leanest.memory
         said.append(
-            f"The leanest, {mesh_words(found.leanest)}, needs {gib(memory.total)} GiB on its fullest device, which has "
-            f"{gib(cluster.budget_bytes)} to give; most of it for {_largest(memory)}."
+            f"The leanest, {mesh_words(found.leanest.config.mesh)}, needs {gib(memory.total)} GiB on its fullest device, which "
+            f"has {gib(cluster.budget_bytes)} to give; most of it for {_largest(memory)}."
         )
     if found.smallest:
         said.append(f"The smallest cluster that would do is {cluster_words(found.smallest)}: --hosts={found.smallest.hosts}.")
