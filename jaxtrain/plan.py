@@ -132,7 +132,6 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
 
     from jaxtrain.planner.answer import Plan, make_bill, plan_json
     from jaxtrain.planner.search import search
-    from jaxtrain.planner.verify import verify
     from jaxtrain.planner.words import explain_plan
 
     look = functools.partial(search, objective=flags.objective)
@@ -140,6 +139,8 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")
     ranked = found.ranked
     if ranked and flags.verify:
+        from jaxtrain.planner.verify import verify
+
         ranked = tuple(verify(ranked, flags.verify, objective=flags.objective))
     words = explain_plan(config, cluster, flags.objective, found, ranked, look)
     bill = make_bill(ranked[0], flags.tokens, flags.days, flags.price_per_gpu_hour) if ranked else None

@@ -91,9 +91,9 @@ def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour
 def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
     """The layouts, best first: time, use of the chips, and what moves."""
     table = _table(title)
-    for head in ("#", "mesh", "schedule", "microbatches", "remat", "choices"):
-        table.add_column(head, justify="right" if head in ("#", "microbatches") else "left")
-    for head in ("step", "MFU", "tokens/s", "in-host GiB", "network GiB", "bubble", "J/token"):
+    for head in ("#", "mesh", "schedule", "micro-\nbatches", "remat", "choices"):
+        table.add_column(head, justify="right" if head in ("#", "micro-\nbatches") else "left")
+    for head in ("step", "MFU", "tokens/s", "in-host\nGiB", "network\nGiB", "bubble", "J/token"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("from", no_wrap=True)
     for rank, estimate in enumerate(ranked, 1):

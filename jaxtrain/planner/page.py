@@ -8,6 +8,7 @@ from html import escape
 from jaxtrain.planner.answer import Bill, Plan
 from jaxtrain.planner.estimates import Estimate
 from jaxtrain.planner.pictures import (
+    LARGEST,
     SLOWEST,
     gantt_picture,
     map_picture,
@@ -63,7 +64,7 @@ h3 { font-size: 16px; margin: 0 0 6px; }
 figure { margin: 14px 0 0; overflow-x: auto; }
 figcaption, .note { color: var(--soft); font-size: 14px; margin-top: 10px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg .ink { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
+svg .ink { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; } svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
 .host { fill: none; stroke: var(--line); stroke-width: 1.2; }
 .forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
 .chunk1 { opacity: .78; } .chunk2 { opacity: .6; } .chunk3 { opacity: .46; }
@@ -76,8 +77,8 @@ svg .ink { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .on { fill: 
 .front { stroke: var(--ink); stroke-width: 1.6; stroke-linejoin: round; } .on-front, .swatch-front { fill: var(--ink); }
 .winner { fill: none; stroke: var(--limit); stroke-width: 2.6; }
 .swatch-winner { fill: none; stroke: var(--limit); stroke-width: 2; }
-table { border-collapse: collapse; font-size: 14px; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 7px 9px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; font-size: 13px; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 7px 7px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
 tr:last-child td { border-bottom: 0; } tbody tr:first-child { font-weight: 600; }
 .left { text-align: left; }
@@ -182,8 +183,8 @@ def _map_caption(plan: Plan) -> str:
     return (
         f"{plan.search.candidates:,} layouts were looked at"
         + (f" ({pruned})" if pruned else "")
-        + f". Drawn: a sample of those within {SLOWEST} times the fastest. Both axes are logarithmic; dots are estimates, "
-        "the ring is the first of the ranking. Point at a dot for its mesh."
+        + f". Drawn: a sample of those within {SLOWEST} times the time of the first and {LARGEST} times the budget. Both axes are "
+        "logarithmic; dots are estimates, the ring is the first of the ranking. Point at a dot for its mesh."
     )
 
 

@@ -30,8 +30,8 @@ CELL, GAP, HOST_GAP = 24, 3, 14
 UNIT = 7.0
 """Least width of a unit of the schedule's time."""
 MOST_POINTS = 1500
-SLOWEST = 8
-"""Layouts that take longer than so many times the fastest are left off the map."""
+SLOWEST, LARGEST = 8, 4
+"""Layouts that take longer than so many times the first, or need more than so many times the budget, are left off the map."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,8 @@ def mesh_picture(layout: Estimate) -> str:
 def _device_words(words: list[str], left: float, top: float) -> list[str]:
     """Up to three coordinates, centred on a device's square, a line each."""
     words = words[-3:]
-    size = {0: 11, 1: 11, 2: 9.5, 3: 7.5}[len(words)]
+    longest = max((text_width(word, 1) for word in words), default=1)
+    size = min({0: 11, 1: 11, 2: 9.5, 3: 7.5}[len(words)], (CELL - 2) / longest)
     first = top + CELL / 2 - (len(words) - 1) * size / 2 + size * 0.36
     return [text(left + CELL / 2, first + i * size, word, size, "middle", class_="on") for i, word in enumerate(words)]
 
@@ -230,8 +231,8 @@ def kind_of(mesh: Sequence[int]) -> int:
 
 def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Sequence[Estimate]) -> str:
     """Step time over memory of the layouts that were looked at, both logarithmic, and the front that none beats in both."""
-    longest = SLOWEST * min(estimate.time.total for estimate in ranked)
-    drawn = [p for p in points if p.bytes > 0 and 0 < p.seconds <= longest]
+    longest, largest = SLOWEST * ranked[0].time.total, LARGEST * ranked[0].cluster.budget_bytes
+    drawn = [p for p in points if 0 < p.bytes <= largest and 0 < p.seconds <= longest]
     drawn = drawn[:: math.ceil(len(drawn) / MOST_POINTS) or 1]
     ends = [(e.memory.total, e.time.total) for e in (*pareto, *ranked)] + [(p.bytes, p.seconds) for p in drawn]
     plot = _Plot([x / GIBI for x, _ in ends], [y for _, y in ends])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 
 from jaxtrain.config import MESH_AXES, Config
@@ -26,6 +27,8 @@ from jaxtrain.planner.wording import (
 )
 
 Search = Callable[[Config, Cluster], SearchResult]
+SECONDS_TO_ASK = 30.0
+"""No further search is begun after so long, so that the answer comes in time for clusters of thousands too."""
 NEGLIGIBLE = 0.01
 """Differences below this share are called none."""
 SPENT_ON = {
@@ -84,7 +87,7 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
         said.append(_against("The runner-up", best, others[0], objective))
     kinds: dict[frozenset[str], Estimate] = {}
     for estimate in (*others, *found.ranked):
-        if _kind(estimate) != _kind(best) and (not others or estimate is not others[0]):
+        if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is spoken of already
             kinds.setdefault(_kind(estimate), estimate)
     nearest = sorted(kinds.values(), key=lambda estimate: score(estimate, objective))[:2]
     said += [_against(f"The best {_apart(best, estimate)}", best, estimate, objective) for estimate in nearest]
@@ -108,7 +111,7 @@ def _against(name: str, best: Estimate, other: Estimate, objective: str) -> str:
     worse = score(other, objective) / score(best, objective) - 1
     measure = f"takes {worse:.1%} more {'energy' if objective == 'energy' else 'time'}"
     if worse < NEGLIGIBLE:
-        measure = f"is as good within {max(worse, 0):.1%}"
+        measure = f"is as good within {max(worse, 0.001):.1%}"
     return f"{name}, {layout_words(other)}, {measure}: {_differences(best, other)}."
 
 
@@ -143,14 +146,14 @@ def _culprit(name: str, best: Estimate, other: Estimate) -> str:
 # What limits it
 
 
-def limiting_part(time: StepTime) -> str:
+def limiting_part(step: StepTime) -> str:
     """ "compute", "transfers", "bubble", "bandwidth" or "overhead": where most of a step goes."""
     parts = {
-        "compute": time.matmul + time.attention,
-        "transfers": time.exposed,
-        "bubble": time.bubble,
-        "bandwidth": time.memory_bound + time.optimizer,
-        "overhead": time.overhead,
+        "compute": step.matmul + step.attention,
+        "transfers": step.exposed,
+        "bubble": step.bubble,
+        "bandwidth": step.memory_bound + step.optimizer,
+        "overhead": step.overhead,
     }
     return max(parts, key=lambda name: parts[name])
 
@@ -205,7 +208,8 @@ def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
     if not faster:
         return "; memory does not limit it: no layout that needs more is faster."
     point = min(faster, key=lambda point: point.seconds)
-    return f"; memory limits it too: {shape_words(point.mesh)} would take {seconds(point.seconds)}, but needs {gib(point.bytes)} GiB."
+    needs = f"would take {seconds(point.seconds)}, but needs {gib(point.bytes)} GiB"
+    return f"; memory limits it too: {shape_words(point.mesh)} {needs}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +235,13 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
         cases.append(
             (f"a network twice as fast ({faster.nic_bandwidth / 1e9:,.0f} GB/s a chip)", config, _with(cluster, faster))
         )
-    return " ".join(_outcome(name, best, search(other, where), objective) for name, other, where in cases)
+    said, began = [], time.perf_counter()
+    for name, other, where in cases:
+        if time.perf_counter() - began > SECONDS_TO_ASK:
+            said.append(f"({name[0].upper()}{name[1:]} was not tried: the search is too long to be done over and over.)")
+            continue
+        said.append(_outcome(name, best, search(other, where), objective))
+    return " ".join(said)
 
 
 def _with(cluster: Cluster, chip: Chip) -> Cluster:

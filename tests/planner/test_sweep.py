@@ -11,12 +11,13 @@ from jaxtrain.hardware import find_chip
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.sweep import grid, replace_field, sweep, sweep_json, sweep_table
 
+QUICK = ("xla_llvm_disable_expensive_passes=True", "xla_backend_optimization_level=0")  # of compiling
 TINY = Config(
     name="tiny",
     model=ModelConfig(num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128, dtype="float32"),
     mesh=MeshConfig(),
     data=DataConfig(sources=(DataSource(kind="synthetic"),), tokenizer="none", sequence_length=64),
-    train=TrainConfig(global_batch_size=4, compilation_cache=""),
+    train=TrainConfig(global_batch_size=4, compilation_cache="", xla_options=QUICK),
 )
 ONE_HOST = Cluster(find_chip("h100-sxm"), hosts=1, devices_per_host=4)
 
@@ -76,8 +77,9 @@ def test_estimates_with_the_reason_where_there_is_none():
     assert sweep_json(rows)[0]["estimate"]["mesh"] == {"fsdp": 4}
 
 
+@pytest.mark.slow
 def test_runs_side_by_side():
-    """Two processes of their own: the first loss is the same on both layouts, and a run that fails is a row with its reason."""
+    """Two processes of their own: the losses are the same on both layouts."""
     cluster = Cluster(find_chip("cpu"), hosts=1, devices_per_host=2)
     rows = sweep(TINY, cluster, ["mesh.tensor=1,2"], "run", 2, lambda _: None)
     one, other = (row.measured for row in rows)
@@ -86,7 +88,12 @@ def test_runs_side_by_side():
     assert len(one.losses) == len(other.losses) == 2
     assert one.losses == pytest.approx(other.losses, rel=1e-5)
     assert one.step_seconds > 0
+
+
+def test_a_run_that_fails_is_a_row_with_its_reason():
+    cluster = Cluster(find_chip("cpu"), hosts=1, devices_per_host=2)
     broken = dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, sources=(DataSource(kind="text", path="/none/*"),)))
     (row,) = sweep(broken, cluster, ["mesh.tensor=2"], "run", 1, lambda _: None)
     assert "the run ended with exit code 1: " in row.problem
+    assert "/none/*" in row.problem
     assert "\n" not in row.problem

@@ -45,7 +45,7 @@ def test_the_nearest_of_another_kind_is_named_by_what_it_lacks_or_adds():
 def test_energy_is_ranked_by_energy():
     first, second = make_estimate(FLAT), dataclasses.replace(make_estimate(FLAT), joules=2 * (make_estimate(FLAT).joules or 0))
     assert "takes 100.0% more energy" in why_first((first, second), result(first, second), "energy")
-    assert "is as good within 0.0%" in why_first((first, second), result(first, second), "time")
+    assert "is as good within 0.1%" in why_first((first, second), result(first, second), "time")
 
 
 @pytest.mark.parametrize(
