@@ -64,7 +64,8 @@ h3 { font-size: 16px; margin: 0 0 6px; }
 figure { margin: 14px 0 0; overflow-x: auto; }
 figcaption, .note { color: var(--soft); font-size: 14px; margin-top: 10px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg .ink { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; } svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
+svg .ink { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
+svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
 .host { fill: none; stroke: var(--line); stroke-width: 1.2; }
 .forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
 .chunk1 { opacity: .78; } .chunk2 { opacity: .6; } .chunk3 { opacity: .46; }
@@ -183,8 +184,8 @@ def _map_caption(plan: Plan) -> str:
     return (
         f"{plan.search.candidates:,} layouts were looked at"
         + (f" ({pruned})" if pruned else "")
-        + f". Drawn: a sample of those within {SLOWEST} times the time of the first and {LARGEST} times the budget. Both axes are "
-        "logarithmic; dots are estimates, the ring is the first of the ranking. Point at a dot for its mesh."
+        + f". Drawn: a sample of those within {SLOWEST} times the time of the first and {LARGEST} times the budget. Both axes "
+        "are logarithmic; dots are estimates, the ring is the first of the ranking. Point at a dot for its mesh."
     )
 
 

@@ -175,9 +175,9 @@ def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
 
 
 def _compile(estimate: Estimate) -> Estimate:
-    from jaxtrain.planner.verify import verify
+    from jaxtrain.planner.verify import compiled
 
-    return verify([estimate], 1)[0]
+    return compiled(estimate)
 
 
 def run(config: Config, cluster: Cluster, steps: int) -> Measured:

@@ -84,14 +84,35 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
     ]
     others = ranked[1:]
     if others:
-        said.append(_against("The runner-up", best, others[0], objective))
+        said.append(_against("The runner-up", best, others[0], found, objective))
     kinds: dict[frozenset[str], Estimate] = {}
     for estimate in (*others, *found.ranked):
         if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is spoken of already
             kinds.setdefault(_kind(estimate), estimate)
     nearest = sorted(kinds.values(), key=lambda estimate: score(estimate, objective))[:2]
-    said += [_against(f"The best {_apart(best, estimate)}", best, estimate, objective) for estimate in nearest]
-    return " ".join(said)
+    said += [_against(f"The best {_apart(best, estimate)}", best, estimate, found, objective) for estimate in nearest]
+    return " ".join(said + _checked(ranked, found))
+
+
+def _checked(ranked: Sequence[Estimate], found: SearchResult) -> list[str]:
+    """A sentence on verification: how far memory and time were from the estimates."""
+    checked = [(estimate, _estimated(estimate, found)) for estimate in ranked if estimate.origin != "estimate"]
+    pairs = [(estimate, before) for estimate, before in checked if before and before.origin != estimate.origin]
+    if not pairs:
+        return []
+    off = {
+        "memory": max(abs(before.memory.total / estimate.memory.total - 1) for estimate, before in pairs),
+        "time": max(abs(before.time.total / estimate.time.total - 1) for estimate, before in pairs),
+    }
+    how = "compiled for the chip" if pairs[0][0].origin == "compiled" else "compiled for fake CPU devices, as an approximation"
+    said = f"{len(pairs)} of them were {how}: estimates of memory were up to {off['memory']:.0%} off, of time {off['time']:.0%}"
+    large = sum(not estimate.fits for estimate, _ in pairs)
+    return [said + (f"; {large} turned out not to fit." if large else ".")]
+
+
+def _estimated(estimate: Estimate, found: SearchResult) -> Estimate | None:
+    """The search's own estimate of a layout."""
+    return next((other for other in found.ranked if _layout(other.config) == _layout(estimate.config)), None)
 
 
 def _kind(estimate: Estimate) -> frozenset[str]:
@@ -107,11 +128,15 @@ def _apart(best: Estimate, other: Estimate) -> str:
     return " and ".join(words)
 
 
-def _against(name: str, best: Estimate, other: Estimate, objective: str) -> str:
+def _against(name: str, best: Estimate, other: Estimate, found: SearchResult, objective: str) -> str:
+    """One comparison; a layout that was not compiled is held against the estimate of the winner, like against like."""
+    if other.origin != best.origin:
+        best = _estimated(best, found) or best
     worse = score(other, objective) / score(best, objective) - 1
-    measure = f"takes {worse:.1%} more {'energy' if objective == 'energy' else 'time'}"
-    if worse < NEGLIGIBLE:
-        measure = f"is as good within {max(worse, 0.001):.1%}"
+    what = "energy" if objective == "energy" else "time"
+    measure = f"takes {worse:.1%} more {what}" if worse > 0 else f"was estimated to take {-worse:.1%} less {what}"
+    if abs(worse) < NEGLIGIBLE:
+        measure = f"is as good within {max(abs(worse), 0.001):.1%}"
     return f"{name}, {layout_words(other)}, {measure}: {_differences(best, other)}."
 
 

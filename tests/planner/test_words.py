@@ -48,6 +48,17 @@ def test_energy_is_ranked_by_energy():
     assert "is as good within 0.1%" in why_first((first, second), result(first, second), "time")
 
 
+def test_what_was_compiled_is_held_against_what_was_compiled():
+    """The winner's program waits more than was estimated; another layout, not compiled, is no better for that."""
+    first, other = make_estimate(FLAT, matmul=4.0), make_estimate(PIPED, matmul=4.0, bubble=1.0)
+    worse = other.time.total / first.time.total - 1
+    program = dataclasses.replace(make_estimate(FLAT, matmul=9.0), origin="compiled", memory=first.memory)
+    said = why_first((program, other), result(first, other))
+    assert f"takes {worse:.1%} more time" in said
+    off = 1 - first.time.total / program.time.total
+    assert f"1 of them were compiled for the chip: estimates of memory were up to 0% off, of time {off:.0%}." in said
+
+
 @pytest.mark.parametrize(
     ("time", "part", "words"),
     [
