@@ -44,6 +44,7 @@ FLOORS = {
     "collectives": 7,
     "bench": 7,
     "calibrate": 7,
+    "plan": 7,
 }
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
@@ -60,6 +61,7 @@ SAME_FLOOR = {
     ("bench", "main"),
     ("calibrate", "main"),
     ("collectives", "main"),
+    ("plan", "main"),
 }
 NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}

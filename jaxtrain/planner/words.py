@@ -96,18 +96,25 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
 
 def _checked(ranked: Sequence[Estimate], found: SearchResult) -> list[str]:
     """A sentence on verification: how far memory and time were from the estimates."""
-    checked = [(estimate, _estimated(estimate, found)) for estimate in ranked if estimate.origin != "estimate"]
-    pairs = [(estimate, before) for estimate, before in checked if before and before.origin != estimate.origin]
+    approximate = sum(estimate.origin == "approximate" for estimate in ranked)
+    pairs = [(estimate, _estimated(estimate, found)) for estimate in ranked if estimate.origin == "compiled"]
+    if not pairs and approximate and not all(estimate.origin == "approximate" for estimate in found.ranked):
+        return [
+            f"{approximate} were compiled for fake CPU devices, which checks their state and FLOPs but is no GPU's program."
+        ]
+    pairs = [(estimate, before) for estimate, before in pairs if before]
     if not pairs:
         return []
     off = {
         "memory": max(abs(before.memory.total / estimate.memory.total - 1) for estimate, before in pairs),
         "time": max(abs(before.time.total / estimate.time.total - 1) for estimate, before in pairs),
     }
-    how = "compiled for the chip" if pairs[0][0].origin == "compiled" else "compiled for fake CPU devices, as an approximation"
-    said = f"{len(pairs)} of them were {how}: estimates of memory were up to {off['memory']:.0%} off, of time {off['time']:.0%}"
+    were = f"{len(pairs)} of them were" if len(pairs) > 1 else "One of them was"
     large = sum(not estimate.fits for estimate, _ in pairs)
-    return [said + (f"; {large} turned out not to fit." if large else ".")]
+    return [
+        f"{were} compiled for the chip: estimates of memory were up to {off['memory']:.0%} off, of time {off['time']:.0%}"
+        + (f"; {large} turned out not to fit." if large else ".")
+    ]
 
 
 def _estimated(estimate: Estimate, found: SearchResult) -> Estimate | None:

@@ -56,7 +56,7 @@ def test_what_was_compiled_is_held_against_what_was_compiled():
     said = why_first((program, other), result(first, other))
     assert f"takes {worse:.1%} more time" in said
     off = 1 - first.time.total / program.time.total
-    assert f"1 of them were compiled for the chip: estimates of memory were up to 0% off, of time {off:.0%}." in said
+    assert f"One of them was compiled for the chip: estimates of memory were up to 0% off, of time {off:.0%}." in said
 
 
 @pytest.mark.parametrize(
