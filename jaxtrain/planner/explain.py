@@ -16,7 +16,6 @@ from jaxtrain.config_rules import validate
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json
-from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Entry, collectives
 from jaxtrain.planner.timeline import text_gantt, timeline_of
@@ -73,6 +72,7 @@ def explain(config: Config, cluster: Cluster) -> Explanation:
       ConfigError: the config is not valid on so many devices, or its mesh does not fill the hosts.
     """
     from jaxtrain.parallel.pipeline_schedule import live_parts, make_schedule
+    from jaxtrain.planner.cost import estimate
 
     config = validate(config, cluster.devices)
     inside, _ = split_over_hosts(config.mesh.shape, min(cluster.devices_per_host, cluster.devices))
