@@ -23,21 +23,27 @@ over any number of exchanges, sum of results = sum of exact means - mean over th
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxtrain.config import Compression
-from jaxtrain.sharding import sum_over, vary
+from jaxtrain.sharding import sum_over, vary, varying_axes
 
 PyTree = Any
 LARGEST = {"int8": 127.0, "float8": 448.0}
 _SMALLEST_SCALE = 2.0**-126
 _SCALE_BYTES = 4
+# On a GPU, what goes over slow links has a stream of its own, and a place of its own in the scheduler's count of transfers that
+# may be under way: else no such transfer spans a loop over layers whose own gathers use that count up.
+OWN_STREAM = {"_xla_gpu_collective_stream": "p2p"}
 
 
 @dataclass(frozen=True)
@@ -75,31 +81,59 @@ class Reduce:
         """
         leaves, structure = jax.tree.flatten(tree)
         kept = [None] * len(leaves) if residual is None else structure.flatten_up_to(residual)
+        values = [x if lost is None else x + lost for x, lost in zip(leaves, kept, strict=True)]
         with jax.named_scope(f"mean_over_{self.axis}"):
-            pairs = [self._mean_leaf(x, lost) for x, lost in zip(leaves, kept, strict=True)]
-        means, lost = ([pair[i] for pair in pairs] for i in (0, 1))
+            if self.compression == "none" or lax.axis_size(self.axis) == 1:
+                means, lost = self._plain_means(values), [jnp.zeros_like(x) for x in values]
+            else:
+                means, lost = self._quantised_means(values)
         return structure.unflatten(means), None if residual is None else structure.unflatten(lost)
 
-    def _mean_leaf(self, x: jax.Array, residual: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        devices = lax.axis_size(self.axis)
-        x = vary(x if residual is None else x + residual, (self.axis,))
-        if self.compression == "none" or devices == 1:
-            return sum_over(x, (self.axis,)) / devices, None if residual is None else jnp.zeros_like(x)
+    def _plain_means(self, values: list[jax.Array]) -> list[jax.Array]:
+        """One vector travels for each set of axes along which types say that leaves vary."""
+        means = dict(enumerate(values))
+        for axes in dict.fromkeys(varying_axes(x) for x in values):
+            members = [i for i, x in enumerate(values) if varying_axes(x) == axes]
+            sums = joined(lambda x: sum_over(x, (self.axis,)), [values[i].reshape(-1) for i in members])
+            for i, total in zip(members, sums, strict=True):
+                means[i] = total.reshape(values[i].shape) / lax.axis_size(self.axis)
+        return list(means.values())
+
+    def _quantised_means(self, values: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """(means, what each lost)"""
+        devices, number = lax.axis_size(self.axis), lax.axis_index(self.axis)
+        chunks = [self._chunks(vary(x, (self.axis,)), devices) for x in values]
+        sent = [encode(x, self.compression) for x in chunks]
+        arrived = joined(lambda x: lax.all_to_all(x, self.axis, split_axis=0, concat_axis=0), sent)
+        own = [jnp.sum(decode(x, self.compression), axis=0, keepdims=True) / devices for x in arrived]
+        sent_on = [encode(x, self.compression) for x in own]
+        everyone = joined(lambda x: lax.all_gather(x[0], self.axis, to="invarying"), sent_on)
+        means, lost = [], []
+        for i, x in enumerate(values):
+            means.append(decode(everyone[i], self.compression).reshape(-1)[: x.size].reshape(x.shape))
+            lost_in_mean = devices * (own[i] - decode(sent_on[i], self.compression))
+            rest = (chunks[i] - decode(sent[i], self.compression)).at[number].add(lost_in_mean[0])
+            lost.append(rest.reshape(-1)[: x.size].reshape(x.shape))
+        return means, lost
+
+    def _chunks(self, x: jax.Array, devices: int) -> jax.Array:
+        """[devices, blocks, block], the end filled with zeros."""
         blocks = self._blocks(x.size, devices)
-        padding = devices * blocks * self.block - x.size
-        chunks = jnp.pad(x.reshape(-1), (0, padding)).reshape(devices, blocks, self.block)
-        sent = encode(chunks, self.compression)
-        arrived = lax.all_to_all(sent, self.axis, split_axis=0, concat_axis=0)
-        own = jnp.sum(decode(arrived, self.compression), axis=0) / devices
-        sent_on = encode(own, self.compression)
-        everyone = lax.all_gather(sent_on, self.axis, to="invarying")
-        mean = decode(everyone, self.compression).reshape(-1)[: x.size].reshape(x.shape)
-        if residual is None:
-            return mean, None
-        lost = chunks - decode(sent, self.compression)
-        lost_in_mean = devices * (own - decode(sent_on, self.compression))
-        lost = lost.at[lax.axis_index(self.axis)].add(lost_in_mean)
-        return mean, lost.reshape(-1)[: x.size].reshape(x.shape)
+        return jnp.pad(x.reshape(-1), (0, devices * blocks * self.block - x.size)).reshape(devices, blocks, self.block)
+
+
+def joined(move: Callable[[jax.Array], jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
+    """`move` of every array, as one transfer: of vectors, or of arrays [devices, ...] of which a whole row goes together.
+
+    One transfer can stay under way through a loop over layers, where many cannot; XLA would join them too, but forgets the
+    stream then.
+    """
+    rows = [x if x.ndim == 1 else x.reshape(len(x), -1) for x in arrays]
+    with set_xla_metadata(**OWN_STREAM):
+        moved = move(jnp.concatenate(rows, axis=-1))
+    ends = list(itertools.accumulate(row.shape[-1] for row in rows))
+    parts = [lax.slice_in_dim(moved, end - row.shape[-1], end, axis=-1) for row, end in zip(rows, ends, strict=True)]
+    return [part.reshape(*part.shape[:1], *x.shape[1:]) for part, x in zip(parts, arrays, strict=True)]
 
 
 def encode(x: jax.Array, compression: str) -> jax.Array:

@@ -143,6 +143,15 @@ def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
     return {name: makers[name]() for name in state_dims(sync, {})}
 
 
+def await_with(late: PyTree, work: PyTree) -> tuple[PyTree, PyTree]:
+    """Both as they are, but not before both are there.
+
+    What an exchange brings is wanted when the step's work is done. XLA does not see that: it would fuse the use of `late` with
+    other readers of the parameters at the start of the step (their cast to the compute dtype), and wait there.
+    """
+    return lax.optimization_barrier((late, work))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients: every_step with compression, and delayed. Inside the manual region; leaves are this device's own.
 
@@ -156,6 +165,9 @@ def mean_gradients(sync: SyncConfig, gradients: PyTree, targets: jax.Array, stat
     weight = replicas * targets / jnp.maximum(sum_over(targets, (AXIS,)), 1)
     weighted = jax.tree.map(lambda g: weight * g.astype(jnp.float32), gradients)
     mean, residual = make_reduce(sync).mean(weighted, state.get("residual"))
+    if sync.queued:
+        mean, queue = await_with(mean, state["queue"])
+        state = state | {"queue": queue}
     return mean, state if residual is None else state | {"residual": residual}
 
 
@@ -237,8 +249,11 @@ class _Part:
 
 def exchange_parameters(
     sync: SyncConfig, exchange: Exchange, dims: PyTree, params: PyTree, state: PyTree
-) -> tuple[PyTree, PyTree]:
+) -> tuple[PyTree, PyTree, list[tuple[PyTree, PyTree]]]:
     """(params, state) after a step whose optimizer left `params`: each replica's own, the anchor of the state common to all.
+
+    Third, for each piece that travelled, how far replicas were apart: the sums of (P_r - mean P)^2 and of (mean P)^2 over each
+    leaf's part in the piece, on this device; None for a leaf that has none.
 
     Args:
       dims: logical dims of the parameters; leaves with a dim "stage" are stacked, and their dim "layer" is cut into fragments.
@@ -249,14 +264,16 @@ def exchange_parameters(
 
     if exchange.begins is not None:
         state = _begin(part(exchange.begins), params, state)
+    spreads = []
     for piece in exchange.travels:
-        state = _travel(sync, part(piece.fragment, piece.index, max(sync.overlap, 1)), state)
+        params, state, spread = _travel(sync, part(piece.fragment, piece.index, max(sync.overlap, 1)), params, state)
+        spreads.append(spread)
     if exchange.ends is not None:
         mixing = sync.mixing if sync.overlap else 0.0
         params = _end(part(exchange.ends), mixing, params, state["anchor"])
     if not sync.overlap:
         state = {name: tree for name, tree in state.items() if name != "outgoing"}
-    return params, state
+    return params, state, spreads
 
 
 def _begin(part: _Part, params: PyTree, state: PyTree) -> PyTree:
@@ -266,20 +283,28 @@ def _begin(part: _Part, params: PyTree, state: PyTree) -> PyTree:
     return state | {"outgoing": part.put(vary(outgoing, (AXIS,)), away)}
 
 
-def _travel(sync: SyncConfig, part: _Part, state: PyTree) -> PyTree:
+def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, tuple[PyTree, PyTree]]:
     """Averages a piece of what is set aside over replicas, and takes the outer optimizer's step with it."""
     learning_rate, momentum = sync.outer
     residual = part.take(state["residual"]) if "residual" in state else None
-    gradient, residual = make_reduce(sync).mean(part.take(state["outgoing"]), residual)
+    away, old = part.take(state["outgoing"]), part.take(state["anchor"])
+    gradient, residual = make_reduce(sync).mean(away, residual)
     if residual is not None:
         state = state | {"residual": part.put(state["residual"], residual)}
+    if sync.overlap:
+        gradient, params = await_with(gradient, params)
+    # away = A - P_r and gradient = A - mean P, but for what compression lost.
+    spread = (
+        jax.tree.map(lambda d, g: jnp.sum(jnp.square(d - g)), away, gradient),
+        jax.tree.map(lambda a, g: jnp.sum(jnp.square(a - g)), old, gradient),
+    )
     with jax.named_scope("outer_optimizer"):
         if momentum:
             trace = jax.tree.map(lambda m, g: momentum * m + g, part.take(state["momentum"]), gradient)
             state = state | {"momentum": part.put(state["momentum"], trace)}
             gradient = jax.tree.map(lambda m, g: g + momentum * m, trace, gradient)
-        anchor = jax.tree.map(lambda a, g: a - learning_rate * g, part.take(state["anchor"]), gradient)
-    return state | {"anchor": part.put(state["anchor"], anchor)}
+        anchor = jax.tree.map(lambda a, g: a - learning_rate * g, old, gradient)
+    return params, state | {"anchor": part.put(state["anchor"], anchor)}, spread
 
 
 def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:

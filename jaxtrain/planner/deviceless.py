@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
@@ -30,6 +30,9 @@ from jaxtrain.planner.hlo import matmul_flops
 from jaxtrain.planner.hlo_collectives import Row, read_collectives, table
 from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.planner.targets import UNLIMITED, find_target
+
+if TYPE_CHECKING:
+    from jaxtrain.parallel.sync import Exchange
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 DEVICES_PER_HOST = 8
@@ -131,12 +134,14 @@ def compile_for(
     devices_per_host: int = DEVICES_PER_HOST,
     memory_bytes: int = UNLIMITED,
     options: dict[str, Any] | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[Any, Any, str]:
     """Compiles the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
 
     Args:
       devices_per_host, memory_bytes: as in `make_devices`.
       options: XLA options over those that the trainer sets.
+      exchange: what the step does between replicas; by default no more than averaged gradients.
 
     Returns:
       (the compiled program, its mesh, the attention backend and why)
@@ -146,6 +151,7 @@ def compile_for(
     """
     from jaxtrain.mesh import make_mesh
     from jaxtrain.models.decoder import parameter_dims
+    from jaxtrain.parallel.sync import Exchange
     from jaxtrain.train.optimizer import make_optimizer
     from jaxtrain.train.step import choose_attention, compile_train_step
 
@@ -153,7 +159,8 @@ def compile_for(
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     with cudnn_without_a_gpu():
         backend, why = choose_attention(config, mesh)
-        return compile_train_step(config, mesh, optimizer, backend, options), mesh, f"{backend}: {why}"
+        program = compile_train_step(config, mesh, optimizer, backend, options, exchange or Exchange())
+    return program, mesh, f"{backend}: {why}"
 
 
 def report(

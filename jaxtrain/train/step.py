@@ -26,7 +26,6 @@ from jaxtrain.sharding import (
     BATCH_AXES,
     Dims,
     gather_once,
-    is_dims,
     named,
     reduce_gradients,
     replicated,
@@ -36,7 +35,15 @@ from jaxtrain.sharding import (
     vary,
 )
 from jaxtrain.train.balance import expert_metrics, step_biases
-from jaxtrain.train.state import abstract_state, initial_params, make_stacking, params_dims, state_shardings
+from jaxtrain.train.exchange import (
+    describe_exchange,
+    exchanged_bytes,
+    make_gradient_exchange,
+    make_parameter_exchange,
+    own,
+    under,
+)
+from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
 from jaxtrain.train.xla_options import compile_with_options, default_options, layers_per_iteration, parse_options
 
 PyTree = Any
@@ -92,20 +99,6 @@ def _microbatches(batch: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), batch)
 
 
-def _own(dims_tree: PyTree, tree: PyTree) -> PyTree:
-    """Inside a region: without the leading dim "replica", along which a device holds its own replica's leaf alone."""
-    return jax.tree.map(lambda dims, leaf: leaf[0] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
-
-
-def _for_each(dims_tree: PyTree, tree: PyTree) -> PyTree:
-    """The reverse of `_own`."""
-    return jax.tree.map(lambda dims, leaf: leaf[None] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
-
-
-def _under(lead: Dims, dims_tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
-
-
 def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
     """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
 
@@ -127,7 +120,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
         targets = sum_over(count_targets(batch["targets"]), _all_but(apart, _BATCH_AXES))
         microbatches = _microbatches(share_out(batch, model.attention.kind), config.train.microbatches)
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
-        master, compute = _both(config, _own(held, params))
+        master, compute = _both(config, own(held, params))
         result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
         layers, reports = jax.tree.map(lambda leaf: leaf[:, None], (result.gradients.layers, result.reports))
         tree = {"outer": result.gradients.outer, "layers": layers}
@@ -144,52 +137,13 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
         region,
         mesh=mesh,
         in_specs=(specs(held), specs(dict.fromkeys(batch_names(config), BATCH_DIMS))),
-        out_specs=(spec(apart), spec((*differ, *decoder.STACKED)), specs(_under(apart, dims))),
+        out_specs=(spec(apart), spec((*differ, *decoder.STACKED)), specs(under(apart, dims))),
         check_vma=True,
     )
 
 
 def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
     return tuple(axis for axis in axes if axis not in left_out)
-
-
-def _make_gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Step:
-    """(gradients [replica, ...], targets [replica], step, sync state) -> (gradients to apply, sync state), a shard_map.
-
-    In a step that applies nothing the gradients are zeros.
-    """
-    dims = decoder.parameter_dims(config.model)
-    kept = sync.state_dims(config.sync, dims)
-    of_each = _under(("replica",), dims)
-
-    def region(gradients: PyTree, targets: jax.Array, step: jax.Array, state: PyTree) -> tuple[PyTree, PyTree]:
-        gradients, state, targets = _own(of_each, gradients), _own(kept, state), targets[0]
-        if config.sync.queued:
-            gradients, targets, state = sync.queue_gradients(config.sync, step, gradients, targets, state)
-        if exchange.applies:
-            gradients, state = sync.mean_gradients(config.sync, gradients, targets, state)
-        return gradients if exchange.applies else None, _for_each(kept, state)
-
-    return jax.shard_map(
-        region,
-        mesh=mesh,
-        in_specs=(specs(of_each), spec(("replica",)), PartitionSpec(), specs(kept)),
-        out_specs=(specs(dims) if exchange.applies else None, specs(kept)),
-        check_vma=True,
-    )
-
-
-def _make_parameter_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Step:
-    """(params [replica, ...], sync state) -> (params, sync state), a shard_map."""
-    dims, held = decoder.parameter_dims(config.model), params_dims(config)
-    kept = sync.state_dims(config.sync, dims)
-
-    def region(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        params, state = sync.exchange_parameters(config.sync, exchange, dims, _own(held, params), _own(kept, state))
-        return _for_each(held, params), _for_each(kept, state)
-
-    trees = (specs(held), specs(kept))
-    return jax.shard_map(region, mesh=mesh, in_specs=trees, out_specs=trees, check_vma=True)
 
 
 def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
@@ -214,8 +168,9 @@ def make_train_step(
     """The jitted (state, batch) -> (state, metrics); the state is donated.
 
     Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
-    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`. Where replicas are summed
-    apart each has a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
+    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; where parameters of
+    replicas travel replica_divergence (`make_parameter_exchange`). Where replicas are summed apart each has a leading dim
+    [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
 
     Args:
       exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
@@ -227,14 +182,15 @@ def make_train_step(
         metrics, reports, gradients = loss_and_gradients(state["params"], batch)
         params, optimizer_state, kept = state["params"], state["optimizer"], state["sync"]
         if apart and not differ:
-            exchanged = _make_gradient_exchange(config, mesh, exchange)
+            exchanged = make_gradient_exchange(config, mesh, exchange)
             gradients, kept = exchanged(gradients, metrics["targets"], state["step"], kept)
         more = {"grad_norm": jnp.zeros(())}
         if exchange.applies:
             with jax.named_scope("optimizer"):
                 params, optimizer_state, more = update(params, optimizer_state, gradients, reports)
         if differ and exchange != Exchange():
-            params, kept = _make_parameter_exchange(config, mesh, exchange)(params, kept)
+            params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
+            metrics |= divergence
         if apart and not differ:
             more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
         return {"params": params, "optimizer": optimizer_state, "sync": kept, "step": state["step"] + 1}, metrics | more
@@ -279,6 +235,7 @@ class TrainSteps:
         self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, first: int, last: int
     ):
         self._sync, self._step = config.sync, first
+        self._newest_divergence: dict[str, jax.Array] = {}
         kinds = dict.fromkeys(sync.exchange_at(config.sync, step) for step in range(first + 1, max(first + 1, last) + 1))
         self.programs = {kind: compile_train_step(config, mesh, optimizer, backend, exchange=kind) for kind in kinds}
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
@@ -286,37 +243,15 @@ class TrainSteps:
         """How replicas keep together; empty for a lone one."""
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        """(state, metrics) of the next step; `exchanged_bytes` among the metrics where there are several replicas."""
+        """(state, metrics) of the next step. Where there are several replicas, `exchanged_bytes` is among the metrics, and
+        `replica_divergence` as of the newest exchange, so that a log of some steps has it."""
         self._step += 1
         kind = sync.exchange_at(self._sync, self._step)
         state, metrics = self.programs[kind](state, batch)
-        return state, metrics | ({"exchanged_bytes": self._bytes[kind]} if self._bytes[kind] is not None else {})
-
-
-def exchanged_bytes(config: Config, mesh: Mesh, exchange: Exchange) -> float | None:
-    """Bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone replica."""
-    replicas = config.mesh.replica
-    if replicas == 1:
-        return None
-    dims = decoder.parameter_dims(config.model)
-    shapes = jax.eval_shape(lambda: initial_params(config))
-    shards = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), shapes, named(mesh, dims)
-    )
-    sent = sync.exchanged_bytes(config.sync, exchange, dims, shards, replicas)
-    return sent if config.sync.sums_apart else sent * jnp.dtype(config.train.reduce_dtype).itemsize / 4
-
-
-def describe_exchange(config: Config, mesh: Mesh) -> str:
-    """One line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone replica."""
-    if config.mesh.replica == 1:
-        return ""
-    period = range(config.sync.every, 2 * config.sync.every)  # beyond the first steps of `delayed` too
-    if not config.sync.replicas_differ:
-        period = range(config.sync.queued + 1, config.sync.queued + 2)
-    sent = [exchanged_bytes(config, mesh, sync.exchange_at(config.sync, step)) or 0.0 for step in period]
-    how = config.sync.mode if config.sync.compression == "none" else f"{config.sync.mode}, {config.sync.compression}"
-    return f"{how}: a device sends {sum(sent) / len(sent) / 2**20:.3g} MiB a step to the other replicas, on average"
+        newest = {name: value for name, value in metrics.items() if name == "replica_divergence"}
+        self._newest_divergence = newest or self._newest_divergence
+        sent = self._bytes[kind]
+        return state, metrics | self._newest_divergence | ({} if sent is None else {"exchanged_bytes": sent})
 
 
 def read_metrics(metrics: PyTree) -> dict[str, float]:
@@ -357,7 +292,7 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         rows = _microbatches(share_out(batch, model.attention.kind), microbatches) | {"scale": jnp.ones(microbatches)}
-        sums = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)
+        sums = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)
         return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
 
     return _jit_region(config, mesh, region, extra=(), outputs=PartitionSpec())
@@ -371,7 +306,7 @@ def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
     def region(params: PyTree, batch: PyTree, position: jax.Array) -> jax.Array:
         rows = _microbatches(share_out(batch, model.attention.kind), 1) | {"position": position[None]}
-        logits = pipeline.forward(functions, schedule, *_both(config, _own(held, params)), rows)["logits"]
+        logits = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)["logits"]
         return sum_over(logits, tuple(axis for axis in MESH_AXES if axis not in BATCH_AXES))
 
     return _jit_region(config, mesh, region, extra=(PartitionSpec(),), outputs=spec(("batch",)))

@@ -21,6 +21,7 @@ from jaxtrain.planner.hlo_collectives import read_collectives, table
 from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train import state as state_module
+from jaxtrain.train.exchange import exchanged_bytes
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import (
     Canonical,
@@ -36,7 +37,6 @@ from jaxtrain.train.step import (
     abstract_batch,
     batch_names,
     batch_sharding,
-    exchanged_bytes,
     make_evaluation_step,
     make_logits_step,
     make_loss_and_gradients,

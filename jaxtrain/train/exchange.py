@@ -1,0 +1,123 @@
+"""What of a train step goes between replicas: the shard_maps around `parallel/sync.py`, and their bytes.
+
+They are regions of their own beside that of loss and gradients, and are not checked for what varies along which axis
+(`check_vma`): leaves travel joined in one vector, and what is cut out of it is typed as varying along all the axes along which
+any of them does. Nothing is differentiated here, and the numbers are held to a simulation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtrain.config import Config
+from jaxtrain.models import decoder
+from jaxtrain.parallel import sync
+from jaxtrain.parallel.sync import Exchange
+from jaxtrain.sharding import RULES, Dims, is_dims, named, spec, specs, sum_over
+from jaxtrain.train.state import initial_params, params_dims
+
+PyTree = Any
+Region = Any  # a shard_map: called in a jitted step
+
+
+def own(dims_tree: PyTree, tree: PyTree) -> PyTree:
+    """Inside a region: without the leading dim "replica", along which a device holds its own replica's leaf alone."""
+    return jax.tree.map(lambda dims, leaf: leaf[0] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
+
+
+def for_each(dims_tree: PyTree, tree: PyTree) -> PyTree:
+    """The reverse of `own`."""
+    return jax.tree.map(lambda dims, leaf: leaf[None] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
+
+
+def under(lead: Dims, dims_tree: PyTree) -> PyTree:
+    """The dims of a tree whose leaves have leading dims more."""
+    return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
+
+
+def make_gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Region:
+    """(gradients [replica, ...], targets [replica], step, sync state) -> (gradients to apply, sync state), a shard_map.
+
+    In a step that applies nothing the gradients are zeros.
+    """
+    dims = decoder.parameter_dims(config.model)
+    kept = sync.state_dims(config.sync, dims)
+    of_each = under(("replica",), dims)
+
+    def region(gradients: PyTree, targets: jax.Array, step: jax.Array, state: PyTree) -> tuple[PyTree, PyTree]:
+        gradients, state, targets = own(of_each, gradients), own(kept, state), targets[0]
+        if config.sync.queued:
+            gradients, targets, state = sync.queue_gradients(config.sync, step, gradients, targets, state)
+        if exchange.applies:
+            gradients, state = sync.mean_gradients(config.sync, gradients, targets, state)
+        return gradients if exchange.applies else None, for_each(kept, state)
+
+    return jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(specs(of_each), spec(("replica",)), PartitionSpec(), specs(kept)),
+        out_specs=(specs(dims) if exchange.applies else None, specs(kept)),
+        check_vma=False,
+    )
+
+
+def make_parameter_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Region:
+    """(params [replica, ...], sync state) -> (params, sync state, metrics [replica]), a shard_map.
+
+    Metrics: replica_divergence, where something travels: |P_r - mean_r P_r| / |mean_r P_r| of each replica's parameters P_r, as
+    far as they travel in this step, as they were when their exchange began. No byte leaves a replica for it.
+    """
+    dims, held = decoder.parameter_dims(config.model), params_dims(config)
+    kept = sync.state_dims(config.sync, dims)
+
+    def region(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        params, state = own(held, params), own(kept, state)
+        params, state, spreads = sync.exchange_parameters(config.sync, exchange, dims, params, state)
+        metrics = {"replica_divergence": _divergence(dims, spreads)[None]} if spreads else {}
+        return for_each(held, params), for_each(kept, state), metrics
+
+    trees = (specs(held), specs(kept))
+    return jax.shard_map(region, mesh=mesh, in_specs=trees, out_specs=(*trees, spec(("replica",))), check_vma=False)
+
+
+def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.Array:
+    """The root of the one sum of squares over the other, each over all leaves and all devices of this replica."""
+
+    def whole(dims: Dims, square: jax.Array | None) -> Any:
+        axes = tuple(axis for axis in map(RULES.get, dims) if isinstance(axis, str))
+        return 0.0 if square is None else sum_over(square, axes)
+
+    def total(squares: PyTree) -> Any:
+        return sum(jax.tree.leaves(jax.tree.map(whole, dims_tree, squares, is_leaf=is_dims)))
+
+    return jnp.sqrt(sum(total(away) for away, _ in spreads) / sum(total(mean) for _, mean in spreads))
+
+
+def exchanged_bytes(config: Config, mesh: Mesh, exchange: Exchange) -> float | None:
+    """Bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone replica."""
+    replicas = config.mesh.replica
+    if replicas == 1:
+        return None
+    dims = decoder.parameter_dims(config.model)
+    shapes = jax.eval_shape(lambda: initial_params(config))
+    shards = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), shapes, named(mesh, dims)
+    )
+    sent = sync.exchanged_bytes(config.sync, exchange, dims, shards, replicas)
+    return sent if config.sync.sums_apart else sent * jnp.dtype(config.train.reduce_dtype).itemsize / 4
+
+
+def describe_exchange(config: Config, mesh: Mesh) -> str:
+    """One line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone replica."""
+    if config.mesh.replica == 1:
+        return ""
+    period = range(config.sync.every, 2 * config.sync.every)  # beyond the first steps of `delayed` too
+    if not config.sync.replicas_differ:
+        period = range(config.sync.queued + 1, config.sync.queued + 2)
+    sent = [exchanged_bytes(config, mesh, sync.exchange_at(config.sync, step)) or 0.0 for step in period]
+    how = config.sync.mode if config.sync.compression == "none" else f"{config.sync.mode}, {config.sync.compression}"
+    return f"{how}: a device sends {sum(sent) / len(sent) / 2**20:.3g} MiB a step to the other replicas, on average"
