@@ -24,6 +24,7 @@ FLOORS = {
     "parallel": 3,
     "train.optimizer": 4,
     "train.balance": 4,
+    "train.exchange": 4,
     "train.state": 4,
     "train.step": 4,
     "train.xla_options": 4,
