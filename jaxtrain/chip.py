@@ -127,7 +127,7 @@ class Chip:
         """
         if DTYPE_ALIASES.get(dtype, dtype) != "float32":
             return self.peak(dtype)
-        return self.peak("tfloat32") or (self.peak("bfloat16") if self.name.startswith("tpu") else self.peak("float32"))
+        return self.peak("tfloat32") or (self.peak("bfloat16") if self.target.startswith("tpu") else self.peak("float32"))
 
     def matmul_fraction(self, dtype: str, m: int, k: int, n: int) -> float | None:
         """Measured share of `matmul_peak(dtype)` that an [m, k] x [k, n] matmul reaches; None where none was measured.

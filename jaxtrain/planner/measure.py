@@ -61,11 +61,7 @@ class Stopwatch:
         import jax
 
         self._once(program, *arguments)  # compiles
-        calls = max(1, int(self.seconds / REPETITIONS / self._once(program, *arguments)))
-        if jax.process_count() > 1:  # as many calls everywhere, or a collective would wait for ever
-            from jax.experimental import multihost_utils
-
-            calls = int(multihost_utils.broadcast_one_to_all(calls))
+        calls = agreed(max(1, int(self.seconds / REPETITIONS / self._once(program, *arguments))))
         runs, result = [], None
         for _ in range(REPETITIONS):
             started = time.perf_counter()
@@ -78,16 +74,10 @@ class Stopwatch:
         median = statistics.median(runs)
         return Sample(median, (max(runs) - min(runs)) / median)
 
-    def is_up(self, sample: Sample, chained: int = CHAINED) -> bool:
-        """Whether an operation twice as large would take too long; all processes hear the answer of process 0."""
-        import jax
-
-        enough = sample.seconds * chained * REPETITIONS > self.seconds / 2
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            enough = bool(multihost_utils.broadcast_one_to_all(enough))
-        return enough
+    def goes_on(self, sample: Sample, needs: int, chained: int = CHAINED) -> bool:
+        """Whether there is time for a larger operation, and memory: a quarter of the device's holds `needs` bytes."""
+        quick = sample.seconds * chained * REPETITIONS < self.seconds / 2
+        return bool(agreed(quick and needs < memory_bytes() // 4))
 
     def _once(self, program: Callable[..., Array], *arguments: Array) -> float:
         import jax
@@ -97,11 +87,26 @@ class Stopwatch:
         return time.perf_counter() - started
 
 
-def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """x -> operation(operation(... x)), CHAINED times, in one program."""
+def agreed(value: int) -> int:
+    """What process 0 says: all must make the same calls, or a collective would wait for ever."""
     import jax
 
-    return lambda x: jax.lax.scan(lambda x, _: (operation(x), None), x, length=CHAINED)[0]
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(value))
+
+
+def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """x -> operation(operation(... x)), CHAINED times, in one program: written out, since a loop copies what it carries."""
+
+    def chained(x: Array) -> Array:
+        for _ in range(CHAINED):
+            x = operation(x)
+        return x
+
+    return chained
 
 
 def random_normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
@@ -116,14 +121,13 @@ def measure_matmul(watch: Stopwatch, dtype: str, largest: int = LARGEST_MATMUL) 
     import jax
 
     found: list[tuple[int, Sample]] = []
-    edge = min(FIRST_MATMUL, largest)
-    while edge <= largest and _has_room(3 * edge * edge * 4):
+    edge, goes_on = min(FIRST_MATMUL, largest), True
+    while edge <= largest and goes_on:
         x, w = random_normal((edge, edge), dtype), random_normal((edge, edge), dtype, edge**-0.5)
         program = jax.jit(lambda x, w: chain(lambda x: x @ w)(x))
         found.append((edge, watch(program, x, w)))
-        if watch.is_up(found[-1][1]):
-            break
         edge *= 2
+        goes_on = watch.goes_on(found[-1][1], 3 * 4 * edge**2)
     return found
 
 
@@ -132,10 +136,10 @@ def measure_copy(watch: Stopwatch, largest: int = LARGEST_COPY) -> tuple[int, Sa
     import jax
 
     size = min(FIRST_COPY, largest)
-    program = jax.jit(chain(lambda x: x + 1.0))
+    program = jax.jit(lambda x: x + 1.0)  # alone: XLA makes one pass of several
     while True:
-        sample = watch(program, random_normal((size // 4,), "float32"))
-        if size >= largest or not _has_room(4 * size) or watch.is_up(sample):
+        sample = watch(program, random_normal((size // 4,), "float32"), chained=1)
+        if size >= largest or not watch.goes_on(sample, 4 * size, chained=1):
             return 2 * size, sample
         size *= 2
 
@@ -149,8 +153,8 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
     device = jax.local_devices()[0]
     capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
     found: list[tuple[int, str, Sample]] = []
-    length = min(FIRST_LENGTH, largest)
-    while length <= largest:
+    length, goes_on = min(FIRST_LENGTH, largest), True
+    while length <= largest and goes_on:
         backend, _ = choose_backend(
             "auto",
             platform=device.platform,
@@ -164,9 +168,8 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
         compute = functools.partial(attention, backend=backend)
         program = jax.jit(jax.grad(lambda q, k, v, f=compute: f(q, k, v).astype("float32").sum(), argnums=(0, 1, 2)))
         found.append((length, backend, watch(program, q, k, v, chained=1)))
-        if watch.is_up(found[-1][2], chained=1):
-            break
         length *= 2
+        goes_on = watch.goes_on(found[-1][2], 32 * length * HEADS * HEAD_DIM, chained=1)
     return found
 
 
@@ -222,7 +225,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
     small = take(SMALL)
     held, sample = min(FIRST_MESSAGE, largest), take(min(FIRST_MESSAGE, largest))
-    while held < largest and _has_room(4 * size * held) and not watch.is_up(sample):
+    while held < largest and watch.goes_on(sample, 16 * size * held):
         held = min(8 * held, largest)
         sample = take(held)
     payload = held * size if kind == "all-gather" else held
@@ -336,7 +339,3 @@ def memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     return int(stats.get("bytes_limit", host))
-
-
-def _has_room(size: int) -> bool:
-    return size < memory_bytes() // 4

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxtrain.errors import CheckpointError, Stopped
+from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.hooks import Logging, Saving, StopOnSignal, Validation
 
@@ -150,6 +151,23 @@ def test_rows_are_a_function_of_the_step_alone():
     assert list(row)[:4] == ["step", "loss", "grad_norm", "learning_rate"]
     assert row["learning_rate"] == 0.09  # of the step that was taken: the tenth is number 9
     assert (row["targets"], row["step_seconds"]) == (3.0, 1.0)
+
+
+def test_rows_hold_the_energy_where_it_is_measured():
+    class Meter:
+        devices, description = 1, ""
+        read = 0.0
+
+        def joules(self) -> float:
+            Meter.read += 100.0
+            return Meter.read
+
+    log = Log()
+    logging = Logging(log, Said(), Clock(), lambda step: 0.0, 5, 1, 10, EnergyLog(Meter(), tokens_per_step=10, last_step=10))
+    for step in range(1, 11):
+        logging.metrics_read(step, {"loss": 2.0, "grad_norm": 1.0})
+    assert [row["joules_per_token"] for row in log.rows] == [100 / 10, 100 / 40, 100 / 50]
+    assert log.rows[-1]["energy_kwh"] == log.rows[-1]["energy_kwh_at_end"] == 300 / 3.6e6
 
 
 # --- validation
