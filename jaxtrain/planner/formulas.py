@@ -7,6 +7,7 @@ one step; what a conditional does counts in every tick in which any stage does i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,14 +119,20 @@ def count_ticks(config: Config) -> Ticks:
     P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted.
     """
     pipe, chunks = config.mesh.pipe, config.pipeline.chunks
-    schedule = make_schedule(config.pipeline.schedule, pipe, chunks, config.train.microbatches)
     layers = math.ceil(config.model.stacked_layers / (pipe * chunks))
+    return Ticks(*_passes(config.pipeline.schedule, pipe, chunks, config.train.microbatches), layers, layers * chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _passes(name: str, pipe: int, chunks: int, microbatches: int) -> tuple[int, int]:
+    """Ticks with a forward pass, and with a backward pass; a table is made once."""
+    schedule = make_schedule(name, pipe, chunks, microbatches)
     if pipe * chunks == 1 and np.array_equal(schedule.forward_microbatch, schedule.backward_microbatch):
-        return Ticks(config.train.microbatches, config.train.microbatches, layers, layers)
+        return microbatches, microbatches
     runs = cut_into_runs(schedule)
     forward = sum(run.stop - run.start for run in runs if run.forward != "no")
     backward = sum(run.stop - run.start for run in runs if run.backward != "no")
-    return Ticks(forward, backward, layers, layers * chunks)
+    return forward, backward
 
 
 def microbatch_rows(config: Config) -> int:

@@ -9,8 +9,9 @@ joins neighbours into one and so makes fewer; it never makes more, and the bytes
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.ops.attention_context import choose_context_attention
@@ -66,17 +67,7 @@ def collectives(config: Config) -> list[Entry]:
     if missing:
         raise ValueError(f"no closed form here for {', '.join(missing)}")
     ticks = count_ticks(config)
-    parts = (
-        _weights(config, ticks),
-        _gradients(config, ticks),
-        _sequence(config, ticks),
-        _loss(config, ticks),
-        _pipe(config, ticks),
-        _experts(config, ticks),
-        _context(config, ticks),
-        _scalars(config, ticks),
-    )
-    return [entry for part in parts for entry in part if entry.size > 1 and entry.payload]
+    return [entry for part in PARTS.values() for entry in part(config, ticks) if entry.size > 1 and entry.payload]
 
 
 def uncovered(config: Config) -> list[str]:
@@ -321,3 +312,19 @@ def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, ("pipe", *weight.axes), "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
     for name, weight in outer_weights(config.model).items():
         yield _entry(config, weight.axes, "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
+
+
+PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Entry]]] = MappingProxyType(
+    {
+        "weights": _weights,
+        "gradients": _gradients,
+        "sequence": _sequence,
+        "loss": _loss,
+        "pipe": _pipe,
+        "experts": _experts,
+        "context": _context,
+        "scalars": _scalars,
+    }
+)
+"""What makes up `collectives`, by why it moves. Each is linear in F, F l, B, B l and the layers held, so that a planner can tell
+what one pass of one layer moves; entries along axes of size 1 are among them."""
