@@ -326,5 +326,5 @@ PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Entry]]] = MappingProxyTy
         "scalars": _scalars,
     }
 )
-"""What makes up `collectives`, by why it moves. Each is linear in F, F l, B, B l and the layers held, so that a planner can tell
-what one pass of one layer moves; entries along axes of size 1 are among them."""
+"""What makes up `collectives`, by why it moves. Each is linear in F, F l, B, B l and the layers held, so that a planner can
+tell what one pass of one layer moves; entries along axes of size 1 are among them."""

@@ -1,0 +1,500 @@
+"""How long a step of one layout takes on one cluster, in closed form, from what it computes (`roofline`) and moves (`traffic`).
+
+A step is passes: with T_F and T_B ticks in which any stage runs a forward or a backward pass, stages in lock-step,
+
+    step = T_F (l f + p) + T_B (l b + q) + M (loss, embedding) + gradients + update
+
+l layers a pass, f and b seconds of a layer with the waits for transfers that nothing hides, p and q what a pass waits for at
+its ends. A stage works in k M of the T_F ticks (k chunks, M microbatches); the rest is the *bubble*.
+
+**Overlap**, as this trainer's program has it (BENCHMARKS.md, "the schedule of the GPU program"):
+
+* fsdp's gathers and scatters of a layer travel behind a layer's compute; those of the first and the last layer of a pass do
+  not.
+* transfers along tensor and expert travel behind the other half of the rows where layers take turns, else behind nothing.
+* the ring of context attention travels behind attention; gather and ulysses behind nothing.
+* of what could be hidden, a share stays exposed (UNHIDDEN: bytes with no matmul between start and end in compiled programs).
+* boundary activations travel behind the backward pass of the same tick; their gradients, and all that happens once a step,
+  behind nothing.
+
+Links inside a host and NICs work at the same time. Energy: `hardware.predicted_watts` of every chip over the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from jaxtrain.config import Config, LatentAttentionConfig, MeshConfig
+from jaxtrain.hardware import predicted_watts
+from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
+from jaxtrain.planner import roofline
+from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
+from jaxtrain.planner.formulas import BYTES, layer_weights, outer_weights
+from jaxtrain.planner.formulas_collectives import PARTS, context_kind, uncovered
+from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.planner.roofline import Work
+from jaxtrain.planner.traffic import Flow, Placement, Times, decompose, place, require_links, seconds, wire
+from jaxtrain.telemetry.flops import model_flops_per_step
+
+MOMENTS = {"adamw": 2, "lion": 1, "sgd": 0, "muon": 1, "adafactor": 0}
+"""Whole float32 moments that an optimizer keeps at the least."""
+UNHIDDEN = {"weights": 0.06, "sequence": 0.11, "experts": 0.5, "context": 0.06, "gradients": 0.06}
+"""Share of the bytes that could travel behind matmuls, and do not: 7b on fsdp=64, 70b on fsdp=32 x tensor=8, mixtral_8x7b on
+fsdp=8 x expert=8, compiled for H100s (BENCHMARKS.md, "no matmul")."""
+TRANSFER_CORES = 16
+"""Multiprocessors that NCCL's kernels hold while they move bytes: compute beside them is slower by as much, and that counts as
+exposed. NCCL takes one a channel, and has 16 to 32 channels on an H100."""
+STEP_OVERHEAD = 1e-3
+"""Seconds of a step in which the device has no kernel: the host's dispatch, metrics, the batch."""
+
+
+class Layout(NamedTuple):
+    """All that a search chooses, small enough to make hundreds of thousands of."""
+
+    mesh: tuple[int, ...]
+    """Sizes in the order of MESH_AXES."""
+    microbatches: int
+    schedule: str
+    chunks: int
+    remat: str
+    remat_save: tuple[str, ...]
+    zero: int
+    context: str
+    """`sharding.context_attention`."""
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a config."""
+    train, pipeline, sharding = config.train, config.pipeline, config.sharding
+    return Layout(
+        config.mesh.shape,
+        train.microbatches,
+        pipeline.schedule,
+        pipeline.chunks,
+        train.remat,
+        train.remat_save if train.remat == "named" else (),
+        sharding.zero,
+        sharding.context_attention,
+    )
+
+
+def with_layout(config: Config, layout: Layout) -> Config:
+    """The config in another layout."""
+    named = {"remat_save": layout.remat_save} if layout.remat == "named" else {}
+    return replace(
+        config,
+        mesh=MeshConfig(*layout.mesh),
+        train=replace(config.train, microbatches=layout.microbatches, remat=layout.remat, **named),
+        pipeline=replace(config.pipeline, schedule=layout.schedule, chunks=layout.chunks),
+        sharding=replace(config.sharding, zero=layout.zero, context_attention=layout.context),
+    )
+
+
+@dataclass(frozen=True)
+class Practice:
+    """What a program hides; the defaults are this trainer's. Published runs of others are compared with what they do."""
+
+    hides_tensor: bool = False
+    """Transfers along tensor travel behind the matmul that they feed, whatever the number of rows (Megatron's
+    tp-comm-overlap, torchtitan's async TP)."""
+    hides_gradients: bool = False
+    """What is summed over data once a step travels behind the last backward pass (Megatron's overlap-grad-reduce)."""
+    fuses_accumulation: bool = False
+    """A weight's gradient is added to the sum over microbatches by the matmul that makes it (Megatron's
+    gradient-accumulation-fusion)."""
+    attention_share: float = 1.0
+    """Speed of its attention kernel over that of cuDNN's."""
+
+
+class Passes(NamedTuple):
+    """Ticks of a schedule."""
+
+    forward: int
+    """Ticks in which some stage runs a forward pass."""
+    backward: int
+    both: int
+    """Ticks with both."""
+
+
+@functools.lru_cache(maxsize=65536)
+def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Passes:
+    """Ticks of a schedule's table: in closed form where microbatches come in whole groups (or groups do not matter), else
+    counted.
+
+    Interleaved (1F1B is one chunk): kM + S - 1 ticks each, B from tick kS - 1 on. GPipe: M + S - 1 each, none with both.
+    """
+    if name == "gpipe":
+        return Passes(microbatches + stages - 1, microbatches + stages - 1, 0)
+    if chunks == 1 or microbatches % stages == 0:
+        ticks = chunks * microbatches + stages - 1
+        return Passes(ticks, ticks, max(0, ticks - (chunks * stages - 1)))
+    table = make_schedule(name, stages, chunks, microbatches)
+    forward, backward = ((m != IDLE).any(1) for m in (table.forward_microbatch, table.backward_microbatch))
+    return Passes(int(forward.sum()), int(backward.sum()), int((forward & backward).sum()))
+
+
+@functools.lru_cache(maxsize=65536)
+def _axes_present(mesh: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which axes are above 1."""
+    return tuple(size > 1 for size in mesh)
+
+
+class _Direction(NamedTuple):
+    """One layer in a pass in one direction, and what the pass does at its ends."""
+
+    work: Work
+    waits: float
+    """Seconds a layer waits for transfers."""
+    hidden: Mapping[str, float]
+    """Of parts of `PARTS`, the share that travels behind compute."""
+    ends: float
+    """Seconds a pass waits for its first or last layer's weights."""
+
+
+class _Shared(NamedTuple):
+    """What layouts have in common that differ in their schedule alone. Seconds of waiting for..."""
+
+    forward: _Direction
+    backward: _Direction
+    outer: Work
+    """Embedding and loss of one microbatch."""
+    outer_waits: float
+    """their transfers, a microbatch"""
+    send_on: float
+    """activations sent to the next stage, once"""
+    send_back: float
+    once: float
+    """all that is not a gradient, a step"""
+    held: float
+    """the same for each layer that a stage holds"""
+    gradients_once: float
+    gradients_held: float
+
+
+class Step(NamedTuple):
+    """One layout's step, taken apart."""
+
+    time: StepTime
+    passes: Passes
+    layers: int
+    forward: _Direction
+    backward: _Direction
+
+
+class CostModel:
+    """Times layouts of one model, batch and cluster. Parts that layouts share are computed once: a layout takes some 50 us.
+
+    Raises:
+      ExplainedError: the cluster's chip lacks a figure without which nothing can be timed.
+    """
+
+    def __init__(self, config: Config, cluster: Cluster, practice: Practice = Practice()):
+        self.config, self.cluster, self.practice = config, cluster, practice
+        self.is_approximate = bool(uncovered(config))
+        self.base = stand_in(config)
+        self.chip = roofline.roofline(cluster.chip, config.model.dtype, practice.attention_share)
+        if cluster.devices > 1:
+            require_links(cluster.chip, cluster.hosts)
+        self.taken = TRANSFER_CORES / self.chip.cores if self.chip.cores else 0.0
+        self._known: dict[Hashable, Any] = {}
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = make()
+        return found
+
+    def rows(self, layout: Layout) -> int:
+        """Sequences of one microbatch on one device."""
+        replica, _, data, fsdp, expert, _, _ = layout.mesh
+        return self.config.train.global_batch_size // (replica * data * fsdp * expert * layout.microbatches)
+
+    def takes_turns(self, layout: Layout) -> bool:
+        """Whether layers run on two halves of the rows, so that transfers of activations can hide."""
+        sends = layout.mesh[4] > 1 or layout.mesh[6] > 1
+        return self.config.sharding.take_turns and sends and self.rows(layout) % 2 == 0
+
+    # -- what layouts share ------------------------------------------------------------------------------------------
+
+    def _work(self, layout: Layout, rows: int, turns: bool) -> tuple[tuple[Work, Work], tuple[Work, Work], Work]:
+        """((forward, backward) of a layer but for its gradients' sums, of the embedding, of the loss)"""
+        _, _, _, _, expert, context, tensor = layout.mesh
+
+        def make() -> Any:
+            config = with_layout(self.base, layout)
+            return (
+                roofline.layer_work(config, self.chip, 2 if turns else 1),
+                roofline.embedding_work(config, self.chip),
+                roofline.loss_work(config, self.chip),
+            )
+
+        return self._once(("work", rows, expert, context, tensor, layout.remat, layout.remat_save, turns), make)
+
+    def _sums(self, layout: Layout) -> Work:
+        """Adding one layer's gradients up, in one backward pass."""
+        _, _, _, fsdp, expert, _, tensor = layout.mesh
+        at_once = self.practice.fuses_accumulation
+        return self._once(
+            ("sums", fsdp, expert, tensor, layout.zero),
+            lambda: roofline.gradient_work(with_layout(self.base, layout), self.chip, at_once),
+        )
+
+    def _key(self, part: str, layout: Layout, rows: int) -> Hashable:
+        """Everything that a part's flows depend on."""
+        _, pipe, _, fsdp, expert, context, tensor = layout.mesh
+        joined, remat, present = pipe * layout.chunks == 1, (layout.remat, layout.remat_save), _axes_present(layout.mesh)
+        keys: dict[str, tuple] = {
+            "weights": (fsdp, expert, tensor, layout.zero, joined),
+            "gradients": (fsdp, expert, tensor, present, layout.zero, joined),
+            "sequence": (rows, context, tensor, remat),
+            "loss": (rows, context, tensor),
+            "pipe": (present, rows, context, tensor),
+            "experts": (rows, expert, context, tensor, remat),
+            "context": (rows, context, tensor, layout.context, remat, layout.microbatches),
+            "scalars": (present,),
+        }
+        return keys[part]
+
+    def flows(self, part: str, layout: Layout, rows: int) -> dict[str, tuple[Flow, ...]]:
+        """What a part of `PARTS` moves, by phase."""
+
+        def make() -> dict[str, tuple[Flow, ...]]:
+            flows = decompose(PARTS[part], with_layout(self.base, layout))
+            if self.config.sync.sums_apart:
+                inside = {phase: [_inside_replica(flow) for flow in found] for phase, found in flows.items()}
+                flows = {phase: tuple(flow for flow in found if flow.axes) for phase, found in inside.items()}
+            return flows
+
+        return self._once((part, self._key(part, layout, rows)), make)
+
+    def _times(self, part: str, layout: Layout, rows: int, placement: Placement) -> dict[str, Times]:
+        """Seconds of a part's transfers, by phase; phases in which nothing moves are left out. What moves for each layer that a
+        stage holds goes in one call a step."""
+
+        def make() -> dict[str, Times]:
+            times: dict[str, Times] = {}
+            for phase, flows in self.flows(part, layout, rows).items():
+                for flow in flows:
+                    if phase == "held":
+                        begin = seconds(flow._replace(payload=0.0, calls=1), placement, self.cluster.chip)
+                        times["once"] = times.get("once", Times()).plus(begin)
+                        flow = flow._replace(calls=0)
+                    times[phase] = times.get(phase, Times()).plus(seconds(flow, placement, self.cluster.chip))
+            return times
+
+        return self._once((part, "times", self._key(part, layout, rows), placement.inside, placement.across), make)
+
+    def _parameters(self, layout: Layout) -> float:
+        """Parameters that one device updates."""
+        _, pipe, _, fsdp, expert, _, tensor = layout.mesh
+
+        def make() -> float:
+            config = with_layout(self.base, layout)
+            slots = -(-config.model.stacked_layers // (pipe * layout.chunks)) * layout.chunks
+            inner = sum(weight.shard(config) for weight in layer_weights(config.model).values())
+            return slots * inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
+
+        return self._once(("parameters", pipe, layout.chunks, fsdp, expert, tensor), make)
+
+    def state_bytes(self, layout: Layout) -> float:
+        """Parameters and optimizer state of one device: less than the layout takes."""
+        each = BYTES[self.config.model.param_dtype] + 4 * MOMENTS[self.config.optimizer.name]
+        return each * self._parameters(layout)
+
+    # -- one layout --------------------------------------------------------------------------------------------------
+
+    def _direction(
+        self, phase: str, work: Work, times: Mapping[str, Mapping[str, Times]], turns: bool, ring: bool
+    ) -> _Direction:
+        """One layer in the forward or the backward direction: what its compute hides of its transfers."""
+        phase = "layer_" + phase
+        hides = {"weights": True, "gradients": True, "sequence": turns or self.practice.hides_tensor, "experts": turns}
+        link = nic = floor = waits = ends = 0.0
+        for part in ("weights", "gradients", "sequence", "experts"):
+            time = times[part].get(phase)
+            if time is None:
+                continue
+            if not hides[part]:
+                waits += time.total
+                continue
+            link, nic = link + time.link, nic + time.nic
+            floor += UNHIDDEN[part] * time.total
+            if part in ("weights", "gradients"):
+                ends += time.total
+        exposed = max(max(link, nic) - work.total, floor)
+        exposed += self.taken * max(0.0, link + nic - exposed)
+        share = 1.0 - min(1.0, exposed / (link + nic)) if link + nic else 0.0
+        hidden = {part: share if hides[part] else 0.0 for part in hides}
+        round_ring = times["context"].get(phase, Times()).total
+        if round_ring:
+            shown = max(round_ring - work.attention, UNHIDDEN["context"] * round_ring) if ring else round_ring
+            waits, hidden = waits + shown, hidden | {"context": 1 - shown / round_ring}
+        return _Direction(work, waits + exposed, hidden, ends)
+
+    def _shared(self, layout: Layout, rows: int) -> _Shared:
+        """What layouts have in common that differ in their schedule alone."""
+        turns = self.takes_turns(layout)
+        (ahead, back), (embed, embed_back), loss = self._work(layout, rows, turns)
+        placement = place(layout.mesh, self.cluster.devices_per_host)
+        times = {part: self._times(part, layout, rows, placement) for part in PARTS}
+        ring = layout.mesh[5] > 1 and self._context_kind(layout) == "ring"
+        outer_waits = sum(
+            times[part].get(phase, Times()).total
+            for part in ("weights", "gradients", "sequence", "loss")
+            for phase in ("forward", "backward")
+        )
+        once = {part: times[part].get("once", Times()).total for part in PARTS}
+        held = {part: times[part].get("held", Times()).total for part in PARTS}
+        return _Shared(
+            forward=self._direction("forward", ahead, times, turns, ring),
+            backward=self._direction("backward", back + self._sums(layout), times, turns, ring),
+            outer=loss + embed_back + (embed if layout.mesh[1] == 1 else Work()),
+            outer_waits=outer_waits,
+            send_on=times["pipe"].get("forward", Times()).total,
+            send_back=times["pipe"].get("backward", Times()).total,
+            once=sum(once.values()) - once["gradients"] + self._replica_seconds(),
+            held=sum(held.values()) - held["gradients"],
+            gradients_once=once["gradients"],
+            gradients_held=held["gradients"],
+        )
+
+    def step(self, layout: Layout) -> Step:
+        """The step of a valid layout."""
+        pipe, chunks, microbatches = layout.mesh[1], layout.chunks, layout.microbatches
+        rows = self.rows(layout)
+        key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, pipe * chunks == 1)
+        shared: _Shared = self._once(key, lambda: self._shared(layout, rows))
+        forward, backward = shared.forward, shared.backward
+        passes = count_passes(layout.schedule, pipe, chunks, microbatches)
+        layers = -(-self.base.model.stacked_layers // (pipe * chunks))
+        one_forward = layers * (forward.work.total + forward.waits) + forward.ends
+        one_backward = layers * (backward.work.total + backward.waits) + backward.ends
+        busy, busy_layers = chunks * microbatches, chunks * microbatches * layers
+
+        gradients = shared.gradients_once + shared.gradients_held * layers * chunks
+        if self.practice.hides_gradients:
+            gradients = max(gradients - one_backward, UNHIDDEN["gradients"] * gradients)
+        waits = busy_layers * (forward.waits + backward.waits) + busy * (forward.ends + backward.ends)
+        waits += microbatches * shared.outer_waits + shared.once + shared.held * layers * chunks + gradients
+        waits += (passes.forward - passes.both) * shared.send_on + passes.backward * shared.send_back
+        time = StepTime(
+            matmul=busy_layers * (forward.work.matmul + backward.work.matmul) + microbatches * shared.outer.matmul,
+            attention=busy_layers * (forward.work.attention + backward.work.attention),
+            memory_bound=busy_layers * (forward.work.memory_bound + backward.work.memory_bound)
+            + microbatches * shared.outer.memory_bound,
+            optimizer=roofline.optimizer_seconds(self.config, self.chip, self._parameters(layout)),
+            exposed=waits,
+            bubble=(passes.forward - busy) * one_forward + (passes.backward - busy) * one_backward,
+            overhead=busy_layers * (forward.work.overhead + backward.work.overhead)
+            + microbatches * shared.outer.overhead
+            + STEP_OVERHEAD,
+        )
+        return Step(time, passes, layers, forward, backward)
+
+    def _replica_seconds(self) -> float:
+        """Seconds a step waits, in the mean, for the exchange between replicas where it is not a sum in every step: an
+        all-reduce of what a replica holds, in the dtype that travels, every so many steps, none of it hidden."""
+        sync, replicas = self.config.sync, self.config.mesh.replica
+        if replicas <= 1 or not sync.sums_apart:
+            return 0.0
+        bytes_each = {"none": 4, "bfloat16": 2, "int8": 1, "float8": 1}[sync.compression]
+        shard = self._parameters(layout_of(self.config)) * bytes_each
+        flow = Flow("replica", "all-reduce", "f32", 1, shard)
+        steps = sync.every if sync.replicas_differ else 1
+        return seconds(flow, place(self.config.mesh.shape, self.cluster.devices_per_host), self.cluster.chip).total / steps
+
+    def _context_kind(self, layout: Layout) -> str:
+        _, _, _, _, _, context, tensor = layout.mesh
+        return self._once(("kind", context, tensor, layout.context), lambda: context_kind(with_layout(self.base, layout)))
+
+    def estimate(self, layout: Layout) -> Estimate:
+        """Everything that a plan says of a valid layout."""
+        config, step = with_layout(self.config, layout), self.step(layout)
+        length, batch = config.data.sequence_length, config.train.global_batch_size
+        return Estimate(
+            config=config,
+            cluster=self.cluster,
+            origin="approximate" if self.is_approximate else "estimate",
+            memory=estimate_memory(config),
+            time=step.time,
+            wires=self._wires(layout, step),
+            flops=self._flops(layout, step),
+            model_flops=model_flops_per_step(config.model, length, batch, "full"),
+            joules=joules(step.time, self.cluster),
+        )
+
+    def _flops(self, layout: Layout, step: Step) -> float:
+        """Matmul FLOPs of a device in a step, of the passes that it runs."""
+        config = with_layout(self.base, layout)
+        return roofline.matmul_flops(config, layout.chunks * layout.microbatches, step.layers, layout.microbatches)
+
+    def _wires(self, layout: Layout, step: Step) -> tuple[Wire, ...]:
+        """Everything that a device sends in a step, by axes, kind and dtype, the longest first."""
+        rows, placement = self.rows(layout), place(layout.mesh, self.cluster.devices_per_host)
+        m, (ahead, back, both) = layout.microbatches, step.passes
+        counts = {"layer_forward": ahead * step.layers, "layer_backward": back * step.layers, "forward": m, "backward": m}
+        counts |= {"held": step.layers * layout.chunks, "once": 1}
+        ticks = counts | {"forward": ahead, "backward": back}
+        sums: dict[tuple[str, str, str], list[float]] = {}
+        for part in PARTS:
+            for phase, flows in self.flows(part, layout, rows).items():
+                count = ticks[phase] if part == "pipe" else counts[phase]
+                hidden = 0.0
+                if phase.startswith("layer_"):
+                    hidden = (step.forward if phase == "layer_forward" else step.backward).hidden.get(part, 0.0)
+                elif part == "pipe" and phase == "forward":
+                    hidden = both / ahead
+                for flow in flows:
+                    calls = flow.calls if phase != "held" else 1 / count
+                    spent = count * seconds(flow._replace(calls=calls), placement, self.cluster.chip).total
+                    total = sums.setdefault((flow.axes, flow.kind, flow.dtype), [0.0, 0.0, 0.0])
+                    for i, more in enumerate((count * wire(flow, placement), spent, spent * (1 - hidden))):
+                        total[i] += more
+        wires = [Wire(*key, *total, crosses_hosts=placement.of(key[0])[1] > 1) for key, total in sums.items()]
+        return tuple(sorted(wires, key=lambda wire: -wire.seconds))
+
+
+def joules(time: StepTime, cluster: Cluster) -> float | None:
+    """Energy of all chips in a step: they work but for waits and bubble. None where the chip's power is not published."""
+    watts = predicted_watts(cluster.chip, 1 - (time.exposed + time.bubble) / time.total)
+    return None if watts is None else watts * time.total * cluster.devices
+
+
+def _inside_replica(flow: Flow) -> Flow:
+    """A sum over replicas among other axes, without the replicas."""
+    return flow._replace(axes="+".join(axis for axis in flow.axes.split("+") if axis != "replica"))
+
+
+def stand_in(config: Config) -> Config:
+    """The nearest config that the closed forms speak of: itself, where they speak of all of it (`uncovered`).
+
+    First dense layers become layers like the others. Latent attention becomes attention of as many heads, each as wide as the
+    mean of its query, key and value. A window along context is dropped. Replicas that keep apart sum nothing in a step.
+    """
+    model, mesh = config.model, config.mesh
+    latent: LatentAttentionConfig | None = model.latent_attention
+    if model.moe and model.moe.first_dense_layers:
+        model = replace(model, moe=replace(model.moe, first_dense_layers=0))
+    if latent:
+        width = (2 * (model.head_dim + latent.rope_dim) + 2 * latent.value_dim) // 4
+        model = replace(model, latent_attention=None, head_dim=width)
+    if model.sliding_window and mesh.context > 1:
+        model = replace(model, sliding_window=0)
+    return dataclasses.replace(config, model=model)
+
+
+def estimate(config: Config, cluster: Cluster) -> Estimate:
+    """What a plan says of a valid config (its mesh resolved for the cluster's devices), from closed forms alone.
+
+    Where they do not speak of a part of it (`formulas_collectives.uncovered`), the estimate is of the nearest config that they
+    speak of, and its origin is "approximate".
+
+    Raises:
+      ExplainedError: a figure of the chip is not known.
+      ConfigError: the mesh does not fill hosts evenly.
+    """
+    return CostModel(config, cluster).estimate(layout_of(config))

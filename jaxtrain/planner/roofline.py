@@ -1,0 +1,283 @@
+"""How long one chip computes: matmuls by their shape, attention by its length, everything else by the bytes that it touches.
+
+A matmul [m, k] x [k, n] of F = 2 m k n FLOPs takes
+
+    max(F / (peak * CEILING * tile * waves * depth), bytes / bandwidth)
+
+*tile*: what a kernel with tiles of that size reaches of the ceiling; *waves*: the share of the last round of tiles over the
+chip's multiprocessors that is not idle (tile and wave quantisation: NVIDIA, "Matrix Multiplication Background User's Guide");
+the tile size with the best product is taken, as cuBLAS and Triton's autotuner do; *depth* = k / (k + 256): filling and
+draining a tile's pipeline. CEILING is the one constant that is fitted, to published training runs (`published.py`): it stands
+for clocks under power and for all that this model leaves out.
+
+Fused attention reaches a share e L / (L + l) of peak on causal sequences of L tokens with heads of 128: (e, l) = (0.64, 900)
+forward and (0.55, 1200) backward run through cuDNN's points in figures 5 and 6 of FlashAttention-3 (Shah et al. 2024,
+arXiv:2407.08608); a head of 64 reaches two thirds of that, there too.
+
+Everything else is limited by memory: it runs at STREAM of the bandwidth (the share that a copy reaches on H100 and A100).
+
+Where a chip was calibrated (`python -m jaxtrain.calibrate`), its own fractions of the peak stand in place of CEILING, tiles,
+waves and depth, of attention's curve, and of STREAM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import Chip
+from jaxtrain.planner.formulas import (
+    BYTES,
+    Weight,
+    expert_rows,
+    layer_weights,
+    local_length,
+    loss_positions,
+    microbatch_rows,
+    recomputed,
+)
+from jaxtrain.planner.targets import TARGETS
+
+CEILING = 0.73
+"""Share of the peak that large matmuls reach in training."""
+STREAM = 0.88
+ATTENTION = {"forward": (0.64, 900), "backward": (0.55, 1200)}
+KERNEL_GAP = 2e-6
+"""Seconds between two kernels that nothing hides."""
+_TILES = ((256, 128, 1.0), (128, 128, 0.93), (128, 64, 0.78), (64, 64, 0.58))
+"""(rows, columns, share of the ceiling): a smaller tile reads more for each FLOP."""
+_FILL = 256
+_KERNELS = {"forward": 18, "backward": 36}
+"""Kernels of one layer: 7 matmuls (14 backward), attention, and about as many that XLA fuses between them."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that a stretch of work computes, by what limits it."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return self.matmul + self.attention + self.memory_bound + self.overhead
+
+    def times(self, count: float) -> Work:
+        """So many of it."""
+        return Work(self.matmul * count, self.attention * count, self.memory_bound * count, self.overhead * count)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.memory_bound + other.memory_bound,
+            self.overhead + other.overhead,
+        )
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """One chip at one compute dtype."""
+
+    peak: float
+    """FLOP/s."""
+    bandwidth: float
+    """Bytes/s that streaming kernels reach."""
+    cores: int | None
+    """Multiprocessors; None where they are not known, or matmuls are not cut over any (TPUs): waves are then not counted."""
+    chip: Chip
+    dtype: str
+    attention_share: float = 1.0
+    """Of what the formula says of attention: another kernel's."""
+
+    def matmul(self, m: int, k: int, n: int, batch: int = 1) -> float:
+        """Seconds of `batch` products [m, k] x [k, n] in one kernel, operands and result of 2 bytes."""
+        flops, moved = 2.0 * m * k * n * batch, 2.0 * batch * (m * k + k * n + m * n)
+        reached = self.chip.matmul_fraction(self.dtype, m * batch, k, n)
+        if reached is None:
+            tiled = max(share * self._busy(m, n, batch, rows, columns) for rows, columns, share in _TILES)
+            reached = CEILING * tiled * k / (k + _FILL)
+        return max(flops / (self.peak * reached), moved / self.bandwidth)
+
+    def _busy(self, m: int, n: int, batch: int, rows: int, columns: int) -> float:
+        """Share of the multiprocessors' time that goes into the result and not into its padding, or idling."""
+        tiles = batch * math.ceil(m / rows) * math.ceil(n / columns)
+        whole = tiles if self.cores is None else math.ceil(tiles / self.cores) * self.cores
+        return batch * m * n / (rows * columns * whole)
+
+    def attention(self, flops: float, length: int, head_dim: int, direction: str) -> float:
+        """Seconds of fused causal attention over sequences, or pieces, of `length` tokens."""
+        reached = self.chip.attention_fraction(self.dtype, length)
+        if reached is None:
+            most, half = ATTENTION[direction]
+            reached = self.attention_share * most * length / (length + half) * min(1.0, (head_dim / 128) ** 0.58)
+        return flops / (self.peak * reached)
+
+    def stream(self, moved: float) -> float:
+        """Seconds of reading and writing so many bytes."""
+        return moved / self.bandwidth
+
+
+def roofline(chip: Chip, dtype: str, attention_share: float = 1.0) -> Roofline:
+    """The roofline of a chip.
+
+    Raises:
+      ExplainedError: its maker states no peak for that dtype, or no memory bandwidth.
+    """
+    peak = chip.matmul_peak(dtype)
+    if peak is None or chip.memory_bandwidth is None:
+        raise ExplainedError(
+            f"{chip.name}: peak FLOP/s in {dtype} ({peak}) and memory bytes/s ({chip.memory_bandwidth}) must be known to say "
+            "how long a step takes; measure them with python -m jaxtrain.calibrate, or plan for a chip that has them"
+        )
+    streams = (chip.calibration and chip.calibration.memory) or STREAM
+    cores = TARGETS[chip.target].cores if chip.target in TARGETS else None
+    return Roofline(peak, streams * chip.memory_bandwidth, cores, chip, dtype, attention_share)
+
+
+def shapes(model: ModelConfig) -> Mapping[str, tuple[int, int, str]]:
+    """(k, n, which of them `tensor` cuts) of each matrix of a layer, under its name in `formulas.layer_weights`."""
+    d, queries, keys = model.embed_dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    table = {"query": (d, queries, "n"), "key": (d, keys, "n"), "value": (d, keys, "n"), "out": (queries, d, "k")}
+    width = model.mlp_dim
+    if model.moe:
+        expert, width = model.moe.mlp_dim, model.moe.shared_experts * model.moe.mlp_dim
+        table |= {"router": (d, model.moe.num_experts, "")}
+        table |= {"expert_gate": (d, expert, "n"), "expert_up": (d, expert, "n"), "expert_down": (expert, d, "k")}
+    if width:
+        table |= {"gate": (d, width, "n"), "up": (d, width, "n"), "down": (width, d, "k")}
+    return table
+
+
+def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Work, Work]:
+    """(forward, backward) of one layer on one microbatch, recomputation in the backward; without transfers and `gradient_work`.
+
+    Matmuls: each product of `shapes`; backward twice (for the input's gradient and for the weight's), once more where the remat
+    policy keeps its result not (`formulas.recomputed`). Where layers take turns (`parts` 2), each on half of the rows.
+    """
+    again, tensor = recomputed(config), config.mesh.tensor
+    forward = backward = 0.0
+    for name, (k, n, cut) in shapes(config.model).items():
+        k, n = (k // tensor if cut == "k" else k), (n // tensor if cut == "n" else n)
+        m, batch = _rows(config, name, parts)
+        once = parts * chip.matmul(m, k, n, batch)
+        forward += once
+        backward += parts * (chip.matmul(m, n, k, batch) + chip.matmul(k, m, n, batch)) + (once if name in again else 0.0)
+    ahead, back = _attention(config, chip, "attention" in again)
+    passing, passing_back = (chip.stream(moved) for moved in _elementwise_bytes(config))
+    repeats = 0 if config.train.remat == "none" else 1
+    gaps = KERNEL_GAP * parts
+    return (
+        Work(forward, ahead, passing, gaps * _KERNELS["forward"]),
+        Work(
+            backward,
+            back,
+            passing_back + repeats * passing,
+            gaps * (_KERNELS["backward"] + repeats * _KERNELS["forward"]),
+        ),
+    )
+
+
+def _rows(config: Config, name: str, parts: int) -> tuple[int, int]:
+    """(rows, matrices in one kernel): experts share their rows evenly."""
+    if not name.startswith("expert_"):
+        return max(1, microbatch_rows(config) * local_length(config) // parts), 1
+    assert config.model.moe is not None
+    own = config.model.moe.num_experts // config.mesh.expert
+    return max(1, expert_rows(config) // (own * parts)), own
+
+
+def _attention(config: Config, chip: Roofline, again: bool) -> tuple[float, float]:
+    """Causal half of the square, 2 matmuls forward and 5 backward (the scores once more), as in `formulas.attention_flops`; a
+    sliding window sees W - W^2 / 2L keys in the mean where it would be L / 2."""
+    model, length = config.model, config.data.sequence_length
+    window = min(model.sliding_window or length, length)
+    seen = (2 * window * length - window**2) / length**2
+    heads = model.num_heads / (config.mesh.tensor * config.mesh.context)
+    flops = 2.0 * microbatch_rows(config) * heads * length**2 * model.head_dim * seen
+    piece = min(window, length // config.mesh.context)
+    ahead = chip.attention(flops, piece, model.head_dim, "forward")
+    return ahead, chip.attention(2.5 * flops, piece, model.head_dim, "backward") + (ahead if again else 0.0)
+
+
+def _elementwise_bytes(config: Config) -> tuple[float, float]:
+    """Bytes that one layer reads and writes between its matmuls, in compute dtype: (forward, backward).
+
+    A token, forward: two norms (read D twice, write D) and two residual sums (read 2 D, write D), both on this device's 1/t of
+    the sequence; RoPE on H + K heads of N (read, write); SwiGLU (read 2 F, write F). Backward: norms (read 4 D, write 2 D: two
+    passes over x and the gradient) and residual sums; the gradients that Q, K, V and that gate and up send back to one input,
+    added up (read 5 D, write 2 D); RoPE; SwiGLU (read 3 F, write 2 F). Experts' rows are brought into order and back (read D,
+    write D, twice), both ways.
+    """
+    model, tensor = config.model, config.mesh.tensor
+    tokens, d = microbatch_rows(config) * local_length(config), model.embed_dim
+    wide = model.mlp_dim if not model.moe else model.moe.shared_experts * model.moe.mlp_dim
+    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    ahead, back = tokens * (12 * d + heads + 3 * wide) / tensor, tokens * (18 * d + 7 * d * tensor + heads + 5 * wide) / tensor
+    if model.moe:
+        rows, expert = expert_rows(config), model.moe.mlp_dim / tensor
+        ahead, back = ahead + rows * (4 * d + 3 * expert), back + rows * (4 * d + 5 * expert)
+    return BYTES[model.dtype] * ahead, BYTES[model.dtype] * back
+
+
+def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Work:
+    """One layer's gradients in one backward pass: cast to the dtype in which they are summed (read 2, write b bytes), and
+    added to what the microbatches before have left (read 4 and b, write 4), on the shard where fsdp has scattered them.
+    `at_once`: by the matmuls that make them (read 4, write 4)."""
+    summed = BYTES[config.train.reduce_dtype]
+    weights: list[Weight] = [w for w in layer_weights(config.model).values() if w.is_matrix]
+    whole = sum(weight.shard(config, without=("fsdp",)) for weight in weights)
+    kept = whole if config.sharding.zero == 1 else whole // config.mesh.fsdp
+    moved = 8.0 * kept if at_once else whole * (BYTES[config.model.dtype] + summed) + kept * (8.0 + summed)
+    return Work(memory_bound=chip.stream(moved))
+
+
+def embedding_work(config: Config, chip: Roofline) -> tuple[Work, Work]:
+    """(forward, backward) of the lookup of one microbatch: rows of the table in float32, added up over tensor."""
+    tokens = microbatch_rows(config) * local_length(config) * config.model.embed_dim
+    ahead = chip.stream(tokens * (4 + 2 * BYTES[config.model.dtype]))
+    return Work(memory_bound=ahead), Work(memory_bound=chip.stream(tokens * 12.0))
+
+
+def loss_work(config: Config, chip: Roofline) -> Work:
+    """The head and the loss with their gradients, of one microbatch (`ops.losses.cross_entropy`): three matmuls a chunk of
+    positions; float32 logits are written and read thrice; the head's float32 gradient is read and written for every chunk."""
+    model, rows, positions = config.model, microbatch_rows(config), loss_positions(config)
+    chunks = max(1, positions // max(1, config.train.loss_chunk))
+    width = model.padded_vocab_size // config.mesh.tensor
+    m, k, n = max(1, rows * positions // chunks), model.embed_dim, width
+    matmul = chunks * (chip.matmul(m, k, n) + chip.matmul(m, n, k) + chip.matmul(k, m, n))
+    return Work(matmul, 0.0, chip.stream(16.0 * rows * positions * width + 8.0 * chunks * k * width), KERNEL_GAP * 12 * chunks)
+
+
+def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> float:
+    """Seconds of the update of so many parameters: weight and gradient read, weight written, moments read and written, the
+    gradient read twice more for its norm and its clipping, and the weight cast for the next step, in float32 but for that."""
+    moments = {"adamw": 2, "lion": 1, "sgd": 1 if config.optimizer.beta1 else 0, "muon": 1, "adafactor": 1}
+    each = 12 + 8 * moments[config.optimizer.name] + 8 + 4 + BYTES[config.model.dtype]
+    return chip.stream(each * parameters)
+
+
+def matmul_flops(config: Config, passes: int, layers: int, microbatches: int) -> float:
+    """Matmul FLOPs of a device in a step that runs so many passes each way through so many layers, and the loss so often; as
+    `formulas.step_flops`, which counts what a compiled program counts: the loss in every tick of a pipeline."""
+    once = {name: 2.0 * _product(config, name) for name in shapes(config.model)}
+    again = recomputed(config)
+    heads = config.model.num_heads / (config.mesh.tensor * config.mesh.context)
+    square = 2.0 * microbatch_rows(config) * heads * config.data.sequence_length**2 * config.model.head_dim
+    layer = 3 * sum(once.values()) + sum(once[name] for name in again if name in once) + (3.5 + ("attention" in again)) * square
+    head = 6.0 * microbatch_rows(config) * loss_positions(config) * config.model.embed_dim * config.model.padded_vocab_size
+    return passes * layers * layer + microbatches * head / config.mesh.tensor
+
+
+def _product(config: Config, name: str) -> float:
+    """m k n of one matmul, of all experts that a device holds."""
+    m, batch = _rows(config, name, 1)
+    k, n, cut = shapes(config.model)[name]
+    return m * batch * k * n / (config.mesh.tensor if cut else 1)

@@ -1,0 +1,171 @@
+"""Finds the best layouts of a model on a cluster: times all of `space` with `cost`, and holds the fastest against the memory.
+
+Times are cheap, memory less so; so everything is timed, and then gone through from the best on until enough layouts fit. A
+layout whose parameters and moments alone are too large is dropped at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from dataclasses import replace
+from typing import Literal
+
+from jaxtrain.config import Config
+from jaxtrain.config_rules import find_problems
+from jaxtrain.errors import ConfigError
+from jaxtrain.planner.cost import CostModel, Layout, joules, with_layout
+from jaxtrain.planner.estimates import Cluster, Point, SearchResult
+from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.planner.space import POLICIES, Space
+
+Objective = Literal["time", "energy", "cost"]
+RANKED, DRAWN = 20, 800
+PARETO_STEP = 0.02
+"""A slower layout is on the Pareto front if it saves at least this share of the memory."""
+MOST_HOSTS = 8192
+HOSTS = sorted(n for a in range(14) for n in (2**a, 3 * 2**a) if n <= MOST_HOSTS)
+DOES_NOT_FIT = "does not fit"
+STATE_DOES_NOT_FIT = "parameters and optimizer state alone do not fit"
+
+
+def search(config: Config, cluster: Cluster, objective: Objective = "time", ranked: int = RANKED) -> SearchResult:
+    """The best layouts of a config's model, data, batch and optimizer on all devices of a cluster.
+
+    What the config says of mesh, schedule, chunks, microbatches, remat and ZeRO is not looked at, but for mesh.replica and
+    sharding.context_attention (where it is not auto); of remat=named, its remat_save.
+
+    Args:
+      objective: time: seconds of a step; energy: joules of a step; cost: money of a step, which on one cluster goes with time.
+      ranked: how many layouts to rank: of each mesh its best one.
+
+    Raises:
+      ConfigError: the config is wrong whatever the layout.
+      ExplainedError: a figure of the chip is not known.
+    """
+    begin = time.perf_counter()
+    hunt = _Hunt(config, cluster, objective)
+    best = hunt.first_that_fit(ranked) if any(hunt.fits(layout) for layout in hunt.lean) else []
+    estimates = tuple(hunt.model.estimate(layout) for layout in best)
+    for estimate in estimates:
+        _, problems = find_problems(estimate.config, cluster.devices)
+        if problems:
+            raise ConfigError(problems)
+    hunt.look_around()
+    least = min(hunt.lean, key=hunt.bytes, default=None) if not best else None
+    return SearchResult(
+        ranked=estimates,
+        candidates=hunt.candidates,
+        pruned=dict(hunt.space.pruned),
+        points=hunt.points(),
+        pareto=tuple(hunt.model.estimate(layout) for layout in hunt.pareto()),
+        smallest=None if best else smallest_cluster(config, cluster),
+        leanest=hunt.model.estimate(least) if least else None,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+class _Hunt:
+    """One search: layouts in the order of what they are ranked by, and the memory of those that were looked into.
+
+    The queue begins with the layouts that recompute nothing. Other remat policies take longer, so they enter it when that one
+    comes up and does not fit.
+    """
+
+    def __init__(self, config: Config, cluster: Cluster, objective: Objective):
+        self.config, self.objective, self.budget = config, objective, cluster.budget_bytes
+        self.model = CostModel(config, cluster)
+        self.space = Space(config, cluster.devices, cluster.devices_per_host)
+        self.queue: list[tuple[float, int, Layout]] = []
+        self.lean: list[Layout] = []
+        self.known: dict[Layout, tuple[float, float]] = {}
+        self.candidates = 0
+        for mesh in self.space.meshes():
+            self.lean += self.space.leanest(mesh)
+            self._enqueue(mesh)
+        self.everything = [layout for _, _, layout in self.queue]
+        heapq.heapify(self.queue)
+
+    def _enqueue(self, mesh: tuple[int, ...]) -> None:
+        for layout in self.space.layouts(mesh):
+            self.candidates += POLICIES
+            if self.model.state_bytes(layout) > self.budget:
+                self.space.pruned[STATE_DOES_NOT_FIT] += POLICIES
+            else:
+                self.queue.append((self.value(layout), len(self.queue), layout))
+
+    def value(self, layout: Layout) -> float:
+        """What layouts are ranked by."""
+        time = self.model.step(layout).time
+        energy = joules(time, self.model.cluster) if self.objective == "energy" else None
+        return time.total if energy is None else energy
+
+    def look_into(self, layout: Layout) -> tuple[float, float]:
+        """(seconds of a step, bytes on the fullest device)"""
+        if layout not in self.known:
+            held = estimate_memory(with_layout(self.config, layout)).total
+            self.known[layout] = self.model.step(layout).time.total, held
+        return self.known[layout]
+
+    def bytes(self, layout: Layout) -> float:
+        """Bytes on the fullest device."""
+        return self.look_into(layout)[1]
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the fullest device has room."""
+        return self.model.state_bytes(layout) <= self.budget and self.bytes(layout) <= self.budget
+
+    def first_that_fit(self, most: int) -> list[Layout]:
+        """Of each mesh the best layout that fits, best first, until there are enough."""
+        best: dict[tuple[int, ...], Layout] = {}
+        while self.queue and len(best) < most:
+            _, number, layout = heapq.heappop(self.queue)
+            if layout.mesh in best:
+                continue
+            if self.bytes(layout) <= self.budget:
+                best[layout.mesh] = layout
+                continue
+            self.space.pruned[DOES_NOT_FIT] += 1
+            if layout.remat == "none":
+                for other in self.space.remats(layout):
+                    heapq.heappush(self.queue, (self.value(other), number, other))
+        return list(best.values())
+
+    def look_around(self) -> None:
+        """Looks into layouts spread over the whole space, and into those that hold least, for the map and the Pareto front."""
+        for number, layout in enumerate(self.everything[:: max(1, len(self.everything) // DRAWN)]):
+            self.look_into((layout, *self.space.remats(layout))[number % POLICIES])
+        for layout in self.lean[:: max(1, len(self.lean) // DRAWN)]:
+            if self.model.state_bytes(layout) <= self.budget:
+                self.look_into(layout)
+
+    def pareto(self) -> list[Layout]:
+        """Layouts that fit and that none of those looked into beats in both time and memory, fastest first."""
+        front: list[Layout] = []
+        least = self.budget
+        for layout, (_, held) in sorted(self.known.items(), key=lambda item: item[1]):
+            if held <= least:
+                front.append(layout)
+                least = held * (1 - PARETO_STEP)
+        return front
+
+    def points(self) -> tuple[Point, ...]:
+        """All that was looked into."""
+        return tuple(Point(seconds, held, layout.mesh, held <= self.budget) for layout, (seconds, held) in self.known.items())
+
+
+def smallest_cluster(config: Config, cluster: Cluster) -> Cluster | None:
+    """The smallest cluster of more such hosts on which some layout fits; None if none of at most MOST_HOSTS does.
+
+    Hosts come in powers of two and thrice such, the numbers that axes can make up; of each mesh, only layouts that hold little
+    are tried.
+    """
+    for hosts in HOSTS:
+        if hosts <= cluster.hosts:
+            continue
+        larger = replace(cluster, hosts=hosts)
+        space = Space(config, larger.devices, larger.devices_per_host)
+        lean = (layout for mesh in space.meshes() for layout in space.leanest(mesh))
+        if any(estimate_memory(with_layout(config, layout)).total <= larger.budget_bytes for layout in lean):
+            return larger
+    return None

@@ -1,0 +1,180 @@
+"""Every layout that a search looks at: all valid meshes, and on each all microbatches, schedules, remat policies, ZeRO levels
+and kinds of context attention that can be worth it.
+
+The rules are those of `config_rules`, said as what to generate; a test holds the two together. What is left out beside what is
+not valid, and why nothing is lost:
+
+* GPipe: 1F1B takes the same ticks and holds no more.
+* Chunks that cut a stage into no fewer layers a part than fewer chunks do; interleaving where microbatches are not a multiple
+  of the stages, whose ticks are not full.
+* `gather` along context, unless it is asked for: it holds the whole length, and nothing hides it.
+* ZeRO levels where fsdp is 1: they are all the same.
+
+Replicas stay as they are given: they change what training does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config_rules import divisors
+from jaxtrain.errors import ConfigError
+from jaxtrain.planner.cost import Layout
+from jaxtrain.planner.traffic import place
+
+POLICIES = 4
+"""Remat policies."""
+
+
+@dataclass
+class Space:
+    """The layouts of a config on hosts of devices; `pruned` counts what was left out, by reason, as it is gone through."""
+
+    config: Config
+    devices: int
+    devices_per_host: int
+    pruned: Counter[str] = field(default_factory=Counter)
+
+    def meshes(self) -> Iterator[tuple[int, ...]]:
+        """All valid meshes of all the devices, in the order of MESH_AXES. Those that differ in data and fsdp only come one
+        after the other."""
+        config, replica = self.config, self.config.mesh.replica
+        if self.devices % replica:
+            return
+        batch = config.train.global_batch_size
+        for expert in self._experts(self.devices // replica):
+            for tensor, context in self._activation_axes(self.devices // (replica * expert)):
+                rest = self.devices // (replica * expert * tensor * context)
+                for pipe in divisors(rest):
+                    if pipe > config.model.stacked_layers:
+                        self.pruned["more pipeline stages than layers"] += 1
+                    elif batch % (replica * expert * (rest // pipe)):
+                        self.pruned["the global batch does not divide by the data-parallel devices"] += 1
+                    else:
+                        yield from self._splits((replica, pipe, rest // pipe, expert, context, tensor))
+
+    def _splits(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """All ways to share the devices of one axis out between data and fsdp."""
+        replica, pipe, both, expert, context, tensor = shape
+        for fsdp in divisors(both):
+            mesh = (replica, pipe, both // fsdp, fsdp, expert, context, tensor)
+            if not _cuts_embed(self.config.model, fsdp):
+                self.pruned["fsdp does not divide the model's width"] += 1
+            elif not self._fills_hosts(mesh):
+                self.pruned["axes do not fill hosts"] += 1
+            else:
+                yield mesh
+
+    def _fills_hosts(self, mesh: tuple[int, ...]) -> bool:
+        try:
+            place(mesh, self.devices_per_host)
+        except ConfigError:
+            return False
+        return True
+
+    def _experts(self, devices: int) -> list[int]:
+        moe = self.config.model.moe
+        return [n for n in divisors(devices) if moe.num_experts % n == 0] if moe else [1]
+
+    def _activation_axes(self, devices: int) -> Iterator[tuple[int, int]]:
+        """(tensor, context)"""
+        for tensor in divisors(devices):
+            if not _cuts_heads(self.config.model, tensor):
+                self.pruned["tensor does not divide heads, MLP width or vocabulary"] += 1
+                continue
+            for context in divisors(devices // tensor):
+                unit = math.lcm(2 * context if context > 1 else 1, context * tensor)
+                if self.config.data.sequence_length % unit or not self._groups_fit(context):
+                    self.pruned["the sequence cannot be cut into so many pieces"] += 1
+                else:
+                    yield tensor, context
+
+    def _groups_fit(self, context: int) -> bool:
+        """Whether groups of tokens that share experts' room lie whole on a device."""
+        moe, length = self.config.model.moe, self.config.data.sequence_length
+        if moe is None or moe.dispatch != "capacity":
+            return True
+        return (length if context == 1 else length // (2 * context)) % (moe.capacity_group or length) == 0
+
+    def layouts(self, mesh: tuple[int, ...]) -> Iterator[Layout]:
+        """All layouts on one mesh that recompute nothing; `remats` has the others. Those that differ in schedule only come one
+        after the other."""
+        replica, pipe, data, fsdp, expert, _, _ = mesh
+        per_device = self.config.train.global_batch_size // (replica * data * fsdp * expert)
+        kinds, zeros = self._kinds(mesh), (1, 2, 3) if fsdp > 1 else (self.config.sharding.zero,)
+        for microbatches in divisors(per_device):
+            schedules = list(self._schedules(pipe, microbatches))
+            for zero in zeros:
+                for kind in kinds:
+                    for schedule, chunks in schedules:
+                        yield Layout(mesh, microbatches, schedule, chunks, "none", (), zero, kind)
+
+    def remats(self, layout: Layout) -> tuple[Layout, ...]:
+        """The layout under every other remat policy: each computes more than it, and so takes longer."""
+        named = layout._replace(remat="named", remat_save=self.config.train.remat_save)
+        return layout._replace(remat="dots"), named, layout._replace(remat="full")
+
+    def leanest(self, mesh: tuple[int, ...]) -> Iterator[Layout]:
+        """Layouts of one mesh that hold least: the smallest microbatches, everything computed again, everything sharded."""
+        replica, _, data, fsdp, expert, _, _ = mesh
+        most = self.config.train.global_batch_size // (replica * data * fsdp * expert)
+        zero = 3 if fsdp > 1 else self.config.sharding.zero
+        for kind in self._kinds(mesh):
+            yield Layout(mesh, most, "1f1b", 1, "full", (), zero, kind)
+
+    def _kinds(self, mesh: tuple[int, ...]) -> tuple[str, ...]:
+        """Kinds of context attention."""
+        asked, context, tensor = self.config.sharding.context_attention, mesh[5], mesh[6]
+        model = self.config.model
+        heads = math.gcd(model.num_heads, model.num_kv_heads) // tensor
+        if asked != "auto" or context == 1:
+            if asked == "ulysses" and heads % context:
+                self.pruned["heads cannot be exchanged over so many devices (ulysses)"] += 1
+                return ()
+            return (asked,)
+        return ("ring", "ulysses") if heads % context == 0 else ("ring",)
+
+    def _schedules(self, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:
+        """(schedule, chunks)"""
+        layers, sync = self.config.model.stacked_layers, self.config.sync
+        fits = lambda parts: not sync.replicas_differ or layers % (parts * sync.fragments) == 0  # noqa: E731
+        if sync.fragments == 1 or fits(pipe):
+            yield "1f1b", 1
+        if pipe == 1:
+            return
+        self.pruned["gpipe: 1f1b takes as long and holds less"] += 1
+        if microbatches % pipe:
+            self.pruned["interleaved: microbatches are not a multiple of the stages"] += 1
+            return
+        for chunks in useful_chunks(layers, pipe):
+            if sync.fragments == 1 or fits(pipe * chunks):
+                yield "interleaved", chunks
+
+
+def useful_chunks(layers: int, pipe: int) -> list[int]:
+    """Chunks, from 2 on, that make parts smaller than fewer chunks do: for each size of a part the fewest chunks that reach
+    it."""
+    found, before = [], math.ceil(layers / pipe)
+    for chunks in range(2, layers // pipe + 1):
+        size = math.ceil(layers / (pipe * chunks))
+        if size < before:
+            found.append(chunks)
+            before = size
+    return found
+
+
+def _cuts_heads(model: ModelConfig, tensor: int) -> bool:
+    sizes = [model.num_heads, model.num_kv_heads, model.mlp_dim, model.padded_vocab_size]
+    if model.moe:
+        sizes.append(model.moe.mlp_dim)
+    return all(size % tensor == 0 for size in sizes)
+
+
+def _cuts_embed(model: ModelConfig, fsdp: int) -> bool:
+    latent = model.latent_attention
+    ranks = [rank for rank in (latent.query_rank, latent.kv_rank) if rank] if latent else []
+    return all(size % fsdp == 0 for size in (model.embed_dim, *ranks))

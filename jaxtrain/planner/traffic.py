@@ -1,0 +1,184 @@
+"""How long transfers take: which mesh axes leave a host, how fast a group of devices is there, and what one pass of a layer
+moves.
+
+**Links.** `mesh.make_mesh` fills a host with the last axes first (`split_over_hosts`). A ring of devices inside a host runs at
+LINK of the chip's links. Where k devices of a group stand in each of h hosts, they have k NICs for one ring: NIC of k NICs'
+bytes/s, or the links' where those are slower. A permute and an all-to-all send each device's bytes through that device's own
+NIC.
+
+    seconds = calls * latency + wire / bandwidth,    latency = begin + (k h - h) * link step + (h - 1) * nic step
+
+as in NCCL's own model of a ring (src/graph/tuning.cc), with the chip's latencies. A permute takes one step; an all-reduce goes
+up and down a tree over hosts, 2 (k - 1) link steps and 2 log2(h) nic steps. LINK: NCCL's all-reduce on 8 H100 takes 1,113 us
+for 256 MiB and 325 us for 64 MiB (NVIDIA dgxc-benchmarking, nccl/README.md): 0.94 and 0.8 of the links. NIC: 43 of 50 GB/s,
+about what NCCL's rings reach over 400 Gb/s InfiniBand. A calibrated chip's own measurements go before both.
+
+**What moves** is `formulas_collectives`, taken apart into what one layer's forward moves, one layer's backward, and so on.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import Chip
+from jaxtrain.mesh import split_over_hosts
+from jaxtrain.planner.formulas import Ticks
+from jaxtrain.planner.formulas_collectives import Entry
+from jaxtrain.planner.hlo_collectives import wire_factor
+
+LINK, NIC = 0.85, 0.86
+JOINED_BYTES = 256 * 2**20
+"""XLA joins gathers and scatters of weights up to so many bytes (`train/xla_options.py`)."""
+_AXIS = {name: i for i, name in enumerate(MESH_AXES)}
+PHASES = ("layer_forward", "layer_backward", "forward", "backward", "held", "once")
+"""What a transfer happens once for: a layer in a forward or backward pass, a pass, a layer that a stage holds, a step."""
+
+
+class Flow(NamedTuple):
+    """Like transfers of one device."""
+
+    axes: str
+    kind: str
+    dtype: str
+    calls: float
+    payload: float
+    """Bytes of the whole arrays (`hlo_collectives`)."""
+
+
+class Times(NamedTuple):
+    """Seconds of transfers inside a host, and between hosts."""
+
+    link: float = 0.0
+    nic: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """One after the other."""
+        return self.link + self.nic
+
+    def plus(self, other: Times, count: float = 1.0) -> Times:
+        """These, and `count` times the others."""
+        return Times(self.link + count * other.link, self.nic + count * other.nic)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh on hosts."""
+
+    inside: tuple[int, ...]
+    """Of each axis, devices in one host."""
+    across: tuple[int, ...]
+
+    def of(self, axes: str) -> tuple[int, int]:
+        """(devices of one group in one host, hosts that it spans)."""
+        inside = hosts = 1
+        for name in axes.split("+"):
+            axis = _AXIS[name]
+            inside, hosts = inside * self.inside[axis], hosts * self.across[axis]
+        return inside, hosts
+
+
+@functools.lru_cache(maxsize=65536)
+def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
+    """Where `make_mesh` puts a mesh of this shape.
+
+    Raises:
+      ConfigError: the axes do not fill a host evenly.
+    """
+    if math.prod(shape) <= devices_per_host:
+        return Placement(shape, (1,) * len(shape))
+    return Placement(*split_over_hosts(shape, devices_per_host))
+
+
+def decompose(part: Callable[[Config, Ticks], Iterator[Entry]], config: Config) -> dict[str, tuple[Flow, ...]]:
+    """One of `formulas_collectives.PARTS` by phase: it is linear in the ticks, so unit ticks take it apart."""
+
+    def sums(*ticks: int) -> dict[tuple[str, str, str], tuple[float, float]]:
+        found: dict[tuple[str, str, str], tuple[float, float]] = {}
+        for entry in part(config, Ticks(*ticks)):
+            if entry.axes and entry.payload:
+                key = (entry.axes, entry.kind, entry.dtype)
+                calls, payload = found.get(key, (0.0, 0.0))
+                found[key] = (calls + entry.calls, payload + entry.payload)
+        return found
+
+    once = sums(0, 0, 0, 0)
+    forward, backward = sums(1, 0, 0, 0), sums(0, 1, 0, 0)
+    wholes = {
+        "layer_forward": (sums(1, 0, 1, 0), forward),
+        "layer_backward": (sums(0, 1, 1, 0), backward),
+        "forward": (forward, once),
+        "backward": (backward, once),
+        "held": (sums(0, 0, 0, 1), once),
+        "once": (once, {}),
+    }
+    flows = {}
+    for phase, (whole, without) in wholes.items():
+        rest = ((key, calls, payload, without.get(key, (0.0, 0.0))) for key, (calls, payload) in whole.items())
+        found = (Flow(axes, kind, dtype, calls - less[0], held - less[1]) for (axes, kind, dtype), calls, held, less in rest)
+        flows[phase] = tuple(flow for flow in found if flow.payload > 0)
+    return flows
+
+
+def require_links(chip: Chip, hosts: int) -> None:
+    """Refuses chips whose links nobody has stated.
+
+    Raises:
+      ExplainedError: saying which figure is missing.
+    """
+    if chip.link_bandwidth is None:
+        raise ExplainedError(
+            f"{chip.name}: the bytes/s of its links are not known, so no transfer can be timed; plan for one device, or "
+            "measure them with python -m jaxtrain.calibrate"
+        )
+    if hosts > 1 and chip.nic_bandwidth is None:
+        raise ExplainedError(
+            f"{chip.name}: its maker states no network between hosts; plan for one host, or give the NIC's bytes/s with "
+            "a chip of your own (hardware.py)"
+        )
+
+
+def wire(flow: Flow, placement: Placement) -> float:
+    """Bytes that a device sends."""
+    inside, hosts = placement.of(flow.axes)
+    return flow.payload * wire_factor(flow.kind, inside * hosts)
+
+
+def seconds(flow: Flow, placement: Placement, chip: Chip) -> Times:
+    """How long transfers take if nothing else uses the links."""
+    inside, hosts = placement.of(flow.axes)
+    sent = flow.payload * wire_factor(flow.kind, inside * hosts)
+    measured = chip.calibration
+    link = ((measured and measured.link) or LINK) * (chip.link_bandwidth or math.inf)
+    waits = _calls(flow) * _latency(flow, inside, hosts, chip)
+    if hosts == 1:
+        return Times(link=waits + sent / link)
+    nic = ((measured and measured.nic) or NIC) * (chip.nic_bandwidth or chip.link_bandwidth or math.inf)
+    if flow.kind == "collective-permute":
+        return Times(nic=waits + sent / nic)
+    if flow.kind.endswith("all-to-all"):
+        leaves = sent * (hosts - 1) * inside / (inside * hosts - 1)
+        return Times(nic=waits + max(leaves / nic, (sent - leaves) / link))
+    return Times(nic=waits + sent / min(link, inside * nic))
+
+
+def _calls(flow: Flow) -> float:
+    """Calls after XLA has joined those for weights."""
+    joins = flow.axes == "fsdp" and flow.kind in ("all-gather", "reduce-scatter")
+    return min(flow.calls, math.ceil(flow.payload / JOINED_BYTES)) if joins else flow.calls
+
+
+def _latency(flow: Flow, inside: int, hosts: int, chip: Chip) -> float:
+    """Seconds of a call that moves next to nothing; nothing where the chip's latencies are not known."""
+    step, hop = chip.link_latency or 0.0, chip.nic_latency or 0.0
+    if flow.kind == "collective-permute":
+        return (chip.collective_latency or 0.0) + (hop if hosts > 1 else step)
+    if flow.kind == "all-reduce":
+        return (chip.collective_latency or 0.0) + 2 * ((inside - 1) * step + math.log2(hosts) * hop)
+    return (chip.collective_latency or 0.0) + (inside - 1) * hosts * step + (hosts - 1) * hop

@@ -1,0 +1,183 @@
+"""Compiles the best layouts of a search and puts what the programs say in place of what was estimated.
+
+For NVIDIA GPUs that XLA can compile for (`targets`) it is the program that they would run: memory, FLOPs and every transfer,
+with how much of it travels behind compute. Elsewhere, or without the plugin, the step is compiled for as many fake CPU
+devices: of that program only the state's bytes and the FLOPs hold on another device, and the estimate is labelled approximate.
+
+Every layout is compiled in a process of its own, two at a time. What goes wrong there becomes one line.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.planner.cost import count_passes, joules, stand_in
+from jaxtrain.planner.deviceless import Report, has_plugin, report_in_subprocess
+from jaxtrain.planner.estimates import Estimate, Memory, Wire
+from jaxtrain.planner.formulas import step_flops
+from jaxtrain.planner.hlo_collectives import Row
+from jaxtrain.planner.search import Objective
+from jaxtrain.planner.targets import TARGETS
+from jaxtrain.planner.traffic import Flow, Placement, place, seconds
+
+MOST_FAKE_DEVICES = 512
+"""Making more takes XLA:CPU longer than compiling for them."""
+_MARK = "jaxtrain-fake:"
+
+
+def verify(
+    estimates: Sequence[Estimate],
+    k: int = 5,
+    objective: Objective = "time",
+    at_once: int = 2,
+    tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> list[Estimate]:
+    """The estimates again, the first k of them compiled and ranked anew; the others follow as they are.
+
+    A layout that does not compile is left out, and `tell` gets one line that says why. One that turns out not to fit comes
+    last.
+
+    Args:
+      estimates: best first, as `search` ranks them.
+      k: how many to compile.
+      at_once: compilations at a time.
+    """
+
+    def check(estimate: Estimate) -> Estimate | None:
+        try:
+            return compiled(estimate)
+        except ExplainedError as error:
+            words = " x ".join(f"{axis}={n}" for axis, n in estimate.mesh.items()) or "one device"
+            tell(f"verify     {words}: left out: {error}")
+            return None
+
+    with ThreadPoolExecutor(at_once) as pool:
+        found = [estimate for estimate in pool.map(check, estimates[:k]) if estimate is not None]
+    found.sort(key=lambda estimate: (not estimate.fits, _value(estimate, objective)))
+    fitting = [estimate for estimate in found if estimate.fits]
+    return [*fitting, *estimates[k:], *found[len(fitting) :]]
+
+
+def _value(estimate: Estimate, objective: Objective) -> float:
+    if objective == "energy" and estimate.joules is not None:
+        return estimate.joules
+    return estimate.time.total
+
+
+def compiled(estimate: Estimate) -> Estimate:
+    """One estimate with what its compiled program says.
+
+    Raises:
+      ExplainedError: it does not compile; in one line.
+    """
+    chip = estimate.cluster.chip
+    if chip.target in TARGETS and has_plugin():
+        report = report_in_subprocess(estimate.config, chip.target, estimate.cluster.devices_per_host)
+        return with_report(estimate, report)
+    return _with_fake(estimate)
+
+
+def with_report(estimate: Estimate, report: Report) -> Estimate:
+    """The estimate with a compiled program's memory, FLOPs and transfers.
+
+    Matmuls take longer by what the program computes over the formula. What a device waits for: its links inside a host and its
+    NICs at the same time, so the longer of the two sums of exposed bytes; of a pipeline, for the ticks in which it works.
+    """
+    time, config = estimate.time, estimate.config
+    placement = place(config.mesh.shape, estimate.cluster.devices_per_host)
+    wires = tuple(_wire(row, estimate, placement) for row in report.rows)
+    passes = count_passes(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
+    working = config.pipeline.chunks * config.train.microbatches / passes.forward
+    sums = [sum(wire.exposed_seconds for wire in wires if wire.crosses_hosts == crosses) for crosses in (False, True)]
+    more = report.flops / step_flops(stand_in(config), "cudnn")
+    time = dataclasses.replace(time, matmul=time.matmul * more, exposed=max(sums) * working)
+    compiled = dataclasses.replace(
+        estimate, origin="compiled", memory=_memory(estimate.memory, report), wires=wires, flops=report.flops, time=time
+    )
+    return dataclasses.replace(compiled, joules=joules(time, compiled.cluster))
+
+
+def _memory(estimated: Memory, report: Report) -> Memory:
+    """The program's bytes by category: what it is given is the state; its temporaries are shared out as they were estimated."""
+    state = estimated.parameters + estimated.optimizer
+    rest = estimated.total - state
+    given, made = report.argument_bytes, report.memory_bytes - report.argument_bytes
+    of_state, of_rest = given / state, made / rest if rest else 1.0
+    names = {"parameters": of_state, "optimizer": of_state}
+    return Memory(
+        **{field.name: getattr(estimated, field.name) * names.get(field.name, of_rest) for field in dataclasses.fields(Memory)}
+    )
+
+
+def _wire(row: Row, estimate: Estimate, placement: Placement) -> Wire:
+    """A row of the compiled program, with the time that its transfers take."""
+    flow = Flow(row.axes, row.kind, row.dtype, row.calls, row.payload)
+    spent = seconds(flow, placement, estimate.cluster.chip).total
+    exposed = spent * (row.exposed / row.wire if row.wire else 0.0)
+    return Wire(row.axes, row.kind, row.dtype, row.wire, spent, exposed, crosses_hosts=row.crosses_hosts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a compiler for the chip: fake CPU devices
+
+
+def _with_fake(estimate: Estimate) -> Estimate:
+    """The estimate with the state's bytes and the FLOPs of the step compiled for as many CPU devices, labelled approximate."""
+    devices = estimate.cluster.devices
+    if devices > MOST_FAKE_DEVICES:
+        raise ExplainedError(f"{devices} fake CPU devices are too many to compile for (at most {MOST_FAKE_DEVICES})")
+    flags = os.environ.get("XLA_FLAGS", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain.planner.verify"],
+        input=base64.b64encode(pickle.dumps(estimate.config)).decode(),
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    if answer is None:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ExplainedError(f"compiling for {devices} fake CPU devices ended with exit code {done.returncode}: {last}")
+    said = json.loads(answer.removeprefix(_MARK))
+    memory = estimate.memory
+    scale = said["argument_bytes"] / (memory.parameters + memory.optimizer)
+    state = {"parameters": memory.parameters * scale, "optimizer": memory.optimizer * scale}
+    return dataclasses.replace(estimate, origin="approximate", memory=dataclasses.replace(memory, **state), flops=said["flops"])
+
+
+def _compile_here(config: Config) -> dict[str, float]:
+    """Compiles a config's step for this process' CPU devices."""
+    from jaxtrain.mesh import make_mesh
+    from jaxtrain.models.decoder import parameter_dims
+    from jaxtrain.planner.hlo import matmul_flops
+    from jaxtrain.train.optimizer import make_optimizer
+    from jaxtrain.train.step import choose_attention, compile_train_step
+
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    program = compile_train_step(config, mesh, optimizer, choose_attention(config, mesh)[0])
+    return {
+        "argument_bytes": program.memory_analysis().argument_size_in_bytes,
+        "flops": matmul_flops(program.as_text()),
+    }
+
+
+def main() -> None:
+    """Reads a config from standard input, compiles it for fake CPU devices, and writes one line of JSON."""
+    config = pickle.loads(base64.b64decode(sys.stdin.read()))
+    print(_MARK + json.dumps(_compile_here(config)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
