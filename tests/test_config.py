@@ -77,6 +77,9 @@ ONE_PROBLEM = {
         ["experts_per_token=3", "2 experts"],
     ),
     "groups": (1, {"model": {"moe": MoEConfig(groups=3)}}, ["groups=3 does not divide num_experts=8"]),
+    "groups a token": (1, {"model": {"moe": MoEConfig(groups=2, groups_per_token=4)}}, ["groups_per_token=4", "groups=2"]),
+    "weight scale": (1, {"model": {"moe": MoEConfig(weight_scale=0.0)}}, ["weight_scale=0.0", "above 0"]),
+    "capacity factor": (1, {"model": {"moe": MoEConfig(capacity_factor=0.0)}}, ["capacity_factor=0.0 must be above 0"]),
     "all dense": (1, {"model": {"moe": MoEConfig(first_dense_layers=4)}}, ["first_dense_layers=4 leaves none of the 4"]),
     "capacity group": (
         2,
@@ -97,6 +100,13 @@ ONE_PROBLEM = {
         },
         ["fsdp=64 does not divide model.latent_attention.kv_rank=80", "use fsdp=40 and data"],
     ),
+    "latent norms": (
+        1,
+        {"model": {"qk_norm": True, "latent_attention": LatentAttentionConfig()}},
+        ["qk_norm=True", "use False"],
+    ),
+    "latent rank": (1, {"model": {"latent_attention": LatentAttentionConfig(kv_rank=0)}}, ["kv_rank=0 must be at least 1"]),
+    "latent queries": (1, {"model": {"latent_attention": LatentAttentionConfig(query_rank=-1)}}, ["=-1 must be 0 or more"]),
     "latent odd": (1, {"model": {"latent_attention": LatentAttentionConfig(rope_dim=3)}}, ["rope_dim=3 is odd"]),
     "fragments": (1, {"sync": {"mode": "diloco", "fragments": 3}}, ["sync.fragments=3", "4 layers", "use 1, 2 or 4"]),
     "fragments of a part": (

@@ -193,6 +193,8 @@ def test_which_step_exchanges_what():
         Exchange(begins=1, travels=(Piece(0, 1),)),
         Exchange(travels=(Piece(1, 0), Piece(0, 2)), ends=0),
     ]
+    delayed = SyncConfig(mode="delayed", delay=2)
+    assert [exchange_at(delayed, step).applies for step in range(1, 5)] == [False, False, True, True]
     assert len({exchange_at(sync, step) for step in range(100)}) <= 8, "each is a program to compile"
 
 
