@@ -19,7 +19,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,15 +117,27 @@ def make_devices(chip: str, count: int, devices_per_host: int = DEVICES_PER_HOST
 
 
 @contextlib.contextmanager
-def cudnn_without_a_gpu() -> Iterator[None]:
-    """Lets JAX lower cuDNN attention where libcudnn is not: it asks it for nothing but its version."""
+def cudnn_without_a_gpu(compute_capability: tuple[int, int]) -> Iterator[None]:
+    """Lets JAX lower cuDNN attention for a GPU of this capability where neither it nor libcudnn is.
+
+    JAX asks libcudnn for nothing but its version, and its own backend, here the CPU's, for the GPU's capability: without an
+    answer it takes no head wider than 128, and no values narrower than keys (multi-head latent attention).
+    """
     import jax._src.cudnn.fused_attention_stablehlo as fused_attention
 
-    ask, fused_attention.check_cudnn_version = fused_attention.check_cudnn_version, lambda: CUDNN_VERSION
-    try:
+    def parse(capability: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in capability.split("."))
+
+    answers: dict[str, Callable[..., Any]] = {
+        "check_cudnn_version": lambda: CUDNN_VERSION,
+        "check_compute_capability": lambda least: compute_capability >= parse(least),
+        "is_cuda_compute_capability_equal": lambda wanted: compute_capability == parse(wanted),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.callback(setattr, fused_attention, name, getattr(fused_attention, name))
+            setattr(fused_attention, name, answer)
         yield
-    finally:
-        fused_attention.check_cudnn_version = ask
 
 
 def compile_for(
@@ -157,7 +169,7 @@ def compile_for(
 
     mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host, memory_bytes))
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
-    with cudnn_without_a_gpu():
+    with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability):
         backend, why = choose_attention(config, mesh)
         program = compile_train_step(config, mesh, optimizer, backend, options, exchange or Exchange())
     return program, mesh, f"{backend}: {why}"

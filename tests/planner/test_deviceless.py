@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
@@ -75,6 +76,18 @@ def test_a_report_from_a_process_of_its_own():
         ("fsdp", "all-reduce", "f32"),
     }
     assert report.memory_bytes > report.argument_bytes > 0
+
+
+@pytest.mark.plan
+@needs_plugin
+def test_latent_attention_is_compiled_for_cudnn():
+    """Heads of 192 (128 and 64 for RoPE) with values of 128, as in DeepSeek-V3: on Hopper, no GPU or libcudnn being here."""
+    latent = LatentAttentionConfig(query_rank=64, kv_rank=64, rope_dim=64, value_dim=128)
+    config = replace(tiny(), model=replace(TINY, embed_dim=256, head_dim=128, latent_attention=latent))
+    compiled, _, attention = deviceless.compile_for(validate(config, 2))
+    assert attention.startswith("cudnn: ")
+    assert "head_dim 192" in attention
+    assert "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
 
 
 @pytest.mark.plan
