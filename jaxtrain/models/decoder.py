@@ -189,19 +189,22 @@ class Decoder:
 
     def _layer(
         self, config: ModelConfig, microbatch: PyTree
-    ) -> Callable[[tuple[jax.Array, ...], Weights], tuple[tuple[jax.Array, ...], jax.Array, PyTree]]:
-        """One layer on this microbatch, under the remat policy: (x of each part, weights) -> (x of each part, auxiliary loss,
-        sums to report)."""
+    ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
+        """One layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) -> (x of
+        each part, auxiliary loss, sums to report, the clock)."""
         dims, merge = _dims(Layer, config), _merge(Layer, config)
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
-        def layer(xs: tuple[jax.Array, ...], weights: Weights) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree]:
+        def layer(
+            xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
             apply, packings = merge(self._gathered(weights, dims)), cut_rows(packing, len(xs))
             parts = [apply(x, own, self.attention, self.experts) for x, own in zip(xs, packings, strict=True)]
-            ys, auxiliary, reports = zip(*take_turns(parts), strict=True)
-            return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports)))
+            results, clock = take_turns(parts, clock)
+            ys, auxiliary, reports = zip(*results, strict=True)
+            return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
 
         return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 
@@ -212,8 +215,8 @@ class Decoder:
             layer = self._layer(self.config, microbatch)
 
             def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
-                (xs, auxiliary), (weights, index) = carry, slot
-                ys, more, reports = layer(xs, weights)
+                (xs, auxiliary, clock), (weights, index) = carry, slot
+                ys, more, reports, clock = layer(xs, weights, clock)
                 if not self.stacking.is_even:
                     # An empty slot's layer runs too, on weights of zero, and is thrown away: its stage would only wait for the
                     # others, and transfers inside a conditional could not travel behind anything.
@@ -221,12 +224,13 @@ class Decoder:
                     keep = lambda new, old: jnp.where(held, new, old)  # noqa: E731
                     ys = jax.tree.map(keep, ys, xs)
                     more, reports = jax.tree.map(lambda new: keep(new, jnp.zeros_like(new)), (more, reports))
-                return (ys, auxiliary + more), reports
+                return (ys, auxiliary + more, clock), reports
 
             slots = (weights, jnp.arange(self.stacking.layers_per_part))
-            start = (cut_rows(x, self._parts(x)), vary(jnp.zeros(())))
-            (xs, auxiliary), reports = lax.scan(step, start, slots, unroll=self._unroll())
-            return jnp.concatenate(xs), auxiliary, reports
+            start = (cut_rows(x, self._parts(x)), vary(jnp.zeros(())), vary(jnp.zeros(())))
+            (xs, auxiliary, clock), reports = lax.scan(step, start, slots, unroll=self._unroll())
+            # The clock is zero; unused, it would be dropped from the program, and the order with it.
+            return jnp.concatenate(xs), auxiliary + clock, reports
 
         return layers
 
@@ -244,9 +248,9 @@ class Decoder:
                 x = self._outer(weights).embed(microbatch["tokens"])
             if self.config.first_dense_layers:
                 layer = self._layer(_dense(self.config), microbatch)
-                first = (weights[0]["first_layers"], weights[1]["first_layers"])
+                first, clock = (weights[0]["first_layers"], weights[1]["first_layers"]), vary(jnp.zeros(()))
                 with jax.named_scope("first_layers"):
-                    (x,), _ = lax.scan(lambda xs, weights: (layer(xs, weights)[0], None), (vary(x),), first)
+                    (x,), _ = lax.scan(lambda xs, weights: (layer(xs, weights, clock)[0], None), (vary(x),), first)
             return x
 
         return embed

@@ -48,31 +48,27 @@ def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
         value = yield given
 
 
-def take_turns(parts: Sequence[Turn[Result]]) -> list[Result]:
-    """Runs one part, or two of the same kind half a block apart; returns their results."""
+def take_turns(parts: Sequence[Turn[Result]], clock: jax.Array) -> tuple[list[Result], jax.Array]:
+    """Runs one part, or two of the same kind half a block apart; returns their results, and the clock.
+
+    The clock is a scalar that goes through the barriers at both ends: so the first part of the next call comes in turn with the
+    second part of this one. (XLA drops from a barrier what nobody uses behind it: an order needs a value that goes on.)
+    """
     if len(parts) == 1:
-        return [alone(parts[0])]
+        return [alone(parts[0])], clock
     first, second = parts
-    a = _ahead(first)
-    b = next(second)
+    a, clock = lax.optimization_barrier((first.send(next(first)), clock))
+    a, b = first.send(a), next(second)
     while True:
         a, b = lax.optimization_barrier((a, b))
         try:
             a = first.send(a)
         except StopIteration as end:
-            b = second.send(b)
             # What follows the first part's result comes after half of the second's last matmuls.
-            result, _ = lax.optimization_barrier((end.value, b))
-            return [result, _finish(second, b)]
+            result, b = lax.optimization_barrier((end.value, second.send(b)))
+            b, clock = lax.optimization_barrier((second.send(b), clock))
+            return [result, _finish(second, b)], clock
         b = second.send(b)
-
-
-def _ahead(part: Turn[Any]) -> Any:
-    """Runs a part through its first two stops; returns what it holds at the third."""
-    value = None
-    for _ in range(3):
-        value = part.send(value)
-    return value
 
 
 def _finish(part: Turn[Result], value: Any) -> Result:

@@ -78,9 +78,10 @@ TABLE = (
     ),
     Option(
         "xla_gpu_reduce_scatter_combine_threshold_bytes",
-        256 * MIB,
-        16 * MIB,
-        "the same for reduce-scatters; XLA counts what each device is left with",
+        3 * MIB,
+        4 * MIB,
+        "the same for reduce-scatters, of which XLA counts what each device is left with: a large matrix's gradient travels "
+        "alone, as soon as it is there. 7b fsdp=64: 16.4% exposed with a layer's gradients in one call, 7.1% so",
     ),
     Option(
         "xla_gpu_all_reduce_combine_threshold_bytes",
