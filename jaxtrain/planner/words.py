@@ -28,7 +28,7 @@ from jaxtrain.planner.wording import (
 
 Search = Callable[[Config, Cluster], SearchResult]
 SECONDS_TO_ASK = 30.0
-"""No further search is begun after so long, so that the answer comes in time for clusters of thousands too."""
+"""Of this process: no further search is begun after so many, so that the answer for thousands of devices comes in time too."""
 NEGLIGIBLE = 0.01
 """Differences below this share are called none."""
 SPENT_ON = {
@@ -267,10 +267,10 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
         cases.append(
             (f"a network twice as fast ({faster.nic_bandwidth / 1e9:,.0f} GB/s a chip)", config, _with(cluster, faster))
         )
-    said, began = [], time.perf_counter()
+    said, began = [], time.process_time()
     for name, other, where in cases:
-        if time.perf_counter() - began > SECONDS_TO_ASK:
-            said.append(f"({name[0].upper()}{name[1:]} was not tried: the search is too long to be done over and over.)")
+        if time.process_time() - began > SECONDS_TO_ASK:
+            said.append(f"{name[0].upper()}{name[1:]} was not tried: the search is too long to be done over and over.")
             continue
         said.append(_outcome(name, best, search(other, where), objective))
     return " ".join(said)
