@@ -14,8 +14,10 @@ from rich.table import Table
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config_rules import validate
 from jaxtrain.mesh import split_over_hosts
+from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule
 from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json
+from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Entry, collectives
 from jaxtrain.planner.timeline import text_gantt, timeline_of
@@ -71,9 +73,6 @@ def explain(config: Config, cluster: Cluster) -> Explanation:
     Raises:
       ConfigError: the config is not valid on so many devices, or its mesh does not fill the hosts.
     """
-    from jaxtrain.parallel.pipeline_schedule import live_parts, make_schedule
-    from jaxtrain.planner.cost import estimate
-
     config = validate(config, cluster.devices)
     inside, _ = split_over_hosts(config.mesh.shape, min(cluster.devices_per_host, cluster.devices))
     try:
@@ -166,8 +165,6 @@ def time_table(layout: Estimate) -> Table:
 
 def schedule_heading(config: Config) -> str:
     """The line above the picture of the schedule."""
-    from jaxtrain.parallel.pipeline_schedule import bubble_fraction, make_schedule
-
     count = config.train.microbatches
     if config.mesh.pipe == 1:
         return f"Schedule: one stage, {count} microbatch{'es' if count > 1 else ''} one after the other"

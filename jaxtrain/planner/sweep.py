@@ -22,7 +22,9 @@ from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError, nearest
 from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.config_source import config_source
+from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
+from jaxtrain.planner.verify import compiled
 from jaxtrain.planner.wording import gib, joules, mesh_words, percent, seconds
 
 Way = Literal["estimate", "compile", "run"]
@@ -154,30 +156,18 @@ def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, st
     try:
         if way == "run":
             return Row(values, _estimate_if_known(config, cluster), run(config, cluster, steps), config)
-        estimate = _estimate(config, cluster)
-        return Row(values, _compile(estimate) if way == "compile" else estimate, config=config)
+        layout = estimate(config, cluster)
+        return Row(values, compiled(layout) if way == "compile" else layout, config=config)
     except ExplainedError as error:
         return Row(values, problem=str(error).splitlines()[0])
-
-
-def _estimate(config: Config, cluster: Cluster) -> Estimate:
-    from jaxtrain.planner.cost import estimate
-
-    return estimate(config, cluster)
 
 
 def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
     """The estimate beside a measurement; None for a chip whose figures nobody states."""
     try:
-        return _estimate(config, cluster)
+        return estimate(config, cluster)
     except ExplainedError:
         return None
-
-
-def _compile(estimate: Estimate) -> Estimate:
-    from jaxtrain.planner.verify import compiled
-
-    return compiled(estimate)
 
 
 def run(config: Config, cluster: Cluster, steps: int) -> Measured:

@@ -265,7 +265,7 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
     if chip.nic_bandwidth and cluster.hosts > 1:
         faster = dataclasses.replace(chip, nic_bandwidth=2 * chip.nic_bandwidth)
         cases.append(
-            (f"a network twice as fast ({faster.nic_bandwidth / 1e9:,.0f} GB/s a chip)", config, _with(cluster, faster))
+            (f"a network twice as fast ({2 * chip.nic_bandwidth / 1e9:,.0f} GB/s a chip)", config, _with(cluster, faster))
         )
     said, began = [], time.process_time()
     for name, other, where in cases:
