@@ -211,6 +211,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
     bandwidth = bytes that a device sends / (time of the largest message - time of the smallest).
     """
     import jax
+    import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     size = mesh.shape["group"]
@@ -220,8 +221,8 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
     def take(held: int) -> Sample:
         numbers = max(held // 4 // size, 1) * size  # a device's, in equal parts for each of the group
-        make = functools.partial(random_normal, (numbers * mesh.size,), "float32")
-        return watch(program, jax.jit(make, out_shardings=NamedSharding(mesh, spec))())
+        ones = jax.jit(lambda: jnp.ones(numbers * mesh.size), out_shardings=NamedSharding(mesh, spec))()
+        return watch(program, ones)
 
     small = take(SMALL)
     held, sample = min(FIRST_MESSAGE, largest), take(min(FIRST_MESSAGE, largest))
