@@ -8,7 +8,7 @@ All that happens between two rows counts: validation, saving and waiting too. On
 do not count, and on a CPU machine everything else that runs on its CPUs does.
 
 Process 0 reads its own devices and takes all others to draw as much: nothing is sent for it, and a step waits for nothing. A
-reading costs some ten microseconds; it is taken where a row is logged, and every POLL_SECONDS.
+reading costs less than a millisecond; it is taken where a row is logged, and every POLL_SECONDS.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.clock import StepClock, Work
-from jaxtrain.telemetry.energy import EnergyLog, open_meter
+from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, read_rows
 from jaxtrain.telemetry.plots import plot_losses
@@ -129,7 +129,7 @@ class Run:
       stop: entered by the caller; without it signals do what they always do.
 
     Raises:
-      ExplainedError: the data, the run folder or the attention backend cannot be had.
+      ExplainedError: the data, the run folder the attention backend or the meter of energy cannot be had.
     """
 
     def __init__(self, config: Config, progress: Progress, stop: StopOnSignal | None = None):
@@ -147,6 +147,7 @@ class Run:
         progress.say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
         progress.say(f"mesh       {describe_mesh(self.mesh)}")
         progress.say(f"attention  {self.backend} ({why})")
+        self.meter = self._open_meter()
         with progress.during("reading data"), self.stop.breakable():
             self.data = open_data(config)
         progress.say(f"data       {self.data.description}")
@@ -248,7 +249,8 @@ class Run:
         config, last = self.config, self.config.train.steps
         work = Work.of(config, self.mesh.devices.size, self.chip)
         clock = StepClock(work, last, first, largest_before(self.directory / "metrics.jsonl", first, "elapsed_seconds"))
-        energy = self._energy(work, first)
+        used = largest_before(self.directory / "metrics.jsonl", first, "energy_kwh")
+        energy = EnergyLog(self.meter, work.tokens_per_step, last, self.mesh.devices.size, first, used)
         saving = self._saving(checkpoints, clock)
         profiling = Profiling(ProfileWindow(config.telemetry.profile, self.directory, jax.process_index()), self.progress)
         stack.callback(profiling.close)
@@ -285,17 +287,16 @@ class Run:
             hook.save_now(loop.step, loop.state)
         return loop, reason
 
-    def _energy(self, work: Work, first: int) -> EnergyLog:
-        """What measures the energy here; the log says which."""
-        local, last, count = jax.local_devices(), self.config.train.steps, self.mesh.devices.size
-        if jax.process_index() != 0:  # who logs nothing needs no meter
-            return EnergyLog(None)
+    def _open_meter(self) -> Meter | None:
+        """What measures the energy here; the log says which. Processes that log nothing need none."""
+        if jax.process_index() != 0:
+            return None
+        local, count = jax.local_devices(), self.mesh.devices.size
         ordinals = [device.local_hardware_id or 0 for device in local]
         meter, words = open_meter(self.config.telemetry.energy, local[0].platform, ordinals)
         others = f", and the same for all {count}" if meter and 0 < meter.devices < count else ""
         self.progress.say(f"energy     {words}{others}")
-        before = largest_before(self.directory / "metrics.jsonl", first, "energy_kwh")
-        return EnergyLog(meter, work.tokens_per_step, last, count, first, before)
+        return meter
 
     def _saving(self, checkpoints: Checkpoints | None, clock: StepClock) -> list[Saving]:
         """The hook that saves, where the config wants that."""
