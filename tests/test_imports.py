@@ -28,6 +28,7 @@ FLOORS = {
     "train.state": 4,
     "train.step": 4,
     "train.xla_options": 4,
+    "train.xla_costs": 4,
     "data": 4,
     "telemetry": 4,
     "checkpoint": 4,
@@ -39,6 +40,10 @@ FLOORS = {
     "train.feed": 5,
     "train.run": 5,
     "planner": 5,
+    # Readers of a compiled program's text: they know chips, and nothing of models or training.
+    "planner.hlo": 3,
+    "planner.hlo_groups": 3,
+    "planner.hlo_collectives": 3,
     "launch": 6,
     "main": 7,
     "tokenize": 7,

@@ -41,6 +41,9 @@ KINDS = (
 )
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _INDEX = re.compile(r"index=(\d+)")
+_NO_TIME = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+SHORTEST = 1e-6
+"""Seconds that an instruction takes at least, in a profile for XLA's scheduler."""
 
 
 @dataclass
@@ -131,14 +134,33 @@ def read_collectives(
     Raises:
       ValueError: a loop without trip count, device groups in an unknown form, or a chip whose figures are unknown.
     """
+    replay = _replay(text, layout, chip, flops_per_second)
+    replay.run(replay.program.computations[replay.program.entry], [], 1.0)
+    return sorted(replay.transfers.values(), key=lambda t: -t.wire)
+
+
+def instruction_seconds(text: str, layout: Layout, chip: Chip | None = None) -> dict[str, float]:
+    """What each instruction takes, by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others `SHORTEST`.
+
+    Of what stands for many (loops, calls, conditionals) the parts are listed, not the whole. Arguments and errors are those of
+    `read_collectives`.
+    """
+    replay = _replay(text, layout, chip, None)
+    return {
+        instruction.name: max(SHORTEST, replay.seconds(computation, instruction))
+        for computation in replay.program.computations.values()
+        if computation.name in replay.program.flops
+        for instruction in computation.instructions
+        if instruction.op not in _NO_TIME and not instruction.op.endswith("-done")
+    }
+
+
+def _replay(text: str, layout: Layout, chip: Chip | None, flops_per_second: float | None) -> _Replay:
     chip = chip or find_chip("h100-sxm")
     peak = flops_per_second or chip.peak("bfloat16")
     if peak is None or chip.link_bandwidth is None:
         raise ValueError(f"{chip.name}: peak FLOP/s {peak} and link bytes/s {chip.link_bandwidth} must be known")
-    program = parse(text)
-    replay = _Replay(program, layout, chip, peak)
-    replay.run(program.computations[program.entry], [], 1.0)
-    return sorted(replay.transfers.values(), key=lambda t: -t.wire)
+    return _Replay(parse(text), layout, chip, peak)
 
 
 def table(transfers: Sequence[Transfer]) -> list[Row]:
@@ -267,6 +289,16 @@ class _Replay:
             self.costs[name] = self.program.flops[name], sum(transfer.wire for transfer in trial.transfers.values())
         return self.costs[name]
 
+    def seconds(self, computation: Computation, instruction: Instruction) -> float:
+        """What an instruction takes: its matmuls, and where it is or begins transfers, those."""
+        transfers = [t for inside, i in self._collectives(computation, instruction) for t in self._transfers(inside, i)]
+        return sum(map(self._on_wire, transfers)) + self.program.instruction_flops(computation, instruction) / self.peak
+
+    def _on_wire(self, transfer: Transfer) -> float:
+        """Seconds of one call."""
+        sent = transfer.payload_once * wire_factor(transfer.kind, transfer.group.size)
+        return sent / bandwidth(transfer.group, self.chip)
+
     def _moves_bytes(self, name: str) -> bool:
         """Whether a computation, or one that it calls, holds a collective."""
         if name not in self.moves:
@@ -295,7 +327,7 @@ class _Replay:
         if not transfers:
             return None
         crosses = transfers[0].group.crosses_hosts
-        seconds = sum(t.payload_once * wire_factor(t.kind, t.group.size) / bandwidth(t.group, self.chip) for t in transfers)
+        seconds = sum(map(self._on_wire, transfers))
         begin = max(self.now, self.link_free[crosses])
         flight = _Flight(transfers, begin, begin + seconds, self.flops, weight)
         self.link_free[crosses] = flight.end

@@ -34,6 +34,7 @@ from jaxtrain.sharding import (
     sum_over,
     vary,
 )
+from jaxtrain.train import xla_costs
 from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.exchange import (
     describe_exchange,
@@ -214,7 +215,8 @@ def compile_train_step(
 ) -> Any:
     """Lowers and compiles a train step, from shapes alone; telemetry and planner read the compiled program.
 
-    `options` are XLA options over those of `train.xla_options`, which are over the table of `xla_options.py`.
+    `options` are XLA options over those of `train.xla_options`, which are over the table of `xla_options.py`. What XLA would
+    schedule by guesses is compiled twice (`xla_costs.py`).
 
     Raises:
       ExplainedError: XLA does not take an option that was asked for.
@@ -222,7 +224,11 @@ def compile_train_step(
     step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
     asked = parse_options(config.train.xla_options) | (options or {})
-    return compile_with_options(lowered, default_options(config, mesh.devices.flat[0].platform), asked)
+    defaults = default_options(config, mesh.devices.flat[0].platform)
+    compiled = compile_with_options(lowered, defaults, asked)
+    if not xla_costs.needs_costs(config, mesh) or xla_costs.OPTION in asked:
+        return compiled
+    return compile_with_options(lowered, defaults | xla_costs.costs_option(compiled, mesh), asked)
 
 
 class TrainSteps:

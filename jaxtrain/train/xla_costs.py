@@ -1,0 +1,59 @@
+"""Tells XLA's scheduler what instructions take, where it would not estimate that itself.
+
+XLA orders matmuls and transfers by how long it thinks that each takes. Its speed-of-light estimator steps aside where a program
+holds a ragged all-to-all (the exchange of dropless experts); what is left counts every kernel and every transfer alike, so that
+a gather of weights over slow links finds no more matmuls to travel behind than one over fast links. Such a program is compiled
+twice: first for the names of its instructions, then with a profile of them, as XLA takes one that was measured (a
+`ProfiledInstructionsProto`, as text). Here it is computed (`planner.hlo_collectives.instruction_seconds`).
+
+A name that the second compilation does not know, and an instruction that the profile does not name, fall back to XLA's own
+guess: a wrong profile makes a slower program, never a wrong one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtrain.config import Config
+from jaxtrain.hardware import chip_of_device_kind
+from jaxtrain.planner.hlo_collectives import instruction_seconds
+from jaxtrain.planner.hlo_groups import layout_of
+
+OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
+"""The XLA option that names the profile. A run that sets it (`train.xla_options`) brings a profile of its own."""
+
+
+def needs_costs(config: Config, mesh: Mesh) -> bool:
+    """Whether XLA would schedule this train step by guesses: dropless experts on several GPUs, of a chip that is known."""
+    moe, device = config.model.moe, mesh.devices.flat[0]
+    if moe is None or moe.dispatch != "dropless" or config.mesh.expert == 1 or device.platform not in ("gpu", "cuda"):
+        return False
+    chip = chip_of_device_kind(device.device_kind)
+    return chip is not None and chip.peak("bfloat16") is not None and chip.link_bandwidth is not None
+
+
+def costs_option(compiled: Any, mesh: Mesh) -> dict[str, str]:
+    """The XLA option that schedules the program anew by what its instructions take; writes the profile it names."""
+    chip = chip_of_device_kind(mesh.devices.flat[0].device_kind)
+    return {OPTION: str(write_profile(instruction_seconds(compiled.as_text(), layout_of(mesh), chip)))}
+
+
+def write_profile(seconds: Mapping[str, float], folder: str | None = None) -> Path:
+    """Writes a ProfiledInstructionsProto as text, and returns where.
+
+    The name says what is inside: the persistent compilation cache knows a program by its options, and all processes of a host
+    may write at once.
+    """
+    text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
+    path = Path(folder or tempfile.gettempdir()) / f"jaxtrain_costs_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+    return path
