@@ -126,6 +126,18 @@ def test_train_steps_on_a_mesh_equal_one_device():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
 
 
+def test_adafactor_on_a_mesh_equals_one_device():
+    """Adafactor's factors are means over rows and columns of whole matrices, of which a device holds parts of some experts."""
+    model = replace(BASE.model, num_layers=2, embed_dim=16, moe=replace(MOE, first_dense_layers=0))
+    optimizer = OptimizerConfig(name="adafactor", peak_lr=1e-3, schedule="constant")
+    config = replace(BASE, model=model, optimizer=optimizer)
+    one, on_one = trained(laid_out(config, 1, "none"))
+    mesh, on_mesh = trained(laid_out(config, 1, "none", expert=2, fsdp=2))
+    for a, b in zip(on_one, on_mesh, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
+
+
 def test_the_share_of_dropped_tokens():
     config = replace(CAPACITY, optimizer=SGD.optimizer)
     metrics = trained(laid_out(config, 1, "none"), steps=1)[1][0]
