@@ -78,3 +78,31 @@ def _finish(part: Turn[Result], value: Any) -> Result:
             value = part.send(value)
         except StopIteration as end:
             return end.value
+
+
+def reduce_behind_next(
+    xs: tuple[jax.Array, ...], reduced: jax.Array, master: Any
+) -> tuple[tuple[jax.Array, ...], jax.Array, Any]:
+    """(xs, reduced, master) as they are; in the backward pass a layer's gradients are reduced behind the next layer's matmuls.
+
+    Left to itself, XLA reduces the gradients of all layers of an iteration at its end, where nothing is left to compute. The
+    gradient of `reduced`, a scalar that every layer hands on, is held until those of the layer's weights are there; and with it
+    the last part's gradient at the end of the layer before it.
+
+    Args:
+      xs: the input of each part of a layer.
+      reduced: any scalar, handed from layer to layer.
+      master: the layer's weights, whose gradients are reduced.
+    """
+    reduced, master = _gradients_together(reduced, master)
+    x, reduced = lax.optimization_barrier((xs[-1], reduced))
+    return (*xs[:-1], x), reduced, master
+
+
+@jax.custom_vjp
+def _gradients_together(scalar: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+    """Both as they are; none of their gradients before all are there."""
+    return scalar, weights
+
+
+_gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.parallel.turns import Turn, alone, scoped, take_turns
+from jaxtrain.parallel.turns import Turn, alone, reduce_behind_next, scoped, take_turns
 
 BLOCKS = 2
 
@@ -52,3 +52,22 @@ def test_results_and_gradients_are_those_of_each_alone():
     backward = str(jax.make_jaxpr(jax.grad(together))(xs))
     # Seven meetings and three at the ends, each once forward and once backward.
     assert backward.count("optimization_barrier") >= 2 * 4 * BLOCKS
+
+
+def test_gradients_reduced_behind_the_next_layer_are_the_same():
+    """Through a scan, two layers an iteration; the scalar that carries the order has no say in any gradient."""
+    weights, x = jnp.linspace(-0.5, 0.7, 16).reshape(4, 4), jnp.array([0.1, 0.2, 0.3, 0.4])
+
+    def loss(weights, x, in_order: bool):
+        def step(carry, weight):
+            xs, reduced = carry
+            if in_order:
+                xs, reduced, weight = reduce_behind_next(xs, reduced, weight)
+            return (tuple(jnp.tanh(x * weight) for x in xs), reduced), None
+
+        (xs, _), _ = jax.lax.scan(step, ((x, 2 * x), jnp.zeros(())), weights, unroll=2)
+        return sum(x.sum() for x in xs)
+
+    got, want = (jax.grad(loss, argnums=(0, 1))(weights, x, in_order) for in_order in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    assert all(np.abs(gradient).min() > 0 for gradient in jax.tree.leaves(want))
