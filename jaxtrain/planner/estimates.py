@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,6 +162,11 @@ class Estimate:
         return sum(wire.bytes for wire in self.wires if wire.crosses_hosts == crosses_hosts)
 
 
+def axes_in_use(shape: Sequence[int]) -> frozenset[str]:
+    """The kind of a mesh: its axes above 1, data and fsdp being one, since both divide the batch."""
+    return frozenset("fsdp" if axis == "data" else axis for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
+
+
 @dataclass(frozen=True)
 class Point:
     """One layout on the map of a search: its time against its memory."""
@@ -195,3 +200,5 @@ class SearchResult:
     """The layout of least memory: how far from fitting the cluster is."""
     seconds: float
     """How long the search took."""
+    kinds: tuple[Estimate, ...] = ()
+    """Of each kind of layout (`axes_in_use`) that is not among those ranked the best that fits, as far as it was looked for."""

@@ -77,8 +77,8 @@ def mesh_picture(layout: Estimate) -> str:
     for number, host in enumerate(shown):
         x, y = number % per_row * (wide + HOST_GAP), number // per_row * (tall + HOST_GAP)
         parts.append(rect(x + 0.5, y + 0.5, wide - 1, tall - 1, class_="host", rx=8))
-        name = ", ".join(f"{MESH_AXES[axis]} {places[host, 0, axis]}" for axis in fixed)
-        parts.append(text(x + 8, y + 17, fitted(name or f"host {host}", wide - 16, 11), 11, class_="soft"))
+        name = _host_name([(MESH_AXES[axis], int(places[host, 0, axis])) for axis in fixed], wide - 16) or f"host {host}"
+        parts.append(text(x + 8, y + 17, fitted(name, wide - 16, 11), 11, class_="soft"))
         for device in range(devices):
             place = places[host, device]
             left, top = x + 8 + device % columns * (CELL + GAP), y + 26 + device // columns * (CELL + GAP)
@@ -88,6 +88,12 @@ def mesh_picture(layout: Estimate) -> str:
             parts += _device_words([f"{MESH_AXES[axis][0]}{place[axis]}" for axis in varying], left, top)
     height = math.ceil(len(shown) / per_row) * (tall + HOST_GAP) - HOST_GAP
     return svg(WIDTH, height, parts, f"{hosts} hosts of {devices} devices")
+
+
+def _host_name(place: list[tuple[str, int]], width: float) -> str:
+    """ "pipe 1, fsdp 3", or "p1 f3" where that is too wide."""
+    name = ", ".join(f"{axis} {index}" for axis, index in place)
+    return name if text_width(name, 11) <= width else " ".join(f"{axis[0]}{index}" for axis, index in place)
 
 
 def _device_words(words: list[str], left: float, top: float) -> list[str]:
@@ -108,10 +114,11 @@ def mesh_caption(layout: Estimate) -> str:
     said = [f"A box is a host, a square a {layout.cluster.chip.name}."]
     if shape[painted] > 1:
         said.append(f"Colour tells apart the {shape[painted]} positions along {MESH_AXES[painted]}.")
-    inside = [axis for axis in range(len(shape)) if len(np.unique(places[0, :, axis])) > 1]
+    used = [MESH_AXES[axis] for axis, size in enumerate(shape) if size > 1]
+    inside = [MESH_AXES[axis] for axis in range(len(shape)) if len(np.unique(places[0, :, axis])) > 1]
     if inside:
-        letters = ", ".join(f"{MESH_AXES[axis][0]} = {MESH_AXES[axis]}" for axis in inside)
-        said.append(f"On the squares: position along the axes inside a host ({letters}).")
+        letters = ", ".join(f"{axis[0]} = {axis}" for axis in used)
+        said.append(f"On the squares: positions along the axes inside a host; above them those of the host ({letters}).")
     if stride > 1:
         said.append(f"Of {hosts:,} hosts, every {stride}th is drawn.")
     return " ".join(said)
@@ -186,16 +193,16 @@ def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[s
       limit: (value, words) of a line across the bars; None for none.
       write: a value as words.
     """
-    left, right, tall, pitch, top = 300.0, 90.0, 22.0, 40.0, 46.0 if limit else 30.0
+    left, right, tall, pitch, top = 352.0, 84.0, 22.0, 40.0, 46.0 if limit else 30.0
     longest = max([sum(values.values()) for _, values in rows] + ([limit[0]] if limit else []))
     scale = (WIDTH - left - right) / longest
     parts = [legend(left, 12, [(f"c{i}", name) for i, name in enumerate(names.values())])]
     for number, (layout, values) in enumerate(rows):
         y, x = top + number * pitch, left
         weight = "600" if number == 0 else None
-        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 16, 12.5)
-        parts.append(text(0, y + 9, name, 12.5, class_="ink", font_weight=weight))
-        parts.append(text(16, y + 24, fitted(_how(layout), left - 32, 11), 11, class_="soft"))
+        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 10, 11.8)
+        parts.append(text(0, y + 9, name, 11.8, class_="ink", font_weight=weight))
+        parts.append(text(16, y + 24, fitted(_how(layout), left - 26, 10.8), 10.8, class_="soft"))
         for i, key in enumerate(names):
             wide = values[key] * scale
             parts.append(rect(x, y, wide, tall, f"{names[key]}: {write(values[key])}", class_=f"c{i}"))

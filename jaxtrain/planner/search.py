@@ -15,12 +15,14 @@ from jaxtrain.config import Config
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.planner.cost import CostModel, Layout, joules, with_layout
-from jaxtrain.planner.estimates import Cluster, Point, SearchResult
+from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.space import POLICIES, Space
 
 Objective = Literal["time", "energy", "cost"]
 RANKED, DRAWN = 20, 800
+KIND_LOOKS = 3000
+"""Layouts of other kinds than the best whose memory is looked into, in search of one that fits."""
 PARETO_STEP = 0.02
 """A slower layout is on the Pareto front if it saves at least this share of the memory."""
 MOST_HOSTS = 8192
@@ -51,6 +53,7 @@ def search(config: Config, cluster: Cluster, objective: Objective = "time", rank
         _, problems = find_problems(estimate.config, cluster.devices)
         if problems:
             raise ConfigError(problems)
+    kinds = hunt.first_of_other_kinds(best) if best else []
     hunt.look_around()
     least = min(hunt.lean, key=hunt.bytes, default=None) if not best else None
     return SearchResult(
@@ -62,6 +65,7 @@ def search(config: Config, cluster: Cluster, objective: Objective = "time", rank
         smallest=None if best else smallest_cluster(config, cluster),
         leanest=hunt.model.estimate(least) if least else None,
         seconds=time.perf_counter() - begin,
+        kinds=tuple(hunt.model.estimate(layout) for layout in kinds),
     )
 
 
@@ -130,6 +134,22 @@ class _Hunt:
                 for other in self.space.remats(layout):
                     heapq.heappush(self.queue, (self.value(other), number, other))
         return list(best.values())
+
+    def first_of_other_kinds(self, best: list[Layout]) -> list[Layout]:
+        """Of each kind of mesh that is not among the best, the best layout that fits, best first."""
+        kinds, found, looks = {axes_in_use(layout.mesh) for layout in best}, [], 0
+        while self.queue and looks < KIND_LOOKS:
+            _, number, layout = heapq.heappop(self.queue)
+            if axes_in_use(layout.mesh) in kinds:
+                continue
+            looks += 1
+            if self.bytes(layout) <= self.budget:
+                kinds.add(axes_in_use(layout.mesh))
+                found.append(layout)
+            elif layout.remat == "none":
+                for other in self.space.remats(layout):
+                    heapq.heappush(self.queue, (self.value(other), number, other))
+        return found
 
     def look_around(self) -> None:
         """Looks into layouts spread over the whole space, and into those that hold least, for the map and the Pareto front."""

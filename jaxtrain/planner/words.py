@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.hardware import Chip
 from jaxtrain.planner.answer import Bill
-from jaxtrain.planner.estimates import Cluster, Estimate, Memory, SearchResult, StepTime, Wire
+from jaxtrain.planner.estimates import Cluster, Estimate, Memory, SearchResult, StepTime, Wire, axes_in_use
 from jaxtrain.planner.wording import (
     MEMORY_WORDS,
     cluster_words,
@@ -27,7 +27,7 @@ from jaxtrain.planner.wording import (
 )
 
 Search = Callable[[Config, Cluster], SearchResult]
-SECONDS_TO_ASK = 30.0
+SECONDS_TO_ASK = 20.0
 """Of this process: no further search is begun after so many, so that the answer for thousands of devices comes in time too."""
 NEGLIGIBLE = 0.01
 """Differences below this share are called none."""
@@ -86,7 +86,7 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
     if others:
         said.append(_against("The runner-up", best, others[0], found, objective))
     kinds: dict[frozenset[str], Estimate] = {}
-    for estimate in (*others, *found.ranked):
+    for estimate in (*others, *found.ranked, *found.kinds):
         if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is spoken of already
             kinds.setdefault(_kind(estimate), estimate)
     nearest = sorted(kinds.values(), key=lambda estimate: score(estimate, objective))[:2]
@@ -123,8 +123,7 @@ def _estimated(estimate: Estimate, found: SearchResult) -> Estimate | None:
 
 
 def _kind(estimate: Estimate) -> frozenset[str]:
-    """Axes in use, data and fsdp being one: how a layout divides the work."""
-    return frozenset("fsdp" if axis == "data" else axis for axis in estimate.mesh)
+    return axes_in_use(estimate.config.mesh.shape)
 
 
 def _apart(best: Estimate, other: Estimate) -> str:

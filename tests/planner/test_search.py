@@ -12,7 +12,7 @@ from jaxtrain.config_rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner.cost import CostModel, Layout, with_layout
-from jaxtrain.planner.estimates import Cluster
+from jaxtrain.planner.estimates import Cluster, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.search import search, smallest_cluster
 from jaxtrain.planner.space import Space, useful_chunks
@@ -108,3 +108,16 @@ def test_a_config_that_no_layout_mends_is_refused():
     wrong = replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, peak_lr=-1.0))
     with pytest.raises(ConfigError, match="peak_lr"):
         search(wrong, Cluster(H100, 1, 4))
+
+
+def test_the_best_of_other_kinds():
+    """Ranked: the best mesh alone. Of every other kind its best mesh, the same that a search that ranks all meshes finds."""
+    cluster = Cluster(replace(H100, memory_bytes=int(6e9)), hosts=1, devices_per_host=4, reserved_bytes=0)
+    found, every = search(CONFIG, cluster, ranked=1), search(CONFIG, cluster, ranked=10_000)
+    best: dict[frozenset[str], float] = {}
+    for estimate in every.ranked:
+        best.setdefault(axes_in_use(estimate.config.mesh.shape), estimate.time.total)
+    kinds = {axes_in_use(estimate.config.mesh.shape): estimate.time.total for estimate in (*found.ranked, *found.kinds)}
+    assert kinds == best
+    assert len(kinds) > 3
+    assert every.kinds == ()
