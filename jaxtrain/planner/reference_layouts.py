@@ -34,6 +34,9 @@ from jaxtrain.planner.memory import estimate_memory
 CONFIGS = Path(__file__).parents[2] / "configs"
 CACHE = "~/.cache/jaxtrain/planner/reference_layouts.json"
 GIB = 2**30
+STEP = ("sharding.py", "models/*.py", "ops/*.py", "parallel/*.py")
+STEP += tuple(f"train/{name}.py" for name in ("balance", "exchange", "optimizer", "state", "step", "xla_options"))
+"""Files of the package that a compiled step depends on."""
 SMALL = 2**20
 """Bytes of a kind of transfer in a step below which its deviation is not counted: scalars that XLA adds up before it sends."""
 
@@ -188,10 +191,9 @@ def _key(config: Config) -> str:
     """Of what a compiled step depends on: the config, jax, and the files of the package that make the step."""
     digest, package = hashlib.sha256(to_json(config).encode()), Path(__file__).parents[1]
     digest.update(importlib.metadata.version("jax").encode())
-    for folder in ("models", "ops", "parallel", "train"):
-        for path in sorted((package / folder).glob("*.py")):
+    for pattern in STEP:
+        for path in sorted(package.glob(pattern)):
             digest.update(path.read_bytes())
-    digest.update((package / "sharding.py").read_bytes())
     return digest.hexdigest()[:16]
 
 
