@@ -199,7 +199,7 @@ class CostModel:
         self.chip = roofline.roofline(cluster.chip, config.model.dtype, practice.attention_share)
         if cluster.devices > 1:
             require_links(cluster.chip, cluster.hosts)
-        self.taken = TRANSFER_CORES / self.chip.cores if self.chip.cores else 0.0
+        self.taken = taken_by_transfers(self.chip)
         self._known: dict[Hashable, Any] = {}
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -456,6 +456,11 @@ class CostModel:
                         total[i] += more
         wires = [Wire(*key, *total, crosses_hosts=placement.of(key[0])[1] > 1) for key, total in sums.items()]
         return tuple(sorted(wires, key=lambda wire: -wire.seconds))
+
+
+def taken_by_transfers(chip: roofline.Roofline) -> float:
+    """Share of a chip's multiprocessors that transfers hold while they travel behind compute."""
+    return TRANSFER_CORES / chip.cores if chip.cores else 0.0
 
 
 def joules(time: StepTime, cluster: Cluster) -> float | None:

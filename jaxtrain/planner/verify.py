@@ -21,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.planner.cost import count_passes, joules, stand_in
+from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
 from jaxtrain.planner.deviceless import Report, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.hlo_collectives import Row
+from jaxtrain.planner.roofline import roofline
 from jaxtrain.planner.search import Objective
 from jaxtrain.planner.targets import TARGETS
 from jaxtrain.planner.traffic import Flow, Placement, place, seconds
@@ -99,8 +100,10 @@ def with_report(estimate: Estimate, report: Report) -> Estimate:
     passes = count_passes(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     working = config.pipeline.chunks * config.train.microbatches / passes.forward
     sums = [sum(wire.exposed_seconds for wire in wires if wire.crosses_hosts == crosses) for crosses in (False, True)]
+    taken = taken_by_transfers(roofline(estimate.cluster.chip, config.model.dtype))
+    slowed = taken * (sum(wire.seconds for wire in wires) - sum(sums))
     more = report.flops / step_flops(stand_in(config), "cudnn")
-    time = dataclasses.replace(time, matmul=time.matmul * more, exposed=max(sums) * working)
+    time = dataclasses.replace(time, matmul=time.matmul * more, exposed=(max(sums) + slowed) * working)
     compiled = dataclasses.replace(
         estimate, origin="compiled", memory=_memory(estimate.memory, report), wires=wires, flops=report.flops, time=time
     )
