@@ -249,6 +249,37 @@ def allocate_slots(schedule: Schedule) -> Slots:
     )
 
 
+def count_slots(schedule: Schedule) -> tuple[int, int, int]:
+    """How many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most lifetimes that
+    overlap on any stage. For planners, which ask for many tables."""
+    f = _tick_of_each(schedule, schedule.forward_microbatch, schedule.forward_chunk) * _PHASES
+    b = _tick_of_each(schedule, schedule.backward_microbatch, schedule.backward_chunk) * _PHASES
+    parts = f.reshape(schedule.parts, -1), b.reshape(schedule.parts, -1)  # [chunk * stages + stage, microbatch]
+    lifetimes = {"activation": (parts[0][:-1] + _EXCHANGE, parts[0][1:] + _FORWARD, 1)}
+    sent = np.concatenate([parts[1][1:] + _EXCHANGE, parts[0][-1:] + _FORWARD])
+    lifetimes |= {"gradient": (sent, parts[1] + _BACKWARD, 0), "residual": (parts[0] + _FORWARD, parts[1] + _BACKWARD, 0)}
+    counts = []
+    for writes, reads, first in lifetimes.values():
+        stages = (np.arange(len(writes)) + first) % schedule.stages
+        counts.append(max((_overlap(writes[stages == i], reads[stages == i]) for i in range(schedule.stages)), default=0))
+    return counts[0], counts[1], counts[2]
+
+
+def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+    """Int [chunks, stages, microbatches]: the tick of each pass of one kind."""
+    ticks = np.zeros((schedule.chunks, schedule.stages, schedule.microbatches), np.int64)
+    tick, stage = np.nonzero(microbatch != IDLE)
+    ticks[chunk[tick, stage], stage, microbatch[tick, stage]] = tick
+    return ticks
+
+
+def _overlap(writes: np.ndarray, reads: np.ndarray) -> int:
+    """The most of the lifetimes [write, read] that hold one moment; a slot that is read is free only after that."""
+    begun, ended = np.sort(writes, axis=None), np.sort(reads, axis=None)
+    alive = np.searchsorted(begun, begun, "right") - np.searchsorted(ended, begun, "left")
+    return int(alive.max(initial=0))
+
+
 def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
     """Slots for (stage, write time, read time): their number, and the slots written and read as [phase, tick, stage]."""
     free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which it is free, slot)

@@ -143,6 +143,14 @@ def _axes_present(mesh: tuple[int, ...]) -> tuple[bool, ...]:
     return tuple(size > 1 for size in mesh)
 
 
+@functools.lru_cache(maxsize=256)
+def _parts_that_move(present: tuple[bool, ...]) -> tuple[str, ...]:
+    """Parts of `PARTS` that move anything where these axes are above 1."""
+    _, pipe, _, fsdp, expert, context, tensor = present
+    moves = {"weights": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe, "experts": expert, "context": context}
+    return tuple(part for part in PARTS if moves.get(part, any(present)))
+
+
 class _Direction(NamedTuple):
     """One layer in a pass in one direction, and what the pass does at its ends."""
 
@@ -315,7 +323,7 @@ class CostModel:
         hides = {"weights": True, "gradients": True, "sequence": turns or self.practice.hides_tensor, "experts": turns}
         link = nic = floor = waits = ends = 0.0
         for part in ("weights", "gradients", "sequence", "experts"):
-            time = times[part].get(phase)
+            time = times.get(part, {}).get(phase)
             if time is None:
                 continue
             if not hides[part]:
@@ -329,7 +337,7 @@ class CostModel:
         exposed += self.taken * max(0.0, link + nic - exposed)
         share = 1.0 - min(1.0, exposed / (link + nic)) if link + nic else 0.0
         hidden = {part: share if hides[part] else 0.0 for part in hides}
-        round_ring = times["context"].get(phase, Times()).total
+        round_ring = times.get("context", {}).get(phase, Times()).total
         if round_ring:
             shown = max(round_ring - work.attention, UNHIDDEN["context"] * round_ring) if ring else round_ring
             waits, hidden = waits + shown, hidden | {"context": 1 - shown / round_ring}
@@ -340,26 +348,28 @@ class CostModel:
         turns = self.takes_turns(layout)
         (ahead, back), (embed, embed_back), loss = self._work(layout, rows, turns)
         placement = place(layout.mesh, self.cluster.devices_per_host)
-        times = {part: self._times(part, layout, rows, placement) for part in PARTS}
+        times = {part: self._times(part, layout, rows, placement) for part in _parts_that_move(_axes_present(layout.mesh))}
         ring = layout.mesh[5] > 1 and self._context_kind(layout) == "ring"
         outer_waits = sum(
-            times[part].get(phase, Times()).total
-            for part in ("weights", "gradients", "sequence", "loss")
+            found[phase].total
+            for part, found in times.items()
+            if part not in ("pipe", "scalars")
             for phase in ("forward", "backward")
+            if phase in found
         )
-        once = {part: times[part].get("once", Times()).total for part in PARTS}
-        held = {part: times[part].get("held", Times()).total for part in PARTS}
+        once, held = ({part: found[p].total for part, found in times.items() if p in found} for p in ("once", "held"))
+        sends = times.get("pipe", {})
         return _Shared(
             forward=self._direction("forward", ahead, times, turns, ring),
             backward=self._direction("backward", back + self._sums(layout), times, turns, ring),
             outer=loss + embed_back + (embed if layout.mesh[1] == 1 else Work()),
             outer_waits=outer_waits,
-            send_on=times["pipe"].get("forward", Times()).total,
-            send_back=times["pipe"].get("backward", Times()).total,
-            once=sum(once.values()) - once["gradients"] + self._replica_seconds(),
-            held=sum(held.values()) - held["gradients"],
-            gradients_once=once["gradients"],
-            gradients_held=held["gradients"],
+            send_on=sends["forward"].total if sends else 0.0,
+            send_back=sends["backward"].total if sends else 0.0,
+            once=sum(once.values()) - once.get("gradients", 0.0) + self._replica_seconds(),
+            held=sum(held.values()) - held.get("gradients", 0.0),
+            gradients_once=once.get("gradients", 0.0),
+            gradients_held=held.get("gradients", 0.0),
         )
 
     def step(self, layout: Layout) -> Step:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.parallel.pipeline_schedule import allocate_slots, make_schedule
+from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots
 from jaxtrain.planner.activations import FLOAT32, Sizes, kept_bytes, moves_activations
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, local_length, microbatch_rows, outer_weights
@@ -92,8 +92,8 @@ class Cut(NamedTuple):
 @functools.cache
 def _slots(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int]:
     """(slots of residuals, slots of boundary activations and gradients), from the table's own lifetimes."""
-    slots = allocate_slots(make_schedule(schedule, stages, chunks, microbatches))
-    return slots.residual_count + 1, slots.activation_count + slots.gradient_count + 2
+    activations, gradients, residuals = count_slots(SCHEDULES[schedule](stages, chunks, microbatches))
+    return residuals + 1, activations + gradients + 2
 
 
 @functools.lru_cache(maxsize=4096)

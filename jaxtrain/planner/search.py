@@ -14,7 +14,7 @@ from typing import Literal
 from jaxtrain.config import Config
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
-from jaxtrain.planner.cost import CostModel, Layout, joules, with_layout
+from jaxtrain.planner.cost import CostModel, Layout, Practice, joules, with_layout
 from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.space import POLICIES, Space
@@ -31,7 +31,13 @@ DOES_NOT_FIT = "does not fit"
 STATE_DOES_NOT_FIT = "parameters and optimizer state alone do not fit"
 
 
-def search(config: Config, cluster: Cluster, objective: Objective = "time", ranked: int = RANKED) -> SearchResult:
+def search(
+    config: Config,
+    cluster: Cluster,
+    objective: Objective = "time",
+    ranked: int = RANKED,
+    practice: Practice = Practice(),
+) -> SearchResult:
     """The best layouts of a config's model, data, batch and optimizer on all devices of a cluster.
 
     What the config says of mesh, schedule, chunks, microbatches, remat and ZeRO is not looked at, but for mesh.replica and
@@ -40,13 +46,14 @@ def search(config: Config, cluster: Cluster, objective: Objective = "time", rank
     Args:
       objective: time: seconds of a step; energy: joules of a step; cost: money of a step, which on one cluster goes with time.
       ranked: how many layouts to rank: of each mesh its best one.
+      practice: what the program hides; another one's, to hold the planner against published runs.
 
     Raises:
       ConfigError: the config is wrong whatever the layout.
       ExplainedError: a figure of the chip is not known.
     """
     begin = time.perf_counter()
-    hunt = _Hunt(config, cluster, objective)
+    hunt = _Hunt(config, cluster, objective, practice)
     best = hunt.first_that_fit(ranked) if any(hunt.fits(layout) for layout in hunt.lean) else []
     estimates = tuple(hunt.model.estimate(layout) for layout in best)
     for estimate in estimates:
@@ -76,9 +83,9 @@ class _Hunt:
     comes up and does not fit.
     """
 
-    def __init__(self, config: Config, cluster: Cluster, objective: Objective):
+    def __init__(self, config: Config, cluster: Cluster, objective: Objective, practice: Practice):
         self.config, self.objective, self.budget = config, objective, cluster.budget_bytes
-        self.model = CostModel(config, cluster)
+        self.model = CostModel(config, cluster, practice)
         self.space = Space(config, cluster.devices, cluster.devices_per_host)
         self.queue: list[tuple[float, int, Layout]] = []
         self.lean: list[Layout] = []

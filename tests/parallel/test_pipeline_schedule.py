@@ -14,6 +14,7 @@ from jaxtrain.parallel.pipeline_schedule import (
     allocate_slots,
     bubble_fraction,
     check,
+    count_slots,
     cut_into_runs,
     forward_only,
     live_parts,
@@ -282,3 +283,13 @@ def test_ten_parts_on_five_nodes():
             held = {int(c) * 5 + node for c in chunk[:, node] if c != IDLE}
             assert held == {node, node + 5}
     assert bubble_fraction(schedule) == pytest.approx(4 / 24)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("microbatches", [1, 3, 4, 8])
+def test_slots_are_counted_as_they_are_allocated(name: str, stages: int, microbatches: int):
+    for chunks in (1, 2, 3) if name == "interleaved" else (1,):
+        schedule = make_schedule(name, stages, chunks, microbatches)
+        slots = allocate_slots(schedule)
+        assert count_slots(schedule) == (slots.activation_count, slots.gradient_count, slots.residual_count)
