@@ -31,7 +31,7 @@ from jaxtrain.config import (
 )
 from jaxtrain.config_rules import validate
 from jaxtrain.hardware import Chip, find_chip
-from jaxtrain.planner.cost import CostModel, Practice, layout_of
+from jaxtrain.planner.cost import OURS, CostModel, Practice, layout_of
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.telemetry.flops import model_flops_per_token
 
@@ -67,7 +67,7 @@ class Run:
     """Published tokens/s a GPU."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Other fields of `train`, `pipeline` and `sharding`, by name."""
-    practice: Practice = Practice()
+    practice: Practice = OURS
     note: str = ""
     """What had to be assumed."""
 

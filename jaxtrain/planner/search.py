@@ -14,7 +14,7 @@ from typing import Literal
 from jaxtrain.config import Config
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
-from jaxtrain.planner.cost import CostModel, Layout, Practice, joules, with_layout
+from jaxtrain.planner.cost import OURS, CostModel, Layout, Practice, joules, with_layout
 from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.space import POLICIES, Space
@@ -36,7 +36,7 @@ def search(
     cluster: Cluster,
     objective: Objective = "time",
     ranked: int = RANKED,
-    practice: Practice = Practice(),
+    practice: Practice = OURS,
 ) -> SearchResult:
     """The best layouts of a config's model, data, batch and optimizer on all devices of a cluster.
 
