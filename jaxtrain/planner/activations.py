@@ -116,10 +116,8 @@ def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
     numbers = _named(config, sizes, backend)
     kept = sum(numbers[name] for name in names)
     if remat == "dots":
-        # What attention's projection makes is kept before it is summed over tensor, so over the whole length. Of two parts that
-        # take turns, so is what the first one's MLP makes: it goes through the barrier at which the second one waits.
-        through_barrier = sizes.sequence / 2 if sizes.parts > 1 and sizes.mlp else 0
-        kept += bytes_each * (sizes.sequence + through_barrier + sizes.latents)
+        # What attention's projection makes is kept before it is summed over tensor: over the whole length.
+        kept += bytes_each * (sizes.sequence + sizes.latents)
     return stream + kept
 
 
@@ -132,8 +130,7 @@ def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
 
 
 def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
-    """Bytes of each value that remat can keep by name. The layer's last, mlp_out, nothing needs again but the barrier at which
-    the second of two parts that take turns waits for the first."""
+    """Bytes of each value that remat can keep by name. The layer's last, mlp_out, nothing needs again."""
     bytes_each, moe = BYTES[config.model.dtype], config.model.moe
     width = moe.mlp_dim / config.mesh.tensor if moe else 0
     numbers = dict.fromkeys(("mlp_gate", "mlp_up", "mlp_hidden"), bytes_each * sizes.mlp)
@@ -144,7 +141,7 @@ def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
         "value": bytes_each * sizes.value,
         "attention": _attention_kept(config, sizes, backend),
         "attention_out": bytes_each * sizes.stream,
-        "mlp_out": bytes_each * sizes.stream / 2 if sizes.parts > 1 else 0.0,
+        "mlp_out": 0.0,
         "router": FLOAT32 * sizes.tokens * moe.num_experts if moe else 0.0,
         "expert_in": bytes_each * sizes.rows * config.model.embed_dim,
         "expert_out": bytes_each * sizes.choices * config.model.embed_dim,
@@ -153,14 +150,14 @@ def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
 
 def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
     """Remat none. An RMSNorm keeps three float32 of its input's size and hands on one in compute dtype; SwiGLU keeps six of its
-    width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: a residual stream,
-    and attention's projection before it is summed over tensor."""
+    width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: half a residual
+    stream, and attention's projection before it is summed over tensor."""
     model, bytes_each = config.model, BYTES[config.model.dtype]
     kept = 6 * FLOAT32 * sizes.stream + 2 * bytes_each * sizes.stream + 6 * bytes_each * sizes.mlp
     kept += bytes_each * (sizes.query + sizes.key + sizes.value) + _attention_kept(config, sizes, backend)
     kept += (3 * FLOAT32 + bytes_each) * sizes.latents
     if sizes.parts > 1:
-        kept += bytes_each * (sizes.sequence + sizes.stream)
+        kept += bytes_each * (sizes.sequence + sizes.stream / 2)
     if model.qk_norm:
         kept += 3 * FLOAT32 * (sizes.query + sizes.key)
     if backend == "reference":

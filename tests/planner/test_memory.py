@@ -125,6 +125,19 @@ def traced_bytes(config: Config, backend: str) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
+def handed_on_bytes(config: Config) -> float:
+    """What is traced as kept, only because it goes through the barrier at which the second of two parts waits for the first's
+    result. Nobody reads it in the backward pass, and XLA drops it."""
+    mesh, moe, remat = config.mesh, config.model.moe, config.train.remat
+    rows = config.train.global_batch_size // mesh.batch_shards
+    if mesh.tensor * mesh.expert == 1 or rows % 2:
+        return 0.0
+    whole = rows / 2 * config.data.sequence_length * config.model.embed_dim * 2 * config.model.stacked_layers
+    if remat == "dots":
+        return whole if moe is None or moe.shared_experts else 0.0
+    return whole / mesh.tensor if remat == "none" or (remat == "named" and "mlp_out" in config.train.remat_save) else 0.0
+
+
 ALL_NAMES = ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "mlp_out")
 EXPERT_NAMES = ("router", "expert_in", "expert_gate", "expert_up", "expert_hidden", "expert_out", "mlp_out")
 
@@ -154,7 +167,8 @@ def test_what_layers_keep(model: ModelConfig, mesh: MeshConfig, rows: int, remat
     """To 2%: single numbers a row, such as the norms' factors, are left out."""
     train = TrainConfig(remat=remat, remat_save=tuple(names))  # type: ignore[arg-type]
     config = config_of(model, mesh, rows, train=train, sharding=ShardingConfig(context_attention="ring"))
-    assert estimate_memory(config).activations == pytest.approx(traced_bytes(config, "cudnn"), rel=0.02)
+    traced = traced_bytes(config, "cudnn") - handed_on_bytes(config)
+    assert estimate_memory(config).activations == pytest.approx(traced, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +245,8 @@ def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
     for only in ("--only=1", "--only=3", "--only=1"):
         assert reference_layouts.main([only, cache]) == 0
     assert compiled == ["1b", "1b"]
+    package = Path(reference_layouts.__file__).parents[1]
+    assert all(list(package.glob(pattern)) for pattern in reference_layouts.STEP)
     assert "| 3 | 1b on 8: tensor=2 global_batch_size=32 remat=full |" in capsys.readouterr().out
 
 
