@@ -68,7 +68,6 @@ svg .ink { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-wi
 svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
 .host { fill: none; stroke: var(--line); stroke-width: 1.2; }
 .forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
-.chunk1 { opacity: .78; } .chunk2 { opacity: .6; } .chunk3 { opacity: .46; }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
 .c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); }
 .limit { stroke: var(--limit); stroke-width: 1.4; stroke-dasharray: 5 4; } .limit-words { fill: var(--limit); }

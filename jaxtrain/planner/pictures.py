@@ -149,20 +149,21 @@ def gantt_picture(layout: Estimate) -> str:
             parts.append(rect(origin, top + stage * (tall + 3), (stop - start) * unit, tall, class_="idle", rx=3))
     for (start, stop), origin in zip(windows, origins, strict=False):
         for box in whole.boxes:
+            paler = 1 - 0.6 * box.chunk / layout.config.pipeline.chunks
             first, last = max(box.start, start), min(box.start + box.length, stop)
             if first < last:
                 y = top + box.stage * (tall + 3)
-                parts += _box(box, origin + (first - start) * unit, y, (last - first) * unit, tall)
+                parts += _box(box, origin + (first - start) * unit, y, (last - first) * unit, tall, paler)
     height = top + whole.stages * (tall + 3)
     if len(windows) > 1:
         parts.append(text(origins[1] - 2 * unit, top + (height - top) / 2, "…", 20, "middle", class_="soft"))
     return svg(WIDTH, height, parts, "the pipeline's schedule")
 
 
-def _box(box: Box, x: float, y: float, width: float, height: float) -> list[str]:
+def _box(box: Box, x: float, y: float, width: float, height: float, opacity: float) -> list[str]:
     kind = "forward" if box.is_forward else "backward"
     title = f"{kind} of microbatch {box.microbatch} on stage {box.stage}" + (f", chunk {box.chunk}" if box.chunk else "")
-    parts = [rect(x + 0.4, y, width - 0.8, height, title, class_=f"{kind} chunk{box.chunk % 4}", rx=3)]
+    parts = [rect(x + 0.4, y, width - 0.8, height, title, class_=kind, opacity=opacity, rx=3)]
     if text_width(str(box.microbatch), 10) + 3 <= width:
         parts.append(text(x + width / 2, y + height * 0.65, str(box.microbatch), 10, "middle", class_="on"))
     return parts
@@ -193,14 +194,14 @@ def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[s
       limit: (value, words) of a line across the bars; None for none.
       write: a value as words.
     """
-    left, right, tall, pitch, top = 352.0, 84.0, 22.0, 40.0, 46.0 if limit else 30.0
+    left, right, tall, pitch, top = 366.0, 84.0, 22.0, 40.0, 46.0 if limit else 30.0
     longest = max([sum(values.values()) for _, values in rows] + ([limit[0]] if limit else []))
     scale = (WIDTH - left - right) / longest
     parts = [legend(left, 12, [(f"c{i}", name) for i, name in enumerate(names.values())])]
     for number, (layout, values) in enumerate(rows):
         y, x = top + number * pitch, left
         weight = "600" if number == 0 else None
-        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 10, 11.8)
+        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 10, 11.8 if number else 13)
         parts.append(text(0, y + 9, name, 11.8, class_="ink", font_weight=weight))
         parts.append(text(16, y + 24, fitted(_how(layout), left - 26, 10.8), 10.8, class_="soft"))
         for i, key in enumerate(names):

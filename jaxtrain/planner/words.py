@@ -240,7 +240,8 @@ def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
         return "; memory does not limit it: no layout that needs more is faster."
     point = min(faster, key=lambda point: point.seconds)
     needs = f"would take {seconds(point.seconds)}, but needs {gib(point.bytes)} GiB"
-    return f"; memory limits it too: {shape_words(point.mesh)} {needs}."
+    mesh = "this mesh with other choices" if point.mesh == best.config.mesh.shape else shape_words(point.mesh)
+    return f"; memory limits it too: {mesh} {needs}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,12 +267,14 @@ def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: 
         cases.append(
             (f"a network twice as fast ({2 * chip.nic_bandwidth / 1e9:,.0f} GB/s a chip)", config, _with(cluster, faster))
         )
-    said, began = [], time.process_time()
+    said, left, began = [], [], time.process_time()
     for name, other, where in cases:
         if time.process_time() - began > SECONDS_TO_ASK:
-            said.append(f"{name[0].upper()}{name[1:]} was not tried: the search is too long to be done over and over.")
-            continue
-        said.append(_outcome(name, best, search(other, where), objective))
+            left.append(name)
+        else:
+            said.append(_outcome(name, best, search(other, where), objective))
+    if left:
+        said.append(f"Not tried, since a search takes long here: {listed(left)}.")
     return " ".join(said)
 
 

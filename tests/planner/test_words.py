@@ -99,6 +99,14 @@ def test_what_would_change_asks_again():
     assert said.count("the same layout: nothing gained") == 2
 
 
+def test_no_search_is_begun_when_searches_take_long(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr("time.process_time", lambda: float(next(clock)))
+    said = what_would_change(SEVENTY, CLUSTER, make_estimate(FLAT), lambda config, cluster: result(make_estimate(FLAT)))
+    assert said.count("the same layout") == 1
+    assert said.endswith("twice the batch (256 sequences a step) and a network twice as fast (100 GB/s a chip).")
+
+
 def test_nothing_fits():
     small = Cluster(CLUSTER.chip, hosts=1)
     found = make_search(cluster=small)
