@@ -31,7 +31,7 @@ HOLDS = {
     "optimizer": "state of {optimizer}",
     "gradients": "in float32, as they are accumulated",
     "weights": "copies in {dtype}, and those gathered",
-    "activations": "kept for the backward pass, {live} microbatch parts at a time",
+    "activations": "kept for the backward pass, of at most {live} passes at a time",
     "working": "one layer or the head while it is computed, buffers of transfers",
 }
 

@@ -179,10 +179,10 @@ def _map(plan: Plan) -> str:
 
 
 def _map_caption(plan: Plan) -> str:
-    pruned = ", ".join(f"{count:,} {reason}" for reason, count in plan.search.pruned.items())
+    pruned = "; ".join(f"{reason}: {count:,}" for reason, count in plan.search.pruned.items())
     return (
         f"{plan.search.candidates:,} layouts were looked at"
-        + (f" ({pruned})" if pruned else "")
+        + (f" (left out: {pruned})" if pruned else "")
         + f". Drawn: a sample of those within {SLOWEST} times the time of the first and {LARGEST} times the budget. Both axes "
         "are logarithmic; dots are estimates, the ring is the first of the ranking. Point at a dot for its mesh."
     )

@@ -230,7 +230,8 @@ def _waited(wires: Sequence[Wire]) -> Callable[[Wire], float]:
 
 def _largest(memory: Memory) -> str:
     name = max(MEMORY_WORDS, key=lambda name: getattr(memory, name))
-    return f"{MEMORY_WORDS[name]} ({gib(getattr(memory, name))} GiB)"
+    words = "the optimizer's state" if name == "optimizer" else MEMORY_WORDS[name]
+    return f"{words} ({gib(getattr(memory, name))} GiB)"
 
 
 def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
