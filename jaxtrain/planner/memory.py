@@ -227,8 +227,9 @@ with, which XLA does not write over."""
 HEAD_SUMS_LEFT = 2
 """Of those, alive still while the layers' backward runs in a step of one tick: the gradient, until it is scattered, and the
 zeros. In a loop over microbatches that XLA unrolls by two, twice as many; in a pipeline none: there the loss ends in a tick."""
-UNREDUCED = 1.2
-"""Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered; XLA sends them an iteration late."""
+UNREDUCED, UNREDUCED_IN_ORDER = 1.2, 0.3
+"""Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered: XLA sends them an iteration late, but
+not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`)."""
 GATHERED = 1.0
 """Layers whose weights are gathered: the one at work and the start of the next."""
 
@@ -261,6 +262,8 @@ ALONE = Arrays(3.5, 1, 3, 3.5, 1.25, 3.25, 1.5)
 gradients of its weights are made, and XLA makes the zeros into which rows are to be sent for all of them at once."""
 IN_TURNS = Arrays(6.5, 4, 4, 7, 4.25, 4, 0)
 """The same of each of two parts that take turns: one part's arrays wait while the other part is computed."""
+ALONE_IN_ORDER, IN_TURNS_IN_ORDER = Arrays(3, 1, 1.6, 3, 0, 0, 0), Arrays(5.5, 3, 3.2, 6.5, 0, 0, 0)
+"""Both where gradients are sent layer by layer: a layer's arrays go with them."""
 
 
 class Moment(NamedTuple):
@@ -300,7 +303,8 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     """
     layer = cut.layer.gathered
     weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
-    whole = UNREDUCED * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
+    waiting = UNREDUCED_IN_ORDER if _in_order(config, cut) else UNREDUCED
+    whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
     by_two = cut.is_loop and not moves_activations(config)
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + by_two)
     copies = cut.is_loop + by_two
@@ -333,9 +337,16 @@ def _unrolled(cut: Cut) -> int:
     return max(fits, default=1)
 
 
+def _in_order(config: Config, cut: Cut) -> bool:
+    """Whether gradients are sent layer by layer (`models.decoder.Decoder._layers`)."""
+    return moves_activations(config) and _unrolled(cut) > 1 and config.mesh.pipe == 1 and not config.model.moe
+
+
 def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     """Activations and their gradients that are alive in the backward of the layers of one iteration."""
-    if moves_activations(config):
+    if _in_order(config, cut):
+        arrays, layers = IN_TURNS_IN_ORDER if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(cut)
+    elif moves_activations(config):
         arrays, layers = IN_TURNS if sizes.parts > 1 else ALONE, _unrolled(cut)
     else:
         arrays, layers = PEELED if cut.layers % 2 else RESIDENT, 1
