@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from jaxtrain.config import Config
@@ -16,12 +17,10 @@ from jaxtrain.planner.wording import (
     MEMORY_WORDS,
     cluster_words,
     gib,
+    how_words,
     joules,
     mesh_words,
-    options_words,
     percent,
-    remat_words,
-    schedule_words,
     seconds,
 )
 
@@ -91,20 +90,15 @@ def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour
 def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
     """The layouts, best first: time, use of the chips, and what moves."""
     table = _table(title)
-    for head in ("#", "mesh", "schedule", "micro-\nbatches", "remat", "choices"):
-        table.add_column(head, justify="right" if head in ("#", "micro-\nbatches") else "left")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("mesh; schedule, microbatches,\nremat, choices", min_width=30)
     for head in ("step", "MFU", "tokens/s", "in-host\nGiB", "network\nGiB", "bubble", "J/token"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("from", no_wrap=True)
     for rank, estimate in enumerate(ranked, 1):
-        config = estimate.config
         table.add_row(
             str(rank),
-            mesh_words(estimate.config.mesh),
-            schedule_words(config),
-            str(config.train.microbatches),
-            remat_words(config),
-            options_words(config),
+            f"{mesh_words(estimate.config.mesh)}\n[dim]{how_words(estimate.config)}[/dim]",
             seconds(estimate.time.total),
             percent(estimate.mfu),
             f"{estimate.tokens_per_second:,.0f}",
@@ -138,7 +132,8 @@ def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", padding=(0, 1))
+    look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
 
 
 def plan_title(plan: Plan) -> str:

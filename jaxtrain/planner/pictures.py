@@ -17,9 +17,8 @@ from jaxtrain.planner.wording import (
     MEMORY_WORDS,
     TIME_WORDS,
     gib,
+    how_words,
     mesh_words,
-    remat_words,
-    schedule_words,
     seconds,
     shape_words,
 )
@@ -203,7 +202,7 @@ def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[s
         weight = "600" if number == 0 else None
         name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 10, 11.8 if number else 13)
         parts.append(text(0, y + 9, name, 11.8, class_="ink", font_weight=weight))
-        parts.append(text(16, y + 24, fitted(_how(layout), left - 26, 10.8), 10.8, class_="soft"))
+        parts.append(text(16, y + 24, fitted(how_words(layout.config), left - 26, 10.8), 10.8, class_="soft"))
         for i, key in enumerate(names):
             wide = values[key] * scale
             parts.append(rect(x, y, wide, tall, f"{names[key]}: {write(values[key])}", class_=f"c{i}"))
@@ -216,14 +215,6 @@ def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[s
         anchor = "end" if x > WIDTH - text_width(limit[1], 11.5) / 2 else "middle"
         parts.append(text(x, top - 13, limit[1], 11.5, anchor, class_="limit-words"))
     return svg(WIDTH, height, parts, f"{', '.join(names.values())} of each layout, in {unit}")
-
-
-def _how(layout: Estimate) -> str:
-    """The rest of a layout, below its mesh."""
-    config = layout.config
-    count = config.train.microbatches
-    parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
-    return ", ".join([*parts, f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

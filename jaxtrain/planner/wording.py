@@ -116,14 +116,17 @@ def options_words(config: Config) -> str:
     return ", ".join(words + ([config.sharding.context_attention] if config.mesh.context > 1 else [])) or "-"
 
 
+def how_words(config: Config) -> str:
+    """What a layout chose beside its mesh: "1f1b, 16 microbatches, remat full, ZeRO 3"."""
+    count = config.train.microbatches
+    parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
+    parts += [f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"]
+    return ", ".join(parts + ([options_words(config)] if options_words(config) != "-" else []))
+
+
 def layout_words(estimate: Estimate) -> str:
     """A layout in a sentence: "pipe=4 × tensor=8 (1f1b, 16 microbatches, remat full)"."""
-    config = estimate.config
-    parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
-    count = config.train.microbatches
-    parts += [f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"]
-    parts += [options_words(config)] if options_words(config) != "-" else []
-    return f"{mesh_words(config.mesh)} ({', '.join(parts)})"
+    return f"{mesh_words(estimate.config.mesh)} ({how_words(estimate.config)})"
 
 
 def cluster_words(cluster: Cluster) -> str:
