@@ -89,7 +89,7 @@ def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour
 
 def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
     """The layouts, best first: time, use of the chips, and what moves."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("mesh; schedule, microbatches,\nremat, choices", min_width=30)
     for head in ("step", "MFU", "tokens/s", "in-host\nGiB", "network\nGiB", "bubble", "J/token"):
@@ -114,7 +114,7 @@ def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
 
 def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest device, GiB") -> Table:
     """What the fullest device holds, by category, against its budget."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("#", justify="right")
     for head in (*MEMORY_WORDS.values(), "total", "budget", "used"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -131,7 +131,8 @@ def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest
     return table
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """An empty table in the look that all of the planner's have: no lines but below the heads."""
     look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     return Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
 

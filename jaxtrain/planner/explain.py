@@ -16,7 +16,7 @@ from jaxtrain.config_rules import validate
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule
 from jaxtrain.planner import formulas
-from jaxtrain.planner.answer import estimate_json
+from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Entry, collectives
@@ -177,7 +177,8 @@ def schedule_heading(config: Config) -> str:
 
 
 def _table(title: str, heads: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", caption_justify="left")
+    table = plain_table(title)
+    table.caption_justify = "left"
     for head in heads:
         table.add_column(head, justify="right" if head in numbers else "left", no_wrap=head in numbers)
     return table

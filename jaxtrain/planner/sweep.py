@@ -20,7 +20,7 @@ from rich.table import Table
 from jaxtrain.config import Config
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError, nearest
-from jaxtrain.planner.answer import estimate_json
+from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.config_source import config_source
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
@@ -223,7 +223,7 @@ def read_metrics(metrics_jsonl: Path) -> Measured:
 
 def sweep_table(rows: Sequence[Row], way: Way) -> Table:
     """The grid as a table; the fastest row that fits is bold."""
-    table = Table(title=f"Sweep, by {way}", title_justify="left", title_style="bold", header_style="dim", padding=(0, 1))
+    table = plain_table(f"Sweep, by {way}")
     for name in rows[0].values:
         table.add_column(name, justify="right")
     heads = ("first loss", "last loss", "measured step", "estimated") if way == "run" else ("step", "MFU", "tokens/s", "GiB")
