@@ -8,6 +8,10 @@ source gives TFLOP/s, its own convention turns it into tokens: all of these coun
 `telemetry.flops`; MaxText did until July 2025, and 460.48 TFLOP/s beside 1,035.97 tokens/s in NVIDIA's log of it agree with
 that).
 
+The planner ranks layouts by what *this* trainer holds and hides. Where it ranks a published layout low, that is why: Megatron
+shards its optimizer over data and context together, and adds gradients up in the matmul; the Llama 3 report keeps all activations
+of 1F1B without the second set that a lock-step pipeline holds (`parallel/pipeline_schedule.py`).
+
 One constant is fitted to them, `roofline.CEILING`, so that the median error is nothing.
 """
 
@@ -33,6 +37,7 @@ from jaxtrain.config_rules import validate
 from jaxtrain.hardware import Chip, find_chip
 from jaxtrain.planner.cost import OURS, CostModel, Practice, layout_of
 from jaxtrain.planner.estimates import Cluster, Estimate
+from jaxtrain.planner.search import search
 from jaxtrain.telemetry.flops import model_flops_per_token
 
 _LLAMA3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 500_000.0}
@@ -225,12 +230,62 @@ def table(runs: Sequence[Run] = RUNS) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a search puts a published layout."""
+
+    rank: int | None
+    """Of its kind among all kinds, 1 the best; None where it is not among those that were ranked."""
+    best: Estimate
+    """What the search puts first."""
+
+
+def kind(mesh: MeshConfig) -> tuple[int, int, int, int]:
+    """What of a mesh others name too: stages, expert, context and tensor parallelism; the rest is data parallelism of some
+    sort."""
+    return mesh.pipe, mesh.expert, mesh.context, mesh.tensor
+
+
+def find_place(run: Run, ranked: int = 60) -> Place:
+    """Searches for the best layout of a run's model, batch and cluster, under what its program hides and what this trainer
+    holds."""
+    found = search(run.config(), run.cluster, ranked=ranked, practice=run.practice).ranked
+    kinds = list(dict.fromkeys(kind(estimate.config.mesh) for estimate in found))
+    return Place(kinds.index(kind(run.mesh)) + 1 if kind(run.mesh) in kinds else None, found[0])
+
+
+def smallest_runs() -> list[Run]:
+    """Of each program, model and chip the run with the fewest GPUs; of the Llama 3 report both."""
+    first: dict[tuple[str, ...], Run] = {}
+    for run in RUNS:
+        first.setdefault((run.program, run.model, run.chip.name, run.source if run.source != LLAMA else str(run.devices)), run)
+    return list(first.values())
+
+
+def places() -> str:
+    """Where the planner ranks the published layouts, as a Markdown table."""
+    lines = ["| program | model | GPUs | published mesh | its rank | the planner's first | tokens/s a GPU |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for run in smallest_runs():
+        place = find_place(run)
+        own = " x ".join(f"{axis}={n}" for axis, n in run.estimate().mesh.items())
+        best = " x ".join(f"{axis}={n}" for axis, n in place.best.mesh.items())
+        tokens = place.best.tokens_per_second / run.devices
+        lines.append(
+            f"| {run.program} | {run.model} | {run.devices} {run.chip.name} | {own} | {place.rank or '-'} | {best}, "
+            f"remat {place.best.config.train.remat} | {tokens:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the table, the errors in sum, and the sources."""
     print(table())
     errors = [run.error for run in RUNS]
     worst = max(errors, key=abs)
     within = sum(abs(error) <= 0.2 for error in errors)
+    print()
+    print(places())
     print(f"\nmedian error {statistics.median(errors):+.1%}, worst {worst:+.1%}, {within} of {len(errors)} within 20%\n")
     for source in dict.fromkeys(run.source for run in RUNS):
         print(f"* {source}")

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from jaxtrain.planner.published import MODELS, RUNS, table
+from jaxtrain.planner.published import MODELS, RUNS, find_place, table
 from jaxtrain.telemetry.flops import num_parameters
 
 MISSED = {("MaxText", "llama-2-7b"), ("torchtitan", "llama-3-405b")}
@@ -27,3 +27,10 @@ def test_predictions_are_within_a_fifth_of_what_was_published():
 
 def test_the_table_has_a_row_for_each_run():
     assert len(table(RUNS[:3]).splitlines()) == 2 + 3
+
+
+def test_published_layouts_are_among_the_first_five():
+    """The best layouts that were published of Llama-2-7B on 8 GPUs and of Llama-3-405B on 576 are the planner's first."""
+    for run in (RUNS[0], next(run for run in RUNS if run.model == "llama-3-405b")):
+        place = find_place(run, ranked=10)
+        assert place.rank == 1, place.best.mesh
