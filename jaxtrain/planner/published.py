@@ -9,8 +9,8 @@ source gives TFLOP/s, its own convention turns it into tokens: all of these coun
 that).
 
 The planner ranks layouts by what *this* trainer holds and hides. Where it ranks a published layout low, that is why: Megatron
-shards its optimizer over data and context together, and adds gradients up in the matmul; the Llama 3 report keeps all activations
-of 1F1B without the second set that a lock-step pipeline holds (`parallel/pipeline_schedule.py`).
+shards its optimizer over data and context together, and adds gradients up in the matmul; the Llama 3 report keeps all
+activations of 1F1B without the second set that a lock-step pipeline holds (`parallel/pipeline_schedule.py`).
 
 One constant is fitted to them, `roofline.CEILING`, so that the median error is nothing.
 """

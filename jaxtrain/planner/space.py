@@ -2,11 +2,11 @@
 and kinds of context attention that can be worth it.
 
 The rules are those of `config_rules`, said as what to generate; a test holds the two together. What is left out beside what is
-not valid, and why nothing is lost:
+not valid, since nothing or little is lost:
 
 * GPipe: 1F1B takes the same ticks and holds no more.
-* Chunks that cut a stage into no fewer layers a part than fewer chunks do; interleaving where microbatches are not a multiple
-  of the stages, whose ticks are not full.
+* Chunks other than those that cut a stage's layers into halves, quarters, and so on; interleaving where microbatches are not a
+  multiple of the stages, whose ticks are not full. Where a batch has many divisors, numbers of microbatches close to another.
 * `gather` along context, unless it is asked for: it holds the whole length, and nothing hides it.
 * ZeRO levels where fsdp is 1: they are all the same.
 
@@ -26,6 +26,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.planner.cost import Layout
 from jaxtrain.planner.traffic import place
 
+MOST_MICROBATCHES = 12
 POLICIES = 4
 """Remat policies."""
 
@@ -106,12 +107,21 @@ class Space:
         replica, pipe, data, fsdp, expert, _, _ = mesh
         per_device = self.config.train.global_batch_size // (replica * data * fsdp * expert)
         kinds, zeros = self._kinds(mesh), (1, 2, 3) if fsdp > 1 else (self.config.sharding.zero,)
-        for microbatches in divisors(per_device):
+        for microbatches in self._microbatches(per_device, pipe):
             schedules = list(self._schedules(pipe, microbatches))
             for zero in zeros:
                 for kind in kinds:
                     for schedule, chunks in schedules:
                         yield Layout(mesh, microbatches, schedule, chunks, "none", (), zero, kind)
+
+    def _microbatches(self, per_device: int, pipe: int) -> list[int]:
+        """Numbers of microbatches: all divisors of the sequences of a device, or where those are many, steps through them."""
+        every = divisors(per_device)
+        if len(every) <= MOST_MICROBATCHES:
+            return every
+        kept = {*_steps(every), *_steps([m for m in every if m % pipe == 0])}
+        self.pruned["as many microbatches as another layout, but for a few"] += len(every) - len(kept)
+        return sorted(kept)
 
     def remats(self, layout: Layout) -> tuple[Layout, ...]:
         """The layout under every other remat policy: each computes more than it, and so takes longer."""
@@ -156,15 +166,23 @@ class Space:
 
 
 def useful_chunks(layers: int, pipe: int) -> list[int]:
-    """Chunks, from 2 on, that make parts smaller than fewer chunks do: for each size of a part the fewest chunks that reach
-    it."""
-    found, before = [], math.ceil(layers / pipe)
-    for chunks in range(2, layers // pipe + 1):
-        size = math.ceil(layers / (pipe * chunks))
-        if size < before:
+    """Chunks, from 2 on, that cut a stage's layers into halves, quarters, and so on: the fewest that make parts so small."""
+    found, size = [], math.ceil(layers / pipe)
+    while size > 1:
+        size = math.ceil(size / 2)
+        chunks = math.ceil(layers / (pipe * size))
+        if chunks > 1 and chunks not in found and pipe * chunks <= layers:
             found.append(chunks)
-            before = size
     return found
+
+
+def _steps(numbers: list[int]) -> list[int]:
+    """Ascending numbers without those that are less than half more than the one before; the last is always kept."""
+    kept: list[int] = []
+    for number in numbers:
+        if not kept or number >= 1.5 * kept[-1] or number == numbers[-1]:
+            kept.append(number)
+    return kept
 
 
 def _cuts_heads(model: ModelConfig, tensor: int) -> bool:

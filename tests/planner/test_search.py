@@ -121,3 +121,14 @@ def test_the_best_of_other_kinds():
     assert kinds == best
     assert len(kinds) > 3
     assert every.kinds == ()
+
+
+def test_many_divisors_and_chunks_are_gone_through_in_steps():
+    assert [useful_chunks(126, pipe) for pipe in (8, 16)] == [[2, 4, 8], [2, 4]]
+    assert useful_chunks(6, 6) == []
+    many = replace(CONFIG, train=replace(CONFIG.train, global_batch_size=5040))
+    layouts = [layout for mesh in Space(many, 4, 4).meshes() for layout in Space(many, 4, 4).layouts(mesh)]
+    counts = sorted({layout.microbatches for layout in layouts if layout.mesh == (1, 1, 1, 4, 1, 1, 1)})
+    assert (counts[0], counts[-1]) == (1, 1260)
+    assert all(b <= 2 * a for a, b in itertools.pairwise(counts))
+    assert any(layout.schedule == "interleaved" for layout in layouts)
