@@ -90,6 +90,7 @@ class _Hunt:
         self.queue: list[tuple[float, int, Layout]] = []
         self.lean: list[Layout] = []
         self.known: dict[Layout, tuple[float, float]] = {}
+        self.rooms: dict[tuple[int, ...], bool] = {}
         self.candidates = 0
         for mesh in self.space.meshes():
             self.lean += self.space.leanest(mesh)
@@ -126,12 +127,21 @@ class _Hunt:
         """Whether the fullest device has room."""
         return self.model.state_bytes(layout) <= self.budget and self.bytes(layout) <= self.budget
 
+    def has_room(self, mesh: tuple[int, ...]) -> bool:
+        """Whether a mesh has a layout that fits: else none of its layouts is looked into."""
+        if mesh not in self.rooms:
+            self.rooms[mesh] = any(self.fits(layout) for layout in self.space.leanest(mesh))
+        return self.rooms[mesh]
+
     def first_that_fit(self, most: int) -> list[Layout]:
         """Of each mesh the best layout that fits, best first, until there are enough."""
         best: dict[tuple[int, ...], Layout] = {}
         while self.queue and len(best) < most:
             _, number, layout = heapq.heappop(self.queue)
             if layout.mesh in best:
+                continue
+            if not self.has_room(layout.mesh):
+                self.space.pruned[DOES_NOT_FIT] += POLICIES
                 continue
             if self.bytes(layout) <= self.budget:
                 best[layout.mesh] = layout
@@ -147,7 +157,7 @@ class _Hunt:
         kinds, found, looks = {axes_in_use(layout.mesh) for layout in best}, [], 0
         while self.queue and looks < KIND_LOOKS:
             _, number, layout = heapq.heappop(self.queue)
-            if axes_in_use(layout.mesh) in kinds:
+            if axes_in_use(layout.mesh) in kinds or not self.has_room(layout.mesh):
                 continue
             looks += 1
             if self.bytes(layout) <= self.budget:

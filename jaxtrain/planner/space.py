@@ -129,12 +129,14 @@ class Space:
         return layout._replace(remat="dots"), named, layout._replace(remat="full")
 
     def leanest(self, mesh: tuple[int, ...]) -> Iterator[Layout]:
-        """Layouts of one mesh that hold least: the smallest microbatches, everything computed again, everything sharded."""
+        """Layouts of one mesh of which one holds least: everything computed again, everything sharded, and the smallest
+        microbatches, or a single one, which needs no sum of gradients beside its own."""
         replica, _, data, fsdp, expert, _, _ = mesh
         most = self.config.train.global_batch_size // (replica * data * fsdp * expert)
         zero = 3 if fsdp > 1 else self.config.sharding.zero
         for kind in self._kinds(mesh):
-            yield Layout(mesh, most, "1f1b", 1, "full", (), zero, kind)
+            for microbatches in sorted({1, most}):
+                yield Layout(mesh, microbatches, "1f1b", 1, "full", (), zero, kind)
 
     def _kinds(self, mesh: tuple[int, ...]) -> tuple[str, ...]:
         """Kinds of context attention."""
