@@ -1,7 +1,12 @@
-"""Eight fake CPU devices for every test, set before jax is first imported."""
+"""Eight fake CPU devices for every test; with JAXTRAIN_TEST_PLATFORM=cuda real ones, for the tests marked gpu."""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRAIN_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from tests.quick import fake_devices
+
+platform = os.environ.get("JAXTRAIN_TEST_PLATFORM", "cpu")
+if platform == "cpu":
+    fake_devices(8)
+else:
+    os.environ["JAX_PLATFORMS"] = platform
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 if __name__ == "__main__":
+    import quick
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={options.devices}"
+    quick.fake_devices(options.devices)
 
 import functools
 import itertools
@@ -73,8 +73,6 @@ BASE = Config(
     optimizer=OptimizerConfig(peak_lr=1e-2),
     train=TrainConfig(steps=STEPS, global_batch_size=BATCH, loss_chunk=8, z_loss=1e-3, validate_every=0),
 )
-# Most of the time would be LLVM's; a step takes milliseconds.
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +206,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     region = make_loss_and_gradients(config, mesh, config.model.attention)
-    loss_and_gradients = jax.jit(region).lower(params, batch).compile(FAST)
+    loss_and_gradients = jax.jit(region).lower(params, batch).compile()
 
     def canonical(tree: Any) -> Any:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))

@@ -24,6 +24,7 @@ from jaxtrain import checkpoint
 from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, differences
 from jaxtrain.config import CheckpointConfig, Config, DataSource, RopeScaling
 from jaxtrain.errors import CheckpointError
+from tests import quick
 
 # TensorStore finishes the other writes of a failed save after Orbax has closed its event loop: noise, nothing is lost
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -466,7 +467,7 @@ def test_two_processes_save_together_and_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": f"{quick.FLAGS} --xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PEER]
     peers = [
         subprocess.Popen(

@@ -17,6 +17,7 @@ import pytest
 from jaxtrain import main
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, Stopped
+from tests import quick
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 120
@@ -56,9 +57,8 @@ def command(config, *flags):
 
 
 def environment(**variables):
-    """One device; the programs are tiny, so compiling them well would take longer than running them."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return {**os.environ, "XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu", **variables}
+    """One device."""
+    return {**os.environ, "XLA_FLAGS": quick.FLAGS, "JAX_PLATFORMS": "cpu", **variables}
 
 
 def run(config, *flags, **variables):

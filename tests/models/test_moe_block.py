@@ -17,7 +17,6 @@ from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import gather_weights, reduce_gradients, specs, sum_over, vary
 
-QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 BATCH = ("replica", "pipe", "data", "fsdp", "expert")
 ROWS, LENGTH, WIDTH, EXPERTS, HIDDEN = 8, 16, 16, 8, 8
 PLAIN = MoEConfig(num_experts=EXPERTS, experts_per_token=2, mlp_dim=HIDDEN, balance_loss=0.02, router_z_loss=0.01)
@@ -101,7 +100,7 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
     step = jax.shard_map(
         region, mesh=mesh, in_specs=(specs(dims), rows, rows, whole), out_specs=(rows, P(), P(), (specs(dims), rows))
     )
-    compiled = jax.jit(step).lower(params, *inputs()).compile(QUICK)
+    compiled = jax.jit(step).lower(params, *inputs()).compile()
     return jax.tree.map(np.asarray, compiled(params, *inputs()))
 
 

@@ -31,8 +31,6 @@ from jaxtrain.sharding import vary
 from tests.ops.test_attention import ragged_segments, relative
 from tests.ops.test_attention_blockwise import dot_flops
 
-FAST_COMPILE = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
-
 
 class Case(NamedTuple):
     """One thing to compute."""
@@ -94,7 +92,7 @@ def region(case, remat=lambda f: f, mesh=None):
 @functools.cache
 def compiled(function, *shapes):
     """Compiled quickly rather than well."""
-    return jax.jit(function).lower(*shapes).compile(FAST_COMPILE)
+    return jax.jit(function).lower(*shapes).compile()
 
 
 def shapes_of(*arrays):

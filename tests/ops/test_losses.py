@@ -72,7 +72,7 @@ def compiled(tensor: int, chunk: int, z_loss: float, factor: float = 1.0):
     out = (P(), P(None, "tensor"), P(None, "tensor"))
     mapped = jax.shard_map(region, mesh=mesh_of(tensor), in_specs=specs, out_specs=out)
     # The time of these tests is LLVM's.
-    return jax.jit(mapped, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(mapped)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])

@@ -14,7 +14,6 @@ from jaxtrain.ops.quantised_reduce import Reduce, decode, encode
 from tests.replicas import blocked, mean_exchanged, quantised
 
 DEVICES, BLOCK = 4, 16
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 SHAPES = {"matrix": (7, 13), "vector": (5,), "blocks": (DEVICES * BLOCK * 2,)}  # ragged, shorter than a block, even
 COMPRESSIONS = ("bfloat16", "int8", "float8")
 
@@ -39,7 +38,7 @@ def jitted(reduce: Reduce, feedback: bool) -> Any:
 
     # Results are typed as equal along the axis; a spec that names it asks for each device's own copy all the same.
     one = PartitionSpec("replica")
-    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=one, out_specs=one), compiler_options=FAST)
+    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=one, out_specs=one))
 
 
 def bound(x: np.ndarray, compression: str) -> np.ndarray:

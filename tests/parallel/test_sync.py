@@ -22,7 +22,6 @@ DIMS = {
     "layers": {"matrix": ("chunk", "stage", "layer", "norm", "norm"), "norm": ("chunk", "stage", "layer", "norm")},
 }
 SHAPES = {"outer": (11,), "layers/matrix": (LAYERS, 3, 7), "layers/norm": (LAYERS, 5)}
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 ONE = PartitionSpec("replica")
 DILOCO = SyncConfig(mode="diloco", every=4)
 OUTER = {
@@ -101,7 +100,6 @@ def jitted_exchange(sync: SyncConfig, exchange: Exchange) -> Any:
 
     return jax.jit(
         jax.shard_map(region, mesh=mesh(), in_specs=(ONE, state_specs), out_specs=(ONE, state_specs), check_vma=False),
-        compiler_options=FAST,
     )
 
 
@@ -145,7 +143,6 @@ def jitted_gradients(sync: SyncConfig, applies: bool) -> Any:
 
     return jax.jit(
         jax.shard_map(region, mesh=mesh(), in_specs=(ONE, ONE, ONE, PartitionSpec()), out_specs=ONE, check_vma=False),
-        compiler_options=FAST,
     )
 
 

@@ -25,7 +25,6 @@ from jaxtrain.train.step import (
 from tests.layouts import BASE, batch_of, on_one_device
 
 LATENT = LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)
-QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 def layout(kind, backend="reference", window=0, masks=True, latent=None, remat="full", microbatches=1, kv_heads=8, **mesh):
@@ -54,7 +53,7 @@ def prepare(config):
 def gradients_of(config):
     """(loss, gradients in canonical form)"""
     mesh, params, batch = prepare(config)
-    step = jax.jit(make_loss_and_gradients(config, mesh, config.model.attention)).lower(params, batch).compile(QUICK)
+    step = jax.jit(make_loss_and_gradients(config, mesh, config.model.attention)).lower(params, batch).compile()
     metrics, _, gradients = step(params, batch)
     return metrics["total_loss"], jax.tree.map(np.asarray, to_canonical(config, gradients, parameter_dims(config.model)))
 
@@ -81,8 +80,8 @@ def test_a_shared_out_sequence_trains_as_on_one_device(config):
 def outcome(config):
     """(evaluation sums, logits [place, row, vocabulary]) of the initial parameters."""
     mesh, params, batch = prepare(config)
-    evaluate = make_evaluation_step(config, mesh, config.model.attention).lower(params, batch).compile(QUICK)
-    step = make_logits_step(config, mesh, config.model.attention).lower(params, batch, np.int32(0)).compile(QUICK)
+    evaluate = make_evaluation_step(config, mesh, config.model.attention).lower(params, batch).compile()
+    step = make_logits_step(config, mesh, config.model.attention).lower(params, batch, np.int32(0)).compile()
     places = range(0, config.data.sequence_length, 3)
     logits = np.stack([step(params, batch, np.int32(place)) for place in places])
     return jax.tree.map(float, evaluate(params, batch)), logits

@@ -72,13 +72,11 @@ CASES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
-    """Parameters that are data instead of drawn by a program, and programs that are compiled with little care."""
-    patch, disabled = pytest.MonkeyPatch(), jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Parameters that are data instead of drawn by a program."""
+    patch = pytest.MonkeyPatch()
     patch.setattr(state_module, "initial_params", drawn_by_numpy)
     yield
     patch.undo()
-    jax.config.update("jax_disable_most_optimizations", disabled)
 
 
 @functools.cache

@@ -72,15 +72,6 @@ class RecordingRun(Run):
         return placed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """The programs are tiny and run a few steps: compiling them well would take longer than running them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Five layers and 259 ids: neither divides evenly in the layouts below."""

@@ -55,7 +55,6 @@ LAYOUTS = {
     "tensor": (MeshConfig(fsdp=4, tensor=2), PipelineConfig()),
 }
 # LLVM's optimisations take most of the time here, and change no byte of what is moved or sharded.
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 @functools.cache
@@ -144,7 +143,7 @@ def test_the_optimizer_state_is_born_and_stays_like_the_parameters(name: str, la
     config, mesh, optimizer = setup(layout, name)
     state, batch = create_state(config, mesh, optimizer), batch_of(config, mesh)
     check_shardings(state, config, mesh)
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile(FAST)
+    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile()
     for _ in range(2):
         state, _ = step(state, batch)
         check_shardings(state, config, mesh)
@@ -169,7 +168,7 @@ def test_a_real_step_leaves_the_shardings_as_they_were():
     """Over pipe, fsdp and tensor at once; the new state can go straight into the next step."""
     config, mesh, optimizer = setup("pipe")
     state, batch = jax.tree.map(jnp.copy, born("pipe")), batch_of(config, mesh)
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile(FAST)
+    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile()
     before = on_host(state["params"])
     for expected_step in (1, 2):
         state, metrics = step(state, batch)

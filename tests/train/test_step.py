@@ -52,8 +52,6 @@ LAYOUTS = {
     "chunks": (MeshConfig(pipe=2, data=2, fsdp=1), PipelineConfig(schedule="interleaved", chunks=2)),
     "data": (MeshConfig(data=2, fsdp=2), PipelineConfig()),
 }
-# Nothing here runs long: most of the time would be LLVM's.
-FAST = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 
 
 def in_layout(layout: str, base: Config = BASE) -> tuple[Config, jax.sharding.Mesh]:
@@ -164,7 +162,7 @@ def plain_losses() -> tuple[float, float, int]:
 def loss_and_gradients(layout: str, base: Config = BASE) -> tuple[dict[str, float], Any]:
     """What the region computes, gradients in canonical form on the host."""
     config, mesh = in_layout(layout, base)
-    region = jax.jit(make_loss_and_gradients(config, mesh, "reference"), compiler_options=FAST)
+    region = jax.jit(make_loss_and_gradients(config, mesh, "reference"))
     metrics, _, gradients = region(weights_in(config, mesh), batch_in(config, mesh))
     canonical = to_canonical(config, jax.tree.map(np.asarray, gradients), parameter_dims(config.model))
     return {name: float(value) for name, value in metrics.items()}, canonical
@@ -179,7 +177,7 @@ def train_step(layout: str, base: Config = BASE) -> tuple[Any, dict[str, float]]
     state = {"params": params, "optimizer": jax.jit(optimizer.init)(params), "sync": {}, "step": np.int32(0)}
     state = jax.device_put(state, state_shardings(config, mesh, optimizer))
     step = make_train_step(config, mesh, optimizer, "reference")
-    compiled = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)).compile(FAST)
+    compiled = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)).compile()
     state, metrics = compiled(state, batch_in(config, mesh))
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -245,7 +243,7 @@ def test_evaluation_is_the_training_loss_unscaled(layout: str):
     """Summed, without the z term, on the same parameters, whatever the layout."""
     config, mesh = in_layout(layout)
     params, batch = weights_in(config, mesh), batch_in(config, mesh)
-    result = make_evaluation_step(config, mesh, "reference").lower(params, batch).compile(FAST)(params, batch)
+    result = make_evaluation_step(config, mesh, "reference").lower(params, batch).compile()(params, batch)
     likelihood, _, count = plain_losses()
     assert set(result) == {"loss", "targets"}
     assert float(result["targets"]) == count
@@ -257,7 +255,7 @@ def test_evaluation_is_the_training_loss_unscaled(layout: str):
 def test_logits_are_those_of_the_plain_forward(layout: str):
     config, mesh = in_layout(layout)
     params, batch, position = weights_in(config, mesh), batch_in(config, mesh), np.int32(0)
-    step = make_logits_step(config, mesh, "reference").lower(params, batch, position).compile(FAST)
+    step = make_logits_step(config, mesh, "reference").lower(params, batch, position).compile()
     for at in (0, 3, LENGTH - 1):
         logits = np.asarray(step(params, batch, np.int32(at)))
         assert logits.shape == (ROWS, config.model.padded_vocab_size)
@@ -289,7 +287,7 @@ def test_no_remat_policy_keeps_gathered_weights(remat: str, mesh: MeshConfig):
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, named(device_mesh, dims)
     )
     region = jax.jit(make_loss_and_gradients(config, device_mesh, "reference"))
-    memory = region.lower(abstract, abstract_batch(config, device_mesh)).compile(FAST).memory_analysis()
+    memory = region.lower(abstract, abstract_batch(config, device_mesh)).compile().memory_analysis()
     assert memory.argument_size_in_bytes < 1.3 * whole / mesh.fsdp
     assert memory.temp_size_in_bytes < whole  # kept, they would be whole once for each slot
 
