@@ -56,6 +56,7 @@ from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
+LAYOUTS_A_TASK = 2
 BASE = Config(
     model=ModelConfig(
         num_layers=4,
@@ -120,40 +121,50 @@ def draw_model(choose: Choose) -> ModelConfig:
     )
 
 
-def draw_config(choose: Choose, devices: int) -> Config:
-    """Any config over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
-    model, sizes = draw_model(choose), dict.fromkeys(MESH_AXES, 1)
+def draw_task(choose: Choose) -> Config:
+    """What is trained, on one device."""
+    return replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
+
+
+def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
+    """Any layout of it over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(devices.bit_length() - 1):
         sizes[choose(MESH_AXES)] *= 2
     schedule = choose(("1f1b", "gpipe", "interleaved")) if sizes["pipe"] > 1 else "1f1b"
     return replace(
-        BASE,
-        model=model,
+        task,
         mesh=MeshConfig(**sizes),
         pipeline=PipelineConfig(schedule=schedule, chunks=2 if schedule == "interleaved" else 1),
         sharding=ShardingConfig(
             zero=choose((3, 2, 1)) if sizes["fsdp"] > 1 else 3,
             context_attention=choose(("auto", "ring", "gather", "ulysses")) if sizes["context"] > 1 else "auto",
         ),
-        data=replace(BASE.data, mask_documents=choose((False, True))),
-        train=replace(BASE.train, microbatches=choose((1, 2, 4)), remat=choose(("none", "dots", "named", "full"))),
+        train=replace(task.train, microbatches=choose((1, 2, 4)), remat=choose(("none", "dots", "named", "full"))),
     )
 
 
+def draw_configs(choose: Choose, devices: int) -> list[Config]:
+    """Valid layouts of one task, mostly `LAYOUTS_A_TASK`: they share the run on one device, which costs as much as a layout."""
+    task = draw_task(choose)
+    drawn = (draw_layout(task, choose, devices) for _ in range(10 * LAYOUTS_A_TASK))
+    return list(itertools.islice((config for config in drawn if not find_problems(config, devices)[1]), LAYOUTS_A_TASK))
+
+
 @st.composite
-def configs(draw: st.DrawFn, devices: int = 8) -> Config:
-    """Any valid config over this many devices."""
+def configs(draw: st.DrawFn, devices: int = 8) -> list[Config]:
+    """`draw_configs` by hypothesis."""
     assume(draw(st.booleans()))  # hypothesis begins with the first option of everything, which tells little
-    config = draw_config(lambda options: draw(st.sampled_from(options)), devices)
-    assume(not find_problems(config, devices)[1])
-    return config
+    found = draw_configs(lambda options: draw(st.sampled_from(options)), devices)
+    assume(len(found) == LAYOUTS_A_TASK)
+    return found
 
 
 def random_configs(draws: int, devices: int, seed: int) -> Iterator[Config]:
     """As many valid configs by chance alone (hypothesis likes to repeat itself)."""
     chance = random.Random(seed)
-    valid = (c for c in iter(lambda: draw_config(chance.choice, devices), None) if not find_problems(c, devices)[1])
-    return itertools.islice(valid, draws)
+    drawn = itertools.chain.from_iterable(iter(lambda: draw_configs(chance.choice, devices), None))
+    return itertools.islice(drawn, draws)
 
 
 def on_one_device(config: Config) -> Config:

@@ -9,13 +9,16 @@ from jaxtrain.config import Config, MeshConfig, PipelineConfig
 from tests.layouts import BASE, check, compare, configs
 
 
-@pytest.mark.parametrize("hand", range(5))  # several tests, so that the workers share them
+@pytest.mark.parametrize("hand", range(4))  # several tests, so that the workers share them
 def test_any_valid_config_is_equal_to_one_device(hand: int):
+    """24 configs in all: each hand draws two layouts of each of three tasks."""
+
     @seed(hand)
-    @settings(max_examples=5, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3, deadline=None, database=None, print_blob=False, suppress_health_check=list(HealthCheck))
     @given(configs())
-    def draw(config: Config) -> None:
-        check(config)
+    def draw(layouts: list[Config]) -> None:
+        for config in layouts:
+            check(config)
 
     draw()
 
