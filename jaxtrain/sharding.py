@@ -128,7 +128,8 @@ def shift_in_group(x: jax.Array, axis: str, by: int) -> jax.Array:
     """`shift` by an all_gather along the axis, which keeps to the axis' own group of devices.
 
     XLA:CPU lets all devices of the mesh meet at a permute, so that one in a branch that other pipeline stages do not take meets
-    another permute there, and hands out its data. On a GPU a permute meets nobody but its own pairs.
+    another permute there, and hands out its data. On a GPU a permute meets its own ring only
+    (`train/xla_options.py`).
     """
     size = lax.axis_size(axis)
     if size == 1:

@@ -89,6 +89,13 @@ TABLE = (
         256 * MIB,
         "one all-reduce for all the gradients of norms, and few for those that data parallelism sums",
     ),
+    Option(
+        "xla_gpu_collective_permute_connected_components",
+        True,
+        True,
+        "a permute meets its own ring only; all devices of the mesh would wait for one another in the ring attention of a "
+        "pipeline stage that others do not run in that tick. From the option's own words; not tried on GPUs",
+    ),
 )
 
 
