@@ -412,6 +412,22 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find one another. Under the local supervisor, SLURM, Open MPI, Kubernetes or Ray: by themselves."""
+
+    coordinator: str = ""
+    """host:port at which process 0 is reached; empty for what the starter says."""
+    processes: int = 0
+    """Processes in all; 0 for what the starter says."""
+    process_id: int = -1
+    """This process, from 0; -1 for what the starter says."""
+    heartbeat_seconds: int = 30
+    """A process that has been silent for so long is lost, and all end."""
+    start_timeout_seconds: int = 300
+    """How long processes wait for one another at the start."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -429,6 +445,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def directory(self) -> Path:

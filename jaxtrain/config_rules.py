@@ -97,12 +97,13 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
 _AT_LEAST_ONE = (
     "model.num_layers model.embed_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size "
     "pipeline.chunks data.sequence_length data.prefetch train.steps train.global_batch_size train.microbatches "
-    "train.log_every train.loss_chunk checkpoint.keep sync.every sync.fragments sync.compression_block"
+    "train.log_every train.loss_chunk checkpoint.keep sync.every sync.fragments sync.compression_block "
+    "distributed.heartbeat_seconds distributed.start_timeout_seconds"
 ).split()
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap"
+    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap distributed.processes"
 ).split()
 _ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr".split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()

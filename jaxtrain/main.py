@@ -1,6 +1,9 @@
 """`python -m jaxtrain.main --config=configs/quickstart.py`: one training run, from the command line to the last checkpoint.
 
-Exit codes: 0 done, 1 an error explained in one message, 2 wrong usage, 76 stopped by a signal after saving.
+On several hosts the same command runs once a host, started by SLURM, Open MPI, Kubernetes, Ray or `python -m jaxtrain.launch`.
+
+Exit codes: 0 done, 1 an error explained in one message, 2 wrong usage, 75 another process of the run was lost, 76 stopped by a
+signal after saving.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Sequence
 from jaxtrain.config import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_ERROR, ExplainedError, Stopped
+from jaxtrain.launch import distributed
 
 DESCRIPTION = "Train a transformer. Every field of the config is a flag; the file named by --config sets their defaults."
 EXIT_INTERRUPTED = 130
@@ -66,7 +70,10 @@ def train(arguments: Sequence[str]) -> int:
 
     import jax  # after parsing, so that a typo is answered at once
 
+    place = distributed.start(config.distributed)
+
     from jaxtrain.telemetry.progress import open_progress
+    from jaxtrain.processes import check_same_config
     from jaxtrain.train.hooks import StopOnSignal
     from jaxtrain.train.run import Run
 
@@ -75,8 +82,11 @@ def train(arguments: Sequence[str]) -> int:
         open_progress(config.train.steps, process_index=jax.process_index()) as progress,
         StopOnSignal(progress) as stop,
     ):
+        if place is not None:
+            progress.say(f"launch     {distributed.describe(place)}")
+            check_same_config(config)
         return Run(config, progress, stop).train()
 
 
 if __name__ == "__main__":
-    sys.exit(explained(lambda: train(sys.argv[1:])))
+    distributed.run_and_exit(lambda: explained(lambda: train(sys.argv[1:])))

@@ -18,6 +18,7 @@ FLOORS = {
     "hardware": 0,
     "errors": 0,
     "mesh": 1,
+    "processes": 1,
     "sharding": 1,
     "ops": 2,
     "models": 3,

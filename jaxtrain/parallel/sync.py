@@ -94,6 +94,11 @@ def exchange_at(sync: SyncConfig, step: int) -> Exchange:
     return Exchange(True, begins, tuple(Piece(fragment, index) for fragment, index in sent if fragment is not None), ends)
 
 
+def couples(sync: SyncConfig, step: int) -> bool:
+    """Whether no replica can finish step number `step` (from 1) before all have begun it."""
+    return not sync.replicas_differ or bool(exchange_at(sync, step).travels)
+
+
 def make_reduce(sync: SyncConfig) -> Reduce:
     """How means over replicas travel."""
     return Reduce(AXIS, sync.compression, sync.compression_block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import CheckpointError, Stopped
+from jaxtrain.processes import are_several, look, post
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.metrics import MetricsLog
@@ -149,7 +151,8 @@ class Profiling(Hook):
 class StopOnSignal(Hook):
     """The first SIGINT, SIGTERM or SIGHUP asks the run to end; a second one ends the process at once, as 128 + its number.
 
-    The loop stops after the step under way. Before and after it, `check` raises `Stopped` where the run may end. Inside
+    The loop stops after the step under way. Of several processes, each of which may hear of it alone and at another moment, all
+    stop after the same step (`before_step`). Before and after the loop, `check` raises `Stopped` where the run may end. Inside
     `breakable` the signal itself does: only around what is not jax, which crashes at exit if a lowering was broken off
     (jax 0.10.2). SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
 
@@ -161,6 +164,10 @@ class StopOnSignal(Hook):
         self._progress = progress
         self.received: signal.Signals | None = None
         """The first signal."""
+        self.couples: Callable[[int], bool] = lambda step: True
+        """Whether no process can finish a step before all have begun it."""
+        self._last_step: int | None = None
+        self._step = 0
         self._breakable = False
         self._handlers_before: dict[int, Any] = {}
 
@@ -195,7 +202,30 @@ class StopOnSignal(Hook):
         if self.received is not None:
             raise Stopped(f"{self.received.name} received outside the training loop")
 
+    def before_step(self, step: int, state: PyTree) -> None:
+        """Agrees with the other processes on the last step.
+
+        The first process that heard posts a step that nobody can have dispatched yet, and everybody looks before each step.
+        With a step dispatched, the loop waits for the one before it. So if e is the first step that couples all processes and
+        that this one, which is about to dispatch `step`, has not dispatched, nobody is beyond e + 1.
+        """
+        self._step = step
+        if not are_several() or self._last_step is not None:
+            return
+        if self.received is not None:
+            coupling = next(n for n in itertools.count(step) if self.couples(n))
+            post("stop", f"{self.received.value} {coupling + 1}")
+        said = look("stop")
+        self._last_step = None if said is None else int(said.split()[1])
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal that ended the loop; of several processes all say the same, and a signal too late for that counts nowhere."""
+        said = look("stop") if are_several() else None
+        return signal.Signals(int(said.split()[0])) if said else None if are_several() else self.received
+
     def stop_reason(self) -> str | None:
+        if are_several():
+            return "a signal was received" if self._last_step is not None and self._step >= self._last_step else None
         return None if self.received is None else f"{self.received.name} received"
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ import errno
 import fcntl
 import functools
 import importlib.metadata
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.parallel.sync import couples
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
@@ -66,19 +69,26 @@ def make_run_dir(directory: Path) -> None:
 
 @contextlib.contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of run_dir, as long as it lasts and however it ends.
+    """Keeps other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
 
     Raises:
-      ExplainedError: another process is training there.
+      ExplainedError: another process is training there; says which, where the lock does.
     """
-    with open(directory / LOCK_FILE, "rb") as file:
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(directory / LOCK_FILE, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
+                owner = file.read(200).strip() or "another process"
                 raise ExplainedError(
-                    f"another process is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
+                    f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
                 ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
+        file.flush()
         yield
 
 
@@ -169,10 +179,12 @@ class Run:
             step_function = self._compile(first)
             self.stop.check()
             log = stack.enter_context(self._open_log(first))
+            self.stop.couples = functools.partial(couples, self.config.sync)
             loop, reason = self._loop(stack, step_function, checkpoints, log, state, first)
         self._draw()
-        if self.stop.received:
-            return self._stopped(self.stop.received, loop.step, checkpoints is not None)
+        number = self.stop.agreed()
+        if number is not None:
+            return self._stopped(number, loop.step, checkpoints is not None)
         self.progress.say(f"done       {reason or f'all {loop.step} steps'}")
         if self.config.train.sample_tokens:
             self._sample(loop.state["params"])

@@ -1,0 +1,297 @@
+"""Joins the processes of a run, whatever started them, and ends each of them so that the others learn of it at once.
+
+JAX's own runtime is the engine. What is added: the place of this process among the others is found without asking JAX, which
+under SLURM and Open MPI would give every process one GPU, also where it is the only process of a node; the timeouts are short;
+and a process that fails ends with `os._exit`, because JAX's exit handler otherwise waits for peers that will not come (97 to
+300 s by default, measured).
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1, 2 | an error of this process's own |
+| 75 | another process was lost; nothing is wrong here |
+| 76 | stopped by a signal after saving: start the same command again |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from jaxtrain.config import DistributedConfig
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_PEER, EXIT_STOPPED, ConfigError, ExplainedError
+
+_PORTS = 61440, 4096  # first, and how many: as JAX's own SLURM support, above what Linux hands out by itself
+_PEER_WORDS = re.compile(
+    r"gloo|connection (reset|closed|refused)|socket closed|pollforerror|unavailable|coordination service|heartbeat|"
+    r"nccl.*(remote|abort|unhandled|timed? ?out)|barrier|tasks are unhealthy",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of the run."""
+
+    starter: str
+    """What started it, in words."""
+    coordinator: str
+    """host:port at which process 0 is reached."""
+    processes: int
+    process: int
+    local_processes: int
+    """Processes of the run on this host."""
+    local_process: int
+    """Which of them this is."""
+    bound: bool = False
+    """Whether the starter shows this process its own GPUs only."""
+
+
+def find_place(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
+    """This process's place as the flags say, else JAXTRAIN_* (our supervisor, Kubernetes, Ray), SLURM, or Open MPI 4 and 5.
+
+    None for a lone process: nothing says that there are others.
+
+    Raises:
+      ConfigError: what says so is incomplete or contradicts itself.
+    """
+    return _explicit(config, environ) or _slurm(config, environ) or _open_mpi(config, environ)
+
+
+def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
+    """Flags over JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or an indexed Kubernetes Job's index)."""
+    coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
+    count = config.processes or _number(environ, "JAXTRAIN_PROCESSES", 0)
+    index = config.process_id
+    for name in ("JAXTRAIN_PROCESS_ID", "JOB_COMPLETION_INDEX"):
+        index = _number(environ, name, -1) if index < 0 else index
+    if count <= 1 and ("SLURM_PROCID" in environ or "OMPI_COMM_WORLD_RANK" in environ):
+        return None
+    if count <= 1:
+        if config.coordinator or config.process_id >= 0:
+            raise ConfigError(["distributed.processes: say how many processes there are, e.g. --distributed.processes=4"])
+        return None
+    missing = [] if coordinator else ["distributed.coordinator (or JAXTRAIN_COORDINATOR): host:port of process 0"]
+    missing += [] if index >= 0 else ["distributed.process_id (or JAXTRAIN_PROCESS_ID): 0 for the first process"]
+    if missing:
+        raise ConfigError([f"{name}, is missing, but there are {count} processes" for name in missing])
+    if index >= count:
+        raise ConfigError([f"distributed.process_id={index} is not below distributed.processes={count}"])
+    if not re.fullmatch(r"\S+:\d+", coordinator):
+        raise ConfigError([f"distributed.coordinator={coordinator!r} must be host:port, e.g. node1:{_PORTS[0]}"])
+    starter = environ.get("JAXTRAIN_STARTER", "Kubernetes" if "KUBERNETES_SERVICE_HOST" in environ else "flags")
+    local = _number(environ, "JAXTRAIN_LOCAL_PROCESSES", 1)
+    return Place(starter, coordinator, count, index, local, _number(environ, "JAXTRAIN_LOCAL_PROCESS_ID", 0))
+
+
+def _slurm(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
+    """A task of an srun step; process 0 is on the first node of the step."""
+    if "SLURM_PROCID" not in environ or _number(environ, "SLURM_NTASKS", 1) <= 1:
+        return None
+    job = _number(environ, "SLURM_JOB_ID", 0)
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    per_node = expand_tasks(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1"))
+    node = _number(environ, "SLURM_NODEID", 0)
+    local = per_node[node] if node < len(per_node) else 1
+    visible = count_gpus(environ)
+    return Place(
+        f"SLURM job {job}",
+        config.coordinator or environ.get("JAXTRAIN_COORDINATOR") or f"{first_node(nodes)}:{_port(job)}",
+        _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS", 1)),
+        _number(environ, "SLURM_PROCID", 0),
+        local,
+        _number(environ, "SLURM_LOCALID", 0),
+        bound=0 < visible < _number(environ, "SLURM_GPUS_ON_NODE", 0),
+    )
+
+
+def _open_mpi(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
+    """A rank of mpirun. On one host the coordinator is the loopback; else mpi4py tells, or Open MPI 4's own address."""
+    size, rank = _number(environ, "OMPI_COMM_WORLD_SIZE", 1), _number(environ, "OMPI_COMM_WORLD_RANK", 0)
+    if size <= 1:
+        return None
+    local = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
+    # One job, one port: Open MPI 4 numbers its jobs, Open MPI 5 (PMIx) names them.
+    port = _port(sum(map(ord, environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", "")))))
+    coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
+    if not coordinator and local == size:
+        coordinator = f"127.0.0.1:{port}"
+    if not coordinator:
+        coordinator = f"{_host_of_rank_0(environ)}:{port}"
+    local_rank = _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0)
+    return Place("Open MPI", coordinator, size, rank, local, local_rank)
+
+
+def _host_of_rank_0(environ: Mapping[str, str]) -> str:
+    try:
+        from mpi4py import MPI  # type: ignore[import-not-found]
+    except ImportError:
+        address = re.search(r"tcp://([\d.]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+        if address:
+            return address.group(1)
+        raise ConfigError(
+            [
+                "Open MPI does not say where rank 0 is: pip install mpi4py, or pass it on, "
+                f"e.g. mpirun -x JAXTRAIN_COORDINATOR=$(hostname):{_PORTS[0]} ..."
+            ]
+        ) from None
+    import socket
+
+    return MPI.COMM_WORLD.bcast(socket.gethostname(), root=0)
+
+
+def first_node(nodes: str) -> str:
+    """The first node of a SLURM node list: "n1" of "n[1-3,7],m2", "gpu001-ib" of "gpu[001-004]-ib"."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    assert first is not None
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def expand_tasks(tasks: str) -> list[int]:
+    """Tasks of each node, of SLURM's short form: [2, 2, 2, 1] of "2(x3),1"."""
+    counts: list[int] = []
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError([f"SLURM_TASKS_PER_NODE={tasks!r} is not of the form 2(x3),1"])
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that this process may use, without waking a driver."""
+    if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return 0
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return len([device for device in environ["CUDA_VISIBLE_DEVICES"].split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def local_device_ids(place: Place, gpus: int, environ: Mapping[str, str]) -> list[int] | None:
+    """Which of the visible GPUs are this process's: all, where it is alone on its host or sees its own only; else a share.
+
+    None without GPUs.
+
+    Raises:
+      ConfigError: the GPUs of the host cannot be shared out evenly.
+    """
+    if environ.get("JAXTRAIN_LOCAL_DEVICE_IDS"):
+        return [int(index) for index in environ["JAXTRAIN_LOCAL_DEVICE_IDS"].split(",")]
+    if not gpus:
+        return None
+    if place.bound or place.local_processes == 1 or gpus == 1:
+        return list(range(gpus))
+    if gpus % place.local_processes:
+        raise ConfigError(
+            [
+                f"{gpus} GPUs cannot be shared by the {place.local_processes} processes of this host; start 1, or a number "
+                f"that divides {gpus}, or give each its own with JAXTRAIN_LOCAL_DEVICE_IDS"
+            ]
+        )
+    own = gpus // place.local_processes
+    return list(range(own * place.local_process, own * (place.local_process + 1)))
+
+
+def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -> Place | None:
+    """Joins the other processes, before jax looks at any device. None for a lone process.
+
+    Raises:
+      ExplainedError: the others did not come.
+      ConfigError: as `find_place` and `local_device_ids`.
+    """
+    import jax
+
+    environ = os.environ if environ is None else environ
+    devices = _number(environ, "JAXTRAIN_CPU_DEVICES", 0)
+    if devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    place = find_place(config, environ)
+    if place is None:
+        return None
+    jax.config.update("jax_enable_preemption_service", False)  # signals are ours, see train.hooks.StopOnSignal
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.processes,
+            place.process,
+            local_device_ids(place, count_gpus(environ), environ),
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.start_timeout_seconds,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            shutdown_timeout_seconds=min(20, config.heartbeat_seconds),
+            coordinator_bind_address=environ.get("JAX_COORDINATOR_BIND_ADDRESS") or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
+        )
+    except Exception as error:
+        raise ExplainedError(
+            f"process {place.process} of {place.processes} ({place.starter}) found no coordinator at {place.coordinator} within "
+            f"{config.start_timeout_seconds} s: {str(error).splitlines()[0]}; do all processes run, and can they reach that port?"
+        ) from error
+    return place
+
+
+def describe(place: Place) -> str:
+    """One line for the log."""
+    import jax
+
+    return (
+        f"process {place.process} of {place.processes}, from {place.starter}, with {jax.local_device_count()} of "
+        f"{jax.device_count()} devices; process 0 is at {place.coordinator}"
+    )
+
+
+def run_and_exit(work: Callable[[], int]) -> NoReturn:
+    """Calls `work` for an exit code and ends the process with it, at once where it is one of several and something went wrong."""
+    try:
+        code = work()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not _are_several():
+            raise
+        code = _blame(error)
+    if not _are_several() or code in (EXIT_DONE, EXIT_STOPPED):
+        sys.exit(code)  # in order: all processes come to this
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _blame(error: BaseException) -> int:
+    """Says in one line whose fault it was; the traceback of a fault of our own comes first."""
+    import jax
+
+    who, first = f"process {jax.process_index()} of {jax.process_count()}", (str(error).strip() or "no message").splitlines()[0]
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and _PEER_WORDS.search(str(error)):
+        print(f"error: {who} lost another process: {first}", file=sys.stderr)
+        return EXIT_PEER
+    traceback.print_exception(error)
+    print(f"error: {who} failed: {type(error).__name__}: {first}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _are_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    from jaxtrain.processes import are_several
+
+    return are_several()
+
+
+def _port(number: int) -> int:
+    return _PORTS[0] + number % _PORTS[1]
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    if not re.fullmatch(r"\d+", text):
+        raise ConfigError([f"{name}={text!r} is not a whole number"])
+    return int(text)

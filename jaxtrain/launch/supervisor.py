@@ -1,0 +1,380 @@
+"""Keeps a run of several processes on one machine going: starts them, sees how they end or hang, says whose fault it was, restarts.
+
+Imports no jax, so nothing that breaks jax breaks it. A *generation* is one life of all the processes: they start together, on a
+fresh port, and where one is lost all end, because a collective needs every one of them.
+
+Who is to blame is decided by what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first to
+end by itself with anything but "I lost a peer" (75, or JAX's abort, -6); the one whose newest step is behind the others'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE
+from jaxtrain.telemetry.beat import VARIABLE, Doing, read_beat, stacks_beside
+
+POLL_SECONDS = 0.05
+_NOISE = re.compile(r"^\[Gloo\] Rank \d+ is connected|cudart_stub|^WARNING: All log messages before absl")
+_ABORT = -signal.SIGABRT  # jax's client, when the coordination service tells it that a task is lost
+Kind = Literal["done", "stopped", "refused", "failed", "hung", "resized"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient the supervisor is."""
+
+    restarts: int = 10
+    """Generations in a row that may fail without a step further than any before; then it gives up."""
+    backoff_seconds: float = 1.0
+    """Wait before the first restart; doubles with every failure in a row, to at most a minute."""
+    hang_seconds: float = 60.0
+    """A step may take so long, or 20 times the median of the steps so far if that is longer."""
+    phase_seconds: float = 1800.0
+    """Anything else, as compiling, validating or saving, may take so long."""
+    grace_seconds: float = 3.0
+    """After the first process is lost, the others have so long to say what they saw."""
+    stop_seconds: float = 120.0
+    """After a signal, the run has so long to save and end."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a generation ended."""
+
+    kind: Kind
+    words: str
+    """Who and why, in one line."""
+    exit_code: int = EXIT_ERROR
+    culprit: int | None = None
+    """The process to blame."""
+
+
+@dataclass
+class Worker:
+    """One process of a generation."""
+
+    index: int
+    process: subprocess.Popen
+    beat: Path
+    log: Path
+    doing: Doing = field(default_factory=Doing)
+    since: float = 0.0
+    """When it last said something new."""
+    ended: float | None = None
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"process {self.index}"
+
+    def is_frozen(self) -> bool:
+        """Whether the kernel has stopped it (SIGSTOP, a debugger)."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        return False
+
+    def last_words(self) -> str:
+        """The last line of its log that says "error", or its last line."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        lines = [line for line in lines if not _NOISE.search(line)]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors or lines or ["it said nothing"])[-1][:300]
+
+
+@dataclass
+class Goodput:
+    """Which part of the wall time made steps that lasted."""
+
+    started: float
+    furthest: int = 0
+    productive: float = 0.0
+    """Seconds of steps that were further than any before."""
+    repeated: float = 0.0
+    """Seconds of steps done before, since the last checkpoint, and lost."""
+
+    def step(self, done: int, seconds: float) -> None:
+        """A step is done, `seconds` after the one before it in the same generation."""
+        if done > self.furthest:
+            self.productive += seconds
+        else:
+            self.repeated += seconds
+        self.furthest = max(self.furthest, done)
+
+    def share(self, now: float) -> float:
+        """Productive step time over wall time."""
+        return self.productive / max(now - self.started, 1e-9)
+
+
+class Supervisor:
+    """Runs `command` as several processes until it is done, refused, or fails too often.
+
+    Args:
+      command: of one process.
+      size: () -> how many processes the next generation has; where it changes, the run is stopped, saves and goes on in that size.
+      environment: (index, processes) -> what a process's environment has beside the supervisor's own.
+      extra: (processes) -> arguments for a generation of that size, beside those of `command`: a mesh that fits it.
+      folder: for logs, beats and events.jsonl.
+      say: prints a line.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        size: Callable[[], int],
+        environment: Callable[[int, int], dict[str, str]],
+        folder: Path,
+        policy: Policy | None = None,
+        extra: Callable[[int], Sequence[str]] = lambda processes: (),
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ):
+        self._command, self._size, self._environment, self._extra = command, size, environment, extra
+        self._folder, self._policy, self._say = folder, policy or Policy(), say
+        self._signal: signal.Signals | None = None
+        self._second_signal = False
+        self._steps: list[float] = []
+        self.generation = 0
+        self.goodput = Goodput(time.monotonic())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> int:
+        """Runs to the end; returns the exit code (see `launch.distributed`)."""
+        failures, furthest = 0, 0
+        with self._taking_signals():
+            while True:
+                self.generation += 1
+                ending = self._live()
+                self._record("end", kind=ending.kind, words=ending.words, exit_code=ending.exit_code, culprit=ending.culprit)
+                if ending.kind == "done":
+                    self._summarise()
+                    return EXIT_DONE
+                if ending.kind in ("stopped", "refused") or self._signal is not None:
+                    self._tell(ending.words)
+                    return ending.exit_code
+                if ending.kind == "resized":
+                    self._tell(ending.words)
+                    continue
+                failures = 1 if self.goodput.furthest > furthest else failures + 1
+                furthest = self.goodput.furthest
+                if failures > self._policy.restarts:
+                    self._tell(f"{ending.words}; {failures} failures in a row without a further step: giving up")
+                    return ending.exit_code
+                wait = min(self._policy.backoff_seconds * 2 ** (failures - 1), 60.0)
+                self._tell(f"{ending.words}; restart {failures} in {wait:g} s")
+                if self._sleep(wait):
+                    return EXIT_STOPPED
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One generation
+
+    def _live(self) -> Ending:
+        count = self._size()
+        workers = self._start(count)
+        try:
+            return self._watch(workers)
+        finally:
+            for worker in workers:
+                if worker.process.poll() is None:
+                    worker.process.kill()
+                worker.process.wait()
+
+    def _start(self, count: int) -> list[Worker]:
+        folder = self._folder / f"generation-{self.generation}"
+        folder.mkdir(parents=True, exist_ok=True)
+        coordinator = f"127.0.0.1:{free_port()}"
+        self._record("start", processes=count, coordinator=coordinator)
+        workers = []
+        for index in range(count):
+            beat, log = folder / f"process-{index}.beat", folder / f"process-{index}.log"
+            environment = os.environ | {
+                "JAXTRAIN_COORDINATOR": coordinator,
+                "JAXTRAIN_PROCESSES": str(count),
+                "JAXTRAIN_PROCESS_ID": str(index),
+                "JAXTRAIN_LOCAL_PROCESSES": str(count),
+                "JAXTRAIN_LOCAL_PROCESS_ID": str(index),
+                "JAXTRAIN_STARTER": f"the supervisor (generation {self.generation})",
+                "PYTHONUNBUFFERED": "1",
+                VARIABLE: str(beat),
+                **self._environment(index, count),
+            }
+            process = subprocess.Popen(
+                [*self._command, *self._extra(count)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we pass it on once
+            )
+            workers.append(Worker(index, process, beat, log, since=time.monotonic()))
+            assert process.stdout is not None
+            arguments = (process.stdout, log, index == 0)
+            threading.Thread(target=self._collect, args=arguments, name=f"log-{index}", daemon=True).start()
+        return workers
+
+    def _collect(self, pipe: IO[bytes], log: Path, aloud: bool) -> None:
+        """Copies a process's output into its log, and process 0's to ours too."""
+        with pipe, open(log, "wb", buffering=0) as file:
+            for line in pipe:
+                text = line.decode(errors="replace")
+                if _NOISE.search(text):
+                    continue
+                file.write(line)
+                if aloud:
+                    self._say(text.rstrip("\n"))
+
+    def _watch(self, workers: list[Worker]) -> Ending:
+        signalled_at: float | None = None
+        while True:
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            for worker in workers:
+                self._look(worker, now)
+            if all(worker.ended is not None for worker in workers) or any(
+                worker.ended is not None and worker.process.returncode not in (EXIT_DONE, EXIT_STOPPED) for worker in workers
+            ):
+                return self._ending(workers)
+            if self._second_signal:
+                return Ending("stopped", "ended at once by a second signal", 128 + (self._signal or signal.SIGTERM))
+            wanted = self._size()
+            if signalled_at is None and (self._signal is not None or wanted != len(workers)):
+                signalled_at = now
+                for worker in workers:
+                    worker.process.send_signal(signal.SIGTERM)
+            if signalled_at is not None and now - signalled_at > self._policy.stop_seconds:
+                return Ending("stopped", f"not saved within {self._policy.stop_seconds:g} s of the signal", EXIT_ERROR)
+            hung = self._find_hang(workers, now)
+            if hung is not None:
+                return hung
+
+    def _look(self, worker: Worker, now: float) -> None:
+        doing = read_beat(worker.beat)
+        if doing != worker.doing:
+            if worker.index == 0 and doing.done > worker.doing.done > 0:
+                seconds = (now - worker.since) / (doing.done - worker.doing.done)
+                for step in range(worker.doing.done + 1, doing.done + 1):
+                    self.goodput.step(step, seconds)
+                self._steps = [*self._steps[-99:], seconds]
+            elif worker.index == 0 and doing.done:
+                self.goodput.furthest = max(self.goodput.furthest, doing.done)
+            worker.doing, worker.since = doing, now
+        if worker.ended is None and worker.process.poll() is not None:
+            worker.ended = now
+
+    def _ending(self, workers: list[Worker]) -> Ending:
+        """Waits a moment for what the others have to say, then finds the first cause."""
+        codes = {worker.process.returncode for worker in workers}
+        if codes == {EXIT_DONE}:
+            return Ending("done", "done", EXIT_DONE)
+        if codes <= {EXIT_DONE, EXIT_STOPPED}:
+            if self._signal is None and self._size() != len(workers):
+                return Ending("resized", f"going on with {self._size()} processes instead of {len(workers)}", EXIT_STOPPED)
+            return Ending("stopped", "stopped after saving; the same command goes on from there", EXIT_STOPPED)
+        frozen = next((worker for worker in workers if worker.ended is None and worker.is_frozen()), None)
+        until = time.monotonic() + self._policy.grace_seconds
+        while time.monotonic() < until and any(worker.ended is None for worker in workers):
+            time.sleep(POLL_SECONDS)
+            for worker in workers:
+                self._look(worker, time.monotonic())
+        if frozen is not None:
+            return Ending("failed", f"{frozen.name} is stopped (state T), and its peers gave it up", EXIT_PEER, frozen.index)
+        ended = sorted((w for w in workers if w.ended is not None), key=lambda w: (w.process.returncode in (EXIT_PEER, _ABORT), w.ended))
+        first = ended[0]
+        code = first.process.returncode
+        if code in (EXIT_ERROR, EXIT_USAGE):
+            return Ending("refused", f"{first.name}: {first.last_words()}", code, first.index)
+        return Ending("failed", f"{first.name} {how(code)}: {first.last_words()}", code if code > 0 else 128 - code, first.index)
+
+    def _find_hang(self, workers: list[Worker], now: float) -> Ending | None:
+        """Somebody has not said anything new for too long: stacks of all, then the one that is behind is to blame."""
+        usual = 20 * statistics.median(self._steps) if self._steps else 0.0
+        for worker in workers:
+            training = worker.doing.dispatched > 0 and not worker.doing.phase
+            bound = max(self._policy.hang_seconds, usual) if training else self._policy.phase_seconds
+            if worker.ended is None and now - worker.since > bound:
+                break
+        else:
+            return None
+        behind = min(workers, key=lambda w: (not w.is_frozen(), w.doing.dispatched, w.doing.done))
+        state = "is stopped (state T)" if behind.is_frozen() else f"is at step {behind.doing.dispatched}" + (
+            f", {behind.doing.phase}" if behind.doing.phase else ""
+        )
+        for other in workers:
+            if other.ended is None:
+                other.process.send_signal(signal.SIGUSR2)
+        time.sleep(0.5)
+        stacks = stacks_beside(behind.beat)
+        words = f"{behind.name} {state} and has not moved for {bound:.0f} s; stacks in {stacks.parent}"
+        return Ending("hung", words, EXIT_FAULT, behind.index)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Words and signals
+
+    def _summarise(self) -> None:
+        now = time.monotonic()
+        self._tell(
+            f"done in {now - self.goodput.started:.0f} s, {self.generation} generation{'s' * (self.generation > 1)}; goodput "
+            f"{self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated {self.goodput.repeated:.0f} s)"
+        )
+
+    def _tell(self, words: str) -> None:
+        self._say(f"supervisor {words}")
+
+    def _record(self, event: str, **values: Any) -> None:
+        row = {"time": time.time(), "generation": self.generation, "event": event, "furthest": self.goodput.furthest, **values}
+        with open(self._folder / "events.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _sleep(self, seconds: float) -> bool:
+        """Waits; True where a signal came."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self._signal is None:
+            time.sleep(min(POLL_SECONDS, seconds))
+        return self._signal is not None
+
+    @contextlib.contextmanager
+    def _taking_signals(self) -> Iterator[None]:
+        def take(number: int, frame: Any) -> None:
+            self._second_signal = self._signal is not None
+            self._signal = signal.Signals(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, take) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def how(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " (out of host memory? see dmesg)" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_command(arguments: Sequence[str]) -> list[str]:
+    """The command of one process of a training run."""
+    return [sys.executable, "-m", "jaxtrain.main", *arguments]

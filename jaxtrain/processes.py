@@ -1,0 +1,99 @@
+"""The processes of a run, and a few words between them that are not on any device: JAX's coordination service as a notice board.
+
+A lone process has no board; its callers see `post` succeed and `look` find nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ConfigError, ExplainedError
+
+_PREFIX = "jaxtrain/"
+
+
+def _client() -> Any | None:
+    from jax._src import distributed  # jax has no public way to the store that its own multihost_utils use
+
+    return distributed.global_state.client
+
+
+def are_several() -> bool:
+    """Whether this process is one of a run of several."""
+    from jax._src import distributed
+
+    return distributed.global_state.client is not None and (distributed.global_state.num_processes or 1) > 1
+
+
+def post(key: str, value: str) -> bool:
+    """Puts up a notice, for all processes and for good; False where somebody else has been first."""
+    client = _client()
+    if client is None:
+        return True
+    try:
+        client.key_value_set(_PREFIX + key, value)
+    except Exception as error:
+        if "ALREADY_EXISTS" in str(error):
+            return False
+        raise
+    return True
+
+
+def look(key: str) -> str | None:
+    """The notice under a key, or None."""
+    client = _client()
+    if client is None:
+        return None
+    try:
+        return client.key_value_try_get(_PREFIX + key)
+    except Exception as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def wait_for(key: str, seconds: float) -> str:
+    """The notice under a key, once it is there.
+
+    Raises:
+      ExplainedError: nobody put it up in time.
+    """
+    client = _client()
+    assert client is not None, "a lone process waits for nobody"
+    try:
+        return client.blocking_key_value_get(_PREFIX + key, int(seconds * 1000))
+    except Exception as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise ExplainedError(f"no other process said {key!r} within {seconds:.0f} s; see their logs") from error
+
+
+def check_same_config(config: Config) -> None:
+    """Compares this process's config with that of process 0, before anything is computed together.
+
+    Raises:
+      ConfigError: they differ; names the fields, with both values.
+    """
+    import jax
+
+    mine = _flat(dataclasses.asdict(config))
+    if jax.process_index() == 0:
+        post("config", json.dumps(mine))
+        return
+    first = json.loads(wait_for("config", config.distributed.start_timeout_seconds))
+    names = [name for name in {**first, **mine} if first.get(name) != mine.get(name) and name != "distributed.process_id"]
+    if names:
+        raise ConfigError(
+            [f"{name}={mine.get(name)!r} in process {jax.process_index()}, but {first.get(name)!r} in process 0" for name in names]
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as {"model.num_layers": 12}."""
+    if isinstance(value, dict | list | tuple) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}
+    return {name: list(value) if isinstance(value, tuple) else value}

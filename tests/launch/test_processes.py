@@ -1,0 +1,67 @@
+"""Two real processes train together, stop together, and go on."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.processes import ROOT, environment, started, wait_for_line
+
+FLAGS = (
+    "--config=configs/quickstart.py --model.num_layers=2 --model.embed_dim=32 --model.num_heads=2 --model.num_kv_heads=2 "
+    "--model.head_dim=16 --model.mlp_dim=64 --model.vocab_size=257 --data.tokenizer=byte --data.sources.0.kind=synthetic "
+    "--data.sequence_length=32 --train.global_batch_size=8 --train.log_every=1 --optimizer.warmup_steps=2 --train.validate_every=0 --train.sample_tokens=0 "
+    "--mesh.data=2 --mesh.fsdp=2 --checkpoint.every=1000 --checkpoint.keep=100 --model.dtype=float32"
+).split()
+
+
+def losses(folder):
+    """Loss by step, of a run's rows; a step trained twice must have come out the same."""
+    rows = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            assert rows.setdefault(row["step"], row["loss"]) == row["loss"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The losses of an uninterrupted run of 24 steps, by one process with four devices."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, "-m", "jaxtrain.main", *FLAGS, "--train.steps=24", f"--run_dir={folder}"]
+    subprocess.run(command, cwd=ROOT, env=environment(4), check=True, capture_output=True)
+    return losses(folder)
+
+
+def test_one_signal_stops_both_after_the_same_step_and_the_run_goes_on(tmp_path, whole):
+    flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=24"]
+    with started(2, 2, flags, tmp_path) as (first, second):
+        wait_for_line(tmp_path / "0.log", "compiled")
+        second.send_signal(signal.SIGTERM)
+        assert [first.wait(60), second.wait(60)] == [76, 76], (tmp_path / "0.log").read_text()[-2000:]
+    (saved,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 0 < saved < 24
+    with started(2, 2, flags, tmp_path) as both:
+        assert [process.wait(120) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
+    assert f"from step {saved}" in (tmp_path / "0.log").read_text()
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
+
+
+def test_processes_with_different_configs_are_refused(tmp_path):
+    with started(2, 2, [*FLAGS, f"--run_dir={tmp_path / 'run'}"], tmp_path, (["--train.steps=5"], ["--train.steps=6"])) as both:
+        both[1].wait(60)
+    log = (tmp_path / "1.log").read_text()
+    assert both[1].returncode == 2
+    assert "train.steps=6 in process 1, but 5 in process 0" in log
+
+
+def test_a_process_that_loses_its_peer_says_so_at_once(tmp_path):
+    with started(2, 2, [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=100000"], tmp_path) as (first, second):
+        wait_for_line(tmp_path / "0.log", "compiled")
+        wait_for_line(tmp_path / "run" / "metrics.jsonl", '"step": 3')
+        second.send_signal(signal.SIGKILL)
+        assert first.wait(20) == 75
+    assert "error: process 0 of 2 lost another process" in (tmp_path / "0.log").read_text()
