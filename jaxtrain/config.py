@@ -413,7 +413,7 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find one another. Under the local supervisor, SLURM, Open MPI, Kubernetes or Ray: by themselves."""
+    """How the processes of a run find one another; under our supervisor, SLURM, Open MPI, Kubernetes and Ray by themselves."""
 
     coordinator: str = ""
     """host:port at which process 0 is reached; empty for what the starter says."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
+EXIT_FAULT = 70  # of one process of several: an error that nobody foresaw; its traceback is in the log
 EXIT_PEER = 75  # another process of the run was lost; nothing is wrong with this one
 EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to go on
 

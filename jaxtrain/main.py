@@ -72,8 +72,9 @@ def train(arguments: Sequence[str]) -> int:
 
     place = distributed.start(config.distributed)
 
-    from jaxtrain.telemetry.progress import open_progress
     from jaxtrain.processes import check_same_config
+    from jaxtrain.telemetry.beat import Beat
+    from jaxtrain.telemetry.progress import open_progress
     from jaxtrain.train.hooks import StopOnSignal
     from jaxtrain.train.run import Run
 
@@ -82,6 +83,7 @@ def train(arguments: Sequence[str]) -> int:
         open_progress(config.train.steps, process_index=jax.process_index()) as progress,
         StopOnSignal(progress) as stop,
     ):
+        progress.beat = Beat.from_environment()
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
             check_same_config(config)

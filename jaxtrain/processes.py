@@ -1,4 +1,4 @@
-"""The processes of a run, and a few words between them that are not on any device: JAX's coordination service as a notice board.
+"""The processes of a run, and a few words between them that are on no device: JAX's coordination service as a notice board.
 
 A lone process has no board; its callers see `post` succeed and `look` find nothing.
 """
@@ -87,7 +87,10 @@ def check_same_config(config: Config) -> None:
     names = [name for name in {**first, **mine} if first.get(name) != mine.get(name) and name != "distributed.process_id"]
     if names:
         raise ConfigError(
-            [f"{name}={mine.get(name)!r} in process {jax.process_index()}, but {first.get(name)!r} in process 0" for name in names]
+            [
+                f"{name}={mine.get(name)!r} in process {jax.process_index()}, but {first.get(name)!r} in process 0"
+                for name in names
+            ]
         )
 
 

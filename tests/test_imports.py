@@ -47,6 +47,7 @@ FLOORS = {
     "planner.hlo_collectives": 3,
     "launch": 6,
     "main": 7,
+    "launch.__main__": 7,
     "tokenize": 7,
     "collectives": 7,
     "bench": 7,
@@ -67,6 +68,7 @@ SAME_FLOOR = {
     ("models", "parallel"),
     ("bench", "main"),
     ("calibrate", "main"),
+    ("launch.__main__", "main"),
     ("collectives", "main"),
     ("plan", "main"),
 }

@@ -8,7 +8,8 @@ and a process that fails ends with `os._exit`, because JAX's exit handler otherw
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1, 2 | an error of this process's own |
+| 1, 2 | an error explained in one message, wrong usage: starting again would end the same way |
+| 70 | an error that nobody foresaw |
 | 75 | another process was lost; nothing is wrong here |
 | 76 | stopped by a signal after saving: start the same command again |
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxtrain.config import DistributedConfig
-from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_PEER, EXIT_STOPPED, ConfigError, ExplainedError
+from jaxtrain.errors import EXIT_DONE, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, ConfigError, ExplainedError
 
 _PORTS = 61440, 4096  # first, and how many: as JAX's own SLURM support, above what Linux hands out by itself
 _PEER_WORDS = re.compile(
@@ -226,12 +227,14 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             initialization_timeout=config.start_timeout_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
             shutdown_timeout_seconds=min(20, config.heartbeat_seconds),
-            coordinator_bind_address=environ.get("JAX_COORDINATOR_BIND_ADDRESS") or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
+            coordinator_bind_address=environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+            or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
         )
     except Exception as error:
         raise ExplainedError(
-            f"process {place.process} of {place.processes} ({place.starter}) found no coordinator at {place.coordinator} within "
-            f"{config.start_timeout_seconds} s: {str(error).splitlines()[0]}; do all processes run, and can they reach that port?"
+            f"process {place.process} of {place.processes} ({place.starter}) found no coordinator at {place.coordinator} "
+            f"within {config.start_timeout_seconds} s: {str(error).splitlines()[0]}; do all processes run, and can they reach "
+            "that port?"
         ) from error
     return place
 
@@ -247,7 +250,7 @@ def describe(place: Place) -> str:
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
-    """Calls `work` for an exit code and ends the process with it, at once where it is one of several and something went wrong."""
+    """Ends the process with the exit code of `work`, at once where it is one of several and something went wrong."""
     try:
         code = work()
     except SystemExit:
@@ -273,7 +276,7 @@ def _blame(error: BaseException) -> int:
         return EXIT_PEER
     traceback.print_exception(error)
     print(f"error: {who} failed: {type(error).__name__}: {first}", file=sys.stderr)
-    return EXIT_ERROR
+    return EXIT_FAULT
 
 
 def _are_several() -> bool:

@@ -1,10 +1,10 @@
-"""Keeps a run of several processes on one machine going: starts them, sees how they end or hang, says whose fault it was, restarts.
+"""Keeps a run of several processes on one machine going: starts them, sees them end or hang, says whose fault it was, restarts.
 
 Imports no jax, so nothing that breaks jax breaks it. A *generation* is one life of all the processes: they start together, on a
 fresh port, and where one is lost all end, because a collective needs every one of them.
 
-Who is to blame is decided by what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first to
-end by itself with anything but "I lost a peer" (75, or JAX's abort, -6); the one whose newest step is behind the others'.
+Who is to blame is decided by what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first
+to end by itself with anything but "I lost a peer" (75, or JAX's abort, -6); the one whose newest step is behind the others'.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Supervisor:
 
     Args:
       command: of one process.
-      size: () -> how many processes the next generation has; where it changes, the run is stopped, saves and goes on in that size.
+      size: () -> how many processes the next generation has; where it changes, the run saves and goes on in that size.
       environment: (index, processes) -> what a process's environment has beside the supervisor's own.
       extra: (processes) -> arguments for a generation of that size, beside those of `command`: a mesh that fits it.
       folder: for logs, beats and events.jsonl.
@@ -290,12 +290,16 @@ class Supervisor:
                 self._look(worker, time.monotonic())
         if frozen is not None:
             return Ending("failed", f"{frozen.name} is stopped (state T), and its peers gave it up", EXIT_PEER, frozen.index)
-        ended = sorted((w for w in workers if w.ended is not None), key=lambda w: (w.process.returncode in (EXIT_PEER, _ABORT), w.ended))
+        ended = sorted(
+            (w for w in workers if w.ended is not None), key=lambda w: (w.process.returncode in (EXIT_PEER, _ABORT), w.ended)
+        )
         first = ended[0]
         code = first.process.returncode
         if code in (EXIT_ERROR, EXIT_USAGE):
             return Ending("refused", f"{first.name}: {first.last_words()}", code, first.index)
-        return Ending("failed", f"{first.name} {how(code)}: {first.last_words()}", code if code > 0 else 128 - code, first.index)
+        return Ending(
+            "failed", f"{first.name} {how(code)}: {first.last_words()}", code if code > 0 else 128 - code, first.index
+        )
 
     def _find_hang(self, workers: list[Worker], now: float) -> Ending | None:
         """Somebody has not said anything new for too long: stacks of all, then the one that is behind is to blame."""
@@ -308,8 +312,10 @@ class Supervisor:
         else:
             return None
         behind = min(workers, key=lambda w: (not w.is_frozen(), w.doing.dispatched, w.doing.done))
-        state = "is stopped (state T)" if behind.is_frozen() else f"is at step {behind.doing.dispatched}" + (
-            f", {behind.doing.phase}" if behind.doing.phase else ""
+        state = (
+            "is stopped (state T)"
+            if behind.is_frozen()
+            else f"is at step {behind.doing.dispatched}" + (f", {behind.doing.phase}" if behind.doing.phase else "")
         )
         for other in workers:
             if other.ended is None:
@@ -326,7 +332,8 @@ class Supervisor:
         now = time.monotonic()
         self._tell(
             f"done in {now - self.goodput.started:.0f} s, {self.generation} generation{'s' * (self.generation > 1)}; goodput "
-            f"{self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated {self.goodput.repeated:.0f} s)"
+            f"{self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated "
+            f"{self.goodput.repeated:.0f} s)"
         )
 
     def _tell(self, words: str) -> None:

@@ -56,7 +56,9 @@ class Beat:
 
     def _write(self, doing: Doing) -> None:
         self._doing = doing
-        os.pwrite(self._file, f"{doing.dispatched} {doing.done} {doing.phase}"[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0)
+        os.pwrite(
+            self._file, f"{doing.dispatched} {doing.done} {doing.phase}"[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0
+        )
 
 
 def read_beat(path: Path) -> Doing:

@@ -21,6 +21,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from jaxtrain.telemetry.beat import Beat
+
 REFRESHES_PER_SECOND = 4
 UNKNOWN = "?"
 
@@ -34,15 +36,22 @@ class Progress:
 
     status = ""
     """What is being done while no step is; see `during`."""
+    beat: Beat | None = None
+    """Who is told of it outside this process."""
 
     @contextmanager
     def during(self, words: str) -> Iterator[None]:
         """Around whatever keeps the steps waiting ("compiling"): the live form says so in place of the ETA."""
-        self.status = words
+        self._now(words)
         try:
             yield
         finally:
-            self.status = ""
+            self._now("")
+
+    def _now(self, words: str) -> None:
+        self.status = words
+        if self.beat is not None:
+            self.beat.phase(words)
 
     def advance(self, step: int) -> None:
         """Step number `step` is done."""

@@ -14,6 +14,7 @@ from typing import Any
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.processes import are_several, look, post
+from jaxtrain.telemetry.beat import Beat
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.metrics import MetricsLog
@@ -54,6 +55,19 @@ class Logging(Hook):
             row |= self._energy.row(step)
             self._log.write(row)
             self._progress.update(row)
+
+
+class Beating(Hook):
+    """Tells a watcher outside this process of every step."""
+
+    def __init__(self, beat: Beat):
+        self._beat = beat
+
+    def before_step(self, step: int, state: PyTree) -> None:
+        self._beat.step(dispatched=step)
+
+    def metrics_read(self, step: int, metrics: PyTree) -> None:
+        self._beat.step(done=step)
 
 
 class Validation(Hook):
@@ -149,7 +163,7 @@ class Profiling(Hook):
 
 
 class StopOnSignal(Hook):
-    """The first SIGINT, SIGTERM or SIGHUP asks the run to end; a second one ends the process at once, as 128 + its number.
+    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP asks the run to end; a second ends the process at once, as 128 + its number.
 
     The loop stops after the step under way. Of several processes, each of which may hear of it alone and at another moment, all
     stop after the same step (`before_step`). Before and after the loop, `check` raises `Stopped` where the run may end. Inside
@@ -175,7 +189,7 @@ class StopOnSignal(Hook):
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is what SLURM is asked to send before a time limit
         numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
         self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in numbers}
         threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
@@ -219,7 +233,7 @@ class StopOnSignal(Hook):
         self._last_step = None if said is None else int(said.split()[1])
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that ended the loop; of several processes all say the same, and a signal too late for that counts nowhere."""
+        """The signal that ended the loop. All processes say the same, and a signal too late for that counts nowhere."""
         said = look("stop") if are_several() else None
         return signal.Signals(int(said.split()[0])) if said else None if are_several() else self.received
 

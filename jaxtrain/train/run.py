@@ -36,7 +36,7 @@ from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.feed import owned_rows, to_global
-from jaxtrain.train.hooks import Logging, Profiling, Saving, StopOnSignal, Validation
+from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, StopOnSignal, Validation
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.optimizer import make_optimizer, make_schedule
 from jaxtrain.train.state import Canonical, check_same_replicas, create_state
@@ -268,6 +268,7 @@ class Run:
         stack.callback(profiling.close)
         learning_rate = make_schedule(config.optimizer, last)
         hooks: list[Hook] = [
+            *([Beating(self.progress.beat)] if self.progress.beat else []),
             profiling,
             # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
             Logging(

@@ -24,7 +24,12 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }
-OURS = {"JAXTRAIN_COORDINATOR": "a:1", "JAXTRAIN_PROCESSES": "2", "JAXTRAIN_PROCESS_ID": "1", "JAXTRAIN_STARTER": "the supervisor"}
+OURS = {
+    "JAXTRAIN_COORDINATOR": "a:1",
+    "JAXTRAIN_PROCESSES": "2",
+    "JAXTRAIN_PROCESS_ID": "1",
+    "JAXTRAIN_STARTER": "the supervisor",
+}
 
 
 def place(environ, **flags):
@@ -45,7 +50,11 @@ def test_a_lone_process():
         ({}, {"coordinator": "b:2", "processes": 3, "process_id": 2}, ("flags", "b:2", 3, 2, 1, 0, False)),
         (OURS, {"coordinator": "b:2"}, ("the supervisor", "b:2", 2, 1, 1, 0, False)),
         (SLURM, {}, ("SLURM job 4097", "n1:61441", 4, 3, 2, 1, False)),
-        (SLURM | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}, {}, ("SLURM job 4097", "n1:61441", 4, 3, 2, 1, True)),
+        (
+            SLURM | {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "4,5,6,7"},
+            {},
+            ("SLURM job 4097", "n1:61441", 4, 3, 2, 1, True),
+        ),
         (SLURM, {"coordinator": "c:3"}, ("SLURM job 4097", "c:3", 4, 3, 2, 1, False)),
         (MPI, {}, ("Open MPI", "127.0.0.1:61440", 2, 1, 2, 1, False)),
         (

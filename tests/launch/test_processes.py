@@ -10,10 +10,11 @@ import pytest
 from tests.launch.processes import ROOT, environment, started, wait_for_line
 
 FLAGS = (
-    "--config=configs/quickstart.py --model.num_layers=2 --model.embed_dim=32 --model.num_heads=2 --model.num_kv_heads=2 "
-    "--model.head_dim=16 --model.mlp_dim=64 --model.vocab_size=257 --data.tokenizer=byte --data.sources.0.kind=synthetic "
-    "--data.sequence_length=32 --train.global_batch_size=8 --train.log_every=1 --optimizer.warmup_steps=2 --train.validate_every=0 --train.sample_tokens=0 "
-    "--mesh.data=2 --mesh.fsdp=2 --checkpoint.every=1000 --checkpoint.keep=100 --model.dtype=float32"
+    "--config=configs/quickstart.py --model.num_layers=2 --model.embed_dim=32 --model.num_heads=2 "
+    "--model.num_kv_heads=2 --model.head_dim=16 --model.mlp_dim=64 --model.vocab_size=257 --data.tokenizer=byte "
+    "--data.sources.0.kind=synthetic --data.sequence_length=32 --train.global_batch_size=8 --train.log_every=1 "
+    "--optimizer.warmup_steps=2 --train.validate_every=0 --train.sample_tokens=0 --mesh.data=2 --mesh.fsdp=2 "
+    "--checkpoint.every=1000 --checkpoint.keep=100 --model.dtype=float32"
 ).split()
 
 

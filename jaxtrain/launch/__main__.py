@@ -1,0 +1,149 @@
+"""`python -m jaxtrain.launch --processes=4 --devices_per_process=2 -- --config=configs/quickstart.py`: one run, many processes.
+
+Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all start again from the newest
+checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.main`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtrain.config import Config, MeshConfig, parse_command_line
+from jaxtrain.config_rules import find_problems
+from jaxtrain.errors import ConfigError
+from jaxtrain.launch.elastic import mesh_flags, mesh_for
+from jaxtrain.launch.supervisor import Policy, Supervisor, train_command
+from jaxtrain.main import explained
+
+PROG = "python -m jaxtrain.launch"
+
+
+@dataclass(frozen=True)
+class LaunchFlags:
+    """Flags of the launcher, before `--`."""
+
+    processes: int = 1
+    """Processes to start."""
+    devices_per_process: int = 0
+    """Fake CPU devices of each process; 0 to share out the GPUs of this machine."""
+    processes_file: str = ""
+    """A file with the number of processes that can run now. Where it changes, the run saves and goes on with that many."""
+    fallback_mesh: tuple[str, ...] = ()
+    """Meshes to try first when there are fewer devices, e.g. "data=2,fsdp=2"."""
+    restarts: int = 10
+    """Failures in a row without a further step, after which the launcher gives up."""
+    hang_seconds: float = 60.0
+    """A step may take so long, or 20 times the median of the steps so far."""
+    phase_seconds: float = 1800.0
+    """Compiling, validating or saving may take so long."""
+    stop_seconds: float = 120.0
+    """After a signal the run has so long to save."""
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the launcher's arguments, those of the run)
+
+    Raises:
+      ConfigError: there is no `--` between them.
+    """
+    arguments = list(arguments)
+    if "--" not in arguments:
+        if {"-h", "--help"} & set(arguments):
+            return arguments, []
+        raise ConfigError([f"put -- before the run's own arguments: {PROG} --processes=4 -- --config=configs/quickstart.py"])
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh of "data=2,fsdp=2"; axes left out are 1.
+
+    Raises:
+      ConfigError: it is not of that form.
+    """
+    try:
+        sizes = {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        return MeshConfig(**({"fsdp": 1} | sizes))
+    except (ValueError, TypeError) as error:
+        raise ConfigError([f"--fallback_mesh={text!r}: give axes and sizes, e.g. data=2,fsdp=2"]) from error
+
+
+class Size:
+    """How many processes the next generation has."""
+
+    def __init__(self, flags: LaunchFlags):
+        self._flags, self._last = flags, flags.processes
+
+    def __call__(self) -> int:
+        """The number in processes_file, as far as it can be read and is one; else --processes."""
+        if self._flags.processes_file:
+            try:
+                number = int(Path(self._flags.processes_file).read_text())
+                self._last = number if number >= 1 else self._last
+            except (OSError, ValueError):
+                pass  # it is being written
+        return self._last
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Parses both command lines, and supervises the run to its end."""
+    import tyro
+
+    own, of_run = split(arguments)
+    flags = tyro.cli(LaunchFlags, args=own, prog=PROG, description=__doc__, use_underscores=True)
+    if flags.processes < 1 or flags.devices_per_process < 0:
+        raise ConfigError(
+            [f"--processes={flags.processes} must be at least 1, --devices_per_process={flags.devices_per_process} 0 or more"]
+        )
+    config = parse_command_line(of_run, "The run's own flags.", f"{PROG} --")
+    fallbacks = [parse_mesh(text) for text in flags.fallback_mesh]
+    per_process = flags.devices_per_process or _gpus_per_process(flags.processes)
+    full = _check(config, flags.processes * per_process)
+
+    def extra(processes: int) -> list[str]:
+        if processes == flags.processes:
+            return []
+        return mesh_flags(full, mesh_for(full, processes * per_process, fallbacks))
+
+    def environment(index: int, processes: int) -> dict[str, str]:
+        return (
+            {"JAXTRAIN_CPU_DEVICES": str(flags.devices_per_process), "JAX_PLATFORMS": "cpu"}
+            if flags.devices_per_process
+            else {}
+        )
+
+    policy = Policy(
+        flags.restarts, hang_seconds=flags.hang_seconds, phase_seconds=flags.phase_seconds, stop_seconds=flags.stop_seconds
+    )
+    command = train_command(of_run)
+    return Supervisor(command, Size(flags), environment, config.directory / "launch", policy, extra).run()
+
+
+def _check(config: Config, devices: int) -> Config:
+    resolved, problems = find_problems(config, devices)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _gpus_per_process(processes: int) -> int:
+    import os
+
+    from jaxtrain.launch.distributed import count_gpus
+
+    gpus = count_gpus(os.environ)
+    if not gpus or gpus % processes:
+        raise ConfigError(
+            [
+                f"{gpus} GPUs cannot be shared by --processes={processes}; use a number that divides them, "
+                "or --devices_per_process=2 for fake CPU devices"
+            ]
+        )
+    return gpus // processes
+
+
+if __name__ == "__main__":
+    sys.exit(explained(lambda: launch(sys.argv[1:])))

@@ -1,0 +1,116 @@
+"""The supervisor against processes of a few lines that do on purpose what training processes do by accident."""
+
+import json
+import signal
+import sys
+import textwrap
+
+import pytest
+
+from jaxtrain.launch.supervisor import Policy, Supervisor, how
+from jaxtrain.telemetry.beat import Beat, Doing, read_beat
+
+QUICK = Policy(restarts=2, backoff_seconds=0.01, hang_seconds=0.5, phase_seconds=5.0, grace_seconds=0.3, stop_seconds=5.0)
+
+# A process that makes steps, and in its first generations does what argument 1 says.
+PROCESS = textwrap.dedent(
+    """
+    import os, signal, sys, time
+    sys.path.insert(0, os.getcwd())
+    from jaxtrain.telemetry.beat import Beat
+    fault, faulty = sys.argv[1], int(sys.argv[2])
+    index, generation = int(os.environ["JAXTRAIN_PROCESS_ID"]), int(os.environ["JAXTRAIN_STARTER"].split()[-1][:-1])
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
+    beat = Beat.from_environment()
+    for step in range(1, 11):
+        beat.step(dispatched=step)
+        if step == 5 and index == 1 and generation <= faulty:
+            if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "raise": print("error: process 1 of 2 failed: ValueError: seven"); sys.exit(70)
+            if fault == "refuse": print("error: no such file"); sys.exit(2)
+            if fault == "hang": time.sleep(60)
+            if fault == "freeze": os.kill(os.getpid(), signal.SIGSTOP)
+        if step == 6 and index == 0 and generation <= faulty:
+            if fault in ("kill", "raise", "refuse"): time.sleep(0.2); print("error: lost"); sys.exit(75)
+            if fault in ("hang", "freeze"): time.sleep(60)
+        time.sleep(0.02)
+        beat.step(done=step)
+    print("end", index, *sys.argv[3:])
+    """
+)
+
+
+def supervise(folder, fault, faulty=1, policy=QUICK, size=lambda: 2, extra=lambda processes: ()):
+    """(exit code, what was said, events)"""
+    said: list[str] = []
+    command = [sys.executable, "-c", PROCESS, fault, str(faulty)]
+    code = Supervisor(command, size, lambda index, processes: {}, folder, policy, extra, said.append).run()
+    return code, said, [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("kill", "process 1 was ended by SIGKILL"),
+        ("raise", "process 1 ended with exit code 70: error: process 1 of 2 failed: ValueError: seven"),
+        ("hang", "process 1 is at step 5 and has not moved"),
+        ("freeze", "process 1 is stopped (state T)"),
+    ],
+)
+def test_the_culprit_is_named_and_the_run_goes_on(tmp_path, fault, words):
+    code, said, events = supervise(tmp_path, fault)
+    assert code == 0
+    assert any(words in line for line in said), said
+    assert [event["culprit"] for event in events if event["event"] == "end"] == [1, None]
+    assert "2 generations; goodput" in said[-1]
+    ports = [event["coordinator"] for event in events if event["event"] == "start"]
+    assert len(set(ports)) == 2  # a port that the first generation may still hold would be a trap
+
+
+def test_hung_processes_leave_their_stacks(tmp_path):
+    supervise(tmp_path, "hang")
+    assert "line" in (tmp_path / "generation-1" / "process-1.stacks").read_text()
+
+
+def test_what_would_fail_again_is_not_tried_again(tmp_path):
+    code, said, events = supervise(tmp_path, "refuse")
+    assert code == 2
+    assert said[-1] == "supervisor process 1: error: no such file"
+    assert len(events) == 2
+
+
+def test_failures_without_a_further_step_come_to_an_end(tmp_path):
+    code, said, _ = supervise(tmp_path, "kill", faulty=99)
+    assert code == 128 + signal.SIGKILL
+    assert "giving up" in said[-1]
+    assert len([line for line in said if "; restart" in line]) == 2
+
+
+def test_another_size_is_another_generation(tmp_path):
+    sizes = iter([2] + [3] * 10_000)
+    wanted = [2]
+
+    def size():
+        wanted[0] = next(sizes)
+        return wanted[0]
+
+    code, said, events = supervise(tmp_path, "none", size=size, extra=lambda processes: [f"mesh-of-{processes}"])
+    assert code == 0
+    assert [event["processes"] for event in events if event["event"] == "start"] == [2, 3]
+    assert "end 0 mesh-of-3" in said
+
+
+def test_exit_codes_in_words():
+    assert how(-9).startswith("was ended by SIGKILL (out of host memory?")
+    assert how(70) == "ended with exit code 70"
+
+
+def test_beat(tmp_path):
+    beat = Beat(tmp_path / "0.beat")
+    assert read_beat(tmp_path / "0.beat") == Doing(0, 0, "starting")
+    beat.step(dispatched=12)
+    beat.step(done=11)
+    assert read_beat(tmp_path / "0.beat") == Doing(12, 11, "")
+    beat.phase("saving " + "x" * 200)
+    assert read_beat(tmp_path / "0.beat").phase.startswith("saving xxx")
+    assert read_beat(tmp_path / "none") == Doing()
