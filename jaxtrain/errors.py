@@ -49,6 +49,10 @@ class CheckpointError(ExplainedError):
     """A checkpoint cannot be written, or does not belong to this run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint does not hold what was saved; an older one may."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end where nothing is lost by ending at once: before or after the training loop."""
 

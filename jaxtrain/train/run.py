@@ -215,21 +215,25 @@ class Run:
 
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[PyTree, int]:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
-        step = checkpoints.step_to_resume() if checkpoints else None
-        if step is None or checkpoints is None:
+        notes: list[str] = []
+        directory = self.directory / "checkpoints"
+
+        def accept(step: int, saved: dict[str, Any]) -> None:
+            now, last = metadata(self.config, self.data), self.config.train.steps
+            notes[:] = check_same_run(saved, now, directory)
+            check_same_replicas(saved.get("config", {}), self.config, directory)
+            if step > last:
+                raise CheckpointError(
+                    f"{directory} already holds step {step}, beyond train.steps={last}; "
+                    f"use --train.steps={step} or more, or another --run_dir"
+                )
+
+        with self.progress.during("restoring"):
+            found = checkpoints.restore_newest(self.canonical.abstract, accept) if checkpoints else None
+        if found is None:
             with self.progress.during("initialising"):
                 return create_state(self.config, self.mesh, self.optimizer), 0
-        now, last = metadata(self.config, self.data), self.config.train.steps
-        saved = checkpoints.read_metadata(step)
-        notes = check_same_run(saved, now, checkpoints.directory)
-        check_same_replicas(saved.get("config", {}), self.config, checkpoints.directory)
-        if step > last:
-            raise CheckpointError(
-                f"{checkpoints.directory} already holds step {step}, beyond train.steps={last}; "
-                f"use --train.steps={step} or more, or another --run_dir"
-            )
-        with self.progress.during("restoring"):
-            state = self.canonical.to_state(checkpoints.restore(step, self.canonical.abstract))
+        step, state = found[0], self.canonical.to_state(found[1])
         self.progress.advance(step)
         self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
         return state, step

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tests import quick
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,7 +27,13 @@ def free_port() -> int:
 def environment(devices: int, **more: str) -> dict[str, str]:
     """The environment of a child: this many fake devices, no flags of ours."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX", "PYTEST"))}
-    return kept | {"JAXTRAIN_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **more}
+    return kept | {
+        "XLA_FLAGS": quick.FLAGS,
+        "JAXTRAIN_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
 
 
 @contextlib.contextmanager

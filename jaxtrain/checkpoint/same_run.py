@@ -1,0 +1,93 @@
+"""Is a resume the same run? What the configs, data and versions of a checkpoint and of now differ in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtrain.errors import CheckpointError
+
+_HARD_FLAGS = (
+    "data.tokenizer data.sequence_length data.mask_documents data.validation_fraction train.seed train.global_batch_size "
+    "optimizer.name"
+).split()
+_HARD_SOURCE_FIELDS = ("kind", "text_field", "weight")  # not path: the same data may have moved
+_SOFT_MODEL_FLAGS = "model.attention model.dtype model.init_std".split()
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What a checkpoint and the present run differ in, one line each, in the words of the flags, with both values."""
+
+    hard: list[str] = field(default_factory=list)
+    """It would be another run: other shapes, other data, or the same data in another order."""
+    soft: list[str] = field(default_factory=list)
+    """It would be the same run done otherwise: mesh, pipeline, schedule, steps, versions."""
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differences:
+    """Compares two metadata dicts: "config" (`dataclasses.asdict`), "data_fingerprint" and "versions", where present."""
+    found = Differences()
+    before, after = (_flags(metadata) for metadata in (saved, current))
+    for flag in [*after, *(flag for flag in before if flag not in after)]:
+        if flag in before and flag in after:
+            if before[flag] != after[flag]:
+                (found.hard if _is_hard(flag) else found.soft).append(f"{flag}: {before[flag]} -> {after[flag]}")
+            continue
+        line = f"{flag}: {before.get(flag, 'not in the checkpoint')} -> {after.get(flag, 'gone')}"
+        # One more source is other data. Any other field is newer or older than the checkpoint: its default changes nothing.
+        (found.hard if flag.startswith("data.sources.") and _is_hard(flag) else found.soft).append(line)
+    old, new = (as_json_gives_it_back(m.get("data_fingerprint")) for m in (saved, current))
+    if old != new:
+        (found.soft if old is None or new is None else found.hard).append(f"data fingerprint: {old} -> {new}")
+    return found
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], directory: os.PathLike | str) -> list[str]:
+    """The soft differences, for the log.
+
+    Raises:
+      CheckpointError: there are hard ones; names them all, and the way out.
+    """
+    found = differences(saved, current)
+    if found.hard:
+        lines = "\n".join(f"  - {line}" for line in found.hard)
+        raise CheckpointError(
+            f"the checkpoint in {os.fspath(directory)} is of another run (checkpoint -> now):\n{lines}\n"
+            "Set these back to go on with it, or start a new run with another --run_dir "
+            "(or with --checkpoint.resume=never and a fresh folder)."
+        )
+    return found.soft
+
+
+def _is_hard(flag: str) -> bool:
+    if flag.startswith("model."):
+        return flag not in _SOFT_MODEL_FLAGS
+    if flag.startswith("data.sources."):
+        return flag.rpartition(".")[2] in _HARD_SOURCE_FIELDS
+    return flag in _HARD_FLAGS
+
+
+def _flags(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The config and the versions as {"model.num_layers": 12, "data.sources.0.kind": "text", "versions.jax": ...}."""
+    sections = {
+        **as_json_gives_it_back(metadata.get("config", {})),
+        "versions": as_json_gives_it_back(metadata.get("versions", {})),
+    }
+    flat: dict[str, Any] = {}
+    for section, fields in sections.items():
+        for name, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
+            flag = f"{section}.{name}".rstrip(".")
+            if flag == "data.sources":
+                flat |= {f"{flag}.{i}.{key}": item for i, source in enumerate(value) for key, item in source.items()}
+            else:
+                flat[flag] = value
+    return flat
+
+
+def as_json_gives_it_back(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))

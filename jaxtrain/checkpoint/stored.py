@@ -1,0 +1,189 @@
+"""The folder of a run's checkpoints: which steps it holds, what stands beside the arrays, and the arrays, verified.
+
+    checkpoints/1000/commit_success.txt     written last: a folder without it is not a checkpoint
+    checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype, shape and checksum
+    checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, zstd
+    checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt says what
+
+These functions need only a folder, write nothing unless they say so, and are safe beside a run that is saving into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from jaxtrain.checkpoint.checksums import checksums
+from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
+from jaxtrain.errors import CheckpointError, DamagedCheckpoint
+
+COMMIT_MARK = "commit_success.txt"  # Orbax writes it last, before the rename (local) or in place (object stores)
+METADATA_FILE = "_CHECKPOINT_METADATA"
+DELETION_MARK = "being_deleted.txt"
+WHY_FILE = "why_set_aside.txt"
+PARTIAL = ".orbax-checkpoint-tmp"
+FORMAT = 2  # of what stands under custom_metadata
+STEP_NAME = re.compile(r"0|[1-9]\d*")
+# Not the checkpoint's fault, and no reason to set it aside.
+_ELSEWHERE = re.compile(r"RESOURCE_EXHAUSTED|out of memory|MemoryError|PermissionError|Too many open files", re.IGNORECASE)
+
+log = logging.getLogger(__name__)
+
+
+def committed_steps(directory: os.PathLike | str) -> list[int]:
+    """The steps in `directory` that were saved to the end, ascending. Anything else in the folder is passed over."""
+    root = absolute(directory)
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and is_committed(path))
+
+
+def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
+    """The JSON metadata that was saved with `step`.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is in another format.
+      DamagedCheckpoint: its metadata is not what was saved, or belongs to another step.
+    """
+    return read_stored(step_path(directory, step))["metadata"]
+
+
+def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any:
+    """The state saved at `step`, as a tree like `abstract_state`, each leaf bit for bit and in the sharding it names.
+
+    All processes call it together, and it raises on all of them or on none.
+
+    Args:
+      abstract_state: pytree of jax.ShapeDtypeStruct, every leaf (scalars too) with its `.sharding`. The mesh may be any.
+    Raises:
+      CheckpointError: no such checkpoint; or its leaves are not exactly those of `abstract_state` (missing, extra, of
+        another shape or dtype), each named with what is saved and what was expected.
+      DamagedCheckpoint: it cannot be read, or a leaf does not have the checksum that it was saved with.
+    """
+    path = step_path(directory, step)
+    leaves, treedef = leaves_by_path(abstract_state)
+    for name, leaf in leaves.items():
+        if getattr(leaf, "sharding", None) is None:
+            raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must say where it goes")
+    stored = read_stored(path)
+    check_same_leaves(path, stored["leaves"], {"/".join(name): describe(leaf) for name, leaf in leaves.items()})
+    loaded = _load(path, leaves)
+    bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
+    if bad:
+        raise DamagedCheckpoint(f"checkpoint {path} does not hold what was saved: {', '.join(bad[:5])} ({len(bad)} arrays)")
+    return jax.tree.unflatten(treedef, [loaded[name] for name in leaves])
+
+
+def wrong_leaves(saved: dict[str, str], leaves: dict[str, jax.Array]) -> list[str]:
+    """Names of the leaves that do not have their checksum."""
+    return [name for name, found in checksums(leaves).items() if saved.get(name) != found]
+
+
+def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], jax.Array]:
+    problem: Exception | None = None
+    loaded: dict[tuple[str, ...], Any] = {}
+    try:
+        loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
+    except Exception as error:
+        problem = error
+    for name, leaf in leaves.items():
+        if problem is None and (not isinstance(loaded.get(name), jax.Array) or loaded[name].dtype != leaf.dtype):
+            problem = ValueError(f"{'/'.join(name)} came back as {loaded.get(name)!r}")
+    if not everywhere(problem is None):
+        words = (
+            f"checkpoint {path} cannot be read: {cause(problem) if problem else 'another process failed (its log says why)'}"
+        )
+        raise (CheckpointError if _ELSEWHERE.search(words) else DamagedCheckpoint)(words) from problem
+    return loaded
+
+
+def absolute(directory: os.PathLike | str) -> epath.Path:
+    """As an absolute path, or a URL as it is."""
+    text = os.fspath(directory)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def is_committed(path: epath.Path) -> bool:
+    """Whether a step's folder was saved to the end."""
+    return (path / COMMIT_MARK).exists() and (path / METADATA_FILE).exists()
+
+
+def step_path(directory: os.PathLike | str, step: int) -> epath.Path:
+    """The folder of a committed step.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = absolute(directory) / str(step)
+    if not is_committed(path):
+        steps = committed_steps(directory)
+        present = f"it holds steps {', '.join(map(str, steps))}" if steps else "it holds no checkpoint"
+        raise CheckpointError(f"there is no checkpoint of step {step} in {absolute(directory)}; {present}")
+    return path
+
+
+def read_stored(path: epath.Path) -> dict[str, Any]:
+    """What `save` put beside the arrays: format, step, leaves {"params/bias": "float32[16]"}, their checksums, metadata.
+
+    Raises:
+      CheckpointError: it is in another format.
+      DamagedCheckpoint: it is not what was saved, or belongs to another step.
+    """
+    try:
+        stored = json.loads((path / METADATA_FILE).read_text())["custom_metadata"]
+        saved_format, step, seal = stored["format"], stored["step"], stored.pop("digest", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path / METADATA_FILE} cannot be read ({type(error).__name__}: {error})") from error
+    if saved_format != FORMAT and (saved_format == 1 or digest(stored) == seal):
+        raise CheckpointError(f"{path} is in checkpoint format {saved_format}, but this jaxtrain reads format {FORMAT}")
+    if digest(stored) != seal:
+        raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what was saved: its SHA-256 differs")
+    if str(step) != path.name:
+        raise DamagedCheckpoint(f"{path} holds step {step}, not {path.name}: the folder was renamed or copied over")
+    return stored
+
+
+def digest(stored: dict[str, Any]) -> str:
+    """SHA-256 of what stands beside the arrays."""
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> epath.Path:
+    """Renames a step's folder, so that it counts no more but nothing is lost; returns its new name. By one process."""
+    root = absolute(directory)
+    number = next(n for n in range(1, 10_000) if not (root / f"{step}.{word}-{n}").exists())
+    aside = root / f"{step}.{word}-{number}"
+    (root / str(step)).rename(aside)
+    (aside / WHY_FILE).write_text(why + "\n")
+    return aside
+
+
+def cause(error: BaseException) -> str:
+    """The first line of the deepest cause: Orbax wraps what happened in words about handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def from_first_process(value: int) -> int:
+    """What the first process sees: file systems show changes to hosts at different times, and all must do the same."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it is so in every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))

@@ -1,0 +1,335 @@
+"""Saving in the background and going on from what was saved: what counts, what is kept, and what a failure means.
+
+Orbax's v1 `save_async` writes one folder. The rest is decided here, because Orbax's managers decide it badly (one damaged old
+step blocks every start; one failed save swallows the next; a step still being written, or an empty folder named 7, is the
+latest step; array data has no checksum).
+
+The state is stored under its key paths as nested dicts of arrays, so that neither optax's class names nor tuples matter
+on disk, and in the canonical form that the caller hands over, so that it comes back on any mesh and pipeline layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from jaxtrain.checkpoint.checksums import checksums
+from jaxtrain.checkpoint.same_run import as_json_gives_it_back
+from jaxtrain.checkpoint.stored import (
+    COMMIT_MARK,
+    DELETION_MARK,
+    FORMAT,
+    METADATA_FILE,
+    PARTIAL,
+    STEP_NAME,
+    absolute,
+    cause,
+    committed_steps,
+    digest,
+    everywhere,
+    from_first_process,
+    is_committed,
+    read_metadata,
+    restore,
+    set_aside,
+)
+from jaxtrain.checkpoint.trees import describe, leaves_by_path, nested
+from jaxtrain.config import CheckpointConfig
+from jaxtrain.errors import CheckpointError, DamagedCheckpoint
+
+log = logging.getLogger(__name__)
+
+
+class _NoRepeatedTraceback(logging.Filter):
+    """Drops the traceback that Orbax logs for a failed write: the same failure is raised as a `CheckpointError`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised" not in str(record.msg)
+
+
+logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves in the background, keeps what the config says, loses nothing silently.
+
+    All processes make the same calls in the same order; the folder must be shared between hosts. One writer a folder.
+    Use it as a context manager, or call `close` at the end: only there can the last save's failure show.
+    """
+
+    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
+        """Makes the folder, tries to write into it, and removes what interrupted saves and deletions left there.
+
+        Raises:
+          CheckpointError: some process cannot write into `directory`.
+        """
+        self.directory = absolute(directory)
+        self._config = config
+        self._first_process = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self._failure: CheckpointError | None = None  # of the last save that failed, until a later one is committed
+        self._failure_raised = False
+        # Directories made by a thread would save a millisecond, and when that fails Orbax's waiting threads keep the
+        # interpreter from exiting for 305 s. On object stores, where a rename copies, the mark alone commits.
+        self._context = ocp.Context()
+        self._context.async_options.create_directories_asynchronously = False
+        if "://" in str(self.directory):
+            self._context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        problem = self._probe()
+        if not everywhere(problem is None):
+            raise CheckpointError(
+                f"cannot write checkpoints into {self.directory}: {problem or 'another process cannot (its log says why)'}; "
+                "give another --run_dir, or --checkpoint.every=0 to save nothing"
+            )
+        newest = self.latest_step()
+        self._newest = -1 if newest is None else newest
+        self._current: int | None = None  # the step of the state this run now holds, if it is on disk or on its way
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as lost:
+            if error is None:
+                raise
+            log.error("%s", lost)  # must not hide the error that ended the run
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, the same on all processes; None where there is none."""
+        steps = committed_steps(self.directory)
+        newest = from_first_process(steps[-1] if steps else -1)
+        return None if newest < 0 else newest
+
+    def step_to_resume(self) -> int | None:
+        """The step to go on from as `checkpoint.resume` says, or None to start fresh.
+
+        Raises:
+          CheckpointError: resume=never and there are checkpoints, or resume=required and there are none; or there is nothing
+            but damaged ones, which nobody should take for a fresh start.
+        """
+        step = self.latest_step()
+        if self._config.resume == "never" and step is not None:
+            raise CheckpointError(
+                f"--checkpoint.resume=never, but {self.directory} holds a checkpoint of step {step}; "
+                "give another --run_dir, or --checkpoint.resume=auto to go on from it"
+            )
+        if self._config.resume == "required" and step is None:
+            raise CheckpointError(
+                f"--checkpoint.resume=required, but {self.directory} holds no checkpoint; "
+                "give the --run_dir of the run to go on with, or --checkpoint.resume=auto"
+            )
+        broken = from_first_process(len(self._broken()) if self._first_process else 0)
+        if step is None and broken:
+            raise CheckpointError(
+                f"{self.directory} holds no whole checkpoint, but {broken} damaged or unfinished: "
+                f"{', '.join(self._broken())}. Move them away to start afresh, or give another --run_dir"
+            )
+        return step
+
+    def restore_newest(self, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
+        """(step, state) of the newest checkpoint that holds what was saved; None to start fresh (see `step_to_resume`).
+
+        A damaged one is set aside, never deleted, and the one before it is tried.
+
+        Args:
+          accept: is called with a step and its metadata before its state is read, and may raise.
+        Raises:
+          CheckpointError: as `step_to_resume` and `restore`; or all checkpoints are damaged, each with what is wrong.
+        """
+        problems: list[str] = []
+        while (step := self.step_to_resume() if not problems else self.latest_step()) is not None:
+            try:
+                accept(step, self.read_metadata(step))
+                return step, self.restore(step, abstract_state)
+            except DamagedCheckpoint as error:
+                problems.append(str(error))
+                self._set_aside(step, "damaged", str(error))
+        if problems:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            raise CheckpointError(
+                f"all checkpoints in {self.directory} are damaged:\n{lines}\nThey are set aside there. Bring back a copy, or "
+                "move them away to start afresh"
+            )
+        return None
+
+    def set_aside_after(self, step: int, why: str) -> None:
+        """After a return to `step`: later checkpoints count no more, and their numbers are free again."""
+        self.wait()
+        for later in [s for s in committed_steps(self.directory) if s > step]:
+            self._set_aside(later, "rolled-back", why)
+        self._newest = min(self._newest, step)
+
+    def _set_aside(self, step: int, word: str, why: str) -> None:
+        if self._first_process:
+            aside = set_aside(self.directory, step, word, why)
+            log.warning("%s; set aside as %s", why, aside.name)
+        everywhere(True)  # nobody looks before it is done
+        newest = self.latest_step()
+        self._newest = -1 if newest is None else newest
+
+    def _broken(self) -> list[str]:
+        """Folders that are, or may have been, checkpoints, and are not whole."""
+        names = [path.name for path in _children(self.directory) if path.is_dir()]
+        unfinished = [] if "://" in str(self.directory) else [name for name in names if STEP_NAME.fullmatch(name)]
+        whole = {str(step) for step in committed_steps(self.directory)}
+        return sorted([name for name in names if ".damaged-" in name] + [name for name in unfinished if name not in whole])
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """See `read_metadata`."""
+        return read_metadata(self.directory, step)
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """See `restore`. The run then holds `step`, and saving that step again is no work."""
+        state = restore(self.directory, step, abstract_state)
+        self._current = step
+        return state
+
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
+        """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
+
+        Measured on 2 CPU cores, 400 MB in ten arrays onto ext4, four rounds: the call returns after 0.03 s, 0.5 to 1.1 %
+        of what the same save takes with `wait`. On a GPU the copy to host memory counts too.
+
+        A step that this run has saved or restored already is not written again. With `wait`, or
+        `checkpoint.asynchronous=False`, returns when the step is committed.
+
+        Args:
+          state: pytree of jax.Array in canonical form, over all processes.
+          metadata: what JSON can hold, the same on all processes: the resolved config, the data fingerprint, versions.
+        Raises:
+          CheckpointError: an *earlier* save failed in the background (then this one has not begun, and the same call
+            made again tries it); this one cannot begin; or there are checkpoints of this or a later step.
+        """
+        self.wait()
+        wait = wait or not self._config.asynchronous
+        if step == self._current:
+            return
+        if step < 0 or step <= self._newest:
+            raise CheckpointError(
+                f"step {step} cannot be saved into {self.directory}, which already holds step {self._newest}; "
+                "move the later steps away, or give another --run_dir"
+            )
+        leaves, _ = leaves_by_path(state)
+        for name, leaf in leaves.items():
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(f"state leaf {'/'.join(name)} is a {type(leaf).__name__}, not a jax.Array")
+        stored = {
+            "format": FORMAT,
+            "step": step,
+            "leaves": {"/".join(name): describe(leaf) for name, leaf in leaves.items()},
+            "checksums": checksums({"/".join(name): leaf for name, leaf in leaves.items()}),
+            "metadata": as_json_gives_it_back(metadata),
+        }
+        path = self.directory / str(step)
+        try:
+            if self._first_process and self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
+                raise FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
+            if self._first_process and path.exists():
+                _delete(path)  # never committed: `_newest` is a lower step
+            with self._context:
+                response = ocp.save_async(path, nested(leaves), custom_metadata=stored | {"digest": digest(stored)})
+        except Exception as error:
+            self._fail(step, error)
+            self.wait()
+            raise  # not reached: wait raises the failure
+        self._current = step
+        self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises CheckpointError, once, if one has failed since the last call."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None and not self._failure_raised:
+            self._failure_raised = True
+            raise self._failure
+
+    def close(self) -> None:
+        """Waits for the save under way. Raises CheckpointError if the last save was lost, raised before or not."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
+        """In the background: waits for the commit, then removes the checkpoints that need not be kept."""
+        try:
+            response.result()
+            if self._first_process and not is_committed(self.directory / str(step)):
+                raise OSError(f"the folder {self.directory / str(step)} has vanished")
+        except Exception as error:
+            self._fail(step, error)
+            return
+        self._newest, self._failure = step, None
+        if self._first_process:
+            self._remove_old()
+
+    def _fail(self, step: int, error: Exception) -> None:
+        why = cause(error)
+        full = any(words in why for words in ("RESOURCE_EXHAUSTED", "No space left", "quota", "File too large"))
+        hint = "; the disk is full: free some space, or keep fewer with --checkpoint.keep" if full else ""
+        if self._first_process:
+            for path in _children(self.directory):
+                if path.name.startswith(f"{step}{PARTIAL}"):
+                    _delete(path)  # at once, because on a full disk the next save needs the space
+        steps = ", ".join(map(str, committed_steps(self.directory))) or "none"
+        self._failure = CheckpointError(
+            f"the checkpoint of step {step} could not be saved into {self.directory}: {why}{hint}. Steps kept intact: {steps}"
+        )
+        self._failure_raised = False
+        self._current = None
+
+    def _probe(self) -> str | None:
+        """Why this process cannot use the folder, or None. The first process also cleans it."""
+        probe = self.directory / f".write_probe_{jax.process_index()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("x")
+            probe.unlink()
+        except OSError as error:
+            log.error("cannot write %s: %s", probe, error)
+            return f"{type(error).__name__}: {error}"
+        if self._first_process:
+            for path in _children(self.directory):
+                if PARTIAL in path.name or (path / DELETION_MARK).exists():
+                    log.info("removing what an interrupted save or deletion left: %s", path)
+                    _delete(path)
+                elif STEP_NAME.fullmatch(path.name) and not is_committed(path):
+                    log.warning("%s is not a checkpoint (no %s or %s in it); passed over", path, COMMIT_MARK, METADATA_FILE)
+        return None
+
+    def _remove_old(self) -> None:
+        """Keeps the newest `keep` steps and every multiple of `keep_every`; deletes the other ones."""
+        steps, every = committed_steps(self.directory), self._config.keep_every
+        for step in steps[: -max(self._config.keep, 1)]:
+            if not (every and step % every == 0):
+                _delete(self.directory / str(step))
+
+
+def _children(directory: epath.Path) -> Iterator[epath.Path]:
+    return iter(list(directory.iterdir()) if directory.is_dir() else [])
+
+
+def _delete(path: epath.Path) -> None:
+    """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
+    mark = path / DELETION_MARK
+    try:
+        if (path / COMMIT_MARK).exists():
+            (path / COMMIT_MARK).rename(mark)
+        for child in path.iterdir():
+            if child != mark:
+                child.rmtree() if child.is_dir() else child.unlink()
+        path.rmtree(missing_ok=True)
+    except OSError as error:  # a checkpoint too many is no reason to stop a run
+        log.warning("could not delete %s: %s", path, error)
