@@ -48,6 +48,7 @@ FLOORS = {
     "launch": 6,
     "main": 7,
     "launch.__main__": 7,
+    "checkpoint.__main__": 7,
     "tokenize": 7,
     "collectives": 7,
     "bench": 7,
@@ -69,6 +70,7 @@ SAME_FLOOR = {
     ("bench", "main"),
     ("calibrate", "main"),
     ("launch.__main__", "main"),
+    ("checkpoint.__main__", "main"),
     ("collectives", "main"),
     ("plan", "main"),
 }

@@ -168,6 +168,20 @@ def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> e
     return aside
 
 
+def delete(path: epath.Path) -> None:
+    """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
+    mark = path / DELETION_MARK
+    try:
+        if (path / COMMIT_MARK).exists():
+            (path / COMMIT_MARK).rename(mark)
+        for child in path.iterdir():
+            if child != mark:
+                child.rmtree() if child.is_dir() else child.unlink()
+        path.rmtree(missing_ok=True)
+    except OSError as error:  # a checkpoint too many is no reason to stop a run
+        log.warning("could not delete %s: %s", path, error)
+
+
 def cause(error: BaseException) -> str:
     """The first line of the deepest cause: Orbax wraps what happened in words about handlers."""
     while error.__cause__ is not None:

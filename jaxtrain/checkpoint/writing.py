@@ -32,6 +32,7 @@ from jaxtrain.checkpoint.stored import (
     absolute,
     cause,
     committed_steps,
+    delete,
     digest,
     everywhere,
     from_first_process,
@@ -234,7 +235,7 @@ class Checkpoints:
             if self._first_process and self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
                 raise FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
             if self._first_process and path.exists():
-                _delete(path)  # never committed: `_newest` is a lower step
+                delete(path)  # never committed: `_newest` is a lower step
             with self._context:
                 response = ocp.save_async(path, nested(leaves), custom_metadata=stored | {"digest": digest(stored)})
         except Exception as error:
@@ -282,7 +283,7 @@ class Checkpoints:
         if self._first_process:
             for path in _children(self.directory):
                 if path.name.startswith(f"{step}{PARTIAL}"):
-                    _delete(path)  # at once, because on a full disk the next save needs the space
+                    delete(path)  # at once, because on a full disk the next save needs the space
         steps = ", ".join(map(str, committed_steps(self.directory))) or "none"
         self._failure = CheckpointError(
             f"the checkpoint of step {step} could not be saved into {self.directory}: {why}{hint}. Steps kept intact: {steps}"
@@ -304,7 +305,7 @@ class Checkpoints:
             for path in _children(self.directory):
                 if PARTIAL in path.name or (path / DELETION_MARK).exists():
                     log.info("removing what an interrupted save or deletion left: %s", path)
-                    _delete(path)
+                    delete(path)
                 elif STEP_NAME.fullmatch(path.name) and not is_committed(path):
                     log.warning("%s is not a checkpoint (no %s or %s in it); passed over", path, COMMIT_MARK, METADATA_FILE)
         return None
@@ -314,22 +315,8 @@ class Checkpoints:
         steps, every = committed_steps(self.directory), self._config.keep_every
         for step in steps[: -max(self._config.keep, 1)]:
             if not (every and step % every == 0):
-                _delete(self.directory / str(step))
+                delete(self.directory / str(step))
 
 
 def _children(directory: epath.Path) -> Iterator[epath.Path]:
     return iter(list(directory.iterdir()) if directory.is_dir() else [])
-
-
-def _delete(path: epath.Path) -> None:
-    """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
-    mark = path / DELETION_MARK
-    try:
-        if (path / COMMIT_MARK).exists():
-            (path / COMMIT_MARK).rename(mark)
-        for child in path.iterdir():
-            if child != mark:
-                child.rmtree() if child.is_dir() else child.unlink()
-        path.rmtree(missing_ok=True)
-    except OSError as error:  # a checkpoint too many is no reason to stop a run
-        log.warning("could not delete %s: %s", path, error)

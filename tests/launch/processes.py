@@ -66,6 +66,6 @@ def started(
 def wait_for_line(log: Path, words: str, seconds: float = 120) -> None:
     """Until a log says so."""
     until = time.monotonic() + seconds
-    while words not in log.read_text():
-        assert time.monotonic() < until, f"{log} never said {words!r}:\n{log.read_text()[-3000:]}"
+    while words not in (said := log.read_text() if log.exists() else ""):
+        assert time.monotonic() < until, f"{log} never said {words!r}:\n{said[-3000:]}"
         time.sleep(0.05)

@@ -272,7 +272,7 @@ def test_fewer_steps_than_are_saved_are_refused(interrupted):
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):
     make_run_dir(tmp_path)
-    with only_run_in(tmp_path), pytest.raises(ExplainedError, match="another process is training"), only_run_in(tmp_path):
+    with only_run_in(tmp_path), pytest.raises(ExplainedError, match=r"process \d+ on .* is training in"), only_run_in(tmp_path):
         pass
     with only_run_in(tmp_path):
         pass

@@ -1,0 +1,230 @@
+"""`python -m jaxtrain.checkpoint list|verify|inspect|diff|prune FOLDER`: look after the checkpoints of a run.
+
+FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it (without it, the newest).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
+from jaxtrain.main import explained
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m jaxtrain.checkpoint", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, words in {
+        "list": "every step, whole or not",
+        "verify": "read every array and compare its checksum; exit code 1 if one differs",
+        "inspect": "what a step holds and belongs to",
+        "diff": "what two steps differ in: config, data, versions, and how far each array is from the other",
+        "prune": "delete all but the newest steps",
+    }.items():
+        one = verbs.add_parser(verb, help=words, description=words)
+        one.add_argument("folder", help="FOLDER or FOLDER:STEP")
+        if verb == "diff":
+            one.add_argument("other", help="FOLDER or FOLDER:STEP")
+        if verb == "verify":
+            one.add_argument("--all", action="store_true", help="every step, not only one")
+        if verb == "prune":
+            one.add_argument("--keep", type=int, required=True, help="steps to keep")
+            one.add_argument("--keep-every", type=int, default=0, help="keep multiples of this too")
+            one.add_argument(
+                "--set-aside", action="store_true", help="delete also what was set aside as damaged or rolled back"
+            )
+            one.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    return parser.parse_args(arguments)
+
+
+def find(text: str) -> tuple[str, int]:
+    """(folder, step) of FOLDER or FOLDER:STEP.
+
+    Raises:
+      CheckpointError: no such checkpoint.
+    """
+    from jaxtrain.checkpoint.stored import absolute, committed_steps, step_path
+
+    match = re.fullmatch(r"(.+?):(\d+)", text)
+    folder, step = (match[1], int(match[2])) if match else (text, None)
+    inside = absolute(folder) / "checkpoints"
+    folder = os.fspath(inside if inside.is_dir() else absolute(folder))
+    steps = committed_steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    step = steps[-1] if step is None else step
+    step_path(folder, step)
+    return folder, step
+
+
+def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
+    """(name, array) one after the other, so that only one of them is in memory.
+
+    Raises:
+      DamagedCheckpoint: an array cannot be read.
+    """
+    import jax
+    from jax.sharding import SingleDeviceSharding
+    from orbax.checkpoint import v1 as ocp
+
+    from jaxtrain.checkpoint.stored import cause, read_stored, step_path
+    from jaxtrain.checkpoint.trees import leaves_by_path, nested
+
+    path, here = step_path(folder, step), SingleDeviceSharding(jax.devices("cpu")[0])
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    for name, words in read_stored(path)["leaves"].items():
+        dtype, shape = words.rstrip("]").split("[")
+        dims = tuple(int(size) for size in shape.split(",") if size)
+        leaf = jax.ShapeDtypeStruct(dims, np.dtype(dtype), sharding=here)
+        try:
+            with context:
+                loaded, _ = leaves_by_path(ocp.load(path, nested({tuple(name.split("/")): leaf})))
+        except Exception as error:
+            raise DamagedCheckpoint(f"{path}: {name} cannot be read: {cause(error)}") from error
+        array = next(iter(loaded.values()))
+        if not isinstance(array, jax.Array):
+            raise DamagedCheckpoint(f"{path}: {name} is not there")
+        yield name, array
+
+
+def list_steps(folder: str) -> int:
+    """Prints every step, whole or not."""
+    from jaxtrain.checkpoint.stored import COMMIT_MARK, absolute, committed_steps, read_stored
+
+    folder, _ = find(folder)
+    whole = {str(step) for step in committed_steps(folder)}
+    for path in sorted(absolute(folder).iterdir(), key=lambda path: (int((re.match(r"\d+", path.name) or [-1])[0]), path.name)):
+        if not path.is_dir():
+            continue
+        size = sum(file.stat().length for file in path.rglob("*") if not file.is_dir())
+        words = "whole" if path.name in whole else "set aside" if "-" in path.name else "not a checkpoint"
+        when = ""
+        if path.name in whole:
+            saved = datetime.datetime.fromtimestamp((path / COMMIT_MARK).stat().mtime)
+            try:
+                mesh = read_stored(path)["metadata"].get("config", {}).get("mesh", {})
+            except CheckpointError as error:
+                words, mesh = f"damaged: {error}", {}
+            sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1)
+            when = f"{saved:%Y-%m-%d %H:%M:%S}  {sizes}"
+        print(f"{path.name:>24}  {readable_bytes(size):>9}  {words}  {when}".rstrip())
+    return EXIT_DONE
+
+
+def verify(folder: str, every: bool) -> int:
+    """Reads every array and compares its checksum."""
+    from jaxtrain.checkpoint.stored import committed_steps, read_stored, step_path, wrong_leaves
+
+    folder, newest = find(folder)
+    bad = 0
+    for step in committed_steps(folder) if every else [newest]:
+        try:
+            sums, count, size = read_stored(step_path(folder, step))["checksums"], 0, 0
+            for name, array in arrays(folder, step):
+                count, size = count + 1, size + array.nbytes
+                if wrong_leaves(sums, {name: array}):
+                    raise DamagedCheckpoint(f"{name} does not have its checksum")
+            print(f"step {step}: {count} arrays, {readable_bytes(size)}: as they were saved")
+        except CheckpointError as error:
+            bad += 1
+            print(f"step {step}: DAMAGED: {error}")
+    return EXIT_ERROR if bad else EXIT_DONE
+
+
+def inspect(folder: str) -> int:
+    """Prints what a step holds and belongs to."""
+    from jaxtrain.checkpoint.stored import read_stored, step_path
+
+    folder, step = find(folder)
+    stored = read_stored(step_path(folder, step))
+    metadata = stored["metadata"]
+    print(f"step {step} in {folder}")
+    for name, value in metadata.items():
+        if name != "config":
+            print(f"{name}: {value}")
+    for section, fields in metadata.get("config", {}).items():
+        print(f"{section}: {fields}")
+    for name, words in stored["leaves"].items():
+        print(f"{name:60} {words:32} {stored['checksums'][name]}")
+    return EXIT_DONE
+
+
+def diff(one: str, other: str) -> int:
+    """Prints what two steps differ in; exit code 1 if anything."""
+    from jaxtrain.checkpoint.same_run import differences
+    from jaxtrain.checkpoint.stored import read_metadata, read_stored, step_path
+
+    (folder, step), (second, other_step) = find(one), find(other)
+    found = differences(read_metadata(folder, step), read_metadata(second, other_step))
+    for line in (*found.hard, *found.soft):
+        print(line)
+    stored, against = read_stored(step_path(folder, step)), read_stored(step_path(second, other_step))
+    for name in {**stored["leaves"], **against["leaves"]}:
+        if stored["leaves"].get(name) != against["leaves"].get(name):
+            print(f"{name}: {stored['leaves'].get(name, 'absent')} -> {against['leaves'].get(name, 'absent')}")
+    apart = {n for n, value in stored["checksums"].items() if n in against["checksums"] and against["checksums"][n] != value}
+    rest = {name: array for name, array in arrays(second, other_step) if name in apart}
+    for name, array in arrays(folder, step):
+        if name in apart and array.shape == rest[name].shape:
+            before, now = np.asarray(array, np.float64), np.asarray(rest[name], np.float64)
+            size = float(np.linalg.norm(before)) or 1.0
+            print(f"{name}: relative distance {float(np.linalg.norm(now - before)) / size:.3e}")
+    if not apart:
+        print("all arrays are the same, bit for bit")
+    return EXIT_ERROR if apart or found.hard else EXIT_DONE
+
+
+def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: bool) -> int:
+    """Deletes all but the newest `keep` steps and the multiples of `keep_every`."""
+    from jaxtrain.checkpoint.stored import absolute, committed_steps, delete
+
+    if keep < 1:
+        raise CheckpointError(f"--keep={keep}: keep at least 1")
+    folder, _ = find(folder)
+    doomed = [s for s in committed_steps(folder)[:-keep] if not (keep_every and s % keep_every == 0)]
+    paths = [absolute(folder) / str(step) for step in doomed]
+    if set_aside:
+        paths += [path for path in absolute(folder).iterdir() if re.fullmatch(r"\d+\.(damaged|rolled-back)-\d+", path.name)]
+    for path in paths:
+        print(f"{'would delete' if dry_run else 'deleting'} {path}")
+        if not dry_run:
+            delete(path)
+    return EXIT_DONE
+
+
+def readable_bytes(size: float) -> str:
+    """In the largest unit that leaves a number above 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit code."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look at a checkpoint must not take a GPU away from a run
+    flags = parse(arguments)
+    if flags.verb == "list":
+        return list_steps(flags.folder)
+    if flags.verb == "verify":
+        return verify(flags.folder, flags.all)
+    if flags.verb == "inspect":
+        return inspect(flags.folder)
+    if flags.verb == "diff":
+        return diff(flags.folder, flags.other)
+    return prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(explained(lambda: main(sys.argv[1:])))
