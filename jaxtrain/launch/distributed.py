@@ -226,7 +226,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             cluster_detection_method="deactivate",
             initialization_timeout=config.start_timeout_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            shutdown_timeout_seconds=min(20, config.heartbeat_seconds),
+            shutdown_timeout_seconds=300,  # of an orderly end only: process 0 may still be drawing and sampling
             coordinator_bind_address=environ.get("JAX_COORDINATOR_BIND_ADDRESS")
             or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -166,7 +167,7 @@ class StopOnSignal(Hook):
     """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP asks the run to end; a second ends the process at once, as 128 + its number.
 
     The loop stops after the step under way. Of several processes, each of which may hear of it alone and at another moment, all
-    stop after the same step (`before_step`). Before and after the loop, `check` raises `Stopped` where the run may end. Inside
+    stop after the same step (`_agree`). Before and after the loop, `check` raises `Stopped` where the run may end. Inside
     `breakable` the signal itself does: only around what is not jax, which crashes at exit if a lowering was broken off
     (jax 0.10.2). SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
 
@@ -212,25 +213,12 @@ class StopOnSignal(Hook):
             self._breakable = False
 
     def check(self) -> None:
-        """Raises `Stopped` if there was a signal."""
-        if self.received is not None:
+        """Raises `Stopped` if there was a signal; of several processes none leaves the others before they agree in the loop."""
+        if self.received is not None and not are_several():
             raise Stopped(f"{self.received.name} received outside the training loop")
 
     def before_step(self, step: int, state: PyTree) -> None:
-        """Agrees with the other processes on the last step.
-
-        The first process that heard posts a step that nobody can have dispatched yet, and everybody looks before each step.
-        With a step dispatched, the loop waits for the one before it. So if e is the first step that couples all processes and
-        that this one, which is about to dispatch `step`, has not dispatched, nobody is beyond e + 1.
-        """
         self._step = step
-        if not are_several() or self._last_step is not None:
-            return
-        if self.received is not None:
-            coupling = next(n for n in itertools.count(step) if self.couples(n))
-            post("stop", f"{self.received.value} {coupling + 1}")
-        said = look("stop")
-        self._last_step = None if said is None else int(said.split()[1])
 
     def agreed(self) -> signal.Signals | None:
         """The signal that ended the loop. All processes say the same, and a signal too late for that counts nowhere."""
@@ -238,12 +226,28 @@ class StopOnSignal(Hook):
         return signal.Signals(int(said.split()[0])) if said else None if are_several() else self.received
 
     def stop_reason(self) -> str | None:
-        if are_several():
-            return "a signal was received" if self._last_step is not None and self._step >= self._last_step else None
-        return None if self.received is None else f"{self.received.name} received"
+        if not are_several():
+            return None if self.received is None else f"{self.received.name} received"
+        return "a signal was received" if self._step >= self._agree() else None
+
+    def _agree(self) -> float:
+        """The last step that all processes run; infinite while nobody has heard a signal. Asked between steps.
+
+        The first process that heard posts a step that nobody can have gone beyond, and everybody looks after each dispatch.
+        Let e be the first step that couples all processes and that the one who heard has not dispatched yet; it posts e + 1.
+        Having dispatched a step, the loop waits for the one before it; so who has dispatched e + 1 and looks has seen e done,
+        and e was dispatched after the notice was up.
+        """
+        if self._last_step is None:
+            if self.received is not None:
+                coupling = next(n for n in itertools.count(self._step + 1) if self.couples(n))
+                post("stop", f"{self.received.value} {coupling + 1}")
+            said = look("stop")
+            self._last_step = None if said is None else int(said.split()[1])
+        return math.inf if self._last_step is None else self._last_step
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        if self._breakable:
+        if self._breakable and not are_several():
             raise Stopped(f"{signal.Signals(number).name} received outside the training loop")
 
     def _watch(self, reading: int) -> None:

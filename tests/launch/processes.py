@@ -63,7 +63,7 @@ def started(
             process.wait()
 
 
-def wait_for_line(log: Path, words: str, seconds: float = 120) -> None:
+def wait_for_line(log: Path, words: str, seconds: float = 240) -> None:
     """Until a log says so."""
     until = time.monotonic() + seconds
     while words not in (said := log.read_text() if log.exists() else ""):
