@@ -106,7 +106,7 @@ def list_steps(folder: str) -> int:
     for path in sorted(absolute(folder).iterdir(), key=lambda path: (int((re.match(r"\d+", path.name) or [-1])[0]), path.name)):
         if not path.is_dir():
             continue
-        size = sum(file.stat().length for file in path.rglob("*") if not file.is_dir())
+        size = size_of(path)
         words = "whole" if path.name in whole else "set aside" if "-" in path.name else "not a checkpoint"
         when = ""
         if path.name in whole:
@@ -200,6 +200,11 @@ def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: boo
         if not dry_run:
             delete(path)
     return EXIT_DONE
+
+
+def size_of(path: Any) -> int:
+    """Bytes of all files below a folder (epath has no recursive glob)."""
+    return sum(size_of(child) if child.is_dir() else child.stat().length for child in path.iterdir())
 
 
 def readable_bytes(size: float) -> str:

@@ -250,8 +250,8 @@ def allocate_slots(schedule: Schedule) -> Slots:
 
 
 def count_slots(schedule: Schedule) -> tuple[int, int, int]:
-    """How many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most lifetimes that
-    overlap on any stage. For planners, which ask for many tables."""
+    """How many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most lifetimes
+    that overlap on any stage. For planners, which ask for many tables."""
     f = _tick_of_each(schedule, schedule.forward_microbatch, schedule.forward_chunk) * _PHASES
     b = _tick_of_each(schedule, schedule.backward_microbatch, schedule.backward_chunk) * _PHASES
     parts = f.reshape(schedule.parts, -1), b.reshape(schedule.parts, -1)  # [chunk * stages + stage, microbatch]
