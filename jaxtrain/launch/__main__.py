@@ -2,6 +2,9 @@
 
 Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all start again from the newest
 checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.main`.
+
+`python -m jaxtrain.launch slurm|mpi|kubernetes|ray [flags] -- --config=...` submits the run to a cluster instead, or with
+--dry_run prints the script or manifest; `... slurm --help` lists its flags.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from pathlib import Path
 
 from jaxtrain.config import Config, MeshConfig, parse_command_line
 from jaxtrain.config_rules import find_problems
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import EXIT_DONE, ConfigError, UsageError, nearest
 from jaxtrain.launch.elastic import mesh_flags, mesh_for
+from jaxtrain.launch.submit import STARTERS, render, submit
 from jaxtrain.launch.supervisor import Policy, Supervisor, train_command
 from jaxtrain.main import explained
 
@@ -92,6 +96,8 @@ def launch(arguments: Sequence[str]) -> int:
     """Parses both command lines, and supervises the run to its end."""
     import tyro
 
+    if arguments and not arguments[0].startswith("-"):
+        return submit_to(arguments[0], arguments[1:])
     own, of_run = split(arguments)
     flags = tyro.cli(LaunchFlags, args=own, prog=PROG, description=__doc__, use_underscores=True)
     if flags.processes < 1 or flags.devices_per_process < 0:
@@ -120,6 +126,27 @@ def launch(arguments: Sequence[str]) -> int:
     )
     command = train_command(of_run)
     return Supervisor(command, Size(flags), environment, config.directory / "launch", policy, extra).run()
+
+
+def submit_to(name: str, arguments: Sequence[str]) -> int:
+    """Submits the run to a cluster, or prints what it would submit.
+
+    Raises:
+      UsageError: there is no such starter.
+    """
+    import tyro
+
+    if name not in STARTERS:
+        raise UsageError(f"{PROG} {name}: {nearest(name, STARTERS)}; without any, the run is started on this machine")
+    own, of_run = split(arguments)
+    style = (tyro.conf.FlagCreatePairsOff,)
+    prog, about = f"{PROG} {name}", f"Submit a run to {name}, or print what would be submitted."
+    flags = tyro.cli(STARTERS[name].flags, args=own, prog=prog, description=about, use_underscores=True, config=style)
+    script = render(name, flags, parse_command_line(of_run, "The run's own flags.", f"{prog} --"), own, of_run)
+    if flags.dry_run:
+        print(script, end="")
+        return EXIT_DONE
+    return submit(name, script)
 
 
 def _check(config: Config, devices: int) -> Config:

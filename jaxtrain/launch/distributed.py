@@ -16,8 +16,10 @@ and a process that fails ends with `os._exit`, because JAX's exit handler otherw
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -34,6 +36,12 @@ _PEER_WORDS = re.compile(
     r"nccl.*(remote|abort|unhandled|timed? ?out)|barrier|tasks are unhealthy",
     re.IGNORECASE,
 )
+
+
+class NobodyCame(ExplainedError):
+    """The processes did not find one another in time; next time they may."""
+
+    exit_code = EXIT_PEER
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,6 @@ def _host_of_rank_0(environ: Mapping[str, str]) -> str:
                 f"e.g. mpirun -x JAXTRAIN_COORDINATOR=$(hostname):{_PORTS[0]} ..."
             ]
         ) from None
-    import socket
-
     return MPI.COMM_WORLD.bcast(socket.gethostname(), root=0)
 
 
@@ -203,7 +209,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
     """Joins the other processes, before jax looks at any device. None for a lone process.
 
     Raises:
-      ExplainedError: the others did not come.
+      NobodyCame: the others did not.
       ConfigError: as `find_place` and `local_device_ids`.
     """
     import jax
@@ -231,7 +237,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
         )
     except Exception as error:
-        raise ExplainedError(
+        raise NobodyCame(
             f"process {place.process} of {place.processes} ({place.starter}) found no coordinator at {place.coordinator} "
             f"within {config.start_timeout_seconds} s: {str(error).splitlines()[0]}; do all processes run, and can they reach "
             "that port?"
@@ -253,17 +259,27 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """Ends the process with the exit code of `work`, at once where it is one of several and something went wrong."""
     try:
         code = work()
-    except SystemExit:
+    except SystemExit as usage:
+        _leave_word(usage.code)
         raise
     except BaseException as error:
         if not _are_several():
             raise
         code = _blame(error)
+    _leave_word(code)
     if not _are_several() or code in (EXIT_DONE, EXIT_STOPPED):
         sys.exit(code)  # in order: all processes come to this
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _leave_word(code: object) -> None:
+    """A file with this process's exit code in JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all."""
+    folder = os.environ.get("JAXTRAIN_EXIT_CODES")
+    if folder:
+        with contextlib.suppress(OSError):
+            Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(f"{code}\n")
 
 
 def _blame(error: BaseException) -> int:

@@ -1,0 +1,41 @@
+"""Pieces of shell that the scripts of several starters share."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+
+from jaxtrain.launch.job import Job
+
+
+def comment(job: Job) -> str:
+    """What the script runs, and the command that made it."""
+    return f"# {job.headline} Made by\n#   {job.made_by}"
+
+
+def exports(job: Job) -> str:
+    """`export NAME=value` lines; variables that are passed on must be there already."""
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()]
+    lines += [f': "${{{name}:?is to be passed on, but is not set}}"\nexport {name}\n' for name in job.passed_on]
+    return "".join(lines)
+
+
+def command_lines(job: Job, indent: int, end: str = "") -> str:
+    """The command of one process, broken into lines as shell does."""
+    lines: list[str] = []
+    for word in map(shlex.quote, job.command):
+        if lines and len(lines[-1]) + len(word) < 110:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return " \\\n".join(f"{' ' * (indent + 2 * (i > 0))}{line}" for i, line in enumerate(lines)) + end
+
+
+def find_refusal(indent: int = 0) -> str:
+    """Ends the script where a process left 1 or 2: an error that starting again would not mend."""
+    text = """refused=$(cat "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null | grep -xm 1 '[12]')
+if [[ -n $refused ]]; then
+  echo "error: starting again would end the same way; see above" >&2
+  exit "$refused"
+fi"""
+    return textwrap.indent(text, " " * indent)
