@@ -13,7 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 
@@ -462,6 +463,35 @@ Flags = TypeVar("Flags")
 def to_json(config: Config) -> str:
     """The fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
     return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote. Builds dataclasses and nothing else; whether the values work, `validate` says.
+
+    Raises:
+      ConfigError: it is no such text; names the field.
+    """
+    try:
+        return _from_plain(json.loads(text), Config, "config")
+    except (ValueError, RecursionError) as error:  # of json
+        raise ConfigError([f"not the JSON of a config: {error}"]) from error
+
+
+def _from_plain(value: Any, hint: Any, path: str) -> Any:
+    """A JSON value as a field's type wants it: objects become dataclasses, lists tuples; anything else is left as it is."""
+    if get_origin(hint) is UnionType:  # X | None
+        return None if value is None else _from_plain(value, get_args(hint)[0], path)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_from_plain(item, get_args(hint)[0], f"{path}.{i}") for i, item in enumerate(value))
+    if not dataclasses.is_dataclass(hint):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path}={value!r} is not an object of fields"])
+    hints = get_type_hints(hint)
+    unknown = [f"{path}.{name}: there is no such field; {nearest(name, hints)}" for name in value if name not in hints]
+    if unknown:
+        raise ConfigError(unknown)
+    return hint(**{name: _from_plain(item, hints[name], f"{path}.{name}") for name, item in value.items()})
 
 
 def load_config(path: str | Path) -> Config:

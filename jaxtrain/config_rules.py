@@ -326,8 +326,8 @@ def _other_problems(config: Config) -> list[str]:
             load_chip(config.telemetry.hardware, "telemetry.hardware")
         except ExplainedError as error:
             problems.append(str(error))
-    if not re.fullmatch(r"[\w.+-]+", config.name):
-        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only")
+    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
+        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems
 
 

@@ -53,6 +53,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint does not hold what was saved; an older one may."""
 
 
+class ProgramError(ExplainedError, ValueError):
+    """The text of a compiled program does not hang together, or has something in it that our readers do not know."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end where nothing is lost by ending at once: before or after the training loop."""
 

@@ -25,6 +25,7 @@ from jaxtrain.config import (
     RopeScaling,
     TelemetryConfig,
     TrainConfig,
+    from_json,
     load_config,
     parse_command_line,
     to_json,
@@ -327,6 +328,7 @@ def test_a_shipped_config_is_valid_on_its_devices(name: str):
         assert problems == []
         assert math.prod(resolved.mesh.shape) == devices
         assert json.loads(to_json(resolved))["mesh"] == dict(zip(MESH_AXES, resolved.mesh.shape, strict=True))
+        assert from_json(to_json(resolved)) == resolved
 
 
 def test_the_worked_example_does_not_run_on_four_devices():

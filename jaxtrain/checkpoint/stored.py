@@ -34,6 +34,8 @@ WHY_FILE = "why_set_aside.txt"
 PARTIAL = ".orbax-checkpoint-tmp"
 FORMAT = 2  # of what stands under custom_metadata
 STEP_NAME = re.compile(r"0|[1-9]\d*")
+LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
+LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
 # Not the checkpoint's fault, and no reason to set it aside.
 _ELSEWHERE = re.compile(r"RESOURCE_EXHAUSTED|out of memory|MemoryError|PermissionError|Too many open files", re.IGNORECASE)
 
@@ -142,7 +144,7 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
     try:
         stored = json.loads((path / METADATA_FILE).read_text())["custom_metadata"]
         saved_format, step, seal = stored["format"], stored["step"], stored.pop("digest", None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / METADATA_FILE} cannot be read ({type(error).__name__}: {error})") from error
     if saved_format != FORMAT and (saved_format == 1 or digest(stored) == seal):
         raise CheckpointError(f"{path} is in checkpoint format {saved_format}, but this jaxtrain reads format {FORMAT}")
@@ -150,7 +152,21 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what was saved: its SHA-256 differs")
     if str(step) != path.name:
         raise DamagedCheckpoint(f"{path} holds step {step}, not {path.name}: the folder was renamed or copied over")
+    if not _is_sound(stored):
+        raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what a save writes: its names or shapes are of other kinds")
     return stored
+
+
+def _is_sound(stored: dict[str, Any]) -> bool:
+    """Whether the parts are of the kinds that `save` writes: the seal tells of an accident, but anyone can make one."""
+    leaves, sums, metadata = (stored.get(name) for name in ("leaves", "checksums", "metadata"))
+    return (
+        isinstance(leaves, dict)
+        and all(LEAF_NAME.fullmatch(name) and LEAF.fullmatch(str(words)) for name, words in leaves.items())
+        and isinstance(sums, dict)
+        and sums.keys() == leaves.keys()
+        and isinstance(metadata, dict)
+    )
 
 
 def digest(stored: dict[str, Any]) -> str:

@@ -108,20 +108,26 @@ def _open_file(name: str, path: Path, tokenizer: Tokenizer, config: Config, cach
             f"{path}: made by another tokenizer ({stream.metadata.tokenizer}, {made_by[:8]}) than "
             f"data.tokenizer={config.data.tokenizer} ({tokenizer.fingerprint[:8]}); name the one that made it"
         )
-    return _TokenFile(name, stream.metadata.split, made_by, part_of_stream(stream))
+    separator, limit = stream.metadata.separator, config.model.vocab_size
+    known = tokenizer.fingerprint != NO_TOKENIZER
+    if separator != tokenizer.separator if known else not -1 <= separator < limit:
+        wanted = f"that of its tokenizer is {tokenizer.separator}" if known else f"model.vocab_size={limit}"
+        raise DataError(f"{path.with_suffix('.json')}: separator={separator}, but {wanted}; make the file again")
+    # What it says of its largest id is not believed: the file may come from anywhere.
+    return _TokenFile(name, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
 
 
 def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it knows neither pickles nor archives
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"{path}: not a whole .npy array of numbers ({str(error).splitlines()[0]})") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
-        shape = getattr(array, "shape", "no")
-        kind = getattr(array, "dtype", "unknown")
-        raise DataError(f"{path}: shape {shape} of {kind}; tokens are a one-dimensional array of whole numbers")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: shape {array.shape} of {array.dtype}; tokens are a one-dimensional array of whole numbers"
+        )
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
     return TokenPart(array.view(np.ndarray), digest, separator)
 

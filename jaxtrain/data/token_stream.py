@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.data.file_hashes import file_hashes, unreadable
+from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
 
@@ -130,7 +130,8 @@ class StreamWriter:
             gzip_input_bytes=self._gzip_input_bytes,
             sha256=self._digest.hexdigest(),
         )
-        text = json.dumps(dataclasses.asdict(metadata), indent=2) + "\n"
+        fields = dataclasses.asdict(metadata)
+        text = json.dumps(fields | {"digest": short_hash(fields)}, indent=2) + "\n"
         self._path.with_suffix(".json").write_text(text, encoding="utf-8")
         return metadata
 
@@ -151,13 +152,15 @@ def read_metadata(path: Path) -> StreamMetadata:
         ) from error
     except OSError as error:
         raise unreadable(json_path, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{json_path}: not JSON ({error})") from error
     fields = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
     wrong = [name for name, kind in fields.items() if not isinstance(content, dict) or not isinstance(content.get(name), kind)]
     if wrong:
         raise DataError(f"{json_path}: field {wrong[0]!r} is missing or of the wrong type; make the file again")
     metadata = StreamMetadata(**{name: content[name] for name in fields})
+    if content.get("digest", digest := short_hash(dataclasses.asdict(metadata))) != digest:
+        raise DataError(f"{json_path}: its contents do not have the checksum in its field 'digest'; make the file again")
     if metadata.format != FORMAT or metadata.dtype not in DTYPES:
         raise DataError(f"{json_path}: format {metadata.format!r} of {metadata.dtype} is not {FORMAT!r}; make the file again")
     return metadata

@@ -8,14 +8,12 @@ target is described wrongly, so whoever takes input from people calls `report_in
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 import time
@@ -23,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner.hlo import matmul_flops
@@ -212,7 +210,7 @@ def report_in_subprocess(
       ExplainedError: what the process said, or how it ended.
     """
     require_plugin()
-    request = base64.b64encode(pickle.dumps((config, chip, devices_per_host, memory_bytes, options))).decode()
+    request = json.dumps([to_json(config), chip, devices_per_host, memory_bytes, options])
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.deviceless"],
         input=request,
@@ -233,9 +231,9 @@ def report_in_subprocess(
 
 def main() -> None:
     """Reads a request of `report_in_subprocess` from standard input, and writes the report as one line of JSON."""
-    arguments = pickle.loads(base64.b64decode(sys.stdin.read()))
+    config, *arguments = json.loads(sys.stdin.read())
     try:
-        said = dataclasses.asdict(report(*arguments))
+        said = dataclasses.asdict(report(from_json(config), *arguments))
     except ExplainedError as error:
         said = {"error": str(error)}
     print(_MARK + json.dumps(said), flush=True)

@@ -7,12 +7,15 @@ tick. The text of a scheduled program (`is_scheduled=true`) is in the order of i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+
+from jaxtrain.errors import ProgramError
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -32,6 +35,18 @@ _INDEX = re.compile(r"index=(\d+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NAME = re.compile(r"%?([\w.\-]+)$")
 _LONGEST_LOOP = 1_000_000
+_LARGEST_COUNTER = 2**63
+
+
+@contextlib.contextmanager
+def understood() -> Iterator[None]:
+    """In the block a program's text is read: names that nothing has, missing parts and endless calls become a `ProgramError`."""
+    try:
+        yield
+    except ProgramError:
+        raise
+    except (LookupError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ProgramError(f"the program's text does not hang together ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
                 parts.append(rest[start:i])
                 return tuple(_operand_name(part) for part in parts if part.strip()), rest[i + 1 :]
             depth -= 1
-    raise ValueError(f"an instruction without an end: {rest[:200]}")
+    raise ProgramError(f"an instruction without an end: {rest[:200]}")
 
 
 def _operand_name(text: str) -> str:
@@ -172,7 +187,7 @@ class Program:
         XLA forgets the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
 
         Raises:
-          ValueError: neither is there.
+          ProgramError: neither is there.
         """
         known = _TRIP_COUNT.search(loop.attributes)
         if known:
@@ -181,15 +196,20 @@ class Program:
             return _count_trips(self, computation, loop)
         except _Unknown as why:
             shown = f"%{loop.name} = ... while({', '.join(loop.operands)}){loop.attributes}"[:200]
-            raise ValueError(f"a loop without a known trip count ({why}): {shown}") from None
+            raise ProgramError(f"a loop without a known trip count ({why}): {shown}") from None
 
 
 def parse(text: str) -> Program:
     """The program of `compiled.as_text()`.
 
     Raises:
-      ValueError: the text holds no entry computation.
+      ProgramError: the text holds no entry computation, or an instruction has no end.
     """
+    with understood():
+        return _parse(text)
+
+
+def _parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry, now = "", Computation("")
     for raw in text.splitlines():
@@ -206,7 +226,7 @@ def parse(text: str) -> Program:
             now.by_name[name] = Instruction(name, op, arrays_of(result), operands, attributes, bool(root))
             now.instructions.append(now.by_name[name])
     if not entry:
-        raise ValueError("this is no HLO text: it has no ENTRY computation")
+        raise ProgramError("this is no HLO text: it has no ENTRY computation")
     return Program(computations, entry)
 
 
@@ -218,10 +238,11 @@ def matmul_flops(text: str) -> float:
     are skipped). A conditional counts as its most expensive branch.
 
     Raises:
-      ValueError: a loop whose trip count is neither written down nor can be counted.
+      ProgramError: a loop whose trip count is neither written down nor can be counted.
     """
     program = parse(text)
-    return program.flops[program.entry]
+    with understood():
+        return program.flops[program.entry]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +267,7 @@ def _matmul_flops(computation: Computation, instruction: Instruction, contracted
     """2 * (elements of the output) * (length of the contraction). A ragged dot does no more: each row meets one group."""
     left, found = computation.operand(instruction, 0), contracted.search(instruction.attributes)
     if left is None or found is None:
-        raise ValueError(
+        raise ProgramError(
             f"{instruction.op} without operands or contracting dims: {instruction.name}{instruction.attributes[:200]}"
         )
     length = math.prod(left.result[0].dims[i] for i in _dims(found.group(1)))
@@ -257,7 +278,7 @@ def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
     """Of rows [S, D] by matrices [E, D, F], or the transposed [S, D] by [S, F] to [E, D, F]: 2 R D F for R expected rows."""
     left, rows = computation.operand(instruction, 0), _EXPECTED_ROWS.search(instruction.attributes)
     if left is None or rows is None:
-        raise ValueError(
+        raise ProgramError(
             f"a grouped matmul without operands or expected rows: {instruction.name}{instruction.attributes[:200]}"
         )
     return 2.0 * int(rows.group(1)) * left.result[0].dims[-1] * instruction.result[0].dims[-1]
@@ -273,7 +294,7 @@ def _attention_flops(computation: Computation, instruction: Instruction, target:
     query, value = computation.operand(instruction, 0), computation.operand(instruction, 2)
     scores = _SCORES.search(instruction.attributes)
     if query is None or value is None or scores is None:
-        raise ValueError(f"cuDNN attention without operands or scores: {instruction.name}{instruction.attributes[:200]}")
+        raise ProgramError(f"cuDNN attention without operands or scores: {instruction.name}{instruction.attributes[:200]}")
     constraints = arrays_of(instruction.attributes.partition("api_version")[0])
     n, m = (
         (constraints[0].dims[-1], constraints[2].dims[-1])
@@ -336,7 +357,10 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
     if instruction.op in ("copy", "bitcast", "convert"):
         return value(0)
     if instruction.op in _BINARY:
-        return _BINARY[instruction.op](value(0), value(1))
+        made = _BINARY[instruction.op](value(0), value(1))
+        if abs(made) > _LARGEST_COUNTER:  # no machine's counter, and numbers without end take time without end
+            raise _Unknown(f"{instruction.op} {name} grows beyond 64 bits")
+        return made
     if instruction.op == "compare":
         return int(_COMPARISONS[instruction.attributes.partition("direction=")[2][:2]](value(0), value(1)))
     if instruction.op == "parameter" and inside:

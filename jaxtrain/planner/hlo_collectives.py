@@ -26,8 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtrain.errors import ProgramError
 from jaxtrain.hardware import Chip, find_chip
-from jaxtrain.planner.hlo import Array, Computation, Instruction, Program, parse
+from jaxtrain.planner.hlo import Array, Computation, Instruction, Program, parse, understood
 from jaxtrain.planner.hlo_groups import Group, Layout, group_of
 
 KINDS = (
@@ -132,11 +133,13 @@ def read_collectives(
       flops_per_second: what matmuls run at; the chip's bfloat16 peak by default.
 
     Raises:
-      ValueError: a loop without trip count, device groups in an unknown form, or a chip whose figures are unknown.
+      ProgramError: a loop without trip count, device groups in an unknown form, or a text that does not hang together.
+      ValueError: a chip whose figures are unknown.
     """
     replay = _replay(text, layout, chip, flops_per_second)
-    replay.run(replay.program.computations[replay.program.entry], [], 1.0)
-    return sorted(replay.transfers.values(), key=lambda t: -t.wire)
+    with understood():
+        replay.run(replay.program.computations[replay.program.entry], [], 1.0)
+        return sorted(replay.transfers.values(), key=lambda t: -t.wire)
 
 
 def instruction_seconds(text: str, layout: Layout, chip: Chip | None = None) -> dict[str, float]:
@@ -146,13 +149,14 @@ def instruction_seconds(text: str, layout: Layout, chip: Chip | None = None) -> 
     `read_collectives`.
     """
     replay = _replay(text, layout, chip, None)
-    return {
-        instruction.name: max(SHORTEST, replay.seconds(computation, instruction))
-        for computation in replay.program.computations.values()
-        if computation.name in replay.program.flops
-        for instruction in computation.instructions
-        if instruction.op not in _NO_TIME and not instruction.op.endswith("-done")
-    }
+    with understood():
+        return {
+            instruction.name: max(SHORTEST, replay.seconds(computation, instruction))
+            for computation in replay.program.computations.values()
+            if computation.name in replay.program.flops
+            for instruction in computation.instructions
+            if instruction.op not in _NO_TIME and not instruction.op.endswith("-done")
+        }
 
 
 def _replay(text: str, layout: Layout, chip: Chip | None, flops_per_second: float | None) -> _Replay:
@@ -241,7 +245,7 @@ class _Replay:
         if op in ("copy", "bitcast", "opt-barrier", "async-update"):
             return values.get(operands[0])
         if op in ("send", "recv") and "is_host_transfer=true" not in instruction.attributes:
-            raise ValueError(f"%{instruction.name}: a point-to-point {op} is not counted here; compile without send/recv")
+            raise ProgramError(f"%{instruction.name}: a point-to-point {op} is not counted here; compile without send/recv")
         if op.endswith("-done"):
             self._wait(values.get(operands[0]), weight)
             return None
@@ -389,7 +393,7 @@ def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -
     for name in instruction.operands[: 2 if kind == "ragged-all-to-all" else None]:
         source = computation.by_name.get(name)
         if source is None:
-            raise ValueError(f"%{instruction.name}: its operand {name} is not in the text")
+            raise ProgramError(f"%{instruction.name}: its operand {name} is not in the text")
         arrays.append(source.result[0])
     if kind == "ragged-all-to-all":
         arrays = [min(arrays, key=lambda array: array.bytes)]

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.errors import ProgramError
+
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]+\))?[^)]*)\))? ?\{([^}]*)\}")
@@ -56,12 +58,14 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", text or ""))
 
 
-def _iota(shape: Sequence[int], transpose: Sequence[int]) -> np.ndarray:
-    ids = np.arange(math.prod(shape)).reshape(shape)
+def _iota(shape: Sequence[int], transpose: Sequence[int], count: int) -> np.ndarray:
+    if math.prod(shape) != count:  # before memory is asked for
+        raise ProgramError(f"device groups over {shape} = {math.prod(shape)} devices, but the mesh has {count}")
+    ids = np.arange(count).reshape(shape)
     return ids.transpose(transpose) if transpose else ids
 
 
-def _groups_by_mesh(match: re.Match[str]) -> np.ndarray:
+def _groups_by_mesh(match: re.Match[str], count: int) -> np.ndarray:
     """`mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a','b':(2)4}`: the axes named in braces vary inside a group.
 
     A part of an axis, 'b':(2)4, is the factor 4 of it that stands behind a factor 2.
@@ -69,7 +73,7 @@ def _groups_by_mesh(match: re.Match[str]) -> np.ndarray:
     names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
     shape = tuple(names.values())
     order = _MESH_IOTA.search(match.group(2) or "")
-    ids = _iota(_numbers(order.group(1)), _numbers(order.group(2))) if order else np.arange(math.prod(shape))
+    ids = _iota(_numbers(order.group(1)), _numbers(order.group(2)), count) if order else _iota(shape, (), count)
     factors: list[int] = []
     place: dict[str, int] = {}
     parts = {name: (int(before or 1), int(size or names[name])) for name, before, size in _SUB_AXIS.findall(match.group(3))}
@@ -89,17 +93,17 @@ def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
     `{{0,1},{2,3}}`; `[4,2]<=[2,4]T(1,0)`; `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`. `{}` is all devices.
 
     Raises:
-      ValueError: another form.
+      ProgramError: another form.
     """
     iota, by_mesh, listed = _IOTA.search(attributes), _MESH.search(attributes), _LISTED.search(attributes)
     if iota:
         shape = _numbers(iota.group(1))
-        return _iota(_numbers(iota.group(2)), _numbers(iota.group(3))).reshape(shape)
+        return _iota(_numbers(iota.group(2)), _numbers(iota.group(3)), count).reshape(shape)
     if by_mesh:
-        return _groups_by_mesh(by_mesh)
+        return _groups_by_mesh(by_mesh, count)
     if listed:
         return [list(_numbers(group)) for group in re.findall(r"\{([\d, ]+)\}", listed.group(1) or "")] or [list(range(count))]
-    raise ValueError(f"device groups in a form that is not known here: {attributes[:200]}")
+    raise ProgramError(f"device groups in a form that is not known here: {attributes[:200]}")
 
 
 def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: Layout) -> Group:

@@ -9,17 +9,15 @@ Every layout is compiled in a process of its own, two at a time. What goes wrong
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
 from jaxtrain.planner.deviceless import Report, has_plugin, report_in_subprocess
@@ -142,7 +140,7 @@ def _with_fake(estimate: Estimate) -> Estimate:
     flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.verify"],
-        input=base64.b64encode(pickle.dumps(estimate.config)).decode(),
+        input=to_json(estimate.config),
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"},
         capture_output=True,
         text=True,
@@ -178,8 +176,7 @@ def _compile_here(config: Config) -> dict[str, float]:
 
 def main() -> None:
     """Reads a config from standard input, compiles it for fake CPU devices, and writes one line of JSON."""
-    config = pickle.loads(base64.b64decode(sys.stdin.read()))
-    print(_MARK + json.dumps(_compile_here(config)), flush=True)
+    print(_MARK + json.dumps(_compile_here(from_json(sys.stdin.read()))), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig, to_json
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
@@ -102,10 +102,7 @@ def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_the_process_explains_is_passed_on():
     """Without the plugin too: the process answers in JSON whatever goes wrong that has an explanation."""
-    import base64
-    import pickle
-
-    request = base64.b64encode(pickle.dumps((tiny(), "a100-80", 8, 1, None))).decode()
+    request = json.dumps([to_json(tiny()), "a100-80", 8, 1, None])
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.deviceless"], input=request, capture_output=True, text=True, check=True
     )
