@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +17,8 @@ from jaxtrain.hardware import load_chip
 
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _or(numbers: Sequence[int]) -> str:
@@ -65,6 +67,9 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
     return mesh, []
 
 
+_LARGEST = {"train.seed": 2**63}  # of whole numbers; 2^31 for all others, so that what is computed from them stays in bounds
+
+
 def _type_problems(value: Any, path: str = "") -> list[str]:
     """Values whose type or choice is not what the field declares (a config file is Python, and may hold anything)."""
     hints = get_type_hints(type(value))
@@ -87,8 +92,12 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
         return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a whole number"]
-    if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+    if hint is int and abs(value) >= _LARGEST.get(name, 2**31):
+        return [f"{name}={value:.6e} is beyond all measure; the largest is {_LARGEST.get(name, 2**31) - 1}"]
+    if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a finite number"]
+    if hint is float and not abs(value) <= sys.float_info.max:  # not isfinite: a whole number may be too large for a float
+        return [f"{name}={str(value)[:40]} is not a finite number"]
     if hint in (bool, str) and not isinstance(value, hint):
         return [f"{name}={value!r} is not a {hint.__name__}"]
     return []
