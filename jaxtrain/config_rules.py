@@ -93,11 +93,13 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a whole number"]
     if hint is int and abs(value) >= _LARGEST.get(name, 2**31):
-        return [f"{name}={value:.6e} is beyond all measure; the largest is {_LARGEST.get(name, 2**31) - 1}"]
+        return [f"{name} is a whole number of {value.bit_length()} bits; the largest is {_LARGEST.get(name, 2**31) - 1}"]
     if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a finite number"]
     if hint is float and not abs(value) <= sys.float_info.max:  # not isfinite: a whole number may be too large for a float
-        return [f"{name}={str(value)[:40]} is not a finite number"]
+        return [
+            f"{name}={value if isinstance(value, float) else 'a whole number too large for a float'} is not a finite number"
+        ]
     if hint in (bool, str) and not isinstance(value, hint):
         return [f"{name}={value!r} is not a {hint.__name__}"]
     return []
@@ -323,7 +325,7 @@ def _other_problems(config: Config) -> list[str]:
     tokenizer = config.data.tokenizer
     if tokenizer.startswith("bpe:"):
         size = tokenizer[4:]
-        if not size.isdigit() or int(size) < 257:
+        if not re.fullmatch("[0-9]{1,9}", size) or int(size) < 257:
             problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
         elif int(size) > config.model.vocab_size:
             problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")

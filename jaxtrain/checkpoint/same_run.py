@@ -29,9 +29,16 @@ class Differences:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differences:
-    """Compares two metadata dicts: "config" (`dataclasses.asdict`), "data_fingerprint" and "versions", where present."""
+    """Compares two metadata dicts: "config" (`dataclasses.asdict`), "data_fingerprint" and "versions", where present.
+
+    Raises:
+      CheckpointError: what is saved there is no config.
+    """
     found = Differences()
-    before, after = (_flags(metadata) for metadata in (saved, current))
+    try:
+        before, after = (_flags(metadata) for metadata in (saved, current))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"a checkpoint holds something else where its run's config should be ({error})") from error
     for flag in [*after, *(flag for flag in before if flag not in after)]:
         if flag in before and flag in after:
             if before[flag] != after[flag]:

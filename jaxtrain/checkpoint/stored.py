@@ -166,6 +166,7 @@ def _is_sound(stored: dict[str, Any]) -> bool:
         and isinstance(sums, dict)
         and sums.keys() == leaves.keys()
         and isinstance(metadata, dict)
+        and isinstance(metadata.get("config", {}), dict)
     )
 
 
@@ -188,11 +189,14 @@ def delete(path: epath.Path) -> None:
     """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
     mark = path / DELETION_MARK
     try:
+        if os.path.islink(path):  # what it leads to is not ours
+            os.unlink(path)
+            return
         if (path / COMMIT_MARK).exists():
             (path / COMMIT_MARK).rename(mark)
         for child in path.iterdir():
             if child != mark:
-                child.rmtree() if child.is_dir() else child.unlink()
+                child.rmtree() if child.is_dir() and not os.path.islink(child) else child.unlink()
         path.rmtree(missing_ok=True)
     except OSError as error:  # a checkpoint too many is no reason to stop a run
         log.warning("could not delete %s: %s", path, error)

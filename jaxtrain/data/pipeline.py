@@ -242,6 +242,12 @@ class Data:
                 source = sources[pick[0]]
                 sizes[row] = source.read(pick[1], windows[row])
                 separators[row] = source.separator
+        limit = self._config.model.vocab_size
+        if windows.size and not 0 <= windows.min() <= windows.max() < limit:  # all were looked at when the data was opened
+            raise DataError(
+                f"token id {windows.min() if windows.min() < 0 else windows.max()} is outside model.vocab_size={limit}: "
+                "the token files were changed while this run was reading them; put them back, and start it again"
+            )
         return pack(windows, sizes, separators, self._config.data.mask_documents)
 
 

@@ -125,9 +125,7 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
     except (ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"{path}: not a whole .npy array of numbers ({str(error).splitlines()[0]})") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: shape {array.shape} of {array.dtype}; tokens are a one-dimensional array of whole numbers"
-        )
+        raise DataError(f"{path}: shape {array.shape} of {array.dtype}; tokens are a one-dimensional array of whole numbers")
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
     return TokenPart(array.view(np.ndarray), digest, separator)
 

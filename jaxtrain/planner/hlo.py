@@ -40,7 +40,7 @@ _LARGEST_COUNTER = 2**63
 
 @contextlib.contextmanager
 def understood() -> Iterator[None]:
-    """In the block a program's text is read: names that nothing has, missing parts and endless calls become a `ProgramError`."""
+    """Where a program's text is read: names that nothing has, missing parts and endless calls become a `ProgramError`."""
     try:
         yield
     except ProgramError:

@@ -1,6 +1,9 @@
 """Bad input gives one clear line: what, where, and what would work."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -195,3 +198,90 @@ def test_sources_that_need_no_cache_work_without_one(make_config, tmp_path):
     tokens = DataSource(kind="tokens", path=f"{tmp_path}/ids.npy")
     data = open_data(make_config(tokens, DataSource(kind="synthetic"), cache_dir=f"{tmp_path}/file/cache"))
     assert data.train_batch(0, slice(None))["tokens"].shape == (8, 16)
+
+
+def tokens_of(make_config, path, ids, **changes):
+    """A config that reads these ids, saved as .npy."""
+    np.save(path, ids)
+    return make_config(DataSource(kind="tokens", path=str(path)), tokenizer="none", validation_fraction=0.0, **changes)
+
+
+def test_token_files_that_vanish_under_a_run_cost_nothing(make_config, tmp_path):
+    """The run goes on with what it opened, to the last byte; the next start names what is missing."""
+    config = tokens_of(make_config, tmp_path / "ids.npy", np.arange(4000) % 300)
+    data, again = open_data(config), open_data(config)
+    (tmp_path / "ids.npy").unlink()
+    (tmp_path / "ids.npy.part").write_bytes(b"")
+    for step in range(12):
+        assert np.array_equal(data.train_batch(step, slice(None))["tokens"], again.train_batch(step, slice(None))["tokens"])
+    refused(config, "ids.npy", "matches no file")
+
+
+def test_a_corpus_that_vanishes_under_a_run_costs_nothing(make_config, books, text_folder):
+    """Text is read once, into the cache."""
+    config = make_config(books)
+    data, before = open_data(config), open_data(config).train_batch(3, slice(None))
+    for path in text_folder.iterdir():
+        path.unlink()
+    assert np.array_equal(data.train_batch(3, slice(None))["tokens"], before["tokens"])
+    refused(config, "matches no file")
+
+
+def test_token_files_that_are_overwritten_under_a_run_stop_it(make_config, tmp_path):
+    path, ids = tmp_path / "ids.npy", np.arange(4000) % 300
+    data = open_data(tokens_of(make_config, path, ids))
+    with open(path, "r+b") as file:
+        file.seek(128)
+        file.write(np.full(4000, 70_000).tobytes())
+    words = "token id 70000 is outside model.vocab_size=300: the token files were changed while"
+    with data.train_batches(0, slice(None)) as batches, pytest.raises(DataError, match=words):
+        next(iter(batches))
+
+
+def test_token_files_cut_short_under_a_run_never_give_wrong_ids(tmp_path):
+    """Reading beyond the end of a mapped file is a SIGBUS: the process ends, which a supervisor names; nothing is made up."""
+    program = f"""
+import os
+import numpy as np
+from jaxtrain.config import Config, DataConfig, DataSource, ModelConfig
+from jaxtrain.data.pipeline import open_data
+np.save("ids.npy", np.arange(100_000) % 300)
+source = DataSource(kind="tokens", path="ids.npy")
+data = DataConfig((source,), tokenizer="none", sequence_length=16, cache_dir="{tmp_path}/cache")
+opened = open_data(Config(model=ModelConfig(vocab_size=300), data=data))
+os.truncate("ids.npy", 4096)
+for step in range(1000):
+    opened.train_batch(step, slice(None))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS, done.stderr
+
+
+def test_a_corpus_that_changed_between_runs_is_another_one(make_config, books, text_folder):
+    """By its contents, wherever it stands: check_same_run refuses a checkpoint with another fingerprint."""
+    config = make_config(books)
+    before = open_data(config).fingerprint
+    assert open_data(config).fingerprint == before
+    path = text_folder / "03.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("alpha", "aleph", 1), encoding="utf-8")
+    assert open_data(config).fingerprint != before
+
+
+def test_what_the_json_beside_a_token_file_says_is_not_believed(make_config, tmp_path):
+    """It may come from anywhere: ids are counted, and its own fields have a checksum."""
+    from jaxtrain.data.file_hashes import short_hash
+    from jaxtrain.data.token_stream import StreamWriter
+    from jaxtrain.data.tokenizers import ByteTokenizer
+
+    writer = StreamWriter(tmp_path / "ids.bin", "train", ByteTokenizer(), "byte")
+    writer.append("x" * 500, np.full(500, 290))
+    writer.close()
+    beside = tmp_path / "ids.json"
+    said = json.loads(beside.read_text())
+    config = make_config(DataSource(kind="tokens", path=f"{tmp_path}/ids.bin"))
+    beside.write_text(json.dumps(said | {"largest_id": 5}))
+    refused(config, "ids.json", "checksum in its field 'digest'")
+    for lie, words in (({"largest_id": 5}, ("token id 290 at position 1",)), ({"separator": 7}, ("separator=7", "is 256"))):
+        fields = {name: value for name, value in said.items() if name != "digest"} | lie
+        beside.write_text(json.dumps(fields | {"digest": short_hash(fields)}))
+        refused(config, *words)
