@@ -483,7 +483,7 @@ def _from_plain(value: Any, hint: Any, path: str) -> Any:
         return None if value is None else _from_plain(value, get_args(hint)[0], path)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_from_plain(item, get_args(hint)[0], f"{path}.{i}") for i, item in enumerate(value))
-    if not dataclasses.is_dataclass(hint):
+    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return value
     if not isinstance(value, dict):
         raise ConfigError([f"{path}={value!r} is not an object of fields"])

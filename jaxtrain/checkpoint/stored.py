@@ -160,13 +160,14 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
 def _is_sound(stored: dict[str, Any]) -> bool:
     """Whether the parts are of the kinds that `save` writes: the seal tells of an accident, but anyone can make one."""
     leaves, sums, metadata = (stored.get(name) for name in ("leaves", "checksums", "metadata"))
+    config = metadata.get("config", {}) if isinstance(metadata, dict) else None
     return (
         isinstance(leaves, dict)
         and all(LEAF_NAME.fullmatch(name) and LEAF.fullmatch(str(words)) for name, words in leaves.items())
         and isinstance(sums, dict)
         and sums.keys() == leaves.keys()
-        and isinstance(metadata, dict)
-        and isinstance(metadata.get("config", {}), dict)
+        and isinstance(config, dict)
+        and all(isinstance(config.get(section, {}), dict) for section in ("mesh", "sync"))
     )
 
 
