@@ -122,8 +122,9 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it knows neither pickles nor archives
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path}: not a whole .npy array of numbers ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a broken header raises errors of many classes, tokenize.TokenError among them
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{path}: not a whole .npy array of numbers ({why})") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(f"{path}: shape {array.shape} of {array.dtype}; tokens are a one-dimensional array of whole numbers")
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
