@@ -31,13 +31,16 @@ for ((turn = 0; turn <= restarts; turn++)); do
   done
   running=""
 
+  ended_with() { grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; } # whether a process did
+  ended_with 76 && code=76 # saved after a signal
   ((code == 0)) && exit 0
-  refused=$(cat "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null | grep -xm 1 '[12]')
-  if [[ -n $refused ]]; then
-    echo "error: starting again would end the same way; see above" >&2
-    exit "$refused"
-  fi
-  if [[ -n $stopping ]] || grep -qx 76 "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; then
+  for refused in 2 1; do
+    if ended_with $refused; then
+      echo "error: starting again would end the same way; see above" >&2
+      exit $refused
+    fi
+  done
+  if [[ -n $stopping ]] || ((code == 76)); then
     echo "stopped; the same command goes on from the newest checkpoint" >&2
     exit 76
   fi

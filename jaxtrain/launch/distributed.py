@@ -266,7 +266,8 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         if not _are_several():
             raise
         code = _blame(error)
-    _leave_word(code)
+    if _leave_word(code) and code == EXIT_STOPPED:
+        code = EXIT_DONE  # srun and mpirun end the others on any other code, perhaps while they still save
     if not _are_several() or code in (EXIT_DONE, EXIT_STOPPED):
         sys.exit(code)  # in order: all processes come to this
     sys.stdout.flush()
@@ -274,12 +275,13 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def _leave_word(code: object) -> None:
-    """A file with this process's exit code in JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all."""
+def _leave_word(code: object) -> bool:
+    """Writes this process's exit code into JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all. True if it is there."""
     folder = os.environ.get("JAXTRAIN_EXIT_CODES")
     if folder:
         with contextlib.suppress(OSError):
-            Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(f"{code}\n")
+            return Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(f"{code}\n") > 0
+    return False
 
 
 def _blame(error: BaseException) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxtrain.errors import EXIT_STOPPED, ConfigError
 from jaxtrain.launch.job import Job, JobFlags
-from jaxtrain.launch.shell import command_lines, comment, exports, find_refusal
+from jaxtrain.launch.shell import command_lines, comment, exports, judge
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,8 @@ for ((turn = 0; turn <= restarts; turn++)); do
   done
   running=""
 
-  ((code == 0)) && exit 0
-{find_refusal(2)}
-  if [[ -n $stopping ]] || grep -qx {EXIT_STOPPED} "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; then
+{judge(2)}
+  if [[ -n $stopping ]] || ((code == {EXIT_STOPPED})); then
     echo "stopped; the same command goes on from the newest checkpoint" >&2
     exit {EXIT_STOPPED}
   fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import textwrap
 
+from jaxtrain.errors import EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE
 from jaxtrain.launch.job import Job
 
 
@@ -31,11 +32,16 @@ def command_lines(job: Job, indent: int, end: str = "") -> str:
     return " \\\n".join(f"{' ' * (indent + 2 * (i > 0))}{line}" for i, line in enumerate(lines)) + end
 
 
-def find_refusal(indent: int = 0) -> str:
-    """Ends the script where a process left 1 or 2: an error that starting again would not mend."""
-    text = """refused=$(cat "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null | grep -xm 1 '[12]')
-if [[ -n $refused ]]; then
-  echo "error: starting again would end the same way; see above" >&2
-  exit "$refused"
-fi"""
+def judge(indent: int = 0) -> str:
+    """Makes $code that of the run, and ends the script where it is done, or where starting again would end the same way."""
+    text = f"""\
+ended_with() {{ grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; }} # whether a process did
+ended_with {EXIT_STOPPED} && code={EXIT_STOPPED} # saved after a signal
+((code == 0)) && exit 0
+for refused in {EXIT_USAGE} {EXIT_ERROR}; do
+  if ended_with $refused; then
+    echo "error: starting again would end the same way; see above" >&2
+    exit $refused
+  fi
+done"""
     return textwrap.indent(text, " " * indent)
