@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,20 @@ def _nearest_multiples(number: int, unit: int) -> str:
     """The multiples of `unit` next to `number`, as words."""
     below, above = number // unit * unit, math.ceil(number / unit) * unit
     return _or([n for n in (below, above) if n > 0])
+
+
+def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
+    """(name, value) of an entry of `train.xla_options`, "name=value": true, false and whole numbers as such.
+
+    Raises:
+      ExplainedError: there is no name or no value.
+    """
+    name, equals, text = (part.strip() for part in option.partition("="))
+    if not (name and equals and text):
+        raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
+    if text.lower() in ("true", "false"):
+        return name, text.lower() == "true"
+    return name, int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
@@ -301,6 +316,15 @@ def _sync_problems(sync: SyncConfig, layers: int, parts: int) -> list[str]:
     return problems
 
 
+def _explained(check: Callable[[], object]) -> list[str]:
+    """What a check raises, as a problem."""
+    try:
+        check()
+    except ExplainedError as error:
+        return [str(error)]
+    return []
+
+
 def _other_problems(config: Config) -> list[str]:
     problems = []
     unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
@@ -333,10 +357,9 @@ def _other_problems(config: Config) -> list[str]:
     if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
         problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
     if config.telemetry.hardware != "auto":
-        try:
-            load_chip(config.telemetry.hardware, "telemetry.hardware")
-        except ExplainedError as error:
-            problems.append(str(error))
+        problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
+    for option in config.train.xla_options:
+        problems += _explained(functools.partial(parse_xla_option, option))
     if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
         problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems

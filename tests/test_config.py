@@ -210,6 +210,11 @@ ONE_PROBLEM = {
     "tokenizer without a size": (1, {"data": {"tokenizer": "bpe:big"}}, ["'bpe:big'", "at least 257"]),
     "tokenizer beyond the vocabulary": (1, {"data": {"tokenizer": "bpe:5000"}}, ["'bpe:5000'", "vocab_size=257"]),
     "profile backwards": (1, {"telemetry": {"profile": "13:10"}}, ["profile='13:10'", "10:13"]),
+    "option of XLA without a value": (
+        1,
+        {"train": {"xla_options": ("xla_gpu_x=1", "xla_gpu_y")}},
+        ["train.xla_options: 'xla_gpu_y' is not name=value", "e.g. xla_gpu_"],
+    ),
     "unknown chip": (1, {"telemetry": {"hardware": "h2000"}}, ["h2000"]),
 }
 

@@ -22,6 +22,7 @@ import jax
 import jaxlib.version
 
 from jaxtrain.config import Config
+from jaxtrain.config_rules import parse_xla_option
 from jaxtrain.errors import ExplainedError
 
 MIB = 2**20
@@ -124,18 +125,9 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
     """What `train.xla_options` says: "name=value" each, true and false and numbers as such.
 
     Raises:
-      ExplainedError: an entry without a name or a value.
+      ExplainedError: an entry without a name or a value; a validated config has none.
     """
-    return dict(_parse(option) for option in options)
-
-
-def _parse(option: str) -> tuple[str, Value]:
-    name, equals, text = (part.strip() for part in option.partition("="))
-    if not (name and equals and text):
-        raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
-    if text.lower() in ("true", "false"):
-        return name, text.lower() == "true"
-    return name, int(text) if re.fullmatch(r"-?\d+", text) else text
+    return dict(map(parse_xla_option, options))
 
 
 def compile_with_options(lowered: Any, defaults: Mapping[str, Value], asked: Mapping[str, Value]) -> Any:
