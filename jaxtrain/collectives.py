@@ -140,6 +140,8 @@ def show(whole: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from jaxtrain.telemetry.progress import readable_size
+
     compiled, has_formula = whole["compiled"], not whole["no_formula"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in whole["mesh"].items()) or "one device"
     source = "compiled" if compiled else "closed form"
@@ -158,10 +160,10 @@ def show(whole: dict[str, Any]) -> None:
         return
     wire = sum(row.get("wire", 0.0) for row in whole["rows"])
     exposed = wire - sum(row.get("hidden", 0.0) for row in whole["rows"])
-    console.print(f"{exposed / max(wire, 1):.1%} of {wire / 2**30:,.2f} GiB on the wire is exposed", highlight=False)
+    console.print(f"{exposed / max(wire, 1):.1%} of {readable_size(wire)} on the wire is exposed", highlight=False)
     beside = f", {whole['flops'] / whole['flops_formula'] - 1:+.2%} from the closed form" if whole["flops_formula"] else ""
     console.print(f"{whole['flops'] / 1e12:,.2f} matmul TFLOP{beside}; attention {whole['attention']}", highlight=False)
-    console.print(f"{whole['memory_bytes'] / 2**30:,.2f} GiB for state, batch and temporaries", highlight=False)
+    console.print(f"{readable_size(whole['memory_bytes'])} for state, batch and temporaries", highlight=False)
 
 
 def main(arguments: Sequence[str]) -> int:

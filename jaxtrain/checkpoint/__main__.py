@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
 from jaxtrain.main import explained
+from jaxtrain.telemetry.progress import readable_size
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -117,7 +118,7 @@ def list_steps(folder: str) -> int:
                 words, mesh = f"damaged: {error}", {}
             sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1)
             when = f"{saved:%Y-%m-%d %H:%M:%S}  {sizes}"
-        print(f"{path.name:>24}  {readable_bytes(size):>9}  {words}  {when}".rstrip())
+        print(f"{path.name:>24}  {readable_size(size):>9}  {words}  {when}".rstrip())
     return EXIT_DONE
 
 
@@ -134,7 +135,7 @@ def verify(folder: str, every: bool) -> int:
                 count, size = count + 1, size + array.nbytes
                 if wrong_leaves(sums, {name: array}):
                     raise DamagedCheckpoint(f"{name} does not have its checksum")
-            print(f"step {step}: {count} arrays, {readable_bytes(size)}: as they were saved")
+            print(f"step {step}: {count} arrays, {readable_size(size)}: as they were saved")
         except CheckpointError as error:
             bad += 1
             print(f"step {step}: DAMAGED: {error}")
@@ -205,15 +206,6 @@ def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: boo
 def size_of(path: Any) -> int:
     """Bytes of all files below a folder (epath has no recursive glob)."""
     return sum(size_of(child) if child.is_dir() else child.stat().length for child in path.iterdir())
-
-
-def readable_bytes(size: float) -> str:
-    """In the largest unit that leaves a number above 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def main(arguments: Sequence[str]) -> int:

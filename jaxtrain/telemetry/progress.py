@@ -195,8 +195,9 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
         parts.append(f"data wait {row['data_wait_seconds'] / row['step_seconds']:.1%}")
     add("grad_norm", "grad norm {:.2f}")
     add("learning_rate", "lr {:.2e}")
-    add("device_memory_bytes", "{:.1f} GiB device", 2**-30)
-    add("host_memory_bytes", "{:.1f} GiB host", 2**-30)
+    for where in ("device", "host"):
+        if row.get(f"{where}_memory_bytes") is not None:
+            parts.append(f"{readable_size(row[f'{where}_memory_bytes'])} {where}")
     add("watts", "{:,.0f} W")
     add("joules_per_token", "{:.3g} J/token")
     if row.get("energy_kwh_at_end") is not None:
@@ -224,3 +225,13 @@ def readable_seconds(seconds: float | None) -> str:
         if whole >= unit:
             return f"{whole // unit}{above} {whole % unit // inner:02d}{below}"
     return f"{whole}s"
+
+
+def readable_size(size: float) -> str:
+    """Bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {unit}"

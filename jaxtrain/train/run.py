@@ -34,7 +34,7 @@ from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, read_rows
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
-from jaxtrain.telemetry.progress import Progress
+from jaxtrain.telemetry.progress import Progress, readable_size
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, StopOnSignal, Validation
 from jaxtrain.train.loop import Hook, Loop
@@ -244,10 +244,8 @@ class Run:
             steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, self.config.train.steps)
         programs = [program.memory_analysis() for program in steps.programs.values()]
         memory = max(programs, key=lambda program: program.temp_size_in_bytes)
-        held, working = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
-        self.progress.say(
-            f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held:.2f} GiB, works in {working:.2f} GiB"
-        )
+        held, working = map(readable_size, (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+        self.progress.say(f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held}, works in {working}")
         if steps.description:
             self.progress.say(f"replicas   {steps.description}")
         return steps

@@ -3,7 +3,15 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxtrain.telemetry.progress import LiveProgress, PlainProgress, Progress, fill, open_progress, readable_seconds
+from jaxtrain.telemetry.progress import (
+    LiveProgress,
+    PlainProgress,
+    Progress,
+    fill,
+    open_progress,
+    readable_seconds,
+    readable_size,
+)
 
 TRAINING = {
     "step": 100,
@@ -120,3 +128,19 @@ def test_durations(seconds, words):
 def test_figures_fill_lines_without_being_broken():
     assert fill(["aaaa", "bb", "cc", "a long one indeed"], 12) == ["aaaa · bb", "cc", "a long one indeed"]
     assert fill(["abc"], 2) == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.50 KiB"),
+        (700 * 2**20, "700 MiB"),
+        (12.3456 * 2**30, "12.3 GiB"),
+        (2**40, "1.00 TiB"),
+        (5000 * 2**40, "5000 TiB"),
+    ],
+)
+def test_readable_size(size: float, words: str):
+    assert readable_size(size) == words
