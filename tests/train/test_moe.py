@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig, OptimizerConfig, PipelineConfig
+from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig, OptimizerConfig, PipelineConfig, SyncConfig
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import create_state, to_canonical
-from jaxtrain.train.step import batch_names, batch_sharding, make_train_step
+from jaxtrain.train.state import create_state, params_dims, to_canonical
+from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding
 from tests.layouts import BASE, batch_of, check
 
 RATE = 0.01
@@ -73,19 +73,17 @@ def test_layouts_equal_one_device(config):
 
 @functools.cache
 def trained(config, steps=2):
-    """(canonical parameters, metrics of each step) of whole train steps, as the program takes them."""
+    """(canonical parameters, metrics of each step) of whole train steps, as their programs take them."""
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
-    dims = parameter_dims(config.model)
-    optimizer = make_optimizer(config.optimizer, 10, dims)
+    optimizer = make_optimizer(config.optimizer, 10, parameter_dims(config.model))
     state = create_state(config, mesh, optimizer)
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile()
-    metrics = []
+    train, metrics = TrainSteps(config, mesh, optimizer, "reference", 0, steps), []
     for _ in range(steps):
-        state, one = step(state, batch)
+        state, one = train(state, batch)
         metrics.append(jax.tree.map(np.asarray, one))
-    return jax.tree.map(np.asarray, to_canonical(config, state["params"], dims)), metrics
+    return jax.tree.map(np.asarray, to_canonical(config, state["params"], params_dims(config))), metrics
 
 
 SGD = replace(
@@ -122,6 +120,20 @@ def test_train_steps_on_a_mesh_equal_one_device():
     mesh, on_mesh = trained(laid_out(SGD, 2, "full", pipe=2, expert=4))
     for a, b in zip(on_one, on_mesh, strict=True):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
+
+
+def test_replicas_with_spread_experts_equal_replicas_of_one_device():
+    """DiLoCo: experts move tokens within their replica alone, whose routers' biases follow its own loads till the exchange."""
+    model = replace(SGD.model, num_layers=1, embed_dim=16, moe=replace(MOE, first_dense_layers=0))
+    config = replace(SGD, model=model, sync=SyncConfig(mode="diloco", every=1))
+    one, on_one = trained(laid_out(config, 1, "none", replica=2))
+    mesh, on_mesh = trained(laid_out(config, 1, "none", replica=2, expert=2))
+    for a, b in zip(on_one, on_mesh, strict=True):
+        assert b["exchanged_bytes"] < a["exchanged_bytes"]
+        assert b["replica_divergence"].min() > 0
+        assert (b["expert_load"][0] != b["expert_load"][1]).any(), "both replicas had the same tokens"
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a | {"exchanged_bytes": b["exchanged_bytes"]}, b)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
 
 
