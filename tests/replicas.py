@@ -51,6 +51,13 @@ def mean_exchanged(x: np.ndarray, residual: np.ndarray, compression: str, block:
     return whole(sent_on), np.stack([whole(each) for each in lost])
 
 
+def divergence(params: list[Tree]) -> float:
+    """|P_r - mean P| / |mean P| over all numbers of all leaves, in the mean of replicas r."""
+    whole = np.stack([np.concatenate([leaf.reshape(-1) for leaf in each.values()]) for each in params]).astype(np.float64)
+    mean = whole.mean(0)
+    return float(np.mean(np.linalg.norm(whole - mean, axis=1)) / np.linalg.norm(mean))
+
+
 class OuterSimulation:
     """local and diloco, in fragments, late and compressed: call `after` with the replicas' parameters after each inner step."""
 
@@ -61,6 +68,8 @@ class OuterSimulation:
         self.residual = {name: np.zeros((replicas, *leaf.shape), np.float32) for name, leaf in params.items()}
         self.late: dict[tuple[int, int], Tree] = {}
         self.arrivals = 0
+        self.divergence: dict[int, float] = {}
+        """By the step in which a fragment travels (overlap 0 or 1): how far replicas were apart when that began."""
 
     def _places(self, fragment: int) -> dict[str, Any]:
         """Where a fragment lies in each leaf."""
@@ -75,6 +84,7 @@ class OuterSimulation:
             if step % sync.every == phase:
                 away = {n: np.stack([self.anchor[n][at] - p[n][at] for p in params]) for n, at in places.items()}
                 self.late[fragment, step + sync.overlap] = away
+                self.divergence[step + sync.overlap] = divergence([{n: p[n][at] for n, at in places.items()} for p in params])
             if (fragment, step) in self.late:
                 for name, away in self.late.pop((fragment, step)).items():
                     self._outer_step(name, places[name], away)

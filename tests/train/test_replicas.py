@@ -61,6 +61,7 @@ DILOCO = SyncConfig(mode="diloco", every=2)
 INT8 = replace(DILOCO, compression="int8", error_feedback=True)
 CASES = {
     "every_step": (SyncConfig(), MeshConfig(replica=2, fsdp=2)),
+    "local": (SyncConfig(mode="local", every=3), MeshConfig(replica=2, pipe=2, fsdp=1)),
     "diloco": (DILOCO, MeshConfig(replica=2, fsdp=2, tensor=2)),
     "streaming": (replace(DILOCO, every=4, fragments=2, overlap=1), MeshConfig(replica=2, fsdp=1)),
     "delayed": (SyncConfig(mode="delayed", delay=2), MeshConfig(replica=2, pipe=2, fsdp=1)),
@@ -151,8 +152,11 @@ def part_of(batch: dict[str, np.ndarray], replica: int, replicas: int) -> dict[s
     return {name: np.concatenate([array] * replicas) for name, array in own.items()}
 
 
-def simulated(sync: SyncConfig, replicas: int, steps: int = STEPS) -> tuple[list[dict[str, np.ndarray]], list[float]]:
-    """(each replica's parameters after the last step, the loss of each step)"""
+@functools.cache
+def simulated(
+    sync: SyncConfig, replicas: int, steps: int = STEPS
+) -> tuple[list[dict[str, np.ndarray]], list[float], dict[int, float]]:
+    """(each replica's parameters after the last step, the loss of each step, divergence by the step that exchanges)"""
     config, mesh, gradients, update = alone()
     structure, first = jax.tree.structure(canonical_start()), named_leaves(canonical_start())
 
@@ -177,7 +181,7 @@ def simulated(sync: SyncConfig, replicas: int, steps: int = STEPS) -> tuple[list
             params, states = [canonical(config, p) for p, _ in updated], [s for _, s in updated]
         if sync.replicas_differ:
             params = outer.after(step, params)
-    return params, losses
+    return params, losses, outer.divergence
 
 
 @functools.cache
@@ -196,7 +200,7 @@ def trained(name: str) -> tuple[Config, jax.sharding.Mesh, Any, list[dict[str, f
 @pytest.mark.parametrize("name", CASES)
 def test_the_train_step_is_what_single_runs_put_together_are(name: str):
     sync, mesh = CASES[name]
-    expected, losses = simulated(sync, mesh.replica)
+    expected, losses, _ = simulated(sync, mesh.replica)
     config, _, state, metrics, _ = trained(name)
     np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=2e-6 if sync.compression == "none" else 1e-5)
     got = canonical(config, state["params"])
@@ -208,6 +212,19 @@ def test_the_train_step_is_what_single_runs_put_together_are(name: str):
             assert np.abs(own - named_leaves(canonical_start())[path]).max() > 1e-3, f"{path} has not moved"
     # A number on the edge between two codes may fall to either side; any other must agree.
     assert far <= (0 if sync.compression == "none" else 0.005 * total)
+
+
+@pytest.mark.parametrize("name", ["local", "diloco", "streaming"])
+def test_replica_divergence_is_that_of_the_newest_exchange(name: str):
+    """Over all shards and stages of a replica, of the fragment that travels; kept until the next one does."""
+    sync, mesh = CASES[name]
+    at_exchange = simulated(sync, mesh.replica)[2]
+    newest = [max((at for at in at_exchange if at <= step), default=0) for step in range(1, STEPS + 1)]
+    _, _, _, metrics, _ = trained(name)
+    assert ["replica_divergence" in m for m in metrics] == [at > 0 for at in newest]
+    got = [m["replica_divergence"] for m in metrics if "replica_divergence" in m]
+    np.testing.assert_allclose(got, [at_exchange[at] for at in newest if at], rtol=1e-4)
+    assert min(got) > 1e-3
 
 
 SHARDS = {"int8 on shards": (INT8, MeshConfig(replica=2, fsdp=2))}
@@ -240,7 +257,7 @@ def test_delay_0_is_every_step_bit_for_bit():
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("name", ["diloco", "diloco int8", "every_step float8", "delayed", "streaming"])
+@pytest.mark.parametrize("name", ["local", "diloco", "diloco int8", "every_step float8", "delayed", "streaming"])
 def test_every_byte_between_replicas_is_counted(name: str):
     """A step without an exchange sends nothing between replicas, not even its loss; one with it sends what is said."""
     config, mesh, _, _, train = trained(name)
