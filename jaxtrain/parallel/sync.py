@@ -30,8 +30,9 @@ Compression (`ops/quantised_reduce.py`) can be put on any of them: on gradients,
 How a late exchange hides. What it sends is in the state, so its transfer starts with the step; `await_with` keeps XLA from
 using the result before the step's own work is done; all leaves travel as one vector (one transfer spans a loop over layers,
 many cannot), on a stream of their own (`ops/quantised_reduce.py`). 7b compiled for 8 replicas of 8 H100s with delay 1: 5.5 GiB
-a step are under way from before the first layer to after the last. Compressed, the first transfer hides so, the second
-only behind what is left of the step then. Without `overlap` local and diloco wait, once in `every` steps.
+a step are under way from before the first layer to after the last. Compressed, an exchange is two transfers, and the second
+has the first to wait for: it hides only behind what XLA leaves of the step then, which in a small model was nothing. Without
+`overlap` local and diloco wait, once in `every` steps.
 
 A step with an exchange is another compiled program than one without, because a conditional would copy the state: `exchange_at`
 says which program step n is.

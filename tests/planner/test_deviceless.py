@@ -101,10 +101,11 @@ def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_the_process_explains_is_passed_on():
-    """Without the plugin too: the process answers in JSON whatever goes wrong that has an explanation."""
-    request = json.dumps([to_json(tiny()), "a100-80", 8, 1, None])
+    """The process answers in JSON whatever goes wrong that has an explanation: no plugin, or no such target."""
+    request = json.dumps([to_json(tiny()), "tpu-v5p"])
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.deviceless"], input=request, capture_output=True, text=True, check=True
     )
     said = json.loads(done.stdout.strip().removeprefix("jaxtrain-report:"))
     assert list(said) == ["error"]
+    assert ("--chip=tpu-v5p" if deviceless.has_plugin() else "not installed") in said["error"]

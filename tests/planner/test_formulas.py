@@ -225,7 +225,7 @@ def test_compiled_for_h100(name: str):
     parts = 2 if config.mesh.tensor > 1 or config.mesh.expert > 1 else 1
     assert deviations(report, collectives(config), parts=parts) == []
     assert report.flops == pytest.approx(step_flops(config, "cudnn"), rel=0.02)
-    batch = 3 * 4 * config.train.global_batch_size * case.length // config.mesh.batch_shards
+    batch = 3 * 4 * config.train.global_batch_size * case.length // (config.mesh.batch_shards * config.mesh.context)
     assert report.argument_bytes == pytest.approx(parameter_bytes(config) + optimizer_bytes(config) + batch, abs=64)
 
 

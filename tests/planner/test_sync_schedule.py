@@ -13,6 +13,7 @@ from jaxtrain.planner.hlo_collectives import read_collectives
 from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.train.exchange import exchanged_bytes
 
+pytestmark = pytest.mark.plan
 needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 BASE = Config(
     model=ModelConfig(num_layers=4, embed_dim=1024, num_heads=16, num_kv_heads=16, mlp_dim=4096, vocab_size=512),
