@@ -31,8 +31,9 @@ How a late exchange hides. What it sends is in the state, so its transfer starts
 using the result before the step's own work is done; all leaves travel as one vector (one transfer spans a loop over layers,
 many cannot), on a stream of their own (`ops/quantised_reduce.py`). 7b compiled for 8 replicas of 8 H100s with delay 1: 5.5 GiB
 a step are under way from before the first layer to after the last. Compressed, an exchange is two transfers, and the second
-has the first to wait for: it hides only behind what XLA leaves of the step then, which in a small model was nothing. Without
-`overlap` local and diloco wait, once in `every` steps.
+has the first to wait for: it hides only behind what XLA's schedule leaves of the step then. A small model in int8, compiled for
+2 replicas of 8 H100s: all of the first hidden, of the second 40% (delayed) and nothing (diloco). Without `overlap` local and
+diloco wait, once in `every` steps.
 
 A step with an exchange is another compiled program than one without, because a conditional would copy the state: `exchange_at`
 says which program step n is.
