@@ -101,17 +101,7 @@ def attention(
 
 
 def choose_backend(
-    requested: str,
-    *,
-    platform: str,
-    dtype: Any,
-    head_dim: int,
-    sequence_length: int,
-    masks_documents: bool,
-    value_dim: int | None = None,
-    window: int = 0,
-    in_pieces: bool = False,
-    compute_capability: float = 8.0,
+    requested: str, *, platform: str, dtype: Any, head_dim: int, sequence_length: int, **facts: Any
 ) -> tuple[str, str]:
     """The attention backend to use, and why, in a line for the log.
 
@@ -119,29 +109,12 @@ def choose_backend(
 
     Args:
       requested: auto, reference, blockwise or cudnn (`model.attention`).
-      platform: of the devices: cpu, gpu, cuda, tpu.
-      dtype: compute dtype of queries, keys and values.
-      sequence_length: of the longest run of tokens that one call sees: with `in_pieces`, a device's share.
-      masks_documents: whether segments are given.
-      value_dim: width of a value head where it is not head_dim.
-      window: of sliding-window attention; 0 for none.
-      in_pieces: attention goes piece by piece over the devices of the context axis (ring, gather).
-      compute_capability: of the GPU, e.g. 9.0 (Hopper); it only widens the range of head_dim.
+      platform, dtype, head_dim, sequence_length, facts: the arguments of `cudnn_obstacle`.
 
     Raises:
       ExplainedError: an explicit request cannot work; the message says why and what would.
     """
-    obstacle = cudnn_obstacle(
-        platform=platform,
-        dtype=dtype,
-        head_dim=head_dim,
-        sequence_length=sequence_length,
-        masks_documents=masks_documents,
-        value_dim=value_dim,
-        window=window,
-        in_pieces=in_pieces,
-        compute_capability=compute_capability,
-    )
+    obstacle = cudnn_obstacle(platform=platform, dtype=dtype, head_dim=head_dim, sequence_length=sequence_length, **facts)
     if requested == "cudnn" and obstacle:
         raise ExplainedError(f"model.attention=cudnn: {obstacle}; use auto, blockwise or reference")
     if requested in BACKENDS:

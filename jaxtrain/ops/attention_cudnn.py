@@ -145,9 +145,14 @@ def cudnn_obstacle(
     and our own on the size of the dense mask, which documents need, and a window where the sequence comes in pieces.
 
     Args:
+      platform: of the devices: cpu, gpu, cuda, tpu.
+      dtype: compute dtype of queries, keys and values.
       sequence_length: of the longest run of tokens that one kernel sees: with `in_pieces`, a device's share.
+      masks_documents: whether segments are given.
       value_dim: width of a value head where it is not head_dim.
-      in_pieces: attention goes piece by piece over the devices of the context axis.
+      window: of sliding-window attention; 0 for none.
+      in_pieces: attention goes piece by piece over the devices of the context axis (ring, gather).
+      compute_capability: of the GPU, e.g. 9.0 (Hopper); it only widens the range of head_dim.
     """
     largest_head = 256 if compute_capability >= 9.0 else 128
     width = max(head_dim, value_dim or 0)

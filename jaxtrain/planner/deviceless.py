@@ -142,14 +142,13 @@ def compile_for(
     config: Config,
     chip: str = "h100-sxm",
     devices_per_host: int = DEVICES_PER_HOST,
-    memory_bytes: int = UNLIMITED,
     options: dict[str, Any] | None = None,
     exchange: Exchange | None = None,
 ) -> tuple[Any, Any, str]:
     """Compiles the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
 
     Args:
-      devices_per_host, memory_bytes: as in `make_devices`.
+      devices_per_host: as in `make_devices`.
       options: XLA options over those that the trainer sets.
       exchange: what the step does between replicas; by default no more than averaged gradients.
 
@@ -165,7 +164,7 @@ def compile_for(
     from jaxtrain.train.optimizer import make_optimizer
     from jaxtrain.train.step import choose_attention, compile_train_step
 
-    mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host, memory_bytes))
+    mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host))
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability):
         backend, why = choose_attention(config, mesh)
@@ -177,12 +176,11 @@ def report(
     config: Config,
     chip: str = "h100-sxm",
     devices_per_host: int = DEVICES_PER_HOST,
-    memory_bytes: int = UNLIMITED,
     options: dict[str, Any] | None = None,
 ) -> Report:
     """Compiles (see `compile_for`) and reads the program."""
     started = time.perf_counter()
-    compiled, mesh, attention = compile_for(config, chip, devices_per_host, memory_bytes, options)
+    compiled, mesh, attention = compile_for(config, chip, devices_per_host, options)
     seconds = time.perf_counter() - started
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return Report(
@@ -197,20 +195,14 @@ def report(
     )
 
 
-def report_in_subprocess(
-    config: Config,
-    chip: str = "h100-sxm",
-    devices_per_host: int = DEVICES_PER_HOST,
-    memory_bytes: int = UNLIMITED,
-    options: dict[str, Any] | None = None,
-) -> Report:
+def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_host: int = DEVICES_PER_HOST) -> Report:
     """`report`, in a process of its own: XLA may end it, and this one may be on any backend.
 
     Raises:
       ExplainedError: what the process said, or how it ended.
     """
     require_plugin()
-    request = json.dumps([to_json(config), chip, devices_per_host, memory_bytes, options])
+    request = json.dumps([to_json(config), chip, devices_per_host])
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.deviceless"],
         input=request,
