@@ -45,7 +45,7 @@ def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
         raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
     if text.lower() in ("true", "false"):
         return name, text.lower() == "true"
-    return name, int(text) if re.fullmatch(r"-?\d+", text) else text
+    return name, int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
