@@ -63,9 +63,9 @@ class Stopped(KeyboardInterrupt):
     exit_code = EXIT_STOPPED
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def nearest(name: str, options: Iterable[object]) -> str:
     """Words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
-    options = list(options)
+    options = [str(option) for option in options]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)
     return f"did you mean {close[0]!r}? {listing}" if close else listing

@@ -191,6 +191,12 @@ def test_config_json(todo):
         assert from_json(to_json(config)) == config
 
 
+def test_a_choice_of_numbers_is_explained():
+    """Found by the above, in 10,000 cases."""
+    with pytest.raises(ConfigError, match="sharding.zero=0: one of: 1, 2, 3"):
+        validate(from_json(EVERYTHING.decode().replace('"zero": 3', '"zero": 0')), 4)
+
+
 @fuzz
 @given(changes((b"None", b"()", b"[3]", b"Config(", b"'x'", b"\x00", b"\xff", b"\n", b" ", b"=", b",")))
 def test_config_file(todo):
