@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 from jaxtrain.config import Config
@@ -69,6 +70,52 @@ def wait_for(key: str, seconds: float) -> str:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise ExplainedError(f"no other process said {key!r} within {seconds:.0f} s; see their logs") from error
+
+
+def exchange(name: str, value: Any, seconds: float) -> list[Any]:
+    """What every process says under a name, by process, as JSON gives it back. All call it; a name serves once.
+
+    Process 0 gathers and hands out, so that n processes send 2 n messages.
+
+    Raises:
+      ExplainedError: a process said nothing in time; names it.
+    """
+    if not are_several():
+        return [json.loads(json.dumps(value))]
+    from jax._src import distributed
+
+    own, count = int(distributed.global_state.process_id or 0), int(distributed.global_state.num_processes or 1)
+    post(f"{name}/{own}", json.dumps(value))
+    if own == 0:
+        post(f"{name}/all", json.dumps(_gather(name, count, seconds)))
+    said = json.loads(wait_for(f"{name}/all", seconds + 10))  # process 0 has words for who is missing
+    if isinstance(said, str):
+        raise ExplainedError(said)
+    return said
+
+
+def leave(name: str, seconds: float) -> None:
+    """Before the processes end for different reasons, or with an error: process 0, on which the board is, goes last."""
+    if not are_several():
+        return
+    from jax._src import distributed
+
+    own, count = int(distributed.global_state.process_id or 0), int(distributed.global_state.num_processes or 1)
+    if own == 0:
+        _gather(name, count, seconds, first=1)
+    else:
+        post(f"{name}/{own}", "null")
+
+
+def _gather(name: str, count: int, seconds: float, first: int = 0) -> list[Any] | str:
+    """What all have said, or in words who has not."""
+    until, said = time.monotonic() + seconds, []
+    for index in range(first, count):
+        try:
+            said.append(json.loads(wait_for(f"{name}/{index}", max(until - time.monotonic(), 0.1))))
+        except ExplainedError:
+            return f"process {index} of {count} said nothing about {name!r} within {seconds:.0f} s; see its log"
+    return said
 
 
 def check_same_config(config: Config) -> None:

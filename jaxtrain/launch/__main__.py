@@ -1,7 +1,8 @@
 """`python -m jaxtrain.launch --processes=4 --devices_per_process=2 -- --config=configs/quickstart.py`: one run, many processes.
 
 Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all start again from the newest
-checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.main`.
+checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.main`; with --preflight that of
+`python -m jaxtrain.preflight`, which those processes then run, once.
 
 `python -m jaxtrain.launch slurm|mpi|kubernetes|ray [flags] -- --config=...` submits the run to a cluster instead, or with
 --dry_run prints the script or manifest; `... slurm --help` lists its flags.
@@ -9,18 +10,21 @@ checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.m
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtrain.config import Config, MeshConfig, parse_command_line
+from jaxtrain.config import Config, MeshConfig, parse_command_line, parse_with_flags
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import EXIT_DONE, ConfigError, UsageError, nearest
 from jaxtrain.launch.elastic import mesh_flags, mesh_for
 from jaxtrain.launch.submit import STARTERS, render, submit
 from jaxtrain.launch.supervisor import Policy, Supervisor, train_command
 from jaxtrain.main import explained
+from jaxtrain.preflight.checks import PreflightFlags
 
 PROG = "python -m jaxtrain.launch"
 
@@ -45,6 +49,8 @@ class LaunchFlags:
     """Compiling, validating or saving may take so long."""
     stop_seconds: float = 120.0
     """After a signal the run has so long to save."""
+    preflight: bool = False
+    """Do not train: let the processes check whether the run would work here."""
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -104,7 +110,8 @@ def launch(arguments: Sequence[str]) -> int:
         raise ConfigError(
             [f"--processes={flags.processes} must be at least 1, --devices_per_process={flags.devices_per_process} 0 or more"]
         )
-    config = parse_command_line(of_run, "The run's own flags.", f"{PROG} --")
+    about = "The run's own flags.", f"{PROG} --"
+    config = parse_with_flags(of_run, PreflightFlags, *about)[1] if flags.preflight else parse_command_line(of_run, *about)
     fallbacks = [parse_mesh(text) for text in flags.fallback_mesh]
     per_process = flags.devices_per_process or _gpus_per_process(flags.processes)
     full = _check(config, flags.processes * per_process)
@@ -121,11 +128,29 @@ def launch(arguments: Sequence[str]) -> int:
             else {}
         )
 
+    if flags.preflight:
+        return preflight(of_run, flags.processes, environment)
     policy = Policy(
         flags.restarts, hang_seconds=flags.hang_seconds, phase_seconds=flags.phase_seconds, stop_seconds=flags.stop_seconds
     )
     command = train_command(of_run)
     return Supervisor(command, Size(flags), environment, config.directory / "launch", policy, extra).run()
+
+
+def preflight(of_run: Sequence[str], processes: int, environment: Callable[[int, int], dict[str, str]]) -> int:
+    """Runs the checks as `processes` processes, once. Their logs are kept where something went wrong."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if line.startswith("supervisor") else sys.stdout, flush=True)
+
+    folder = Path(tempfile.mkdtemp(prefix="jaxtrain-preflight-"))
+    command = [sys.executable, "-m", "jaxtrain.preflight", *of_run]
+    code = Supervisor(command, lambda: processes, environment, folder, Policy(restarts=0), say=say).run()
+    if code == EXIT_DONE:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"logs of all processes: {folder}", file=sys.stderr)
+    return code
 
 
 def submit_to(name: str, arguments: Sequence[str]) -> int:

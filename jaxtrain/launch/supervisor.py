@@ -330,11 +330,12 @@ class Supervisor:
 
     def _summarise(self) -> None:
         now = time.monotonic()
-        self._tell(
-            f"done in {now - self.goodput.started:.0f} s, {self.generation} generation{'s' * (self.generation > 1)}; goodput "
-            f"{self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated "
+        goodput = (
+            f"; goodput {self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated "
             f"{self.goodput.repeated:.0f} s)"
         )
+        words = f"done in {now - self.goodput.started:.0f} s, {self.generation} generation{'s' * (self.generation > 1)}"
+        self._tell(words + (goodput if self.goodput.furthest else ""))
 
     def _tell(self, words: str) -> None:
         self._say(f"supervisor {words}")

@@ -38,7 +38,12 @@ def environment(devices: int, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    count: int, devices: int, arguments: Sequence[str], folder: Path, own: Sequence[Sequence[str]] = ()
+    count: int,
+    devices: int,
+    arguments: Sequence[str],
+    folder: Path,
+    own: Sequence[Sequence[str]] = (),
+    module: str = "jaxtrain.main",
 ) -> Iterator[list[subprocess.Popen]]:
     """`python -m jaxtrain.main` as `count` processes, process i with the arguments own[i] too; it writes to folder/i.log."""
     port, running = free_port(), []
@@ -51,7 +56,7 @@ def started(
                 "JAXTRAIN_STARTER": "a test",
             }
             with open(folder / f"{i}.log", "w") as log:
-                command = [sys.executable, "-m", "jaxtrain.main", *arguments, *(own[i] if own else ())]
+                command = [sys.executable, "-m", module, *arguments, *(own[i] if own else ())]
                 running.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment(devices, **more), stdout=log, stderr=subprocess.STDOUT)
                 )

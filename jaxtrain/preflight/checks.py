@@ -1,0 +1,140 @@
+"""What a check is: each process looks, all hear what all have seen, and each comes to the same findings.
+
+`look` runs in every process and gives plain values; what it raises is told as a finding of that process. `judge` sees nothing
+but what all have seen, so that every process comes to the same exit code, and tests can hand it any fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxtrain.config import Config
+from jaxtrain.errors import EXIT_FAULT
+from jaxtrain.processes import exchange
+from jaxtrain.telemetry.beat import Beat
+
+State = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class PreflightFlags:
+    """Flags of the verb's own."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    patience: float = 120.0
+    """Seconds that one check may take; reading text for the first time tokenizes all of it, and may need more."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    state: State
+    """failed: the run would fail, or train on other than it should. warning: it would run, but slower or less safely."""
+    words: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """Figures, for --json."""
+
+
+@dataclass
+class Site:
+    """What the checks look at."""
+
+    config: Config
+    """Resolved, once the devices are counted."""
+    hosts: list[str] = field(default_factory=list)
+    """Host name of each process."""
+    mesh: Any = None
+    token: str = ""
+    """In the names of the files that this preflight writes."""
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What must be undone at the end."""
+
+    def name(self, process: int) -> str:
+        """A process in words; a lone one is "this process"."""
+        return f"process {process} on {self.hosts[process]}" if len(self.hosts) > 1 else "this process"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question to every process, and how its answers are read."""
+
+    name: str
+    look: Callable[[Site], Any]
+    """What this process sees, as JSON can hold it. May raise."""
+    judge: Callable[[Site, list[Any]], list[Finding]]
+    """What it means that the processes have seen this, by process."""
+
+
+def carry_out(check: Check, site: Site, patience: float, beat: Beat | None = None) -> list[Finding]:
+    """Looks, tells, hears, judges. A process that cannot look is a failed check."""
+    if beat is not None:
+        beat.phase(f"preflight: {check.name}")
+    with limited(check.name, patience):
+        try:
+            answer = {"seen": check.look(site), "error": None}
+        except Exception as error:
+            answer = {"seen": None, "error": _first_line(error)}
+        answers = exchange(f"preflight {check.name}", answer, patience)
+    errors = [f"{site.name(i)}: {a['error']}" for i, a in enumerate(answers) if a["error"] is not None]
+    if errors:
+        return [Finding(check.name, "failed", "\n".join(_shortened(errors)))]
+    return check.judge(site, [answer["seen"] for answer in answers])
+
+
+@contextlib.contextmanager
+def limited(what: str, seconds: float) -> Iterator[None]:
+    """Ends this process, saying why, where the block takes longer: what hangs in a collective cannot be broken off."""
+
+    def end() -> None:
+        print(
+            f"error: preflight: {what!r} has not come back within {seconds:.0f} s; --patience gives it longer",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_FAULT)
+
+    timer = threading.Timer(seconds + 15, end)  # later than `exchange`, which can say who is missing
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
+    """(what most say, {index: value} of those that say something else); of equally many, the first counts."""
+    keys = [repr(value) for value in values]
+    common = max(dict.fromkeys(keys), key=lambda key: Counter(keys)[key])
+    return values[keys.index(common)], {i: value for i, value in enumerate(values) if keys[i] != common}
+
+
+def _first_line(error: Exception) -> str:
+    kind = "" if hasattr(error, "exit_code") else f"{type(error).__name__}: "
+    return kind + (str(error).strip() or "no message")[:2000]
+
+
+def _shortened(lines: list[str], most: int = 8) -> list[str]:
+    return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __call__(self) -> float:
+        """Those seconds."""
+        return time.perf_counter() - self._started

@@ -1,0 +1,39 @@
+"""The data: every process can read it, reads the same, and gets its rows of the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtrain.data.pipeline import open_data
+from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch, odd_ones
+from jaxtrain.train.feed import owned_rows
+from jaxtrain.train.step import batch_sharding
+
+
+def look_at_data(site: Site) -> dict[str, Any]:
+    """Opens it (which checks every token) and reads this process's rows of the first batch."""
+    config, clock = site.config, Stopwatch()
+    data = open_data(config)
+    opened = clock()
+    rows = owned_rows(batch_sharding(site.mesh), (config.train.global_batch_size, config.data.sequence_length))
+    batch = data.train_batch(0, rows)
+    facts = {"fingerprint": data.fingerprint, "words": data.description, "open_seconds": opened}
+    return facts | {"batch_seconds": clock() - opened, "rows": int(batch["tokens"].shape[0])}
+
+
+def judge_data(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
+    """All must have opened the same data: each would otherwise train on rows of its own order."""
+    common, others = odd_ones([facts["fingerprint"] for facts in seen])
+    if others:
+        lines = [
+            f"{site.name(i)} reads other data (fingerprint {value[:12]}): {seen[i]['words']}" for i, value in others.items()
+        ]
+        return [Finding("data", "failed", f"{line}; most have {common[:12]}") for line in lines]
+    slowest = max(facts["batch_seconds"] for facts in seen)
+    words = f"{seen[0]['words']}; opened in {max(f['open_seconds'] for f in seen):.1f} s, a batch takes {slowest:.3f} s"
+    return [Finding("data", "ok", words, {"fingerprint": common, "batch_seconds": slowest})]
+
+
+def checks() -> list[Check]:
+    """One."""
+    return [Check("data", look_at_data, judge_data)]

@@ -1,0 +1,169 @@
+"""The run's folder and that of its checkpoints: written, flushed and read back by every process, the same folder for all, and
+large enough."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import jax
+
+from jaxtrain.checkpoint import committed_steps
+from jaxtrain.config import Config
+from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
+from jaxtrain.processes import exchange
+from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.train.state import Canonical
+
+BLOCK = 2**20
+"""Bytes that each process writes."""
+SEEN_WITHIN = 5.0
+"""Seconds that a network file system may take to show one host what another has written."""
+NEIGHBOURS = 64
+"""Other processes whose files a process looks for, at most."""
+
+
+def folders(config: Config) -> list[Path]:
+    """What a run of this config writes into."""
+    return [config.directory, *([config.directory / "checkpoints"] if config.checkpoint.every else [])]
+
+
+def _probe(folder: Path, token: str, process: int) -> Path:
+    return folder / f".preflight-{token}-{process}"
+
+
+def _block(token: str, process: int) -> bytes:
+    return (f"{token}-{process} ".encode() * (BLOCK // 8))[:BLOCK]
+
+
+def look_at_writing(site: Site) -> dict[str, float]:
+    """Writes, flushes to the disk and reads back a file of its own in each folder."""
+    token = site.token = exchange("preflight token", os.urandom(6).hex(), 60.0)[0]
+    process, seconds = jax.process_index(), {}
+    for folder in folders(site.config):
+        site.closing.callback(_forget, [path for path in (folder, *folder.parents) if not path.exists()])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            clock, path = Stopwatch(), _probe(folder, token, process)
+            with open(path, "xb") as file:
+                site.closing.callback(path.unlink, missing_ok=True)
+                file.write(_block(token, process))
+                file.flush()
+                os.fsync(file.fileno())
+            seconds[str(folder)] = clock()
+            if path.read_bytes() != _block(token, process):
+                raise OSError(0, "what was written is not what is read back", str(path))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise OSError(f"{folder} cannot be written: {why} ({error.filename}); give another --run_dir") from None
+    return seconds
+
+
+def _forget(made: list[Path]) -> None:
+    """Removes the folders that were made for the probe, as far as nobody has used them since."""
+    for path in made:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def judge_writing(site: Site, seen: list[dict[str, float]]) -> list[Finding]:
+    """All have written; says how long the slowest took."""
+    findings = []
+    for folder in map(str, folders(site.config)):
+        slowest = max(facts[folder] for facts in seen)
+        words = f"{folder}: {readable_size(BLOCK)} written, flushed and read back in {slowest:.3f} s"
+        findings.append(Finding("folders", "ok", words, {"seconds": slowest}))
+    return findings
+
+
+def look_at_sharing(site: Site) -> dict[str, list[int]]:
+    """Whose files this process cannot read, by folder: those of process 0 and of the processes after this one."""
+    count, own = len(site.hosts), jax.process_index()
+    others = sorted({0, *((own + i) % count for i in range(1, min(count, NEIGHBOURS)))} - {own})
+    until, missing = time.monotonic() + SEEN_WITHIN, {}
+    for folder in folders(site.config):
+        missing[str(folder)] = [other for other in others if not _can_read(folder, site.token, other, until)]
+    return missing
+
+
+def _can_read(folder: Path, token: str, process: int, until: float) -> bool:
+    """Whether that process's file is there, whole."""
+    while True:
+        with contextlib.suppress(OSError):
+            if _probe(folder, token, process).read_bytes() == _block(token, process):
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+
+
+def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]:
+    """A folder that is not the same for all would hold a part of each checkpoint on each host."""
+    findings = []
+    for folder in map(str, folders(site.config)):
+        blind = {process: facts[folder] for process, facts in enumerate(seen) if facts[folder]}
+        for process, missing in list(blind.items())[:4]:
+            words = f"{site.name(process)} does not see in {folder} what {site.name(missing[0])} has written"
+            more = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
+            findings.append(Finding("shared folder", "failed", f"{words}{more}; put --run_dir on a file system of all hosts"))
+    words = "one process" if len(seen) == 1 else f"the same folder for all {len(seen)} processes"
+    return findings or [Finding("shared folder", "ok", words)]
+
+
+def checkpoint_bytes(site: Site) -> int:
+    """Bytes of the arrays of one checkpoint."""
+    from jaxtrain.models.decoder import parameter_dims
+    from jaxtrain.train.optimizer import make_optimizer
+
+    config = site.config
+    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    abstract = Canonical(config, site.mesh, optimizer).abstract
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+
+def checkpoints_to_come(config: Config, present: int) -> int:
+    """How many more checkpoints than now the folder will hold at its fullest: `keep`, one that is being written, and the
+    multiples of `keep_every`."""
+    checkpoint, steps = config.checkpoint, config.train.steps
+    written = -(-steps // checkpoint.every)
+    for_good = steps // checkpoint.keep_every if checkpoint.keep_every else 0
+    return max(min(written, checkpoint.keep + 1 + for_good) - present, 0)
+
+
+def look_at_space(site: Site) -> dict[str, int]:
+    """Free bytes, and those that checkpoints will take."""
+    folder = folders(site.config)[-1]
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    one = checkpoint_bytes(site) if site.config.checkpoint.every else 0
+    present = len(committed_steps(folder)) if one else 0
+    return {"free": shutil.disk_usage(nearest).free, "checkpoint": one, "present": present}
+
+
+def judge_space(site: Site, seen: list[dict[str, int]]) -> list[Finding]:
+    """Of the process that sees the least."""
+    process = min(range(len(seen)), key=lambda i: seen[i]["free"])
+    facts = seen[process]
+    if not facts["checkpoint"]:
+        return [Finding("disk", "ok", f"{readable_size(facts['free'])} free; checkpoint.every=0 saves nothing")]
+    count = checkpoints_to_come(site.config, facts["present"])
+    needed = count * facts["checkpoint"]
+    words = (
+        f"{readable_size(facts['free'])} free in {site.name(process)}; {count} more checkpoints of "
+        f"{readable_size(facts['checkpoint'])} take {readable_size(needed)}"
+    )
+    if needed > facts["free"]:
+        return [Finding("disk", "failed", f"{words}: fewer with --checkpoint.keep, or another --run_dir", facts)]
+    return [Finding("disk", "ok", words, facts)]
+
+
+def checks() -> list[Check]:
+    """In order: the second finds what the first has written."""
+    return [
+        Check("folders", look_at_writing, judge_writing),
+        Check("shared folder", look_at_sharing, judge_sharing),
+        Check("disk", look_at_space, judge_space),
+    ]

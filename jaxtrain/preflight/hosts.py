@@ -1,0 +1,128 @@
+"""The hosts: the same software and the same config everywhere, and clocks that agree."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import jaxtrain
+from jaxtrain.errors import ConfigError
+from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
+from jaxtrain.processes import check_same_config, exchange
+
+PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+MAY_DIFFER = ("python", "driver")
+"""Versions that need not be the same for a run to work."""
+SKEW_SECONDS = 1.0
+ROUNDS = 3
+now = time.time
+
+
+def code_digest() -> str:
+    """Of the source files of this package: two checkouts may both call themselves 0.1.0."""
+    root = Path(jaxtrain.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Version of NVIDIA's kernel driver, or "none"."""
+    try:
+        found = re.search(r"Module.*?\s(\d+\.[\d.]+)\s", version_file.read_text())
+    except OSError:
+        return "none"
+    return found[1] if found else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def look_at_software(site: Site) -> dict[str, str]:
+    """Versions of everything that must be the same in all processes, and the host's name."""
+    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    xla = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")}
+    return {"host": socket.gethostname(), "code": code_digest(), "driver": nvidia_driver(), **versions, **xla}
+
+
+def judge_software(site: Site, seen: list[dict[str, str]]) -> list[Finding]:
+    """Names who has other versions than most. From here on the site knows its hosts."""
+    site.hosts = [facts["host"] for facts in seen]
+    findings = []
+    for name in seen[0]:
+        common, others = odd_ones([facts[name] for facts in seen])
+        if name == "host" or not others:
+            continue
+        who = "; ".join(f"{name} {value!r} in {site.name(i)}" for i, value in others.items())
+        words = f"{who}, but {common!r} in the other{'s' if len(seen) - len(others) > 1 else ''}"
+        findings.append(Finding("software", "warning" if name in MAY_DIFFER else "failed", words))
+    first = seen[0]
+    words = (
+        f"jaxtrain {first['jaxtrain']} (code {first['code']}), jax {first['jax']}, jaxlib {first['jaxlib']}, "
+        f"python {first['python']}, NVIDIA driver {first['driver']}"
+    )
+    return findings or [Finding("software", "ok", words, {"versions": seen})]
+
+
+def look_at_config(site: Site) -> list[str]:
+    """What differs from process 0's config."""
+    try:
+        check_same_config(site.config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def judge_config(site: Site, seen: list[list[str]]) -> list[Finding]:
+    """Every difference is a failure: the processes would not train the same model, or wait for one another for ever."""
+    problems = [problem for problems in seen for problem in problems]
+    count = len(seen)
+    words = "one process" if count == 1 else f"the same in all {count} processes"
+    return [Finding("config", "failed", problem) for problem in problems] or [Finding("config", "ok", words)]
+
+
+def look_at_clock(site: Site) -> list[float]:
+    """This host's time, a moment after process 0 has said "now", a few times."""
+    times = []
+    for number in range(ROUNDS):
+        exchange(f"preflight clock {number}", None, 60.0)
+        times.append(now())
+    return times
+
+
+def judge_clocks(site: Site, seen: list[list[float]]) -> list[Finding]:
+    """Skew against the median host, in the round where it is smallest: a word that arrives late looks like a late clock."""
+    rounds = [[times[i] - statistics.median(other[i] for other in seen) for times in seen] for i in range(ROUNDS)]
+    skews = [min((round_[process] for round_ in rounds), key=abs) for process in range(len(seen))]
+    values = {"skew_seconds": skews}
+    wrong = [i for i, skew in enumerate(skews) if abs(skew) > SKEW_SECONDS]
+    if len(seen) == 2 and wrong:
+        apart = abs(skews[1] - skews[0])
+        words = f"{site.name(0)} and {site.name(1)} are {apart:.1f} s apart; let NTP or chrony set both"
+        return [Finding("clocks", "warning", words, values)]
+    if wrong:
+        words = "; ".join(f"{site.name(i)} is {abs(skews[i]):.1f} s {'ahead' if skews[i] > 0 else 'behind'}" for i in wrong)
+        return [Finding("clocks", "warning", f"{words} of the median; let NTP or chrony set it", values)]
+    words = f"{1000 * (max(skews) - min(skews)):.1f} ms apart at most" if len(seen) > 1 else "one process"
+    return [Finding("clocks", "ok", words, values)]
+
+
+def checks() -> list[Check]:
+    """In the order in which they are carried out; the first gives the hosts their names."""
+    return [
+        Check("software", look_at_software, judge_software),
+        Check("config", look_at_config, judge_config),
+        Check("clocks", look_at_clock, judge_clocks),
+    ]
