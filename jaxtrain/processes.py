@@ -56,6 +56,22 @@ def look(key: str) -> str | None:
         raise
 
 
+def tell(key: str, value: str) -> None:
+    """Puts up a notice in place of what this key said before."""
+    client = _client()
+    if client is not None:
+        client.key_value_set(_PREFIX + key, value, allow_overwrite=True)
+
+
+def read_board(folder: str) -> dict[str, str]:
+    """All notices under "folder/", by what follows; those that are there, without waiting for any."""
+    client = _client()
+    if client is None:
+        return {}
+    prefix = f"{_PREFIX}{folder}/"
+    return {key.removeprefix(prefix): value for key, value in client.key_value_dir_get(prefix)}
+
+
 def wait_for(key: str, seconds: float) -> str:
     """The notice under a key, once it is there.
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE
-from jaxtrain.telemetry.beat import VARIABLE, Doing, read_beat, stacks_beside
+from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stacks_beside
 
 POLL_SECONDS = 0.05
 _NOISE = re.compile(r"^\[Gloo\] Rank \d+ is connected|cudart_stub|^WARNING: All log messages before absl")
@@ -322,7 +322,8 @@ class Supervisor:
                 other.process.send_signal(signal.SIGUSR2)
         time.sleep(0.5)
         stacks = stacks_beside(behind.beat)
-        words = f"{behind.name} {state} and has not moved for {bound:.0f} s; stacks in {stacks.parent}"
+        where = innermost(stacks)
+        words = f"{behind.name} {state} and has not moved for {bound:.0f} s{where and f' ({where})'}; stacks in {stacks.parent}"
         return Ending("hung", words, EXIT_FAULT, behind.index)
 
     # -----------------------------------------------------------------------------------------------------------------

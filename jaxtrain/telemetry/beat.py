@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +74,19 @@ def read_beat(path: Path) -> Doing:
 def stacks_beside(path: Path) -> Path:
     """Where a process with that beat writes its stacks."""
     return path.with_suffix(".stacks")
+
+
+def innermost(stacks: Path) -> str:
+    """Where the main thread of a process is, by the stacks that it wrote: "train/loop.py:75 in _read", the innermost call of
+    this package, or of whatever runs where there is none. Empty where nothing was written (a frozen process cannot)."""
+    try:
+        threads = stacks.read_text(errors="replace").split("\n\n")
+    except OSError:
+        return ""
+    for thread in threads:
+        calls = re.findall(r'^  File "(.*)", line (\d+) in (\S+)$', thread, re.MULTILINE)
+        if calls and calls[-1][2] in ("<module>", "_run_module_as_main"):  # the main thread's outermost
+            ours = [call for call in calls if "/jaxtrain/" in call[0]]
+            file, line, function = (ours or calls)[0]
+            return f"{file.rpartition('/jaxtrain/')[2]}:{line} in {function}"
+    return ""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -22,6 +22,7 @@ from jaxtrain.config import Config
 from jaxtrain.hardware import Chip
 from jaxtrain.telemetry.flops import mfu, model_flops_per_token
 
+T = TypeVar("T")
 Row = dict[str, float | int | str | None]
 """A logged row: names as in metrics.jsonl."""
 
@@ -89,7 +90,7 @@ class StepClock:
         self._elapsed_before, self._now = elapsed_before, now
         self._step = start_step
         self._steps_seconds: list[float] = []
-        self._window_data_wait = 0.0
+        self._window_data_wait = self._window_device_wait = 0.0
         self._pause = 0.0
         self.start()
 
@@ -105,6 +106,18 @@ class StepClock:
             yield
         finally:
             self._window_data_wait += self._now() - before
+
+    def timed_as_waiting(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The function that dispatches a step, or waits for its results; what is left of a step is the host's own work."""
+
+        def timed(*arguments: Any) -> T:
+            before = self._now()
+            try:
+                return function(*arguments)
+            finally:
+                self._window_device_wait += self._now() - before
+
+        return timed
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -124,14 +137,16 @@ class StepClock:
     def window(self) -> Row:
         """The row's timings since the last call, and starts a new window.
 
-        step_seconds and data_wait_seconds are the median step and the mean wait a step, in seconds. Throughput (see `Work`)
-        is over the whole window, waits included, pauses excluded. eta_seconds goes by the mean over the whole run so far,
-        pauses included. A window without a step has None throughout.
+        step_seconds is the median step, step_seconds_mean the mean one; data_wait_seconds and device_wait_seconds are mean
+        waits a step. Throughput (see `Work`) is over the whole window, waits included, pauses excluded. eta_seconds goes by the
+        mean over the whole run so far, pauses included. A window without a step has None throughout.
         """
         seconds, count = sum(self._steps_seconds), len(self._steps_seconds)
         row: Row = {
             "step_seconds": statistics.median(self._steps_seconds) if count else None,
+            "step_seconds_mean": seconds / count if count else None,
             "data_wait_seconds": self._window_data_wait / count if count else None,
+            "device_wait_seconds": self._window_device_wait / count if count else None,
         }
         rate = count * self._work.tokens_per_step / seconds if seconds > 0 else None
         row |= self._work.throughput(rate) if rate is not None else dict.fromkeys(self._work.throughput(1.0))
@@ -140,7 +155,7 @@ class StepClock:
             "elapsed_seconds": self.elapsed_seconds(),
             "eta_seconds": self.eta_seconds(),
         }
-        self._steps_seconds, self._window_data_wait = [], 0.0
+        self._steps_seconds, self._window_data_wait, self._window_device_wait = [], 0.0, 0.0
         return row
 
     def elapsed_seconds(self) -> float:

@@ -19,6 +19,7 @@ from jaxtrain.telemetry.beat import Beat
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.metrics import MetricsLog
+from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.loop import Hook
@@ -40,9 +41,10 @@ class Logging(Hook):
         first_step: int,
         last_step: int,
         energy: EnergyLog | None = None,
+        pace: Pace | None = None,
     ):
         self._log, self._progress, self._clock, self._learning_rate = log, progress, clock, learning_rate
-        self._energy = energy or EnergyLog(None)
+        self._energy, self._pace = energy or EnergyLog(None), pace
         self._every, self._first_step, self._last_step = every, first_step, last_step
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
@@ -54,6 +56,7 @@ class Logging(Hook):
             row = {"step": step, "loss": values.pop("loss"), "grad_norm": values.pop("grad_norm")}
             row |= {"learning_rate": self._learning_rate(step - 1), **values, **self._clock.window(), **memory_row()}
             row |= self._energy.row(step)
+            row |= self._pace.row(step, row) if self._pace else {}
             self._log.write(row)
             self._progress.update(row)
 

@@ -32,6 +32,7 @@ from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, read_rows
+from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress, readable_size
@@ -282,6 +283,7 @@ class Run:
                 1,
                 last,
                 energy,
+                Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say),
             ),
             *self._validation(log, clock),
             *saving,
@@ -294,7 +296,8 @@ class Run:
                 batch = next(batches)
             return self._place(batch, config.train.global_batch_size)
 
-        loop = Loop(step_function, next_batch, jax.block_until_ready, hooks, state, first, last)
+        step_function, wait = map(clock.timed_as_waiting, (step_function, jax.block_until_ready))
+        loop = Loop(step_function, next_batch, wait, hooks, state, first, last)
         clock.start()
         energy.start()
         reason = loop.run()

@@ -1,0 +1,132 @@
+"""Which process the others wait for.
+
+A collective lets all processes step at the same pace, so a step time does not tell who sets it. What differs is what each does
+with that time: a process that is late spends it at work of its own (reading data, Python, a busy host) and finds its step done
+when it asks for it, while the others wait. Each process puts its two figures on the notice board whenever a row is logged;
+process 0 reads what is there, and nobody waits for anybody. A device that is slow keeps its own host waiting like all others:
+of that, `python -m jaxtrain.preflight` tells.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.processes import read_board, tell
+
+BOARD = "pace"
+SHARE = 0.1
+"""Share of a step that the others must wait for a process before it is named."""
+LITTLE_WAIT = 0.2
+"""Share of a step beyond which a process waits itself, so that what it does is hidden behind the devices' work."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one process, in seconds a step, means since its last row."""
+
+    step: int
+    """The newest step among them."""
+    host: str
+    step_seconds: float
+    waiting: float
+    """In the dispatch of steps and for their results: the devices' work, and other processes."""
+    data: float
+    """For the next batch."""
+
+    @property
+    def own(self) -> float:
+        """At work of its own."""
+        return max(self.step_seconds - self.waiting, 0.0)
+
+
+def crossing_axes(mesh: Mesh, process: int) -> list[str]:
+    """The axes along which devices of a process talk with those of others."""
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    held = owners == process
+    return [
+        axis
+        for dim, axis in enumerate(mesh.axis_names)
+        if (held.any(axis=dim) & ~held.all(axis=dim)).any()  # some of a group are its own, and some are not
+    ]
+
+
+def find_straggler(figures: Mapping[int, Figures]) -> tuple[int, float] | None:
+    """(process, seconds a step that the others wait for it), or None where nobody is waited for."""
+    if len(figures) < 2:
+        return None
+    slowest = max(figures, key=lambda process: figures[process].own)
+    its = figures[slowest]
+    late = its.own - statistics.median(other.own for process, other in figures.items() if process != slowest)
+    if late > SHARE * its.step_seconds and its.waiting < LITTLE_WAIT * its.step_seconds:
+        return slowest, late
+    return None
+
+
+def describe(figures: Mapping[int, Figures], process: int, late: float, axes: list[str]) -> str:
+    """Whom the others wait for, how long, and what it does in that time."""
+    its = figures[process]
+    data = statistics.median(other.data for i, other in figures.items() if i != process)
+    what = (
+        f"{its.data:.3g} s for data, {data:.3g} s elsewhere" if its.data > its.own / 2 else "and not for data: its host is busy"
+    )
+    along = f", along {' and '.join(axes)}" if axes else ""
+    return (
+        f"the others wait {late:.3g} s of each step's {its.step_seconds:.3g} s for process {process} on {its.host}{along}: "
+        f"it spends {its.own:.3g} s at work of its own ({what})"
+    )
+
+
+class Pace:
+    """Tells of this process's pace, and in process 0 who is behind.
+
+    Args:
+      process: this one.
+      count: of all.
+      say: prints a line; called where somebody new is waited for.
+    """
+
+    def __init__(self, process: int, count: int, mesh: Mesh, say: Callable[[str], None]):
+        self._process, self._count, self._mesh, self._say = process, count, mesh, say
+        self._named: int | None = None
+
+    def row(self, step: int, timings: Mapping[str, Any]) -> dict[str, float | int | str | None]:
+        """What a logged row says of the processes' paces; nothing where there is one only.
+
+        `own_seconds_median` and `own_seconds_max` are over the processes; `straggler_process` is the one the others wait for,
+        `straggler_seconds` how long, a step; both None where nobody is.
+
+        Args:
+          timings: `StepClock.window`'s row.
+        """
+        if self._count == 1 or timings.get("step_seconds_mean") is None:
+            return {}
+        own = Figures(
+            step,
+            socket.gethostname(),
+            timings["step_seconds_mean"],
+            timings["device_wait_seconds"],
+            timings["data_wait_seconds"],
+        )
+        tell(f"{BOARD}/{self._process}", json.dumps(asdict(own)))
+        if self._process != 0:
+            return {}
+        figures = {int(process): Figures(**json.loads(said)) for process, said in read_board(BOARD).items()}
+        found = find_straggler(figures)
+        if found is not None and found[0] != self._named:
+            self._say(f"slow       {describe(figures, *found, crossing_axes(self._mesh, found[0]))}")
+        self._named = None if found is None else found[0]
+        times = [each.own for each in figures.values()]
+        return {
+            "own_seconds_median": statistics.median(times),
+            "own_seconds_max": max(times),
+            "straggler_process": None if found is None else found[0],
+            "straggler_seconds": None if found is None else found[1],
+        }
