@@ -28,7 +28,7 @@ PyTree = Any
 STACKED = ("chunk", "stage", "layer")
 # What `remat=dots` keeps beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Tokens are
 # sent, not gathered: keeping them repeats nothing on other devices, and sending them again would cost the slowest link.
-DOTS_BY_NAME = ("attention", "expert_in", "expert_gate", "expert_up", "expert_out")
+DOTS_BY_NAME = ("attention", "router", "expert_in", "expert_gate", "expert_up", "expert_out")
 
 
 def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:

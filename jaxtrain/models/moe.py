@@ -3,8 +3,8 @@
 Shape letters: B batch, L length, T tokens (B L), D embed, E experts, K experts of a token, F an expert's width, S slots.
 Inside the manual region E is this device's share over `expert`, F its share over `tensor`, and L its share over `context`.
 
-As in the MLP block, tokens are gathered over `tensor`, and every device along it routes and dispatches the same ones: each
-moves whole rows along `expert`, so those bytes are spent `tensor` times. With experts that fit one device tensor=1 is best.
+As in the MLP block, tokens are gathered over `tensor`, and every device along it dispatches the same ones: each moves whole
+rows along `expert`, so those bytes are spent `tensor` times. With experts that fit one device tensor=1 is best.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class MoE(nnx.Module):
           scale: float32 scalar: 1 / (counted tokens of the global batch).
         """
         x_BLD = yield x_BLD
-        h_BLD = all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
+        own_BLD = rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon)
+        h_BLD = all_gather(own_BLD, "tensor", dim=1)
         with jax.named_scope("router"):
-            routing, auxiliary, reports = self._route(h_BLD, counted_BL, scale)
+            routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale)
         h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
         with jax.named_scope("dispatch"):
             group = self.moe.capacity_group or h_BLD.shape[1]
@@ -100,11 +101,13 @@ class MoE(nnx.Module):
         return x_BLD + out_BLD, auxiliary, reports
 
     def _route(
-        self, h_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
+        self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
     ) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
+        """Each device along tensor scores its own slice: float32 matmuls are slow, a token's E scores little to send."""
         moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's float32 is else TF32, which ties experts that are apart
-        h32, w32 = h_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
-        logits_BLE = checkpoint_name(jnp.einsum("BLD,DE->BLE", h32, w32, precision=highest), "router")
+        own32, w32 = own_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
+        scored_BLE = jnp.einsum("BLD,DE->BLE", own32, w32, precision=highest)
+        logits_BLE = checkpoint_name(all_gather(scored_BLE, "tensor", dim=1), "router")
         routing = route(logits_BLE, self.bias[...] if moe.bias_update_rate else None, moe)
         balance, z = balance_loss(routing, counted_BL), router_z_loss(logits_BLE, counted_BL)
         load = expert_load(routing.experts_BLK, counted_BL, moe.num_experts)

@@ -9,15 +9,12 @@ import math
 from dataclasses import dataclass
 
 from jaxtrain.config import Config, MoEConfig
-from jaxtrain.planner.formulas import BYTES, local_length, microbatch_rows
+from jaxtrain.planner.formulas import BYTES, KEPT_BY_DOTS, local_length, microbatch_rows
 from jaxtrain.planner.formulas_collectives import context_kind
 
 FLOAT32 = 4
 KERNEL_TILE = 128
 """Rows to which an expert's share is padded on GPUs (`ops.grouped_matmul`)."""
-KEPT_BY_DOTS = ("query", "key", "value", "attention", "mlp_gate", "mlp_up", "router")
-KEPT_BY_DOTS += ("expert_in", "expert_gate", "expert_up", "expert_out")
-"""What remat `dots` keeps, by names that `named` could say (`models.decoder.remat_policy`)."""
 
 
 def moves_activations(config: Config) -> bool:
@@ -165,5 +162,5 @@ def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
     if model.moe:
         width = model.moe.mlp_dim / config.mesh.tensor
         kept += bytes_each * sizes.rows * (model.embed_dim + 6 * width) - bytes_each * sizes.stream
-        kept += FLOAT32 * (sizes.sequence + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
+        kept += FLOAT32 * (sizes.stream + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
     return kept

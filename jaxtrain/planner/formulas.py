@@ -167,19 +167,28 @@ MADE_BY = {"attention_out": "out", "mlp_gate": "gate", "mlp_up": "up", "expert_o
 """Names that remat can keep, and the weight whose product each is, where they are called differently."""
 
 
+KEPT_BY_DOTS = ("query", "key", "value", "attention", "mlp_gate", "mlp_up")
+KEPT_BY_DOTS += ("router", "expert_in", "expert_gate", "expert_up", "expert_out")
+"""What remat `dots` keeps, by names that `named` could say (`models.decoder.remat_policy`)."""
+
+
+def keeps(config: Config, name: str) -> bool:
+    """Whether the remat policy keeps the activation of that name (`config.REMAT_NAMES`)."""
+    kept = {"named": config.train.remat_save, "dots": KEPT_BY_DOTS, "full": ()}
+    return config.train.remat == "none" or name in kept[config.train.remat]
+
+
 def recomputed(config: Config) -> frozenset[str]:
     """Which of a layer's matmuls the backward pass runs a second time, by the name of their weight; "attention" for both of
     attention's.
 
     Remat `full` keeps the layer's input only: all but the last matmul, whose result nothing needs again (but the experts' last,
-    which the gradient of the router's weights needs). `none` keeps all. `dots` keeps the results of matmuls without batch dims:
-    all but those of experts with capacity. `named` keeps what it names: a projection whose result is kept is not run again.
+    which the gradient of the router's weights needs). `none` and `dots` keep the results of all matmuls. `named` keeps what it
+    names: a projection whose result is kept is not run again.
     """
     again = {*layer_weights(config.model)} - {"down"} | {"attention"}
-    if config.train.remat == "none":
+    if config.train.remat in ("none", "dots"):
         return frozenset()
-    if config.train.remat == "dots":
-        return frozenset(name for name in again if name.startswith("expert_"))
     kept = set(config.train.remat_save) if config.train.remat == "named" else set()
     return frozenset(again - {MADE_BY.get(name, name) for name in kept})
 
@@ -219,7 +228,10 @@ def expert_rows(config: Config) -> int:
 
 
 def _rows_of(config: Config, name: str) -> float:
-    """Rows that a weight multiplies in one pass, times the weight's whole share of them: experts share their rows out."""
+    """Rows that a weight multiplies in one pass, times the weight's whole share of them: experts share their rows out, and the
+    router takes its slice of the sequence over tensor."""
+    if name == "router":
+        return microbatch_rows(config) * local_length(config) / config.mesh.tensor
     if not name.startswith("expert_"):
         return microbatch_rows(config) * local_length(config)
     assert config.model.moe is not None

@@ -22,6 +22,7 @@ from jaxtrain.planner.formulas import (
     Weight,
     count_ticks,
     expert_rows,
+    keeps,
     layer_weights,
     local_length,
     loss_positions,
@@ -166,6 +167,8 @@ def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
     once more for the gradients of the weights, 2, since no remat policy keeps them; and O's reduce-scatter runs again unless
     its result is kept (remat `none`, or `named` with attention_out). The embedding ends in a reduce-scatter, its backward in
     a gather.
+
+    A mixture of experts gathers its input again only for shared experts, or where rows are sent again (expert_in not kept).
     """
     dtype = HLO_DTYPE[config.model.dtype]
     payload = microbatch_rows(config) * local_length(config) * config.model.embed_dim * BYTES[config.model.dtype]
@@ -179,7 +182,9 @@ def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
     yield entry("reduce-scatter", 2 * forward, "outputs of attention and MLP")
     yield entry("all-gather", 2 * backward, "gradients of the outputs")
     yield entry("reduce-scatter", 2 * backward, "gradients of the inputs")
-    yield entry("all-gather", 2 * backward, "the inputs again, for the gradients of the weights")
+    moe = config.model.moe
+    again = 1 if moe and not moe.shared_experts and keeps(config, "expert_in") else 2
+    yield entry("all-gather", again * backward, "the inputs again, for the gradients of the weights")
     if out_again:
         yield entry("reduce-scatter", backward, "attention's output, recomputed")
     yield entry("reduce-scatter", ticks.forward, "embedded tokens")
@@ -215,17 +220,23 @@ def _experts(config: Config, ticks: Ticks) -> Iterator[Entry]:
     """Rows travel along expert to their experts and back, in compute dtype: 2 exchanges in a layer's forward, 2 of their
     gradients in its backward, and each of the first two once more unless its result is kept (expert_in, expert_out).
 
+    The router's scores of all experts, float32 B L/c E, are gathered over tensor, once more unless they are kept (router), and
+    their gradients reduce-scattered.
+
     Payload of one: `formulas.expert_rows` x D. Dropless rows go by ragged all-to-all, after an all-gather of the counts (int32,
     E from each device and each part that takes turns) in forward and backward; those with capacity by all-to-all.
     """
-    moe, train = config.model.moe, config.train
+    moe = config.model.moe
     if moe is None:
         return
     dtype, width = config.model.dtype, config.model.embed_dim * BYTES[config.model.dtype]
     forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
-    kept = {"expert_in", "expert_out"} if train.remat == "none" else set(train.remat_save) if train.remat == "named" else set()
+    scores = 4 * microbatch_rows(config) * local_length(config) * moe.num_experts
+    calls = forward + (0 if keeps(config, "router") else backward)
+    yield _entry(config, ["tensor"], "all-gather", "f32", calls, scores, "scores of the router")
+    yield _entry(config, ["tensor"], "reduce-scatter", "f32", backward, scores, "gradients of the scores")
     kind = "ragged-all-to-all" if moe.dispatch == "dropless" else "all-to-all"
-    again = len({"expert_in", "expert_out"} - kept)
+    again = sum(not keeps(config, name) for name in ("expert_in", "expert_out"))
     passes = {"rows to experts and back": 2 * forward, "their gradients": 2 * backward, "rows again": again * backward}
     for purpose, calls in passes.items():
         yield _entry(config, ["expert"], kind, HLO_DTYPE[dtype], calls, expert_rows(config) * width, purpose)

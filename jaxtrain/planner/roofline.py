@@ -187,7 +187,8 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Work, Wo
 def _rows(config: Config, name: str, parts: int) -> tuple[int, int]:
     """(rows, matrices in one kernel): experts share their rows evenly."""
     if not name.startswith("expert_"):
-        return max(1, microbatch_rows(config) * local_length(config) // parts), 1
+        slices = parts * (config.mesh.tensor if name == "router" else 1)
+        return max(1, microbatch_rows(config) * local_length(config) // slices), 1
     assert config.model.moe is not None
     own = config.model.moe.num_experts // config.mesh.expert
     return max(1, expert_rows(config) // (own * parts)), own
