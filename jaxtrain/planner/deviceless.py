@@ -14,6 +14,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 DEVICES_PER_HOST = 8
 CUDNN_VERSION = 91000
-_MARK = "jaxtrain-report:"
+_MARK = "jaxtrain-answer:"
 
 
 @dataclass(frozen=True)
@@ -203,32 +205,54 @@ def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_hos
     """
     require_plugin()
     request = json.dumps([to_json(config), chip, devices_per_host])
+    said = ask("jaxtrain.planner.deviceless", request, f"compiling for {chip}")
+    said["rows"] = tuple(Row(**row) for row in said["rows"])
+    return Report(**said)
+
+
+def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, Any]:
+    """Runs a module, on CPU, in a process of its own, with `request` as its standard input; returns what it gave to `answer`.
+
+    Raises:
+      ExplainedError: what the process said went wrong, or how it ended; one line, after what it was `doing`.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "jaxtrain.planner.deviceless"],
+        [sys.executable, "-m", module],
         input=request,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    answer = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
-    if answer is None:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ExplainedError(f"compiling for {chip} ended with exit code {done.returncode}: {last}")
-    said = json.loads(answer.removeprefix(_MARK))
+    line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    if line is None:
+        ended = f"exit code {done.returncode}" if done.returncode >= 0 else signal.Signals(-done.returncode).name
+        raise ExplainedError(f"{doing} ended with {ended}: {_cause(done.stderr)}")
+    said = json.loads(line.removeprefix(_MARK))
     if "error" in said:
         raise ExplainedError(said["error"])
-    return Report(**said | {"rows": tuple(Row(**row) for row in said["rows"])})
+    return said
 
 
-def main() -> None:
-    """Reads a request of `report_in_subprocess` from standard input, and writes the report as one line of JSON."""
-    config, *arguments = json.loads(sys.stdin.read())
+def _cause(stderr: str) -> str:
+    """The line of a process that crashed which says why: XLA's fatal one, before its stack, else the last."""
+    lines = stderr.strip().splitlines() or ["it said nothing"]
+    return next((line for line in lines if re.match(r"F\d{4,}", line)), lines[-1])
+
+
+def answer(make: Callable[[], dict[str, Any]]) -> None:
+    """Writes what `make` returns, or its ExplainedError, for the process that asked (`ask`)."""
     try:
-        said = dataclasses.asdict(report(from_json(config), *arguments))
+        said = make()
     except ExplainedError as error:
         said = {"error": str(error)}
     print(_MARK + json.dumps(said), flush=True)
+
+
+def main() -> None:
+    """Reads a request of `report_in_subprocess` from standard input, and answers with the report."""
+    config, *arguments = json.loads(sys.stdin.read())
+    answer(lambda: dataclasses.asdict(report(from_json(config), *arguments)))
 
 
 if __name__ == "__main__":

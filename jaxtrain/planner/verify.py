@@ -10,9 +10,7 @@ Every layout is compiled in a process of its own, two at a time. What goes wrong
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
-from jaxtrain.planner.deviceless import Report, has_plugin, report_in_subprocess
+from jaxtrain.planner.deviceless import Report, answer, ask, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.hlo_collectives import Row
@@ -31,7 +29,6 @@ from jaxtrain.planner.traffic import Flow, Placement, place, seconds
 
 MOST_FAKE_DEVICES = 512
 """Making more takes XLA:CPU longer than compiling for them."""
-_MARK = "jaxtrain-fake:"
 
 
 def verify(
@@ -137,20 +134,10 @@ def _with_fake(estimate: Estimate) -> Estimate:
     devices = estimate.cluster.devices
     if devices > MOST_FAKE_DEVICES:
         raise ExplainedError(f"{devices} fake CPU devices are too many to compile for (at most {MOST_FAKE_DEVICES})")
-    flags = os.environ.get("XLA_FLAGS", "")
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxtrain.planner.verify"],
-        input=to_json(estimate.config),
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"},
-        capture_output=True,
-        text=True,
-        check=False,
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    said = ask(
+        "jaxtrain.planner.verify", to_json(estimate.config), f"compiling for {devices} fake CPU devices", XLA_FLAGS=flags
     )
-    answer = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
-    if answer is None:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ExplainedError(f"compiling for {devices} fake CPU devices ended with exit code {done.returncode}: {last}")
-    said = json.loads(answer.removeprefix(_MARK))
     memory = estimate.memory
     scale = said["argument_bytes"] / (memory.parameters + memory.optimizer)
     state = {"parameters": memory.parameters * scale, "optimizer": memory.optimizer * scale}
@@ -175,8 +162,8 @@ def _compile_here(config: Config) -> dict[str, float]:
 
 
 def main() -> None:
-    """Reads a config from standard input, compiles it for fake CPU devices, and writes one line of JSON."""
-    print(_MARK + json.dumps(_compile_here(from_json(sys.stdin.read()))), flush=True)
+    """Reads a config from standard input, compiles it for fake CPU devices, and answers with what that says."""
+    answer(lambda: _compile_here(from_json(sys.stdin.read())))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from jaxtrain.hardware import chip_of_device_kind
 from jaxtrain.planner.hlo_collectives import instruction_seconds
 from jaxtrain.planner.hlo_groups import layout_of
 
+FOLDER = "~/.cache/jaxtrain/costs"
 OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 """The XLA option that names the profile. A run that sets it (`train.xla_options`) brings a profile of its own."""
 
@@ -45,14 +45,16 @@ def costs_option(compiled: Any, mesh: Mesh) -> dict[str, str]:
     return {OPTION: str(write_profile(instruction_seconds(compiled.as_text(), layout_of(mesh), chip)))}
 
 
-def write_profile(seconds: Mapping[str, float], folder: str | None = None) -> Path:
+def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     """Writes a ProfiledInstructionsProto as text, and returns where.
 
     The name says what is inside: the persistent compilation cache knows a program by its options, and all processes of a host
-    may write at once.
+    may write at once. Not in a folder that others can write: they could lay a link there.
     """
     text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
-    path = Path(folder or tempfile.gettempdir()) / f"jaxtrain_costs_{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
+    directory = Path(folder).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(text)
     unfinished.replace(path)

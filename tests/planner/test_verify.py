@@ -91,3 +91,14 @@ def test_a_step_that_does_not_compile_on_fake_devices_is_one_line():
     assert found == []
     assert len(lines) == 1
     assert "cuDNN needs an NVIDIA GPU" in lines[0]
+
+
+def test_a_compiler_that_crashes_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    """XLA ends its process over a flag that it does not know; the layout is left out, and says why."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_there_is_no_such_flag=1")
+    found, lines = verified(CONFIG, Cluster(find_chip("tpu-v5e"), hosts=1, devices_per_host=2))
+    assert found == []
+    assert len(lines) == 1
+    assert "fsdp=2: left out: compiling for 2 fake CPU devices ended with exit code 1: F" in lines[0]
+    assert "xla_there_is_no_such_flag" in lines[0]
+    assert "\n" not in lines[0]
