@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxtrain.chip import Calibration, Chip, Rate
 from jaxtrain.chip_file import ENDINGS, write_chip
-from jaxtrain.errors import EXIT_DONE, ExplainedError
+from jaxtrain.errors import EXIT_DONE, ExplainedError, check_output
 from jaxtrain.hardware import CHIPS, resolve_chip
 from jaxtrain.main import count_devices, explained
 from jaxtrain.planner import measure
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if not config.output.endswith(ENDINGS[0]):
         raise ExplainedError(f"--output={config.output}: a measured chip is written as {ENDINGS[0]}")
+    check_output("--output", config.output)
     if not 0 < config.seconds <= 60:
         raise ExplainedError(f"--seconds={config.seconds}: give the seconds of one operation, above 0 and up to 60")
     import jax

@@ -7,7 +7,9 @@ work. `main` prints that message alone, without a traceback. Any other exception
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -69,3 +71,21 @@ def nearest(name: str, options: Iterable[object]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)
     return f"did you mean {close[0]!r}? {listing}" if close else listing
+
+
+def check_output(flag: str, path: str) -> None:
+    """Sees that a file can be written, before the work that it is to hold.
+
+    Raises:
+      UsageError: it cannot; names the flag.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        why = "that is a folder"
+    elif not file.parent.is_dir():
+        why = f"there is no folder {file.parent}"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        why = "that cannot be written"
+    else:
+        return
+    raise UsageError(f"{flag}={path}: {why}; give a file in a folder that can be written")

@@ -21,7 +21,7 @@ import tyro
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig, parse_with_flags
 from jaxtrain.config_rules import validate
-from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
+from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
 from jaxtrain.hardware import load_chip
 from jaxtrain.main import explained
 from jaxtrain.planner.estimates import Cluster, Estimate
@@ -92,6 +92,8 @@ def check_flags(flags: Flags) -> None:
     for name in ("write", "html"):
         if getattr(flags, name) and (flags.explain or flags.sweep):
             raise UsageError(f"--{name} saves the best layout of a search; leave out --explain and --sweep")
+        if getattr(flags, name):
+            check_output(f"--{name}", getattr(flags, name))
 
 
 def make_cluster(flags: Flags) -> Cluster:

@@ -119,7 +119,7 @@ def test_the_verb_writes_what_hardware_reads(tmp_path, monkeypatch, capsys):
     assert f"--hardware={output}" in printed
 
 
-@pytest.mark.parametrize("flag", ["--output=chip.toml", "--seconds=0", "--chip=h201"])
+@pytest.mark.parametrize("flag", ["--output=chip.toml", "--output=no/folder/chip.json", "--seconds=0", "--chip=h201"])
 def test_wrong_flags_are_explained_before_anything_is_measured(flag: str):
     with pytest.raises(ExplainedError, match=flag.partition("=")[0]):
         calibrate.main([flag])

@@ -29,6 +29,7 @@ SMALL = ["--config=configs/1b.py", "--verify=0", "--train.global_batch_size=64"]
         (["--explain", "--sweep=mesh.tensor=1"], "give one of them"),
         (["--run"], "go with --sweep"),
         (["--sweep=mesh.tensor=1", "--write=x.py"], "--write saves the best layout of a search"),
+        (["--html=no/folder/page.html"], "there is no folder no/folder"),
         (["--model.head_dim=3"], "head_dim=3"),
         (["--hardware=none.json"], "none.json"),
     ],
