@@ -376,6 +376,9 @@ class TrainConfig:
     """Tokens of a sequence whose logits exist at one time."""
     sample_tokens: int = 0
     """Tokens to sample from the trained model at the end of the run, from held-out text; 0 for none."""
+    deterministic: bool = False
+    """Two runs on the same mesh give the same bits, on GPUs too: XLA and cuDNN keep to kernels that add up in one order, and
+    choose none by timing it. Slower there."""
     xla_options: tuple[str, ...] = ()
     """Options for XLA over those of train/xla_options.py, each as name=value."""
     compilation_cache: str = "~/.cache/jaxtrain/compilation"

@@ -360,6 +360,8 @@ def _other_problems(config: Config) -> list[str]:
         problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
     for option in config.train.xla_options:
         problems += _explained(functools.partial(parse_xla_option, option))
+        if config.train.deterministic and re.match(r"\s*xla_gpu_\w*determinis|\s*xla_gpu_autotune_level", option):
+            problems.append(f"train.xla_options: {option!r} does not go with train.deterministic, which sets that itself")
     if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
         problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems

@@ -45,7 +45,13 @@ from jaxtrain.train.exchange import (
     under,
 )
 from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
-from jaxtrain.train.xla_options import compile_with_options, default_options, layers_per_iteration, parse_options
+from jaxtrain.train.xla_options import (
+    compile_with_options,
+    default_options,
+    deterministic_options,
+    layers_per_iteration,
+    parse_options,
+)
 
 PyTree = Any
 BATCH_DIMS = ("batch", "length")
@@ -223,8 +229,9 @@ def compile_train_step(
     """
     step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
-    asked = parse_options(config.train.xla_options) | (options or {})
-    defaults = default_options(config, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    asked = parse_options(config.train.xla_options) | deterministic_options(config, platform) | (options or {})
+    defaults = default_options(config, platform)
     compiled = compile_with_options(lowered, defaults, asked)
     if not xla_costs.needs_costs(config, mesh) or xla_costs.OPTION in asked:
         return compiled
@@ -322,7 +329,8 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
     """jit of a read-only region over (params, batch, *extra)."""
     dims = params_dims(config)
     rows = specs(dict.fromkeys(batch_names(config), BATCH_DIMS))
-    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True))
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True)
+    return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)
 
 
 def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:

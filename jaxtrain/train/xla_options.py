@@ -100,6 +100,14 @@ TABLE = (
 )
 
 
+DETERMINISTIC = (
+    "xla_gpu_deterministic_ops",
+    "xla_gpu_exclude_nondeterministic_ops",
+    "xla_gpu_enable_scatter_determinism_expander",
+)
+"""The first implies the others by its definition (openxla/xla#12520); they are asked for by name all the same."""
+
+
 def moves_activations(config: Config) -> bool:
     """Whether layers send activations between devices, so that parts of a microbatch take turns."""
     return config.mesh.tensor > 1 or config.mesh.expert > 1
@@ -119,6 +127,16 @@ def default_options(config: Config, platform: str) -> dict[str, Value]:
     if not _is_gpu(platform):
         return {}
     return {option.name: option.activations if moves_activations(config) else option.weights for option in TABLE}
+
+
+def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
+    """What `train.deterministic` asks of XLA; nothing on other platforms than NVIDIA's, where nothing depends on timing.
+
+    Of the GPU's kernels, those that add up with atomics differ from run to run: scatters (the embedding's gradient), some
+    matmuls, cuDNN's attention backward (XLA sets its `force_deterministic` by the first two options). And which kernel is the
+    fastest is measured at compile time, so that two compilations may choose differently: the first option measures nothing.
+    """
+    return {name: True for name in DETERMINISTIC} if config.train.deterministic and _is_gpu(platform) else {}
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
@@ -146,9 +164,8 @@ def compile_with_options(lowered: Any, defaults: Mapping[str, Value], asked: Map
             name = unknown.group(1) if unknown else ill.group(1) if ill else ""
             if name in asked:
                 why = "this XLA has no such option" if unknown or not ill else ill.group(2)
-                raise ExplainedError(
-                    f"train.xla_options: {name}={asked[name]}: {why} (jaxlib {jaxlib.version.__version__})"
-                ) from error
+                by = "train.deterministic" if name in DETERMINISTIC else "train.xla_options"
+                raise ExplainedError(f"{by}: {name}={asked[name]}: {why} (jaxlib {jaxlib.version.__version__})") from error
             if name not in options:
                 raise
             del options[name]
