@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +40,9 @@ LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
 # Not the checkpoint's fault, and no reason to set it aside.
 _ELSEWHERE = re.compile(r"RESOURCE_EXHAUSTED|out of memory|MemoryError|PermissionError|Too many open files", re.IGNORECASE)
 
+_KINDS = (DamagedCheckpoint, CheckpointError)  # of what may go wrong, the worst last
+
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -51,13 +55,13 @@ def committed_steps(directory: os.PathLike | str) -> list[int]:
 
 
 def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
-    """The JSON metadata that was saved with `step`.
+    """The JSON metadata that was saved with `step`. All processes call it together, and it raises on all of them or on none.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is in another format.
       DamagedCheckpoint: its metadata is not what was saved, or belongs to another step.
     """
-    return read_stored(step_path(directory, step))["metadata"]
+    return agreed(absolute(directory) / str(step), lambda: read_stored(step_path(directory, step))["metadata"])
 
 
 def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any:
@@ -72,13 +76,18 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any
         another shape or dtype), each named with what is saved and what was expected.
       DamagedCheckpoint: it cannot be read, or a leaf does not have the checksum that it was saved with.
     """
-    path = step_path(directory, step)
+    path = absolute(directory) / str(step)
     leaves, treedef = leaves_by_path(abstract_state)
     for name, leaf in leaves.items():
         if getattr(leaf, "sharding", None) is None:
             raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must say where it goes")
-    stored = read_stored(path)
-    check_same_leaves(path, stored["leaves"], {"/".join(name): describe(leaf) for name, leaf in leaves.items()})
+
+    def stored_leaves() -> dict[str, Any]:
+        stored = read_stored(step_path(directory, step))
+        check_same_leaves(path, stored["leaves"], {"/".join(name): describe(leaf) for name, leaf in leaves.items()})
+        return stored
+
+    stored = agreed(path, stored_leaves)
     loaded = _load(path, leaves)
     bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
     if bad:
@@ -219,6 +228,30 @@ def from_first_process(value: int) -> int:
 
 def everywhere(flag: bool) -> bool:
     """Whether it is so in every process."""
+    return _worst(int(not flag)) == 0
+
+
+def agreed(path: epath.Path, read: Callable[[], T]) -> T:
+    """What `read` gives, once it has given something in every process: else the first to fail would set a checkpoint aside
+    while another still looks for it.
+
+    Raises:
+      CheckpointError, DamagedCheckpoint: as `read` here, unless worse befell another process.
+    """
+    try:
+        found, mine = read(), 0
+    except CheckpointError as error:
+        found, mine = error, 1 + _KINDS.index(type(error))
+    worst = _worst(mine)
+    if worst > mine:
+        raise _KINDS[worst - 1](f"checkpoint {path} cannot be read by another process (its log says why)")
+    if isinstance(found, CheckpointError):
+        raise found
+    return found
+
+
+def _worst(value: int) -> int:
+    """The largest of all processes."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))

@@ -19,8 +19,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ from typing import NoReturn
 from jaxtrain.config import DistributedConfig
 from jaxtrain.errors import EXIT_DONE, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, ConfigError, ExplainedError
 
+PARENT = "JAXTRAIN_PARENT"  # process number of the supervisor, where its death is to end this process
 _PORTS = 61440, 4096  # first, and how many: as JAX's own SLURM support, above what Linux hands out by itself
 _PEER_WORDS = re.compile(
     r"gloo|connection (reset|closed|refused)|socket closed|pollforerror|unavailable|coordination service|heartbeat|"
@@ -215,6 +219,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
     import jax
 
     environ = os.environ if environ is None else environ
+    _stop_without_parent(_number(environ, PARENT, 0))
     devices = _number(environ, "JAXTRAIN_CPU_DEVICES", 0)
     if devices:
         jax.config.update("jax_platforms", "cpu")
@@ -243,6 +248,22 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             "that port?"
         ) from error
     return place
+
+
+def _stop_without_parent(parent: int) -> None:
+    """When the supervisor dies the run saves and stops, instead of going on unwatched.
+
+    A thread looks, because Linux's own signal for this (PR_SET_PDEATHSIG) comes once for each thread that the supervisor had,
+    and a second signal means to end without saving.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def describe(place: Place) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE
+from jaxtrain.launch.distributed import PARENT
 from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stacks_beside
 
 POLL_SECONDS = 0.05
@@ -147,9 +148,10 @@ class Supervisor:
         self._signal: signal.Signals | None = None
         self._second_signal = False
         self._steps: list[float] = []
-        self.generation = 0
-        self.goodput = Goodput(time.monotonic())
         folder.mkdir(parents=True, exist_ok=True)
+        self._before = last_generation(folder)
+        self.generation = self._before
+        self.goodput = Goodput(time.monotonic())
 
     def run(self) -> int:
         """Runs to the end; returns the exit code (see `launch.distributed`)."""
@@ -207,6 +209,7 @@ class Supervisor:
                 "JAXTRAIN_LOCAL_PROCESSES": str(count),
                 "JAXTRAIN_LOCAL_PROCESS_ID": str(index),
                 "JAXTRAIN_STARTER": f"the supervisor (generation {self.generation})",
+                PARENT: str(os.getpid()),
                 "PYTHONUNBUFFERED": "1",
                 VARIABLE: str(beat),
                 **self._environment(index, count),
@@ -375,6 +378,12 @@ def how(code: int) -> str:
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     hint = " (out of host memory? see dmesg)" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"
+
+
+def last_generation(folder: Path) -> int:
+    """The newest that wrote its logs there, 0 for none: a supervisor started again writes over nothing."""
+    names = (path.name.rpartition("-")[2] for path in folder.glob("generation-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def free_port() -> int:

@@ -1,0 +1,222 @@
+"""A config for runs that are to fall: a tiny model, and around it, in the processes of the run, the faults that a test planned.
+
+The folder JAXTRAIN_TEST_FOLDER holds faults.json: for each life of the run that is to end badly a list of [step, process, deeds].
+When it comes to dispatch that step the process does the deeds, and marks it with a file fault-LIFE-NUMBER. Every process notes there
+what it trains on: steps-P.jsonl has a row for each step it took a batch for, with a hash of every row of token ids.
+
+The product has no switch for any of this. A config is code, and this one wraps three of its functions: what tells a watcher of each
+step, what hands out batches, and what looks at the loop's hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DataSource,
+    DistributedConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+EVERY = 4
+"""Steps between two checkpoints."""
+
+
+def get_config() -> Config:
+    """The run of every test here: 8 devices."""
+    folder = os.environ.get("JAXTRAIN_TEST_FOLDER")
+    if folder and process_id() is not None:
+        Faults(Path(folder), process_id()).install()
+    return Config(
+        name="faulty",
+        model=ModelConfig(
+            num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=257, dtype="float32"
+        ),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), tokenizer="byte", sequence_length=32),
+        mesh=MeshConfig(data=4, fsdp=2),
+        optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
+        train=TrainConfig(global_batch_size=8, log_every=1, validate_every=0, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=EVERY, keep=100),
+        distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120),
+    )
+
+
+def process_id() -> int | None:
+    """Which process of the run this is, by whatever started it; None for the launcher, which reads the config too."""
+    for name in ("JAXTRAIN_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return None
+
+
+class Faults:
+    """What this process does wrong, and a record of what it does."""
+
+    def __init__(self, folder: Path, process: int):
+        self.folder, self.process = folder, process
+        lives = json.loads((folder / "faults.json").read_text()) if (folder / "faults.json").exists() else []
+        life = max((int(mark.name.split("-")[1]) + 1 for mark in folder.glob("fault-*")), default=0)
+        planned = lives[life] if life < len(lives) else []
+        self.own = [
+            (folder / f"fault-{life}-{i}", step, deeds.split("+")) for i, (step, who, deeds) in enumerate(planned) if who == process
+        ]
+        self.checkpoints = Path(next(a for a in sys.argv if a.startswith("--run_dir=")).partition("=")[2], "checkpoints")
+        self.record = open(folder / f"steps-{process}.jsonl", "a", buffering=1)  # noqa: SIM115, for the life of the process
+        self.starter = os.environ.get("JAXTRAIN_STARTER", "")
+
+    def install(self) -> None:
+        """Wraps what tells of steps and what hands out batches."""
+        from jaxtrain.data.pipeline import Data
+        from jaxtrain.telemetry.beat import Beat
+
+        tell, batches = Beat.step, Data.train_batches
+
+        def step(beat, dispatched=None, done=None):
+            tell(beat, dispatched, done)
+            if done is not None:
+                self.note(done=done)
+            if dispatched is not None:
+                self.due(dispatched)
+
+        def train_batches(data, first_step, rows):
+            return Noted(batches(data, first_step, rows), first_step, rows.start, self.note)
+
+        Beat.step, Data.train_batches = step, train_batches
+
+    def note(self, **row) -> None:
+        """A row of the record."""
+        print(json.dumps({"time": time.time(), "starter": self.starter, **row}), file=self.record)
+
+    def due(self, step: int) -> None:
+        """Does what is planned for this step and has not been done."""
+        for mark, when, deeds in self.own:
+            if step >= when and not mark.exists():
+                mark.write_text(f"{time.time()}")
+                for deed in deeds:
+                    name, _, argument = deed.partition(":")
+                    getattr(self, name)(*([argument] if argument else []))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Deeds
+
+    def saved(self, step: str) -> None:
+        """Waits until that step's checkpoint is committed."""
+        until = time.monotonic() + 60
+        while not (self.checkpoints / step / "commit_success.txt").exists() and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """As the kernel does when memory is short, or a node goes."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_supervisor(self) -> None:
+        """Leaves all its processes behind."""
+        os.kill(os.getppid(), signal.SIGKILL)
+
+    def kill_in_save(self, step: str) -> None:
+        """Dies while that step's checkpoint is being written."""
+
+        def watch() -> None:
+            while not any(self.checkpoints.glob(f"{step}.orbax-checkpoint-tmp*")):
+                time.sleep(0.001)
+            self.kill()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def stop(self) -> None:
+        """Freezes, heartbeats and all."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def hang(self) -> None:
+        """Is stuck in Python; the heartbeats go on."""
+        time.sleep(1e6)
+
+    def throw(self) -> None:
+        """Meets an error that nobody foresaw."""
+        raise RuntimeError("a fault of the test's")
+
+    def terminate(self) -> None:
+        """Is asked to end, and nobody else is."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def resize(self, processes: str) -> None:
+        """The cluster has so many processes from now on."""
+        (self.folder / "processes").write_text(processes)
+
+    def flip(self, step: str) -> None:
+        """One bit of that checkpoint's arrays changes on disk."""
+        path = max((self.checkpoints / step).rglob("d/*"), key=lambda file: file.stat().st_size)
+        data, bit = bytearray(path.read_bytes()), random.Random(step).randrange(8 * path.stat().st_size)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+
+    def truncate(self, step: str) -> None:
+        """Half of one of that checkpoint's files is lost."""
+        path = max((self.checkpoints / step).rglob("d/*"), key=lambda file: file.stat().st_size)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def fake(self, step: str) -> None:
+        """A folder that looks like a later checkpoint: committed, with another's metadata, and nothing in it; and an empty one."""
+        later = self.checkpoints / f"{step}000"
+        later.mkdir()
+        for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+            (later / name).write_bytes((self.checkpoints / step / name).read_bytes())
+        (self.checkpoints / f"{step}001").mkdir()
+
+    def fill(self) -> None:
+        """Takes all the space that is left on the disk of the checkpoints."""
+        with open(self.checkpoints.parent / "filling", "wb") as file:
+            try:
+                while True:
+                    os.write(file.fileno(), bytes(4096))
+            except OSError:
+                pass
+
+    def free(self) -> None:
+        """Gives it back."""
+        (self.checkpoints.parent / "filling").unlink()
+
+
+class Noted:
+    """Batches, each noted as it is taken: the step, and a hash of the ids in every row of the global batch that it holds."""
+
+    def __init__(self, batches, first_step: int, first_row: int, note):
+        self._batches, self._step, self._first_row, self._note = batches, first_step, first_row, note
+
+    def __enter__(self):
+        self._batches.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._batches.__exit__(*error)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self._batches)
+        self._step += 1
+        hashes = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in batch["tokens"]]
+        self._note(step=self._step, rows={self._first_row + i: found for i, found in enumerate(hashes)})
+        return batch
+
+
+def generation(starter: str) -> int:
+    """Of a record's row."""
+    match = re.search(r"generation (\d+)", starter)
+    return int(match[1]) if match else 0

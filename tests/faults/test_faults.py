@@ -1,0 +1,133 @@
+"""Whatever befalls one of four processes, the run ends with the parameters of a run that nothing befell.
+
+Each run has a whole list of faults, one a generation: every generation costs four starts, and a state that has come through
+all of them bit for bit has come through each. What the supervisor says of each is compared one by one. Faults of data and
+config stand in tests/data/test_data_bad_input.py, tests/test_main.py and tests/test_checkpoint.py; README.md lists all.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.checkpoint import committed_steps
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED
+from tests.faults.runs import LAUNCHER, Faulty, uninterrupted, wait_until
+
+STEPS = 32  # a checkpoint every 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, worker_id):
+    """The run that nothing befell."""
+    base = tmp_path_factory.getbasetemp()
+    return uninterrupted((base if worker_id == "master" else base.parent) / "faults", STEPS)
+
+
+def resumed_from(run: Faulty) -> list[int]:
+    """The step that each start but the first went on from."""
+    return [int(step) for step in re.findall(r"^resume     from step (\d+)", run.log, re.M)]
+
+
+def assert_nothing_lost(run: Faulty, whole: Faulty) -> None:
+    """Losses, every array of the last checkpoint, and every token id are those of the uninterrupted run, and nothing is left."""
+    assert run.losses() == whole.losses()
+    assert run.final_checksums() == whole.final_checksums()
+    assert_same_data(run, whole)
+    assert run.leftovers() == []
+
+
+def assert_same_data(run: Faulty, whole: Faulty) -> None:
+    """Every row of every global batch has the same token ids, whoever read it and however often."""
+    rows = whole.token_ids()
+    assert sorted(rows) == list(range(1, STEPS + 1))
+    assert all(sorted(hashes) == list(range(8)) for hashes in rows.values())
+    assert run.token_ids() == rows
+
+
+# Step, process and deeds (see faulty.py); whom the supervisor blames, in which words; the step that the next start goes on from.
+KILLED = r"was ended by SIGKILL"
+LOST = [
+    ((5, 1, "saved:4+kill"), 1, KILLED, 4),
+    ((6, 2, "kill"), 2, KILLED, 4),
+    ((7, 3, "kill"), 3, KILLED, 4),
+    ((9, 0, "saved:8+flip:8+kill"), 0, KILLED, 4),  # the coordinator; and of two checkpoints the newer has rotted
+    ((14, 3, "saved:12+truncate:12+fake:8+throw"), 3, r"ended with exit code 70: .*RuntimeError: a fault of the test's", 8),
+    ((17, 2, "saved:16+stop"), 2, r"is stopped \(state T\)", 16),
+    ((18, 3, "hang"), 3, r"is at step 18 and has not moved for \d+ s; stacks in ", 16),
+]
+
+
+def test_lost_frozen_and_stuck_processes_and_damaged_checkpoints(tmp_path, whole):
+    run = Faulty(tmp_path, STEPS)
+    run.plan(*([fault] for fault, *_ in LOST))
+    assert run.run() == EXIT_DONE, run.log[-3000:]
+    endings = run.events("end")
+    assert [ending["culprit"] for ending in endings] == [culprit for _, culprit, *_ in LOST] + [None]
+    for ending, (_, culprit, words, _) in zip(endings, LOST, strict=False):
+        assert re.search(f"process {culprit} {words}", ending["words"])
+    assert resumed_from(run) == [step for *_, step in LOST]
+    set_aside = {path.name: (path / "why_set_aside.txt").read_text() for path in run.checkpoints.glob("*.damaged-1")}
+    assert sorted(set_aside) == ["12.damaged-1", "8.damaged-1", "8000.damaged-1"]
+    assert "does not hold what was saved" in set_aside["8.damaged-1"] + set_aside["12.damaged-1"]
+    assert "the folder was renamed or copied over" in set_aside["8000.damaged-1"]
+    stacks = (run.run_dir / "launch" / "generation-7" / "process-3.stacks").read_text()
+    assert "in hang" in stacks
+    assert re.search(r"supervisor done in \d+ s, 8 generations; goodput \d+\.\d%", run.log)
+    (run.checkpoints / "8001").rmdir()  # the empty folder that looked like a later step: passed over, and not ours to delete
+    assert_nothing_lost(run, whole)
+
+
+def test_signals_and_deaths_in_the_midst_of_saving(tmp_path, whole):
+    """One process is asked to end, another dies while a checkpoint is being written, then the supervisor itself."""
+    run = Faulty(tmp_path, STEPS)
+    run.plan([(6, 2, "terminate")], [(11, 1, "kill_in_save:12")], [(18, 0, "kill_supervisor")])
+    assert run.run() == EXIT_STOPPED  # all stopped after one step and saved it
+    (stopped,) = committed_steps(run.checkpoints)[-1:]
+    assert stopped in (6, 7, 8)
+    assert run.run() == -9
+    saved = wait_until(lambda: committed_steps(run.checkpoints)[-1] >= 18, 60, "its processes save and end by themselves")
+    assert run.run() == EXIT_DONE, run.log[-3000:]
+    assert saved is None
+    first, second, third = resumed_from(run)
+    assert first == stopped
+    assert second in (8, 12)
+    assert 18 <= third <= 20
+    assert_nothing_lost(run, whole)
+
+
+def test_fewer_processes_and_more_again(tmp_path, whole):
+    """Half of the cluster goes, and comes back: another mesh, the same global batches."""
+    run = Faulty(tmp_path, STEPS)
+    run.plan([(6, 1, "resize:2")], [(14, 0, "resize:4")])
+    (tmp_path / "processes").write_text("4")
+    assert run.run([*LAUNCHER, f"--processes_file={tmp_path / 'processes'}"]) == EXIT_DONE, run.log[-3000:]
+    assert [event["processes"] for event in run.events("start")] == [4, 2, 4]
+    assert [event["kind"] for event in run.events("end")] == ["resized", "resized", "done"]
+    assert "mesh       data=2 x fsdp=2 (4 x cpu" in run.log
+    assert run.losses() == pytest.approx(whole.losses(), rel=1e-6)
+    assert_same_data(run, whole)
+    assert run.leftovers() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, with room for a few checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a file system of its own needs root: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(tmp_path, small_disk, whole):
+    """The save that fails is told and training goes on; while the disk stays full, the next one ends the run."""
+    run = Faulty(small_disk, STEPS)
+    run.plan([(7, 0, "saved:4+fill"), (10, 0, "free"), (15, 2, "saved:12+fill")])
+    code = run.run()
+    assert code == 1
