@@ -30,7 +30,7 @@ from jaxtrain.launch.distributed import PARENT
 from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stacks_beside
 
 POLL_SECONDS = 0.05
-_NOISE = re.compile(r"^\[Gloo\] Rank \d+ is connected|cudart_stub|^WARNING: All log messages before absl")
+_NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
 _ABORT = -signal.SIGABRT  # jax's client, when the coordination service tells it that a task is lost
 Kind = Literal["done", "stopped", "refused", "failed", "hung", "resized"]
 

@@ -1,20 +1,20 @@
-"""A config for runs that are to fall: a tiny model, and around it, in the processes of the run, the faults that a test planned.
+"""A config for runs that are to fall: a tiny model, and in the processes of the run the faults that a test planned for them.
 
-The folder JAXTRAIN_TEST_FOLDER holds faults.json: for each life of the run that is to end badly a list of [step, process, deeds].
-When it comes to dispatch that step the process does the deeds, and marks it with a file fault-LIFE-NUMBER. Every process notes there
-what it trains on: steps-P.jsonl has a row for each step it took a batch for, with a hash of every row of token ids.
+The folder JAXTRAIN_TEST_FOLDER holds faults.json: for each life of the run that is to end badly, a list of [step, process,
+deeds]. When it comes to dispatch that step the process does the deeds, and marks it with a file fault-LIFE-NUMBER. Every
+process notes there what it trains on: steps-P.jsonl has a row for each batch, with a hash of each of its rows of token ids.
 
-The product has no switch for any of this. A config is code, and this one wraps three of its functions: what tells a watcher of each
-step, what hands out batches, and what looks at the loop's hooks.
+The product has no switch for any of this. A config is code, and this one wraps two of its functions: what tells a watcher of
+each step, and what hands out batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -73,11 +73,13 @@ class Faults:
         life = max((int(mark.name.split("-")[1]) + 1 for mark in folder.glob("fault-*")), default=0)
         planned = lives[life] if life < len(lives) else []
         self.own = [
-            (folder / f"fault-{life}-{i}", step, deeds.split("+")) for i, (step, who, deeds) in enumerate(planned) if who == process
+            (folder / f"fault-{life}-{i}", step, deeds.split("+"))
+            for i, (step, who, deeds) in enumerate(planned)
+            if who == process
         ]
         self.checkpoints = Path(next(a for a in sys.argv if a.startswith("--run_dir=")).partition("=")[2], "checkpoints")
         self.record = open(folder / f"steps-{process}.jsonl", "a", buffering=1)  # noqa: SIM115, for the life of the process
-        self.starter = os.environ.get("JAXTRAIN_STARTER", "")
+        self.starter, self.pause = os.environ.get("JAXTRAIN_STARTER", ""), 0.0
 
     def install(self) -> None:
         """Wraps what tells of steps and what hands out batches."""
@@ -91,6 +93,7 @@ class Faults:
             if done is not None:
                 self.note(done=done)
             if dispatched is not None:
+                time.sleep(self.pause)
                 self.due(dispatched)
 
         def train_batches(data, first_step, rows):
@@ -120,6 +123,11 @@ class Faults:
         while not (self.checkpoints / step / "commit_success.txt").exists() and time.monotonic() < until:
             time.sleep(0.005)
 
+    def wait_for(self, name: str) -> None:
+        """Waits for that file, so that the test can do something at this very step."""
+        while not (self.folder / name).exists():
+            time.sleep(0.005)
+
     def kill(self) -> None:
         """As the kernel does when memory is short, or a node goes."""
         os.kill(os.getpid(), signal.SIGKILL)
@@ -137,6 +145,10 @@ class Faults:
             self.kill()
 
         threading.Thread(target=watch, daemon=True).start()
+
+    def slow(self, seconds: str) -> None:
+        """Every step takes so long from now on."""
+        self.pause = float(seconds)
 
     def stop(self) -> None:
         """Freezes, heartbeats and all."""
@@ -171,7 +183,7 @@ class Faults:
         os.truncate(path, path.stat().st_size // 2)
 
     def fake(self, step: str) -> None:
-        """A folder that looks like a later checkpoint: committed, with another's metadata, and nothing in it; and an empty one."""
+        """A folder that looks like a later checkpoint, with the marks of this one and nothing else in it; and an empty one."""
         later = self.checkpoints / f"{step}000"
         later.mkdir()
         for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
@@ -180,16 +192,13 @@ class Faults:
 
     def fill(self) -> None:
         """Takes all the space that is left on the disk of the checkpoints."""
-        with open(self.checkpoints.parent / "filling", "wb") as file:
-            try:
-                while True:
-                    os.write(file.fileno(), bytes(4096))
-            except OSError:
-                pass
+        with open(self.checkpoints / "filling", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
 
     def free(self) -> None:
         """Gives it back."""
-        (self.checkpoints.parent / "filling").unlink()
+        (self.checkpoints / "filling").unlink()
 
 
 class Noted:
@@ -214,9 +223,3 @@ class Noted:
         hashes = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in batch["tokens"]]
         self._note(step=self._step, rows={self._first_row + i: found for i, found in enumerate(hashes)})
         return batch
-
-
-def generation(starter: str) -> int:
-    """Of a record's row."""
-    match = re.search(r"generation (\d+)", starter)
-    return int(match[1]) if match else 0

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.stored import read_stored
 from jaxtrain.checkpoint import committed_steps
+from jaxtrain.checkpoint.stored import read_stored
 from jaxtrain.errors import EXIT_DONE
 from tests import quick
 

@@ -5,16 +5,13 @@ all of them bit for bit has come through each. What the supervisor says of each 
 config stand in tests/data/test_data_bad_input.py, tests/test_main.py and tests/test_checkpoint.py; README.md lists all.
 """
 
-import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from jaxtrain.checkpoint import committed_steps
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from tests.faults.runs import LAUNCHER, Faulty, uninterrupted, wait_until
 
 STEPS = 32  # a checkpoint every 4
@@ -33,7 +30,7 @@ def resumed_from(run: Faulty) -> list[int]:
 
 
 def assert_nothing_lost(run: Faulty, whole: Faulty) -> None:
-    """Losses, every array of the last checkpoint, and every token id are those of the uninterrupted run, and nothing is left."""
+    """Losses, all arrays of the last checkpoint, and all token ids are those of the uninterrupted run, and nothing is left."""
     assert run.losses() == whole.losses()
     assert run.final_checksums() == whole.final_checksums()
     assert_same_data(run, whole)
@@ -48,7 +45,7 @@ def assert_same_data(run: Faulty, whole: Faulty) -> None:
     assert run.token_ids() == rows
 
 
-# Step, process and deeds (see faulty.py); whom the supervisor blames, in which words; the step that the next start goes on from.
+# Step, process and deeds (see faulty.py); whom the supervisor blames, in which words; where the next start goes on from.
 KILLED = r"was ended by SIGKILL"
 LOST = [
     ((5, 1, "saved:4+kill"), 1, KILLED, 4),
@@ -89,9 +86,8 @@ def test_signals_and_deaths_in_the_midst_of_saving(tmp_path, whole):
     (stopped,) = committed_steps(run.checkpoints)[-1:]
     assert stopped in (6, 7, 8)
     assert run.run() == -9
-    saved = wait_until(lambda: committed_steps(run.checkpoints)[-1] >= 18, 60, "its processes save and end by themselves")
+    wait_until(lambda: committed_steps(run.checkpoints)[-1] >= 18, 60, "its processes save and end by themselves")
     assert run.run() == EXIT_DONE, run.log[-3000:]
-    assert saved is None
     first, second, third = resumed_from(run)
     assert first == stopped
     assert second in (8, 12)
@@ -115,19 +111,25 @@ def test_fewer_processes_and_more_again(tmp_path, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, with room for a few checkpoints."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    """A run whose checkpoints have a file system of their own, with room for a few."""
+    run = Faulty(tmp_path, STEPS)
+    run.checkpoints.mkdir(parents=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", run.checkpoints], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"a file system of its own needs root: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    yield run
+    subprocess.run(["umount", "-l", run.checkpoints], check=True)
 
 
-def test_a_full_disk(tmp_path, small_disk, whole):
-    """The save that fails is told and training goes on; while the disk stays full, the next one ends the run."""
-    run = Faulty(small_disk, STEPS)
-    run.plan([(7, 0, "saved:4+fill"), (10, 0, "free"), (15, 2, "saved:12+fill")])
-    code = run.run()
-    assert code == 1
+def test_a_full_disk(small_disk, whole):
+    """A save that fails costs no step; once there is space the next one is made; a run that cannot save its end says so."""
+    run = small_disk
+    run.plan([(6, 0, "saved:4+fill"), (11, 0, "free"), (14, 2, "saved:12+fill")])
+    assert run.run() == EXIT_ERROR, run.log[-3000:]
+    assert "warning    the checkpoint of step 8 could not be saved" in run.log
+    assert "the disk is full: free some space" in run.log.splitlines()[-1]
+    assert committed_steps(run.checkpoints) == [4, 12]
+    (run.checkpoints / "filling").unlink()
+    assert run.run() == EXIT_DONE, run.log[-3000:]
+    assert resumed_from(run) == [12]
+    assert_nothing_lost(run, whole)

@@ -22,6 +22,7 @@ from jaxtrain.launch import on_ray
 from jaxtrain.launch.__main__ import launch
 from jaxtrain.launch.distributed import find_place
 from jaxtrain.launch.slurm import seconds
+from tests.launch.pods import action, environment_of_pod
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--", "--config=configs/quickstart.py", "--mesh.fsdp=2", "--mesh.data=2"]
@@ -251,20 +252,6 @@ def manifest(capsys, *own):
     return {document["kind"]: document for document in documents}
 
 
-def environment_of_pod(container, index):
-    """What a container sees: values, fields of the pod, earlier variables put in for $(NAME)."""
-    fields = {"status.podIP": f"10.0.0.{index}"}
-    seen = {"JOB_COMPLETION_INDEX": str(index), "KUBERNETES_SERVICE_HOST": "10.96.0.1"}
-    for variable in container["env"]:
-        value = variable.get("value")
-        if value is None and "fieldRef" in variable["valueFrom"]:
-            value = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
-        if value is not None:
-            put_in = re.sub(r"(?<!\$)\$\((\w+)\)", lambda match: seen[match[1]], value)
-            seen[variable["name"]] = put_in.replace("$$(", "$(")
-    return seen
-
-
 @pytest.mark.parametrize("kind", ["job", "jobset"])
 def test_pods_find_one_another(capsys, kind):
     documents = manifest(capsys, f"--kind={kind}", "--env", "SEEN=$(a) \"b\"", "WANDB_API_KEY")  # fmt: skip
@@ -297,14 +284,6 @@ def test_pods_find_one_another(capsys, kind):
         "name": "WANDB_API_KEY",
         "valueFrom": {"secretKeyRef": {"name": "jaxtrain", "key": "WANDB_API_KEY"}},
     }
-
-
-def action(rules, code):
-    """What the first rule that matches an exit code does, and its place."""
-    for place, rule in enumerate(rules):
-        if code in rule.get("onExitCodes", {}).get("values", ()):
-            return place, rule["action"]
-    return None, "Count"
 
 
 @pytest.mark.parametrize(("code", "expected"), [(1, "FailJob"), (2, "FailJob"), (76, "Ignore"), (75, "Count"), (137, "Count")])
