@@ -107,6 +107,20 @@ class Goodput:
     """Seconds of steps that were further than any before."""
     repeated: float = 0.0
     """Seconds of steps done before, since the last checkpoint, and lost."""
+    before: float = 0.0
+    """Seconds that earlier supervisors of this run have watched it."""
+
+    @classmethod
+    def go_on(cls, events: Path, now: float) -> Goodput:
+        """As the last supervisor of this run wrote it down; afresh where there was none."""
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            last = json.loads(events.read_text().splitlines()[-1])
+            return cls(now, last["furthest"], last["productive"], last["repeated"], last["seconds"])
+        return cls(now)
+
+    def seconds(self, now: float) -> float:
+        """Wall time under a supervisor."""
+        return self.before + now - self.started
 
     def step(self, done: int, seconds: float) -> None:
         """A step is done, `seconds` after the one before it in the same generation."""
@@ -118,7 +132,7 @@ class Goodput:
 
     def share(self, now: float) -> float:
         """Productive step time over wall time."""
-        return self.productive / max(now - self.started, 1e-9)
+        return self.productive / max(self.seconds(now), 1e-9)
 
 
 class Supervisor:
@@ -149,13 +163,12 @@ class Supervisor:
         self._second_signal = False
         self._steps: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self._before = last_generation(folder)
-        self.generation = self._before
-        self.goodput = Goodput(time.monotonic())
+        self.generation = last_generation(folder)
+        self.goodput = Goodput.go_on(folder / "events.jsonl", time.monotonic())
 
     def run(self) -> int:
         """Runs to the end; returns the exit code (see `launch.distributed`)."""
-        failures, furthest = 0, 0
+        failures, furthest = 0, self.goodput.furthest
         with self._taking_signals():
             while True:
                 self.generation += 1
@@ -338,14 +351,16 @@ class Supervisor:
             f"; goodput {self.goodput.share(now):.1%} (steps that lasted {self.goodput.productive:.0f} s, repeated "
             f"{self.goodput.repeated:.0f} s)"
         )
-        words = f"done in {now - self.goodput.started:.0f} s, {self.generation} generation{'s' * (self.generation > 1)}"
+        words = f"done in {self.goodput.seconds(now):.0f} s, {self.generation} generation{'s' * (self.generation > 1)}"
         self._tell(words + (goodput if self.goodput.furthest else ""))
 
     def _tell(self, words: str) -> None:
         self._say(f"supervisor {words}")
 
     def _record(self, event: str, **values: Any) -> None:
-        row = {"time": time.time(), "generation": self.generation, "event": event, "furthest": self.goodput.furthest, **values}
+        now, sums = time.monotonic(), self.goodput
+        row = {"time": time.time(), "generation": self.generation, "event": event, "furthest": sums.furthest}
+        row |= {"productive": sums.productive, "repeated": sums.repeated, "seconds": sums.seconds(now), **values}
         with open(self._folder / "events.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 

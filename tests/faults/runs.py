@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.checkpoint.stored import read_stored
@@ -48,29 +48,29 @@ class Faulty:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "faults.json").write_text(json.dumps(lives))
 
-    def command(self, launcher: Sequence[str] = LAUNCHER, more: Sequence[str] = ()) -> list[str]:
+    def command(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG) -> list[str]:
         """Of the launcher."""
-        run = [CONFIG, f"--run_dir={self.run_dir}", f"--train.steps={self.steps}", f"--train.compilation_cache={COMPILED}"]
-        return [sys.executable, "-m", "jaxtrain.launch", *launcher, "--", *run, *more]
+        run = [config, f"--run_dir={self.run_dir}", f"--train.steps={self.steps}", f"--train.compilation_cache={COMPILED}"]
+        return [sys.executable, "-m", "jaxtrain.launch", *launcher, "--", *run]
 
-    def start(self, launcher: Sequence[str] = LAUNCHER, more: Sequence[str] = ()) -> subprocess.Popen:
-        """The launcher, running; what it says goes to launcher.log, after what was said before."""
+    def run(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG, seconds: float = 400) -> int:
+        """The launcher's exit code; what it says goes to launcher.log. It is asked to end where it takes too long."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "launcher.log", "a") as log:
-            return subprocess.Popen(
-                self.command(launcher, more), cwd=ROOT, env=environment(self.folder), stdout=log, stderr=subprocess.STDOUT
+            launched = subprocess.Popen(
+                self.command(launcher, config), cwd=ROOT, env=environment(self.folder), stdout=log, stderr=subprocess.STDOUT
             )
-
-    def run(self, launcher: Sequence[str] = LAUNCHER, more: Sequence[str] = (), seconds: float = 400) -> int:
-        """The launcher's exit code; it is asked to end where it takes too long."""
-        launched = self.start(launcher, more)
         try:
             return launched.wait(seconds)
         finally:
-            if launched.poll() is None:
-                launched.terminate()
-                launched.terminate()
-                launched.wait(60)
+            while launched.poll() is None:
+                launched.terminate()  # the second time it ends at once, and its processes with it
+                time.sleep(0.5)
+
+    def wait_for_processes(self, seconds: float = 60) -> None:
+        """Until no process trains in the run's folder: those of a supervisor that was killed save first."""
+        with open(self.run_dir / ".lock") as lock:
+            wait_until(lambda: is_free(lock), seconds, f"the processes in {self.run_dir} end")
 
     @property
     def log(self) -> str:
@@ -129,7 +129,17 @@ def uninterrupted(shared: Path, steps: int) -> Faulty:
     return run
 
 
-def wait_until(condition: Any, seconds: float, words: str) -> None:
+def is_free(lock: IO[str]) -> bool:
+    """Whether nobody else holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    return True
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, words: str) -> None:
     """Until it holds."""
     until = time.monotonic() + seconds
     while not condition():

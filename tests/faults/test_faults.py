@@ -12,7 +12,7 @@ import pytest
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
-from tests.faults.runs import LAUNCHER, Faulty, uninterrupted, wait_until
+from tests.faults.runs import LAUNCHER, Faulty, uninterrupted
 
 STEPS = 32  # a checkpoint every 4
 
@@ -86,7 +86,8 @@ def test_signals_and_deaths_in_the_midst_of_saving(tmp_path, whole):
     (stopped,) = committed_steps(run.checkpoints)[-1:]
     assert stopped in (6, 7, 8)
     assert run.run() == -9
-    wait_until(lambda: committed_steps(run.checkpoints)[-1] >= 18, 60, "its processes save and end by themselves")
+    run.wait_for_processes()  # which hear that nobody watches them, and save
+    assert committed_steps(run.checkpoints)[-1] >= 18
     assert run.run() == EXIT_DONE, run.log[-3000:]
     first, second, third = resumed_from(run)
     assert first == stopped

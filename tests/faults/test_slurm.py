@@ -168,11 +168,9 @@ def cluster(tmp_path):
 def test_a_job_survives_a_kill_its_time_limit_and_a_lost_node(tmp_path, cluster):
     run, whole = Faulty(tmp_path / "job", STEPS), uninterrupted(tmp_path, STEPS)
     run.plan([(6, 1, "saved:4+kill")], [(9, 0, "slow:6")], [(20, 0, "saved:16+wait_for:lost")])
-    variables = {
-        name: value for name, value in environment(run.folder).items() if name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER")
-    }
+    seen = environment(run.folder)
     wanted = ["--cpu", "--hosts=2", "--devices_per_host=4", "--time=2", "--save_seconds=59", "--options=ntasks-per-node=1"]
-    wanted += ["--env", *(f"{name}={value}" for name, value in variables.items())]
+    wanted += ["--env", *(f"{name}={seen[name]}" for name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER"))]
     more = [CONFIG, f"--run_dir={run.run_dir}", f"--train.steps={STEPS}", f"--train.compilation_cache={COMPILED}"]
     env = environment(run.folder) | {"SLURM_CONF": str(cluster.folder / "slurm.conf")}
     launcher = ["-m", "jaxtrain.launch", "slurm", *wanted, f"--python={sys.executable}", "--", *more]
