@@ -55,6 +55,12 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint does not hold what was saved; an older one may."""
 
 
+class LostSave(ExplainedError):
+    """One of several processes could not do its part of a save; all must start again, from the checkpoint before."""
+
+    exit_code = EXIT_FAULT
+
+
 class ProgramError(ExplainedError, ValueError):
     """The text of a compiled program does not hang together, or has something in it that our readers do not know."""
 

@@ -10,9 +10,14 @@ on disk, and in the canonical form that the caller hands over, so that it comes 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import math
 import os
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -43,7 +48,11 @@ from jaxtrain.checkpoint.stored import (
 )
 from jaxtrain.checkpoint.trees import describe, leaves_by_path, nested
 from jaxtrain.config import CheckpointConfig
-from jaxtrain.errors import CheckpointError, DamagedCheckpoint
+from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
+from jaxtrain.processes import are_several, look, post
+
+_PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
+_SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +86,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None  # of the last save that failed, until a later one is committed
         self._failure_raised = False
+        self._saves = 0
         # Directories made by a thread would save a millisecond, and when that fails Orbax's waiting threads keep the
         # interpreter from exiting for 305 s. On object stores, where a rename copies, the mark alone commits.
         self._context = ocp.Context()
@@ -207,8 +217,9 @@ class Checkpoints:
           state: pytree of jax.Array in canonical form, over all processes.
           metadata: what JSON can hold, the same on all processes: the resolved config, the data fingerprint, versions.
         Raises:
-          CheckpointError: an *earlier* save failed in the background (then this one has not begun, and the same call
-            made again tries it); this one cannot begin; or there are checkpoints of this or a later step.
+          CheckpointError: an *earlier* save failed (then this one has not begun, and the same call made again tries it); with
+            `wait`, this one did; or there are checkpoints of this or a later step.
+          LostSave: as `wait`, or this one of several processes could not begin.
         """
         self.wait()
         wait = wait or not self._config.asynchronous
@@ -230,32 +241,84 @@ class Checkpoints:
             "checksums": checksums({"/".join(name): leaf for name, leaf in leaves.items()}),
             "metadata": as_json_gives_it_back(metadata),
         }
-        path = self.directory / str(step)
-        try:
-            if self._first_process and self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
-                raise FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
-            if self._first_process and path.exists():
-                delete(path)  # never committed: `_newest` is a lower step
-            with self._context:
-                response = ocp.save_async(path, nested(leaves), custom_metadata=stored | {"digest": digest(stored)})
-        except Exception as error:
-            self._fail(step, error)
-            self.wait()
-            raise  # not reached: wait raises the failure
-        self._current = step
-        self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
-        self._thread.start()
+        self._saves += 1
+        problem = self._obstacle(step, sum(leaf.nbytes for leaf in leaves.values()))
+        if not everywhere(problem is None):
+            self._fail(step, problem or OSError("another process cannot write there (its log says why)"))
+        else:
+            self._begin(step, nested(leaves), stored | {"digest": digest(stored)})
         if wait:
             self.wait()
 
+    def _obstacle(self, step: int, size: int) -> OSError | None:
+        """Why a save of so many bytes cannot succeed, seen by the first process; also clears its place.
+
+        Looked at by all before any begins: what stops one process in the midst of Orbax's save leaves the others waiting in it.
+        """
+        path = self.directory / str(step)
+        try:
+            if not self._first_process or "://" in str(path):
+                return None
+            if self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
+                return FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
+            if path.exists():
+                delete(path)  # never committed: `_newest` is a lower step
+            free = shutil.disk_usage(self.directory).free
+            if free < size + _SLACK:
+                return OSError(
+                    errno.ENOSPC, f"No space left: the arrays take {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+                )
+        except OSError as error:
+            return error
+        return None
+
+    def _begin(self, step: int, tree: Any, stored: dict[str, Any]) -> None:
+        """Copies the arrays, and writes them in the background.
+
+        Raises:
+          LostSave: of several processes this one could not begin, and others may wait for it.
+        """
+        try:
+            with self._context:
+                response = ocp.save_async(self.directory / str(step), tree, custom_metadata=stored)
+        except Exception as error:
+            self._fail(step, error)
+            if are_several():
+                raise LostSave(f"{self._failure}; starting again from there") from error
+            return
+        self._current = step
+        self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
+        self._thread.start()
+
     def wait(self) -> None:
-        """Returns when no save is under way. Raises CheckpointError, once, if one has failed since the last call."""
+        """Returns when no save is under way.
+
+        Raises:
+          CheckpointError: one has failed since the last call; once.
+          LostSave: another process could not write its part, and this one's save waits for that without end.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._join(self._thread)
             self._thread = None
         if self._failure is not None and not self._failure_raised:
             self._failure_raised = True
             raise self._failure
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Waits for a save, but not long for a process that has said that it could not do its part."""
+        until = math.inf
+        while thread.is_alive():
+            thread.join(0.5 if are_several() else None)
+            said = look(self._notice)
+            if said is not None:
+                until = min(until, time.monotonic() + _PATIENCE)
+            if thread.is_alive() and time.monotonic() > until:
+                raise LostSave(f"{said}; the save that needs all processes is given up, starting again from the one before")
+
+    @property
+    def _notice(self) -> str:
+        """Where a process says that it could not do its part of the newest save. All processes count their saves alike."""
+        return f"save-failed/{self._saves}"
 
     def close(self) -> None:
         """Waits for the save under way. Raises CheckpointError if the last save was lost, raised before or not."""
@@ -290,6 +353,8 @@ class Checkpoints:
         )
         self._failure_raised = False
         self._current = None
+        with contextlib.suppress(Exception):  # a board that is gone: so is the first process, and everybody ends
+            post(self._notice, f"process {jax.process_index()}: {self._failure}")
 
     def _probe(self) -> str | None:
         """Why this process cannot use the folder, or None. The first process also cleans it."""
