@@ -319,10 +319,8 @@ class Supervisor:
 
     def _find_hang(self, workers: list[Worker], now: float) -> Ending | None:
         """Somebody has not said anything new for too long: stacks of all, then the one that is behind is to blame."""
-        usual = 20 * statistics.median(self._steps) if self._steps else 0.0
         for worker in workers:
-            training = worker.doing.dispatched > 0 and not worker.doing.phase
-            bound = max(self._policy.hang_seconds, usual) if training else self._policy.phase_seconds
+            bound = self._bound(worker, workers)
             if worker.ended is None and now - worker.since > bound:
                 break
         else:
@@ -341,6 +339,15 @@ class Supervisor:
         where = innermost(stacks)
         words = f"{behind.name} {state} and has not moved for {bound:.0f} s{where and f' ({where})'}; stacks in {stacks.parent}"
         return Ending("hung", words, EXIT_FAULT, behind.index)
+
+    def _bound(self, worker: Worker, workers: list[Worker]) -> float:
+        """Seconds in which it must say something new. In its first step the processes still connect to one another."""
+        doing = worker.doing
+        waits_for = (other.doing for other in workers if other.doing.dispatched < doing.dispatched)
+        if doing.phase or doing.done == 0 or any(other.phase for other in waits_for):  # who compiles longer keeps the others
+            return self._policy.phase_seconds
+        usual = 20 * statistics.median(self._steps) if self._steps else 0.0
+        return max(self._policy.hang_seconds, usual)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Words and signals

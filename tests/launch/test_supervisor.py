@@ -23,7 +23,9 @@ PROCESS = textwrap.dedent(
     signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
     beat = Beat.from_environment()
     for step in range(1, 11):
+        if fault == "late" and index == 1 and step == 4: beat.phase("validating"); time.sleep(1.5)
         beat.step(dispatched=step)
+        if fault == "late" and index == 0 and step == 5: time.sleep(1.5)
         if step == 5 and index == 1 and generation <= faulty:
             if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if fault == "raise": print("error: process 1 of 2 failed: ValueError: seven"); sys.exit(70)
@@ -61,7 +63,7 @@ def test_the_culprit_is_named_and_the_run_goes_on(tmp_path, fault, words):
     code, said, events = supervise(tmp_path, fault)
     assert code == 0
     (line,) = [line for line in said if words in line]
-    assert ("(<string>:15 in <module>)" in line) == (fault == "hang")  # where it is, by its stacks
+    assert ("(<string>:17 in <module>)" in line) == (fault == "hang")  # where it is, by its stacks
     assert [event["culprit"] for event in events if event["event"] == "end"] == [1, None]
     assert "2 generations; goodput" in said[-1]
     ports = [event["coordinator"] for event in events if event["event"] == "start"]
@@ -71,6 +73,23 @@ def test_the_culprit_is_named_and_the_run_goes_on(tmp_path, fault, words):
 def test_hung_processes_leave_their_stacks(tmp_path):
     supervise(tmp_path, "hang")
     assert "line" in (tmp_path / "generation-1" / "process-1.stacks").read_text()
+
+
+def test_who_waits_for_another_that_validates_does_not_hang(tmp_path):
+    code, said, events = supervise(tmp_path, "late", faulty=0)
+    assert code == 0, said
+    assert len(events) == 2
+
+
+def test_a_supervisor_started_again_goes_on_counting(tmp_path):
+    supervise(tmp_path, "kill")
+    code, said, events = supervise(tmp_path, "none")
+    assert code == 0
+    assert [event["generation"] for event in events if event["event"] == "start"] == [1, 2, 3]
+    assert "3 generations; goodput" in said[-1]
+    assert (tmp_path / "generation-1" / "process-1.log").exists()
+    assert events[-1]["seconds"] > events[1]["seconds"]
+    assert events[-1]["productive"] == pytest.approx(events[3]["productive"])  # no step of the third was a further one
 
 
 def test_what_would_fail_again_is_not_tried_again(tmp_path):
