@@ -243,8 +243,11 @@ class Checkpoints:
         }
         self._saves += 1
         problem = self._obstacle(step, sum(leaf.nbytes for leaf in leaves.values()))
+        if problem is not None:
+            self._fail(step, problem)
         if not everywhere(problem is None):
-            self._fail(step, problem or OSError("another process cannot write there (its log says why)"))
+            if problem is None:
+                self._fail(step, OSError(look(self._notice)))
         else:
             self._begin(step, nested(leaves), stored | {"digest": digest(stored)})
         if wait:
@@ -313,7 +316,7 @@ class Checkpoints:
             if said is not None:
                 until = min(until, time.monotonic() + _PATIENCE)
             if thread.is_alive() and time.monotonic() > until:
-                raise LostSave(f"{said}; the save that needs all processes is given up, starting again from the one before")
+                raise LostSave(f"a save that needs all processes is given up: {said}; starting again from the one before")
 
     @property
     def _notice(self) -> str:
@@ -354,7 +357,7 @@ class Checkpoints:
         self._failure_raised = False
         self._current = None
         with contextlib.suppress(Exception):  # a board that is gone: so is the first process, and everybody ends
-            post(self._notice, f"process {jax.process_index()}: {self._failure}")
+            post(self._notice, f"in process {jax.process_index()}, {why}")
 
     def _probe(self) -> str | None:
         """Why this process cannot use the folder, or None. The first process also cleans it."""

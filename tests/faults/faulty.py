@@ -86,6 +86,7 @@ class Faults:
         from jaxtrain.data.pipeline import Data
         from jaxtrain.telemetry.beat import Beat
 
+        os.environ.setdefault("JAXTRAIN_BEAT", str(self.folder / f"{self.process}.beat"))  # where no supervisor asks for it
         tell, batches = Beat.step, Data.train_batches
 
         def step(beat, dispatched=None, done=None):
