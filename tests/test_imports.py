@@ -28,6 +28,7 @@ FLOORS = {
     "train.exchange": 4,
     "train.state": 4,
     "train.step": 4,
+    "train.witness": 4,
     "train.xla_options": 4,
     "train.xla_costs": 4,
     "data": 4,
@@ -56,6 +57,7 @@ FLOORS = {
     "bench": 7,
     "calibrate": 7,
     "plan": 7,
+    "replay": 7,
 }
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
@@ -76,6 +78,7 @@ SAME_FLOOR = {
     ("checkpoint.__main__", "main"),
     ("collectives", "main"),
     ("plan", "main"),
+    ("replay", "main"),
 }
 NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}

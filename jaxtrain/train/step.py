@@ -106,7 +106,7 @@ def _microbatches(batch: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), batch)
 
 
-def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
+def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Decoder | None = None) -> Step:
     """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
 
     The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
@@ -115,8 +115,11 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str) -> Step:
 
     Where replicas are summed apart (`sync.sums_apart`) all this is so for each replica's own part of the batch: metrics are
     [replica], gradients [replica, ...], and so are reports where replicas differ. No byte leaves a replica then.
+
+    Args:
+      model: one that reports more than that of `make_decoder`, which is the default.
     """
-    model = make_decoder(config, mesh, backend)
+    model = model or make_decoder(config, mesh, backend)
     functions = model.loss_functions()
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     dims, held = decoder.parameter_dims(config.model), params_dims(config)
