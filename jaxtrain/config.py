@@ -38,6 +38,8 @@ ZeroLevel = Literal[1, 2, 3]
 SyncMode = Literal["every_step", "local", "diloco", "delayed"]
 Compression = Literal["none", "bfloat16", "int8", "float8"]
 EnergySource = Literal["auto", "nvml", "rapl", "none"]
+BadStepPolicy = Literal["off", "stop", "skip", "rollback"]
+CopiesPolicy = Literal["off", "stop", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -402,6 +404,39 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is done about numbers that go wrong. off: nothing. stop: end the run. skip: leave parameters and optimizer as they
+    are. rollback: go back to the newest checkpoint and leave the batch out."""
+
+    non_finite: BadStepPolicy = "stop"
+    """A step whose loss or gradient norm is not finite."""
+    spike: BadStepPolicy = "off"
+    """A step whose loss or gradient norm is far above that of the good steps before it."""
+    spike_deviations: float = 6.0
+    """How far: (x - median) / (1.4826 median absolute deviation) over the window."""
+    spike_window: int = 128
+    """Good steps in the window; nothing is a spike before it is half full."""
+    rollback_batches: int = 1
+    """rollback: batches to leave out, the last of which is the bad step's; none from before the checkpoint."""
+    budget: int = 10
+    """Skips and rollbacks in the whole run, after which a bad step stops it."""
+    copies: CopiesPolicy = "stop"
+    """Devices whose copies of the state differ by a bit. They are compared before every save."""
+    copies_every: int = 0
+    """Steps between further comparisons; 0 for none."""
+    repeat_every: int = 0
+    """Steps between two whose gradients are computed twice and compared bit for bit, at a step's cost; 0 for none. Needs
+    programs that repeat themselves exactly, which on GPUs not all do."""
+    debug_nans: bool = False
+    """Compute a step that is not finite again, and name the microbatch, layer and operation that were first; slower."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether the compiled step itself decides if its update is applied."""
+        return self.debug_nans or self.spike != "off" or self.non_finite in ("skip", "rollback")
+
+
+@dataclass(frozen=True)
 class TelemetryConfig:
     """What a run tells."""
 
@@ -448,6 +483,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

@@ -124,14 +124,18 @@ _AT_LEAST_ONE = (
     "model.num_layers model.embed_dim model.num_heads model.num_kv_heads model.head_dim model.mlp_dim model.vocab_size "
     "pipeline.chunks data.sequence_length data.prefetch train.steps train.global_batch_size train.microbatches "
     "train.log_every train.loss_chunk checkpoint.keep sync.every sync.fragments sync.compression_block "
-    "distributed.heartbeat_seconds distributed.start_timeout_seconds"
+    "distributed.heartbeat_seconds distributed.start_timeout_seconds guard.rollback_batches"
 ).split()
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap distributed.processes"
+    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap distributed.processes "
+    "guard.budget guard.copies_every guard.repeat_every"
 ).split()
-_ABOVE_ZERO = "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr".split()
+_ABOVE_ZERO = (
+    "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr "
+    "guard.spike_deviations"
+).split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()
 _DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
 # Divisibility is only judged where these are in range.
@@ -292,7 +296,7 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
             f"some without a layer; use at most {layers} parts"
         )
-    problems += _sync_problems(config.sync, layers, parts)
+    problems += _sync_problems(config.sync, layers, parts) + _guard_problems(config)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 
 
@@ -313,6 +317,29 @@ def _sync_problems(sync: SyncConfig, layers: int, parts: int) -> list[str]:
         )
     if sync.overlap >= sync.every:
         problems.append(f"sync.overlap={sync.overlap} must be below sync.every={sync.every}")
+    return problems
+
+
+def _guard_problems(config: Config) -> list[str]:
+    guard, sync = config.guard, config.sync
+    problems = []
+    if guard.judges and (sync.replicas_differ or sync.queued):
+        why = (
+            "each replica has parameters and losses of its own, and what one of them skips the others do not"
+            if sync.replicas_differ
+            else f"a gradient is applied {sync.queued} steps after its loss is known"
+        )
+        problems.append(
+            f"sync.mode={sync.mode}: {why}; use guard.non_finite=stop (or off), guard.spike=off and guard.debug_nans=False, "
+            "or sync.mode=every_step"
+        )
+    if guard.non_finite == "off" and guard.judges:
+        problems.append("guard.non_finite=off leaves NaNs to guard.spike and guard.debug_nans; use stop, skip or rollback")
+    if guard.spike != "off" and guard.spike_window < 8:
+        problems.append(f"guard.spike_window={guard.spike_window} is too short for a median absolute deviation; use 8 or more")
+    for name in ("non_finite", "spike", "copies"):
+        if getattr(guard, name) == "rollback" and not config.checkpoint.every:
+            problems.append(f"guard.{name}=rollback goes back to a checkpoint, but checkpoint.every=0 makes none")
     return problems
 
 

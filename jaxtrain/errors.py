@@ -61,6 +61,10 @@ class LostSave(ExplainedError):
     exit_code = EXIT_FAULT
 
 
+class NumbersError(ExplainedError):
+    """Numbers have gone wrong: a loss, gradients, parameters or a device's copy of them cannot be gone on with."""
+
+
 class ProgramError(ExplainedError, ValueError):
     """The text of a compiled program does not hang together, or has something in it that our readers do not know."""
 

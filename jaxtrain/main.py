@@ -8,11 +8,12 @@ signal after saving.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from jaxtrain.config import parse_command_line
+from jaxtrain.config import Config, parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_ERROR, ExplainedError, Stopped
 from jaxtrain.launch import distributed
@@ -36,7 +37,7 @@ def explained(work: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(
             f"error: out of device memory: {str(error).splitlines()[0]}\nWhat helps: more mesh.fsdp or mesh.tensor, more "
@@ -44,6 +45,36 @@ def explained(work: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return EXIT_ERROR
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA had no room, when it compiled a program or when it ran it."""
+    return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config, backend: str) -> Iterator[None]:
+    """Makes of a lack of device memory an error that says what holds how much, and what would fit (`planner/relief.py`).
+
+    Args:
+      config: valid, its mesh resolved.
+      backend: of attention.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        import jax
+
+        from jaxtrain.hardware import resolve_chip
+        from jaxtrain.planner.relief import explain_out_of_memory
+
+        device = jax.local_devices()[0]
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit") or resolve_chip(config.telemetry.hardware, device.device_kind).memory_bytes
+        held = stats.get("bytes_in_use")
+        raise ExplainedError(explain_out_of_memory(config, jax.device_count(), str(error), limit, held, backend)) from error
 
 
 def count_devices() -> int:
@@ -91,7 +122,9 @@ def train(arguments: Sequence[str]) -> int:
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
             check_same_config(config)
-        return Run(config, progress, stop).train()
+        run = Run(config, progress, stop)
+        with memory_explained(config, run.backend):
+            return run.train()
 
 
 if __name__ == "__main__":

@@ -40,15 +40,15 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=8)
 def _program(sharding: NamedSharding | None) -> Any:
-    return jax.jit(lambda arrays: jnp.stack([_sums(array) for array in arrays]), out_shardings=sharding)
+    return jax.jit(lambda arrays: jnp.stack([word_sums(array) for array in arrays]), out_shardings=sharding)
 
 
 def _replicated(leaf: jax.Array) -> NamedSharding | None:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec()) if isinstance(leaf.sharding, NamedSharding) else None
 
 
-def _sums(array: jax.Array) -> jax.Array:
-    """[S_1, S_2] of one array, uint32."""
+def word_sums(array: jax.Array) -> jax.Array:
+    """[S_1, S_2] of one array, uint32, in a jitted function."""
     words = _words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dim in reversed(range(words.ndim)):

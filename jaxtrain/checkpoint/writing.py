@@ -156,14 +156,30 @@ class Checkpoints:
         Raises:
           CheckpointError: as `step_to_resume` and `restore`; or all checkpoints are damaged, each with what is wrong.
         """
+        return self._restore_from(self.step_to_resume(), abstract_state, accept)
+
+    def return_to_newest(self, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
+        """`restore_newest` in the midst of a run, whatever checkpoint.resume says of its start; None before the first save.
+
+        Raises:
+          CheckpointError: an earlier save failed in the background; else as `restore_newest`.
+        """
+        self.wait()
+        return self._restore_from(self.latest_step(), abstract_state, accept)
+
+    def _restore_from(
+        self, step: int | None, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]
+    ) -> tuple[int, Any] | None:
+        """(step, state) of that step, or of the newest before it that is not damaged."""
         problems: list[str] = []
-        while (step := self.step_to_resume() if not problems else self.latest_step()) is not None:
+        while step is not None:
             try:
                 accept(step, self.read_metadata(step))
                 return step, self.restore(step, abstract_state)
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 self._set_aside(step, "damaged", str(error))
+                step = self.latest_step()
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,13 +190,15 @@ class Data:
         picks = [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
         return self._read(self._train, picks)
 
-    def train_batches(self, first_step: int, rows: slice) -> Prefetcher[Batch]:
-        """Iterates over train_batch(first_step, rows), train_batch(first_step + 1, rows), ... without end.
+    def train_batches(
+        self, first_step: int, rows: slice, batch_of: Callable[[int], int] = lambda step: step
+    ) -> Prefetcher[Batch]:
+        """Iterates over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
 
         data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with`.
         """
         data = self._config.data
-        return Prefetcher(lambda step: self.train_batch(step, rows), first_step, data.prefetch, max(1, data.workers))
+        return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, max(1, data.workers))
 
     def num_validation_batches(self, batch_size: int) -> int:
         """Batches of `batch_size` rows that hold all the held-out tokens; 0 where nothing is held out."""

@@ -53,8 +53,11 @@ class Logging(Hook):
         self._energy.poll()
         if step % self._every == 0 or step in (self._first_step, self._last_step):
             values = read_metrics(metrics)
+            is_bad = values.pop("bad_step", 0) != 0  # `Guard` writes a row of its own about such a step
             row = {"step": step, "loss": values.pop("loss"), "grad_norm": values.pop("grad_norm")}
-            row |= {"learning_rate": self._learning_rate(step - 1), **values, **self._clock.window(), **memory_row()}
+            # The optimizer has not counted the steps before that were skipped.
+            steps_taken = step - 1 - int(values.get("skipped_steps", 0) - is_bad)
+            row |= {"learning_rate": self._learning_rate(steps_taken), **values, **self._clock.window(), **memory_row()}
             row |= self._energy.row(step)
             row |= self._pace.row(step, row) if self._pace else {}
             self._log.write(row)
@@ -114,18 +117,23 @@ class Saving(Hook):
     """Saves every `every` steps; `save_now` is for the end of the run.
 
     A save that failed in the background is told, and the run goes on with this one; it ends where this one fails too.
+
+    Args:
+      metadata: of the state, what goes beside it.
+      check: raises where a state is not fit to be saved, and is asked before every save.
     """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         to_canonical: Callable[[PyTree], PyTree],
-        metadata: dict[str, Any],
+        metadata: Callable[[PyTree], dict[str, Any]],
         progress: Progress,
         clock: StepClock,
         every: int,
+        check: Callable[[int, PyTree], None],
     ):
-        self._checkpoints, self._to_canonical, self._metadata = checkpoints, to_canonical, metadata
+        self._checkpoints, self._to_canonical, self._metadata, self._check = checkpoints, to_canonical, metadata, check
         self._progress, self._clock, self._every = progress, clock, every
 
     def wants(self, step: int) -> bool:
@@ -140,11 +148,12 @@ class Saving(Hook):
 
     def _save(self, step: int, state: PyTree, wait: bool) -> None:
         with self._clock.paused(), self._progress.during("saving"):
+            self._check(step, state)
             try:
                 self._checkpoints.wait()
             except CheckpointError as error:
                 self._progress.say(f"warning    {error}")
-            self._checkpoints.save(step, self._to_canonical(state), self._metadata, wait=wait)
+            self._checkpoints.save(step, self._to_canonical(state), self._metadata(state), wait=wait)
 
 
 class Profiling(Hook):

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jaxtrain.checkpoint import Checkpoints, check_same_run
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
@@ -37,9 +37,16 @@ from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress, readable_size
 from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.guard import Guard, RollBack
+from jaxtrain.train.health import Health
 from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, StopOnSignal, Validation
+from jaxtrain.train.judge import record_to_plain
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.optimizer import make_optimizer, make_schedule
+from jaxtrain.train.probe import Probe
+from jaxtrain.train.repeat import Repeated
+from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
+from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import Canonical, check_same_replicas, create_state
 from jaxtrain.train.step import (
     TrainSteps,
@@ -163,6 +170,8 @@ class Run:
             self.data = open_data(config)
         progress.say(f"data       {self.data.description}")
         self.canonical = Canonical(config, self.mesh, self.optimizer)
+        self.rollbacks = Rollbacks()
+        self._restored_metadata: dict[str, Any] = {}
 
     def train(self) -> int:
         """Trains, saves, draws, samples; returns the exit code.
@@ -179,9 +188,13 @@ class Run:
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
-            log = stack.enter_context(self._open_log(first))
             self.stop.couples = functools.partial(couples, self.config.sync)
-            loop, reason = self._loop(stack, step_function, checkpoints, log, state, first)
+            ended = self._loop(checkpoints, step_function, state, first)
+            while isinstance(ended, RollBack):
+                state, first, row = self._roll_back(checkpoints, ended)
+                step_function.begin_at(first)
+                ended = self._loop(checkpoints, step_function, state, first, row)
+            loop, reason = ended
         self._draw()
         number = self.stop.agreed()
         if number is not None:
@@ -217,6 +230,19 @@ class Run:
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[PyTree, int]:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
         notes: list[str] = []
+        with self.progress.during("restoring"):
+            found = checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes)) if checkpoints else None
+            self.rollbacks = Rollbacks.load(self.directory, self.config.distributed.start_timeout_seconds)
+        state, step = self._state_of(found)
+        if found is not None:
+            self.progress.advance(step)
+            self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
+        for first, last in self.rollbacks.left_out():
+            self.progress.say(f"left out   batches {first} to {last}, by {ROLLBACKS_FILE}")
+        return state, step
+
+    def _acceptance(self, notes: list[str]) -> Callable[[int, dict[str, Any]], None]:
+        """A judge of checkpoints by their metadata, which it remembers; what has changed since goes into `notes`."""
         directory = self.directory / "checkpoints"
 
         def accept(step: int, saved: dict[str, Any]) -> None:
@@ -228,18 +254,35 @@ class Run:
                     f"{directory} already holds step {step}, beyond train.steps={last}; "
                     f"use --train.steps={step} or more, or another --run_dir"
                 )
+            self._restored_metadata = saved
 
-        with self.progress.during("restoring"):
-            found = checkpoints.restore_newest(self.canonical.abstract, accept) if checkpoints else None
+        return accept
+
+    def _state_of(self, found: tuple[int, PyTree] | None) -> tuple[PyTree, int]:
+        """The state to train on and its step, from a restored checkpoint, or fresh where there is none."""
         if found is None:
             with self.progress.during("initialising"):
                 return create_state(self.config, self.mesh, self.optimizer), 0
-        step, state = found[0], self.canonical.to_state(found[1])
-        self.progress.advance(step)
-        self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
-        return state, step
+        saved = Rollbacks.from_plain(self._restored_metadata.get("rollbacks", []))
+        if len(saved) > len(self.rollbacks):  # the folder was moved without the file
+            self.rollbacks = saved
+        return self.canonical.to_state(found[1], self._restored_metadata.get("guard")), found[0]
 
-    def _compile(self, first: int) -> TrainSteps:
+    def _roll_back(self, checkpoints: Checkpoints | None, why: RollBack) -> tuple[PyTree, int, dict[str, Any]]:
+        """(state, step) of the newest checkpoint, to go on from without the batches that are left out now; a row to log."""
+        assert checkpoints is not None, "config_rules asks for checkpoints"
+        with self.progress.during("rolling back"):
+            checkpoints.set_aside_after(why.step - 1, f"rolled back: {why.reason}")
+            state, step = self._state_of(checkpoints.return_to_newest(self.canonical.abstract, self._acceptance([])))
+            rollback = self.rollbacks.add(why.step, step, why.reason, why.batches)
+            self.rollbacks.save(self.directory)
+        left_out = f", without batches {rollback.first_batch} to {rollback.last_batch} from now on" if why.batches else ""
+        self.progress.advance(step)
+        self.progress.say(f"rollback   step {why.step}: {why.reason}; back to step {step}{left_out}")
+        row = {"step": step, "bad_step": why.reason, "policy": "rollback", "rolled_back_from": why.step}
+        return state, step, row | {"first_batch": rollback.first_batch, "last_batch": rollback.last_batch}
+
+    def _compile(self, first: int) -> TrainSteps | Repeated:
         started = time.perf_counter()
         with self.progress.during("compiling"):
             steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, self.config.train.steps)
@@ -249,61 +292,79 @@ class Run:
         self.progress.say(f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held}, works in {working}")
         if steps.description:
             self.progress.say(f"replicas   {steps.description}")
-        return steps
+        return Repeated(self.config, self.mesh, self.backend, steps, first) if self.config.guard.repeat_every else steps
 
     def _loop(
         self,
-        stack: contextlib.ExitStack,
-        step_function: Any,
         checkpoints: Checkpoints | None,
-        log: MetricsLog,
+        steps: TrainSteps | Repeated,
         state: PyTree,
         first: int,
-    ) -> tuple[Loop, str | None]:
-        """Runs the loop and saves its end: (the loop as it ended, the reason of an early end)."""
+        row: dict[str, Any] | None = None,
+    ) -> tuple[Loop, str | None] | RollBack:
+        """Runs the loop and saves its end: (the loop as it ended, the reason of an early end), or the need to go back.
+
+        Args:
+          row: to log first.
+        """
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(self._open_log(first))
+            if row:
+                log.write(row)
+            clock, energy = self._clocks(first)
+            health = Health(self.config, self.mesh, self.optimizer, self.rollbacks)
+            saving = self._saving(checkpoints, clock, health)
+            hooks = self._hooks(stack, log, clock, energy, [health, *saving])
+            rows = self._rows(self.config.train.global_batch_size)
+            batches = stack.enter_context(self.data.train_batches(first, rows, self.rollbacks.batch))
+
+            def next_batch() -> PyTree:
+                with clock.waiting_for_data():
+                    batch = next(batches)
+                return self._place(batch, self.config.train.global_batch_size)
+
+            step_function, wait = map(clock.timed_as_waiting, (steps, jax.block_until_ready))
+            loop = Loop(step_function, next_batch, wait, hooks, state, first, self.config.train.steps)
+            clock.start()
+            energy.start()
+            try:
+                reason = loop.run()
+                for hook in saving:
+                    hook.save_now(loop.step, loop.state)
+            except (RollBack, NumbersError) as bad:
+                # The step under way: XLA:CPU hangs where another program's collectives join in.
+                jax.block_until_ready(loop.state)
+                if isinstance(bad, NumbersError):
+                    raise
+                return bad.with_traceback(None)  # which holds the state
+            return loop, reason
+
+    def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
+        work, last = Work.of(self.config, self.mesh.devices.size, self.chip), self.config.train.steps
+        logged = self.directory / "metrics.jsonl"
+        clock = StepClock(work, last, first, largest_before(logged, first, "elapsed_seconds"))
+        used = largest_before(logged, first, "energy_kwh")
+        return clock, EnergyLog(self.meter, work.tokens_per_step, last, self.mesh.devices.size, first, used)
+
+    def _hooks(
+        self, stack: contextlib.ExitStack, log: MetricsLog, clock: StepClock, energy: EnergyLog, last_hooks: list[Hook]
+    ) -> list[Hook]:
         config, last = self.config, self.config.train.steps
-        work = Work.of(config, self.mesh.devices.size, self.chip)
-        clock = StepClock(work, last, first, largest_before(self.directory / "metrics.jsonl", first, "elapsed_seconds"))
-        used = largest_before(self.directory / "metrics.jsonl", first, "energy_kwh")
-        energy = EnergyLog(self.meter, work.tokens_per_step, last, self.mesh.devices.size, first, used)
-        saving = self._saving(checkpoints, clock)
         profiling = Profiling(ProfileWindow(config.telemetry.profile, self.directory, jax.process_index()), self.progress)
         stack.callback(profiling.close)
         learning_rate = make_schedule(config.optimizer, last)
-        hooks: list[Hook] = [
+        # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
+        rate, every = (lambda s: float(np.asarray(learning_rate(s)))), config.train.log_every
+        pace = Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)
+        return [
             *([Beating(self.progress.beat)] if self.progress.beat else []),
             profiling,
-            # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
-            Logging(
-                log,
-                self.progress,
-                clock,
-                lambda s: float(np.asarray(learning_rate(s))),
-                config.train.log_every,
-                1,
-                last,
-                energy,
-                Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say),
-            ),
+            Logging(log, self.progress, clock, rate, every, 1, last, energy, pace),
+            Guard(config, log, self.progress, self.rollbacks, self._diagnose if config.guard.debug_nans else None),
             *self._validation(log, clock),
-            *saving,
+            *last_hooks,
             self.stop,
         ]
-        batches = stack.enter_context(self.data.train_batches(first, self._rows(config.train.global_batch_size)))
-
-        def next_batch() -> PyTree:
-            with clock.waiting_for_data():
-                batch = next(batches)
-            return self._place(batch, config.train.global_batch_size)
-
-        step_function, wait = map(clock.timed_as_waiting, (step_function, jax.block_until_ready))
-        loop = Loop(step_function, next_batch, wait, hooks, state, first, last)
-        clock.start()
-        energy.start()
-        reason = loop.run()
-        for hook in saving:
-            hook.save_now(loop.step, loop.state)
-        return loop, reason
 
     def _open_meter(self) -> Meter | None:
         """What measures the energy here; the log says which. Processes that log nothing need none."""
@@ -316,18 +377,28 @@ class Run:
         self.progress.say(f"energy     {words}{others}")
         return meter
 
-    def _saving(self, checkpoints: Checkpoints | None, clock: StepClock) -> list[Saving]:
+    def _saving(self, checkpoints: Checkpoints | None, clock: StepClock, health: Health) -> list[Saving]:
         """The hook that saves, where the config wants that."""
         if checkpoints is None:
             return []
         now, every = metadata(self.config, self.data), self.config.checkpoint.every
-        return [Saving(checkpoints, self.canonical.from_state, now, self.progress, clock, every)]
+
+        def beside(state: PyTree) -> dict[str, Any]:
+            return now | {"rollbacks": self.rollbacks.to_plain(), "guard": record_to_plain(state.get("guard", {}))}
+
+        return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health)]
 
     def _rows(self, num_rows: int) -> slice:
         return owned_rows(self.sharding, (num_rows, self.config.data.sequence_length))
 
     def _place(self, batch: Any, num_rows: int) -> PyTree:
         return to_global(batch, self._rows(num_rows), num_rows, batch_names(self.config), self.sharding)
+
+    def _diagnose(self, state: PyTree, step: int) -> str:
+        """Where a step's numbers first went wrong, in words; `state` is that from before it."""
+        size = self.config.train.global_batch_size
+        batch = self._place(self.data.train_batch(self.rollbacks.batch(step - 1), self._rows(size)), size)
+        return Probe(self.config, self.mesh, self.backend)(jax.block_until_ready(state["params"]), batch)
 
     def _validation(self, log: MetricsLog, clock: StepClock) -> list[Hook]:
         """The validation hook, where there is held-out data and the config wants it looked at."""

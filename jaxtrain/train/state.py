@@ -1,9 +1,10 @@
 """The training state: what it holds, how it is sharded, how it begins, and its canonical form for checkpoints.
 
-A state is {"params", "optimizer", "sync", "step"}. Where replicas differ (`sync.replicas_differ`), every leaf of params and
-optimizer has a leading dim "replica"; "sync" is what `parallel/sync.py` keeps, mostly nothing. In memory the layers are stacked
-for the pipeline and the vocabulary is padded; in canonical form layers are [num_layers, ...] and the vocabulary is as long as
-it is, so that it fits every mesh.
+A state is {"params", "optimizer", "sync", "step"}, with a "guard" where the step judges itself (`train/judge.py`). Where
+replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading dim "replica"; "sync" is what
+`parallel/sync.py` keeps, mostly nothing. In memory the layers are stacked for the pipeline and the vocabulary is padded; in
+canonical form layers are [num_layers, ...] and the vocabulary is as long as it is, so that it fits every mesh. The guard's
+record is no part of that: it goes beside it, as plain numbers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from jaxtrain.models import decoder
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named
+from jaxtrain.train.judge import initial_record, record_dims, record_from_plain
 
 PyTree = Any
 PATHS_OF_STACKED = "layers"
@@ -51,7 +53,12 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation) -> Py
     kept = sync.initial_state(config.sync, state["params"], replicas)
     if config.sync.replicas_differ:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
-    return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)}
+    return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)} | _if_any(initial_record(config.guard))
+
+
+def _if_any(record: PyTree) -> PyTree:
+    """What the guard adds to a state; nothing where it has nothing to remember."""
+    return {"guard": record} if record else {}
 
 
 def _path(key_path: tuple) -> tuple[str, ...]:
@@ -95,7 +102,7 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
         lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
     )
     trained = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims})
-    return trained | {"sync": sync.state_dims(config.sync, params), "step": ()}
+    return trained | {"sync": sync.state_dims(config.sync, params), "step": ()} | _if_any(record_dims(config.guard))
 
 
 def state_shardings(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
@@ -204,8 +211,9 @@ class Canonical:
     """
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation):
-        self._dims = state_dims(config, optimizer)
-        abstract = abstract_state(config, mesh, optimizer)
+        self._guard, self._mesh = config.guard, mesh
+        self._dims = _without_record(state_dims(config, optimizer))
+        abstract = _without_record(abstract_state(config, mesh, optimizer))
         shapes = jax.eval_shape(lambda state: to_canonical(config, state, self._dims), abstract)
 
         def abstract_leaf(dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -222,14 +230,23 @@ class Canonical:
 
     def from_state(self, state: PyTree) -> PyTree:
         """The canonical form of a state, which stays as it is."""
-        return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, state)
+        return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, _without_record(state))
 
-    def to_state(self, canonical: PyTree) -> PyTree:
-        """The state of a canonical form, which is freed leaf by leaf."""
+    def to_state(self, canonical: PyTree, record: Mapping[str, Any] | None = None) -> PyTree:
+        """The state of a canonical form, which is freed leaf by leaf.
+
+        Args:
+          record: of the guard, as `judge.record_to_plain` gives it; None for that of step 0.
+        """
 
         def leaf(convert: Any, value: jax.Array) -> jax.Array:
             converted = jax.block_until_ready(convert(value))
             value.delete()
             return converted
 
-        return jax.tree.map(leaf, self._from, canonical)
+        state = jax.tree.map(leaf, self._from, canonical)
+        return state | _if_any(record_from_plain(self._guard, record or {}, self._mesh))
+
+
+def _without_record(state: PyTree) -> PyTree:
+    return {name: tree for name, tree in state.items() if name != "guard"}

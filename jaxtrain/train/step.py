@@ -44,6 +44,7 @@ from jaxtrain.train.exchange import (
     own,
     under,
 )
+from jaxtrain.train.judge import apply_if_good
 from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
 from jaxtrain.train.xla_options import (
     compile_with_options,
@@ -179,7 +180,8 @@ def make_train_step(
 
     Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
     losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; where parameters of
-    replicas travel replica_divergence (`make_parameter_exchange`). Where replicas are summed apart each has a leading dim
+    replicas travel replica_divergence (`make_parameter_exchange`); where the step judges itself bad_step, skipped_steps and how
+    far loss and grad_norm are from those before (`judge`). Where replicas are summed apart each has a leading dim
     [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
 
     Args:
@@ -201,9 +203,13 @@ def make_train_step(
         if differ and exchange != Exchange():
             params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
             metrics |= divergence
+        new = {"params": params, "optimizer": optimizer_state, "sync": kept}
+        if config.guard.judges:
+            new, verdict = apply_if_good(config.guard, state, new, metrics | more)
+            more |= verdict
         if apart and not differ:
             more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
-        return {"params": params, "optimizer": optimizer_state, "sync": kept, "step": state["step"] + 1}, metrics | more
+        return new | {"step": state["step"] + 1}, metrics | more
 
     shardings = state_shardings(config, mesh, optimizer)
     return jax.jit(
@@ -257,6 +263,10 @@ class TrainSteps:
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
         self.description = describe_exchange(config, mesh)
         """How replicas keep together; empty for a lone one."""
+
+    def begin_at(self, first: int) -> None:
+        """The next step is first + 1, which is among those that were compiled for."""
+        self._step, self._newest_divergence = first, {}
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """(state, metrics) of the next step. Where there are several replicas, `exchanged_bytes` is among the metrics, and

@@ -235,7 +235,7 @@ class FailingCheckpoints:
 
 def test_a_save_that_failed_is_told_and_the_next_one_is_made():
     checkpoints, said = FailingCheckpoints(), Said()
-    hook = Saving(checkpoints, lambda state: f"canonical {state}", {}, said, Clock(), every=10)
+    hook = Saving(checkpoints, lambda state: f"canonical {state}", lambda state: {}, said, Clock(), 10, lambda *_: None)
     assert [step for step in range(1, 31) if hook.wants(step)] == [10, 20, 30]
     hook.after_step(10, "a")
     checkpoints.failure = CheckpointError("step 10: disk full")
@@ -246,6 +246,6 @@ def test_a_save_that_failed_is_told_and_the_next_one_is_made():
 
 
 def test_a_save_that_cannot_be_made_ends_the_run():
-    hook = Saving(FailingCheckpoints(always=True), lambda state: state, {}, Said(), Clock(), every=10)
+    hook = Saving(FailingCheckpoints(always=True), lambda state: state, lambda state: {}, Said(), Clock(), 10, lambda *_: None)
     with pytest.raises(CheckpointError, match="step 10"):
         hook.after_step(10, "a")

@@ -1,0 +1,139 @@
+"""Out of memory: what the device holds, by category, and the smallest changes of the config that would fit.
+
+Changes are tried one by one, then two and three at a time, each knob by its smallest turn first; a change counts if the config
+is valid with it and the closed forms of `planner.memory` fit the device. None changes what is learnt: not the global batch, the
+model or the sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from jaxtrain.config import Config
+from jaxtrain.config_rules import divisors, find_problems
+from jaxtrain.planner.estimates import Memory
+from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.telemetry.progress import readable_size
+
+Flags = Mapping[str, Any]
+"""What to change, {"train.microbatches": 8}."""
+REMATS = ("none", "dots", "full")
+SHOWN = 4
+MOST_AT_ONCE = 3
+LEAST_CHUNK = 128
+CLEARLY_LESS = 0.9
+"""Of the estimate: what a change must come down to where the estimate alone does not say why memory ran out."""
+WORDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "weights": "weights in the compute dtype",
+    "activations": "activations kept for the backward pass",
+    "working": "what one layer or the loss needs while it is computed",
+}
+
+
+def with_flags(config: Config, flags: Flags) -> Config:
+    """The config with these fields changed."""
+    for name, value in flags.items():
+        section, field = name.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+    return config
+
+
+def turns(config: Config) -> dict[str, list[Flags]]:
+    """What each knob can be turned to, the smallest turn first."""
+    train, mesh = config.train, config.mesh
+    remats = REMATS[REMATS.index(train.remat) + 1 :] if train.remat in REMATS else ("full",)
+    rows = train.global_batch_size // mesh.batch_shards
+    chunks = [train.loss_chunk >> n for n in range(1, 20) if train.loss_chunk >> n >= LEAST_CHUNK]
+
+    def taken(axis: str, other: str) -> list[Flags]:
+        """Devices go from the axis `other` to `axis`."""
+        parts = [n for n in divisors(getattr(mesh, other)) if n > 1]
+        return [{f"mesh.{axis}": getattr(mesh, axis) * n, f"mesh.{other}": getattr(mesh, other) // n} for n in parts]
+
+    knobs: dict[str, list[Flags]] = {
+        "microbatches": [{"train.microbatches": n} for n in divisors(rows) if n > train.microbatches],
+        "remat": [{"train.remat": remat} for remat in remats],
+        "zero": [{"sharding.zero": n} for n in range(config.sharding.zero + 1, 4) if mesh.fsdp > 1],
+        "fsdp": taken("fsdp", "data"),
+        "tensor": taken("tensor", "data") + taken("tensor", "fsdp"),
+        "pipe": taken("pipe", "data"),
+        "loss_chunk": [{"train.loss_chunk": n} for n in chunks],
+    }
+    return {knob: options for knob, options in knobs.items() if options}
+
+
+def smallest_changes(config: Config, devices: int, budget: float, backend: str) -> list[tuple[Flags, float]]:
+    """(changes, bytes on the fullest device) that fit: as few knobs at once as will do, each set of them turned the least."""
+    knobs = turns(config)
+    for at_once in range(1, MOST_AT_ONCE + 1):
+        found = [
+            first
+            for names in itertools.combinations(knobs, at_once)
+            if (first := next(_that_fit(config, devices, budget, backend, [knobs[name] for name in names]), None))
+        ]
+        if found:
+            return sorted(found, key=lambda change: -change[1])[:SHOWN]
+    return []
+
+
+def _that_fit(
+    config: Config, devices: int, budget: float, backend: str, options: list[list[Flags]]
+) -> Iterator[tuple[Flags, float]]:
+    for choice in sorted(itertools.product(*map(range, map(len, options))), key=lambda places: (sum(places), max(places))):
+        flags: dict[str, Any] = {}
+        for knob, place in zip(options, choice, strict=True):
+            if flags.keys() & knob[place].keys():  # both would take devices from the same axis
+                break
+            flags |= knob[place]
+        else:
+            changed = with_flags(config, flags)
+            if find_problems(changed, devices)[1]:
+                continue
+            held = estimate_memory(changed, backend).total
+            if held <= budget:
+                yield flags, held
+
+
+def explain_out_of_memory(
+    config: Config, devices: int, error: str, limit: float | None, held: float | None = None, backend: str = "cudnn"
+) -> str:
+    """What a person is told.
+
+    Args:
+      config: valid, its mesh resolved for `devices`.
+      error: what XLA said.
+      limit: bytes that a program may take on one device; None where nobody knows.
+      held: of them, bytes that were in use.
+      backend: of attention.
+    """
+    memory = estimate_memory(config, backend)
+    there = f", of {readable_size(limit)} on the device" if limit else ""
+    lines = [f"out of device memory: {(error.strip() or 'no message').splitlines()[0]}"]
+    if held is not None:
+        lines.append(f"{readable_size(held)} were in use when that was asked for.")
+    lines.append(f"By estimate the fullest device needs {readable_size(memory.total)}{there}:")
+    lines += [f"  {readable_size(size):>9}  {words}" for words, size in categories(memory)]
+    budget = min(limit or math.inf, CLEARLY_LESS * memory.total)
+    changes = smallest_changes(config, devices, budget, backend)
+    if limit and memory.total <= limit:
+        lines.append("That would fit: other programs may hold memory there, or the estimate is short. What holds clearly less:")
+    elif changes:
+        lines.append("The smallest changes that fit:" if limit else "The smallest changes that hold clearly less:")
+    lines += [f"  {' '.join(f'--{n}={v}' for n, v in flags.items())}  ({readable_size(size)})" for flags, size in changes]
+    if not changes:
+        lines.append("No change of microbatches, remat, ZeRO level or mesh on these devices fits.")
+    lines.append("`python -m jaxtrain.plan --config=...` ranks all layouts, and says how many devices it takes.")
+    return "\n".join(lines)
+
+
+def categories(memory: Memory) -> list[tuple[str, float]]:
+    """(words, bytes) of what is held, the largest first; what is nothing is left out."""
+    sizes = [(WORDS[field.name], getattr(memory, field.name)) for field in fields(memory)]
+    return sorted([(words, size) for words, size in sizes if size], key=lambda item: -item[1])

@@ -1,0 +1,189 @@
+"""Is the state fit to be saved? Every number finite, and every copy of it the same bit for bit on all devices that hold it.
+
+A device that computes wrong now and then (silent data corruption) or whose memory loses a bit makes its copy of the parameters
+another one, and what is summed over devices carries that to all. So each device makes checksums of what it holds (those of
+`checkpoint/checksums.py`), and along the axes over which a leaf is replicated (data, replica in step, and any other that
+does not shard it) the lowest is compared with its own: 8 bytes a leaf travel. Only where some differ are all checksums
+fetched, to see who is in the minority.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtrain.checkpoint.checksums import word_sums
+from jaxtrain.checkpoint.trees import leaves_by_path
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.errors import NumbersError
+from jaxtrain.sharding import RULES, Dims, is_dims, specs, sum_over, vary
+from jaxtrain.train.guard import RollBack, check_budget
+from jaxtrain.train.loop import Hook
+from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.state import state_dims
+
+PyTree = Any
+SHOWN = 5  # arrays or devices that one message names
+OF_EACH_DEVICE = PartitionSpec(MESH_AXES)
+
+
+def local_sums(leaves: list[jax.Array]) -> jax.Array:
+    """uint32 [leaves, 2]: checksums of this device's own shards, inside the manual region."""
+    return vary(jnp.stack([vary(word_sums(leaf)) for leaf in leaves]))
+
+
+def copied_over(dims: Dims, mesh: Mesh) -> tuple[str, ...]:
+    """The axes above 1 along which devices hold the same shard of an array with these dims."""
+    sharding = {axis for name in dims for axis in _flat(RULES[name])}
+    return tuple(axis for axis in MESH_AXES if axis not in sharding and mesh.shape[axis] > 1)
+
+
+def _flat(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, jax.Array]]:
+    """The jitted state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": uint32 [devices, leaves, 2]}.
+
+    The first two count devices, and are whole everywhere; sums stay where they were made.
+    """
+    dims, structure = jax.tree.flatten(dims_tree, is_leaf=is_dims)
+    axes_of = [copied_over(own, mesh) for own in dims]
+
+    def region(state: PyTree) -> dict[str, jax.Array]:
+        leaves = structure.flatten_up_to(state)
+        sums = local_sums(leaves)
+        lowest = sums
+        for axes in {axes for axes in axes_of if axes}:
+            members = np.array([i for i, own in enumerate(axes_of) if own == axes])
+            lowest = lowest.at[members].set(vary(lax.pmin(sums[members], axes)))
+        wrong = [
+            jnp.any(~jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(False) for leaf in leaves
+        ]
+        flags = {"differ": jnp.any(sums != lowest, axis=-1), "not_finite": jnp.stack([vary(flag) for flag in wrong])}
+        return {name: sum_over(flag.astype(jnp.int32), MESH_AXES) for name, flag in flags.items()} | {"sums": sums[None]}
+
+    outputs = {"differ": PartitionSpec(), "not_finite": PartitionSpec(), "sums": OF_EACH_DEVICE}
+    # On CPU, LLVM's highest level takes four times as long to compile, for the same bits.
+    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims_tree),), out_specs=outputs, check_vma=True)
+    return jax.jit(mapped, compiler_options=options)
+
+
+def odd_ones_out(sums: np.ndarray, axes: tuple[str, ...], shape: dict[str, int]) -> tuple[list[int], bool]:
+    """(devices whose copy of one leaf is not what most of its group hold, in mesh order; whether most of each group agree).
+
+    Without a majority in a group, all of it is named.
+
+    Args:
+      sums: [devices, 2].
+      axes: along which the leaf is replicated.
+      shape: of the mesh.
+    """
+    places = list(np.ndindex(*shape.values()))
+    copied = [list(shape).index(axis) for axis in axes]
+
+    def shard(device: int) -> tuple[int, ...]:
+        return tuple(0 if i in copied else at for i, at in enumerate(places[device]))
+
+    odd, certain = [], True
+    for _, group in itertools.groupby(sorted(range(len(sums)), key=shard), key=shard):
+        devices = list(group)
+        held = {device: tuple(sums[device].tolist()) for device in devices}
+        most, count = collections.Counter(held.values()).most_common(1)[0]
+        if count == len(devices):
+            continue
+        certain &= 2 * count > len(devices)
+        odd += devices if 2 * count <= len(devices) else [device for device in devices if held[device] != most]
+    return sorted(odd), certain
+
+
+class Health(Hook):
+    """Checks the state every guard.copies_every steps, and whenever it is called; twice at one step costs nothing.
+
+    A state that is not finite always ends the run: it must not be saved over a good one.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, rollbacks: Rollbacks):
+        self._config, self._mesh, self._dims = config, mesh, state_dims(config, optimizer)
+        self._rollbacks = rollbacks
+        self._check = make_check(mesh, self._dims)
+        self._passed = -1
+
+    def wants(self, step: int) -> bool:
+        every = self._config.guard.copies_every
+        return bool(every) and step % every == 0
+
+    def after_step(self, step: int, state: PyTree) -> None:
+        self(step, state)
+
+    def __call__(self, step: int, state: PyTree) -> None:
+        """Looks at the state after `step`.
+
+        Raises:
+          NumbersError: some of it is not finite, or copies differ and guard.copies is stop.
+          RollBack: copies differ, and guard.copies is rollback.
+        """
+        if step == self._passed:
+            return
+        jax.block_until_ready(state)  # XLA:CPU hangs where two programs with collectives are under way
+        found = jax.block_until_ready(self._check(state))
+        counts = {name: np.asarray(found[name]) for name in ("not_finite", "differ")}
+        names = ["/".join(path) for path in leaves_by_path(state)[0]]
+        if counts["not_finite"].any():
+            bad = [names[i] for i in np.flatnonzero(counts["not_finite"])]
+            raise NumbersError(
+                f"the state after step {step} is not finite and is not saved: {_some(bad, 'array')}. The update overflowed, "
+                "though loss and gradients were finite; lower optimizer.peak_lr, or keep model.param_dtype=float32"
+            )
+        if counts["differ"].any() and self._config.guard.copies != "off":
+            reason = self._who_differs(step, names, counts["differ"], found["sums"])
+            if self._config.guard.copies == "rollback":
+                skipped = int(np.asarray(state["guard"]["skipped"])) if "guard" in state else 0
+                check_budget(self._config, step, skipped + len(self._rollbacks) + 1, reason)
+                raise RollBack(step, reason, 0)
+            raise NumbersError(
+                f"{reason}\nThey were bit for bit the same once, so a device has computed wrong, or its memory lost a bit. "
+                "Nothing was saved since. Take the device out, see `python -m jaxtrain.preflight`, and start again from the "
+                "newest checkpoint; --guard.copies=rollback goes back by itself"
+            )
+        self._passed = step
+
+    def _who_differs(self, step: int, names: list[str], differ: np.ndarray, of_each_device: jax.Array) -> str:
+        sums = np.asarray(multihost_utils.process_allgather(of_each_device, tiled=True))
+        dims = jax.tree.leaves(self._dims, is_leaf=is_dims)
+        arrays: dict[int, list[str]] = {}
+        certain = True
+        for leaf in np.flatnonzero(differ):
+            odd, known = odd_ones_out(sums[:, leaf], copied_over(dims[leaf], self._mesh), dict(self._mesh.shape))
+            certain &= known
+            for device in odd:
+                arrays.setdefault(device, []).append(names[leaf])
+        lines = [f"  - {describe_device(self._mesh, device)}: {_some(wrong, 'array')}" for device, wrong in arrays.items()]
+        doubt = "" if certain else " Where only two hold a copy, or no majority agrees, all of them are named."
+        return (
+            f"after step {step}, devices hold other copies of the state than their peers:\n" + "\n".join(lines[:SHOWN]) + doubt
+        )
+
+
+def _some(names: list[str], kind: str) -> str:
+    more = f" and {len(names) - SHOWN} {kind}s more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def describe_device(mesh: Mesh, index: int) -> str:
+    """A device by its place in the mesh: "device 5 of process 1 (data=1, tensor=1)"."""
+    device = mesh.devices.flat[index]
+    place = zip(mesh.axis_names, np.unravel_index(index, mesh.devices.shape), strict=True)
+    words = ", ".join(f"{axis}={at}" for axis, at in place if mesh.shape[axis] > 1)
+    return f"device {device.id} of process {device.process_index} ({words})"

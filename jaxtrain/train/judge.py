@@ -1,0 +1,147 @@
+"""Is a step good? Decided inside the compiled step, from its loss and gradient norm and those of the good steps before it.
+
+A bad step is not applied: parameters, optimizer and what is kept between replicas stay as they are, bit for bit. The choice is
+a `where` that XLA fuses into the update, and needs nothing that the update does not wait for anyway, since clipping needs the
+gradient norm too. What it is made from is a record in the state, so that the verdict is a function of state and batch alone:
+the same in every process, on every mesh to rounding, and after a resume.
+
+A spike is upward only: with m the median of a window of good steps and s = 1.4826 median |x_i - m|, which is the standard
+deviation where x is normal (Rousseeuw & Croux 1993, section 1), x is one where (x - m) / s is above guard.spike_deviations. A
+few wild steps in the window move neither m nor s, where they would move a mean and a standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.config import GuardConfig
+from jaxtrain.sharding import replicated
+
+PyTree = Any
+GOOD, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(4)
+NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+LEAST_SCALE = 1e-3  # of the median: a window of equal numbers must not make a spike of a rounding error
+WATCHED = ("loss", "grad_norm")
+
+
+def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
+    """What is remembered, before the first step; nothing where the step does not judge.
+
+    skipped: steps that were not applied, int32. With spikes watched also good: steps that were, int32, and loss and grad_norm,
+    float32 [spike_window], of the newest of them: step number g of them (from 0) is in place g mod spike_window.
+    """
+    if not guard.judges:
+        return {}
+    record = {"skipped": jnp.zeros((), jnp.int32)}
+    if guard.spike == "off":
+        return record
+    windows = {name: jnp.zeros(guard.spike_window, jnp.float32) for name in WATCHED}
+    return record | {"good": jnp.zeros((), jnp.int32)} | windows
+
+
+def record_dims(guard: GuardConfig) -> dict[str, tuple[str, ...]]:
+    """Logical dims of the record: it is whole on every device."""
+    return {name: ("norm",) * value.ndim for name, value in jax.eval_shape(lambda: initial_record(guard)).items()}
+
+
+def deviations(window: jax.Array, good: jax.Array, x: jax.Array) -> jax.Array:
+    """How many robust standard deviations x is above the median of the window; 0 before the window is half full.
+
+    Args:
+      window: float32 [W], of which the first min(good, W) places are filled.
+    """
+    count = jnp.minimum(good, window.shape[0])
+    middle = _median(window, count)
+    scale = NORMAL * _median(jnp.abs(window - middle), count)
+    scale = jnp.maximum(scale, jnp.maximum(LEAST_SCALE * jnp.abs(middle), np.finfo(np.float32).tiny))
+    return jnp.where(2 * count >= window.shape[0], (x - middle) / scale, 0.0)
+
+
+def _median(values: jax.Array, count: jax.Array) -> jax.Array:
+    """Of the first `count` values; the mean of the two in the middle where they are even."""
+    ordered = jnp.sort(jnp.where(jnp.arange(values.shape[0]) < count, values, jnp.inf))
+    last = jnp.maximum(count, 1) - 1
+    return (ordered[last // 2] + ordered[(last + 1) // 2]) / 2
+
+
+def judge(
+    guard: GuardConfig, record: Mapping[str, jax.Array], loss: jax.Array, grad_norm: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """(verdict: GOOD, NOT_FINITE, LOSS_SPIKE or NORM_SPIKE; the record with this step in it; metrics), in a jitted step."""
+    verdict = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), GOOD, NOT_FINITE)
+    record, metrics = dict(record), {}
+    if guard.spike != "off":
+        seen = {"loss": loss, "grad_norm": grad_norm}
+        far = {name: deviations(record[name], record["good"], x) for name, x in seen.items()}
+        for name, kind in (("grad_norm", NORM_SPIKE), ("loss", LOSS_SPIKE)):
+            verdict = jnp.where((verdict != NOT_FINITE) & (far[name] > guard.spike_deviations), kind, verdict)
+        place = record["good"] % guard.spike_window
+        for name, x in seen.items():
+            record[name] = record[name].at[place].set(jnp.where(verdict == GOOD, x, record[name][place]))
+        record["good"] += verdict == GOOD
+        metrics = {f"{name}_deviations": x for name, x in far.items()}
+    record["skipped"] += verdict != GOOD
+    return verdict, record, metrics | {"bad_step": verdict, "skipped_steps": record["skipped"]}
+
+
+def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping[str, jax.Array]) -> tuple[PyTree, PyTree]:
+    """(state, metrics to add): `new` where the step is good, else `old` with the bad step in its record, in a jitted step.
+
+    Args:
+      old: the state that the step began with, with its record under "guard".
+      new: what the step would make of all of it but the record and the step number.
+      metrics: of the step; losses may be [replica], beside targets [replica].
+    """
+    loss, grad_norm = _over_replicas(metrics, "loss"), metrics["grad_norm"]
+    # The whole loss may overflow alone, by its z term or an auxiliary loss.
+    loss = jnp.where(jnp.isfinite(_over_replicas(metrics, "total_loss")), loss, jnp.nan)
+    verdict, record, more = judge(guard, old["guard"], loss, grad_norm)
+    applied = jax.tree.map(lambda n, o: jnp.where(verdict == GOOD, n, o), new, {name: old[name] for name in new})
+    return applied | {"guard": record}, more
+
+
+def _over_replicas(metrics: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """A loss of the whole global batch."""
+    value, targets = metrics[name], metrics["targets"]
+    return value if value.ndim == 0 else jnp.sum(value * targets) / jnp.maximum(jnp.sum(targets), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between runs: the record travels as plain numbers beside a checkpoint, so that guards can be turned on and off in between
+
+
+def record_to_plain(record: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The record as JSON holds it, exactly, windows oldest first."""
+    plain: dict[str, Any] = {name: int(np.asarray(value)) for name, value in record.items() if value.ndim == 0}
+    for name in WATCHED:
+        if name in record:
+            window = np.asarray(record[name])
+            count = min(plain["good"], len(window))
+            plain[name] = [float(window[g % len(window)]) for g in range(plain["good"] - count, plain["good"])]
+    return plain
+
+
+def record_from_plain(guard: GuardConfig, plain: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """The record that `record_to_plain` wrote, as this guard holds it; what it did not write is as before the first step."""
+    shapes = jax.eval_shape(lambda: initial_record(guard))
+    record = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    for name, value in record.items():
+        if value.ndim == 0:
+            value[...] = plain.get(name, 0)
+    for name in WATCHED:
+        newest = list(plain.get(name, []))[-guard.spike_window :] if name in record else []
+        for back, value in enumerate(reversed(newest), start=1):
+            record[name][(int(record["good"]) - back) % guard.spike_window] = value
+    placed = {
+        name: jax.make_array_from_callback(value.shape, replicated(mesh), lambda index, value=value: value[index])
+        for name, value in record.items()
+    }
+    # A copy of its own on each device: on CPU the arrays may lie in numpy's memory, and the step's donation writes there
+    # (seen: the process aborts).
+    return jax.jit(lambda record: jax.tree.map(jnp.copy, record), out_shardings=replicated(mesh))(placed)

@@ -1,0 +1,86 @@
+"""Gradients computed twice and compared bit for bit (guard.repeat_every): a device that computes wrong now and then is seen.
+
+The same compiled program on the same parameters and batch gives the same bits, unless a device errs in one of the two, or the
+program adds up in no fixed order (on GPUs some do). It costs two further steps' compute each time, less the update.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.checkpoint.trees import leaves_by_path
+from jaxtrain.config import Config
+from jaxtrain.errors import NumbersError
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.sharding import is_dims, replicated, specs
+from jaxtrain.train.exchange import under
+from jaxtrain.train.guard import RollBack
+from jaxtrain.train.health import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
+from jaxtrain.train.step import TrainSteps, make_loss_and_gradients
+
+PyTree = Any
+
+
+class Repeated:
+    """Train steps, before each guard.repeat_every-th of which its gradients are computed twice and compared."""
+
+    def __init__(self, config: Config, mesh: Mesh, backend: str, steps: TrainSteps, first: int):
+        self._guard, self._mesh, self._steps, self._step = config.guard, mesh, steps, first
+        dims = under(("replica",) if config.sync.sums_apart else (), parameter_dims(config.model))
+        structure = jax.tree.structure(dims, is_leaf=is_dims)
+        self._names = ["/".join(path) for path in leaves_by_path(jax.tree.unflatten(structure, range(structure.num_leaves)))[0]]
+        loss_and_gradients = make_loss_and_gradients(config, mesh, backend)
+        sums = jax.shard_map(
+            lambda gradients: local_sums(jax.tree.leaves(gradients))[None],
+            mesh=mesh,
+            in_specs=(specs(dims),),
+            out_specs=OF_EACH_DEVICE,
+        )
+        self._sums = jax.jit(lambda params, batch: sums(loss_and_gradients(params, batch)[2]))
+        self._differ = jax.jit(lambda a, b: jnp.any(a != b, axis=-1), out_shardings=replicated(mesh))
+
+    def begin_at(self, first: int) -> None:
+        """The next step is first + 1."""
+        self._step = first
+        self._steps.begin_at(first)
+
+    def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """The step; compares first where it is due.
+
+        Raises:
+          NumbersError: the two differ.
+          RollBack: likewise, where guard.copies is rollback.
+        """
+        self._step += 1
+        if self._step % self._guard.repeat_every == 0:
+            jax.block_until_ready(state)  # XLA:CPU hangs where two programs with collectives are under way
+            once, again = (jax.block_until_ready(self._sums(state["params"], batch)) for _ in range(2))
+            differ = np.asarray(self._differ(once, again))
+            if differ.any():
+                self._tell(differ)
+        return self._steps(state, batch)
+
+    def _tell(self, differ: np.ndarray) -> None:
+        """Of [devices, leaves]."""
+        devices = np.flatnonzero(differ.any(1))
+        leaves = [self._names[i] for i in np.flatnonzero(differ.any(0))]
+        if len(devices) == len(differ):
+            who = "all devices, since what one of them computed wrong is summed into the gradients of all"
+        else:
+            who = ", ".join(describe_device(self._mesh, int(i)) for i in devices[:SHOWN])
+        reason = (
+            f"the gradients of step {self._step} came out otherwise when they were computed again: {len(leaves)} of "
+            f"{differ.shape[1]} arrays ({', '.join(leaves[:SHOWN])}), on {who}"
+        )
+        if self._guard.copies == "rollback":
+            raise RollBack(self._step, reason, 0)
+        raise NumbersError(
+            f"{reason}. A device computes wrong, or the program does not repeat itself exactly, which on GPUs it does only "
+            "with XLA's deterministic operations. `python -m jaxtrain.preflight` checks the devices; --guard.repeat_every=0 "
+            "compares no more"
+        )
