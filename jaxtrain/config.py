@@ -425,8 +425,8 @@ class GuardConfig:
     copies_every: int = 0
     """Steps between further comparisons; 0 for none."""
     repeat_every: int = 0
-    """Steps between two whose gradients are computed twice and compared bit for bit, at a step's cost; 0 for none. Needs
-    programs that repeat themselves exactly, which on GPUs not all do."""
+    """Steps between two whose gradients are computed twice more and compared bit for bit; 0 for none. On GPUs it needs
+    train.deterministic."""
     debug_nans: bool = False
     """Compute a step that is not finite again, and name the microbatch, layer and operation that were first; slower."""
 

@@ -31,6 +31,7 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run import metadata
 from jaxtrain.train.state import Canonical, create_state
 from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding, choose_attention
@@ -71,12 +72,14 @@ class Layout:
         self.backend, _ = choose_attention(config, self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.canonical = Canonical(config, self.mesh, self.optimizer)
+        self.rollbacks = Rollbacks.load(config.directory, config.distributed.start_timeout_seconds)
 
     def __str__(self) -> str:
         return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
 
-    def batch(self, data: Data, number: int) -> PyTree:
-        """Batch `number`, from 0, as global arrays."""
+    def batch(self, data: Data, steps_before: int) -> PyTree:
+        """What the step with so many steps before it trains on, as global arrays; batches that the run left out are not."""
+        number = self.rollbacks.batch(steps_before)
         size = self.config.train.global_batch_size
         rows = owned_rows(self.sharding, (size, self.config.data.sequence_length))
         return to_global(data.train_batch(number, rows), rows, size, batch_names(self.config), self.sharding)
@@ -86,8 +89,9 @@ class Layout:
         folder = self.config.directory / "checkpoints"
         first = max((saved for saved in committed_steps(folder) if saved < step), default=0)
         if first:
-            check_same_run(read_metadata(folder, first), metadata(self.config, data), folder)
-            state = self.canonical.to_state(restore(folder, first, self.canonical.abstract))
+            saved = read_metadata(folder, first)
+            check_same_run(saved, metadata(self.config, data), folder)
+            state = self.canonical.to_state(restore(folder, first, self.canonical.abstract), saved.get("guard"))
         else:
             state = create_state(self.config, self.mesh, self.optimizer)
         if first < step - 1:

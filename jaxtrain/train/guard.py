@@ -135,7 +135,7 @@ def describe(guard: GuardConfig, values: dict[str, float]) -> str:
     """What is wrong with a bad step, in a few words."""
     kind = verdict(values)
     if kind == NOT_FINITE:
-        names = [f"{words} is {values[name]}" for name, words in (("loss", "its loss"), ("grad_norm", "its gradient norm"))]
+        names = [f"{words} is {values[name]:.4g}" for name, words in (("loss", "its loss"), ("grad_norm", "its gradient norm"))]
         return " and ".join(names)
     name, words = ("loss", "its loss") if kind == LOSS_SPIKE else ("grad_norm", "its gradient norm")
     return (

@@ -22,6 +22,7 @@ from jaxtrain.train.exchange import under
 from jaxtrain.train.guard import RollBack
 from jaxtrain.train.health import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
 from jaxtrain.train.step import TrainSteps, make_loss_and_gradients
+from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any
 
@@ -41,7 +42,8 @@ class Repeated:
             in_specs=(specs(dims),),
             out_specs=OF_EACH_DEVICE,
         )
-        self._sums = jax.jit(lambda params, batch: sums(loss_and_gradients(params, batch)[2]))
+        options = deterministic_options(config, mesh.devices.flat[0].platform) or None
+        self._sums = jax.jit(lambda params, batch: sums(loss_and_gradients(params, batch)[2]), compiler_options=options)
         self._differ = jax.jit(lambda a, b: jnp.any(a != b, axis=-1), out_shardings=replicated(mesh))
 
     def begin_at(self, first: int) -> None:
@@ -80,7 +82,7 @@ class Repeated:
         if self._guard.copies == "rollback":
             raise RollBack(self._step, reason, 0)
         raise NumbersError(
-            f"{reason}. A device computes wrong, or the program does not repeat itself exactly, which on GPUs it does only "
-            "with XLA's deterministic operations. `python -m jaxtrain.preflight` checks the devices; --guard.repeat_every=0 "
+            f"{reason}. A device computes wrong, or the program does not repeat itself exactly, which on GPUs needs "
+            "--train.deterministic=True. `python -m jaxtrain.preflight` checks the devices; --guard.repeat_every=0 "
             "compares no more"
         )
