@@ -22,6 +22,7 @@ def exposed_over_tensor(take_turns: bool) -> float:
     return 1 - sum(row.overlapped for row in rows) / sum(row.wire for row in rows)
 
 
+@pytest.mark.plan
 @needs_plugin
 def test_turns_hide_the_transfers_of_tensor_parallelism():
     alone, in_turns = exposed_over_tensor(False), exposed_over_tensor(True)
