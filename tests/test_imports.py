@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "mesh": 1,
     "processes": 1,
+    "safetensors": 1,
     "sharding": 1,
     "ops": 2,
     "models": 3,

@@ -1,0 +1,231 @@
+"""The fast tier: snapshots of the state on each host's own memory or disk, between the checkpoints that last.
+
+Each process writes what its own devices hold, as it lies there, into a file of its own: no process waits for another, nothing
+crosses the network, and the loop waits for the copy from the devices alone. A snapshot helps where the processes die and the
+hosts live on (a crash, a hang, a preemption that left the host). It counts only where the file of *every* process is there,
+of one step, newer than the newest checkpoint, whole to the checksum, and of this very run on this very mesh; else the newest
+checkpoint counts, as without it.
+
+    fast_dir/jaxtrain-UID/TOKEN/120/process-3.safetensors    TOKEN is of the run's folder: see `_token`
+
+Orbax has managers for this (`experimental.emergency`: local and multi-tier checkpoints). They are not used: they are "experimental;
+do not use without specific approval" (their own words, orbax-checkpoint 0.12.8), keep no checksum of array data, and their
+peer-to-peer service listens on every network of the host without asking who is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.checkpoint.same_run import as_json_gives_it_back
+from jaxtrain.checkpoint.stored import everywhere, from_first_process
+from jaxtrain.checkpoint.trees import leaves_by_path
+from jaxtrain.errors import CheckpointError
+from jaxtrain.safetensors import Safetensors, SafetensorsError, write_safetensors
+
+TOKEN_FILE = ".fast_tier"
+KEPT = 2
+"""Snapshots that are kept: a process may die while it writes the newest."""
+log = logging.getLogger(__name__)
+Shards = list[tuple[str, jax.Shard]]
+
+
+class FastTier:
+    """Snapshots of one process of a run. All processes make the same calls in the same order.
+
+    Args:
+      folder: on the host's own memory or disk; the same path on every host.
+      run_dir: of the run, and shared: a snapshot of a folder that was removed, or of a run that was rolled back, is none.
+    """
+
+    def __init__(self, folder: Path, run_dir: Path):
+        self._root = Path(folder) / f"jaxtrain-{os.getuid()}"
+        self._run_dir = run_dir
+        self._thread: threading.Thread | None = None
+        self._warned = False
+        if jax.process_index() == 0 and not (run_dir / TOKEN_FILE).exists():
+            (run_dir / TOKEN_FILE).write_text(secrets.token_hex(8))
+        everywhere(True)  # all read it after it is there
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Copies what this process's devices hold to host memory, and writes it in the background.
+
+        A snapshot that cannot be written is told once, in the log, and stops nothing.
+        """
+        self.wait()
+        arrays = {f"{i}": np.array(shard.data, copy=True) for i, (_, shard) in enumerate(_own_shards(state))}
+        about = {"step": str(step), "layout": _layout(state), "metadata": json.dumps(as_json_gives_it_back(metadata))}
+        self._thread = threading.Thread(target=self._write, args=(step, arrays, about), name=f"snapshot-{step}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when no snapshot is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
+        try:
+            sums = {name: zlib.crc32(array.reshape(-1).view(np.uint8)) for name, array in arrays.items()}
+            folder = self._own_folder() / str(step)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(folder / self._file, arrays, about | {"crc32": json.dumps(sums)})
+            for old in sorted(self._steps())[:-KEPT]:
+                self._delete(old)
+        except OSError as error:
+            if not self._warned:
+                log.warning("no snapshot in %s: %s; checkpoints are saved as without them", self._root, error)
+            self._warned = True
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Restoring
+
+    def restore(self, newer_than: int, abstract: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
+        """(step, state) of the newest snapshot that all processes hold whole, and that is newer; None where there is none.
+
+        Args:
+          abstract: the state as it lies in memory, ShapeDtypeStructs with their shardings.
+          accept: is called with a step and its metadata, and may raise, as in `Checkpoints.restore_newest`.
+        """
+        layout, candidates = _layout(abstract), sorted(step for step in self._steps() if step > newer_than)
+        while True:
+            step = _newest_of_all(candidates)
+            if step is None:
+                return None
+            found = self._read(step, abstract, layout)
+            if everywhere(found is not None):
+                assert found is not None
+                accept(step, found[1])
+                return step, _join(abstract, found[0])
+            candidates = [other for other in candidates if other < step]
+
+    def _read(self, step: int, abstract: Any, layout: str) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+        """(the arrays of this process's shards, the metadata) of a step, verified; None where they are not all there, whole."""
+        path = self._own_folder() / str(step) / self._file
+        try:
+            file = Safetensors(path)
+            if (file.metadata.get("step"), file.metadata.get("layout")) != (str(step), layout):
+                return None
+            sums, arrays = json.loads(file.metadata["crc32"]), [file[name] for name in file.entries]
+            wrong = [n for n, a in zip(file.entries, arrays, strict=True) if zlib.crc32(a.reshape(-1).view(np.uint8)) != sums[n]]
+            if wrong:
+                log.warning("snapshot %s does not hold what was saved: its checksum differs; passed over", path)
+                return None
+            return arrays, json.loads(file.metadata["metadata"])
+        except (SafetensorsError, ValueError, KeyError, TypeError) as error:
+            log.warning("snapshot %s is passed over: %s", path, error)
+            return None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Folders
+
+    def clear(self) -> None:
+        """Removes this process's snapshots: the run has ended, and its checkpoints hold it."""
+        self.wait()
+        for step in self._steps():
+            self._delete(step)
+
+    @property
+    def _file(self) -> str:
+        return f"process-{jax.process_index()}.safetensors"
+
+    def _own_folder(self) -> Path:
+        """The folder of this run, in one that nobody else can write (a host's memory folder is everybody's).
+
+        Raises:
+          PermissionError: that folder is somebody else's.
+        """
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = self._root.lstat()
+        if owner.st_uid != os.getuid() or owner.st_mode & 0o022 or self._root.is_symlink():
+            raise PermissionError(13, f"{self._root} can be written by others; give another --checkpoint.fast_dir")
+        return self._root / self._token()
+
+    def _token(self) -> str:
+        """What ties a snapshot to a run: a word in run_dir, and the list of rollbacks, which undo later steps."""
+        digest = hashlib.sha256((self._run_dir / TOKEN_FILE).read_bytes())
+        rollbacks = self._run_dir / "rollbacks.json"
+        digest.update(rollbacks.read_bytes() if rollbacks.exists() else b"")
+        return digest.hexdigest()[:16]
+
+    def _steps(self) -> list[int]:
+        """Steps of which this process has a file."""
+        try:
+            folders = list(self._own_folder().iterdir())
+        except OSError:
+            return []
+        return [int(folder.name) for folder in folders if folder.name.isdecimal() and (folder / self._file).is_file()]
+
+    def _delete(self, step: int) -> None:
+        folder = self._own_folder() / str(step)
+        (folder / self._file).unlink(missing_ok=True)
+        if not any(folder.glob("process-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_shards(state: Any) -> Iterator[tuple[str, jax.Shard]]:
+    """(leaf, shard) of every different part that this process's devices hold, each once, always in the same order."""
+    for name, leaf in leaves_by_path(state)[0].items():
+        different = {_place(shard.index): shard for shard in leaf.addressable_shards}
+        for place in sorted(different):
+            yield "/".join(name), different[place]
+
+
+def _place(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    """The slices of a shard as plain numbers; (-1, -1) for a whole dim."""
+    return tuple((-1, -1) if part == slice(None) else (part.start or 0, part.stop if part.stop is not None else -1) for part in index)
+
+
+def _layout(state: Any) -> str:
+    """What must be the same for a process to find its own again: leaves, shapes, dtypes, what lies on which device."""
+    lines = []
+    for name, leaf in leaves_by_path(state)[0].items():
+        places = leaf.sharding.devices_indices_map(leaf.shape)
+        own = sorted((d.process_index, d.id, _place(index)) for d, index in places.items() if index is not None)
+        lines.append(f"{'/'.join(name)} {leaf.dtype} {leaf.shape} {own}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _join(abstract: Any, arrays: list[np.ndarray]) -> Any:
+    """The state of this process's parts, which are in the order of `_own_shards`."""
+    parts = iter(arrays)
+    leaves, treedef = leaves_by_path(abstract)
+
+    def leaf(like: Any) -> jax.Array:
+        devices = like.sharding.addressable_devices_indices_map(like.shape)
+        held = {place: next(parts) for place in sorted({_place(index) for index in devices.values()})}
+        on_devices = [jax.device_put(held[_place(index)], device) for device, index in devices.items()]
+        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, on_devices)
+
+    return jax.tree.unflatten(treedef, [leaf(like) for like in leaves.values()])
+
+
+def _newest_of_all(candidates: list[int]) -> int | None:
+    """The newest step that every process has. By as many questions as process 0 has candidates."""
+    for step in reversed(range(from_first_process(len(candidates)))):
+        asked = from_first_process(candidates[step] if step < len(candidates) else -1)
+        if everywhere(asked in candidates):
+            return asked
+    return None
+
+
+def check_fast_dir(folder: str) -> None:
+    """Raises CheckpointError where the folder of snapshots is not on this host."""
+    if "://" in folder:
+        raise CheckpointError(f"checkpoint.fast_dir={folder!r} must be a folder of the host's own, such as /dev/shm or a local disk")
