@@ -401,6 +401,11 @@ class CheckpointConfig:
     """auto: go on from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one."""
     asynchronous: bool = True
     """Write while training goes on."""
+    fast_every: int = 0
+    """Steps between two snapshots in fast_dir, from which a run goes on whose processes died and whose hosts did not; 0 for
+    none."""
+    fast_dir: str = "/dev/shm"
+    """Folder for snapshots in each host's own memory or on its own disk; two of them at a time."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every model.sliding_window sync.delay sync.overlap distributed.processes "
+    "checkpoint.keep_every checkpoint.fast_every model.sliding_window sync.delay sync.overlap distributed.processes "
     "guard.budget guard.copies_every guard.repeat_every"
 ).split()
 _ABOVE_ZERO = (
@@ -380,6 +380,10 @@ def _other_problems(config: Config) -> list[str]:
             problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
         elif int(size) > config.model.vocab_size:
             problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
+    if config.checkpoint.fast_every and not config.checkpoint.every:
+        problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
+    if "://" in config.checkpoint.fast_dir:
+        problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
     window = re.fullmatch(r"(\d+):(\d+)", config.telemetry.profile)
     if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
         problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")

@@ -97,7 +97,7 @@ class Safetensors:
         try:
             with open(self.path, "rb") as file:
                 file.seek(entry.begin)
-                count = file.readinto(memoryview(raw)) if raw.size else 0
+                count = file.readinto(raw.data) if raw.size else 0
         except OSError as error:
             raise SafetensorsError(f"{self.path} cannot be read: {error.strerror}") from error
         if count != raw.size:
@@ -127,7 +127,7 @@ def write_safetensors(path: os.PathLike | str, arrays: Mapping[str, np.ndarray],
         with open(beside, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for array in arrays.values():
-                file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -6,21 +6,22 @@ hosts live on (a crash, a hang, a preemption that left the host). It counts only
 of one step, newer than the newest checkpoint, whole to the checksum, and of this very run on this very mesh; else the newest
 checkpoint counts, as without it.
 
-    fast_dir/jaxtrain-UID/TOKEN/120/process-3.safetensors    TOKEN is of the run's folder: see `_token`
+    fast_dir/jaxtrain-UID/RUN/120/process-3.safetensors    RUN is a hash of the run's folder
 
-Orbax has managers for this (`experimental.emergency`: local and multi-tier checkpoints). They are not used: they are "experimental;
-do not use without specific approval" (their own words, orbax-checkpoint 0.12.8), keep no checksum of array data, and their
-peer-to-peer service listens on every network of the host without asking who is there.
+Orbax has managers for this (`experimental.emergency`: local and multi-tier checkpoints). They are not used: they are
+"experimental; do not use without specific approval" (their own words, orbax-checkpoint 0.12.8), keep no checksum of array data,
+and their peer-to-peer service listens on every network of the host without asking who is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
-import shutil
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -33,14 +34,12 @@ import numpy as np
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import everywhere, from_first_process
 from jaxtrain.checkpoint.trees import leaves_by_path
-from jaxtrain.errors import CheckpointError
 from jaxtrain.safetensors import Safetensors, SafetensorsError, write_safetensors
 
 TOKEN_FILE = ".fast_tier"
 KEPT = 2
 """Snapshots that are kept: a process may die while it writes the newest."""
 log = logging.getLogger(__name__)
-Shards = list[tuple[str, jax.Shard]]
 
 
 class FastTier:
@@ -54,11 +53,14 @@ class FastTier:
     def __init__(self, folder: Path, run_dir: Path):
         self._root = Path(folder) / f"jaxtrain-{os.getuid()}"
         self._run_dir = run_dir
+        self._folder = self._root / hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
         self._thread: threading.Thread | None = None
         self._warned = False
         if jax.process_index() == 0 and not (run_dir / TOKEN_FILE).exists():
             (run_dir / TOKEN_FILE).write_text(secrets.token_hex(8))
         everywhere(True)  # all read it after it is there
+        for unfinished in self._folder.glob(f"*/{self._file}.*.new"):
+            unfinished.unlink(missing_ok=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -69,8 +71,16 @@ class FastTier:
         A snapshot that cannot be written is told once, in the log, and stops nothing.
         """
         self.wait()
-        arrays = {f"{i}": np.array(shard.data, copy=True) for i, (_, shard) in enumerate(_own_shards(state))}
-        about = {"step": str(step), "layout": _layout(state), "metadata": json.dumps(as_json_gives_it_back(metadata))}
+        shards = list(_own_shards(state))
+        for shard in shards:
+            shard.data.copy_to_host_async()
+        arrays = {f"{i}": np.array(shard.data, copy=True) for i, shard in enumerate(shards)}
+        about = {
+            "step": str(step),
+            "layout": _layout(state),
+            "token": self._token(),
+            "metadata": json.dumps(as_json_gives_it_back(metadata)),
+        }
         self._thread = threading.Thread(target=self._write, args=(step, arrays, about), name=f"snapshot-{step}", daemon=True)
         self._thread.start()
 
@@ -82,12 +92,12 @@ class FastTier:
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
         try:
-            sums = {name: zlib.crc32(array.reshape(-1).view(np.uint8)) for name, array in arrays.items()}
-            folder = self._own_folder() / str(step)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(folder / self._file, arrays, about | {"crc32": json.dumps(sums)})
-            for old in sorted(self._steps())[:-KEPT]:
-                self._delete(old)
+            sums = {name: zlib.crc32(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
+            self._make_folder(step)
+            write_safetensors(self._path(step), arrays, about | {"crc32": json.dumps(sums)})
+            steps = self._steps()
+            for old in [*sorted(s for s in steps if s <= step)[:-KEPT], *(s for s in steps if s > step)]:
+                self._delete(old)  # what is beyond this step was undone
         except OSError as error:
             if not self._warned:
                 log.warning("no snapshot in %s: %s; checkpoints are saved as without them", self._root, error)
@@ -117,13 +127,15 @@ class FastTier:
 
     def _read(self, step: int, abstract: Any, layout: str) -> tuple[list[np.ndarray], dict[str, Any]] | None:
         """(the arrays of this process's shards, the metadata) of a step, verified; None where they are not all there, whole."""
-        path = self._own_folder() / str(step) / self._file
+        path = self._path(step)
         try:
             file = Safetensors(path)
-            if (file.metadata.get("step"), file.metadata.get("layout")) != (str(step), layout):
+            if tuple(map(file.metadata.get, ("step", "layout", "token"))) != (str(step), layout, self._token()):
                 return None
             sums, arrays = json.loads(file.metadata["crc32"]), [file[name] for name in file.entries]
-            wrong = [n for n, a in zip(file.entries, arrays, strict=True) if zlib.crc32(a.reshape(-1).view(np.uint8)) != sums[n]]
+            wrong = [
+                n for n, a in zip(file.entries, arrays, strict=True) if zlib.crc32(a.reshape(-1).view(np.uint8).data) != sums[n]
+            ]
             if wrong:
                 log.warning("snapshot %s does not hold what was saved: its checksum differs; passed over", path)
                 return None
@@ -145,17 +157,26 @@ class FastTier:
     def _file(self) -> str:
         return f"process-{jax.process_index()}.safetensors"
 
-    def _own_folder(self) -> Path:
-        """The folder of this run, in one that nobody else can write (a host's memory folder is everybody's).
+    def _path(self, step: int) -> Path:
+        return self._folder / str(step) / self._file
+
+    def _make_folder(self, step: int) -> None:
+        """Of a step, in one that nobody else can write: a host's memory folder is everybody's.
 
         Raises:
           PermissionError: that folder is somebody else's.
         """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = self._root.lstat()
-        if owner.st_uid != os.getuid() or owner.st_mode & 0o022 or self._root.is_symlink():
+        if not self._is_ours():
             raise PermissionError(13, f"{self._root} can be written by others; give another --checkpoint.fast_dir")
-        return self._root / self._token()
+        self._path(step).parent.mkdir(parents=True, exist_ok=True)
+
+    def _is_ours(self) -> bool:
+        try:
+            owner = self._root.lstat()
+        except OSError:
+            return False
+        return stat.S_ISDIR(owner.st_mode) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022
 
     def _token(self) -> str:
         """What ties a snapshot to a run: a word in run_dir, and the list of rollbacks, which undo later steps."""
@@ -166,30 +187,29 @@ class FastTier:
 
     def _steps(self) -> list[int]:
         """Steps of which this process has a file."""
-        try:
-            folders = list(self._own_folder().iterdir())
-        except OSError:
+        if not self._is_ours() or not self._folder.is_dir():
             return []
-        return [int(folder.name) for folder in folders if folder.name.isdecimal() and (folder / self._file).is_file()]
+        return [int(path.parent.name) for path in self._folder.glob(f"*/{self._file}") if path.parent.name.isdecimal()]
 
     def _delete(self, step: int) -> None:
-        folder = self._own_folder() / str(step)
-        (folder / self._file).unlink(missing_ok=True)
-        if not any(folder.glob("process-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._path(step).unlink(missing_ok=True)
+        for folder in (self._path(step).parent, self._folder):
+            with contextlib.suppress(OSError):  # another process has something in it
+                folder.rmdir()
 
 
-def _own_shards(state: Any) -> Iterator[tuple[str, jax.Shard]]:
-    """(leaf, shard) of every different part that this process's devices hold, each once, always in the same order."""
-    for name, leaf in leaves_by_path(state)[0].items():
+def _own_shards(state: Any) -> Iterator[Any]:
+    """The shard of every different part that this process's devices hold, each once, always in the same order."""
+    for leaf in jax.tree.leaves(state):
         different = {_place(shard.index): shard for shard in leaf.addressable_shards}
-        for place in sorted(different):
-            yield "/".join(name), different[place]
+        yield from (different[place] for place in sorted(different))
 
 
 def _place(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
     """The slices of a shard as plain numbers; (-1, -1) for a whole dim."""
-    return tuple((-1, -1) if part == slice(None) else (part.start or 0, part.stop if part.stop is not None else -1) for part in index)
+    return tuple(
+        (-1, -1) if part == slice(None) else (part.start or 0, part.stop if part.stop is not None else -1) for part in index
+    )
 
 
 def _layout(state: Any) -> str:
@@ -223,9 +243,3 @@ def _newest_of_all(candidates: list[int]) -> int | None:
         if everywhere(asked in candidates):
             return asked
     return None
-
-
-def check_fast_dir(folder: str) -> None:
-    """Raises CheckpointError where the folder of snapshots is not on this host."""
-    if "://" in folder:
-        raise CheckpointError(f"checkpoint.fast_dir={folder!r} must be a folder of the host's own, such as /dev/shm or a local disk")

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.processes import are_several, look, post
 from jaxtrain.telemetry.beat import Beat
@@ -154,6 +155,29 @@ class Saving(Hook):
             except CheckpointError as error:
                 self._progress.say(f"warning    {error}")
             self._checkpoints.save(step, self._to_canonical(state), self._metadata(state), wait=wait)
+
+
+class Snapshots(Hook):
+    """Takes a snapshot every `every` steps, but where a checkpoint is saved."""
+
+    def __init__(
+        self,
+        fast: FastTier,
+        metadata: dict[str, Any],
+        progress: Progress,
+        clock: StepClock,
+        every: int,
+        save_every: int,
+    ):
+        self._fast, self._metadata, self._progress, self._clock = fast, metadata, progress, clock
+        self._every, self._save_every = every, save_every
+
+    def wants(self, step: int) -> bool:
+        return step % self._every == 0 and step % self._save_every != 0
+
+    def after_step(self, step: int, state: PyTree) -> None:
+        with self._clock.paused(), self._progress.during("taking a snapshot"):
+            self._fast.save(step, state, self._metadata)
 
 
 class Profiling(Hook):

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import Checkpoints, check_same_run
+from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError
@@ -39,7 +40,7 @@ from jaxtrain.telemetry.progress import Progress, readable_size
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.guard import Guard, RollBack
 from jaxtrain.train.health import Health
-from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, StopOnSignal, Validation
+from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, Snapshots, StopOnSignal, Validation
 from jaxtrain.train.judge import record_to_plain
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.optimizer import make_optimizer, make_schedule
@@ -47,7 +48,7 @@ from jaxtrain.train.probe import Probe
 from jaxtrain.train.repeat import Repeated
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks
-from jaxtrain.train.state import Canonical, check_same_replicas, create_state
+from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
 from jaxtrain.train.step import (
     TrainSteps,
     batch_names,
@@ -172,6 +173,7 @@ class Run:
         self.canonical = Canonical(config, self.mesh, self.optimizer)
         self.rollbacks = Rollbacks()
         self._restored_metadata: dict[str, Any] = {}
+        self.fast: FastTier | None = None
 
     def train(self) -> int:
         """Trains, saves, draws, samples; returns the exit code.
@@ -183,6 +185,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_run_in(self.directory))
             checkpoints = self._open_checkpoints(stack)
+            if self.config.checkpoint.fast_every:
+                self.fast = FastTier(Path(self.config.checkpoint.fast_dir), self.directory)
             state, first = self._begin(checkpoints)
             write_config(self.config)
             self.stop.check()
@@ -195,6 +199,8 @@ class Run:
                 step_function.begin_at(first)
                 ended = self._loop(checkpoints, step_function, state, first, row)
             loop, reason = ended
+        if self.fast is not None:
+            self.fast.clear()  # the last step is saved
         self._draw()
         number = self.stop.agreed()
         if number is not None:
@@ -231,12 +237,15 @@ class Run:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
         notes: list[str] = []
         with self.progress.during("restoring"):
-            found = checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes)) if checkpoints else None
+            found = snapshot = self._newest_snapshot(checkpoints, notes)
+            if snapshot is None and checkpoints:
+                found = checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))
             self.rollbacks = Rollbacks.load(self.directory, self.config.distributed.start_timeout_seconds)
-        state, step = self._state_of(found)
+        state, step = self._state_of(found) if snapshot is None else (snapshot[1], snapshot[0])
         if found is not None:
             self.progress.advance(step)
-            self.progress.say(f"resume     from step {step}" + "".join(f"\n           changed: {note}" for note in notes))
+            where = "" if snapshot is None else f", a snapshot in {self.config.checkpoint.fast_dir}"
+            self.progress.say(f"resume     from step {step}{where}" + "".join(f"\n           changed: {n}" for n in notes))
         for first, last in self.rollbacks.left_out():
             self.progress.say(f"left out   batches {first} to {last}, by {ROLLBACKS_FILE}")
         return state, step
@@ -267,6 +276,13 @@ class Run:
         if len(saved) > len(self.rollbacks):  # the folder was moved without the file
             self.rollbacks = saved
         return self.canonical.to_state(found[1], self._restored_metadata.get("guard")), found[0]
+
+    def _newest_snapshot(self, checkpoints: Checkpoints | None, notes: list[str]) -> tuple[int, PyTree] | None:
+        """(step, state) of a snapshot that is newer than every checkpoint, where all processes hold one."""
+        if self.fast is None or checkpoints is None:
+            return None
+        newest, abstract = checkpoints.step_to_resume() or 0, abstract_state(self.config, self.mesh, self.optimizer)
+        return self.fast.restore(newest, abstract, self._acceptance(notes))
 
     def _roll_back(self, checkpoints: Checkpoints | None, why: RollBack) -> tuple[PyTree, int, dict[str, Any]]:
         """(state, step) of the newest checkpoint, to go on from without the batches that are left out now; a row to log."""
@@ -314,7 +330,7 @@ class Run:
             clock, energy = self._clocks(first)
             health = Health(self.config, self.mesh, self.optimizer, self.rollbacks)
             saving = self._saving(checkpoints, clock, health)
-            hooks = self._hooks(stack, log, clock, energy, [health, *saving])
+            hooks = self._hooks(stack, log, clock, energy, [health, *saving, *self._snapshots(clock)])
             rows = self._rows(self.config.train.global_batch_size)
             batches = stack.enter_context(self.data.train_batches(first, rows, self.rollbacks.batch))
 
@@ -387,6 +403,13 @@ class Run:
             return now | {"rollbacks": self.rollbacks.to_plain(), "guard": record_to_plain(state.get("guard", {}))}
 
         return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health)]
+
+    def _snapshots(self, clock: StepClock) -> list[Hook]:
+        """The hook that takes snapshots, where the config wants that."""
+        if self.fast is None:
+            return []
+        now, checkpoint = metadata(self.config, self.data), self.config.checkpoint
+        return [Snapshots(self.fast, now, self.progress, clock, checkpoint.fast_every, checkpoint.every)]
 
     def _rows(self, num_rows: int) -> slice:
         return owned_rows(self.sharding, (num_rows, self.config.data.sequence_length))
