@@ -147,22 +147,21 @@ def test_the_newest_step_that_all_have(monkeypatch):
 
 def test_a_run_whose_processes_are_killed_goes_on_from_its_snapshot(tmp_path):
     """Two processes, killed beyond the snapshot of a step of which there is no checkpoint; the losses are those of one life."""
-    flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=30", "--checkpoint.fast_every=5"]
+    flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=12", "--checkpoint.fast_every=3", "--mesh.fsdp=1"]
     flags += [f"--checkpoint.fast_dir={tmp_path / 'fast'}"]
-    with started(2, 2, flags, tmp_path) as both:
-        wait_for_line(tmp_path / "run" / "metrics.jsonl", '"step": 12,')
+    with started(2, 1, flags, tmp_path) as both:
+        wait_for_line(tmp_path / "run" / "metrics.jsonl", '"step": 7,')
         for process in both:
             process.send_signal(signal.SIGKILL)
     before = losses(tmp_path / "run")
-    with started(2, 2, flags, tmp_path) as both:
-        assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
+    with started(2, 1, flags, tmp_path) as both:
+        assert [process.wait(400) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
     (line,) = [line for line in (tmp_path / "0.log").read_text().splitlines() if line.startswith("resume")]
     step = int(line.split()[3].rstrip(","))
-    assert step >= 10
-    assert step % 5 == 0
+    assert step in (6, 9)
     assert "a snapshot in" in line
     after = losses(tmp_path / "run")
-    assert sorted(after) == list(range(1, 31))
+    assert sorted(after) == list(range(1, 13))
     again = {number: loss for number, loss in before.items() if number > step}
     assert {number: after[number] for number in again} == again
     assert list((tmp_path / "fast").glob("*/*")) == []

@@ -158,7 +158,7 @@ class Saving(Hook):
 
 
 class Snapshots(Hook):
-    """Takes a snapshot every `every` steps, but where a checkpoint is saved."""
+    """Takes a snapshot every `every` steps, but where a checkpoint is saved: every `save_every` steps, and after the last."""
 
     def __init__(
         self,
@@ -168,12 +168,13 @@ class Snapshots(Hook):
         clock: StepClock,
         every: int,
         save_every: int,
+        last_step: int,
     ):
         self._fast, self._metadata, self._progress, self._clock = fast, metadata, progress, clock
-        self._every, self._save_every = every, save_every
+        self._every, self._save_every, self._last_step = every, save_every, last_step
 
     def wants(self, step: int) -> bool:
-        return step % self._every == 0 and step % self._save_every != 0
+        return step % self._every == 0 and step % self._save_every != 0 and step != self._last_step
 
     def after_step(self, step: int, state: PyTree) -> None:
         with self._clock.paused(), self._progress.during("taking a snapshot"):

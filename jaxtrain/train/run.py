@@ -408,8 +408,8 @@ class Run:
         """The hook that takes snapshots, where the config wants that."""
         if self.fast is None:
             return []
-        now, checkpoint = metadata(self.config, self.data), self.config.checkpoint
-        return [Snapshots(self.fast, now, self.progress, clock, checkpoint.fast_every, checkpoint.every)]
+        now, checkpoint, last = metadata(self.config, self.data), self.config.checkpoint, self.config.train.steps
+        return [Snapshots(self.fast, now, self.progress, clock, checkpoint.fast_every, checkpoint.every, last)]
 
     def _rows(self, num_rows: int) -> slice:
         return owned_rows(self.sharding, (num_rows, self.config.data.sequence_length))
