@@ -380,6 +380,11 @@ def _other_problems(config: Config) -> list[str]:
             problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
         elif int(size) > config.model.vocab_size:
             problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
+    if "://" in config.run_dir:
+        problems.append(
+            f"run_dir={config.run_dir!r}: a run writes into a folder of a file system that all hosts share, with locks and "
+            "appends, which object stores do not have; give a folder, and copy its checkpoints to the store from there"
+        )
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:
