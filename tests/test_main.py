@@ -16,7 +16,9 @@ import pytest
 
 from jaxtrain import main
 from jaxtrain.checkpoint import committed_steps
-from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, Stopped
+from jaxtrain.config import Config, MeshConfig
+from jaxtrain.config_rules import validate
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
 from tests import quick
 
 REPOSITORY = Path(__file__).parent.parent
@@ -426,6 +428,26 @@ def test_out_of_memory_is_explained(capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: out of device memory: RESOURCE_EXHAUSTED: Out of memory while trying")
     assert "mesh.fsdp" in message
+
+
+def test_out_of_memory_in_a_run_says_what_holds_how_much(capsys):
+    """As `train` calls it: an ExplainedError, which a checkpoint's full disk is already, passes as it is."""
+    config = validate(Config(mesh=MeshConfig(fsdp=1, data=-1)), 8)
+
+    def work(error):
+        with main.memory_explained(config, "reference"):
+            raise error
+
+    asked = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+    assert main.explained(lambda: work(asked)) == EXIT_ERROR
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: out of device memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nBy estimate"
+    )
+    for words in ("parameters\n", "optimizer state\n", "--mesh.fsdp=2 --mesh.data=4", "python -m jaxtrain.plan"):
+        assert words in message
+    assert main.explained(lambda: work(ExplainedError("RESOURCE_EXHAUSTED: disk"))) == EXIT_ERROR
+    assert capsys.readouterr().err == "error: RESOURCE_EXHAUSTED: disk\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
