@@ -290,6 +290,8 @@ class Run:
         with self.progress.during("rolling back"):
             checkpoints.set_aside_after(why.step - 1, f"rolled back: {why.reason}")
             state, step = self._state_of(checkpoints.return_to_newest(self.canonical.abstract, self._acceptance([])))
+            if self.fast is not None:
+                self.fast.clear()  # else a restart would go on from after the return
             rollback = self.rollbacks.add(why.step, step, why.reason, why.batches)
             self.rollbacks.save(self.directory)
         left_out = f", without batches {rollback.first_batch} to {rollback.last_batch} from now on" if why.batches else ""
