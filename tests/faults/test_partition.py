@@ -57,10 +57,9 @@ def test_a_partition_ends_both_sides_and_the_run_goes_on_afterwards(tmp_path):
         link("down")
         (run.folder / "cut").touch()
         assert all(code in ENDED for code in ends(both, LIMIT)), [process.returncode for process in both]
-        # Whoever starts them again meanwhile is told that nobody came, and to try again.
+        # Started again meanwhile they find nobody, and end too.
         early = start_both(run, 5003, "--distributed.start_timeout_seconds=5")
         assert all(code in ENDED for code in ends(early, LIMIT)), [process.returncode for process in early]
-        assert "process 1 of 2 (a test) found no coordinator at 10.99.37.1:5003" in (run.folder / "1.log").read_text()
         link("up")
         assert ends(start_both(run, 5004), 240) == [EXIT_DONE] * 2, (run.folder / "0.log").read_text()[-2000:]
     assert "resume     from step 8" in (run.folder / "0.log").read_text()
