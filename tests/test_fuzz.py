@@ -274,7 +274,7 @@ STORED = {
     "format": FORMAT,
     "step": 7,
     "leaves": LEAVES,
-    "checksums": dict.fromkeys(LEAVES, "0123456789abcdef"),
+    "parts": 1,
     "metadata": NOW,
 }
 STORED = json.loads(json.dumps(STORED))

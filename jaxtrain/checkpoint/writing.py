@@ -10,24 +10,27 @@ on disk, and in the canonical form that the caller hands over, so that it comes 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.checksums import checksums
+from jaxtrain.checkpoint.checksums import begin_parts
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import (
+    CHECKSUMS,
     COMMIT_MARK,
     DELETION_MARK,
     FORMAT,
@@ -65,6 +68,27 @@ class _NoRepeatedTraceback(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
+
+
+class _Parts:
+    """What Orbax saves beside the arrays, in the background and within the same commit (its `StatefulCheckpointable`)."""
+
+    def __init__(self, finish: Callable[[], dict[str, str]]):
+        self._finish = finish
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Returns what is left to do in the background."""
+
+        async def write() -> None:
+            sums = await asyncio.to_thread(self._finish)
+            folder = await directory.await_creation()
+            (folder / f"process_{jax.process_index()}.json").write_text(json.dumps(sums))
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Part of Orbax's protocol; nobody loads it this way."""
+        raise TypeError(f"{directory}: read_checksums reads checksums")
 
 
 class Checkpoints:
@@ -254,7 +278,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "leaves": {"/".join(name): describe(leaf) for name, leaf in leaves.items()},
-            "checksums": checksums({"/".join(name): leaf for name, leaf in leaves.items()}),
+            "parts": jax.process_count(),
             "metadata": as_json_gives_it_back(metadata),
         }
         self._saves += 1
@@ -265,7 +289,9 @@ class Checkpoints:
             if problem is None:
                 self._fail(step, OSError(look(self._notice)))
         else:
-            self._begin(step, nested(leaves), stored | {"digest": digest(stored)})
+            sums = _Parts(begin_parts({"/".join(name): leaf for name, leaf in leaves.items()}))
+            content = {"state": nested(leaves), CHECKSUMS: sums}
+            self._begin(step, content, stored | {"digest": digest(stored)})
         if wait:
             self.wait()
 
@@ -291,7 +317,7 @@ class Checkpoints:
             return error
         return None
 
-    def _begin(self, step: int, tree: Any, stored: dict[str, Any]) -> None:
+    def _begin(self, step: int, content: dict[str, Any], stored: dict[str, Any]) -> None:
         """Copies the arrays, and writes them in the background.
 
         Raises:
@@ -299,7 +325,8 @@ class Checkpoints:
         """
         try:
             with self._context:
-                response = ocp.save_async(self.directory / str(step), tree, custom_metadata=stored)
+                path = self.directory / str(step)
+                response = ocp.save_checkpointables_async(path, content, custom_metadata=stored)
         except Exception as error:
             self._fail(step, error)
             if are_several():
