@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -73,14 +74,21 @@ logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
 class _Parts:
     """What Orbax saves beside the arrays, in the background and within the same commit (its `StatefulCheckpointable`)."""
 
-    def __init__(self, finish: Callable[[], dict[str, str]]):
-        self._finish = finish
+    def __init__(self) -> None:
+        self._begun: Future[Callable[[], dict[str, str]]] = Future()
+
+    def begin(self, leaves: Mapping[str, jax.Array]) -> None:
+        """Adds up what this process holds of the arrays, once Orbax has copied them: its copies would wait for it."""
+        try:
+            self._begun.set_result(begin_parts(leaves))
+        except Exception as error:
+            self._begun.set_exception(error)
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Returns what is left to do in the background."""
 
         async def write() -> None:
-            sums = await asyncio.to_thread(self._finish)
+            sums = await asyncio.to_thread(lambda: self._begun.result()())
             folder = await directory.await_creation()
             (folder / f"process_{jax.process_index()}.json").write_text(json.dumps(sums))
 
@@ -289,9 +297,7 @@ class Checkpoints:
             if problem is None:
                 self._fail(step, OSError(look(self._notice)))
         else:
-            sums = _Parts(begin_parts({"/".join(name): leaf for name, leaf in leaves.items()}))
-            content = {"state": nested(leaves), CHECKSUMS: sums}
-            self._begin(step, content, stored | {"digest": digest(stored)})
+            self._begin(step, leaves, stored | {"digest": digest(stored)})
         if wait:
             self.wait()
 
@@ -317,14 +323,16 @@ class Checkpoints:
             return error
         return None
 
-    def _begin(self, step: int, content: dict[str, Any], stored: dict[str, Any]) -> None:
+    def _begin(self, step: int, leaves: dict[tuple[str, ...], jax.Array], stored: dict[str, Any]) -> None:
         """Copies the arrays, and writes them in the background.
 
         Raises:
           LostSave: of several processes this one could not begin, and others may wait for it.
         """
+        parts = _Parts()
         try:
             with self._context:
+                content = {"state": nested(leaves), CHECKSUMS: parts}
                 path = self.directory / str(step)
                 response = ocp.save_checkpointables_async(path, content, custom_metadata=stored)
         except Exception as error:
@@ -332,6 +340,7 @@ class Checkpoints:
             if are_several():
                 raise LostSave(f"{self._failure}; starting again from there") from error
             return
+        parts.begin({"/".join(name): leaf for name, leaf in leaves.items()})
         self._current = step
         self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
         self._thread.start()

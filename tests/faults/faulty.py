@@ -125,7 +125,8 @@ class Faults:
             time.sleep(0.005)
 
     def wait_for(self, name: str) -> None:
-        """Waits for that file, so that the test can do something at this very step."""
+        """Says that it waits for that file, so that the test can do something at this very step."""
+        (self.folder / f"{name}-awaited").touch()
         while not (self.folder / name).exists():
             time.sleep(0.005)
 

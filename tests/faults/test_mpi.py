@@ -18,7 +18,6 @@ from tests.faults.runs import COMPILED, CONFIG, ROOT, Faulty, environment, wait_
 
 pytestmark = pytest.mark.cluster
 STEPS = 32
-LOCAL = "--mca oob_tcp_if_include 10.99.37.0/24 --mca btl_tcp_if_include 10.99.37.0/24"
 # What mpirun takes for ssh: it enters the host's namespace under the host's name.
 AGENT = """#!/bin/sh
 host=$1
@@ -27,11 +26,18 @@ exec ip netns exec "$host" unshare --uts sh -c "hostname $host; $*"
 """
 
 
-def script(run: Faulty, agent: Path, port: int) -> str:
+def for_mpirun(agent: Path) -> dict[str, str]:
+    """Its parameters: how it reaches the other host, and over which link."""
+    link = dict.fromkeys(("OMPI_MCA_oob_tcp_if_include", "OMPI_MCA_btl_tcp_if_include"), "10.99.37.0/24")
+    root = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    return {"OMPI_MCA_plm_rsh_agent": str(agent), **link, **root}
+
+
+def script(run: Faulty, port: int) -> str:
     """What the verb prints for two hosts of four devices."""
     seen = environment(run.folder)
     own = ["--cpu", "--hosts=2", "--devices_per_host=4", "--restarts=2", f"--port={port}", f"--python={sys.executable}"]
-    own += ["--host_names", *HOSTS, "--options", LOCAL, f"--mca plm_rsh_agent {agent}", "--allow-run-as-root"]
+    own += ["--host_names", *HOSTS]
     own += ["--env", *(f"{name}={seen[name]}" for name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER"))]
     more = [CONFIG, f"--run_dir={run.run_dir}", f"--train.steps={run.steps}", f"--train.compilation_cache={COMPILED}"]
     command = [sys.executable, "-m", "jaxtrain.launch", "mpi", "--dry_run", *own, "--", *more]
@@ -46,18 +52,18 @@ def test_a_killed_rank_is_started_again_and_a_signal_saves(tmp_path):
     agent.write_text(AGENT)
     agent.chmod(0o755)
     with two_hosts():
-        (tmp_path / "run.sh").write_text(script(run, agent, 5000))
-        command = on(0, ["bash", str(tmp_path / "run.sh")])
+        (tmp_path / "run.sh").write_text(script(run, 5000))
+        command, env = on(0, ["bash", str(tmp_path / "run.sh")]), environment(run.folder) | for_mpirun(agent)
         with open(tmp_path / "log", "a") as log:
-            started = subprocess.Popen(command, cwd=ROOT, env=environment(run.folder), stdout=log, stderr=log)
+            started = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         try:
-            wait_until((run.folder / "fault-1-0").exists, 400, "the second turn")
+            wait_until((run.folder / "told-awaited").exists, 400, "the second turn")
             started.send_signal(signal.SIGTERM)
             wait_until(lambda: "SIGUSR1 received" in (tmp_path / "log").read_text(), 60, "a rank hears of it")
             (run.folder / "told").touch()
             assert started.wait(100) == EXIT_STOPPED, (tmp_path / "log").read_text()[-3000:]
             with open(tmp_path / "log", "a") as log:
-                again = subprocess.run(command, cwd=ROOT, env=environment(run.folder), stdout=log, stderr=log, timeout=400)
+                again = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, timeout=400)
         finally:
             if started.poll() is None:
                 started.kill()

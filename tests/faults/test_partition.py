@@ -53,7 +53,7 @@ def test_a_partition_ends_both_sides_and_the_run_goes_on_afterwards(tmp_path):
     with two_hosts():
         assert ends(start_both(whole, 5001), 240) == [EXIT_DONE] * 2, (whole.folder / "0.log").read_text()[-2000:]
         both = start_both(run, 5002)
-        wait_until((run.folder / "fault-0-0").exists, 240, "step 10")
+        wait_until((run.folder / "cut-awaited").exists, 240, "step 10")
         link("down")
         (run.folder / "cut").touch()
         assert all(code in ENDED for code in ends(both, LIMIT)), [process.returncode for process in both]
