@@ -97,8 +97,8 @@ class Faults:
                 time.sleep(self.pause)
                 self.due(dispatched)
 
-        def train_batches(data, first_step, rows):
-            return Noted(batches(data, first_step, rows), first_step, rows.start, self.note)
+        def train_batches(data, first_step, rows, *more):
+            return Noted(batches(data, first_step, rows, *more), first_step, rows.start, self.note)
 
         Beat.step, Data.train_batches = step, train_batches
 
