@@ -255,8 +255,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
         """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
 
-        Measured on 2 CPU cores, 400 MB in ten arrays onto ext4, four rounds: the call returns after 0.03 s, 0.5 to 1.1 %
-        of what the same save takes with `wait`. On a GPU the copy to host memory counts too.
+        What blocks is Orbax's copy; the checksum begins after it and goes on behind training. `tests/save_blocking.py` measures
+        both: 400 MB on 8 fake CPU devices, everything twice, 13.7 % of the same save with `wait` (39 % when the checksum was
+        waited for), on a machine whose two cores were busy otherwise. On a GPU the copy to host memory is what counts.
 
         A step that this run has saved or restored already is not written again. With `wait`, or
         `checkpoint.asynchronous=False`, returns when the step is committed.

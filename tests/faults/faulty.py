@@ -27,6 +27,7 @@ from jaxtrain.config import (
     DataConfig,
     DataSource,
     DistributedConfig,
+    GuardConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -52,6 +53,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
         train=TrainConfig(global_batch_size=8, log_every=1, validate_every=0, sample_tokens=0),
         checkpoint=CheckpointConfig(every=EVERY, keep=100),
+        guard=GuardConfig(copies="off"),  # one program less to compile at every start; tests/train/test_bad_steps.py has it
         distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120),
     )
 

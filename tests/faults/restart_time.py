@@ -2,8 +2,8 @@
 
     PYTHONPATH=. .venv/bin/python tests/faults/restart_time.py
 
-Kills each rank in turn, process 0 (the coordinator) last, in one supervised run of the tests' tiny model with a warm compilation
-cache. Nearly all of it is the start of four Pythons; the load of the machine is printed with it.
+Kills each rank in turn, process 0 (the coordinator) last, in one supervised run of the tests' tiny model with a warm
+compilation cache. Nearly all of it is the start of four Pythons; the load of the machine is printed with it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def main() -> int:
             last = max(when for when, starter in done if starter.endswith(f"(generation {life + 1})"))
             first = min(when for when, starter in done if starter.endswith(f"(generation {life + 2})"))
             print(f"kill -9 of process {rank}: noticed and all ended {ended - last:.1f} s after the last step, ", end="")
-            print(f"next step done after {first - last:.1f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+            print(
+                f"next step done after {first - last:.1f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+                flush=True,
+            )
     finally:
         shutil.rmtree(folder)
     return 0
