@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain import checkpoint
 from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, differences
-from jaxtrain.checkpoint.stored import read_checksums
 from jaxtrain.config import CheckpointConfig, Config, DataSource, RopeScaling
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from tests import quick
@@ -280,23 +279,13 @@ def test_one_flipped_bit_in_the_arrays_is_seen(tmp_path, state):
         checkpoints.save(1, state, {})
     stored = tmp_path / "1" / checkpoint.METADATA_FILE
     words = json.loads(stored.read_text())
-    sums = read_checksums(tmp_path / "1", words["custom_metadata"])
+    sums = words["custom_metadata"]["checksums"]
     assert sums["params/bias"] != sums["optimizer/1/0/mu/bias"]
     changed = {**state, "params": {**state["params"], "bias": state["params"]["bias"].at[5].multiply(1 + 2**-23)}}
     assert checkpoint.wrong_leaves(sums, {"params/bias": changed["params"]["bias"]}) == ["params/bias"]
     words["custom_metadata"]["leaves"]["params/bias"] = "float32[17]"
     stored.write_text(json.dumps(words))
     with pytest.raises(DamagedCheckpoint, match="SHA-256 differs"):
-        checkpoint.restore(tmp_path, 1, abstract(state))
-
-
-@pytest.mark.parametrize("content", ["{}", "[1]", "", '{"params/bias": "zz"}', None])
-def test_checksums_that_are_lost_are_damage(tmp_path, state, content):
-    with Checkpoints(tmp_path, CONFIG) as checkpoints:
-        checkpoints.save(1, state, {})
-    part = tmp_path / "1" / "checksums" / "process_0.json"
-    part.write_text(content) if content is not None else part.unlink()
-    with pytest.raises(DamagedCheckpoint, match="process_0.json"):
         checkpoint.restore(tmp_path, 1, abstract(state))
 
 
@@ -342,7 +331,6 @@ def test_checksums_are_of_the_bits_in_their_places_on_any_mesh(dtype):
     ((_, whole),) = checkpoint.checksums(wide).items()
     for onto, spec in ((mesh(1, 1), P()), (mesh(2, 4), P("fsdp", "tensor")), (mesh(8, 1), P(None, "fsdp"))):
         assert checkpoint.checksums({"x": jax.device_put(values, NamedSharding(onto, spec))})["x"] == whole
-        assert checkpoint.begin_parts({"x": jax.device_put(values, NamedSharding(onto, spec))})()["x"] == whole  # one process
     assert checkpoint.checksums({"x": jnp.asarray(values)})["x"] == whole
     words = values.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[values.itemsize]).astype(np.uint64).ravel()
     first = int(np.sum(words * (2 * np.arange(words.size, dtype=np.uint64) + 1))) % 2**32

@@ -274,7 +274,7 @@ STORED = {
     "format": FORMAT,
     "step": 7,
     "leaves": LEAVES,
-    "parts": 1,
+    "checksums": dict.fromkeys(LEAVES, "0123456789abcdef"),
     "metadata": NOW,
 }
 STORED = json.loads(json.dumps(STORED))

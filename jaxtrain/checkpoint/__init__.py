@@ -1,6 +1,6 @@
 """Checkpoints: the training state and what it belongs to, one folder a step, committed whole or not at all, and verified."""
 
-from jaxtrain.checkpoint.checksums import begin_parts, checksums
+from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.same_run import Differences, check_same_run, differences
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
@@ -19,7 +19,6 @@ __all__ = [
     "METADATA_FILE",
     "Checkpoints",
     "Differences",
-    "begin_parts",
     "check_same_run",
     "checksums",
     "committed_steps",

@@ -124,13 +124,13 @@ def list_steps(folder: str) -> int:
 
 def verify(folder: str, every: bool) -> int:
     """Reads every array and compares its checksum."""
-    from jaxtrain.checkpoint.stored import committed_steps, step_path, wrong_leaves
+    from jaxtrain.checkpoint.stored import committed_steps, read_stored, step_path, wrong_leaves
 
     folder, newest = find(folder)
     bad = 0
     for step in committed_steps(folder) if every else [newest]:
         try:
-            sums, count, size = _checksums(step_path(folder, step)), 0, 0
+            sums, count, size = read_stored(step_path(folder, step))["checksums"], 0, 0
             for name, array in arrays(folder, step):
                 count, size = count + 1, size + array.nbytes
                 if wrong_leaves(sums, {name: array}):
@@ -142,18 +142,12 @@ def verify(folder: str, every: bool) -> int:
     return EXIT_ERROR if bad else EXIT_DONE
 
 
-def _checksums(path: Any) -> dict[str, str]:
-    from jaxtrain.checkpoint.stored import read_checksums, read_stored
-
-    return read_checksums(path, read_stored(path))
-
-
 def inspect(folder: str) -> int:
     """Prints what a step holds and belongs to."""
     from jaxtrain.checkpoint.stored import read_stored, step_path
 
     folder, step = find(folder)
-    stored, sums = read_stored(step_path(folder, step)), _checksums(step_path(folder, step))
+    stored = read_stored(step_path(folder, step))
     metadata = stored["metadata"]
     print(f"step {step} in {folder}")
     for name, value in metadata.items():
@@ -162,7 +156,7 @@ def inspect(folder: str) -> int:
     for section, fields in metadata.get("config", {}).items():
         print(f"{section}: {fields}")
     for name, words in stored["leaves"].items():
-        print(f"{name:60} {words:32} {sums[name]}")
+        print(f"{name:60} {words:32} {stored['checksums'][name]}")
     return EXIT_DONE
 
 
@@ -179,8 +173,7 @@ def diff(one: str, other: str) -> int:
     for name in {**stored["leaves"], **against["leaves"]}:
         if stored["leaves"].get(name) != against["leaves"].get(name):
             print(f"{name}: {stored['leaves'].get(name, 'absent')} -> {against['leaves'].get(name, 'absent')}")
-    sums, others = _checksums(step_path(folder, step)), _checksums(step_path(second, other_step))
-    apart = {name for name, value in sums.items() if others.get(name, value) != value}
+    apart = {n for n, value in stored["checksums"].items() if n in against["checksums"] and against["checksums"][n] != value}
     rest = {name: array for name, array in arrays(second, other_step) if name in apart}
     for name, array in arrays(folder, step):
         if name in apart and array.shape == rest[name].shape:

@@ -1,8 +1,7 @@
 """The folder of a run's checkpoints: which steps it holds, what stands beside the arrays, and the arrays, verified.
 
     checkpoints/1000/commit_success.txt     written last: a folder without it is not a checkpoint
-    checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype and shape
-    checkpoints/1000/checksums/process_0.json   what each process's shards add to the checksum of every leaf
+    checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype, shape and checksum
     checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, zstd
     checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt says what
 
@@ -25,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.checksums import checksums, total
+from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 
@@ -34,13 +33,10 @@ METADATA_FILE = "_CHECKPOINT_METADATA"
 DELETION_MARK = "being_deleted.txt"
 WHY_FILE = "why_set_aside.txt"
 PARTIAL = ".orbax-checkpoint-tmp"
-FORMAT = 3  # of what stands under custom_metadata
+FORMAT = 2  # of what stands under custom_metadata
 STEP_NAME = re.compile(r"0|[1-9]\d*")
 LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
 LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
-CHECKSUMS = "checksums"
-_PART = re.compile(r"[0-9a-f]{16}")
-_MOST_PARTS = 1 << 20
 # Not the checkpoint's fault, and no reason to set it aside.
 _ELSEWHERE = re.compile(r"RESOURCE_EXHAUSTED|out of memory|MemoryError|PermissionError|Too many open files", re.IGNORECASE)
 
@@ -86,14 +82,14 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any
         if getattr(leaf, "sharding", None) is None:
             raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must say where it goes")
 
-    def saved_checksums() -> dict[str, str]:
+    def stored_leaves() -> dict[str, Any]:
         stored = read_stored(step_path(directory, step))
         check_same_leaves(path, stored["leaves"], {"/".join(name): describe(leaf) for name, leaf in leaves.items()})
-        return read_checksums(path, stored)
+        return stored
 
-    saved = agreed(path, saved_checksums)
+    stored = agreed(path, stored_leaves)
     loaded = _load(path, leaves)
-    bad = wrong_leaves(saved, {"/".join(name): leaf for name, leaf in loaded.items()})
+    bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
     if bad:
         raise DamagedCheckpoint(f"checkpoint {path} does not hold what was saved: {', '.join(bad[:5])} ({len(bad)} arrays)")
     return jax.tree.unflatten(treedef, [loaded[name] for name in leaves])
@@ -148,8 +144,7 @@ def step_path(directory: os.PathLike | str, step: int) -> epath.Path:
 
 
 def read_stored(path: epath.Path) -> dict[str, Any]:
-    """What `save` put beside the arrays: format, step, leaves {"params/bias": "float32[16]"}, in how many parts their checksums
-    are, metadata.
+    """What `save` put beside the arrays: format, step, leaves {"params/bias": "float32[16]"}, their checksums, metadata.
 
     Raises:
       CheckpointError: it is in another format.
@@ -173,36 +168,16 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
 
 def _is_sound(stored: dict[str, Any]) -> bool:
     """Whether the parts are of the kinds that `save` writes: the seal tells of an accident, but anyone can make one."""
-    leaves, parts, metadata = (stored.get(name) for name in ("leaves", "parts", "metadata"))
+    leaves, sums, metadata = (stored.get(name) for name in ("leaves", "checksums", "metadata"))
     config = metadata.get("config", {}) if isinstance(metadata, dict) else None
     return (
         isinstance(leaves, dict)
         and all(LEAF_NAME.fullmatch(name) and LEAF.fullmatch(str(words)) for name, words in leaves.items())
-        and type(parts) is int
-        and 1 <= parts <= _MOST_PARTS
+        and isinstance(sums, dict)
+        and sums.keys() == leaves.keys()
         and isinstance(config, dict)
         and all(isinstance(config.get(section, {}), dict) for section in ("mesh", "sync"))
     )
-
-
-def read_checksums(path: epath.Path, stored: dict[str, Any]) -> dict[str, str]:
-    """The checksum of every leaf, as it was saved: the sum of what each process wrote.
-
-    Raises:
-      DamagedCheckpoint: a part is missing, or is not what a save writes.
-    """
-    parts = []
-    for index in range(stored["parts"]):
-        file = path / CHECKSUMS / f"process_{index}.json"
-        try:
-            part = json.loads(file.read_text())
-            sound = part.keys() == stored["leaves"].keys() and all(_PART.fullmatch(digits) for digits in part.values())
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpoint(f"{file} cannot be read ({type(error).__name__}: {error})") from error
-        if not sound:
-            raise DamagedCheckpoint(f"{file} is not what a save writes: it has other names, or no checksums")
-        parts.append(part)
-    return total(parts)
 
 
 def digest(stored: dict[str, Any]) -> str:

@@ -10,28 +10,24 @@ on disk, and in the canonical form that the caller hands over, so that it comes 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.checksums import begin_parts
+from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import (
-    CHECKSUMS,
     COMMIT_MARK,
     DELETION_MARK,
     FORMAT,
@@ -69,34 +65,6 @@ class _NoRepeatedTraceback(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
-
-
-class _Parts:
-    """What Orbax saves beside the arrays, in the background and within the same commit (its `StatefulCheckpointable`)."""
-
-    def __init__(self) -> None:
-        self._begun: Future[Callable[[], dict[str, str]]] = Future()
-
-    def begin(self, leaves: Mapping[str, jax.Array]) -> None:
-        """Adds up what this process holds of the arrays, once Orbax has copied them: its copies would wait for it."""
-        try:
-            self._begun.set_result(begin_parts(leaves))
-        except Exception as error:
-            self._begun.set_exception(error)
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        """Returns what is left to do in the background."""
-
-        async def write() -> None:
-            sums = await asyncio.to_thread(lambda: self._begun.result()())
-            folder = await directory.await_creation()
-            (folder / f"process_{jax.process_index()}.json").write_text(json.dumps(sums))
-
-        return write()
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        """Part of Orbax's protocol; nobody loads it this way."""
-        raise TypeError(f"{directory}: read_checksums reads checksums")
 
 
 class Checkpoints:
@@ -255,9 +223,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
         """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
 
-        What blocks is Orbax's copy; the checksum begins after it and goes on behind training. `tests/save_blocking.py` measures
-        both: 400 MB on 8 fake CPU devices, everything twice, 13.7 % of the same save with `wait` (39 % when the checksum was
-        waited for), on a machine whose two cores were busy otherwise. On a GPU the copy to host memory is what counts.
+        `tests/save_blocking.py` measures what that is of the same save with `wait`: 40 % of 400 MB on 8 fake CPU devices, all of
+        it twice, on two busy cores; most of that is the checksum, which on a GPU is one read of its memory.
 
         A step that this run has saved or restored already is not written again. With `wait`, or
         `checkpoint.asynchronous=False`, returns when the step is committed.
@@ -287,7 +254,7 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "leaves": {"/".join(name): describe(leaf) for name, leaf in leaves.items()},
-            "parts": jax.process_count(),
+            "checksums": checksums({"/".join(name): leaf for name, leaf in leaves.items()}),
             "metadata": as_json_gives_it_back(metadata),
         }
         self._saves += 1
@@ -298,7 +265,7 @@ class Checkpoints:
             if problem is None:
                 self._fail(step, OSError(look(self._notice)))
         else:
-            self._begin(step, leaves, stored | {"digest": digest(stored)})
+            self._begin(step, nested(leaves), stored | {"digest": digest(stored)})
         if wait:
             self.wait()
 
@@ -324,24 +291,20 @@ class Checkpoints:
             return error
         return None
 
-    def _begin(self, step: int, leaves: dict[tuple[str, ...], jax.Array], stored: dict[str, Any]) -> None:
+    def _begin(self, step: int, tree: Any, stored: dict[str, Any]) -> None:
         """Copies the arrays, and writes them in the background.
 
         Raises:
           LostSave: of several processes this one could not begin, and others may wait for it.
         """
-        parts = _Parts()
         try:
             with self._context:
-                content = {"state": nested(leaves), CHECKSUMS: parts}
-                path = self.directory / str(step)
-                response = ocp.save_checkpointables_async(path, content, custom_metadata=stored)
+                response = ocp.save_async(self.directory / str(step), tree, custom_metadata=stored)
         except Exception as error:
             self._fail(step, error)
             if are_several():
                 raise LostSave(f"{self._failure}; starting again from there") from error
             return
-        parts.begin({"/".join(name): leaf for name, leaf in leaves.items()})
         self._current = step
         self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
         self._thread.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxtrain.checkpoint import committed_steps
-from jaxtrain.checkpoint.stored import absolute, read_checksums, read_stored
+from jaxtrain.checkpoint.stored import read_stored
 from jaxtrain.errors import EXIT_DONE
 from tests import quick
 
@@ -103,8 +103,7 @@ class Faulty:
     def final_checksums(self) -> dict[str, str]:
         """Of every array of the last checkpoint: parameters, moments, step. The same on any mesh."""
         assert committed_steps(self.checkpoints)[-1] == self.steps
-        path = absolute(self.checkpoints / str(self.steps))
-        return read_checksums(path, read_stored(path))
+        return read_stored(self.checkpoints / str(self.steps))["checksums"]
 
     def leftovers(self) -> list[str]:
         """What stands among the checkpoints and is neither one nor one set aside."""
