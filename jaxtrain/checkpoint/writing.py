@@ -223,8 +223,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
         """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
 
-        `tests/save_blocking.py` measures what that is of the same save with `wait`: 40 % of 400 MB on 8 fake CPU devices, all of
-        it twice, on two busy cores; most of that is the checksum, which on a GPU is one read of its memory.
+        `tests/save_blocking.py` measures what that is of the same save with `wait`: 40 % of 400 MB on 8 fake CPU devices, all
+        of it twice, on two busy cores; most of that is the checksum, which on a GPU is one read of its memory.
 
         A step that this run has saved or restored already is not written again. With `wait`, or
         `checkpoint.asynchronous=False`, returns when the step is committed.
