@@ -64,14 +64,18 @@ def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, ja
         leaves = structure.flatten_up_to(state)
         sums = local_sums(leaves)
         lowest = sums
-        for axes in dict.fromkeys(filter(None, axes_of)):  # not a set: all processes must make the same program
+        # One collective after the other, in the same order everywhere: XLA:CPU's may wait for one another where several are
+        # under way.
+        for axes in dict.fromkeys(filter(None, axes_of)):
             members = np.array([i for i, own in enumerate(axes_of) if own == axes])
-            lowest = lowest.at[members].set(vary(lax.pmin(sums[members], axes)))
+            own_sums, lowest = lax.optimization_barrier((sums[members], lowest))
+            lowest = lowest.at[members].set(vary(lax.pmin(own_sums, axes)))
         wrong = [
             jnp.any(~jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(False) for leaf in leaves
         ]
-        flags = {"differ": jnp.any(sums != lowest, axis=-1), "not_finite": jnp.stack([vary(flag) for flag in wrong])}
-        return {name: sum_over(flag.astype(jnp.int32), MESH_AXES) for name, flag in flags.items()} | {"sums": sums[None]}
+        flags = jnp.stack([jnp.any(sums != lowest, axis=-1), jnp.stack([vary(flag) for flag in wrong])])
+        differ, not_finite = sum_over(flags.astype(jnp.int32), MESH_AXES)
+        return {"differ": differ, "not_finite": not_finite, "sums": sums[None]}
 
     outputs = {"differ": PartitionSpec(), "not_finite": PartitionSpec(), "sums": OF_EACH_DEVICE}
     # On CPU, LLVM's highest level takes four times as long to compile, for the same bits.
