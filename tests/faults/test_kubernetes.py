@@ -89,6 +89,7 @@ class Pods:
             pod.wait()
 
 
+@pytest.mark.slow
 def test_simulated_pods_train_lose_one_and_go_on(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = Faulty(tmp_path / "run", STEPS)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from jaxtrain.errors import EXIT_DONE, EXIT_PEER
 from tests.faults.hosts import ADDRESSES, link, on, two_hosts
 from tests.faults.runs import COMPILED, CONFIG, ROOT, Faulty, environment, wait_until
@@ -46,6 +48,7 @@ def ends(processes: list[subprocess.Popen], seconds: float) -> list[int]:
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_partition_ends_both_sides_and_the_run_goes_on_afterwards(tmp_path):
     whole, run = Faulty(tmp_path / "whole", STEPS), Faulty(tmp_path / "cut", STEPS)
     whole.plan()
