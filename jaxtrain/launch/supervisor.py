@@ -76,6 +76,8 @@ class Worker:
     doing: Doing = field(default_factory=Doing)
     since: float = 0.0
     """When it last said something new."""
+    left_phase: float = 0.0
+    """When it last came back to training from something else, for which the others have waited."""
     ended: float | None = None
 
     @property
@@ -285,6 +287,8 @@ class Supervisor:
                 self._steps = [*self._steps[-99:], seconds]
             elif worker.index == 0 and doing.done:
                 self.goodput.furthest = max(self.goodput.furthest, doing.done)
+            if worker.doing.phase and not doing.phase:
+                worker.left_phase = now
             worker.doing, worker.since = doing, now
         if worker.ended is None and worker.process.poll() is not None:
             worker.ended = now
@@ -319,9 +323,10 @@ class Supervisor:
 
     def _find_hang(self, workers: list[Worker], now: float) -> Ending | None:
         """Somebody has not said anything new for too long: stacks of all, then the one that is behind is to blame."""
+        together = max(worker.left_phase for worker in workers)
         for worker in workers:
             bound = self._bound(worker, workers)
-            if worker.ended is None and now - worker.since > bound:
+            if worker.ended is None and now - max(worker.since, together) > bound:
                 break
         else:
             return None

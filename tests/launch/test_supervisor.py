@@ -25,7 +25,7 @@ PROCESS = textwrap.dedent(
     for step in range(1, 11):
         if fault == "late" and index == 1 and step == 4: beat.phase("validating"); time.sleep(1.5)
         beat.step(dispatched=step)
-        if fault == "late" and index == 0 and step == 5: time.sleep(1.5)
+        if fault == "late" and index == 0 and step == 5: time.sleep(1.2)
         if step == 5 and index == 1 and generation <= faulty:
             if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if fault == "raise": print("error: process 1 of 2 failed: ValueError: seven"); sys.exit(70)
