@@ -106,6 +106,6 @@ def test_what_the_process_explains_is_passed_on():
     done = subprocess.run(
         [sys.executable, "-m", "jaxtrain.planner.deviceless"], input=request, capture_output=True, text=True, check=True
     )
-    said = json.loads(done.stdout.strip().removeprefix("jaxtrain-report:"))
+    said = json.loads(done.stdout.strip().removeprefix("jaxtrain-answer:"))
     assert list(said) == ["error"]
     assert ("--chip=tpu-v5p" if deviceless.has_plugin() else "not installed") in said["error"]
