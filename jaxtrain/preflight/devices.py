@@ -106,7 +106,7 @@ def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]
     kind, others = odd_ones([facts["kind"] for _, facts in rows])
     for i, other in others.items():
         findings.append(Finding("matmul", "warning", f"{name(*rows[i])} is a {other}, most are {kind}"))
-    median = statistics.median(facts["seconds"] for _, facts in rows)
+    median = statistics.median_low(facts["seconds"] for _, facts in rows)  # of two hosts, the faster is the measure
     for process, facts in rows:
         times = facts["seconds"] / median
         if times > SLOW.get(facts["platform"], SLOW_ELSEWHERE):

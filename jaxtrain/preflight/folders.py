@@ -42,10 +42,13 @@ def _block(token: str, process: int) -> bytes:
 
 def look_at_writing(site: Site) -> dict[str, float]:
     """Writes, flushes to the disk and reads back a file of its own in each folder."""
+    # Before the exchange, which waits for all: no process has made a folder yet, so each that finds one missing removes it,
+    # and the last to remove its file succeeds.
+    missing = [path for folder in folders(site.config) for path in (folder, *folder.parents) if not path.exists()]
+    site.closing.callback(_forget, missing)
     token = site.token = exchange("preflight token", os.urandom(6).hex(), 60.0)[0]
     process, seconds = jax.process_index(), {}
     for folder in folders(site.config):
-        site.closing.callback(_forget, [path for path in (folder, *folder.parents) if not path.exists()])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             clock, path = Stopwatch(), _probe(folder, token, process)
@@ -64,8 +67,8 @@ def look_at_writing(site: Site) -> dict[str, float]:
 
 
 def _forget(made: list[Path]) -> None:
-    """Removes the folders that were made for the probe, as far as nobody has used them since."""
-    for path in made:
+    """Removes the folders that were made for the probe, the deepest first, as far as nobody has used them since."""
+    for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
 
