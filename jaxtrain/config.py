@@ -31,6 +31,7 @@ SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_reco
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
 ResumeMode = Literal["auto", "never", "required"]
+SaveFailurePolicy = Literal["retry", "stop"]
 Router = Literal["softmax", "sigmoid"]
 Dispatch = Literal["dropless", "capacity"]
 ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
@@ -401,6 +402,9 @@ class CheckpointConfig:
     """auto: go on from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one."""
     asynchronous: bool = True
     """Write while training goes on."""
+    on_failure: SaveFailurePolicy = "retry"
+    """A save that fails, when the next one begins. retry: it is told, and the run goes on; the last one must succeed. stop: the
+    run ends."""
     fast_every: int = 0
     """Steps between two snapshots in fast_dir, from which a run goes on whose processes died and whose hosts did not; 0 for
     none."""

@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxtrain.checkpoint.same_run import check_same_run
-from jaxtrain.checkpoint.stored import FORMAT, METADATA_FILE, digest, read_stored
+from jaxtrain.checkpoint.stored import COMMIT_MARK, FORMAT, METADATA_FILE, digest, read_stored
 from jaxtrain.checkpoint.trees import check_same_leaves
 from jaxtrain.config import Config, DataConfig, DataSource, ModelConfig, TrainConfig, from_json, parse_command_line, to_json
 from jaxtrain.config_rules import validate
@@ -280,23 +280,31 @@ STORED = {
 STORED = json.loads(json.dumps(STORED))
 
 
-def read_back(content: bytes) -> dict:
+def as_files(stored: dict, sealed: dict | None = None) -> tuple[bytes, bytes]:
+    """The two files beside the arrays, by default with a digest that fits."""
+    inner = {name: value for name, value in stored.items() if name != "checksums"}
+    mark = {"checksums": stored.get("checksums"), "digest": digest(stored if sealed is None else sealed)}
+    return json.dumps({"custom_metadata": inner, "item_handlers": {}}).encode(), json.dumps(mark).encode()
+
+
+def read_back(metadata: bytes, mark: bytes) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         from etils import epath
 
         step = epath.Path(folder) / "7"
         step.mkdir()
-        (step / METADATA_FILE).write_bytes(content)
+        (step / METADATA_FILE).write_bytes(metadata)
+        (step / COMMIT_MARK).write_bytes(mark)
         return read_stored(step)
 
 
 @fuzz
-@given(changes(JSON_PIECES))
-def test_damaged_checkpoint_metadata(todo):
+@given(changes(JSON_PIECES), st.booleans())
+def test_damaged_checkpoint_metadata(todo, mark_too: bool):
     """Refused, or exactly what was saved."""
-    content = json.dumps({"custom_metadata": STORED | {"digest": digest(STORED)}, "item_handlers": {}}).encode()
+    metadata, mark = as_files(STORED)
     with in_bounded_time(), contextlib.suppress(CheckpointError):
-        assert read_back(changed(content, todo)) == STORED
+        assert read_back(changed(metadata, todo), changed(mark, todo) if mark_too else mark) == STORED
 
 
 anything = st.recursive(
@@ -326,7 +334,7 @@ def test_hostile_checkpoint_metadata(replacements):
         node[keys[(path or [0])[-1] % len(keys)]] = value
     with in_bounded_time(), contextlib.suppress(CheckpointError):
         sealed = json.loads(json.dumps(stored))
-        read = read_back(json.dumps({"custom_metadata": sealed | {"digest": digest(sealed)}}).encode())
+        read = read_back(*as_files(sealed))
         assert not any(".." in name for name in read["leaves"])
         check_same_run(read["metadata"], NOW, "folder")
         check_same_leaves(Path("folder"), read["leaves"], LEAVES)
@@ -397,9 +405,9 @@ def test_the_texts_are_read_when_whole():
     assert from_json(EVERYTHING.decode()).data.sources[1].path == "*.txt"
     assert batch_of(token_files(), "ids.bin", "byte") == batch_of(token_files(), "ids.bin", "none")
     assert batch_of(token_files(), "ids.npy", "none")
-    assert read_back(json.dumps({"custom_metadata": STORED | {"digest": digest(STORED)}}).encode()) == STORED
+    assert read_back(*as_files(STORED)) == STORED
     with pytest.raises(DamagedCheckpoint, match="SHA-256 differs"):
-        read_back(json.dumps({"custom_metadata": STORED | {"digest": digest(STORED | {"step": 8})}}).encode())
+        read_back(*as_files(STORED, sealed=STORED | {"step": 8}))
     kinds = {transfer.kind for transfer in read_collectives(*_first_program())}
     assert kinds == {"all-reduce", "all-gather", "collective-permute", "reduce-scatter"}
     assert matmul_flops(_first_program()[0]) == 5 * 2 * 8 * 16 * 16

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.checkpoint.stored import METADATA_FILE, absolute, delete, digest, read_stored, step_path
+from jaxtrain.checkpoint.stored import COMMIT_MARK, METADATA_FILE, absolute, delete, digest, read_stored, step_path
 from jaxtrain.config import CheckpointConfig, Config, DataConfig
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import DamagedCheckpoint
@@ -123,12 +123,11 @@ def saved(tmp_path):
 def test_a_forged_checkpoint_cannot_name_files_outside_it(saved, change):
     """Its seal fits: that is no proof of where it comes from."""
     path = step_path(saved, 3)
-    content = json.loads((path / METADATA_FILE).read_text())
-    stored = content["custom_metadata"]
-    del stored["digest"]
+    stored = read_stored(path)
     change(stored)
-    content["custom_metadata"] = stored | {"digest": digest(stored)}
-    (path / METADATA_FILE).write_text(json.dumps(content))
+    mark = {"checksums": stored.pop("checksums")}
+    (path / METADATA_FILE).write_text(json.dumps({"custom_metadata": stored}))
+    (path / COMMIT_MARK).write_text(json.dumps(mark | {"digest": digest(stored | mark)}))
     with pytest.raises(DamagedCheckpoint, match="is not what a save writes"):
         read_stored(path)
 

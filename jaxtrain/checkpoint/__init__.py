@@ -4,7 +4,6 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.same_run import Differences, check_same_run, differences
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
-    DELETION_MARK,
     METADATA_FILE,
     committed_steps,
     read_metadata,
@@ -15,7 +14,6 @@ from jaxtrain.checkpoint.writing import Checkpoints
 
 __all__ = [
     "COMMIT_MARK",
-    "DELETION_MARK",
     "METADATA_FILE",
     "Checkpoints",
     "Differences",

@@ -13,7 +13,8 @@ changed places. A sum modulo 2^32 is the same in any order, so any sharding and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,32 +29,93 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     """The checksum of every array, as 16 hexadecimal digits; waits for the arrays. All processes call it together."""
     jax.block_until_ready(list(leaves.values()))  # XLA:CPU hangs where two programs with collectives are under way
-    groups: dict[Any, list[str]] = {}
-    for name in sorted(leaves):
-        groups.setdefault(frozenset(leaves[name].sharding.device_set), []).append(name)
+    return _added_up(_begin(leaves, whole=True))
+
+
+def begin_checksums(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, str]]:
+    """Starts adding up what this process holds of each array, and returns at once; the result waits for it (see `total`).
+
+    No collective is in it, so that the next step may be dispatched meanwhile, and the arrays may be donated to it.
+    """
+    begun = _begin(leaves, whole=False)
+    return lambda: _added_up(begun)
+
+
+def total(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The checksums of whole arrays: the sums modulo 2^32 of the parts that the processes hold."""
+    return {name: _digits(np.sum([_sums(part[name]) for part in parts], axis=0, dtype=np.uint32)) for name in parts[0]}
+
+
+def _digits(sums: Any) -> str:
+    return f"{int(sums[0]):08x}{int(sums[1]):08x}"
+
+
+def _sums(digits: str) -> np.ndarray:
+    return np.array([int(digits[:8], 16), int(digits[8:], 16)], np.uint32)
+
+
+def _added_up(begun: list[tuple[list[str], jax.Array]]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for names in groups.values():  # one, in a run
-        sums = np.asarray(_program(_replicated(leaves[names[0]]))([leaves[name] for name in names])).tolist()
-        found |= {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(names, sums, strict=True)}
+    for names, rows in begun:
+        shards = rows.addressable_shards[: 1 if rows.is_fully_replicated else None]
+        sums = np.stack([np.asarray(shard.data)[0] for shard in shards]).sum(axis=0, dtype=np.uint32)
+        found |= {name: _digits(values) for name, values in zip(names, sums, strict=True)}
     return found
 
 
+def _begin(leaves: Mapping[str, jax.Array], whole: bool) -> list[tuple[list[str], jax.Array]]:
+    """(names, sums [devices, names, 2]) of each mesh."""
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(leaves):
+        sharding = leaves[name].sharding
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        groups.setdefault((mesh, frozenset(sharding.device_set)), []).append(name)
+    begun = []
+    for (mesh, _), names in groups.items():  # one, in a run
+        arrays = [leaves[name] for name in names]
+        specs = tuple(array.sharding.spec for array in arrays if isinstance(array.sharding, NamedSharding))
+        begun.append((names, _program(mesh, specs, whole)(arrays)))
+    return begun
+
+
 @functools.lru_cache(maxsize=8)
-def _program(sharding: NamedSharding | None) -> Any:
-    return jax.jit(lambda arrays: jnp.stack([word_sums(array) for array in arrays]), out_shardings=sharding)
+def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
+    """(arrays) -> [1, arrays, 2] of the whole arrays, on all devices; or [devices, arrays, 2], of each device's shards, of
+    whose copies the first counts."""
+    if mesh is None:
+        return jax.jit(lambda arrays: jnp.stack([word_sums(array) for array in arrays])[None])
+
+    def block_sums(block: jax.Array, spec: PartitionSpec) -> jax.Array:
+        starts: list[Any] = [0] * block.ndim
+        sizes, over = list(block.shape), ()
+        for dim, axes in enumerate(spec):
+            names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+            if names:
+                starts[dim] = lax.axis_index(names).astype(jnp.uint32) * np.uint32(block.shape[dim])
+                sizes[dim] *= math.prod(mesh.shape[name] for name in names)
+                over += names
+        others = tuple(name for name in mesh.axis_names if name not in over)
+        if not others:
+            return word_sums(block, starts, sizes)
+        nothing = jnp.zeros(2, jnp.uint32)
+        return lax.cond(lax.axis_index(others) == 0, lambda: word_sums(block, starts, sizes), lambda: nothing)
+
+    def region(arrays: list[jax.Array]) -> jax.Array:
+        sums = jnp.stack([block_sums(array, spec) for array, spec in zip(arrays, specs, strict=True)])[None]
+        return lax.psum(sums, mesh.axis_names) if whole else sums
+
+    rows = PartitionSpec() if whole else PartitionSpec(tuple(mesh.axis_names))
+    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(list(specs),), out_specs=rows, check_vma=False))
 
 
-def _replicated(leaf: jax.Array) -> NamedSharding | None:
-    return NamedSharding(leaf.sharding.mesh, PartitionSpec()) if isinstance(leaf.sharding, NamedSharding) else None
-
-
-def word_sums(array: jax.Array) -> jax.Array:
-    """[S_1, S_2] of one array, uint32, in a jitted function."""
+def word_sums(array: jax.Array, starts: Sequence[Any] = (), sizes: Sequence[int] = ()) -> jax.Array:
+    """[S_1, S_2] of an array, uint32, in a jitted function; or of the block of one, of `sizes`, that begins at `starts`."""
     words = _words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dim in reversed(range(words.ndim)):
-        position += lax.broadcasted_iota(jnp.uint32, words.shape, dim) * np.uint32(stride % 2**32)
-        stride *= words.shape[dim]
+        start = starts[dim] if dim < len(starts) else 0
+        position += (lax.broadcasted_iota(jnp.uint32, words.shape, dim) + start) * np.uint32(stride % 2**32)
+        stride *= sizes[dim] if dim < len(sizes) else words.shape[dim]
     ones = jnp.uint32(1)
     sums = (
         jnp.sum(words * (2 * position + ones), dtype=jnp.uint32),

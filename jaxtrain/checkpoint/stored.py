@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: which steps it holds, what stands beside the arrays, and the arrays, verified.
 
-    checkpoints/1000/commit_success.txt     written last: a folder without it is not a checkpoint
-    checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype, shape and checksum
+    checkpoints/1000/committed.json         written last: every leaf's checksum; a folder without it is not a checkpoint
+    checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype and shape, the config
     checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, zstd
     checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt says what
 
@@ -28,13 +28,13 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 
-COMMIT_MARK = "commit_success.txt"  # Orbax writes it last, before the rename (local) or in place (object stores)
+COMMIT_MARK = "committed.json"
 METADATA_FILE = "_CHECKPOINT_METADATA"
-DELETION_MARK = "being_deleted.txt"
 WHY_FILE = "why_set_aside.txt"
-PARTIAL = ".orbax-checkpoint-tmp"
-FORMAT = 2  # of what stands under custom_metadata
+PARTIAL = ".partial"  # after a step's number: it is being written, or being deleted
+FORMAT = 3  # of what stands under custom_metadata
 STEP_NAME = re.compile(r"0|[1-9]\d*")
+LEFTOVER_NAME = re.compile(rf"\d+(\.[a-z-]+\d+)?{re.escape(PARTIAL)}(\.orbax.*)?")
 LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
 LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
 # Not the checkpoint's fault, and no reason to set it aside.
@@ -151,14 +151,18 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
       DamagedCheckpoint: it is not what was saved, or belongs to another step.
     """
     try:
-        stored = json.loads((path / METADATA_FILE).read_text())["custom_metadata"]
-        saved_format, step, seal = stored["format"], stored["step"], stored.pop("digest", None)
+        stored, mark = (
+            json.loads((path / METADATA_FILE).read_text())["custom_metadata"],
+            json.loads((path / COMMIT_MARK).read_text()),
+        )
+        stored, seal = stored | {"checksums": mark["checksums"]}, mark["digest"]
+        saved_format, step = stored["format"], stored["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path / METADATA_FILE} cannot be read ({type(error).__name__}: {error})") from error
-    if saved_format != FORMAT and (saved_format == 1 or digest(stored) == seal):
-        raise CheckpointError(f"{path} is in checkpoint format {saved_format}, but this jaxtrain reads format {FORMAT}")
+        raise DamagedCheckpoint(f"what stands in {path} cannot be read ({type(error).__name__}: {error})") from error
     if digest(stored) != seal:
-        raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what was saved: its SHA-256 differs")
+        raise DamagedCheckpoint(f"{path / METADATA_FILE} or {COMMIT_MARK} is not what was saved: the SHA-256 differs")
+    if saved_format != FORMAT:
+        raise CheckpointError(f"{path} is in checkpoint format {saved_format}, but this jaxtrain reads format {FORMAT}")
     if str(step) != path.name:
         raise DamagedCheckpoint(f"{path} holds step {step}, not {path.name}: the folder was renamed or copied over")
     if not _is_sound(stored):
@@ -180,6 +184,16 @@ def _is_sound(stored: dict[str, Any]) -> bool:
     )
 
 
+def commit(path: epath.Path, stored: dict[str, Any], sums: dict[str, str]) -> None:
+    """Makes a checkpoint of a folder with all its arrays: writes the checksums beside them, and gives it the step's name."""
+    mark = {"checksums": sums, "digest": digest(stored | {"checksums": sums})}
+    with open(path / COMMIT_MARK, "w", encoding="utf-8") as file:
+        file.write(json.dumps(mark))
+        file.flush()
+        os.fsync(file.fileno())
+    path.rename(path.parent / str(stored["step"]))
+
+
 def digest(stored: dict[str, Any]) -> str:
     """SHA-256 of what stands beside the arrays."""
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
@@ -197,16 +211,14 @@ def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> e
 
 def delete(path: epath.Path) -> None:
     """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
-    mark = path / DELETION_MARK
     try:
         if os.path.islink(path):  # what it leads to is not ours
             os.unlink(path)
             return
-        if (path / COMMIT_MARK).exists():
-            (path / COMMIT_MARK).rename(mark)
-        for child in path.iterdir():
-            if child != mark:
-                child.rmtree() if child.is_dir() and not os.path.islink(child) else child.unlink()
+        if PARTIAL not in path.name:
+            gone = path.parent / f"{path.name}{PARTIAL}"
+            gone.rmtree(missing_ok=True)
+            path = path.rename(gone)
         path.rmtree(missing_ok=True)
     except OSError as error:  # a checkpoint too many is no reason to stop a run
         log.warning("could not delete %s: %s", path, error)

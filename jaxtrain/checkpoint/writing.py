@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -25,20 +26,20 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.checksums import checksums
+from jaxtrain.checkpoint.checksums import begin_checksums, total
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
-    DELETION_MARK,
     FORMAT,
+    LEFTOVER_NAME,
     METADATA_FILE,
     PARTIAL,
     STEP_NAME,
     absolute,
     cause,
+    commit,
     committed_steps,
     delete,
-    digest,
     everywhere,
     from_first_process,
     is_committed,
@@ -49,7 +50,7 @@ from jaxtrain.checkpoint.stored import (
 from jaxtrain.checkpoint.trees import describe, leaves_by_path, nested
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
-from jaxtrain.processes import are_several, look, post
+from jaxtrain.processes import are_several, look, post, read_board, tell
 
 _PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
 _SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
@@ -88,11 +89,10 @@ class Checkpoints:
         self._failure_raised = False
         self._saves = 0
         # Directories made by a thread would save a millisecond, and when that fails Orbax's waiting threads keep the
-        # interpreter from exiting for 305 s. On object stores, where a rename copies, the mark alone commits.
+        # interpreter from exiting for 305 s.
         self._context = ocp.Context()
         self._context.async_options.create_directories_asynchronously = False
-        if "://" in str(self.directory):
-            self._context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+        self._context.array_options.saving.use_replica_parallel = are_several()  # else copies are sliced for nothing
         problem = self._probe()
         if not everywhere(problem is None):
             raise CheckpointError(
@@ -206,9 +206,8 @@ class Checkpoints:
     def _broken(self) -> list[str]:
         """Folders that are, or may have been, checkpoints, and are not whole."""
         names = [path.name for path in _children(self.directory) if path.is_dir()]
-        unfinished = [] if "://" in str(self.directory) else [name for name in names if STEP_NAME.fullmatch(name)]
         whole = {str(step) for step in committed_steps(self.directory)}
-        return sorted([name for name in names if ".damaged-" in name] + [name for name in unfinished if name not in whole])
+        return sorted(n for n in names if ".damaged-" in n or (STEP_NAME.fullmatch(n) and n not in whole))
 
     def read_metadata(self, step: int) -> dict[str, Any]:
         """See `read_metadata`."""
@@ -223,8 +222,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
         """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
 
-        `tests/save_blocking.py` measures what that is of the same save with `wait`: 40 % of 400 MB on 8 fake CPU devices, all
-        of it twice, on two busy cores; most of that is the checksum, which on a GPU is one read of its memory.
+        Checksums are computed behind that, beside training; `tests/save_blocking.py` measures how long a save keeps it waiting.
 
         A step that this run has saved or restored already is not written again. With `wait`, or
         `checkpoint.asynchronous=False`, returns when the step is committed.
@@ -254,7 +252,6 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "leaves": {"/".join(name): describe(leaf) for name, leaf in leaves.items()},
-            "checksums": checksums({"/".join(name): leaf for name, leaf in leaves.items()}),
             "metadata": as_json_gives_it_back(metadata),
         }
         self._saves += 1
@@ -265,7 +262,7 @@ class Checkpoints:
             if problem is None:
                 self._fail(step, OSError(look(self._notice)))
         else:
-            self._begin(step, nested(leaves), stored | {"digest": digest(stored)})
+            self._begin(step, leaves, stored)
         if wait:
             self.wait()
 
@@ -274,14 +271,14 @@ class Checkpoints:
 
         Looked at by all before any begins: what stops one process in the midst of Orbax's save leaves the others waiting in it.
         """
-        path = self.directory / str(step)
         try:
-            if not self._first_process or "://" in str(path):
+            if not self._first_process:
                 return None
             if self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
                 return FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
-            if path.exists():
-                delete(path)  # never committed: `_newest` is a lower step
+            for path in (self.directory / str(step), self._partial(step)):
+                if path.exists():
+                    delete(path)  # never committed: `_newest` is a lower step
             free = shutil.disk_usage(self.directory).free
             if free < size + _SLACK:
                 return OSError(
@@ -291,7 +288,11 @@ class Checkpoints:
             return error
         return None
 
-    def _begin(self, step: int, tree: Any, stored: dict[str, Any]) -> None:
+    def _partial(self, step: int) -> epath.Path:
+        """Where Orbax writes a step."""
+        return self.directory / f"{step}{PARTIAL}"
+
+    def _begin(self, step: int, leaves: dict[tuple[str, ...], jax.Array], stored: dict[str, Any]) -> None:
         """Copies the arrays, and writes them in the background.
 
         Raises:
@@ -299,14 +300,16 @@ class Checkpoints:
         """
         try:
             with self._context:
-                response = ocp.save_async(self.directory / str(step), tree, custom_metadata=stored)
+                response = ocp.save_async(self._partial(step), nested(leaves), custom_metadata=stored)
+            # After Orbax: its copies of the arrays would wait for what was asked of the devices before them.
+            sums = begin_checksums({"/".join(name): leaf for name, leaf in leaves.items()})
         except Exception as error:
             self._fail(step, error)
             if are_several():
                 raise LostSave(f"{self._failure}; starting again from there") from error
             return
         self._current = step
-        self._thread = threading.Thread(target=self._finish, args=(step, response), name=f"save-{step}", daemon=True)
+        self._thread = threading.Thread(target=self._finish, args=(stored, response, sums), name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -345,18 +348,57 @@ class Checkpoints:
         if self._failure is not None:
             raise self._failure
 
-    def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
-        """In the background: waits for the commit, then removes the checkpoints that need not be kept."""
+    def _finish(self, stored: dict[str, Any], response: ocp.AsyncResponse, sums: Callable[[], dict[str, str]]) -> None:
+        """In the background: waits for Orbax, commits, and removes the checkpoints that need not be kept."""
+        step = stored["step"]
         try:
             response.result()
-            if self._first_process and not is_committed(self.directory / str(step)):
-                raise OSError(f"the folder {self.directory / str(step)} has vanished")
+            self._commit(stored, sums())
         except Exception as error:
             self._fail(step, error)
             return
         self._newest, self._failure = step, None
         if self._first_process:
             self._remove_old()
+
+    def _commit(self, stored: dict[str, Any], own: dict[str, str]) -> None:
+        """Once all processes have the sums of their parts: the first one commits, and the others wait for it.
+
+        Raises:
+          OSError: another process could not do its part, or the folder cannot be written.
+        """
+        save = str(self._saves)
+        parts = [own]
+        if are_several():
+            tell(f"save-sums/{jax.process_index()}", f"{save} {json.dumps(own)}")
+        if self._first_process:
+            if are_several():
+                said = self._hear("save-sums", jax.process_count(), save)
+                parts = [json.loads(text) for text in said]
+            if not self._partial(stored["step"]).is_dir():
+                raise FileNotFoundError(f"the folder {self.directory} has vanished")
+            commit(self._partial(stored["step"]), stored, total(parts))
+            tell("save-committed/0", f"{save} ")
+        else:
+            self._hear("save-committed", 1, save)
+
+    def _hear(self, folder: str, count: int, save: str) -> list[str]:
+        """What `count` processes say under a folder of the board about this save, once all have; the keys serve every save.
+
+        Raises:
+          OSError: one could not do its part. One that dies or hangs is seen by others than this thread.
+        """
+        pause = 0.01
+        while True:
+            said = [text.partition(" ") for text in read_board(folder).values()]
+            heard = [words for number, _, words in said if number == save]
+            if len(heard) == count:
+                return heard
+            problem = look(self._notice)
+            if problem is not None:
+                raise OSError(problem)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
 
     def _fail(self, step: int, error: Exception) -> None:
         why = cause(error)
@@ -387,7 +429,7 @@ class Checkpoints:
             return f"{type(error).__name__}: {error}"
         if self._first_process:
             for path in _children(self.directory):
-                if PARTIAL in path.name or (path / DELETION_MARK).exists():
+                if LEFTOVER_NAME.fullmatch(path.name):
                     log.info("removing what an interrupted save or deletion left: %s", path)
                     delete(path)
                 elif STEP_NAME.fullmatch(path.name) and not is_committed(path):

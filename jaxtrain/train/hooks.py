@@ -117,9 +117,8 @@ class Validation(Hook):
 class Saving(Hook):
     """Saves every `every` steps; `save_now` is for the end of the run.
 
-    A save that failed in the background is told, and the run goes on with this one; it ends where this one fails too.
-
     Args:
+      stop_on_failure: a save that failed in the background ends the run; else it is told, and the run goes on with this one.
       metadata: of the state, what goes beside it.
       check: raises where a state is not fit to be saved, and is asked before every save.
     """
@@ -133,9 +132,10 @@ class Saving(Hook):
         clock: StepClock,
         every: int,
         check: Callable[[int, PyTree], None],
+        stop_on_failure: bool = False,
     ):
         self._checkpoints, self._to_canonical, self._metadata, self._check = checkpoints, to_canonical, metadata, check
-        self._progress, self._clock, self._every = progress, clock, every
+        self._progress, self._clock, self._every, self._stop_on_failure = progress, clock, every, stop_on_failure
 
     def wants(self, step: int) -> bool:
         return step % self._every == 0
@@ -153,6 +153,8 @@ class Saving(Hook):
             try:
                 self._checkpoints.wait()
             except CheckpointError as error:
+                if self._stop_on_failure:
+                    raise
                 self._progress.say(f"warning    {error}")
             self._checkpoints.save(step, self._to_canonical(state), self._metadata(state), wait=wait)
 

@@ -400,11 +400,12 @@ class Run:
         if checkpoints is None:
             return []
         now, every = metadata(self.config, self.data), self.config.checkpoint.every
+        stop = self.config.checkpoint.on_failure == "stop"
 
         def beside(state: PyTree) -> dict[str, Any]:
             return now | {"rollbacks": self.rollbacks.to_plain(), "guard": record_to_plain(state.get("guard", {}))}
 
-        return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health)]
+        return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health, stop)]
 
     def _snapshots(self, clock: StepClock) -> list[Hook]:
         """The hook that takes snapshots, where the config wants that."""

@@ -123,7 +123,7 @@ class Faults:
     def saved(self, step: str) -> None:
         """Waits until that step's checkpoint is committed."""
         until = time.monotonic() + 60
-        while not (self.checkpoints / step / "commit_success.txt").exists() and time.monotonic() < until:
+        while not (self.checkpoints / step / "committed.json").exists() and time.monotonic() < until:
             time.sleep(0.005)
 
     def wait_for(self, name: str) -> None:
@@ -144,7 +144,7 @@ class Faults:
         """Dies while that step's checkpoint is being written."""
 
         def watch() -> None:
-            while not any(self.checkpoints.glob(f"{step}.orbax-checkpoint-tmp*")):
+            while not any(self.checkpoints.glob(f"{step}.partial*")):
                 time.sleep(0.001)
             self.kill()
 
@@ -190,7 +190,7 @@ class Faults:
         """A folder that looks like a later checkpoint, with the marks of this one and nothing else in it; and an empty one."""
         later = self.checkpoints / f"{step}000"
         later.mkdir()
-        for name in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+        for name in ("committed.json", "_CHECKPOINT_METADATA"):
             (later / name).write_bytes((self.checkpoints / step / name).read_bytes())
         (self.checkpoints / f"{step}001").mkdir()
 

@@ -245,6 +245,18 @@ def test_a_save_that_failed_is_told_and_the_next_one_is_made():
     assert said.lines == ["warning    step 10: disk full"]
 
 
+def test_a_save_that_failed_ends_the_run_where_the_config_says_so():
+    checkpoints = FailingCheckpoints()
+    hook = Saving(
+        checkpoints, lambda state: state, lambda state: {}, Said(), Clock(), 10, lambda *_: None, stop_on_failure=True
+    )
+    hook.after_step(10, "a")
+    checkpoints.failure = CheckpointError("step 10: disk full")
+    with pytest.raises(CheckpointError, match="step 10"):
+        hook.after_step(20, "b")
+    assert [step for step, _, _ in checkpoints.saved] == [10]
+
+
 def test_a_save_that_cannot_be_made_ends_the_run():
     hook = Saving(FailingCheckpoints(always=True), lambda state: state, lambda state: {}, Said(), Clock(), 10, lambda *_: None)
     with pytest.raises(CheckpointError, match="step 10"):
