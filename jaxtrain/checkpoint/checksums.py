@@ -96,9 +96,9 @@ def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
                 over += names
         others = tuple(name for name in mesh.axis_names if name not in over)
         if not others:
-            return word_sums(block, starts, sizes)
+            return word_sums(block, starts, tuple(sizes))
         nothing = jnp.zeros(2, jnp.uint32)
-        return lax.cond(lax.axis_index(others) == 0, lambda: word_sums(block, starts, sizes), lambda: nothing)
+        return lax.cond(lax.axis_index(others) == 0, lambda: word_sums(block, starts, tuple(sizes)), lambda: nothing)
 
     def region(arrays: list[jax.Array]) -> jax.Array:
         sums = jnp.stack([block_sums(array, spec) for array, spec in zip(arrays, specs, strict=True)])[None]
@@ -108,8 +108,9 @@ def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
     return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(list(specs),), out_specs=rows, check_vma=False))
 
 
-def word_sums(array: jax.Array, starts: Sequence[Any] = (), sizes: Sequence[int] = ()) -> jax.Array:
-    """[S_1, S_2] of an array, uint32, in a jitted function; or of the block of one, of `sizes`, that begins at `starts`."""
+@functools.partial(jax.jit, static_argnames="sizes")  # traced once for a parameter and its moments
+def word_sums(array: jax.Array, starts: Sequence[Any] = (), sizes: tuple[int, ...] = ()) -> jax.Array:
+    """[S_1, S_2] of an array, uint32; or of the block of one, of `sizes`, that begins at `starts`."""
     words = _words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dim in reversed(range(words.ndim)):

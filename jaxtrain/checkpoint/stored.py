@@ -10,11 +10,13 @@ These functions need only a folder, write nothing unless they say so, and are sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -119,9 +121,8 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[st
 
 
 def absolute(directory: os.PathLike | str) -> epath.Path:
-    """As an absolute path, or a URL as it is."""
-    text = os.fspath(directory)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    """As an absolute path."""
+    return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
 
 
 def is_committed(path: epath.Path) -> bool:
@@ -219,6 +220,11 @@ def delete(path: epath.Path) -> None:
             gone = path.parent / f"{path.name}{PARTIAL}"
             gone.rmtree(missing_ok=True)
             path = path.rename(gone)
+        for pause in (0.1, 0.2, 0.4, 0.8):  # TensorStore may still be at other files of a save that failed
+            with contextlib.suppress(OSError):
+                path.rmtree(missing_ok=True)
+                return
+            time.sleep(pause)
         path.rmtree(missing_ok=True)
     except OSError as error:  # a checkpoint too many is no reason to stop a run
         log.warning("could not delete %s: %s", path, error)

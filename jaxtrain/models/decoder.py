@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +36,9 @@ def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
     return nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0)))  # type: ignore[call-arg]
 
 
+@functools.lru_cache(maxsize=64)
 def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
-    """Tree of logical dims, as the module declares them."""
+    """Tree of logical dims, as the module declares them; one for all who ask, so not to be changed."""
     state = nnx.state(_abstract(module, config), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
@@ -65,7 +67,7 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     The first dense layers of a mixture of experts are unlike the others, so they stand with the embedding, as
     outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
     """
-    outer = _dims(Outer, config)
+    outer = dict(_dims(Outer, config))
     if config.first_dense_layers:
         outer["first_layers"] = _under(("layer",), _dims(Layer, _dense(config)))
     return {"outer": outer, "layers": _under(lead, _dims(Layer, config))}
@@ -123,6 +125,7 @@ def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(leaf, dims, params, is_leaf=is_dims)
 
 
+@functools.lru_cache(maxsize=64)
 def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], Any]:
     """A function that puts a pure dict of weights into the module."""
     graph, state = nnx.split(_abstract(module, config), nnx.Param)

@@ -120,7 +120,7 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
         progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a hundred small programs
 
 
 def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:

@@ -47,6 +47,11 @@ def _replica_state(config: Config, optimizer: optax.GradientTransformation) -> P
     return {"params": params, "optimizer": optimizer.init(params)}
 
 
+@functools.lru_cache(maxsize=8)
+def _replica_shapes(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
+    return jax.eval_shape(lambda: _replica_state(config, optimizer))
+
+
 def initial_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
     """The state at step 0; all replicas begin alike."""
     state, replicas = _replica_state(config, optimizer), config.mesh.replica
@@ -93,7 +98,7 @@ def _of_each_replica(config: Config, dims: PyTree) -> PyTree:
 
 def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
     """Logical dims of every leaf of the state."""
-    abstract = jax.eval_shape(lambda: _replica_state(config, optimizer))
+    abstract = _replica_shapes(config, optimizer)
     params = decoder.parameter_dims(config.model)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dims)[0]
     shapes = jax.tree_util.tree_flatten_with_path(abstract["params"])[0]
@@ -220,8 +225,12 @@ class Canonical:
             sharding = NamedSharding(mesh, _canonical_spec(_canonical_leaf_dims(dims), leaf.shape, mesh))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+        @functools.cache
+        def shared(convert: Any, dims: Dims, sharding: NamedSharding) -> Any:  # a parameter's moments are compiled with it
+            return jax.jit(functools.partial(convert, config, dims), out_shardings=sharding)
+
         def jitted(convert: Any, dims: Dims, target: Any) -> Any:
-            return jax.jit(functools.partial(convert, config, dims), out_shardings=target.sharding)
+            return shared(convert, dims, target.sharding)
 
         self.abstract = jax.tree.map(abstract_leaf, self._dims, shapes, is_leaf=is_dims)
         """What a checkpoint holds, with the shardings in which this mesh reads and writes it."""
