@@ -134,6 +134,7 @@ class Faults:
 
     def kill(self) -> None:
         """As the kernel does when memory is short, or a node goes."""
+        self.note(killed=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def kill_supervisor(self) -> None:

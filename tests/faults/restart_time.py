@@ -30,13 +30,12 @@ def main() -> int:
             return 1
         done = sorted((row["time"], row["starter"]) for row in run.records() if "done" in row)
         for life, rank in enumerate(ranks):
+            killed = next(row["time"] for row in run.records() if "killed" in row and row["starter"].endswith(f"{life + 1})"))
             ended = next(row["time"] for row in run.events("end") if row["generation"] == life + 1)
-            last = max(when for when, starter in done if starter.endswith(f"(generation {life + 1})"))
             first = min(when for when, starter in done if starter.endswith(f"(generation {life + 2})"))
-            print(f"kill -9 of process {rank}: noticed and all ended {ended - last:.1f} s after the last step, ", end="")
+            print(f"kill -9 of process {rank}: all had ended after {ended - killed:.1f} s, ", end="")
             print(
-                f"next step done after {first - last:.1f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-                flush=True,
+                f"the next step was done after {first - killed:.1f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
             )
     finally:
         shutil.rmtree(folder)
