@@ -60,7 +60,7 @@ def get_config() -> Config:
 
 def process_id() -> int | None:
     """Which process of the run this is, by whatever started it; None for the launcher, which reads the config too."""
-    for name in ("JAXTRAIN_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+    for name in ("JAXTRAIN_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"):
         if name in os.environ:
             return int(os.environ[name])
     return None

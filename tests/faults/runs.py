@@ -32,6 +32,7 @@ class Faulty:
 
     folder: Path
     steps: int
+    xla_flags: str = quick.FLAGS
 
     @property
     def run_dir(self) -> Path:
@@ -58,7 +59,11 @@ class Faulty:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "launcher.log", "a") as log:
             launched = subprocess.Popen(
-                self.command(launcher, config), cwd=ROOT, env=environment(self.folder), stdout=log, stderr=subprocess.STDOUT
+                self.command(launcher, config),
+                cwd=ROOT,
+                env=environment(self.folder, self.xla_flags),
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         try:
             return launched.wait(seconds)
@@ -111,10 +116,10 @@ class Faulty:
         return [p.name for p in self.checkpoints.iterdir() if p.name not in steps and ".damaged-" not in p.name]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Of a launcher: nothing of ours but the folder with the plan, and quick compiles."""
+def environment(folder: Path, xla_flags: str = quick.FLAGS) -> dict[str, str]:
+    """Of a launcher: nothing of ours but the folder with the plan, and by default quick compiles."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX", "PYTEST"))}
-    return kept | {"XLA_FLAGS": quick.FLAGS, "JAX_PLATFORMS": "cpu", "JAXTRAIN_TEST_FOLDER": str(folder)}
+    return kept | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", "JAXTRAIN_TEST_FOLDER": str(folder)}
 
 
 def uninterrupted(shared: Path, steps: int) -> Faulty:
