@@ -96,7 +96,7 @@ def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
     """As XLA does where a target is described wrongly."""
     died = subprocess.CompletedProcess([], -8, stdout="", stderr="first\nFloating point exception\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
-    with pytest.raises(ExplainedError, match="h200 ended with exit code -8: Floating point exception"):
+    with pytest.raises(ExplainedError, match="compiling for h200 ended with SIGFPE: Floating point exception"):
         deviceless.report_in_subprocess(tiny(), "h200")
 
 
