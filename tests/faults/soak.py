@@ -2,7 +2,7 @@
 
     PYTHONPATH=. .venv/bin/python tests/faults/soak.py --steps=2000 --folder=runs/soak
 
-runs it without faults, then with them (two processes of two fake devices under the supervisor), and compares the losses, every
+runs it without faults, then with them (two processes of one fake device under the supervisor), and compares the losses, every
 token id and every array of the last checkpoint. Prints what befell it and the goodput; exit code 0 if all is equal. The same
 seed gives the same faults, and a soak that was interrupted goes on.
 """
@@ -21,7 +21,7 @@ from tests.faults.runs import Faulty
 from tests.faults.soaked import EVERY
 
 CONFIG = "--config=tests/faults/soaked.py"
-LAUNCHER = ("--processes=2", "--devices_per_process=2", "--hang_seconds=20")
+LAUNCHER = ("--processes=2", "--devices_per_process=1", "--hang_seconds=20")
 LEFT_ALONE = (EXIT_STOPPED, -9)  # how the supervisor ends where one process was told to stop, or itself was killed
 
 # What happens at a step, by the newest checkpoint before it and the next one after it.
