@@ -386,6 +386,7 @@ def test_only_committed_steps_count_and_leftovers_are_cleaned(tmp_path, state):
         assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "40", "50", "007", "notes", "8"}
         checkpoints.save(50, state, {}, wait=True)  # a folder in the way that is no checkpoint gives way to one
         assert checkpoints.latest_step() == 50
+        assert (tmp_path / "50.damaged-1" / "state").is_dir()  # and is kept: it may be one that lost its mark
         assert bits(checkpoints.restore(50, abstract(state))) == bits(state)
 
 
@@ -553,18 +554,34 @@ def test_kill_at_any_moment_of_saving_leaves_an_exact_latest_step(tmp_path):
 PEER = """
 import os, sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint import Checkpoints, writing
 from jaxtrain.config import CheckpointConfig
+from jaxtrain.errors import CheckpointError, LostSave
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, coordinator_bind_address=f"127.0.0.1:{port}")
 def placed(shape, spec):
     return NamedSharding(jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2), spec)
 w = np.arange(64, dtype=np.float32).reshape(8, 8)
 make = lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+def fail(*_):
+    raise OSError("a fault of the test's")
 with Checkpoints(directory, CheckpointConfig(keep=2)) as checkpoints:
-    for step in (1, 2, 3):
+    def save(step):
         state = {"w": make(w * step, placed((2, 2), P("a", "b"))), "step": make(np.int32(step), placed((2, 2), P()))}
         checkpoints.save(step, state, {"step": step})
+    for step in (1, 2):
+        save(step)
+    checkpoints.wait()
+    commit, writing.commit = writing.commit, fail  # process 0 alone comes to it
+    save(3)
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        assert "step 3 could not be saved" in str(error) and "a fault of the test's" in str(error), error
+    else:
+        raise AssertionError("a save that was not committed counts here")
+    writing.commit = commit
+    save(3)
     checkpoints.wait()
     like = {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=placed((1, 4), P("b", "a"))),
             "step": jax.ShapeDtypeStruct((), np.int32, sharding=placed((1, 4), P()))}
@@ -572,11 +589,22 @@ with Checkpoints(directory, CheckpointConfig(keep=2)) as checkpoints:
     for shard in state["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, (w * 3)[shard.index])
     assert int(state["step"].addressable_data(0)) == 3
-print("right")
+    writing._PATIENCE = 0.5
+    if rank == 1:
+        writing.begin_checksums = fail
+    try:
+        save(4)
+        checkpoints.wait()
+    except LostSave as error:
+        assert ("given up: in process 1, " if rank == 0 else "OSError: a fault of the test's") in str(error), error
+    else:
+        raise AssertionError("a save without the sums of process 1 counts here")
+    print("right", flush=True)
+    os._exit(0)  # as a run does: at the end of Python, jax would wait for the save that was given up
 """
 
 
-def test_two_processes_save_together_and_one_restores(tmp_path):
+def test_two_processes_save_together_agree_on_what_fails_and_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

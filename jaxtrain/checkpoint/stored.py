@@ -152,12 +152,9 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
       DamagedCheckpoint: it is not what was saved, or belongs to another step.
     """
     try:
-        stored, mark = (
-            json.loads((path / METADATA_FILE).read_text())["custom_metadata"],
-            json.loads((path / COMMIT_MARK).read_text()),
-        )
-        stored, seal = stored | {"checksums": mark["checksums"]}, mark["digest"]
-        saved_format, step = stored["format"], stored["step"]
+        mark = json.loads((path / COMMIT_MARK).read_text())
+        stored = json.loads((path / METADATA_FILE).read_text())["custom_metadata"] | {"checksums": mark["checksums"]}
+        seal, saved_format, step = mark["digest"], stored["format"], stored["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"what stands in {path} cannot be read ({type(error).__name__}: {error})") from error
     if digest(stored) != seal:
@@ -206,7 +203,8 @@ def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> e
     number = next(n for n in range(1, 10_000) if not (root / f"{step}.{word}-{n}").exists())
     aside = root / f"{step}.{word}-{number}"
     (root / str(step)).rename(aside)
-    (aside / WHY_FILE).write_text(why + "\n")
+    if aside.is_dir() and not os.path.islink(aside):  # what a link leads to is not ours
+        (aside / WHY_FILE).write_text(why + "\n")
     return aside
 
 

@@ -141,7 +141,7 @@ class Checkpoints:
         broken = from_first_process(len(self._broken()) if self._first_process else 0)
         if step is None and broken:
             raise CheckpointError(
-                f"{self.directory} holds no whole checkpoint, but {broken} damaged or unfinished: "
+                f"{self.directory} holds no whole checkpoint, but {broken} damaged, unfinished or in an older format: "
                 f"{', '.join(self._broken())}. Move them away to start afresh, or give another --run_dir"
             )
         return step
@@ -267,7 +267,7 @@ class Checkpoints:
             self.wait()
 
     def _obstacle(self, step: int, size: int) -> OSError | None:
-        """Why a save of so many bytes cannot succeed, seen by the first process; also clears its place.
+        """Why a save of so many bytes cannot succeed, seen by the first process; also makes room for the step's folder.
 
         Looked at by all before any begins: what stops one process in the midst of Orbax's save leaves the others waiting in it.
         """
@@ -276,9 +276,15 @@ class Checkpoints:
                 return None
             if self._newest >= 0 and not self.directory.is_dir():  # Orbax would just make it again
                 return FileNotFoundError(f"the folder has vanished, and step {self._newest} with it")
-            for path in (self.directory / str(step), self._partial(step)):
-                if path.exists():
-                    delete(path)  # never committed: `_newest` is a lower step
+            if os.path.lexists(self.directory / str(step)):  # it counts for none, since `_newest` is a lower step
+                aside = set_aside(
+                    self.directory, step, "damaged", f"it was in the way of a new step {step}, and is no checkpoint"
+                )
+                log.warning(
+                    "a folder %d without %s was in the way of the new step; set aside as %s", step, COMMIT_MARK, aside.name
+                )
+            if self._partial(step).exists():
+                delete(self._partial(step))
             free = shutil.disk_usage(self.directory).free
             if free < size + _SLACK:
                 return OSError(
@@ -319,9 +325,9 @@ class Checkpoints:
           CheckpointError: one has failed since the last call; once.
           LostSave: another process could not write its part, and this one's save waits for that without end.
         """
-        if self._thread is not None:
-            self._join(self._thread)
-            self._thread = None
+        thread, self._thread = self._thread, None  # one that is given up is not waited for again
+        if thread is not None:
+            self._join(thread)
         if self._failure is not None and not self._failure_raised:
             self._failure_raised = True
             raise self._failure
@@ -367,17 +373,14 @@ class Checkpoints:
         Raises:
           OSError: another process could not do its part, or the folder cannot be written.
         """
-        save = str(self._saves)
-        parts = [own]
+        save, parts = str(self._saves), [json.dumps(own)]
         if are_several():
-            tell(f"save-sums/{jax.process_index()}", f"{save} {json.dumps(own)}")
+            tell(f"save-sums/{jax.process_index()}", f"{save} {parts[0]}")
+            parts = self._hear("save-sums", jax.process_count(), save) if self._first_process else []
         if self._first_process:
-            if are_several():
-                said = self._hear("save-sums", jax.process_count(), save)
-                parts = [json.loads(text) for text in said]
             if not self._partial(stored["step"]).is_dir():
                 raise FileNotFoundError(f"the folder {self.directory} has vanished")
-            commit(self._partial(stored["step"]), stored, total(parts))
+            commit(self._partial(stored["step"]), stored, total([json.loads(part) for part in parts]))
             tell("save-committed/0", f"{save} ")
         else:
             self._hear("save-committed", 1, save)

@@ -43,6 +43,8 @@ def get_config() -> Config:
     folder = os.environ.get("JAXTRAIN_TEST_FOLDER")
     if folder and process_id() is not None:
         Faults(Path(folder), process_id()).install()
+        if os.environ.get("JAXTRAIN_TEST_CACHE") == "all":
+            keep_programs_of_every_process()
     return Config(
         name="faulty",
         model=ModelConfig(
@@ -64,6 +66,27 @@ def process_id() -> int | None:
         if name in os.environ:
             return int(os.environ[name])
     return None
+
+
+def keep_programs_of_every_process() -> None:
+    """On GPUs jax finds in its cache what process 0 compiled. On CPU each process has keys of its own (they contain a
+    fingerprint of the devices as it sees them), and as process 0 alone writes, all others compile at every start: half of the
+    CPU time of a start and a few steps. So here all write.
+    """
+    from types import SimpleNamespace
+
+    from jax._src import compiler
+
+    client = compiler.distributed.global_state  # its client is known only later
+
+    class First:
+        """Says to the compiler that this is process 0."""
+
+        @property
+        def global_state(self):
+            return SimpleNamespace(process_id=0, client=client.client)
+
+    compiler.distributed = First()
 
 
 class Faults:

@@ -119,7 +119,8 @@ class Faulty:
 def environment(folder: Path, xla_flags: str = quick.FLAGS) -> dict[str, str]:
     """Of a launcher: nothing of ours but the folder with the plan, and by default quick compiles."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX", "PYTEST"))}
-    return kept | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu", "JAXTRAIN_TEST_FOLDER": str(folder)}
+    ours = {"JAX_PLATFORMS": "cpu", "JAXTRAIN_TEST_FOLDER": str(folder), "JAXTRAIN_TEST_CACHE": "all"}
+    return kept | ours | {"XLA_FLAGS": xla_flags}
 
 
 def uninterrupted(shared: Path, steps: int) -> Faulty:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -200,24 +199,3 @@ def test_inside_the_manual_region_with_scan_remat_and_gradients(backend, policy)
     assert abs(loss / expected_loss - 1) < 1e-6
     for g, e in zip(gradients, expected, strict=True):
         assert relative(g, e) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_print_how_blockwise_compares_with_reference(dtype):
-    """Not a test: the figures behind BLOCKWISE_FROM_LENGTH. Run with -m slow -s."""
-    for length in (128, 256, 512, 1024, 2048):
-        batch = 2048 // length
-        q, k, v = (jax.random.normal(jax.random.key(h), (batch, length, h, 64), dtype) for h in (4, 2, 2))
-        segments = jnp.asarray(np.repeat(np.arange(1, 5), length // 4)[None].repeat(batch, 0), jnp.int32)
-        seconds = {}
-        for backend in ("reference", "blockwise"):
-            step = jax.jit(gradient(backend))
-            jax.block_until_ready(step(q, k, v, segments))
-            times = []
-            for _ in range(5):
-                start = time.perf_counter()
-                jax.block_until_ready(step(q, k, v, segments))
-                times.append(time.perf_counter() - start)
-            seconds[backend] = min(times)
-        print(f"{dtype} length {length}: blockwise takes {seconds['blockwise'] / seconds['reference']:.2f} of reference")
