@@ -12,6 +12,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError, ConfigError, UsageError
 from jaxtrain.main import train
 from jaxtrain.train.state import make_stacking
+from tests.launch.processes import started
 
 FLAGS = (
     "--config=configs/quickstart.py --model.num_layers=3 --model.embed_dim=16 --model.num_heads=2 --model.num_kv_heads=2 "
@@ -66,6 +67,18 @@ def test_another_mesh_gives_the_same_in_every_layer(run, capsys):
     assert code == 0
     assert [row["what"] for row in found["differences"]] == THINGS
     assert all(row["difference"] < 1e-5 for row in found["differences"])
+
+
+def test_two_processes_replay_what_one_has_run(run, tmp_path):
+    """One device each, in two layouts that cross them; the first of them says what came out, and both end alike."""
+    flags = [flag for flag in run if not flag.startswith("--mesh")]
+    layouts = ["--mesh.fsdp=2", "--against=mesh.fsdp=1,mesh.tensor=2", "--step=4", "--json"]
+    with started(2, 1, [*flags, *layouts], tmp_path, module="jaxtrain.replay") as both:
+        assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
+    found = json.loads((tmp_path / "0.log").read_text().splitlines()[-1])
+    assert [row["what"] for row in found["differences"]] == THINGS
+    assert all(row["difference"] < 1e-5 for row in found["differences"])
+    assert "differences" not in (tmp_path / "1.log").read_text()
 
 
 def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):

@@ -31,6 +31,7 @@ from jaxtrain.train.guard import RollBack, check_budget
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import state_dims
+from jaxtrain.train.xla_options import options_of_rare_programs
 
 PyTree = Any
 SHOWN = 5  # arrays or devices that one message names
@@ -78,8 +79,7 @@ def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, ja
         return {"differ": differ, "not_finite": not_finite, "sums": sums[None]}
 
     outputs = {"differ": PartitionSpec(), "not_finite": PartitionSpec(), "sums": OF_EACH_DEVICE}
-    # On CPU, LLVM's highest level takes four times as long to compile, for the same bits.
-    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    options = options_of_rare_programs(mesh.devices.flat[0].platform)
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims_tree),), out_specs=outputs, check_vma=True)
     return jax.jit(mapped, compiler_options=options)
 

@@ -26,6 +26,7 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named
 from jaxtrain.train.judge import initial_record, record_dims, record_from_plain
+from jaxtrain.train.xla_options import options_of_rare_programs
 
 PyTree = Any
 PATHS_OF_STACKED = "layers"
@@ -128,8 +129,7 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
 def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
     """The state at step 0, born sharded: no device ever holds more than its share."""
     shardings = state_shardings(config, mesh, optimizer)
-    # On CPU, LLVM's highest level takes four times as long to compile, for the same bits at the same speed.
-    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    options = options_of_rare_programs(mesh.devices.flat[0].platform)
     return jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings, compiler_options=options)()
 
 

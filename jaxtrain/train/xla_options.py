@@ -12,6 +12,7 @@ while the device waits. BENCHMARKS.md has the figures. There are two kinds of la
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -137,6 +138,13 @@ def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
     fastest is measured at compile time, so that two compilations may choose differently: the first option measures nothing.
     """
     return {name: True for name in DETERMINISTIC} if config.train.deterministic and _is_gpu(platform) else {}
+
+
+def options_of_rare_programs(platform: str) -> dict[str, Value]:
+    """Of what runs once, or seldom. On CPU, LLVM's highest level takes four times as long to compile, for the same bits at the
+    same speed; a level that XLA_FLAGS names stands."""
+    level = "xla_backend_optimization_level"
+    return {level: 1} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
