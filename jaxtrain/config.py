@@ -405,6 +405,9 @@ class CheckpointConfig:
     on_failure: SaveFailurePolicy = "retry"
     """A save that fails, when the next one begins. retry: it is told, and the run goes on; the last one must succeed. stop: the
     run ends."""
+    mirror: str = ""
+    """URL in an object store (s3://, gs://, whatever fsspec knows): committed checkpoints are copied there behind training, and
+    a run whose folder holds none goes on from there; empty for no copies."""
     fast_every: int = 0
     """Steps between two snapshots in fast_dir, from which a run goes on whose processes died and whose hosts did not; 0 for
     none."""

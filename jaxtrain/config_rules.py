@@ -383,8 +383,12 @@ def _other_problems(config: Config) -> list[str]:
     if "://" in config.run_dir:
         problems.append(
             f"run_dir={config.run_dir!r}: a run writes into a folder of a file system that all hosts share, with locks and "
-            "appends, which object stores do not have; give a folder, and copy its checkpoints to the store from there"
+            "appends, which object stores do not have; give a folder, and --checkpoint.mirror for copies of its checkpoints"
         )
+    if config.checkpoint.mirror and "://" not in config.checkpoint.mirror:
+        problems.append(f"checkpoint.mirror={config.checkpoint.mirror!r}: give a URL, e.g. s3://bucket/run")
+    if config.checkpoint.mirror and not config.checkpoint.every:
+        problems.append("checkpoint.mirror needs checkpoints to copy: give --checkpoint.every=1000 or so too")
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:

@@ -565,7 +565,7 @@ w = np.arange(64, dtype=np.float32).reshape(8, 8)
 make = lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 def fail(*_):
     raise OSError("a fault of the test's")
-with Checkpoints(directory, CheckpointConfig(keep=2)) as checkpoints:
+with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}-copies")) as checkpoints:
     def save(step):
         state = {"w": make(w * step, placed((2, 2), P("a", "b"))), "step": make(np.int32(step), placed((2, 2), P()))}
         checkpoints.save(step, state, {"step": step})
@@ -589,6 +589,8 @@ with Checkpoints(directory, CheckpointConfig(keep=2)) as checkpoints:
     for shard in state["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, (w * 3)[shard.index])
     assert int(state["step"].addressable_data(0)) == 3
+    if rank == 0:
+        checkpoints._mirror.wait()
     writing._PATIENCE = 0.5
     if rank == 1:
         writing.begin_checksums = fail
@@ -625,6 +627,7 @@ def test_two_processes_save_together_agree_on_what_fails_and_one_restores(tmp_pa
         for peer in peers:
             peer.kill()
     assert committed_steps(tmp_path) == [2, 3]
+    assert committed_steps(f"{tmp_path}-copies")[-1] == 3
     onto = NamedSharding(mesh(4, 2), P("tensor", "fsdp"))
     everywhere = NamedSharding(mesh(4, 2), P())
     like = {

@@ -217,6 +217,8 @@ ONE_PROBLEM = {
     ),
     "unknown chip": (1, {"telemetry": {"hardware": "h2000"}}, ["h2000"]),
     "snapshots without checkpoints": (1, {"checkpoint": {"every": 0, "fast_every": 5}}, ["fast_every needs checkpoints"]),
+    "mirror without checkpoints": (1, {"checkpoint": {"every": 0, "mirror": "s3://b/r"}}, ["mirror needs checkpoints"]),
+    "mirror that is no URL": (1, {"checkpoint": {"mirror": "/backup"}}, ["mirror='/backup'", "s3://bucket/run"]),
     "snapshots in a store": (1, {"checkpoint": {"fast_dir": "gs://x"}}, ["fast_dir='gs://x'", "/dev/shm"]),
 }
 
@@ -232,7 +234,7 @@ def test_each_problem_is_found_alone_with_its_numbers(name: str):
 def test_a_run_folder_in_an_object_store_is_refused_and_not_made_into_a_local_one():
     (problem,) = find_problems(dataclasses.replace(Config(), run_dir="s3://bucket/run"), 1)[1]
     assert "run_dir='s3://bucket/run'" in problem
-    assert "copy its checkpoints" in problem
+    assert "--checkpoint.mirror for copies" in problem
 
 
 def test_the_default_config_has_no_problem_on_any_number_of_devices():

@@ -27,6 +27,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.checksums import begin_checksums, total
+from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
@@ -43,6 +44,7 @@ from jaxtrain.checkpoint.stored import (
     everywhere,
     from_first_process,
     is_committed,
+    outdated,
     read_metadata,
     restore,
     set_aside,
@@ -50,9 +52,10 @@ from jaxtrain.checkpoint.stored import (
 from jaxtrain.checkpoint.trees import describe, leaves_by_path, nested
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
-from jaxtrain.processes import are_several, look, post, read_board, tell
+from jaxtrain.processes import are_several, look, post, read_board, tell, wait_for
 
 _PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
+_LONGEST_FETCH = 3600.0  # seconds for a checkpoint to come from the mirror
 _SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
 
 log = logging.getLogger(__name__)
@@ -99,6 +102,9 @@ class Checkpoints:
                 f"cannot write checkpoints into {self.directory}: {problem or 'another process cannot (its log says why)'}; "
                 "give another --run_dir, or --checkpoint.every=0 to save nothing"
             )
+        self._mirror: Mirror | None = None  # in the first process
+        if config.mirror:
+            self._open_mirror()
         newest = self.latest_step()
         self._newest = -1 if newest is None else newest
         self._current: int | None = None  # the step of the state this run now holds, if it is on disk or on its way
@@ -107,12 +113,39 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.leave_the_mirror()
         try:
             self.close()
         except CheckpointError as lost:
             if error is None:
                 raise
             log.error("%s", lost)  # must not hide the error that ended the run
+
+    def _open_mirror(self) -> None:
+        """The first process opens it; where the folder holds no checkpoint, it fetches the newest from there.
+
+        Raises:
+          CheckpointError: that is impossible, in all processes.
+        """
+        said = ""
+        if self._first_process:
+            try:
+                self._mirror, url = Mirror(self.directory, self._config), self._config.mirror
+                steps = committed_steps(self.directory)
+                if steps:
+                    self._mirror.copy(steps[-1])
+                elif self._config.resume != "never" and not self._broken() and (step := self._mirror.bring_back()) is not None:
+                    log.warning("%s held no checkpoint; step %d was fetched from %s", self.directory, step, url)
+            except CheckpointError as error:
+                said = str(error)
+        if are_several():  # by the board: a checkpoint on its way takes longer than collectives wait
+            if self._first_process:
+                post("mirror", said)
+            else:
+                said = wait_for("mirror", _LONGEST_FETCH)
+        if said:
+            raise CheckpointError(said)
 
     def latest_step(self) -> int | None:
         """The newest committed step, the same on all processes; None where there is none."""
@@ -349,10 +382,16 @@ class Checkpoints:
         return f"save-failed/{self._saves}"
 
     def close(self) -> None:
-        """Waits for the save under way. Raises CheckpointError if the last save was lost, raised before or not."""
+        """Waits for the save under way and its copy. Raises CheckpointError if either was lost, raised before or not."""
         self.wait()
         if self._failure is not None:
             raise self._failure
+        if self._mirror is not None:
+            self._mirror.wait()
+
+    def leave_the_mirror(self) -> None:
+        """`close` does not wait for it any more: whoever stops a run gives it little time. The next start copies what lacks."""
+        self._mirror = None
 
     def _finish(self, stored: dict[str, Any], response: ocp.AsyncResponse, sums: Callable[[], dict[str, str]]) -> None:
         """In the background: waits for Orbax, commits, and removes the checkpoints that need not be kept."""
@@ -366,6 +405,8 @@ class Checkpoints:
         self._newest, self._failure = step, None
         if self._first_process:
             self._remove_old()
+        if self._mirror is not None:
+            self._mirror.copy(step)
 
     def _commit(self, stored: dict[str, Any], own: dict[str, str]) -> None:
         """Once all processes have the sums of their parts: the first one commits, and the others wait for it.
@@ -441,10 +482,8 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Keeps the newest `keep` steps and every multiple of `keep_every`; deletes the other ones."""
-        steps, every = committed_steps(self.directory), self._config.keep_every
-        for step in steps[: -max(self._config.keep, 1)]:
-            if not (every and step % every == 0):
-                delete(self.directory / str(step))
+        for step in outdated(committed_steps(self.directory), self._config.keep, self._config.keep_every):
+            delete(self.directory / str(step))
 
 
 def _children(directory: epath.Path) -> Iterator[epath.Path]:

@@ -204,14 +204,15 @@ class Run:
         self._draw()
         number = self.stop.agreed()
         if number is not None:
-            return self._stopped(number, loop.step, checkpoints is not None)
+            return self._stopped(number, loop.step, checkpoints)
         self.progress.say(f"done       {reason or f'all {loop.step} steps'}")
         if self.config.train.sample_tokens:
             self._sample(loop.state["params"])
         return EXIT_DONE
 
-    def _stopped(self, number: int, step: int, saved: bool) -> int:
-        if saved:
+    def _stopped(self, number: int, step: int, checkpoints: Checkpoints | None) -> int:
+        if checkpoints:
+            checkpoints.leave_the_mirror()
             self.progress.say(f"stopped    after saving step {step}; the same command goes on from there")
             return EXIT_STOPPED
         self.progress.say(f"stopped    after step {step}; nothing is saved, since checkpoint.every=0")

@@ -1,0 +1,157 @@
+"""A second copy of a run's checkpoints in an object store (`checkpoint.mirror`), for the day the shared file system is gone.
+
+Process 0 copies every committed step there, behind training, and a run whose folder holds no checkpoint fetches the newest one
+back. fsspec speaks to the store: s3:// with s3fs, gs:// with gcsfs, and whatever else it knows. Their credentials are those
+of the environment.
+
+    s3://bucket/run/1000/...               the files of the step's folder
+    s3://bucket/run/1000/committed.json    written last: a step without it is not whole
+
+A rename commits a local step; stores have none, so there the mark does. The arrays are verified when they are restored.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute, cause, outdated
+from jaxtrain.config import CheckpointConfig
+from jaxtrain.errors import CheckpointError
+
+UNDONE_MARK = "rolled_back.json"
+"""What the mark of a step is called once the run has gone back before it: its files stay."""
+log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """The copies of one run's steps. One process uses it.
+
+    Raises:
+      CheckpointError: fsspec does not know such URLs, or lacks what it needs for them.
+    """
+
+    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
+        import fsspec
+
+        self._directory, self._config, self._url = Path(absolute(directory)), config, config.mirror.rstrip("/")
+        try:
+            own = {"auto_mkdir": True} if self._url.startswith("file:") else {}  # another mount; stores have no folders to make
+            self._store, self._root = fsspec.url_to_fs(self._url, **own)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"checkpoint.mirror={self._url!r}: {error}") from error
+        self._wanted: int | None = None
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def steps(self) -> list[int]:
+        """The steps that are whole in the store, ascending."""
+        return sorted(
+            int(name) for name, files in self._folders().items() if STEP_NAME.fullmatch(name) and COMMIT_MARK in files
+        )
+
+    def bring_back(self) -> int | None:
+        """Fetches the newest step into the run's folder, and gives its number; None where the store has none.
+
+        Raises:
+          CheckpointError: the store cannot be read, or what came is not what lies there.
+        """
+        try:
+            steps = self.steps()
+            if not steps:
+                return None
+            self._fetch(steps[-1])
+        except CheckpointError:
+            raise
+        except Exception as error:  # stores have exceptions of their own
+            raise CheckpointError(f"nothing can be fetched from checkpoint.mirror={self._url!r}: {cause(error)}") from error
+        return steps[-1]
+
+    def _fetch(self, step: int) -> None:
+        partial = self._directory / f"{step}{PARTIAL}"
+        sizes = self._folders()[str(step)]
+        for name in sizes:
+            if ".." in Path(name).parts:
+                raise CheckpointError(f"{self._url}/{step} holds {name!r}, which is no name for a file of a checkpoint")
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        self._store.get([f"{self._root}/{step}/{name}" for name in sizes], [str(partial / name) for name in sizes])
+        if wrong := [name for name, size in sizes.items() if (partial / name).stat().st_size != size]:
+            raise CheckpointError(f"of {self._url}/{step}, {wrong[0]} did not come whole ({len(wrong)} files)")
+        partial.rename(self._directory / str(step))
+
+    def copy(self, step: int) -> None:
+        """Has that committed step copied in the background, unless it is there. Of those that wait, the newest has its turn."""
+        with self._lock:
+            self._wanted = step
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when everything is copied.
+
+        Raises:
+          CheckpointError: the newest step is not.
+        """
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+        if self._failure is not None:
+            raise CheckpointError(self._failure)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                step, self._wanted = self._wanted, None
+                if step is None:
+                    self._thread = None
+                    return
+            try:
+                self._upload(step)
+                self._failure = None
+            except Exception as error:
+                self._failure = f"step {step} could not be copied to checkpoint.mirror={self._url!r}: {cause(error)}"
+                log.warning("%s; the run's own folder has it, and the next one is tried", self._failure)
+
+    def _upload(self, step: int) -> None:
+        source, folders, mark = self._directory / str(step), self._folders(), f"{self._root}/{step}/{COMMIT_MARK}"
+        for later in (int(name) for name in folders if STEP_NAME.fullmatch(name) and int(name) > step):
+            if COMMIT_MARK in folders[str(later)]:  # the run has gone back since
+                self._store.mv(f"{self._root}/{later}/{COMMIT_MARK}", f"{self._root}/{later}/{UNDONE_MARK}")
+        if COMMIT_MARK in folders.get(str(step), {}) and self._store.cat_file(mark) == (source / COMMIT_MARK).read_bytes():
+            return
+        if str(step) in folders:  # a copy that was interrupted, or of a time that was undone
+            self._remove(step)
+        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+        names = [name for name in names if name != COMMIT_MARK]
+        self._store.put([str(source / name) for name in names], [f"{self._root}/{step}/{name}" for name in names])
+        here = {name: (source / name).stat().st_size for name in names}
+        there = self._folders().get(str(step))
+        if here != there:
+            raise OSError("the store does not hold what was written to it")
+        self._store.put_file(str(source / COMMIT_MARK), mark)
+        for old in outdated(self.steps(), self._config.keep, self._config.keep_every):
+            self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        """The mark first: killed at any moment, the step is whole or does not count."""
+        mark = f"{self._root}/{step}/{COMMIT_MARK}"
+        if self._store.exists(mark):
+            self._store.rm_file(mark)
+        self._store.rm(f"{self._root}/{step}", recursive=True)
+
+    def _folders(self) -> dict[str, dict[str, int]]:
+        """{folder: {path of a file within it: bytes}} of what the store holds now."""
+        self._store.invalidate_cache()
+        found: dict[str, dict[str, int]] = {}
+        files: dict[str, Any] = self._store.find(self._root, detail=True)
+        for path, about in files.items():
+            folder, _, name = path.removeprefix(self._root).lstrip("/").partition("/")
+            if name:
+                found.setdefault(folder, {})[name] = about["size"]
+        return found
