@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,6 @@ def cluster():
 
 def wait_for_port(port: int, seconds: float = 120) -> None:
     """Until somebody listens there."""
-    import time
-
     until = time.monotonic() + seconds
     while True:
         with socket.socket() as probe:
