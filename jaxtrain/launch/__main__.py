@@ -1,4 +1,4 @@
-"""`python -m jaxtrain.launch --processes=4 --devices_per_process=2 -- --config=configs/quickstart.py`: one run, many processes.
+"""`python -m jaxtrain.launch --processes=2 --devices_per_process=2 -- --config=configs/quickstart.py`: one run, many processes.
 
 Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all start again from the newest
 checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.main`; with --preflight that of

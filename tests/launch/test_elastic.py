@@ -1,14 +1,16 @@
 """With fewer devices a run goes on: the same batch, a valid mesh, no more on a device at a time than can be helped."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 
-from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig, parse_command_line, parse_with_flags
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
-from jaxtrain.launch.__main__ import parse_mesh, split
+from jaxtrain.launch.__main__ import LaunchFlags, parse_mesh, split
 from jaxtrain.launch.elastic import mesh_flags, mesh_for
 from tests.layouts import configs
 
@@ -63,3 +65,20 @@ def test_the_launchers_own_words():
     assert parse_mesh("data=2, tensor=4") == MeshConfig(data=2, fsdp=1, tensor=4)
     with pytest.raises(ConfigError, match="give axes and sizes"):
         parse_mesh("data:2")
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+COMMANDS = re.findall(r"`([^`]+)`", README) + re.findall(r"^    ([^#\n]+)", README, re.MULTILINE)
+LAUNCHED = [command.split()[3:] for command in COMMANDS if command.startswith("python -m jaxtrain.launch --processes")]
+
+
+@pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
+def test_what_the_readme_launches_is_a_valid_run(words):
+    own, run = split(words)
+    flags, _ = parse_with_flags([*own, *run], LaunchFlags, "", "readme")
+    config = parse_command_line(run, "", "readme")
+    assert find_problems(config, flags.processes * flags.devices_per_process)[1] == []
+
+
+def test_the_readme_launches_something():
+    assert len(LAUNCHED) >= 3
