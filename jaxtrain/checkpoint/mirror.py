@@ -54,6 +54,22 @@ class Mirror:
             int(name) for name, files in self._folders().items() if STEP_NAME.fullmatch(name) and COMMIT_MARK in files
         )
 
+    def probe(self, name: str, data: bytes) -> None:
+        """Writes an object, reads it back and removes it.
+
+        Raises:
+          CheckpointError: one of them fails.
+        """
+        path = f"{self._root}/{name}"
+        try:
+            self._store.pipe_file(path, data)
+            same = self._store.cat_file(path) == data
+            self._store.rm_file(path)
+        except Exception as error:  # stores have exceptions of their own
+            raise CheckpointError(f"checkpoint.mirror={self._url!r} cannot be written: {cause(error)}") from error
+        if not same:
+            raise CheckpointError(f"checkpoint.mirror={self._url!r}: what was written is not what is read back")
+
     def bring_back(self) -> int | None:
         """Fetches the newest step into the run's folder, and gives its number; None where the store has none.
 

@@ -31,6 +31,8 @@ from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stack
 
 POLL_SECONDS = 0.05
 _NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
+_STACK = re.compile(r"^ *@ +0x[0-9a-f]+|^\*\*\* Check failure stack trace")
+"""Of jax's client where it aborts: in the log of the process, and nobody's business on the screen."""
 _ABORT = -signal.SIGABRT  # jax's client, when the coordination service tells it that a task is lost
 Kind = Literal["done", "stopped", "refused", "failed", "hung", "resized"]
 
@@ -250,7 +252,7 @@ class Supervisor:
                 if _NOISE.search(text):
                     continue
                 file.write(line)
-                if aloud:
+                if aloud and not _STACK.search(text):
                     self._say(text.rstrip("\n"))
 
     def _watch(self, workers: list[Worker]) -> Ending:

@@ -33,7 +33,7 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
       ConfigError: the config does not fit the devices.
     """
     from jaxtrain.mesh import make_mesh
-    from jaxtrain.preflight import data, devices, folders, hosts, links
+    from jaxtrain.preflight import copies, data, devices, folders, hosts, links
     from jaxtrain.telemetry.beat import Beat
 
     site, findings, beat = Site(config), [], Beat.from_environment()
@@ -59,7 +59,7 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
         site.config = validate(config, count_devices())
         site.mesh = make_mesh(site.config.mesh)
         carry(folders.checks())
-        for check in (*devices.checks(), *links.checks(site), *data.checks()):
+        for check in (*copies.checks(site.config), *devices.checks(), *links.checks(site), *data.checks()):
             carry([check])
         exchange("preflight end", None, flags.patience)  # nobody cleans up, or leaves, before all have looked
     return site, findings

@@ -33,7 +33,7 @@ PROCESS = textwrap.dedent(
             if fault == "hang": time.sleep(60)
             if fault == "freeze": os.kill(os.getpid(), signal.SIGSTOP)
         if step == 6 and index == 0 and generation <= faulty:
-            if fault in ("kill", "raise", "refuse"): time.sleep(0.2); print("error: lost"); sys.exit(75)
+            if fault in ("kill", "raise", "refuse"): time.sleep(0.2); print("  @ 0x7f3a  absl::F()\\nerror: lost"); sys.exit(75)
             if fault in ("hang", "freeze"): time.sleep(60)
         time.sleep(0.02)
         beat.step(done=step)
@@ -68,6 +68,9 @@ def test_the_culprit_is_named_and_the_run_goes_on(tmp_path, fault, words):
     assert "2 generations; goodput" in said[-1]
     ports = [event["coordinator"] for event in events if event["event"] == "start"]
     assert len(set(ports)) == 2  # a port that the first generation may still hold would be a trap
+    if fault in ("kill", "raise"):
+        assert "0x7f3a" in (tmp_path / "generation-1" / "process-0.log").read_text()
+        assert [line for line in said if "0x7f3a" in line] == []  # a stack of jax's is for the log alone
 
 
 def test_hung_processes_leave_their_stacks(tmp_path):

@@ -4,19 +4,26 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 
+from jaxtrain.checkpoint.fast import _own_shards
 from jaxtrain.config import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh
-from jaxtrain.preflight import devices, folders, hosts, links
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.preflight import copies, devices, folders, hosts, links
 from jaxtrain.preflight.__main__ import main
 from jaxtrain.preflight.checks import Check, Site, carry_out, limited, odd_ones
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.state import create_state
 from tests.launch.processes import ROOT, environment, started
 
 FLAGS = (
@@ -41,6 +48,10 @@ def found(checks, site):
     return [(f.check, f.state, f.words) for check in checks for f in carry_out(check, site, 30.0)]
 
 
+def optimizer_of(config):
+    return make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+
+
 def states(checks, site):
     return {check: state for check, state, _ in found(checks, site)}
 
@@ -49,8 +60,10 @@ def states(checks, site):
 # One process
 
 
-def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, capsys):
-    flags = [*FLAGS, "--mesh.fsdp=8", f"--run_dir={tmp_path / 'runs' / 'one'}"]
+def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, tmp_path_factory, capsys):
+    memory = tmp_path_factory.mktemp("memory")
+    flags = [*FLAGS, "--mesh.fsdp=8", f"--run_dir={tmp_path / 'runs' / 'one'}", "--checkpoint.fast_every=5"]
+    flags += [f"--checkpoint.fast_dir={memory}", "--checkpoint.mirror=memory://preflight"]
     assert main([*flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     names = [
@@ -61,6 +74,8 @@ def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, capsys):
         "folders",
         "shared folder",
         "disk",
+        "snapshots",
+        "mirror",
         "matmul",
         "memory",
         "axis fsdp",
@@ -70,10 +85,10 @@ def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, capsys):
     assert {finding["state"] for finding in said["findings"]} <= {"ok", "warning"}  # slow, on a busy machine
     assert said["good"]
     assert said["seconds"] < 60
-    rates = said["findings"][9]["values"]["gigabytes_per_second"]
+    rates = said["findings"][11]["values"]["gigabytes_per_second"]
     assert set(rates) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
     assert all(1e-4 < rate < 1e3 for rate in rates.values())
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == list(memory.iterdir()) == fsspec.filesystem("memory").find("preflight") == []
 
 
 def test_a_failure_is_a_table_for_a_person_and_exit_code_1(tmp_path, capsys):
@@ -199,6 +214,34 @@ def test_too_little_disk_fails(site, monkeypatch):
 )
 def test_how_many_checkpoints_are_still_to_come(flags, present, more):
     assert folders.checkpoints_to_come(parse_command_line([*FLAGS, *flags], "", ""), present) == more
+
+
+def with_checkpoint(site, **fields):
+    site.config = replace(site.config, checkpoint=replace(site.config.checkpoint, **fields))
+    return copies.checks(site.config)
+
+
+def test_snapshots_without_a_place_or_room_are_a_warning(site, tmp_path, monkeypatch):
+    one = copies.snapshot_bytes(site)
+    assert one == sum(
+        shard.data.nbytes for shard in _own_shards(create_state(site.config, site.mesh, optimizer_of(site.config)))
+    )
+    ((_, state, words),) = found(with_checkpoint(site, fast_every=5, fast_dir=str(tmp_path / "none")), site)
+    assert (state, "none: No such file or directory; give another --checkpoint.fast_dir" in words) == ("warning", True)
+    monkeypatch.setattr(copies.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * one - 1))
+    ((_, state, words),) = found(with_checkpoint(site, fast_every=5, fast_dir=str(tmp_path)), site)
+    assert (state, "on here" in words) == ("warning", True)
+    site.hosts = ["a", "a", "b"]
+    seen = [{"problem": "", "free": 100, "needed": need} for need in (60, 30, 101)]
+    assert [finding.state for finding in copies.judge_snapshots(site, seen)] == ["ok", "warning"]
+
+
+def test_a_mirror_that_cannot_be_written_fails(site, monkeypatch):
+    ((_, state, words),) = found(with_checkpoint(site, mirror="file:///proc/nothing"), site)
+    assert (state, "mirror='file:///proc/nothing' cannot be written" in words) == ("failed", True)
+    monkeypatch.setattr(copies.Mirror, "probe", lambda *_: None)
+    ((_, state, words),) = found(with_checkpoint(site, mirror="memory://x"), site)
+    assert (state, words.startswith("memory://x: 1.00 MiB written")) == ("ok", True)
 
 
 def test_memory_that_does_not_suffice_fails(site, monkeypatch):
