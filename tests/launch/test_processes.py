@@ -69,3 +69,27 @@ def test_a_process_that_loses_its_peer_ends(tmp_path):
         code = first.wait(90)
     assert code in (75, -signal.SIGABRT)
     assert code != 75 or "error: process 0 of 2 lost another process" in (tmp_path / "0.log").read_text()
+
+
+def test_two_processes_roll_back_together(tmp_path):
+    """A NaN in the rows of one: both go back to step 4 and leave the batch out, as one process with both devices does."""
+    flags = ["--config=tests/train/poisoned.py"]
+    (tmp_path / "two").mkdir()
+    alone = subprocess.run(
+        [sys.executable, "-m", "jaxtrain.main", *flags, f"--run_dir={tmp_path / 'one' / 'run'}"],
+        cwd=ROOT,
+        env=environment(2),
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    with started(2, 1, [*flags, f"--run_dir={tmp_path / 'two' / 'run'}"], tmp_path / "two") as both:
+        assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "two" / "1.log").read_text()[-2000:]
+    told = "rollback   step 6: its loss is nan"
+    assert told in alone.stdout
+    assert told in (tmp_path / "two" / "0.log").read_text()
+    one, two = (json.loads((tmp_path / name / "run" / "rollbacks.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    assert [(entry["bad_step"], entry["back_to"], entry["first_batch"], entry["last_batch"]) for entry in two] == [(6, 4, 5, 5)]
+    assert losses(tmp_path / "two" / "run") == pytest.approx(losses(tmp_path / "one" / "run"), rel=1e-6)
+    assert sorted(losses(tmp_path / "two" / "run")) == list(range(1, 13))
