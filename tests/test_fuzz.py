@@ -35,7 +35,7 @@ from jaxtrain.errors import EXIT_USAGE, CheckpointError, ConfigError, DamagedChe
 from jaxtrain.planner import hlo
 from jaxtrain.planner.hlo import matmul_flops
 from jaxtrain.planner.hlo_collectives import instruction_seconds, read_collectives
-from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.planner.hlo_groups import group_of, layout_of
 from tests.planner.test_hlo import counted
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -398,6 +398,13 @@ def test_programs(todo, which: int):
         for read in (matmul_flops, lambda t: read_collectives(t, layout), lambda t: instruction_seconds(t, layout)):
             with contextlib.suppress(ProgramError):
                 read(text)
+
+
+@pytest.mark.parametrize("groups", ["{{0,1,2,3},{4,9999999999999999999,6,7}}", "{{0,1},{2,8}}", "{{0,1},{ , }}"])
+def test_a_group_of_devices_that_are_not_there_is_explained(groups: str):
+    """The first was found by the above, in 10,000 cases."""
+    with pytest.raises(ProgramError, match=r"a group of devices \[.*\], but the mesh has 8"):
+        group_of(f"replica_groups={groups}", programs()[0][1])
 
 
 def test_the_texts_are_read_when_whole():

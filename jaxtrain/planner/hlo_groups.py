@@ -107,10 +107,16 @@ def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
 
 
 def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: Layout) -> Group:
-    """Where groups (or the pairs of a permute) lie in the mesh."""
+    """Where groups (or the pairs of a permute) lie in the mesh.
+
+    Raises:
+      ProgramError: a group of no device, or of one that the mesh does not have.
+    """
     hosts = np.array(layout.hosts)
     varies, per_host, crosses = np.zeros(len(layout.sizes), bool), 1, False
     for row in groups:
+        if len(row) == 0 or max(row) >= layout.count:  # a number of 20 digits is none of NumPy's integers
+            raise ProgramError(f"a group of devices {list(row)[:8]}, but the mesh has {layout.count}")
         ids = np.asarray(row)
         places = np.stack(np.unravel_index(ids, layout.sizes))
         varies |= (places != places[:, :1]).any(axis=1)
