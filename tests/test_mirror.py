@@ -55,16 +55,21 @@ def restored(folder, config):
 
 
 @contextlib.contextmanager
-def unreachable(config):
-    """Nothing can be written there."""
+def failing(config, method):
+    """One of the store's methods fails."""
 
     def fail(*arguments, **more):
         raise ConnectionError("the store is away")
 
     store = type(fsspec.url_to_fs(config.mirror)[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "put", fail)
+        patch.setattr(store, method, fail)
         yield
+
+
+def unreachable(config):
+    """Nothing can be written there."""
+    return failing(config, "put")
 
 
 def test_a_lost_folder_comes_back_from_the_newest_copy(tmp_path, config, caplog):
@@ -79,11 +84,28 @@ def test_a_lost_folder_comes_back_from_the_newest_copy(tmp_path, config, caplog)
     assert in_store(config) == [3, 4]
 
 
-def test_a_folder_with_checkpoints_fetches_none(tmp_path, config):
+def test_copies_of_another_run_are_neither_fetched_nor_touched(tmp_path, config):
     save(tmp_path / "run", config, 5)
     save(tmp_path / "other", replace(config, mirror=""), 2)
-    assert restored(tmp_path / "other", config) == 2
-    assert restored(tmp_path / "third", replace(config, resume="never")) is None
+    for folder, resume in (("other", "auto"), ("third", "never")):
+        with pytest.raises(CheckpointError, match="holds the copies of another run than .*; give another URL"):
+            Checkpoints(tmp_path / folder, replace(config, resume=resume))
+    assert in_store(config) == [5]
+    save(tmp_path / "run", config, 6)
+    assert in_store(config) == [5, 6]
+
+
+def test_a_store_that_was_away_at_the_start_is_still_not_taken_from_another_run(tmp_path, config, caplog):
+    save(tmp_path / "run", config, 5)
+    save(tmp_path / "other", replace(config, mirror=""), 2)
+    with failing(config, "exists"), pytest.raises(CheckpointError, match="cannot be read: .*the store is away"):
+        Checkpoints(tmp_path / "empty", config)
+    with failing(config, "exists"):
+        checkpoints = Checkpoints(tmp_path / "other", config)
+    assert "cannot be reached: ConnectionError: the store is away" in caplog.text
+    with pytest.raises(CheckpointError, match="copies of another run"), checkpoints:
+        checkpoints.save(3, state_of(3), {}, wait=True)
+    assert in_store(config) == [5]
 
 
 def test_a_copy_without_its_mark_counts_for_none(tmp_path, config):

@@ -6,6 +6,7 @@ of the environment.
 
     s3://bucket/run/1000/...               the files of the step's folder
     s3://bucket/run/1000/committed.json    written last: a step without it is not whole
+    s3://bucket/run/owner                  a word that stands in the run's own folder too
 
 A rename commits a local step; stores have none, so there the mark does. The arrays are verified when they are restored.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError
 
+OWNER = "owner"
+"""A file with a random word, here (.owner) and in the store: a run does not touch what another one has there."""
 UNDONE_MARK = "rolled_back.json"
 """What the mark of a step is called once the run has gone back before it: its files stay."""
 log = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ class Mirror:
             self._store, self._root = fsspec.url_to_fs(self._url, **own)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.mirror={self._url!r}: {error}") from error
+        self._is_ours = False
         self._wanted: int | None = None
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -53,6 +58,41 @@ class Mirror:
         return sorted(
             int(name) for name, files in self._folders().items() if STEP_NAME.fullmatch(name) and COMMIT_MARK in files
         )
+
+    def open(self, fetch: bool) -> int | None:
+        """Takes possession; with `fetch` also of what another folder has left there: the number of its newest step, now here.
+
+        Without `fetch`, a store that is away is no error before the end of the run.
+
+        Raises:
+          CheckpointError: it holds the copies of another run; or with `fetch`, it cannot be read.
+        """
+        try:
+            self._claim(take_over=fetch)
+        except CheckpointError:
+            raise
+        except Exception as error:  # stores have exceptions of their own
+            if fetch:
+                raise CheckpointError(f"checkpoint.mirror={self._url!r} cannot be read: {cause(error)}") from error
+            log.warning("checkpoint.mirror=%r cannot be reached: %s", self._url, cause(error))
+        return self.bring_back() if fetch else None
+
+    def _claim(self, take_over: bool) -> None:
+        here, there = self._directory / f".{OWNER}", f"{self._root}/{OWNER}"
+        own = here.read_text() if here.exists() else ""
+        self._store.invalidate_cache()
+        theirs = self._store.cat_file(there).decode() if self._store.exists(there) else ""
+        if theirs and theirs != own and not take_over:
+            raise CheckpointError(
+                f"checkpoint.mirror={self._url!r} holds the copies of another run than {self._directory}; give another URL, or "
+                "an empty --run_dir to go on with that run"
+            )
+        word = theirs or own or secrets.token_hex(8)
+        if own != word:
+            here.write_text(word)
+        if not theirs:
+            self._store.pipe_file(there, word.encode())
+        self._is_ours = True
 
     def probe(self, name: str, data: bytes) -> None:
         """Writes an object, reads it back and removes it.
@@ -135,6 +175,8 @@ class Mirror:
                 log.warning("%s; the run's own folder has it, and the next one is tried", self._failure)
 
     def _upload(self, step: int) -> None:
+        if not self._is_ours:
+            self._claim(take_over=False)
         source, folders, mark = self._directory / str(step), self._folders(), f"{self._root}/{step}/{COMMIT_MARK}"
         for later in (int(name) for name in folders if STEP_NAME.fullmatch(name) and int(name) > step):
             if COMMIT_MARK in folders[str(later)]:  # the run has gone back since

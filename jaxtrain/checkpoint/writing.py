@@ -133,10 +133,11 @@ class Checkpoints:
             try:
                 self._mirror, url = Mirror(self.directory, self._config), self._config.mirror
                 steps = committed_steps(self.directory)
-                if steps:
-                    self._mirror.copy(steps[-1])
-                elif self._config.resume != "never" and not self._broken() and (step := self._mirror.bring_back()) is not None:
+                step = self._mirror.open(fetch=self._config.resume != "never" and not steps and not self._broken())
+                if step is not None:
                     log.warning("%s held no checkpoint; step %d was fetched from %s", self.directory, step, url)
+                elif steps:
+                    self._mirror.copy(steps[-1])
             except CheckpointError as error:
                 said = str(error)
         if are_several():  # by the board: a checkpoint on its way takes longer than collectives wait
