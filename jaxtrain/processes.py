@@ -14,6 +14,7 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError, ExplainedError
 
 _PREFIX = "jaxtrain/"
+_TO_THE_DOOR = 0.5  # seconds from saying that one leaves to having left: jax aborts whom the end of the board still finds
 
 
 def _client() -> Any | None:
@@ -119,6 +120,7 @@ def leave(name: str, seconds: float) -> None:
     own, count = int(distributed.global_state.process_id or 0), int(distributed.global_state.num_processes or 1)
     if own == 0:
         _gather(name, count, seconds, first=1)
+        time.sleep(_TO_THE_DOOR)
     else:
         post(f"{name}/{own}", "null")
 
