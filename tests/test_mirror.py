@@ -171,11 +171,12 @@ def test_what_comes_damaged_is_not_trained_on(tmp_path, config):
         restored(tmp_path / "run", config)
 
 
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path, config, monkeypatch):
+@pytest.mark.parametrize("name", ["../../outside", "/outside"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, config, monkeypatch, name):
     save(tmp_path / "run", config, 1)
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr(Mirror, "_folders", lambda self: {"1": {COMMIT_MARK: 1, "../../outside": 1}})
-    with pytest.raises(CheckpointError, match=r"'../../outside', which is no name for a file"):
+    monkeypatch.setattr(Mirror, "_folders", lambda self: {"1": {COMMIT_MARK: 1, name: 1}})
+    with pytest.raises(CheckpointError, match=f"'{name}', which is no name for a file"):
         restored(tmp_path / "run", config)
 
 

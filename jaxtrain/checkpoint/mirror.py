@@ -131,7 +131,7 @@ class Mirror:
         partial = self._directory / f"{step}{PARTIAL}"
         sizes = self._folders()[str(step)]
         for name in sizes:
-            if ".." in Path(name).parts:
+            if name.startswith("/") or ".." in Path(name).parts:
                 raise CheckpointError(f"{self._url}/{step} holds {name!r}, which is no name for a file of a checkpoint")
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
         self._store.get([f"{self._root}/{step}/{name}" for name in sizes], [str(partial / name) for name in sizes])
