@@ -1,4 +1,7 @@
-"""Two real processes train together, stop together, and go on."""
+"""Two real processes without a supervisor: what they refuse, how one ends that loses the other, how they roll back together.
+
+That all stop after the same step and go on from there is held in tests/faults/test_faults.py.
+"""
 
 import json
 import signal
@@ -26,29 +29,6 @@ def losses(folder):
         if "loss" in row:
             assert rows.setdefault(row["step"], row["loss"]) == row["loss"]
     return rows
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The losses of an uninterrupted run of 24 steps, by one process with four devices."""
-    folder = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "jaxtrain.main", *FLAGS, "--train.steps=24", f"--run_dir={folder}"]
-    subprocess.run(command, cwd=ROOT, env=environment(4), check=True, capture_output=True)
-    return losses(folder)
-
-
-def test_one_signal_stops_both_after_the_same_step_and_the_run_goes_on(tmp_path, whole):
-    flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=24"]
-    with started(2, 2, flags, tmp_path) as (first, second):
-        wait_for_line(tmp_path / "0.log", "compiled")
-        second.send_signal(signal.SIGTERM)
-        assert [first.wait(200), second.wait(200)] == [76, 76], (tmp_path / "0.log").read_text()[-2000:]
-    (saved,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert 0 < saved < 24
-    with started(2, 2, flags, tmp_path) as both:
-        assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
-    assert f"from step {saved}" in (tmp_path / "0.log").read_text()
-    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-6)
 
 
 def test_processes_with_different_configs_are_refused(tmp_path):
