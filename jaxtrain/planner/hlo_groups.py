@@ -130,6 +130,9 @@ def group_of(attributes: str, layout: Layout) -> Group:
     """The group of a collective from its attributes: replica groups, or the source-target pairs of a permute."""
     pairs = _PAIRS.search(attributes)
     if pairs:
-        located = locate(np.array(_numbers(pairs.group(1))).reshape(-1, 2), layout)
+        ids = _numbers(pairs.group(1))
+        if len(ids) % 2:
+            raise ProgramError(f"a permute between an odd number of devices: {pairs.group(1)[:200]}")
+        located = locate(list(zip(ids[::2], ids[1::2], strict=True)), layout)
         return replace(located, per_host=1)  # each device sends for itself
     return locate(device_groups(attributes, layout.count), layout)
