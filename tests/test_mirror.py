@@ -98,7 +98,7 @@ def test_copies_of_another_run_are_neither_fetched_nor_touched(tmp_path, config)
 def test_a_store_that_was_away_at_the_start_is_still_not_taken_from_another_run(tmp_path, config, caplog):
     save(tmp_path / "run", config, 5)
     save(tmp_path / "other", replace(config, mirror=""), 2)
-    with failing(config, "exists"), pytest.raises(CheckpointError, match="cannot be read: .*the store is away"):
+    with failing(config, "exists"), pytest.raises(CheckpointError, match="cannot be reached: .*the store is away"):
         Checkpoints(tmp_path / "empty", config)
     with failing(config, "exists"):
         checkpoints = Checkpoints(tmp_path / "other", config)

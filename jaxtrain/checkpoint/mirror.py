@@ -13,10 +13,12 @@ A rename commits a local step; stores have none, so there the mark does. The arr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ OWNER = "owner"
 UNDONE_MARK = "rolled_back.json"
 """What the mark of a step is called once the run has gone back before it: its files stay."""
 log = logging.getLogger(__name__)
+
+
+class Unreachable(CheckpointError):
+    """The store did not answer, or not as it should."""
 
 
 class Mirror:
@@ -65,17 +71,32 @@ class Mirror:
         Without `fetch`, a store that is away is no error before the end of the run.
 
         Raises:
-          CheckpointError: it holds the copies of another run; or with `fetch`, it cannot be read.
+          CheckpointError: it holds the copies of another run; or with `fetch`, it cannot be read, or not whole.
         """
         try:
-            self._claim(take_over=fetch)
+            with self._explained("cannot be reached"):
+                self._claim(take_over=fetch)
+        except Unreachable as error:
+            if fetch:
+                raise
+            log.warning("%s", error)
+        if not fetch:
+            return None
+        with self._explained("cannot be read"):
+            steps = self.steps()
+            if steps:
+                self._fetch(steps[-1])
+        return steps[-1] if steps else None
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Stores have exceptions of their own: they come out as `Unreachable`."""
+        try:
+            yield
         except CheckpointError:
             raise
-        except Exception as error:  # stores have exceptions of their own
-            if fetch:
-                raise CheckpointError(f"checkpoint.mirror={self._url!r} cannot be read: {cause(error)}") from error
-            log.warning("checkpoint.mirror=%r cannot be reached: %s", self._url, cause(error))
-        return self.bring_back() if fetch else None
+        except Exception as error:
+            raise Unreachable(f"checkpoint.mirror={self._url!r} {what}: {cause(error)}") from error
 
     def _claim(self, take_over: bool) -> None:
         here, there = self._directory / f".{OWNER}", f"{self._root}/{OWNER}"
@@ -101,31 +122,12 @@ class Mirror:
           CheckpointError: one of them fails.
         """
         path = f"{self._root}/{name}"
-        try:
+        with self._explained("cannot be written"):
             self._store.pipe_file(path, data)
             same = self._store.cat_file(path) == data
             self._store.rm_file(path)
-        except Exception as error:  # stores have exceptions of their own
-            raise CheckpointError(f"checkpoint.mirror={self._url!r} cannot be written: {cause(error)}") from error
         if not same:
             raise CheckpointError(f"checkpoint.mirror={self._url!r}: what was written is not what is read back")
-
-    def bring_back(self) -> int | None:
-        """Fetches the newest step into the run's folder, and gives its number; None where the store has none.
-
-        Raises:
-          CheckpointError: the store cannot be read, or what came is not what lies there.
-        """
-        try:
-            steps = self.steps()
-            if not steps:
-                return None
-            self._fetch(steps[-1])
-        except CheckpointError:
-            raise
-        except Exception as error:  # stores have exceptions of their own
-            raise CheckpointError(f"nothing can be fetched from checkpoint.mirror={self._url!r}: {cause(error)}") from error
-        return steps[-1]
 
     def _fetch(self, step: int) -> None:
         partial = self._directory / f"{step}{PARTIAL}"

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from jaxtrain.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DataSource,
-    GuardConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from jaxtrain.config import Config, MeshConfig
+from tests.faults import faulty
 
-ROWS, BAD_BATCH = 8, 5
+BAD_BATCH = 5
 
 
 def get_config() -> Config:
-    """Two devices in all. Batches and train steps are wrapped: the product has no switch for that."""
-    poison()
-    return Config(
+    """The tiny run of the fault tests, of two devices. Batches and train steps are wrapped."""
+    base = faulty.get_config()
+    poison(base.train.global_batch_size)
+    return replace(
+        base,
         name="poisoned",
-        model=ModelConfig(
-            num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=257, dtype="float32"
-        ),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), tokenizer="byte", sequence_length=16),
         mesh=MeshConfig(data=2, fsdp=1),
-        optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
-        train=TrainConfig(
-            steps=12, global_batch_size=ROWS, log_every=1, validate_every=0, sample_tokens=0, compilation_cache=""
-        ),
-        checkpoint=CheckpointConfig(every=4),
-        guard=GuardConfig(non_finite="rollback"),
+        train=replace(base.train, steps=12, compilation_cache=""),
+        guard=replace(base.guard, non_finite="rollback", copies="stop"),
     )
 
 
-def poison() -> None:
+def poison(batch_size: int) -> None:
     """Wraps what makes train steps, and what hands out batches."""
     from jaxtrain.data.pipeline import Data
     from tests.train.poison import NAN, poisonable
@@ -50,7 +37,7 @@ def poison() -> None:
     def train_batch(data, number, rows):
         batch = healthy(data, number, rows)
         tokens = np.where(batch["tokens"] >= NAN, 0, batch["tokens"])
-        if number == BAD_BATCH and rows.stop == ROWS:
+        if number == BAD_BATCH and rows.stop == batch_size:
             tokens[-1, 2] = NAN
         return {**batch, "tokens": tokens}
 
