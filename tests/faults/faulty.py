@@ -105,14 +105,16 @@ class Faults:
         self.checkpoints = Path(next(a for a in sys.argv if a.startswith("--run_dir=")).partition("=")[2], "checkpoints")
         self.record = open(folder / f"steps-{process}.jsonl", "a", buffering=1)  # noqa: SIM115, for the life of the process
         self.starter, self.pause = os.environ.get("JAXTRAIN_STARTER", ""), 0.0
+        self.stop_on_signal = None
 
     def install(self) -> None:
         """Wraps what tells of steps and what hands out batches."""
         from jaxtrain.data.pipeline import Data
         from jaxtrain.telemetry.beat import Beat
+        from jaxtrain.train.hooks import StopOnSignal
 
         os.environ.setdefault("JAXTRAIN_BEAT", str(self.folder / f"{self.process}.beat"))  # where no supervisor asks for it
-        tell, batches = Beat.step, Data.train_batches
+        tell, batches, enter = Beat.step, Data.train_batches, StopOnSignal.__enter__
 
         def step(beat, dispatched=None, done=None):
             tell(beat, dispatched, done)
@@ -125,7 +127,11 @@ class Faults:
         def train_batches(data, first_step, rows, *more):
             return Noted(batches(data, first_step, rows, *more), first_step, rows.start, self.note)
 
-        Beat.step, Data.train_batches = step, train_batches
+        def enter_and_note(stop):
+            self.stop_on_signal = enter(stop)
+            return self.stop_on_signal
+
+        Beat.step, Data.train_batches, StopOnSignal.__enter__ = step, train_batches, enter_and_note
 
     def note(self, **row) -> None:
         """A row of the record."""
@@ -161,8 +167,9 @@ class Faults:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def kill_supervisor(self) -> None:
-        """Leaves all its processes behind."""
+        """Leaves all its processes behind; this one goes on when it has been told."""
         os.kill(os.getppid(), signal.SIGKILL)
+        self.hear_of_it()
 
     def kill_in_save(self, step: str) -> None:
         """Dies while that step's checkpoint is being written."""
@@ -191,8 +198,15 @@ class Faults:
         raise RuntimeError("a fault of the test's")
 
     def terminate(self) -> None:
-        """Is asked to end, and nobody else is."""
+        """Is asked to end, alone of all, and goes on when it has heard."""
         os.kill(os.getpid(), signal.SIGTERM)
+        self.hear_of_it()
+
+    def hear_of_it(self) -> None:
+        """Waits for the signal's receipt, which a busy machine puts off: then the step of the stop is known."""
+        until = time.monotonic() + 60
+        while self.stop_on_signal.received is None and time.monotonic() < until:
+            time.sleep(0.005)
 
     def resize(self, processes: str) -> None:
         """The cluster has so many processes from now on."""

@@ -64,6 +64,7 @@ def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, tmp_path_facto
     memory = tmp_path_factory.mktemp("memory")
     flags = [*FLAGS, "--mesh.fsdp=8", f"--run_dir={tmp_path / 'runs' / 'one'}", "--checkpoint.fast_every=5"]
     flags += [f"--checkpoint.fast_dir={memory}", "--checkpoint.mirror=memory://preflight"]
+    started = time.monotonic()
     assert main([*flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     names = [
@@ -84,10 +85,10 @@ def test_what_is_right_passes_and_leaves_nothing_behind(tmp_path, tmp_path_facto
     assert [finding["check"] for finding in said["findings"]] == names
     assert {finding["state"] for finding in said["findings"]} <= {"ok", "warning"}  # slow, on a busy machine
     assert said["good"]
-    assert said["seconds"] < 60
+    assert 0 < said["seconds"] < time.monotonic() - started
     rates = said["findings"][11]["values"]["gigabytes_per_second"]
     assert set(rates) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"}
-    assert all(1e-4 < rate < 1e3 for rate in rates.values())
+    assert all(0 < rate < 1e3 for rate in rates.values())
     assert list(tmp_path.iterdir()) == list(memory.iterdir()) == fsspec.filesystem("memory").find("preflight") == []
 
 
@@ -279,7 +280,7 @@ def test_what_raises_or_hangs_is_a_finding(site, capsys, monkeypatch):
     ended = []
     monkeypatch.setattr("jaxtrain.preflight.checks.os._exit", ended.append)
     with limited("a look", -14.9):
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while not ended and time.monotonic() < until:
             time.sleep(0.01)
     assert ended == [70]
