@@ -32,6 +32,8 @@ class CalibrateConfig:
 
     output: str = "chip.json"
     """File for the result, .json; give it as --hardware to the planner."""
+    overwrite: bool = False
+    """Let --output replace a file that is there."""
     chip: str = "auto"
     """The chip whose figures the measured ones are shares of, by name or as a chip file; auto asks the device."""
     seconds: float = 0.2
@@ -145,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     if not config.output.endswith(ENDINGS[0]):
         raise ExplainedError(f"--output={config.output}: a measured chip is written as {ENDINGS[0]}")
-    check_output("--output", config.output)
+    check_output("--output", config.output, config.overwrite)
     if not 0 < config.seconds <= 60:
         raise ExplainedError(f"--seconds={config.seconds}: give the seconds of one operation, above 0 and up to 60")
     import jax

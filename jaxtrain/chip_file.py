@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxtrain.chip import DTYPE_ALIASES, PEAK_DTYPES, Calibration, Chip
 from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.files import replace_file
 
 ENDINGS = (".json", ".toml")
 
@@ -80,10 +81,10 @@ def write_chip(path: str | Path, chip: Chip) -> None:
     table["peak_flops"] = dict(chip.peak_flops)
     table["calibration"] = chip.calibration and dataclasses.asdict(chip.calibration)
     kept = {name: value for name, value in table.items() if value not in (None, "", {}, ())}
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept, indent=2) + "\n")
+        replace_file(path, json.dumps(kept, indent=2) + "\n")
     except OSError as error:
         raise ExplainedError(f"cannot write {path}: {error.strerror}; give another --output") from error
 

@@ -83,13 +83,19 @@ def nearest(name: str, options: Iterable[object]) -> str:
     return f"did you mean {close[0]!r}? {listing}" if close else listing
 
 
-def check_output(flag: str, path: str) -> None:
-    """Sees that a file can be written, before the work that it is to hold.
+def check_output(flag: str, path: str, overwrite: bool = False) -> None:
+    """Check that a file can be written and replaces none, before the work that it is to hold.
+
+    Args:
+      flag: that names the file, for the message.
+      overwrite: whether a file that is there may be replaced: the verb's flag --overwrite.
 
     Raises:
-      UsageError: it cannot; names the flag.
+      UsageError: it cannot, or it is there; names the flag.
     """
     file = Path(path).expanduser()
+    if file.is_file() and not overwrite:
+        raise UsageError(f"{flag}={path}: there is a file already; give --overwrite to replace it, or another name")
     if file.is_dir():
         why = "that is a folder"
     elif not file.parent.is_dir():

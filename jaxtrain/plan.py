@@ -22,6 +22,7 @@ import tyro
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig, parse_with_flags
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
+from jaxtrain.files import replace_file
 from jaxtrain.hardware import load_chip
 from jaxtrain.main import explained
 from jaxtrain.planner.estimates import Cluster, Estimate
@@ -67,6 +68,8 @@ class Flags:
     """Save the best layout as a config file, which jaxtrain.main runs unchanged."""
     html: str = ""
     """Save the answer as one page with pictures."""
+    overwrite: bool = False
+    """Let --write and --html replace a file that is there."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -93,7 +96,7 @@ def check_flags(flags: Flags) -> None:
         if getattr(flags, name) and (flags.explain or flags.sweep):
             raise UsageError(f"--{name} saves the best layout of a search; leave out --explain and --sweep")
         if getattr(flags, name):
-            check_output(f"--{name}", getattr(flags, name))
+            check_output(f"--{name}", getattr(flags, name), flags.overwrite)
 
 
 def make_cluster(flags: Flags) -> Cluster:
@@ -192,7 +195,7 @@ def save(plan: Any, flags: Flags) -> None:
         from jaxtrain.planner.page import render
 
         try:
-            Path(flags.html).write_text(render(plan))
+            replace_file(Path(flags.html).expanduser(), render(plan))
         except OSError as error:
             raise ExplainedError(
                 f"--html={flags.html}: {error.strerror}; give a file in a folder that can be written"

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.files import replacing
 
 LONGEST_HEADER = 100_000_000
 MOST_DIMS = 32  # of NumPy arrays, before 2.0
@@ -121,18 +122,10 @@ def write_safetensors(path: os.PathLike | str, arrays: Mapping[str, np.ndarray],
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, place]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with open(beside, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path, durable=True) as beside, open(beside, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Refused(Exception):

@@ -119,6 +119,11 @@ def test_the_verb_writes_what_hardware_reads(tmp_path, monkeypatch, capsys):
     assert "700 TFLOP/s" in printed
     assert "simulated" in printed
     assert f"--hardware={output}" in printed
+    with pytest.raises(ExplainedError, match="there is a file already; give --overwrite to replace it"):
+        calibrate.main(["--output", str(output), "--chip", "h200"])
+    output.write_text("replaced")
+    assert calibrate.main(["--output", str(output), "--chip", "h200", "--overwrite"]) == 0
+    assert load_chip(str(output)) == chip
 
 
 @pytest.mark.parametrize("flag", ["--output=chip.toml", "--output=no/folder/chip.json", "--seconds=0", "--chip=h201"])

@@ -17,6 +17,7 @@ FLOORS = {
     "chip_file": 0,
     "hardware": 0,
     "errors": 0,
+    "files": 0,
     "mesh": 1,
     "processes": 1,
     "safetensors": 1,
@@ -77,6 +78,7 @@ SAME_FLOOR = {
     ("hardware", "chip_file"),
     ("chip_file", "chip"),
     ("chip_file", "errors"),
+    ("chip_file", "files"),
     ("models", "parallel"),
     ("bench", "main"),
     ("calibrate", "main"),
@@ -87,7 +89,7 @@ SAME_FLOOR = {
     ("plan", "main"),
     ("replay", "main"),
 }
-NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors")
+NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors", "files")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtrain.config import load_config
 from jaxtrain.config_rules import validate
-from jaxtrain.errors import ExplainedError
+from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.plan import main
 
 SEVEN = ["--config=configs/7b.py"]
@@ -85,7 +85,9 @@ def test_a_search_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "<!doctype html>" in page.read_text()
     best = load_config(config)
     assert validate(best, 8) == best  # what main runs, unchanged
-    assert main([*SMALL, "--json"]) == 0
+    with pytest.raises(UsageError, match=r"--write=.*best.py: there is a file already; give --overwrite"):
+        main(arguments)
+    assert main([*SMALL, f"--html={page}", "--overwrite", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ranked"][0]["mesh"] == {axis: size for axis, size in found["best_config"]["mesh"].items() if size > 1}
     assert tuple(found["best_config"]["mesh"].values()) == best.mesh.shape

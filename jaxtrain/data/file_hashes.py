@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxtrain.data.progress import progress
 from jaxtrain.errors import DataError
+from jaxtrain.files import replace_file
 
 READ_BYTES = 1 << 22
 # A file changed again within the clock's grain keeps its time stamp, so a stamp younger than this proves nothing yet.
@@ -87,6 +88,4 @@ def _read_note(path: Path) -> dict[str, list]:
 def _write_note(path: Path, note: dict[str, list]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(note))

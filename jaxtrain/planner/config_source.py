@@ -9,6 +9,7 @@ from typing import Any
 import jaxtrain.config
 from jaxtrain.config import Config, load_config
 from jaxtrain.errors import ExplainedError
+from jaxtrain.files import replace_file
 
 WIDTH = 128
 
@@ -34,11 +35,11 @@ def write_config(config: Config, path: str, docstring: str) -> None:
     Raises:
       ExplainedError: the file cannot be written.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.suffix != ".py":
         raise ExplainedError(f"--write={path}: a config is a Python file; give a name that ends in .py")
     try:
-        file.write_text(config_source(config, docstring))
+        replace_file(file, config_source(config, docstring))
     except OSError as error:
         raise ExplainedError(f"--write={path}: {error.strerror}; give a file in a folder that can be written") from error
     assert load_config(file) == config, f"{path} does not give the config that was written to it"

@@ -26,6 +26,7 @@ from typing import Any
 from jaxtrain.config import Config, load_config, to_json
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
+from jaxtrain.files import replace_file
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Entry, collectives, totals, uncovered
@@ -171,9 +172,7 @@ def compare(layout: Layout, cache: Path) -> Comparison:
         kept[key] = dataclasses.asdict(deviceless.report_in_subprocess(config))
         kept[key]["layout"] = layout.name
         cache.parent.mkdir(parents=True, exist_ok=True)
-        written = cache.with_suffix(".new")
-        written.write_text(json.dumps(_read(cache) | kept))
-        written.replace(cache)
+        replace_file(cache, json.dumps(_read(cache) | kept))
     return Comparison(layout, estimate_memory(config), _report(kept[key]))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxtrain.errors import UsageError, check_output
+from jaxtrain.files import replacing
 from jaxtrain.telemetry.metrics import read_rows
 
 if TYPE_CHECKING:
@@ -106,9 +109,8 @@ def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: s
         draw(figure)
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=13.5, fontweight="bold")
-        beside = Path(png_path).with_name(Path(png_path).name + ".new")
-        figure.savefig(beside, dpi=dots_per_inch, format="png")
-        beside.replace(png_path)
+        with replacing(png_path) as beside:
+            figure.savefig(beside, dpi=dots_per_inch, format="png")
 
 
 def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -206,9 +208,23 @@ def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws the runs in the given folders, each under the folder's name, into the picture named first."""
-    picture, *folders = map(Path, arguments)
-    plot_comparison({folder.name: folder / "metrics.jsonl" for folder in folders}, picture)
+    """Draw the runs in the given folders, each under the folder's name, into the picture named first."""
+    parser = argparse.ArgumentParser("python -m jaxtrain.telemetry.plots", description="Draw several runs into one picture.")
+    parser.add_argument("picture", help="PNG file to write")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, each with its metrics.jsonl")
+    parser.add_argument("--title", default="", help="stands above the picture")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    flags = parser.parse_args(arguments)
+    if not flags.picture.endswith(".png"):
+        parser.error(f"{flags.picture}: a picture is a PNG file; give a name that ends in .png")
+    for run in flags.runs:
+        if not read_rows(run / "metrics.jsonl"):
+            parser.error(f"{run} is no folder of a run: it has no metrics.jsonl with rows in it")
+    try:
+        check_output("picture", flags.picture, flags.overwrite)
+    except UsageError as error:
+        parser.error(str(error))
+    plot_comparison({run.name: run / "metrics.jsonl" for run in flags.runs}, Path(flags.picture).expanduser(), flags.title)
 
 
 if __name__ == "__main__":

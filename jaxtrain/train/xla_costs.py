@@ -13,7 +13,6 @@ guess: a wrong profile makes a slower program, never a wrong one.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config
+from jaxtrain.files import replace_file
 from jaxtrain.hardware import chip_of_device_kind
 from jaxtrain.planner.hlo_collectives import instruction_seconds
 from jaxtrain.planner.hlo_groups import layout_of
@@ -55,7 +55,5 @@ def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     directory = Path(folder).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    replace_file(path, text)
     return path

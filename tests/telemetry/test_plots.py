@@ -64,3 +64,18 @@ def test_runs_are_compared_in_one_picture(tmp_path):
     pixels = matplotlib.image.imread(picture, format="png")
     assert pixels.shape[:2] == (690, 1650)
     assert pixels[..., :3].std() > 0.05
+    with pytest.raises(SystemExit) as refused:
+        main([str(picture), str(tmp_path / "one")])
+    assert refused.value.code == 2
+    main([str(picture), str(tmp_path / "one"), "--overwrite"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["picture.png"], ["picture.pdf", "one"], ["picture.png", "nowhere"]])
+def test_wrong_usage_draws_nothing(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "metrics.jsonl", TRAINING)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == (0 if arguments == ["--help"] else 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

@@ -1,0 +1,224 @@
+"""Files that stand beside checkpoints: how one is replaced, and what happens where one cannot be written.
+
+A run goes on without any of them. Where the disk is full, over quota, read-only or away, the run says so once for each file,
+keeps in memory what the file lacks, tries again with every further write, and says once when the file has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+MOST_RECORDS, MOST_BYTES = 100_000, 64 << 20
+"""Records and bytes of one file that are kept in memory while it cannot be written; beyond that the oldest are dropped."""
+
+Say = Callable[[str], None]
+
+
+def log_warning(text: str) -> None:
+    """Log a line of a run as a warning: where no display shows it."""
+    logging.getLogger(__name__).warning("%s", text.removeprefix("warning    "))
+
+
+@contextlib.contextmanager
+def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path` to write; where the block ends well it takes the place of `path`, else it vanishes.
+
+    A reader, and a crash at any moment, sees the old file or the new one, whole. A link stays a link, to the new content.
+
+    Args:
+      durable: flush the new file to the disk before it takes the place, so that it also survives a power cut.
+
+    Raises:
+      OSError: it cannot be written; `path` is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
+    try:
+        yield beside
+        if durable:
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = False) -> None:
+    """Give `path` a new content in one move (see `replacing`). What is no regular file, as /dev/stdout, is written to.
+
+    Raises:
+      OSError: it cannot be written; `path` is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_bytes(data)
+        return
+    with replacing(path, durable) as beside:
+        beside.write_bytes(data)
+
+
+def whole_lines(path: Path) -> int:
+    """Return the bytes of a file up to its last line end: a process that was killed may have left half a line."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+class Tolerance:
+    """Says once that something cannot be written, and once that it can again.
+
+    Args:
+      what: is written, for the messages.
+      say: takes a line.
+    """
+
+    def __init__(self, what: object, say: Say):
+        self._what, self._say = what, say
+        self.failing = False
+        """Whether the newest attempt failed."""
+
+    def attempt(self, work: Callable[[], None], kept: str = "") -> bool:
+        """Do the work; return whether it succeeded. An OSError is told, unless the attempt before failed too.
+
+        Args:
+          kept: what becomes of what was to be written, for the message.
+        """
+        try:
+            work()
+        except OSError as error:
+            if not self.failing:
+                self.failing = True
+                rest = f"; {kept}" if kept else ""
+                self._say(f"warning    {self._what} cannot be written: {error.strerror or error}{rest}; the run goes on")
+            return False
+        if self.failing:
+            self.failing = False
+            self._say(f"written    {self._what} again")
+        return True
+
+
+class AppendedFile:
+    """A file that records are appended to, each whole or not at all; what cannot be written waits in memory. One writer a file.
+
+    Args:
+      path: the file; its folder is made when it is first written.
+      say: takes a line when it cannot be written, and when it can again.
+      keep: how many bytes of what is there already count; the rest is cut off when the file is opened.
+    """
+
+    def __init__(self, path: Path, say: Say, keep: Callable[[Path], int] = whole_lines):
+        self.path = path
+        self._keep, self._say = keep, say
+        self._tolerance = Tolerance(path, say)
+        self._pending: deque[bytes] = deque()
+        self._pending_bytes = self._dropped = 0
+        self._lock = threading.RLock()
+        self._descriptor: int | None = None
+        self._size: int | None = None
+        """Bytes of the file that are known to be whole records; None before it was first opened."""
+
+    def append(self, record: bytes) -> None:
+        """Write the record, and before it whatever could not be written so far."""
+        with self._lock:
+            self._pending.append(record)
+            self._pending_bytes += len(record)
+            while len(self._pending) > MOST_RECORDS or self._pending_bytes > MOST_BYTES:
+                self._pending_bytes -= len(self._pending.popleft())
+                self._dropped += 1
+            self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; return whether nothing waits any more."""
+        with self._lock:
+            return not self._pending or self._tolerance.attempt(self._write_pending, "what it lacks is kept in memory")
+
+    def close(self) -> None:
+        """Try once more to write what waits, and say what is lost for good. Safe to call twice."""
+        self.flush()
+        if self._pending or self._dropped:
+            self._say(f"warning    {self.path} lacks {len(self._pending) + self._dropped} records that could not be written")
+            self._pending.clear()
+            self._dropped = 0
+        self._release()
+
+    def _write_pending(self) -> None:
+        if self._descriptor is None:
+            self._open()
+        while self._pending:
+            self._write(self._pending[0])
+            self._pending_bytes -= len(self._pending.popleft())
+
+    def _open(self) -> None:
+        """Open the file, and cut off what does not count of what is there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._size is None:
+            self._size = self._keep(self.path) if self.path.exists() else 0
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            there = os.fstat(descriptor).st_size
+            if there > self._size:
+                os.ftruncate(descriptor, self._size)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._size, self._descriptor = min(there, self._size), descriptor
+
+    def _write(self, record: bytes) -> None:
+        """Append one record; where that fails the file is cut back to where it was, and opened anew for the next attempt."""
+        assert self._descriptor is not None
+        assert self._size is not None
+        rest = memoryview(record)
+        try:
+            while rest:  # a full disk or a signal can cut a write short
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            self._release()
+            raise
+        self._size += len(record)
+
+    def _release(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # a delayed error of a network file system
+                os.close(self._descriptor)
+        self._descriptor = None
+
+
+class ReplacedFiles:
+    """Files that are written whole. The newest content of one that cannot be written waits in memory for `retry`.
+
+    Args:
+      say: takes a line when a file cannot be written, and when it can again.
+    """
+
+    def __init__(self, say: Say):
+        self._say = say
+        self._tolerances: dict[Path, Tolerance] = {}
+        self._pending: dict[Path, tuple[str | bytes, bool]] = {}
+
+    def write(self, path: Path, content: str | bytes, durable: bool = False) -> bool:
+        """Give the file its content (see `replace_file`); return whether it has it."""
+        self._pending[path] = content, durable
+        return self._attempt(path)
+
+    def retry(self) -> None:
+        """Try again what could not be written. Costs nothing where there is nothing."""
+        for path in tuple(self._pending):
+            self._attempt(path)
+
+    def _attempt(self, path: Path) -> bool:
+        tolerance = self._tolerances.setdefault(path, Tolerance(path, self._say))
+        written = tolerance.attempt(lambda: self._replace(path), "its content is kept in memory")
+        if written:
+            del self._pending[path]
+        return written
+
+    def _replace(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, *self._pending[path])
