@@ -12,22 +12,27 @@ from typing import Any
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.jax_private import distributed_state
 
 _PREFIX = "jaxtrain/"
 _TO_THE_DOOR = 0.5  # seconds from saying that one leaves to having left: jax aborts whom the end of the board still finds
 
 
 def _client() -> Any | None:
-    from jax._src import distributed  # jax has no public way to the store that its own multihost_utils use
+    return distributed_state().client
 
-    return distributed.global_state.client
+
+def _own_index() -> int:
+    return int(distributed_state().process_id or 0)
+
+
+def _count() -> int:
+    return int(distributed_state().num_processes or 1)
 
 
 def are_several() -> bool:
     """Whether this process is one of a run of several."""
-    from jax._src import distributed
-
-    return distributed.global_state.client is not None and (distributed.global_state.num_processes or 1) > 1
+    return _client() is not None and _count() > 1
 
 
 def post(key: str, value: str) -> bool:
@@ -99,9 +104,7 @@ def exchange(name: str, value: Any, seconds: float) -> list[Any]:
     """
     if not are_several():
         return [json.loads(json.dumps(value))]
-    from jax._src import distributed
-
-    own, count = int(distributed.global_state.process_id or 0), int(distributed.global_state.num_processes or 1)
+    own, count = _own_index(), _count()
     post(f"{name}/{own}", json.dumps(value))
     if own == 0:
         post(f"{name}/all", json.dumps(_gather(name, count, seconds)))
@@ -115,9 +118,7 @@ def leave(name: str, seconds: float) -> None:
     """Before the processes end for different reasons, or with an error: process 0, on which the board is, goes last."""
     if not are_several():
         return
-    from jax._src import distributed
-
-    own, count = int(distributed.global_state.process_id or 0), int(distributed.global_state.num_processes or 1)
+    own, count = _own_index(), _count()
     if own == 0:
         _gather(name, count, seconds, first=1)
         time.sleep(_TO_THE_DOOR)

@@ -18,6 +18,7 @@ FLOORS = {
     "hardware": 0,
     "errors": 0,
     "files": 0,
+    "jax_private": 0,
     "mesh": 1,
     "processes": 1,
     "safetensors": 1,
@@ -159,6 +160,12 @@ def test_the_ground_floor_imports_nothing_slow(module: str):
     assert not {name.partition(".")[0] for name in imported_names(MODULES[module])} & SLOW_OUTSIDE
 
 
+def test_one_module_knows_what_jax_keeps_private():
+    """`jax._src` changes without notice: what is used of it is in jax_private.py, and tests/test_jax_private.py holds it."""
+    using = {m for m, path in MODULES.items() if any(name.startswith("jax._src") for name in imported_names(path))}
+    assert using == {"jax_private"}
+
+
 def test_schedules_are_tables_of_numpy():
     """`parallel.pipeline_schedule` is read by planners and tests that have no device: no jax."""
     outside = {name.partition(".")[0] for name in imported_names(MODULES["parallel.pipeline_schedule"])}
@@ -168,6 +175,6 @@ def test_schedules_are_tables_of_numpy():
 def test_nothing_starts_jax_by_being_imported():
     """Importing every module leaves no backend initialised: distributed start-up must come first."""
     names = ", ".join(f"jaxtrain.{module}" for module in MODULES)
-    program = f"import {names}\nfrom jax._src import xla_bridge\nprint(xla_bridge.backends_are_initialized())"
+    program = f"import {names}\nprint(jaxtrain.jax_private.backends_are_initialized())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
 
 LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
@@ -55,8 +56,7 @@ def cudnn_attention(
 
 def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
     """The static parameters of JAX's cuDNN primitives."""
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
+    library = fused_attention()
     return {
         "scale": 1 / math.sqrt(head_dim),
         "seed": 42,
@@ -70,8 +70,7 @@ def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str
 
 def _operands(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule) -> list[jax.Array]:
     """Queries, keys, values and the mask as a bias, then the six operands of packed and paged layouts, which are not used."""
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
+    library = fused_attention()
     unused = jnp.zeros(0, q.dtype)
     dense = _dense_mask(mask, rule, q.shape[1], k.shape[1])
     bias: Any = unused if dense is None else library.combine_bias_and_mask(None, dense, q.dtype)
@@ -82,15 +81,14 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
     """Attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
 
     `jax.nn.dot_product_attention(return_residual=True)` would round the logsumexp to the queries' dtype, and its derivative
-    knows nothing of other pieces; so this speaks to the primitive below it (jax/_src/cudnn/fused_attention_stablehlo.py, the
+    knows nothing of other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the
     same in jax 0.10.2 and 0.11.1). cuDNN's softmax statistics are max + log(sum(exp(logit - max))) of the scaled logits, the
     natural logsumexp (arXiv:2307.08691, section 3.1.1).
 
     Returns:
       o_BLHM in the queries' dtype and logsumexp_BLH float32.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
+    library = fused_attention()
     library.check_cudnn_version()  # raises where the library is missing
     q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
     operands = _operands(q, k, v, mask, rule)
@@ -117,8 +115,7 @@ def cudnn_piece_gradients(
     Returns:
       dq_BLHN, dk_BLKN, dv_BLKM in the queries' dtype.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
+    library = fused_attention()
     q, k, v, o, do = _one_width(q_BLHN, k_BLKN, v_BLKM, o_BLHM.astype(q_BLHN.dtype), do_BLHM.astype(q_BLHN.dtype))
     operands = _operands(q, k, v, mask, rule)
     settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)

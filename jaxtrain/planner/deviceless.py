@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
+from jaxtrain.jax_private import backends_are_initialized, fused_attention
 from jaxtrain.planner.hlo import matmul_flops
 from jaxtrain.planner.hlo_collectives import Row, read_collectives, table
 from jaxtrain.planner.hlo_groups import layout_of
@@ -82,9 +83,8 @@ def require_plugin() -> None:
 
 def _require_cpu_backend() -> None:
     import jax
-    from jax._src import xla_bridge
 
-    if not xla_bridge.backends_are_initialized():
+    if not backends_are_initialized():
         jax.config.update("jax_platforms", "cpu")
     if (jax.config.jax_platforms or "") != "cpu":  # type: ignore[attr-defined]
         raise ExplainedError(
@@ -123,7 +123,6 @@ def cudnn_without_a_gpu(compute_capability: tuple[int, int]) -> Iterator[None]:
     JAX asks libcudnn for nothing but its version, and its own backend, here the CPU's, for the GPU's capability: without an
     answer it takes no head wider than 128, and no values narrower than keys (multi-head latent attention).
     """
-    import jax._src.cudnn.fused_attention_stablehlo as fused_attention
 
     def parse(capability: str) -> tuple[int, ...]:
         return tuple(int(part) for part in capability.split("."))
@@ -133,10 +132,11 @@ def cudnn_without_a_gpu(compute_capability: tuple[int, int]) -> Iterator[None]:
         "check_compute_capability": lambda least: compute_capability >= parse(least),
         "is_cuda_compute_capability_equal": lambda wanted: compute_capability == parse(wanted),
     }
+    library = fused_attention()
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
-            stack.callback(setattr, fused_attention, name, getattr(fused_attention, name))
-            setattr(fused_attention, name, answer)
+            stack.callback(setattr, library, name, getattr(library, name))
+            setattr(library, name, answer)
         yield
 
 

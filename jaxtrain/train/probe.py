@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config, ModelConfig, SyncConfig
+from jaxtrain.jax_private import user_frame
 from jaxtrain.models.decoder import STACKED, Decoder, parameter_dims
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
@@ -120,9 +121,7 @@ def _all(flags: Any) -> jax.Array:
 
 def _describe(eqn: Any, name: str | None) -> str:
     """ "mlp_hidden: mul in mlp_block, models/layers.py:112" """
-    from jax._src import source_info_util  # jax has no public way to the line that an equation comes from
-
-    frame = source_info_util.user_frame(eqn.source_info.traceback)
+    frame = user_frame(eqn.source_info.traceback)
     place = f", {'/'.join(Path(frame.file_name).parts[-2:])}:{frame.start_line}" if frame else ""
     scope = str(eqn.source_info.name_stack)
     function = eqn.params.get("name", "")  # of a custom_vjp_call, which is looked at as a whole

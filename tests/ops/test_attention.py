@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from jaxtrain.errors import ExplainedError
+from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention import BLOCKWISE_FROM_LENGTH, attention, choose_backend, cudnn_attention
 from jaxtrain.ops.attention_blockwise import blockwise_attention
 
@@ -195,11 +196,9 @@ def test_an_explicit_request_is_granted_or_refused():
 @pytest.mark.parametrize("masked", [False, True])
 def test_cudnn_traces_and_saving_its_primitive_spares_the_second_forward(monkeypatch, masked):
     """Traced only: there is no GPU to run it on. The version query is the one thing that needs the library."""
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
     from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 
-    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention(), "check_cudnn_version", lambda: 91000)
     (q, k, v, _), segments = draw(0, 2, 32, 4, 2, 16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     compute = functools.partial(cudnn_attention, segments_BL=segments if masked else None)

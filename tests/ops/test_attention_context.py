@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import MESH_AXES
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
+from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention import reference_attention
 from jaxtrain.ops.attention_context import Plan, choose_context_attention, context_attention, needed_steps
 from jaxtrain.ops.attention_mask import Mask, Rule
@@ -317,9 +318,7 @@ def piece(rule, mask, length=64):
 @pytest.mark.parametrize(("rule", "mask"), PIECES)
 def test_pieces_trace_with_cudnn(monkeypatch, rule, mask):
     """Traced only: there is no GPU to run it on. Shapes, dtypes and the kernels' own parameters are checked by JAX."""
-    from jax._src.cudnn import fused_attention_stablehlo as library
-
-    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention(), "check_cudnn_version", lambda: 91000)
     (q, k, v, do), mask = piece(rule, mask)
 
     def both(q, k, v, do):
