@@ -1,9 +1,14 @@
 """Fake CPU devices and quick compiles, to be asked for before jax is first imported; child processes inherit both."""
 
 import os
+from importlib.metadata import version
 
 # Programs that run for milliseconds: XLA compiles them in half the time without LLVM's passes and its own fusion emitters.
-FLAGS = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# XLA ends a process that names a flag it does not know: jaxlib 0.12 has no fusion emitters to switch off.
+_JAXLIB = tuple(map(int, version("jaxlib").split(".")[:2]))
+FLAGS = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if _JAXLIB < (0, 11) else ""
+)
 
 
 def fake_devices(number: int) -> None:
