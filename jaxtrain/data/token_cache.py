@@ -13,8 +13,9 @@ from pathlib import Path
 
 from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts
 from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
 from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
-from jaxtrain.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer, train_bpe
+from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 
 BATCH_CHARACTERS = 1 << 21  # text handed to the tokenizer at once: enough for its threads, little for memory

@@ -88,8 +88,17 @@ class StreamWriter:
         self._file = path.open("wb")
 
     def append(self, text: str, ids: np.ndarray) -> None:
-        """Adds one document: its text, only measured, and its ids, [length]. Raises OSError."""
-        self._write(np.array([self._tokenizer.separator]))
+        """Add one document: its text, only measured, and its ids, [length].
+
+        Raises OSError; DataError where the separator is among the ids.
+        """
+        separator = self._tokenizer.separator
+        if (inside := np.flatnonzero(ids == separator)).size:
+            raise DataError(
+                f"tokenizer {self._tokenizer_name}: gave the id {separator} that separates documents at position {inside[0]} "
+                f"of the document that begins {text[:60]!r}; use a tokenizer with a separator of its own"
+            )
+        self._write(np.array([separator]))
         self._write(ids)
         content = text.encode()
         self._documents += 1

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.json_tokenizer import JsonTokenizer
 from jaxtrain.errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
 NO_TOKENIZER = "none"
-# The usual names of the token that ends a document, then of the one that begins it, best first.
-SEPARATOR_NAMES = (
-    END_OF_TEXT,
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "<｜end▁of▁sentence｜>",
-    "<|begin_of_text|>",
-    "<s>",
-    "<bos>",
-    "<|startoftext|>",
-)
 KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens), a tokenizer.json, or a SentencePiece .model"
 
 
@@ -103,50 +90,6 @@ class IdTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The ids as numbers with spaces between."""
         return " ".join(str(int(i)) for i in ids)
-
-
-class JsonTokenizer:
-    """A HuggingFace `tokenizer.json`, read by the `tokenizers` library.
-
-    Special tokens spelled out in the text are encoded as plain text: a document cannot fake the end of itself. Nothing is
-    added, cut off or padded, whatever the file asks for.
-    """
-
-    def __init__(self, content: str, where: str, eos_name: str | None = None):
-        """`content` of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
-
-        Raises DataError for broken content, or where no token can serve as the separator.
-        """
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_str(content)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{where}: not a tokenizer.json ({error})") from error
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        names = [END_OF_TEXT, *([eos_name] if eos_name else []), *SEPARATOR_NAMES]
-        found = [name for name in names if name in vocabulary]
-        if not found:
-            raise DataError(f"{where}: has no token to put between documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.separator = vocabulary[found[0]]
-        self.fingerprint = hashlib.sha256(f"json-1 {self.separator} {content}".encode()).hexdigest()[:32]
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, [length] int32."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids, without special tokens."""
-        return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
 
 
 class SentencePieceTokenizer:
@@ -228,24 +171,3 @@ def _eos_name(path: Path) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Trains a byte-level BPE (Sennrich et al. 2016, on GPT-2's byte alphabet and word boundaries); gives its tokenizer.json.
-
-    Ids: 0 is <|endoftext|>, then the 256 bytes, then merges. A small text may yield fewer than `vocab_size`.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return backend.to_str(pretty=True)

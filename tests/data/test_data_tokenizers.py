@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.tokenizers import ByteTokenizer, IdTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
+from jaxtrain.data.tokenizers import ByteTokenizer, IdTokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 
 TEXTS = ["for i in range(10):\n    print('été', i)\n", "alpha beta ☃ γάμμα", "return 0\n\n\treturn 1"] * 5

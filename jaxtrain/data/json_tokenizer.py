@@ -1,0 +1,176 @@
+"""A HuggingFace `tokenizer.json` as a tokenizer whose separator no text can spell; and the training of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# The usual names of the token that ends a document, then of the one that begins it, best first.
+SEPARATOR_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<｜end▁of▁sentence｜>",
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "<|startoftext|>",
+)
+
+
+class JsonTokenizer:
+    """A HuggingFace `tokenizer.json`, read by the `tokenizers` library.
+
+    The separator is the first that the vocabulary has of: <|endoftext|>; <|end_of_text|>; the eos_token of the
+    tokenizer_config.json beside the file; the other SEPARATOR_NAMES, ends before beginnings. An added token is preferred to
+    a piece of the model, and both to the token for unknown characters.
+
+    Control tokens (those called special, and the separator) that are spelled out in the text are encoded as the plain text
+    that they are, so a document cannot hold its own end. Nothing is added, cut off, padded or left to chance (dropout),
+    whatever the file asks for.
+    """
+
+    def __init__(self, content: str, where: str, eos_name: str | None = None):
+        """Reads `content`, that of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
+
+        Raises DataError for broken content, or where no token can serve as the separator.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        self._where = where
+        try:
+            description = json.loads(content)
+            separator = _separator_name(description, eos_name)
+            separator = _hide_control_tokens(description, separator) if separator else ""
+            self._backend = Backend.from_str(json.dumps(description))
+        except BaseException as error:  # the library raises bare Exception, and panics of its own that are not even that
+            raise DataError(f"{where}: not a tokenizer.json ({reason(error)})") from error
+        if not separator:
+            raise DataError(f"{where}: has no token to put between documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
+        self._backend.encode_special_tokens = True
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.separator = vocabulary[separator]
+        self.fingerprint = hashlib.sha256(f"json-2 {self.separator} {content}".encode()).hexdigest()[:32]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of the text, [length] int32. Raises DataError like `encode_batch`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return `encode` of each text, on all cores. Raises DataError where the library fails on one."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            raise DataError(f"{self._where}: the tokenizer fails on {self._culprit(texts)} ({reason(error)})") from error
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _culprit(self, texts: Sequence[str]) -> str:
+        """Name the first text that cannot be encoded."""
+        for text in texts:
+            try:
+                self._backend.encode(text, add_special_tokens=False)
+            except BaseException:
+                return f"the text that begins {text[:60]!r}"
+        return f"a batch of {len(texts)} texts"
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of the ids, without control tokens."""
+        return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what a tokenizer's library says; an interrupt, or an exit, is raised again."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+        raise error
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _pieces(model: dict[str, Any]) -> set[str]:
+    """Return the vocabulary of the model itself; Unigram lists [piece, score], the others map pieces to ids."""
+    vocabulary = model["vocab"]
+    return set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """Return the piece that stands for what the model does not know, if it has one."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _separator_name(description: dict[str, Any], eos_name: str | None) -> str | None:
+    """Return the token to put between documents, by the rule that JsonTokenizer states; None where there is none."""
+    names = [*SEPARATOR_NAMES[:2], *([eos_name] if eos_name else []), *SEPARATOR_NAMES[2:]]
+    added = {token["content"] for token in description.get("added_tokens") or []}
+    pieces, unknown = _pieces(description["model"]), _unknown(description["model"])
+    found = [name for name in names if name in added] + [name for name in names if name in pieces]
+    return next((name for name in found if name != unknown), found[0] if found else None)
+
+
+def _hide_control_tokens(description: dict[str, Any], separator: str) -> str:
+    """Give every control token a name that no text holds, in place, and return that of the separator.
+
+    The library passes over special added tokens where they are spelled out (encode_special_tokens), but not over others, and
+    a model finds what is in its own vocabulary: the </s> of T5 is a piece of score 0, which no other spelling can beat. What
+    a token is called is of no matter to its id, so under another name it is out of reach for every kind of model.
+    """
+    model, tokens = description["model"], description.get("added_tokens") or []
+    secret = secrets.token_hex(16)  # not a function of the file, or a text could hold it
+    control = [token["content"] for token in tokens if token["special"]]
+    control = [separator, *(name for name in control if name not in (separator, _unknown(model)))]
+    hidden = {name: f"{secret}-{i}" for i, name in enumerate(control)}
+    for token in tokens:
+        if token["content"] in hidden:
+            token |= {"content": hidden[token["content"]], "special": True, "normalized": False}
+    if not hidden.keys().isdisjoint(_pieces(model)):
+        _rename_pieces(model, hidden)
+    model.pop("dropout", None)
+    description |= {"truncation": None, "padding": None, "post_processor": None}
+    return hidden[separator]
+
+
+def _rename_pieces(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Rename pieces of the model's own vocabulary, and drop the merges of a BPE that would make them or use them."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        model["merges"] = [[a, b] for a, b in merges if not {a, b, a + b[prefix:]} & names.keys()]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Train a byte-level BPE (Sennrich et al. 2016, on GPT-2's byte alphabet and word boundaries); return its tokenizer.json.
+
+    Ids: 0 is <|endoftext|>, then the 256 bytes, then merges. A small text may yield fewer than `vocab_size`.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str(pretty=True)
