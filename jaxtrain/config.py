@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
+from jaxtrain.paths import user_path
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
 VOCAB_MULTIPLE = 128
@@ -502,7 +503,7 @@ class Config:
     @property
     def directory(self) -> Path:
         """run_dir, or runs/NAME where none is given."""
-        return Path(self.run_dir).expanduser() if self.run_dir else Path("runs") / self.name
+        return user_path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +548,7 @@ def _from_plain(value: Any, hint: Any, path: str) -> Any:
 
 def load_config(path: str | Path) -> Config:
     """Runs a config file and calls its `get_config()`. The file is Python code, and is trusted as such."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py"))
         hint = nearest(path.name, beside) if beside else f"there is no .py file in {path.parent.resolve()}; see configs/"

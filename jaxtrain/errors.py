@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from pathlib import Path
+
+from jaxtrain.paths import user_path
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -93,7 +94,7 @@ def check_output(flag: str, path: str, overwrite: bool = False) -> None:
     Raises:
       UsageError: it cannot, or it is there; names the flag.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.is_file() and not overwrite:
         raise UsageError(f"{flag}={path}: there is a file already; give --overwrite to replace it, or another name")
     if file.is_dir():

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from jaxtrain.chip import IDLE_SHARE, Calibration, Chip, predicted_watts
 from jaxtrain.chip_file import ENDINGS, read_chip
 from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.paths import user_path
 
 __all__ = ["CHIPS", "IDLE_SHARE", "Calibration", "Chip", "chip_of_device_kind", "find_chip", "load_chip"]
 __all__ += ["predicted_watts", "resolve_chip"]
@@ -256,7 +257,7 @@ def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
       ExplainedError: no such chip, no such file, or something in the file is wrong; the message says what would work.
     """
     if Path(name_or_path).suffix in ENDINGS:
-        return read_chip(Path(name_or_path).expanduser(), CHIPS, flag)
+        return read_chip(user_path(name_or_path), CHIPS, flag)
     return find_chip(name_or_path, flag)
 
 

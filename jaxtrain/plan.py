@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -25,6 +24,7 @@ from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
 from jaxtrain.files import replace_file
 from jaxtrain.hardware import load_chip
 from jaxtrain.main import explained
+from jaxtrain.paths import user_path
 from jaxtrain.planner.estimates import Cluster, Estimate
 
 DESCRIPTION = (
@@ -195,7 +195,7 @@ def save(plan: Any, flags: Flags) -> None:
         from jaxtrain.planner.page import render
 
         try:
-            replace_file(Path(flags.html).expanduser(), render(plan))
+            replace_file(user_path(flags.html), render(plan))
         except OSError as error:
             raise ExplainedError(
                 f"--html={flags.html}: {error.strerror}; give a file in a folder that can be written"

@@ -16,6 +16,7 @@ from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_strea
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import EXIT_DONE, ConfigError, DataError, ExplainedError
+from jaxtrain.paths import user_path
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
@@ -64,7 +65,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
     problems = find_problems(config)
     if problems:
         raise ConfigError(problems)
-    output, cache_dir = Path(config.output).expanduser().absolute(), Path(config.cache_dir).expanduser()
+    output, cache_dir = user_path(config.output).absolute(), user_path(config.cache_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"--output={config.output}: there is something already; name a new folder")
     source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field)
@@ -99,11 +100,11 @@ def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
             f"({data.dtype}{ratio})"
         )
     folder = Path(config.output)
-    copies = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder.expanduser() / name).is_file()]
+    copies = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (user_path(folder) / name).is_file()]
     tokenizer = copies[0] if copies else config.tokenizer
     flags = {
         "data.sources.0.kind": "tokens",
-        "data.sources.0.path": f"{folder}/*.bin",
+        "data.sources.0.path": str(folder),
         "data.tokenizer": str(tokenizer),
         "model.vocab_size": str(written["train"].vocab_size),
     }

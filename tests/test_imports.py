@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "files": 0,
     "jax_private": 0,
+    "paths": 0,
     "mesh": 1,
     "processes": 1,
     "safetensors": 1,
@@ -71,6 +72,9 @@ FLOORS = {
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
     ("config", "errors"),
+    ("config", "paths"),
+    ("errors", "paths"),
+    ("hardware", "paths"),
     ("config_rules", "config"),
     ("config_rules", "hardware"),
     ("config_rules", "errors"),
@@ -90,7 +94,7 @@ SAME_FLOOR = {
     ("plan", "main"),
     ("replay", "main"),
 }
-NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors", "files")
+NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors", "files", "paths")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
+from jaxtrain.paths import user_path
 
 COMMIT_MARK = "committed.json"
 METADATA_FILE = "_CHECKPOINT_METADATA"
@@ -127,7 +128,7 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[st
 
 def absolute(directory: os.PathLike | str) -> epath.Path:
     """As an absolute path."""
-    return epath.Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
+    return epath.Path(os.path.abspath(user_path(directory)))
 
 
 def is_committed(path: epath.Path) -> bool:

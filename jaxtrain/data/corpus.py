@@ -107,7 +107,8 @@ def open_corpus(source: DataSource, name: str, validation_fraction: float, cache
 
     Raises DataError where a glob matches nothing or a file cannot be read.
     """
-    files = list_stdlib() if source.kind == "stdlib" else list_files(source.path, name)
+    flag = name if name.startswith("--") else f"{name}.path"
+    files = list_stdlib() if source.kind == "stdlib" else list_files(source.path, flag)
     hashes = file_hashes([file.path for file in files], cache_dir, f"reading {name}")
     return Corpus(source, name, tuple(files), tuple(hashes), validation_fraction)
 

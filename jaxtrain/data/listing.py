@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
 
+from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.errors import DataError
+from jaxtrain.paths import user_path
 
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+LONGEST_PATH = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,26 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def list_files(patterns: str, source_name: str) -> list[SourceFile]:
-    """The files that match comma-separated globs, each once: in the order of the globs, then sorted by name.
+def list_files(patterns: str, flag: str, in_folder: Sequence[str] = ()) -> list[SourceFile]:
+    """Lists the files that comma-separated globs name, each once: in the order of the globs, then sorted by name.
 
-    Raises DataError where a glob matches no file, saying how far its path does exist.
+    What exists under the very name given is meant literally, commas and wildcards included: a whole path, and the
+    leading folders of a glob. A folder stands for its files that match the first of the globs `in_folder` that any does.
+    `flag` is how to call the patterns in errors ("data.sources.0.path"). Raises DataError where a glob matches no file,
+    saying how far its path does exist, and for a link that leads nowhere.
     """
     files, seen = [], set()
-    for pattern in _split_patterns(patterns):
-        expanded = os.path.expanduser(pattern)
-        root = _fixed_root(expanded)
-        matches = [path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path)]
+    for pattern in split_patterns(patterns):
+        root, rest = _fixed_root(user_path(pattern))
+        if not rest and root.is_dir():
+            rest = next((name for name in in_folder if any(root.glob(name))), "")
+        paths = glob.glob(os.path.join(glob.escape(str(root)), rest), recursive=True) if rest else [str(root)]
+        matches = [path for path in paths if _is_file(path)]
         if not matches:
-            raise DataError(f"{source_name}.path={pattern}: {_why_nothing(expanded, root)}")
-        for name in sorted(os.path.relpath(path, root) for path in matches):
-            path = root / name
+            raise DataError(f"{flag}={pattern}: {_why_nothing(root, rest)}")
+        folder = root if rest else root.parent
+        for name in sorted(os.path.relpath(path, folder) for path in matches):
+            path = folder / name
             real = os.path.realpath(path)
             if real not in seen:
                 seen.add(real)
@@ -64,23 +76,57 @@ def list_files(patterns: str, source_name: str) -> list[SourceFile]:
     return files
 
 
-def _split_patterns(patterns: str) -> list[str]:
-    if os.path.exists(os.path.expanduser(patterns)):  # a name may itself hold a comma
-        return [patterns]
-    return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+def split_patterns(patterns: str) -> list[str]:
+    """Cuts at the commas, but not inside the name of something that exists; drops spaces around a piece likewise."""
+    pieces, found = patterns.split(","), []
+    while pieces:
+        taken = next((n for n in _joinable(pieces) if _are_named(",".join(pieces[:n]))), 0)
+        found.append(",".join(pieces[:taken]) if taken else pieces[0].strip())
+        del pieces[: max(taken, 1)]
+    return [pattern for pattern in found if pattern]
 
 
-def _fixed_root(pattern: str) -> Path:
-    """The deepest folder of a glob that comes before any wildcard."""
-    path = Path(pattern)
+def _joinable(pieces: list[str]) -> range:
+    """How many pieces may make one path, the most first: no path is longer than LONGEST_PATH."""
+    lengths = accumulate(len(piece) + 1 for piece in pieces)
+    return range(sum(1 for _ in takewhile(lambda length: length <= LONGEST_PATH, lengths)), 0, -1)
+
+
+def _are_named(path: str) -> bool:
+    """Whether the commas and spaces of a path are in the names of files or folders that exist."""
+    last = max(path.rfind(","), path.rfind(" "))
+    end = path.find("/", last)
+    return last < 0 or os.path.lexists(user_path(path if end < 0 else path[:end]))
+
+
+def _is_file(path: str) -> bool:
+    """Whether a match is a file, not a folder. Raises DataError for what cannot be looked at: data would go missing."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if os.path.islink(path):
+            raise DataError(
+                f"{path}: is a link to {os.readlink(path)}, which cannot be opened ({error.strerror}); mend or remove the link"
+            ) from error
+        raise unreadable(Path(path), error) from error
+
+
+def _fixed_root(path: Path) -> tuple[Path, str]:
+    """The leading part of a pattern that exists under its very name or has no wildcard, and the rest, which is a glob.
+
+    The rest is empty where the whole pattern exists.
+    """
     parts = path.parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return Path(*parts[:fixed]) if fixed > 0 else Path(".")
+    exists = next((n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n]))), 0)
+    fixed = next((n for n in range(exists, len(parts)) if glob.has_magic(parts[n])), max(exists, len(parts) - 1))
+    return Path(*parts[:fixed]), os.path.join("", *parts[fixed:])
 
 
-def _why_nothing(pattern: str, root: Path) -> str:
-    if os.path.isdir(pattern):
-        return f"is a folder; name the files in it, e.g. {os.path.join(pattern, '**', '*')}"
+def _why_nothing(root: Path, rest: str) -> str:
+    if not rest and root.is_dir():
+        return f"is a folder; name the files in it, e.g. {os.path.join(root, '**', '*')}"
+    if not rest:
+        return "is no file to read"
     if not root.is_dir():
         return f"matches no file: there is no folder {root} (the working directory is {Path.cwd()})"
     kinds = sorted({"*" + path.suffix for path in root.iterdir() if path.is_file() and path.suffix})

@@ -26,6 +26,7 @@ from jaxtrain.data.windows import (
     Windows,
 )
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.paths import user_path
 
 PROMPT_SEARCH_TOKENS = 1 << 20
 
@@ -49,7 +50,7 @@ def open_data(config: Config) -> Data:
     one sequence, or beyond the model's vocabulary.
     """
     data = config.data
-    cache_dir = Path(data.cache_dir).expanduser()
+    cache_dir = user_path(data.cache_dir)
     corpora = {
         i: open_corpus(source, f"data.sources.{i}", data.validation_fraction, cache_dir)
         for i, source in enumerate(data.sources)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def open_token_files(
     vocabulary, and ids made by another tokenizer than `tokenizer`.
     """
     fraction, length = config.data.validation_fraction, config.data.sequence_length
-    files = [_open_file(file.name, file.path, tokenizer, config, cache_dir) for file in _list(source.path, name)]
+    files = [_open_file(file.name, file.path, tokenizer, config, cache_dir) for file in _list(source.path, f"{name}.path")]
     makers = {file.made_by for file in files if file.made_by}
     if len(makers) > 1:
         raise DataError(f"{name}.path={source.path}: its files were made by {len(makers)} different tokenizers")
@@ -85,14 +84,11 @@ def open_token_files(
     return train, validation
 
 
-def _list(pattern: str, name: str) -> list[SourceFile]:
-    """The token files of a glob or a folder, without the JSON files beside them."""
-    if os.path.isdir(folder := os.path.expanduser(pattern)):
-        kind = "*.bin" if any(Path(folder).glob("*.bin")) else "*.npy"
-        pattern = os.path.join(pattern, kind)
-    files = [file for file in list_files(pattern, name) if file.path.suffix != ".json"]
+def _list(patterns: str, flag: str) -> list[SourceFile]:
+    """The token files of globs or folders, without the JSON files beside them."""
+    files = [file for file in list_files(patterns, flag, ("*.bin", "*.npy")) if file.path.suffix != ".json"]
     if not files:
-        raise DataError(f"{name}.path={pattern}: matches no .bin and no .npy file")
+        raise DataError(f"{flag}={patterns}: matches no .bin and no .npy file")
     return files
 
 

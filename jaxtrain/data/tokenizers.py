@@ -13,6 +13,7 @@ import numpy as np
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.json_tokenizer import JsonTokenizer
 from jaxtrain.errors import DataError
+from jaxtrain.paths import user_path
 
 NO_TOKENIZER = "none"
 KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens), a tokenizer.json, or a SentencePiece .model"
@@ -127,7 +128,7 @@ class SentencePieceTokenizer:
 
 def tokenizer_file(name: str) -> Path:
     """The file that data.tokenizer=`name` means; a folder means the tokenizer file inside it. Raises DataError."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
         found = [candidate for candidate in inside if candidate.is_file()]

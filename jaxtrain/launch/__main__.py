@@ -24,6 +24,7 @@ from jaxtrain.launch.elastic import mesh_flags, mesh_for
 from jaxtrain.launch.submit import STARTERS, render, submit
 from jaxtrain.launch.supervisor import Policy, Supervisor, train_command
 from jaxtrain.main import explained
+from jaxtrain.paths import user_path
 from jaxtrain.preflight.checks import PreflightFlags
 
 PROG = "python -m jaxtrain.launch"
@@ -91,7 +92,7 @@ class Size:
         """The number in processes_file, as far as it can be read and is one; else --processes."""
         if self._flags.processes_file:
             try:
-                number = int(Path(self._flags.processes_file).read_text())
+                number = int(user_path(self._flags.processes_file).read_text())
                 self._last = number if number >= 1 else self._last
             except (OSError, ValueError):
                 pass  # it is being written

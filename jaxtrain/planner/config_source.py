@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jaxtrain.config
 from jaxtrain.config import Config, load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
+from jaxtrain.paths import user_path
 
 WIDTH = 128
 
@@ -35,7 +35,7 @@ def write_config(config: Config, path: str, docstring: str) -> None:
     Raises:
       ExplainedError: the file cannot be written.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.suffix != ".py":
         raise ExplainedError(f"--write={path}: a config is a Python file; give a name that ends in .py")
     try:

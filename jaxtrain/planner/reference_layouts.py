@@ -27,6 +27,7 @@ from jaxtrain.config import Config, load_config, to_json
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
+from jaxtrain.paths import user_path
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Entry, collectives, totals, uncovered
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = []
     for number in numbers:
         try:
-            comparison = compare(LAYOUTS[number - 1], Path(options.cache).expanduser())
+            comparison = compare(LAYOUTS[number - 1], user_path(options.cache))
         except ExplainedError as error:
             print(f"layout {number}: {error}", file=sys.stderr)
             return 1

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax
 from jaxtrain.checkpoint.fast import KEPT
 from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.config import Config
+from jaxtrain.paths import user_path
 from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
 from jaxtrain.telemetry.progress import readable_size
 
@@ -38,7 +38,7 @@ def snapshot_bytes(site: Site) -> int:
 
 def look_at_snapshots(site: Site) -> dict[str, Any]:
     """Writes and reads back a file of its own; bytes free, and those that this process's snapshots take at their most."""
-    folder = Path(site.config.checkpoint.fast_dir)
+    folder = user_path(site.config.checkpoint.fast_dir)
     path, block = folder / f".preflight-{site.token}-{jax.process_index()}", os.urandom(BLOCK)
     try:
         with open(path, "xb") as file:

@@ -29,6 +29,7 @@ from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.parallel.sync import couples
+from jaxtrain.paths import user_path
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
@@ -113,7 +114,7 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
     """Turns on jax's persistent compilation cache, so that a restart compiles nothing again."""
     if not config.train.compilation_cache:
         return
-    directory = Path(config.train.compilation_cache).expanduser()
+    directory = user_path(config.train.compilation_cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,7 +187,7 @@ class Run:
             stack.enter_context(only_run_in(self.directory))
             checkpoints = self._open_checkpoints(stack)
             if self.config.checkpoint.fast_every:
-                self.fast = FastTier(Path(self.config.checkpoint.fast_dir), self.directory)
+                self.fast = FastTier(user_path(self.config.checkpoint.fast_dir), self.directory)
             state, first = self._begin(checkpoints)
             write_config(self.config)
             self.stop.check()

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config
 from jaxtrain.files import replace_file
 from jaxtrain.hardware import chip_of_device_kind
+from jaxtrain.paths import user_path
 from jaxtrain.planner.hlo_collectives import instruction_seconds
 from jaxtrain.planner.hlo_groups import layout_of
 
@@ -52,7 +53,7 @@ def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     may write at once. Not in a folder that others can write: they could lay a link there.
     """
     text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
-    directory = Path(folder).expanduser()
+    directory = user_path(folder)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
     replace_file(path, text)
