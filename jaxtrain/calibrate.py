@@ -22,7 +22,6 @@ from jaxtrain.chip_file import ENDINGS, write_chip
 from jaxtrain.errors import EXIT_DONE, ExplainedError, check_output
 from jaxtrain.hardware import CHIPS, resolve_chip
 from jaxtrain.main import count_devices, explained
-from jaxtrain.paths import user_path
 from jaxtrain.planner import measure
 from jaxtrain.planner.measure import Findings
 
@@ -168,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     found = measure.measure_all(measure.Stopwatch(config.seconds), say)
     if first:
         chip = as_chip(base, found)
-        write_chip(user_path(config.output), chip)
+        write_chip(config.output, chip)
         show(chip)
         print(f"written to {config.output}; use it as --hardware={config.output}")
     return EXIT_DONE

@@ -20,6 +20,7 @@ from typing import Any
 from jaxtrain.chip import DTYPE_ALIASES, PEAK_DTYPES, Calibration, Chip
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.files import replace_file
+from jaxtrain.paths import user_path
 
 ENDINGS = (".json", ".toml")
 
@@ -81,7 +82,7 @@ def write_chip(path: str | Path, chip: Chip) -> None:
     table["peak_flops"] = dict(chip.peak_flops)
     table["calibration"] = chip.calibration and dataclasses.asdict(chip.calibration)
     kept = {name: value for name, value in table.items() if value not in (None, "", {}, ())}
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(kept, indent=2) + "\n")

@@ -83,6 +83,7 @@ SAME_FLOOR = {
     ("hardware", "chip_file"),
     ("chip_file", "chip"),
     ("chip_file", "errors"),
+    ("chip_file", "paths"),
     ("chip_file", "files"),
     ("models", "parallel"),
     ("bench", "main"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtrain.errors import UsageError, check_output
 from jaxtrain.files import replacing
+from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str]) -> None:
         check_output("picture", flags.picture, flags.overwrite)
     except UsageError as error:
         parser.error(str(error))
-    plot_comparison({run.name: run / "metrics.jsonl" for run in flags.runs}, Path(flags.picture).expanduser(), flags.title)
+    plot_comparison({run.name: run / "metrics.jsonl" for run in flags.runs}, user_path(flags.picture), flags.title)
 
 
 if __name__ == "__main__":
