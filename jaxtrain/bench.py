@@ -7,10 +7,15 @@ that a noisy machine disturbs both alike; the host overhead is the ratio of thei
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.bench")
+
 import dataclasses
 import io
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +24,6 @@ from typing import Any
 
 from jaxtrain.config import Config, DataSource, parse_command_line
 from jaxtrain.config_rules import validate
-from jaxtrain.main import explained
 
 DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."
 WARM_UP_STEPS = 3
@@ -184,7 +188,3 @@ def main(arguments: Sequence[str]) -> int:
     print(table(report))
     print(json.dumps(report))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: main(sys.argv[1:])))

@@ -7,6 +7,12 @@ takes wherever a chip's name stands: the chip's own figures, and beside them the
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.calibrate")
+
 import dataclasses
 import datetime
 import importlib.metadata
@@ -21,7 +27,7 @@ from jaxtrain.chip import Calibration, Chip, Rate
 from jaxtrain.chip_file import ENDINGS, write_chip
 from jaxtrain.errors import EXIT_DONE, ExplainedError, check_output
 from jaxtrain.hardware import CHIPS, resolve_chip
-from jaxtrain.main import count_devices, explained
+from jaxtrain.main import count_devices
 from jaxtrain.planner import measure
 from jaxtrain.planner.measure import Findings
 
@@ -171,7 +177,3 @@ def main(arguments: Sequence[str]) -> int:
         show(chip)
         print(f"written to {config.output}; use it as --hardware={config.output}")
     return EXIT_DONE
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: main(sys.argv[1:])))

@@ -7,6 +7,12 @@ GPUs (the extra `plan`) it prints the closed form alone.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.collectives")
+
 import dataclasses
 import json
 import math
@@ -17,7 +23,6 @@ from typing import Any
 from jaxtrain.config import MESH_AXES, Config, parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError
-from jaxtrain.main import explained
 
 DESCRIPTION = (
     "Print what a device moves in a training step on a mesh of GPUs that need not be there. Beside the config's flags: "
@@ -187,7 +192,3 @@ def main(arguments: Sequence[str]) -> int:
     else:
         show(whole)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: main(sys.argv[1:])))

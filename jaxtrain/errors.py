@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 from collections.abc import Iterable
 
 from jaxtrain.paths import user_path
@@ -18,6 +19,7 @@ EXIT_USAGE = 2
 EXIT_FAULT = 70  # of one process of several: an error that nobody foresaw; its traceback is in the log
 EXIT_PEER = 75  # another process of the run was lost; nothing is wrong with this one
 EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to go on
+EXIT_UNREAD = 141  # what a verb prints is read by nobody any more (`| head`); as coreutils, 128 + SIGPIPE
 
 
 class ExplainedError(Exception):
@@ -68,6 +70,14 @@ class NumbersError(ExplainedError):
 
 class ProgramError(ExplainedError, ValueError):
     """The text of a compiled program does not hang together, or has something in it that our readers do not know."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal broke a verb off; the message is the signal's name."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 class Stopped(KeyboardInterrupt):

@@ -8,48 +8,24 @@ signal after saving.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.main", "train", answers_on_stdout=False, unwinds=False)
+
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from jaxtrain.cli import is_out_of_memory
 from jaxtrain.config import Config, parse_command_line
 from jaxtrain.config_rules import validate
-from jaxtrain.errors import EXIT_ERROR, ExplainedError, Stopped
+from jaxtrain.errors import ExplainedError
 from jaxtrain.launch import distributed
 
 DESCRIPTION = "Train a transformer. Every field of the config is a flag; the file named by --config sets their defaults."
-EXIT_INTERRUPTED = 130
 MEMORY_FRACTION = "0.93"
-
-
-def explained(work: Callable[[], int]) -> int:
-    """Calls `work` for an exit code; an ExplainedError, an interrupt or a lack of device memory becomes one message."""
-    try:
-        return work()
-    except ExplainedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except Stopped as stop:
-        print(f"stopped: {stop}; nothing that was saved is lost, and the same command goes on from there", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: out of device memory: {str(error).splitlines()[0]}\nWhat helps: more mesh.fsdp or mesh.tensor, more "
-            "train.microbatches, --train.remat=full, a smaller train.global_batch_size or data.sequence_length.",
-            file=sys.stderr,
-        )
-        return EXIT_ERROR
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA had no room, when it compiled a program or when it ran it."""
-    return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
 
 
 @contextlib.contextmanager
@@ -114,10 +90,8 @@ def train(arguments: Sequence[str]) -> int:
     from jaxtrain.train.run import Run
 
     config = validate(config, count_devices())
-    with (
-        open_progress(config.train.steps, process_index=jax.process_index()) as progress,
-        StopOnSignal(progress) as stop,
-    ):
+    progress = open_progress(config.train.steps, process_index=jax.process_index())
+    with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
         progress.beat = Beat.from_environment()
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
@@ -125,7 +99,3 @@ def train(arguments: Sequence[str]) -> int:
         run = Run(config, progress, stop)
         with memory_explained(config, run.backend):
             return run.train()
-
-
-if __name__ == "__main__":
-    distributed.run_and_exit(lambda: explained(lambda: train(sys.argv[1:])))

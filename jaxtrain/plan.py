@@ -8,6 +8,12 @@ Exit codes: 0 done, 1 nothing fits or another error explained in one message, 2 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.plan")
+
 import dataclasses
 import json
 import math
@@ -23,7 +29,6 @@ from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
 from jaxtrain.files import replace_file
 from jaxtrain.hardware import load_chip
-from jaxtrain.main import explained
 from jaxtrain.paths import user_path
 from jaxtrain.planner.estimates import Cluster, Estimate
 
@@ -233,7 +238,3 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(explain_json(explanation))) if flags.json else explanation.show(open_console())
         return EXIT_DONE
     return search_and_answer(config, cluster, flags)
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: main(sys.argv[1:])))

@@ -10,6 +10,12 @@ Exit codes: 0 the same within the tolerance, 1 not, or another error explained i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.replay")
+
 import dataclasses
 import json
 import sys
@@ -25,7 +31,7 @@ from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed
-from jaxtrain.main import count_devices, explained
+from jaxtrain.main import count_devices
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.metrics import read_rows
@@ -233,7 +239,3 @@ def main(arguments: Sequence[str]) -> int:
         else:
             show(title, compared, tolerance)
     return EXIT_DONE if same else EXIT_ERROR
-
-
-if __name__ == "__main__":
-    distributed.run_and_exit(lambda: explained(lambda: main(sys.argv[1:])))

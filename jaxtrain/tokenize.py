@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.tokenize", answers_on_stdout=False)
+
 import shlex
 import sys
 from collections.abc import Sequence
@@ -134,7 +140,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(summary(config, written))
     return EXIT_DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,6 +20,9 @@ FLOORS = {
     "files": 0,
     "jax_private": 0,
     "paths": 0,
+    "early": 0,
+    "signals": 0,
+    "text": 0,
     "mesh": 1,
     "processes": 1,
     "safetensors": 1,
@@ -58,6 +61,7 @@ FLOORS = {
     "planner.hlo_collectives": 3,
     "launch": 6,
     "preflight": 6,
+    "cli": 7,
     "main": 7,
     "launch.__main__": 7,
     "preflight.__main__": 7,
@@ -85,17 +89,23 @@ SAME_FLOOR = {
     ("chip_file", "errors"),
     ("chip_file", "paths"),
     ("chip_file", "files"),
+    ("text", "errors"),
     ("models", "parallel"),
-    ("bench", "main"),
+    ("bench", "cli"),
+    ("calibrate", "cli"),
     ("calibrate", "main"),
-    ("launch.__main__", "main"),
+    ("checkpoint.__main__", "cli"),
+    ("collectives", "cli"),
+    ("launch.__main__", "cli"),
+    ("main", "cli"),
+    ("plan", "cli"),
+    ("preflight.__main__", "cli"),
     ("preflight.__main__", "main"),
-    ("checkpoint.__main__", "main"),
-    ("collectives", "main"),
-    ("plan", "main"),
+    ("replay", "cli"),
     ("replay", "main"),
+    ("tokenize", "cli"),
 }
-NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors", "files", "paths")
+NO_JAX = ("config", "config_rules", "hardware", "chip", "chip_file", "errors", "files", "paths", "signals", "text")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

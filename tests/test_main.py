@@ -14,7 +14,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxtrain import main
+from jaxtrain import cli, main
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.config_rules import validate
@@ -237,7 +237,7 @@ def test_a_signal_before_the_loop_loses_nothing(capsys):
     def stopped():
         raise Stopped("SIGTERM received outside the training loop")
 
-    assert main.explained(stopped) == EXIT_STOPPED
+    assert cli.explained(stopped) == EXIT_STOPPED
     assert capsys.readouterr().err.startswith("stopped: SIGTERM received")
 
 
@@ -297,7 +297,7 @@ def complain(folder, tmp_path, capsys):
     def complain(*flags, config=folder / "tiny.py", run_dir=tmp_path / "run"):
         arguments = [*([f"--config={config}"] if config else []), *([f"--run_dir={run_dir}"] if run_dir else []), *flags]
         try:
-            code = main.explained(lambda: main.train(arguments))
+            code = cli.explained(lambda: main.train(arguments))
         except SystemExit as ended:  # the flags' parser
             code = ended.code
         out, err = capsys.readouterr()
@@ -424,7 +424,7 @@ def test_out_of_memory_is_explained(capsys):
     def work():
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 10 bytes\nand more")
 
-    assert main.explained(work) == EXIT_ERROR
+    assert cli.explained(work) == EXIT_ERROR
     message = capsys.readouterr().err
     assert message.startswith("error: out of device memory: RESOURCE_EXHAUSTED: Out of memory while trying")
     assert "mesh.fsdp" in message
@@ -439,14 +439,14 @@ def test_out_of_memory_in_a_run_says_what_holds_how_much(capsys):
             raise error
 
     asked = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
-    assert main.explained(lambda: work(asked)) == EXIT_ERROR
+    assert cli.explained(lambda: work(asked)) == EXIT_ERROR
     message = capsys.readouterr().err
     assert message.startswith(
         "error: out of device memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nBy estimate"
     )
     for words in ("parameters\n", "optimizer state\n", "--mesh.fsdp=2 --mesh.data=4", "python -m jaxtrain.plan"):
         assert words in message
-    assert main.explained(lambda: work(ExplainedError("RESOURCE_EXHAUSTED: disk"))) == EXIT_ERROR
+    assert cli.explained(lambda: work(ExplainedError("RESOURCE_EXHAUSTED: disk"))) == EXIT_ERROR
     assert capsys.readouterr().err == "error: RESOURCE_EXHAUSTED: disk\n"
 
 
@@ -455,7 +455,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
         raise ValueError("ours")
 
     with pytest.raises(ValueError, match="ours"):
-        main.explained(work)
+        cli.explained(work)
 
 
 def test_help(capsys):

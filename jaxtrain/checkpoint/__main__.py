@@ -5,18 +5,22 @@ FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.checkpoint.__main__")
+
 import argparse
 import datetime
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
-from jaxtrain.main import explained
 from jaxtrain.telemetry.progress import readable_size
 
 
@@ -221,7 +225,3 @@ def main(arguments: Sequence[str]) -> int:
     if flags.verb == "diff":
         return diff(flags.folder, flags.other)
     return prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: main(sys.argv[1:])))

@@ -10,6 +10,12 @@ checkpoint. What stands behind `--` is the command line of `python -m jaxtrain.m
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.launch.__main__", "launch", answers_on_stdout=False)
+
 import shutil
 import sys
 import tempfile
@@ -23,7 +29,6 @@ from jaxtrain.errors import EXIT_DONE, ConfigError, UsageError, nearest
 from jaxtrain.launch.elastic import mesh_flags, mesh_for
 from jaxtrain.launch.submit import STARTERS, render, submit
 from jaxtrain.launch.supervisor import Policy, Supervisor, train_command
-from jaxtrain.main import explained
 from jaxtrain.paths import user_path
 from jaxtrain.preflight.checks import PreflightFlags
 
@@ -196,7 +201,3 @@ def _gpus_per_process(processes: int) -> int:
             ]
         )
     return gpus // processes
-
-
-if __name__ == "__main__":
-    sys.exit(explained(lambda: launch(sys.argv[1:])))

@@ -253,16 +253,18 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
 def _stop_without_parent(parent: int) -> None:
     """When the supervisor dies the run saves and stops, instead of going on unwatched.
 
-    A thread looks, because Linux's own signal for this (PR_SET_PDEATHSIG) comes once for each thread that the supervisor had,
-    and a second signal means to end without saving.
+    A thread looks, because Linux's own signal for this (PR_SET_PDEATHSIG) comes once for each thread that the supervisor had.
+    The signal is SIGHUP, which never insists: the supervisor may have passed a signal on before it died.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
 
     if parent:
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the supervisor was started under nohup
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         threading.Thread(target=watch, name="parent", daemon=True).start()
 
 

@@ -20,19 +20,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE
 from jaxtrain.launch.distributed import PARENT
+from jaxtrain.signals import Request, Watch
 from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stacks_beside
 
 POLL_SECONDS = 0.05
 _NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
 _STACK = re.compile(r"^ *@ +0x[0-9a-f]+|^\*\*\* Check failure stack trace")
 """Of jax's client where it aborts: in the log of the process, and nobody's business on the screen."""
+_UNSTARTED = (128 + signal.SIGTERM, -signal.SIGTERM)  # of a process that was asked to end before it trained
 _ABORT = -signal.SIGABRT  # jax's client, when the coordination service tells it that a task is lost
 Kind = Literal["done", "stopped", "refused", "failed", "hung", "resized"]
 
@@ -164,7 +166,7 @@ class Supervisor:
         self._command, self._size, self._environment, self._extra = command, size, environment, extra
         self._folder, self._policy, self._say = folder, policy or Policy(), say
         self._signal: signal.Signals | None = None
-        self._second_signal = False
+        self._insists = False
         self._steps: list[float] = []
         folder.mkdir(parents=True, exist_ok=True)
         self.generation = last_generation(folder)
@@ -173,7 +175,7 @@ class Supervisor:
     def run(self) -> int:
         """Runs to the end; returns the exit code (see `launch.distributed`)."""
         failures, furthest = 0, self.goodput.furthest
-        with self._taking_signals():
+        with Watch(self._hear):
             while True:
                 self.generation += 1
                 ending = self._live()
@@ -262,12 +264,12 @@ class Supervisor:
             now = time.monotonic()
             for worker in workers:
                 self._look(worker, now)
+            if self._insists:
+                return self._end_at_once(workers)
             if all(worker.ended is not None for worker in workers) or any(
                 worker.ended is not None and worker.process.returncode not in (EXIT_DONE, EXIT_STOPPED) for worker in workers
             ):
                 return self._ending(workers)
-            if self._second_signal:
-                return Ending("stopped", "ended at once by a second signal", 128 + (self._signal or signal.SIGTERM))
             wanted = self._size()
             if signalled_at is None and (self._signal is not None or wanted != len(workers)):
                 signalled_at = now
@@ -295,6 +297,20 @@ class Supervisor:
         if worker.ended is None and worker.process.poll() is not None:
             worker.ended = now
 
+    def _end_at_once(self, workers: list[Worker]) -> Ending:
+        """Lets the processes say which steps are lost, before they are killed."""
+        for worker in workers:
+            worker.process.send_signal(signal.SIGTERM)
+        self._give_grace(workers)
+        return Ending("stopped", "ended at once by a second signal", 128 + (self._signal or signal.SIGTERM))
+
+    def _give_grace(self, workers: list[Worker]) -> None:
+        until = time.monotonic() + self._policy.grace_seconds
+        while time.monotonic() < until and any(worker.ended is None for worker in workers):
+            time.sleep(POLL_SECONDS)
+            for worker in workers:
+                self._look(worker, time.monotonic())
+
     def _ending(self, workers: list[Worker]) -> Ending:
         """Waits a moment for what the others have to say, then finds the first cause."""
         codes = {worker.process.returncode for worker in workers}
@@ -305,11 +321,9 @@ class Supervisor:
                 return Ending("resized", f"going on with {self._size()} processes instead of {len(workers)}", EXIT_STOPPED)
             return Ending("stopped", "stopped after saving; the same command goes on from there", EXIT_STOPPED)
         frozen = next((worker for worker in workers if worker.ended is None and worker.is_frozen()), None)
-        until = time.monotonic() + self._policy.grace_seconds
-        while time.monotonic() < until and any(worker.ended is None for worker in workers):
-            time.sleep(POLL_SECONDS)
-            for worker in workers:
-                self._look(worker, time.monotonic())
+        self._give_grace(workers)
+        if self._signal is not None and {worker.process.returncode for worker in workers} <= {*_UNSTARTED, EXIT_STOPPED, None}:
+            return Ending("stopped", f"stopped by {self._signal.name} before training began", 128 + self._signal)
         if frozen is not None:
             return Ending("failed", f"{frozen.name} is stopped (state T), and its peers gave it up", EXIT_PEER, frozen.index)
         ended = sorted(
@@ -385,19 +399,9 @@ class Supervisor:
             time.sleep(min(POLL_SECONDS, seconds))
         return self._signal is not None
 
-    @contextlib.contextmanager
-    def _taking_signals(self) -> Iterator[None]:
-        def take(number: int, frame: Any) -> None:
-            self._second_signal = self._signal is not None
-            self._signal = signal.Signals(number)
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, take) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _hear(self, number: int, request: Request) -> None:
+        if request != "same":
+            self._signal, self._insists = signal.Signals(number), request == "at once"
 
 
 def how(code: int) -> str:

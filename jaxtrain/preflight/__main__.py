@@ -8,6 +8,12 @@ Exit codes: 0 nothing stands in the way (there may be warnings), 1 something wou
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
+    from jaxtrain import cli
+
+    cli.run("jaxtrain.preflight.__main__")
+
 import dataclasses
 import json
 import sys
@@ -17,7 +23,7 @@ from jaxtrain.config import Config, parse_with_flags
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed
-from jaxtrain.main import count_devices, explained
+from jaxtrain.main import count_devices
 from jaxtrain.preflight.checks import Check, Finding, PreflightFlags, Site, Stopwatch, carry_out
 from jaxtrain.processes import exchange, leave
 
@@ -118,7 +124,3 @@ def main(arguments: Sequence[str]) -> int:
     if not good:
         print(f"error: {verdict(findings)}", file=sys.stderr)
     return EXIT_DONE if good else EXIT_ERROR
-
-
-if __name__ == "__main__":
-    distributed.run_and_exit(lambda: explained(lambda: main(sys.argv[1:])))

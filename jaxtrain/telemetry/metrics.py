@@ -187,17 +187,9 @@ class WandbWriter:
     """Weights & Biases. The run's id is kept in run_dir, so that a resumed run goes on under it."""
 
     def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any] | None):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ExplainedError(
-                f"telemetry.wandb_project={project!r} needs the wandb package: pip install 'jaxtrain[wandb]', or leave it empty"
-            ) from error
-        if not _has_wandb_key():
-            raise ExplainedError(
-                f"telemetry.wandb_project={project!r} needs a key: set WANDB_API_KEY, run `wandb login`, "
-                "or set WANDB_MODE=offline to keep the run on this machine"
-            )
+        check_wandb(project)
+        import wandb  # pyright: ignore[reportMissingImports]
+
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
@@ -221,6 +213,27 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Sees that Weights & Biases can be started, before anything that takes long; nothing is asked for an empty project.
+
+    Raises:
+      ExplainedError: the package or its key is missing.
+    """
+    if not project:
+        return
+    try:
+        import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ExplainedError(
+            f"telemetry.wandb_project={project!r} needs the wandb package: pip install 'jaxtrain[wandb]', or leave it empty"
+        ) from error
+    if not _has_wandb_key():
+        raise ExplainedError(
+            f"telemetry.wandb_project={project!r} needs a key: set WANDB_API_KEY, run `wandb login`, "
+            "or set WANDB_MODE=offline to keep the run on this machine"
+        )
 
 
 def _has_wandb_key() -> bool:

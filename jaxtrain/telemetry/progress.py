@@ -9,10 +9,9 @@ bar draws itself four times a second from a thread of its own, whatever the loop
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO, Any
 
 from rich.bar import Bar
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtrain.telemetry.beat import Beat
+from jaxtrain.text import discard, printable
 
 REFRESHES_PER_SECOND = 4
 UNKNOWN = "?"
@@ -73,7 +73,7 @@ class Progress:
 
 
 def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0, stream: IO[str] | None = None) -> Progress:
-    """The form that fits: live if `stream` (standard output) is a terminal that can move its cursor, else plain lines.
+    """The form that fits: live if `stream` (standard output) is a UTF-8 terminal that can move its cursor, else plain lines.
 
     Processes other than 0 show nothing.
     """
@@ -81,7 +81,7 @@ def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0,
         return Progress()
     target: IO[str] = stream or sys.stdout
     console = Console(file=target, highlight=False)
-    if target.isatty() and not console.is_dumb_terminal:
+    if target.isatty() and not console.is_dumb_terminal and console.encoding.startswith("utf"):  # whose bars are no ASCII
         return LiveProgress(total_steps, start_step, console)
     return PlainProgress(total_steps, target)
 
@@ -97,7 +97,7 @@ class PlainProgress(Progress):
 
     def say(self, text: str) -> None:
         try:
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
         except OSError:
             discard(self._stream)
 
@@ -129,7 +129,7 @@ class LiveProgress(Progress):
     def say(self, text: str) -> None:
         # As Text, since square brackets in a path or a message are not markup.
         try:
-            self._console.print(Text(text), soft_wrap=True)
+            self._console.print(Text(printable(text)), soft_wrap=True)
         except (OSError, SystemExit):  # rich makes a SystemExit of a broken pipe
             discard(self._console.file)
 
@@ -156,14 +156,6 @@ class LiveProgress(Progress):
         figures = [part for part in figures_of({**self._training, **newest}) if not part.startswith("ETA")]
         lines = fill(figures or ["waiting for the first step"], self._console.width)
         return Group(line, *(Text(text, style="dim", no_wrap=True, overflow="ellipsis") for text in lines))
-
-
-def discard(stream: IO[str]) -> None:
-    """Lets what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
-    with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:

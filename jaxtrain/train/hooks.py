@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.processes import are_several, look, post
+from jaxtrain.signals import Request, Watch, end_at_once
 from jaxtrain.telemetry.beat import Beat
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
@@ -203,15 +203,16 @@ class Profiling(Hook):
 
 
 class StopOnSignal(Hook):
-    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP asks the run to end; a second ends the process at once, as 128 + its number.
+    """The first signal asks the run to save and end; a second request ends the process at once, as 128 + its number.
+
+    Signals: SIGINT, SIGTERM, SIGUSR1, SIGHUP. Which of them are one request, `jaxtrain.signals.Requests` says.
 
     The loop stops after the step under way. Of several processes, each of which may hear of it alone and at another moment, all
     stop after the same step (`_agree`). Before and after the loop, `check` raises `Stopped` where the run may end. Inside
     `breakable` the signal itself does: only around what is not jax, which crashes at exit if a lowering was broken off
-    (jax 0.10.2). SIGHUP (the terminal has gone) is left alone where it is ignored, as under nohup.
+    (jax 0.10.2).
 
-    Use it as a context manager, in the main thread. A thread of its own takes the signals from a pipe, because Python runs
-    handlers in the main thread alone, and not before it returns from whatever hangs there.
+    Use it as a context manager, in the main thread.
     """
 
     def __init__(self, progress: Progress):
@@ -220,26 +221,19 @@ class StopOnSignal(Hook):
         """The first signal."""
         self.couples: Callable[[int], bool] = lambda step: True
         """Whether no process can finish a step before all have begun it."""
+        self.newest_saved: Callable[[], int] = lambda: 0
+        """The step that a run started now would go on from."""
         self._last_step: int | None = None
         self._step = 0
         self._breakable = False
-        self._handlers_before: dict[int, Any] = {}
+        self._watch = Watch(self._hear, self._in_main_thread)
 
     def __enter__(self) -> StopOnSignal:
-        reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is what SLURM is asked to send before a time limit
-        numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
-        self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in numbers}
-        threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
+        self._watch.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writing)  # which ends the thread
+        self._watch.__exit__()
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
@@ -289,20 +283,28 @@ class StopOnSignal(Hook):
         if self._breakable and not are_several():
             raise Stopped(f"{signal.Signals(number).name} received outside the training loop")
 
-    def _watch(self, reading: int) -> None:
-        with os.fdopen(reading, "rb", buffering=0) as pipe:
-            while byte := pipe.read(1):
-                if byte[0] not in self._handlers_before:  # other people's signals come through the same pipe
-                    continue
-                if self.received is not None:
-                    self._end_at_once(128 + byte[0])
-                self.received = signal.Signals(byte[0])
-                name = self.received.name
-                self._progress.say(f"{name} received: finishing the step under way; a second one ends at once, without saving")
+    def _hear(self, number: int, request: Request) -> None:
+        if request == "at once":
+            end_at_once(128 + number, self._last_words)
+        if request == "stop":
+            self.received = signal.Signals(number)
+            # In a thread, because a terminal that hangs must not keep the next signal from being heard.
+            threading.Thread(target=self._announce, args=(self.received.name,), name="announce", daemon=True).start()
 
-    def _end_at_once(self, exit_code: int) -> None:
-        timer = threading.Timer(1.0, os._exit, [exit_code])  # in case the terminal is what hangs
-        timer.daemon = True
-        timer.start()
-        self._progress.close()
-        os._exit(exit_code)
+    def _announce(self, name: str) -> None:
+        self._progress.say(
+            f"{name} received: finishing the step under way, then saving; another one, over a second later, ends at once"
+        )
+
+    def _last_words(self) -> None:
+        try:
+            self._progress.say(f"ended      at once: {describe_lost(self.newest_saved(), self._step)}")
+        finally:
+            self._progress.close()
+
+
+def describe_lost(saved: int, step: int) -> str:
+    """Says which steps a run loses that ends in step `step`, where `saved` is the newest one saved."""
+    if step <= saved:
+        return f"step {saved} is saved, and nothing is lost" if saved else "no step was taken"
+    return f"steps {saved + 1} to {step} are not saved" if step > saved + 1 else f"step {step} is not saved"

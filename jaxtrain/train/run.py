@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtrain.checkpoint import Checkpoints, check_same_run
+from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError, Stopped
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
@@ -33,7 +33,7 @@ from jaxtrain.paths import user_path
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
-from jaxtrain.telemetry.metrics import MetricsLog, read_rows
+from jaxtrain.telemetry.metrics import MetricsLog, check_wandb, read_rows
 from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
@@ -61,6 +61,7 @@ from jaxtrain.train.step import (
 
 PyTree = Any
 LOCK_FILE = ".lock"
+PICTURE = "loss.png"
 
 
 def make_run_dir(directory: Path) -> None:
@@ -156,6 +157,8 @@ class Run:
         self.config, self.progress, self.stop = config, progress, stop or StopOnSignal(progress)
         self.directory = config.directory
         make_run_dir(self.directory)
+        if jax.process_index() == 0:
+            check_wandb(config.telemetry.wandb_project)
         use_compilation_cache(config, progress)
         self.mesh = make_mesh(config.mesh)
         self.chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
@@ -190,6 +193,8 @@ class Run:
                 self.fast = FastTier(user_path(self.config.checkpoint.fast_dir), self.directory)
             state, first = self._begin(checkpoints)
             write_config(self.config)
+            if first == self.config.train.steps:
+                return self._nothing_left(first)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -204,11 +209,21 @@ class Run:
             self.fast.clear()  # the last step is saved
         self._draw()
         number = self.stop.agreed()
-        if number is not None:
+        if number is not None and loop.step < self.config.train.steps:
             return self._stopped(number, loop.step, checkpoints)
         self.progress.say(f"done       {reason or f'all {loop.step} steps'}")
         if self.config.train.sample_tokens:
-            self._sample(loop.state["params"])
+            with contextlib.suppress(Stopped):  # the run is done, with or without a sample
+                self._sample(loop.state["params"])
+        return EXIT_DONE
+
+    def _nothing_left(self, steps: int) -> int:
+        """Says so; draws what a process that died after its last save had no time to draw."""
+        if self.fast is not None:
+            self.fast.clear()
+        if not (self.directory / PICTURE).exists():
+            self._draw()
+        self.progress.say(f"done       all {steps} steps were done before; a larger --train.steps trains on")
         return EXIT_DONE
 
     def _stopped(self, number: int, step: int, checkpoints: Checkpoints | None) -> int:
@@ -222,7 +237,9 @@ class Run:
     def _open_checkpoints(self, stack: contextlib.ExitStack) -> Checkpoints | None:
         if not self.config.checkpoint.every:
             return None
-        return stack.enter_context(Checkpoints(self.directory / "checkpoints", self.config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(self.directory / "checkpoints", self.config.checkpoint))
+        self.stop.newest_saved = lambda: max(committed_steps(self.directory / "checkpoints"), default=0)
+        return checkpoints
 
     def _open_log(self, first: int) -> MetricsLog:
         config = self.config
@@ -455,7 +472,7 @@ class Run:
             return
         baseline = self.data.gzip_bits_per_byte
         title = f"{self.config.name}: {num_parameters(self.config.model).total:,} parameters"
-        picture = self.directory / "loss.png"
+        picture = self.directory / PICTURE
         if plot_losses(self.directory / "metrics.jsonl", picture, title, {"gzip -9": baseline} if baseline else None):
             self.progress.say(f"picture    {picture}")
 

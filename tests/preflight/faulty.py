@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
+from jaxtrain.cli import explained
 from jaxtrain.launch import distributed
-from jaxtrain.main import explained
 from jaxtrain.preflight import data, devices, folders, hosts, links
 from jaxtrain.preflight.__main__ import main as preflight
 

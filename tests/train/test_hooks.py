@@ -12,7 +12,7 @@ import pytest
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.progress import Progress
-from jaxtrain.train.hooks import Logging, Saving, StopOnSignal, Validation
+from jaxtrain.train.hooks import Logging, Saving, StopOnSignal, Validation, describe_lost
 
 
 class Said(Progress):
@@ -57,8 +57,13 @@ class Clock:
 def send(number, stop):
     """Sends this process a signal, and waits until the watching thread has it."""
     os.kill(os.getpid(), number)
-    deadline = time.monotonic() + 5
-    while stop.received is None and time.monotonic() < deadline:
+    wait_until(lambda: stop.received is not None)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -77,6 +82,7 @@ def test_the_first_signal_is_a_reason_to_stop(number):
             stop.check()
         with pytest.raises(Stopped), stop.breakable():
             pytest.fail("began work that should not begin any more")
+        wait_until(lambda: said.lines)
     assert signal.getsignal(number) is before
     assert len(said.lines) == 1
     assert number.name in said.lines[0]
@@ -103,12 +109,14 @@ def test_without_being_entered_it_leaves_signals_alone():
 
 HANGING = """
 import ctypes, signal, sys
-from jaxtrain.telemetry.progress import Progress
+from jaxtrain.telemetry.progress import PlainProgress
 from jaxtrain.train.hooks import StopOnSignal
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-with StopOnSignal(Progress()):
+with StopOnSignal(PlainProgress(200)) as stop:
+    stop.newest_saved = lambda: 100
+    stop.before_step(137, None)
     library.pthread_mutex_lock(mutex)
     print("hanging", flush=True)
     library.pthread_mutex_lock(mutex)  # like a step that waits for a dead host: no Python runs in this thread again
@@ -117,10 +125,11 @@ with StopOnSignal(Progress()):
 
 @pytest.mark.parametrize(
     ("signals", "exit_code"),
-    [(["INT", "INT"], 130), (["TERM", "TERM"], 143), (["INT", "TERM"], 143), (["nohup", "HUP", "TERM", "INT"], 130)],
-    ids=["INT-INT", "TERM-TERM", "INT-TERM", "nohup-HUP-TERM-INT"],
+    [(["INT", "INT"], 130), (["INT", "HUP", "TERM"], 143), (["nohup", "HUP", "TERM", "INT"], 130)],
+    ids=["INT-INT", "INT-HUP-TERM", "nohup-HUP-TERM-INT"],
 )
-def test_a_second_signal_ends_a_hanging_process_at_once(signals, exit_code):
+def test_a_second_request_ends_a_hanging_process_at_once(signals, exit_code):
+    """And says what is lost. Signals that do not end it are an echo of the first, a SIGHUP, or ignored."""
     mode = "nohup" if signals[0] == "nohup" else "terminal"
     child = subprocess.Popen([sys.executable, "-c", HANGING, mode], stdout=subprocess.PIPE, text=True)
     try:
@@ -128,12 +137,29 @@ def test_a_second_signal_ends_a_hanging_process_at_once(signals, exit_code):
         *firsts, last = [name for name in signals if name != "nohup"]
         for name in firsts:
             child.send_signal(getattr(signal, "SIG" + name))
+            child.send_signal(getattr(signal, "SIG" + name))
             with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(0.2)
+                child.wait(1.3)
         child.send_signal(getattr(signal, "SIG" + last))
         assert child.wait(5) == exit_code
+        assert "ended      at once: steps 101 to 137 are not saved\n" in child.stdout.read()
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize(
+    ("saved", "step", "words"),
+    [
+        (100, 137, "steps 101 to 137 are not saved"),
+        (0, 1, "step 1 is not saved"),
+        (136, 137, "step 137 is not saved"),
+        (137, 137, "step 137 is saved, and nothing is lost"),
+        (100, 0, "step 100 is saved, and nothing is lost"),
+        (0, 0, "no step was taken"),
+    ],
+)
+def test_what_is_lost_is_said_in_numbers(saved, step, words):
+    assert describe_lost(saved, step) == words
 
 
 # --- logging

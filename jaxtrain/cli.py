@@ -1,0 +1,171 @@
+"""How every `python -m jaxtrain.VERB` starts and ends: signals, standard output, explained errors, exit codes.
+
+A verb's module imports `early` and calls `run` before it imports anything else. Ctrl-C then ends the program in one line and
+with exit code 130 (128 + the signal's number), whatever is being imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from jaxtrain.errors import EXIT_ERROR, ExplainedError, Interrupted, Stopped
+from jaxtrain.signals import STOPPING, Request, Watch, end_at_once, say
+from jaxtrain.text import make_streams_safe, printable
+
+UNWINDING_SECONDS = 5.0  # from an interrupt to the end of the process, if the interrupt was swallowed or its handling hangs
+
+
+class Signals:
+    """What a signal does to a verb: while it is imported, while it works, and when its exit code is known.
+
+    Args:
+      unwinds: while it works, a signal raises `Interrupted` in the main thread, so that temporary files and child processes are
+        cleaned up; else it ends the process at once.
+    """
+
+    def __init__(self, unwinds: bool):
+        self._unwinds = unwinds
+        self._works = False
+        self._raised = False
+        self._code: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether `Interrupted` was raised."""
+        return self._raised
+
+    def work(self) -> None:
+        """Everything is imported: from now on a signal unwinds."""
+        self._works = self._unwinds
+
+    def settle(self, exit_code: int) -> None:
+        """The work is done: whatever comes now, this is how it ended."""
+        self._code = exit_code
+
+    def hear(self, number: int, request: Request) -> None:
+        """Ends the process where nothing has to be cleaned up, or where the interrupt has not ended it in time."""
+        if self._code is not None:
+            if request == "at once" or (request == "stop" and not _are_several()):
+                end_at_once(self._code, _flush)
+        elif not self._works or request == "at once":
+            end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
+        elif request == "stop":
+            timer = threading.Timer(UNWINDING_SECONDS, self._end, [number])
+            timer.daemon = True
+            timer.start()
+
+    def in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        """Raises `Interrupted`, once."""
+        if self._works and not self._raised and self._code is None:
+            self._raised = True
+            raise Interrupted(number)
+
+    def _end(self, number: int) -> None:
+        end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
+
+
+def run(module: str, function: str = "main", answers_on_stdout: bool = True, unwinds: bool = True) -> NoReturn:
+    """Imports a verb's module, calls its function with the command line's arguments, and ends the process with its exit code.
+
+    Args:
+      answers_on_stdout: what the verb prints is its product, so it ends, with exit code 141 as coreutils do, where nobody reads
+        that any more (`| head`). A verb that writes files goes on, and says nothing.
+      unwinds: see `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a
+        request to save (`train.hooks.StopOnSignal`).
+    """
+    make_streams_safe(answers_on_stdout)
+    signals = Signals(unwinds)
+    Watch(signals.hear, signals.in_main_thread).__enter__()  # to the end of the process
+    atexit.register(_ignore_signals)  # the first registered is the last to run
+    work: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    from jaxtrain.launch import distributed
+
+    def answer() -> int:
+        code = work(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+
+    def to_the_end() -> int:
+        signals.work()
+        try:
+            code = explained(answer)
+        except SystemExit as end:  # of the flags' parser, or of a pipe that nobody reads
+            signals.settle(end.code if isinstance(end.code, int) else EXIT_ERROR)
+            raise
+        signals.settle(code)
+        if signals.interrupted:
+            _flush()
+            os._exit(code)  # jax crashes at exit where a lowering was broken off (0.10.2)
+        return code
+
+    distributed.run_and_exit(to_the_end)
+
+
+def explained(work: Callable[[], int]) -> int:
+    """Calls `work` for an exit code; an ExplainedError, an interrupt or a lack of device memory becomes one message."""
+    try:
+        return work()
+    except ExplainedError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except Stopped as stop:
+        print(f"stopped: {stop}; nothing that was saved is lost, and the same command goes on from there", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt as stop:
+        print(f"interrupted by {stop}" if isinstance(stop, Interrupted) else "interrupted", file=sys.stderr)
+        return exit_code_of(stop)
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        print(
+            f"error: the file name {error.object!a} cannot be written in this environment's encoding, {error.encoding}; "
+            "set LC_ALL=C.UTF-8, and leave PYTHONUTF8=0 out",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of device memory: {str(error).splitlines()[0]}\nWhat helps: more mesh.fsdp or mesh.tensor, more "
+            "train.microbatches, --train.remat=full, a smaller train.global_batch_size or data.sequence_length.",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
+
+
+def exit_code_of(interrupt: KeyboardInterrupt) -> int:
+    """Returns 128 + the signal's number; Python's own interrupt is one of SIGINT."""
+    return interrupt.exit_code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA had no room, when it compiled a program or when it ran it."""
+    return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
+
+
+def _are_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    from jaxtrain.processes import are_several
+
+    return are_several()
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _ignore_signals() -> None:
+    """Python gives signals back their default effect when it ends, which would replace an exit code that is known."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

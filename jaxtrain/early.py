@@ -1,0 +1,19 @@
+"""Ctrl-C in a program's first milliseconds. A verb imports this in its first line, before `cli`, which takes over from it.
+
+Importing it takes the signals, so nothing else may. The handler does not raise, since whoever imports may catch everything.
+"""
+
+# What the module `signal` wraps, without the milliseconds that its enums take.
+import _signal  # pyright: ignore[reportMissingImports]
+import os
+
+_NAMES = {_signal.SIGINT: b"SIGINT", _signal.SIGTERM: b"SIGTERM"}
+
+
+def _end(number: int, frame: object) -> None:
+    os.write(2, b"interrupted by " + _NAMES[number] + b"\n")
+    os._exit(128 + number)
+
+
+for _number in _NAMES:
+    _signal.signal(_number, _end)

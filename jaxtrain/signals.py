@@ -1,0 +1,119 @@
+"""Signals that ask a program to end, heard in a thread of their own, and never swallowed.
+
+Python runs a signal's handler in the main thread, and only when that thread next runs bytecode: not while it compiles, connects
+to its peers or waits in a collective for one that is dead. And the KeyboardInterrupt that Python's own handler raises is lost
+where a library catches everything while it is imported (seen: 5 of 38 starts trained on after Ctrl-C). So the handlers here do
+nothing or little; the signal's number goes through a pipe to a thread, which decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+Request = Literal["stop", "same", "at once"]
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""SIGUSR1 is what SLURM is asked to send before a time limit; SIGHUP says that the terminal, or our supervisor, has gone."""
+SAME_REQUEST_SECONDS = 1.0
+_LOOK_SECONDS = 0.02
+
+
+@dataclass
+class Requests:
+    """Tells a person's second request from an echo of the first.
+
+    One request arrives as several signals: a closing terminal sends SIGHUP from the kernel and from the shell, Ctrl-C reaches a
+    whole process group and is passed on by whoever started it. So signals less than a second after the one before belong to the
+    same request, and SIGHUP never insists.
+    """
+
+    newest: float | None = None
+    """When the signal before came, by a monotonic clock."""
+
+    def hear(self, number: int, earliest: float, latest: float) -> Request:
+        """Returns what a signal means that came between two times: the first is a "stop", one that insists an "at once"."""
+        before, self.newest = self.newest, latest
+        if before is None:
+            return "stop"
+        return "same" if number == signal.SIGHUP or earliest - before <= SAME_REQUEST_SECONDS else "at once"
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Keeps a signal from what it does by default."""
+
+
+class Watch:
+    """Hears signals as long as it is entered, by the main thread; then whoever heard them before does so again.
+
+    SIGHUP is left alone where it is ignored, as under nohup.
+
+    Args:
+      hear: called in the watching thread with each signal; it must not block, or the next is not heard.
+      in_main_thread: Python's own handler, called in the main thread when that comes to it.
+    """
+
+    def __init__(
+        self,
+        hear: Callable[[int, Request], None],
+        in_main_thread: Callable[[int, FrameType | None], None] = _do_nothing,
+        numbers: Sequence[int] = STOPPING,
+    ):
+        self._hear, self._in_main_thread, self._numbers = hear, in_main_thread, numbers
+        self._handlers_before: dict[int, Any] = {}
+
+    def __enter__(self) -> Watch:
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        for number in self._numbers:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers_before[number] = signal.signal(number, self._in_main_thread)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)  # which ends the thread
+
+    def _listen(self, reading: int) -> None:
+        """Reads the pipe. After the first signal it also notes when the pipe was last empty: this thread may be kept from
+        running, and two signals that it finds together came at any time since then.
+        """
+        requests, quiet, poll = Requests(), 0.0, select.poll()
+        poll.register(reading, select.POLLIN)
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            while True:
+                if not poll.poll(None if requests.newest is None else _LOOK_SECONDS * 1000):
+                    quiet = time.monotonic()
+                    continue
+                byte = pipe.read(1)
+                if not byte:
+                    return
+                if byte[0] in self._handlers_before:  # signals of other people come through the same pipe
+                    self._hear(byte[0], requests.hear(byte[0], quiet, time.monotonic()))
+
+
+def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
+    """Ends the process without unwinding, after `last_words`, which have a second: the terminal may be what hangs."""
+    with contextlib.suppress(RuntimeError):  # no thread starts while Python itself ends
+        timer = threading.Timer(1.0, os._exit, [exit_code])
+        timer.daemon = True
+        timer.start()
+    with contextlib.suppress(BaseException):
+        last_words()
+    os._exit(exit_code)
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error, past Python's own streams, of which the main thread may hold the lock."""
+    os.write(2, f"{line}\n".encode())

@@ -1,0 +1,100 @@
+"""Standard output and error that take any text and outlive their reader; one console for tables; user text made printable.
+
+Text that a person wrote, a file name or a model's sample may hold anything: bytes that are no UTF-8 (Python's lone surrogates),
+control characters, square brackets that `rich` takes for markup. The terminal may be ASCII, and it may be closed at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import sys
+from contextlib import suppress
+from typing import IO, Any, TextIO
+
+from jaxtrain.errors import EXIT_UNREAD, ExplainedError
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET)
+"""What writing to a pipe, a terminal or a socket without its other end fails with."""
+"""What writing to a pipe, a terminal or a socket without its other end fails with."""
+
+
+def printable(text: str) -> str:
+    r"""Returns the text with control characters and lone surrogates as escapes ("\x1b", "\udcff"); newlines and tabs stay."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def open_console(width: int) -> Any:
+    """Returns a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
+
+    Args:
+      width: columns where standard output is no terminal.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Literal(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return Literal(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+
+
+def make_streams_safe(answers_on_stdout: bool) -> None:
+    """Replaces sys.stdout and sys.stderr by streams that raise neither for a character nor for a reader that has gone.
+
+    A character that the stream's encoding lacks is written as an escape. Where the reader of a pipe or the terminal has gone,
+    what is written goes nowhere from then on; but a program whose product is what it prints ends when nobody reads it.
+
+    Args:
+      answers_on_stdout: end with EXIT_UNREAD where the reader of standard output has gone (SystemExit in the writing thread).
+    """
+    for descriptor in range(3):  # one that is closed would be given to the next file opened, and text be written into that
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = _safe(sys.stdout, 1, answers_on_stdout)
+    sys.stderr = _safe(sys.stderr, 2, False)
+
+
+def _safe(stream: TextIO | None, descriptor: int, is_answer: bool) -> io.TextIOWrapper:
+    if stream is not None:
+        with suppress(OSError):
+            stream.flush()
+    outlet = io.BufferedWriter(_Outlet(descriptor, is_answer))
+    encoding = "utf-8" if stream is None else stream.encoding
+    by_line = isinstance(stream, io.TextIOWrapper) and (stream.line_buffering or stream.write_through)
+    return io.TextIOWrapper(outlet, encoding=encoding, errors="backslashreplace", line_buffering=by_line)
+
+
+class _Outlet(io.FileIO):
+    """A descriptor whose writes fail only where the bytes are the answer that a person waits for."""
+
+    def __init__(self, descriptor: int, is_answer: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self._is_answer = is_answer
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in _GONE:
+                discard(self)
+                if self._is_answer:
+                    raise SystemExit(EXIT_UNREAD) from None
+            elif self._is_answer:
+                discard(self)
+                raise ExplainedError(f"standard output cannot be written: {error.strerror}") from error
+            return len(data)  # a log on a full disk: what is written later may find room again
+
+
+def discard(stream: IO[Any]) -> None:
+    """Lets what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
