@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataSource, load_config
+from jaxtrain.data.json_tokenizer import train_bpe
 from jaxtrain.data.listing import list_files, split_patterns
 from jaxtrain.data.pipeline import open_data
-from jaxtrain.data.tokenizers import load_tokenizer, train_bpe
+from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import DataError
 from jaxtrain.paths import user_path
 from jaxtrain.tokenize import main
