@@ -28,6 +28,7 @@ DType = Literal["float32", "bfloat16"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
 RematPolicy = Literal["none", "dots", "named", "full"]
+ROW_KINDS = ("jsonl", "parquet", "array_record")
 SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_record", "synthetic"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
@@ -290,9 +291,13 @@ class DataSource:
     """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document a row. tokens: .bin or .npy
     made by `python -m jaxtrain.tokenize`. array_record: one UTF-8 document a record. synthetic: random tokens."""
     path: str = ""
-    """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas."""
+    """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text and jsonl may be compressed:
+    gzip, bzip2, xz, zstd."""
     text_field: str = "text"
     """Which field of a JSONL or Parquet row holds the text."""
+    max_bad_rows: float = 0.0
+    """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
+    first one is an error."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources."""
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.hardware import load_chip
+from jaxtrain.source_rules import remote_problems, source_problems
 
 
 def divisors(number: int) -> list[int]:
@@ -369,10 +370,11 @@ def _other_problems(config: Config) -> list[str]:
     for i, source in enumerate(config.data.sources):
         if source.weight <= 0:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        if source.kind not in ("stdlib", "synthetic") and not source.path:
-            problems.append(f"data.sources.{i}.path is empty; a source of kind {source.kind} needs the files to read")
+        problems += source_problems(f"data.sources.{i}.", source)
     if config.optimizer.warmup_steps > config.train.steps:
         problems.append(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.steps={config.train.steps}")
+    problems += remote_problems("data.tokenizer", config.data.tokenizer)
+    problems += remote_problems("data.cache_dir", config.data.cache_dir)
     tokenizer = config.data.tokenizer
     if tokenizer.startswith("bpe:"):
         size = tokenizer[4:]

@@ -23,6 +23,7 @@ from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import EXIT_DONE, ConfigError, DataError, ExplainedError
 from jaxtrain.paths import user_path
+from jaxtrain.source_rules import bad_rows_problems, remote_problems
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
@@ -42,6 +43,9 @@ class TokenizeConfig:
     """byte; bpe:SIZE (trained on the training part); a tokenizer.json; or a SentencePiece .model."""
     text_field: str = "text"
     """Which field of a JSONL or Parquet row holds the text."""
+    max_bad_rows: float = 0.0
+    """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
+    first one is an error."""
     validation_fraction: float = 0.05
     """Share of the files (of the documents, where files are few) that is held out for validation."""
     cache_dir: str = "~/.cache/jaxtrain/data"
@@ -55,6 +59,9 @@ def find_problems(config: TokenizeConfig) -> list[str]:
         problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
     if not 0 <= config.validation_fraction < 1:
         problems.append(f"--validation_fraction={config.validation_fraction} is a share: at least 0 and below 1")
+    for field in ("input", "output", "tokenizer", "cache_dir"):
+        problems += remote_problems(f"--{field}", getattr(config, field))
+    problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
     name = config.tokenizer
     if name.startswith("bpe:") and not (name[4:].isdigit() and int(name[4:]) >= 257):
         problems.append(f"--tokenizer={name}: the size after bpe: is a whole number of at least 257")
@@ -74,7 +81,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
     output, cache_dir = user_path(config.output).absolute(), user_path(config.cache_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"--output={config.output}: there is something already; name a new folder")
-    source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field)
+    source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field, max_bad_rows=config.max_bad_rows)
     corpus = open_corpus(source, "--input", config.validation_fraction, cache_dir)
     tokenizer, original = _open_tokenizer(config.tokenizer, corpus, cache_dir)
     try:
@@ -105,6 +112,7 @@ def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
             f"{split:<10} {data.documents:,} documents, {readable_bytes(data.utf8_bytes)}, {data.count:,} tokens "
             f"({data.dtype}{ratio})"
         )
+    lines += [f"left out {data.bad_rows_in_words}" for data in [written["train"]] if data.bad_rows]
     folder = Path(config.output)
     copies = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (user_path(folder) / name).is_file()]
     tokenizer = copies[0] if copies else config.tokenizer

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 FLOORS = {
     "config": 0,
     "config_rules": 0,
+    "source_rules": 0,
     "chip": 0,
     "chip_file": 0,
     "hardware": 0,
@@ -82,6 +83,8 @@ SAME_FLOOR = {
     ("config_rules", "config"),
     ("config_rules", "hardware"),
     ("config_rules", "errors"),
+    ("config_rules", "source_rules"),
+    ("source_rules", "config"),
     ("hardware", "errors"),
     ("hardware", "chip"),
     ("hardware", "chip_file"),

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.config import DataSource
-from jaxtrain.data.documents import read_documents
+from jaxtrain.config import ROW_KINDS, DataSource
+from jaxtrain.data.documents import BadRows, read_documents
 from jaxtrain.data.file_hashes import file_hashes, short_hash
 from jaxtrain.data.listing import SourceFile, list_files, list_stdlib
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import SPLIT_RULE, held_out
 from jaxtrain.errors import DataError
-
-ROW_KINDS = ("jsonl", "parquet", "array_record")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class Corpus:
         """Hash of all that decides which documents there are and on which side; no absolute path is in it."""
         files = [[file.name, digest] for file, digest in zip(self.files, self.hashes, strict=True)]
         field = self.source.text_field if self.source.kind in ROW_KINDS else ""
-        return short_hash([files, self.source.kind, field, self.validation_fraction, self.split_by, SPLIT_RULE])
+        parts = [files, self.source.kind, field, self.validation_fraction, self.split_by, SPLIT_RULE]
+        return short_hash([*parts, self.source.max_bad_rows] if self.source.max_bad_rows else parts)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -73,23 +72,24 @@ class Corpus:
         names = (f"{self.files[document.file].name}:{number}" for number, document in enumerate(counted))
         return held_out(names, self.validation_fraction)
 
-    def documents(self, title: str) -> Iterator[Document]:
+    def documents(self, title: str, bad_rows: BadRows | None = None) -> Iterator[Document]:
         """All documents in order, without the empty ones, while a progress bar called `title` shows the bytes read.
 
-        Raises DataError where a file is not what it should be.
+        Rows that are left out are counted in `bad_rows`. Raises DataError where a file is not what it should be.
         """
         if self.split_by == "line":
             yield from self._cut_document()
             return
         mask, by_file = self.held_out_mask, self.split_by == "file"
-        numbered = enumerate(self._texts())
+        numbered = enumerate(self._texts(bad_rows))
         documents = (Document(text, i, bool(mask[i if by_file else number])) for number, (i, text) in numbered)
         yield from _with_progress(documents, self.sizes, title)
 
-    def _texts(self) -> Iterator[tuple[int, str]]:
+    def _texts(self, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
         """(index of the file, text) of every document that is not empty."""
+        bad_rows = bad_rows or BadRows(self.source.max_bad_rows)
         for i, file in enumerate(self.files):
-            for text in read_documents(self.source.kind, file.path, self.source.text_field):
+            for text in read_documents(self.source.kind, file.path, self.source.text_field, bad_rows):
                 if text:
                     yield i, text
 

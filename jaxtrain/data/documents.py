@@ -2,63 +2,109 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from jaxtrain.data.compressed import HEAD_BYTES, open_content
 from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.file_kinds import what_it_is
+from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError, nearest
 
 ROWS_AT_ONCE = 1024
+BYTE_ORDER_MARK = "\ufeff"
+ALL_BAD_ROWS = 1000  # where this many come first and none is good, the source is not what the configuration says
 
-Reader = Callable[[Path, str], Iterator[str]]
-
-
-def require(module: str, needed_by: str) -> Any:
-    """Imports an optional package, or raises a DataError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0].replace("_", "-")
-        raise DataError(f"{needed_by} needs the package {package}: pip install 'jaxtrain[data]'") from error
+Reader = Callable[[Path, str], Iterator[str | DataError]]
+"""(file, name of the text's field) to the text, or the fault, of each row in turn. Faults of the whole file are raised."""
 
 
-def read_documents(kind: str, path: Path, text_field: str) -> Iterator[str]:
-    """The documents of a file in order, empty ones too (so that a document's number is its row's number).
+@dataclass
+class BadRows:
+    """Counts the rows of a source that are left out for a fault of theirs."""
 
-    Raises DataError with the file, and the byte, line or row, of whatever is wrong.
+    largest_share: float = 0.0
+    """Of all rows; 0 lets the first bad one stop the reading."""
+    rows: int = 0
+    """Read so far, the bad ones among them."""
+    count: int = 0
+    first: str = ""
+    """What is wrong with the first one, and where; empty where there is none."""
+
+    def leave_out(self, fault: DataError) -> None:
+        """Count a bad row. Raises its fault where none may be left out, and a DataError where no row at all is good."""
+        if not self.largest_share:
+            raise fault
+        self.first = self.first or str(fault)[:300]
+        self.count += 1
+        if self.count == self.rows == ALL_BAD_ROWS:
+            raise DataError(f"each of the first {ALL_BAD_ROWS:,} rows is bad; the first: {self.first}") from fault
+
+    def check(self, name: str) -> None:
+        """Raise a DataError where the share of bad rows in the source called `name` is above the largest."""
+        if self.count > self.largest_share * self.rows:
+            raise DataError(
+                f"{name}: {self.count:,} of {self.rows:,} rows are bad, more than max_bad_rows={self.largest_share:g} of them; "
+                f"the first: {self.first}"
+            )
+
+
+def read_documents(kind: str, path: Path, text_field: str, bad_rows: BadRows | None = None) -> Iterator[str]:
+    """Yield the documents of a file in order, empty ones too (so that a document's number is its row's number).
+
+    A bad row counts as an empty one where `bad_rows` lets it be left out. Raises DataError with the file, and the byte, line
+    or row, of whatever is wrong.
     """
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     try:
-        yield from READERS[kind](path, text_field)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: broken gzip file ({error})") from error
+        for text in READERS[kind](path, text_field):
+            bad_rows.rows += 1
+            if isinstance(text, DataError):
+                bad_rows.leave_out(text)
+                text = ""
+            yield text
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
+def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
     """`content` as text. Raises DataError with the byte where it stops being UTF-8, counted from `offset`."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise DataError(
+                f"{where}: ends at byte {offset + len(content)} in the middle of a character; was it cut short?"
+            ) from error
         byte = content[error.start]
         raise DataError(
             f"{where}: byte {offset + error.start} (0x{byte:02x}) is not UTF-8; convert the file, e.g. iconv -f latin1 -t utf-8"
         ) from error
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+@contextmanager
+def _open_text(path: Path) -> Iterator[Any]:
+    """A file of text, decompressed. Raises DataError where it holds something else, which it names."""
+    with open_content(path) as file:
+        if what := what_it_is(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
+            raise DataError(f"{path}: is {what}")
+        yield file
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
-    with _open(path) as file:
-        yield decode_utf8(file.read(), str(path))
+    with _open_text(path) as file:
+        yield _decode_utf8(file.read(), str(path)).removeprefix(BYTE_ORDER_MARK)
+
+
+def _named(value: Any) -> str:
+    """What to call a value that is no text."""
+    if isinstance(value, UnicodeDecodeError):
+        return f"broken UTF-8 (byte {value.start} of it)"
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _text_of_row(row: Any, text_field: str, where: str) -> str:
@@ -69,7 +115,7 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
         raise DataError(f"{where}: no field {text_field!r}; {nearest(text_field, row)}" if row else f"{where}: an empty object")
     text = row[text_field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_field!r} is a {type(text).__name__}, not text")
+        raise DataError(f"{where}: field {text_field!r} is {_named(text)}, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -77,23 +123,32 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
     return text
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
     offset = 0
-    with _open(path) as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}: line {number}"
-            text = decode_utf8(line, where, offset)
+            if not line.isspace():
+                try:
+                    text = _text_of_line(line, text_field, f"{path}: line {number}", offset)
+                except DataError as fault:
+                    text = fault
+                yield text
             offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})") from error
-            yield _text_of_row(row, text_field, where)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
+    """The text field of a line of JSON that begins at byte `offset`. A mark of byte order is left where files were joined."""
+    text = _decode_utf8(line, where, offset).lstrip(BYTE_ORDER_MARK)
+    try:
+        row = json.loads(text) if text.strip() else {text_field: ""}
+    except (ValueError, RecursionError) as error:
+        one_value = offset == 0 and text.strip() in ("[", "{")
+        way_out = "; a row is one whole line: jq -c '.[]' writes the items of an array so" if one_value else ""
+        raise DataError(f"{where}: not JSON ({error}){way_out}") from error
+    return _text_of_row(row, text_field, where)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
     parquet = require("pyarrow.parquet", "kind=parquet")
     arrow = require("pyarrow", "kind=parquet")
     try:
@@ -103,17 +158,32 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
                 raise DataError(f"{path}: no column {text_field!r}; {nearest(text_field, names)}")
             number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        kind = "null" if text is None else f"a {type(text).__name__}"
-                        raise DataError(f"{path}: row {number} of column {text_field!r} is {kind}, not text")
-                    yield text
+                for text in _values(batch.column(0)):
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        yield DataError(f"{path}: row {number} of column {text_field!r} is {_named(text)}, not text")
                     number += 1
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: broken Parquet file ({str(error).splitlines()[0]})") from error
+    except arrow.ArrowException as error:
+        raise _broken(path, "Parquet", error) from error
 
 
-def _read_array_record(path: Path, text_field: str) -> Iterator[str]:
+def _values(column: Any) -> list[Any]:
+    """The values of a column; in the place of a text that is not UTF-8, the error."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(item) for item in column]
+
+
+def _value(item: Any) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _read_array_record(path: Path, text_field: str) -> Iterator[str | DataError]:
     module = require("array_record.python.array_record_module", "kind=array_record")
     with _open_array_record(module, path) as reader:
         count = reader.num_records()
@@ -121,9 +191,13 @@ def _read_array_record(path: Path, text_field: str) -> Iterator[str]:
             try:
                 records = reader.read(range(start, min(start + ROWS_AT_ONCE, count)))
             except Exception as error:  # the library raises whatever its C++ status says
-                raise _broken_array_record(path, error) from error
+                raise _broken(path, "ArrayRecord", error) from error
             for number, record in enumerate(records, start):
-                yield decode_utf8(record, f"{path}: record {number}")
+                try:
+                    text = _decode_utf8(record, f"{path}: record {number}")
+                except DataError as fault:
+                    text = fault
+                yield text
 
 
 @contextmanager
@@ -133,7 +207,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
         if not reader.ok():
             reader.close()  # a broken file looks empty; only closing it says why
     except Exception as error:
-        raise _broken_array_record(path, error) from error
+        raise _broken(path, "ArrayRecord", error) from error
     try:
         yield reader
     finally:
@@ -141,8 +215,13 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
             reader.close()
 
 
-def _broken_array_record(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: broken ArrayRecord file ({str(error).splitlines()[0].partition('; ')[0]})")
+def _broken(path: Path, kind: str, error: Exception) -> DataError:
+    """The error to raise for a file that is not a whole one of `kind`; it names what the file is instead, if it knows."""
+    with path.open("rb") as file:
+        what = what_it_is(file.read(HEAD_BYTES))
+    if what and kind not in what:
+        return DataError(f"{path}: is no {kind} file but {what}")
+    return DataError(f"{path}: broken {kind} file ({str(error).splitlines()[0].partition('; ')[0]})")
 
 
 READERS: dict[str, Reader] = {

@@ -104,7 +104,8 @@ def _open_tokens(
         train = [part_of_stream(streams.train)]
         validation = [part_of_stream(streams.validation)]
         sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
-        origin = f"{source.path or 'stdlib'} ({sides}, split by {corpus.split_by})"
+        left_out = f"; left out {words}" if (words := streams.train.metadata.bad_rows_in_words) else ""
+        origin = f"{source.path or 'stdlib'} ({sides}, split by {corpus.split_by}{left_out})"
     windows = StreamWindows(train, length, padded=False)
     if not windows.count:
         most = max((len(part.tokens) for part in train), default=0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts
+from jaxtrain.data.documents import BadRows
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
 from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
@@ -100,12 +101,14 @@ def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, fol
     writers = {
         split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name) for split in ("train", "validation")
     }
+    bad_rows = BadRows(corpus.source.max_bad_rows)
     try:
-        for batch in _batches(corpus.documents(f"tokenizing {corpus.name}")):
+        for batch in _batches(corpus.documents(f"tokenizing {corpus.name}", bad_rows)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 writers["validation" if document.held_out else "train"].append(document.text, ids)
-        metadata = {split: writer.close() for split, writer in writers.items()}
+        bad_rows.check(corpus.name)
+        metadata = {split: writer.close(bad_rows) for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abandon()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxtrain.data.documents import BadRows
 from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
@@ -52,6 +53,17 @@ class StreamMetadata:
     gzip_input_bytes: int
     sha256: str
     """Of the whole .bin file."""
+    rows: int = 0
+    """Rows that were read for both splits together, the bad ones among them; 0 in files made before rows were counted."""
+    bad_rows: int = 0
+    """How many of them were left out."""
+    first_bad_row: str = ""
+    """What was wrong with the first, and where."""
+
+    @property
+    def bad_rows_in_words(self) -> str:
+        """How many rows were left out of the source, and the first of them; empty where none was."""
+        return f"{self.bad_rows:,} of {self.rows:,} rows, the first: {self.first_bad_row}" if self.bad_rows else ""
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,9 @@ class StreamWriter:
         self._count += ids.size
         self._largest = max(self._largest, int(ids.max()))
 
-    def close(self) -> StreamMetadata:
-        """Ends the stream and writes its JSON file. Raises OSError."""
+    def close(self, bad_rows: BadRows | None = None) -> StreamMetadata:
+        """End the stream, and write its JSON file, which names the source's `bad_rows` too. Raises OSError."""
+        bad_rows = bad_rows or BadRows()
         if self._documents:
             self._write(np.array([self._tokenizer.separator]))
         self._file.close()
@@ -138,6 +151,9 @@ class StreamWriter:
             gzip_bytes=self._gzip_bytes,
             gzip_input_bytes=self._gzip_input_bytes,
             sha256=self._digest.hexdigest(),
+            rows=bad_rows.rows,
+            bad_rows=bad_rows.count,
+            first_bad_row=bad_rows.first,
         )
         fields = dataclasses.asdict(metadata)
         text = json.dumps(fields | {"digest": short_hash(fields)}, indent=2) + "\n"
@@ -163,12 +179,15 @@ def read_metadata(path: Path) -> StreamMetadata:
         raise unreadable(json_path, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{json_path}: not JSON ({error})") from error
-    fields = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
-    wrong = [name for name, kind in fields.items() if not isinstance(content, dict) or not isinstance(content.get(name), kind)]
+    content = content if isinstance(content, dict) else {}
+    kinds = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
+    fields = {field.name: content.get(field.name, field.default) for field in dataclasses.fields(StreamMetadata)}
+    wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
     if wrong:
         raise DataError(f"{json_path}: field {wrong[0]!r} is missing or of the wrong type; make the file again")
-    metadata = StreamMetadata(**{name: content[name] for name in fields})
-    if content.get("digest", digest := short_hash(dataclasses.asdict(metadata))) != digest:
+    metadata = StreamMetadata(**fields)
+    digest = short_hash({name: value for name, value in content.items() if name != "digest"})
+    if content.get("digest", digest) != digest:
         raise DataError(f"{json_path}: its contents do not have the checksum in its field 'digest'; make the file again")
     if metadata.format != FORMAT or metadata.dtype not in DTYPES:
         raise DataError(f"{json_path}: format {metadata.format!r} of {metadata.dtype} is not {FORMAT!r}; make the file again")

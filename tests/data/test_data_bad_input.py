@@ -8,10 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataSource
-from jaxtrain.data.documents import require
+from jaxtrain.config import Config, DataConfig, DataSource
+from jaxtrain.config_rules import find_problems
+from jaxtrain.data.optional import require
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.tokenize import TokenizeConfig
+from jaxtrain.tokenize import find_problems as tokenize_problems
 
 
 def refused(config, *words):
@@ -70,7 +73,7 @@ def test_jsonl_that_is_not_utf8(make_config, tmp_path):
         ('{"texts": "x", "id": 1}', ["no field 'text'", "did you mean 'texts'"]),
         ("{}", ["an empty object"]),
         ('{"text": 3}', ["'text' is a int, not text"]),
-        ('{"text": null}', ["'text' is a NoneType, not text"]),
+        ('{"text": null}', ["'text' is null, not text"]),
         ('{"text": "\\ud800"}', ["half a surrogate pair"]),
     ],
 )
@@ -78,12 +81,6 @@ def test_broken_jsonl_rows(make_config, tmp_path, row, words):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n\n' + row + "\n")
     refused(make_config(DataSource(kind="jsonl", path=str(path))), "rows.jsonl", "line 3", *words)
-
-
-def test_broken_gzip(make_config, tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(b"not gzip at all")
-    refused(make_config(DataSource(kind="jsonl", path=str(path))), "rows.jsonl.gz", "broken gzip")
 
 
 def test_parquet_faults(make_config, tmp_path):
@@ -285,3 +282,34 @@ def test_what_the_json_beside_a_token_file_says_is_not_believed(make_config, tmp
         fields = {name: value for name, value in said.items() if name != "digest"} | lie
         beside.write_text(json.dumps(fields | {"digest": short_hash(fields)}))
         refused(config, *words)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("s3://bucket/books/*.jsonl", "aws s3 sync s3://bucket/books data"),
+        ("a.txt, gs://bucket/b.txt", "gcloud storage rsync -r gs://bucket data"),
+        ("hf://datasets/x/y.jsonl", "hf download"),
+        ("https://host/x.jsonl.zst", "curl -LO https://host/x.jsonl.zst"),
+        ("abfs://x/y", "copy it first"),
+        ("file:///books/a.txt", "without file://"),
+    ],
+)
+def test_the_address_of_a_store_is_no_path(path, words):
+    (problem,) = find_problems(Config(data=DataConfig((DataSource(kind="text", path=path),))), 1)[1]
+    assert problem.startswith("data.sources.0.path=")
+    assert words in problem
+    (problem,) = tokenize_problems(TokenizeConfig("out", path))
+    assert problem.startswith("--input=")
+    assert words in problem
+    (problem,) = find_problems(Config(data=DataConfig(tokenizer="hf://gpt2")), 1)[1]
+    assert "data.tokenizer=hf://gpt2" in problem
+
+
+def test_bad_rows_are_a_share_of_rows():
+    for kind, share, words in (("jsonl", 1.0, "is a share"), ("text", 0.1, "has no rows; it is for jsonl, parquet")):
+        source = DataSource(kind=kind, path="a", max_bad_rows=share)
+        (problem,) = find_problems(Config(data=DataConfig((source,))), 1)[1]
+        assert words in problem
+        (problem,) = tokenize_problems(TokenizeConfig("out", "a", kind, max_bad_rows=share))
+        assert words in problem

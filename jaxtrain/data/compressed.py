@@ -1,0 +1,184 @@
+"""Reads gzip, bzip2, xz and zstd files as what is in them, known by their first bytes and not by their names."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from jaxtrain.data.optional import require
+from jaxtrain.errors import DataError
+
+BLOCK_BYTES = 1 << 16
+HEAD_BYTES = 8192
+# zstd: a frame, or a frame to be skipped, with which those of several threads begin.
+FIRST_BYTES = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", re.DOTALL),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "zstd": re.compile(rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", re.DOTALL),
+}
+SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+SHORTEST = 8  # bytes: no compressed file is shorter
+
+
+def compression_of(head: bytes) -> str | None:
+    """Return which of FIRST_BYTES a file that begins with `head` is; None for any other."""
+    return next((name for name, pattern in FIRST_BYTES.items() if pattern.match(head)), None)
+
+
+def open_content(path: Path) -> io.BufferedReader:
+    """Open a file for reading, decompressed as it is read where it is compressed: all of its members, one after the other.
+
+    A file with the name of a compressed one, but other contents, is read as it is. Raises OSError; DataError, here or while
+    reading, where the file is cut short or damaged.
+    """
+    file = path.open("rb")
+    try:
+        head = file.peek(HEAD_BYTES)
+        kind = compression_of(head)
+        if kind is None and path.suffix in SUFFIXES and len(head) < SHORTEST:
+            raise DataError(f"{path}: the {SUFFIXES[path.suffix]} file is cut short: it has {len(head)} bytes; fetch it again")
+        if kind is None:
+            return file
+        raw = _Zstd(file, path) if kind == "zstd" else _Members(file, path, kind)
+        return io.BufferedReader(raw, BLOCK_BYTES)
+    except BaseException:
+        file.close()
+        raise
+
+
+class _Member(Protocol):
+    """One compressed stream, as bz2.BZ2Decompressor and lzma.LZMADecompressor are."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _GzipMember:
+    """A gzip member with the interface of the others. zlib checks length and checksum at its end."""
+
+    def __init__(self):
+        self._member = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._member.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._member.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        content = self._member.decompress(self._member.unconsumed_tail + data, max_length)
+        self.needs_input = not self._member.unconsumed_tail and len(content) < max_length
+        return content
+
+
+NEW_MEMBER: dict[str, Callable[[], _Member]] = {
+    "gzip": _GzipMember,
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+}
+
+
+class _Members(io.RawIOBase):
+    """The contents of a gzip, bzip2 or xz file.
+
+    Unlike those of the standard library it does not take damage in a later member for the end of the file.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, kind: str):
+        self._file, self._path, self._kind = file, path, kind
+        self._member = NEW_MEMBER[kind]()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._read(len(buffer))
+        except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk; bz2 says OSError without a number
+                raise
+            raise _damaged(self._path, self._kind, self._file, error) from error
+        buffer[: len(content)] = content
+        return len(content)
+
+    def _read(self, most: int) -> bytes:
+        """Return up to `most` bytes; none at the end of the file."""
+        while True:
+            block = b""
+            if self._member.eof:
+                block = self._next_member()
+                if not block:
+                    return b""
+                self._member = NEW_MEMBER[self._kind]()
+            elif self._member.needs_input and not (block := self._file.read(BLOCK_BYTES)):
+                raise _cut_short(self._path, self._kind, self._file)
+            if content := self._member.decompress(block, most):
+                return content
+
+    def _next_member(self) -> bytes:
+        """Return what follows the member that has ended and the zeros after it; nothing at the end of the file."""
+        rest = self._member.unused_data.lstrip(b"\0")
+        while not rest and (block := self._file.read(BLOCK_BYTES)):
+            rest = block.lstrip(b"\0")
+        return rest
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Zstd(io.RawIOBase):
+    """The contents of a zstd file, frame after frame."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        arrow = require("pyarrow", f"{path}, a zstd file,")
+        self._file, self._path = file, path
+        self._stream = arrow.CompressedInputStream(arrow.PythonFile(file, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            if "Truncated" in str(error):
+                raise _cut_short(self._path, "zstd", self._file) from error
+            raise _damaged(self._path, "zstd", self._file, error) from error
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _cut_short(path: Path, kind: str, file: BinaryIO) -> DataError:
+    return DataError(f"{path}: the {kind} file is cut short: it ends at byte {file.tell()}, in the middle; fetch it again")
+
+
+def _damaged(path: Path, kind: str, file: BinaryIO, error: Exception) -> DataError:
+    why = str(error).partition("decompress failed: ")[2] or str(error)
+    if "too much memory" in why:
+        return DataError(f"{path}: the zstd file has a window beyond 128 MiB; write it anew without --long (zstd -d --long=31)")
+    return DataError(f"{path}: the {kind} file is damaged before byte {file.tell()} ({why}); fetch it again")

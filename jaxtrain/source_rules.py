@@ -1,0 +1,49 @@
+"""What must hold for a source of data, whether a run or `python -m jaxtrain.tokenize` reads it."""
+
+from __future__ import annotations
+
+import re
+
+from jaxtrain.config import ROW_KINDS, DataSource
+
+_COPY = {
+    "s3": "aws s3 sync {folder} data",
+    "gs": "gcloud storage rsync -r {folder} data",
+    "hf": "hf download, of the package huggingface_hub",
+    "http": "curl -LO {path}",
+    "https": "curl -LO {path}",
+}
+
+
+def remote_problems(name: str, paths: str) -> list[str]:
+    """What is wrong with the field called `name` where one of its comma-separated paths is the address of a store."""
+    problems = []
+    for path in map(str.strip, paths.split(",")):
+        address = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+        if address is None:
+            continue
+        if address[1].lower() == "file":
+            problems.append(f"{name}={path}: give the path alone, without file://")
+            continue
+        folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        copy = _COPY.get(address[1].lower(), "the store's own program").format(folder=folder, path=path)
+        problems.append(f"{name}={path}: only files and mounted folders are read; copy it first, e.g. with {copy}")
+    return problems
+
+
+def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
+    """What is wrong with the share of bad rows that the field called `name` allows in a source of `kind`."""
+    if not 0 <= share < 1:
+        return [f"{name}={share} is a share: at least 0 and below 1"]
+    if share and kind not in ROW_KINDS:
+        return [f"{name}={share} has no meaning for kind={kind}, which has no rows; it is for {', '.join(ROW_KINDS)}"]
+    return []
+
+
+def source_problems(prefix: str, source: DataSource) -> list[str]:
+    """What is wrong with the fields of a source; `prefix` stands before their names ("data.sources.0.")."""
+    problems = []
+    if source.kind not in ("stdlib", "synthetic") and not source.path:
+        problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")
+    problems += remote_problems(f"{prefix}path", source.path)
+    return problems + bad_rows_problems(f"{prefix}max_bad_rows", source.kind, source.max_bad_rows)
