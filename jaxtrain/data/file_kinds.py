@@ -43,16 +43,20 @@ _PATTERNS = tuple((re.compile(pattern, re.DOTALL), name, way_out) for pattern, n
 LARGEST_SHARE_OF_NULS = 0.1
 
 
+def known_kind(head: bytes) -> str | None:
+    """Return what a file is that begins with `head`, and what to do about it, where it begins like none of text."""
+    if kind := compression_of(head):
+        return f"{kind}-compressed; decompress it once"
+    return next((f"{name}; {way_out}" for pattern, name, way_out in _PATTERNS if pattern.match(head)), None)
+
+
 def what_it_is(head: bytes) -> str | None:
-    """Return what a file is that begins with `head`, and what to do about it; None where it may be UTF-8 text.
+    """Return what `known_kind` does, or which text without a mark; None where it may be UTF-8 text.
 
     UTF-16 and UTF-32 without a mark are known by where their zero bytes are.
     """
-    if kind := compression_of(head):
-        return f"{kind}-compressed once more; decompress it once"
-    for pattern, name, way_out in _PATTERNS:
-        if pattern.match(head):
-            return f"{name}; {way_out}"
+    if kind := known_kind(head):
+        return kind
     if head.count(0) <= LARGEST_SHARE_OF_NULS * len(head):
         return None
     zeros = [head[place::4].count(0) / (len(head) / 4) for place in range(4)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,15 +46,21 @@ class JsonTokenizer:
         Raises DataError for broken content, or where no token can serve as the separator.
         """
         from tokenizers import Tokenizer as Backend
+        from tokenizers import __version__ as version
 
         self._where = where
         try:
             description = json.loads(content)
+            if what := _another_file(description):
+                raise DataError(f"{where}: is {what}, and no tokenizer.json, which is often beside it")
             separator = _separator_name(description, eos_name)
             separator = _hide_control_tokens(description, separator) if separator else ""
             self._backend = Backend.from_str(json.dumps(description))
         except BaseException as error:  # the library raises bare Exception, and panics of its own that are not even that
-            raise DataError(f"{where}: not a tokenizer.json ({reason(error)})") from error
+            if isinstance(error, DataError):
+                raise
+            why = reason(error)
+            raise DataError(f"{where}: not a tokenizer.json that tokenizers {version} reads ({why})") from error
         if not separator:
             raise DataError(f"{where}: has no token to put between documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
         self._backend.encode_special_tokens = True
@@ -72,17 +78,8 @@ class JsonTokenizer:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except BaseException as error:
-            raise DataError(f"{self._where}: the tokenizer fails on {self._culprit(texts)} ({reason(error)})") from error
+            raise failed_encoding(self._where, texts, self._backend.encode, error) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-    def _culprit(self, texts: Sequence[str]) -> str:
-        """Name the first text that cannot be encoded."""
-        for text in texts:
-            try:
-                self._backend.encode(text, add_special_tokens=False)
-            except BaseException:
-                return f"the text that begins {text[:60]!r}"
-        return f"a batch of {len(texts)} texts"
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control tokens."""
@@ -93,7 +90,37 @@ def reason(error: BaseException) -> str:
     """Return the first line of what a tokenizer's library says; an interrupt, or an exit, is raised again."""
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
         raise error
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    words = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (words.splitlines() or [type(error).__name__])[0][:200]
+
+
+def failed_encoding(where: str, texts: Sequence[str], encode: Callable[[str], object], error: BaseException) -> DataError:
+    """Return the error to raise where a tokenizer's library fails on a batch; it names the first text `encode` fails on."""
+    why, which = reason(error), f"a batch of {len(texts)} texts"
+    for text in texts:
+        try:
+            encode(text)
+        except BaseException:
+            which = f"the text that begins {text[:60]!r}"
+            break
+    return DataError(f"{where}: the tokenizer fails on {which} ({why})")
+
+
+def _another_file(description: Any) -> str:
+    """Return what JSON that lies about near a tokenizer.json is; nothing where it may be one."""
+    if not isinstance(description, dict):
+        return f"a JSON {type(description).__name__}"
+    if isinstance(description.get("model"), dict):
+        return ""
+    if "tokenizer_class" in description or "added_tokens_decoder" in description:
+        return "a tokenizer_config.json"
+    if "model_type" in description or "architectures" in description:
+        return "the config.json of a model"
+    if isinstance(description.get("vocab"), list):
+        return "a tekken.json of Mistral's"
+    if description and all(isinstance(value, int) for value in description.values()):
+        return "a vocab.json, which has no rules to cut text by"
+    return f"JSON with the fields {', '.join(list(description)[:5]) or '(none)'}"
 
 
 def _pieces(model: dict[str, Any]) -> set[str]:

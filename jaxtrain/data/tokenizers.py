@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from jaxtrain.data.compressed import HEAD_BYTES
 from jaxtrain.data.file_hashes import unreadable
-from jaxtrain.data.json_tokenizer import JsonTokenizer
+from jaxtrain.data.file_kinds import known_kind
+from jaxtrain.data.json_tokenizer import JsonTokenizer, failed_encoding, reason
+from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
 from jaxtrain.paths import user_path
 
@@ -98,15 +102,17 @@ class SentencePieceTokenizer:
 
     def __init__(self, content: bytes, where: str):
         """`content` of the file named `where`. Raises DataError for broken content, or without an eos or bos piece."""
+        library = require("sentencepiece", where)
+        if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", content):
+            raise DataError(f"{where}: is a vocabulary of tiktoken; use the tokenizer.json of the same model")
+        self._where = where
         try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise DataError(f"{where} needs the package sentencepiece: pip install 'jaxtrain[data]'") from error
-        try:
-            self._backend = SentencePieceProcessor(model_proto=content)
+            self._backend = library.SentencePieceProcessor(model_proto=content)
             self.vocab_size = int(self._backend.piece_size())
         except Exception as error:  # the library raises RuntimeError and others
-            raise DataError(f"{where}: not a SentencePiece model") from error
+            raise DataError(f"{where}: not a SentencePiece model ({reason(error)})") from error
+        if not self.vocab_size:
+            raise DataError(f"{where}: not a SentencePiece model (it has no pieces)")
         marks = [i for i in (self._backend.eos_id(), self._backend.bos_id()) if i >= 0]
         if not marks:
             raise DataError(f"{where}: has no token to put between documents; train it with an eos or a bos piece")
@@ -114,8 +120,11 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(b"sentencepiece-1 " + content).hexdigest()[:32]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, [length] int32."""
-        return np.array(self._backend.encode(text), dtype=np.int32)
+        """Return the ids of the text, [length] int32. Raises DataError where the library fails."""
+        try:
+            return np.array(self._backend.encode(text), dtype=np.int32)
+        except BaseException as error:
+            raise failed_encoding(self._where, [text], self._backend.encode, error) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
@@ -133,7 +142,9 @@ def tokenizer_file(name: str) -> Path:
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
         found = [candidate for candidate in inside if candidate.is_file()]
         if not found:
-            raise DataError(f"data.tokenizer={name}: the folder has neither tokenizer.json nor tokenizer.model in it")
+            slow = (path / "vocab.json").is_file() or (path / "vocab.txt").is_file()
+            way_out = "; transformers makes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" if slow else ""
+            raise DataError(f"data.tokenizer={name}: the folder has neither tokenizer.json nor tokenizer.model in it{way_out}")
         return found[0]
     if not path.is_file():
         raise DataError(f"data.tokenizer={name}: no such file; {KINDS_THAT_WORK}")
@@ -152,12 +163,14 @@ def load_tokenizer(name: str) -> Tokenizer:
         content = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
+    if what := known_kind(content[:HEAD_BYTES]):
+        raise DataError(f"{path}: is no tokenizer but {what}")
     if path.suffix == ".model":
         return SentencePieceTokenizer(content, str(path))
     if path.suffix != ".json":
         raise DataError(f"data.tokenizer={name}: unknown kind of file; {KINDS_THAT_WORK}")
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a tokenizer.json (byte {error.start} is not UTF-8)") from error
     return JsonTokenizer(text, str(path), _eos_name(path.with_name("tokenizer_config.json")))

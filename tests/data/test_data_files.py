@@ -170,7 +170,7 @@ FOREIGN = [
     (archive("zip"), "a zip archive; unpack it"),
     (archive("tar"), "a tar archive; unpack it"),
     (gzip.compress(archive("tar")), "a tar archive; unpack it"),
-    (gzip.compress(gzip.compress(TEXT)), "gzip-compressed once more"),
+    (gzip.compress(gzip.compress(TEXT)), "gzip-compressed; decompress it once"),
     (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive; unpack it"),
     (b"\x04\x22\x4d\x18d@\xa7", "an lz4 file; decompress it"),
     (lzma.compress(TEXT, format=lzma.FORMAT_ALONE), "an lzma file; decompress it"),

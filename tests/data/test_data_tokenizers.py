@@ -1,6 +1,7 @@
 """Each tokenizer round-trips, knows its separator, and explains a file that it cannot use."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -104,8 +105,24 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed():
     [
         ("missing.json", None, "no such file"),
         ("broken.json", b"{", "not a tokenizer.json"),
-        ("binary.json", b"\xff\xfe", "byte 0 is not UTF-8"),
+        ("binary.json", b"\xff", "byte 0 is not UTF-8"),
+        ("wide.json", BPE.encode("utf-16"), "is no tokenizer but UTF-16 text; convert it"),
+        ("pickled.json", pickle.dumps({"vocab": {}}), "is no tokenizer but a Python pickle"),
+        ("pointer.json", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* git lfs pull"),
+        ("list.json", b"[1]", "is a JSON list"),
+        ("settings.json", b'{"tokenizer_class": "X"}', "is a tokenizer_config.json, and no tokenizer.json"),
+        ("config.json", b'{"model_type": "llama"}', "is the config.json of a model"),
+        ("vocab.json", b'{"a": 0, "b": 1}', "is a vocab.json"),
+        ("tekken.json", b'{"config": {}, "vocab": [{"rank": 0}]}', "is a tekken.json"),
+        ("other.json", b'{"model": "x", "y": 1}', "is JSON with the fields model, y"),
+        ("no_vocab.json", b'{"model": {"type": "BPE"}}', r"that tokenizers .* reads \(no 'vocab'\)"),
+        ("newer.json", json.dumps(json.loads(BPE) | {"decoder": {"type": "New"}}).encode(), "that tokenizers .* reads"),
+        ("no_ids.json", b'{"added_tokens": 3, "model": {"vocab": {}}}', "not a tokenizer.json"),
+        ("empty.json", b"", "not a tokenizer.json"),
         ("broken.model", b"nonsense", "not a SentencePiece model"),
+        ("empty.model", b"", "not a SentencePiece model"),
+        ("tiktoken.model", b"IQ== 0\nIg== 1\n", "is a vocabulary of tiktoken; use the tokenizer.json"),
+        ("weights.model", b"PK\x03\x04", "is no tokenizer but a zip archive"),
         ("words.txt", b"a", "unknown kind of file"),
     ],
 )
@@ -118,8 +135,51 @@ def test_a_file_that_is_no_tokenizer_is_explained(tmp_path, name, content, messa
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("failure", [ValueError("two\nlines"), type("PanicException", (BaseException,), {})("out of range")])
+def test_a_failure_of_the_library_names_the_text(failure):
+    class Broken:
+        def encode(self, text, **_):
+            if "bad" in text:
+                raise failure
+
+        def encode_batch_fast(self, texts, **_):
+            raise failure
+
+    tokenizer = JsonTokenizer(BPE, "some.json")
+    tokenizer._backend = Broken()
+    words = rf"some.json: the tokenizer fails on the text that begins 'a bad one' \({str(failure).splitlines()[0]}\)"
+    with pytest.raises(DataError, match=words):
+        tokenizer.encode_batch(["a good one", "a bad one"])
+
+
+def test_a_word_that_a_tokenizer_cannot_encode_is_explained(tmp_path):
+    """The library itself raises: WordLevel without a token for what it does not know."""
+    model = {"type": "WordLevel", "vocab": {"</s>": 0, "known": 1}, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("known").tolist() == [1]
+    with pytest.raises(DataError, match=r"tokenizer.json: the tokenizer fails on the text that begins 'unheard' \(.*UNK"):
+        tokenizer.encode_batch(["known", "unheard"])
+
+
+def test_an_interrupt_is_no_fault_of_the_tokenizer():
+    class Interrupted:
+        encode = None
+
+        def encode_batch_fast(self, texts, **_):
+            raise KeyboardInterrupt
+
+    tokenizer = JsonTokenizer(BPE, "some.json")
+    tokenizer._backend = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
 def test_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(DataError, match=r"neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(DataError, match=r"neither tokenizer.json nor tokenizer.model in it$"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(DataError, match=r"AutoTokenizer.from_pretrained\(FOLDER\).save_pretrained\(FOLDER\)"):
         load_tokenizer(str(tmp_path))
 
 
