@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, DataSource, parse_command_line
+from jaxtrain.command_line import parse_command_line
+from jaxtrain.config import Config, DataSource
 from jaxtrain.config_rules import validate
 
 DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."

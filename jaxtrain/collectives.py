@@ -20,7 +20,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtrain.config import MESH_AXES, Config, parse_command_line
+from jaxtrain.command_line import parse_command_line
+from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError
 

@@ -1,22 +1,21 @@
-"""The configuration: nested dataclasses, one meaning a field, read from a file and from the command line.
+"""The configuration: nested dataclasses, one meaning a field.
 
-Imports neither jax nor anything else that is slow, so that a typo is answered in a moment. Every field is a typed
-command-line flag (`--mesh.fsdp=8`), and the string below a field is its help text.
+`config_file.py` reads it from a file, `command_line.py` from flags. Imports neither jax nor anything else that is slow, so that
+a typo is answered in a moment. Every field is a typed command-line flag (`--mesh.fsdp=8`), and the string below a field is its
+help text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.errors import ConfigError, ExplainedError, nearest
+from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.paths import user_path
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
@@ -512,9 +511,7 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and the command line
-
-Flags = TypeVar("Flags")
+# As JSON
 
 
 def to_json(config: Config) -> str:
@@ -549,76 +546,3 @@ def _from_plain(value: Any, hint: Any, path: str) -> Any:
     if unknown:
         raise ConfigError(unknown)
     return hint(**{name: _from_plain(item, hints[name], f"{path}.{name}") for name, item in value.items()})
-
-
-def load_config(path: str | Path) -> Config:
-    """Runs a config file and calls its `get_config()`. The file is Python code, and is trusted as such."""
-    path = user_path(path)
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.py"))
-        hint = nearest(path.name, beside) if beside else f"there is no .py file in {path.parent.resolve()}; see configs/"
-        raise ExplainedError(f"--config={path}: no such file; {hint}")
-    spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ExplainedError(f"--config={path}: not a Python file; give one that defines get_config(), such as configs/7b.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except Exception as error:
-        raise ExplainedError(f"--config={path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ExplainedError(f"--config={path}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
-    return config
-
-
-def parse_command_line(arguments: Sequence[str], description: str, prog: str) -> Config:
-    """Reads `--config=FILE` and every field as a typed flag over it.
-
-    An unknown or ill-typed flag ends the process with exit code 2, naming the nearest right flag.
-    """
-    import tyro
-
-    arguments, default = _take_config(arguments)
-    return tyro.cli(Config, default=default, args=arguments, config=_flag_style(), **_about(description, prog))
-
-
-def parse_with_flags(arguments: Sequence[str], flags: type[Flags], description: str, prog: str) -> tuple[Flags, Config]:
-    """`parse_command_line` of a verb with flags of its own: the fields of a dataclass, listed first in --help.
-
-    A bool among them is set by its bare name, `--json`.
-    """
-    import tyro
-
-    arguments, default = _take_config(arguments)
-    own = Annotated[flags, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff]
-    fields = Annotated[Config, tyro.conf.arg(name=""), *_flag_style()]
-    both = dataclasses.make_dataclass("Arguments", [("own", own), ("config", fields)])
-    parsed = tyro.cli(both, default=both(flags(), default), args=arguments, **_about(description, prog))
-    return parsed.own, parsed.config
-
-
-def _flag_style() -> tuple[Any, ...]:
-    import tyro
-
-    return tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands
-
-
-def _about(description: str, prog: str) -> dict[str, Any]:
-    return {"prog": f"{prog} --config=FILE", "description": description, "use_underscores": True}
-
-
-def _take_config(arguments: Sequence[str]) -> tuple[list[str], Config]:
-    """Takes `--config=FILE` out of the arguments, and loads it."""
-    arguments, config_path = list(arguments), None
-    for i, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            taken = 1 if "=" in argument else 2
-            config_path = argument.partition("=")[2] if taken == 1 else "".join(arguments[i + 1 : i + 2])
-            del arguments[i : i + taken]
-            break
-    if config_path == "":
-        raise ConfigError(["--config needs a file, e.g. --config=configs/quickstart.py"])
-    if config_path is None and not {"-h", "--help"} & set(arguments):
-        raise ConfigError(["--config is missing; give a config file, e.g. --config=configs/quickstart.py"])
-    return arguments, load_config(config_path) if config_path else Config()

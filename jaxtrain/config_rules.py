@@ -83,6 +83,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
     return mesh, []
 
 
+SMALLEST_BPE, LARGEST_BPE = 257, 2**20
 _LARGEST = {"train.seed": 2**63}  # of whole numbers; 2^31 for all others, so that what is computed from them stays in bounds
 
 
@@ -143,10 +144,12 @@ _DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
 _SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
 
 
-def _range_problems(config: Config) -> list[str]:
-    def value(path: str) -> float:
+def _range_problems(config: Config, told: Sequence[str] = ()) -> list[str]:
+    """Numbers out of range; not those that `told` is about, nor of a section that is none."""
+
+    def value(path: str) -> Any:
         section, name = path.split(".")
-        return getattr(getattr(config, section), name)
+        return getattr(getattr(config, section), name, None)
 
     rules = [
         (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
@@ -155,7 +158,15 @@ def _range_problems(config: Config) -> list[str]:
         (_SHARES, lambda v: 0 <= v <= 1, "is a share: 0 to 1"),
         (_DECAYS, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
     ]
-    return [f"{p}={value(p)} {words}" for paths, holds, words in rules for p in paths if not holds(value(p))]
+    known = {re.split("[= ]", problem)[0] for problem in told}
+    judged = [(p, holds, words) for paths, holds, words in rules for p in paths if not {p, p.partition(".")[0]} & known]
+    return [f"{p}={value(p)} {words}" for p, holds, words in judged if not holds(value(p))]
+
+
+def value_problems(config: Config) -> list[str]:
+    """What is wrong with single fields, whatever the others and the devices are."""
+    problems = _type_problems(config)
+    return problems + _range_problems(config, problems)
 
 
 def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
@@ -297,15 +308,17 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
             f"some without a layer; use at most {layers} parts"
         )
-    problems += _sync_problems(config.sync, layers, parts) + _guard_problems(config)
+    problems += _sync_problems(config.sync, mesh, layers, parts) + _guard_problems(config)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 
 
-def _sync_problems(sync: SyncConfig, layers: int, parts: int) -> list[str]:
+def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) -> list[str]:
     """Of a stack of `layers` cut into `parts`."""
     if not sync.replicas_differ:
         return []
     problems = []
+    if mesh.replica == 1:
+        problems.append(f"sync.mode={sync.mode} keeps replicas together, but mesh.replica=1; use 2 or more, or mode=every_step")
     if sync.fragments > 1 and layers % (parts * sync.fragments):
         fits = [n for n in divisors(layers) if layers % (parts * n) == 0] or [1]
         problems.append(
@@ -353,6 +366,51 @@ def _explained(check: Callable[[], object]) -> list[str]:
     return []
 
 
+def bpe_size_problem(tokenizer: str) -> str:
+    """What is wrong with the SIZE of a tokenizer "bpe:SIZE"; empty for nothing, and for other tokenizers."""
+    if not tokenizer.startswith("bpe:"):
+        return ""
+    size = tokenizer[4:]
+    if not re.fullmatch("[0-9]{1,9}", size) or int(size) < SMALLEST_BPE:
+        return f"the size after bpe: is a whole number of at least {SMALLEST_BPE}"
+    if int(size) > LARGEST_BPE:
+        return f"a vocabulary trained on the data has at most {LARGEST_BPE:,} ids; bpe:32000 is usual"
+    return ""
+
+
+def _tokenizer_problems(tokenizer: str, vocab_size: int) -> list[str]:
+    if problem := bpe_size_problem(tokenizer):
+        return [f"data.tokenizer={tokenizer!r}: {problem}"]
+    if tokenizer.startswith("bpe:") and int(tokenizer[4:]) > vocab_size:
+        return [f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={vocab_size}"]
+    return []
+
+
+def _idle_problems(config: Config) -> list[str]:
+    """What is asked for and could never take place in this run."""
+    problems, checkpoint, guard, train = [], config.checkpoint, config.guard, config.train
+    profile, steps = config.telemetry.profile, train.steps
+    window = re.fullmatch(r"(\d{1,18}):(\d{1,18})", profile)
+    if profile and (window is None or int(window[1]) > int(window[2])):
+        problems.append(f"telemetry.profile={profile!r}: give FIRST:LAST step, e.g. 10:13")
+    elif window and not 1 <= int(window[1]) <= int(window[2]) <= steps:
+        problems.append(f"telemetry.profile={profile!r} is not within the run, whose steps are 1 to train.steps={steps}")
+    if checkpoint.resume == "required" and not checkpoint.every:
+        problems.append(
+            "checkpoint.resume=required goes on from a checkpoint, but with checkpoint.every=0 none is read or written"
+        )
+    if checkpoint.keep_every and not checkpoint.every:
+        problems.append(f"checkpoint.keep_every={checkpoint.keep_every} keeps checkpoints, but checkpoint.every=0 makes none")
+    if train.stop_at_validation_loss and not train.validate_every:
+        problems.append(
+            f"train.stop_at_validation_loss={train.stop_at_validation_loss} needs validations, but train.validate_every=0; "
+            "use --train.validate_every=100 or so"
+        )
+    if guard.copies_every and guard.copies == "off":
+        problems.append(f"guard.copies_every={guard.copies_every} compares copies, but guard.copies=off; use stop or rollback")
+    return problems
+
+
 def _other_problems(config: Config) -> list[str]:
     problems = []
     unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
@@ -375,13 +433,7 @@ def _other_problems(config: Config) -> list[str]:
         problems.append(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.steps={config.train.steps}")
     problems += remote_problems("data.tokenizer", config.data.tokenizer)
     problems += remote_problems("data.cache_dir", config.data.cache_dir)
-    tokenizer = config.data.tokenizer
-    if tokenizer.startswith("bpe:"):
-        size = tokenizer[4:]
-        if not re.fullmatch("[0-9]{1,9}", size) or int(size) < 257:
-            problems.append(f"data.tokenizer={tokenizer!r}: the size after bpe: is a whole number of at least 257")
-        elif int(size) > config.model.vocab_size:
-            problems.append(f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={config.model.vocab_size}")
+    problems += _tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
     if "://" in config.run_dir:
         problems.append(
             f"run_dir={config.run_dir!r}: a run writes into a folder of a file system that all hosts share, with locks and "
@@ -395,9 +447,7 @@ def _other_problems(config: Config) -> list[str]:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:
         problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
-    window = re.fullmatch(r"(\d+):(\d+)", config.telemetry.profile)
-    if config.telemetry.profile and (window is None or int(window[1]) > int(window[2])):
-        problems.append(f"telemetry.profile={config.telemetry.profile!r}: give FIRST:LAST step, e.g. 10:13")
+    problems += _idle_problems(config)
     if config.telemetry.hardware != "auto":
         problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
     for option in config.train.xla_options:
@@ -411,9 +461,8 @@ def _other_problems(config: Config) -> list[str]:
 
 def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     """The config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
-    problems = _type_problems(config)
-    if problems:  # the rules below compute with the values, so they need right types
-        return config, problems
+    if _type_problems(config):  # the rules below compute with the values, so they need right types
+        return config, value_problems(config)
     range_problems = _range_problems(config)
     mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
     problems = range_problems + mesh_problems

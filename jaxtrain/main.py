@@ -19,7 +19,8 @@ import os
 from collections.abc import Iterator, Sequence
 
 from jaxtrain.cli import is_out_of_memory
-from jaxtrain.config import Config, parse_command_line
+from jaxtrain.command_line import parse_command_line
+from jaxtrain.config import Config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.launch import distributed

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 import tyro
 
-from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig, parse_with_flags
+from jaxtrain.command_line import parse_with_flags
+from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
 from jaxtrain.files import replace_file
@@ -121,8 +122,8 @@ def make_cluster(flags: Flags) -> Cluster:
 def check_model(config: Config) -> None:
     """Raises ConfigError for what no layout can mend: whatever is wrong with the config on one device."""
     mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
-    train = dataclasses.replace(config.train, microbatches=1)
-    validate(dataclasses.replace(config, mesh=mesh, train=train, pipeline=PipelineConfig()), 1)
+    train, sync = dataclasses.replace(config.train, microbatches=1), dataclasses.replace(config.sync, mode="every_step")
+    validate(dataclasses.replace(config, mesh=mesh, train=train, sync=sync, pipeline=PipelineConfig()), 1)
 
 
 def tell(words: str) -> None:

@@ -26,7 +26,9 @@ from typing import Any
 import jax
 
 from jaxtrain.checkpoint import check_same_run, committed_steps, read_metadata, restore
-from jaxtrain.config import Config, parse_command_line, parse_with_flags
+from jaxtrain.command_line import parse_command_line, parse_with_flags
+from jaxtrain.config import Config
+from jaxtrain.config_fields import split_items
 from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
@@ -185,7 +187,7 @@ def other_config(of_config: Sequence[str], against: str) -> Config:
     Raises:
       UsageError: it is not of the form name=value,name=value.
     """
-    parts = [part.strip() for part in against.split(",")]
+    parts = split_items(against)
     if any("=" not in part or part.startswith("-") for part in parts):
         raise UsageError(f"--against={against!r}: give flags over the config, e.g. --against mesh.tensor=2,mesh.data=1")
     return parse_command_line([*of_config, *(f"--{part}" for part in parts)], "The other layout.", PROG)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxtrain.config import DataSource
+from jaxtrain.config_rules import bpe_size_problem
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.progress import readable_bytes
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
@@ -63,8 +64,8 @@ def find_problems(config: TokenizeConfig) -> list[str]:
         problems += remote_problems(f"--{field}", getattr(config, field))
     problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
     name = config.tokenizer
-    if name.startswith("bpe:") and not (name[4:].isdigit() and int(name[4:]) >= 257):
-        problems.append(f"--tokenizer={name}: the size after bpe: is a whole number of at least 257")
+    if problem := bpe_size_problem(name):
+        problems.append(f"--tokenizer={name}: {problem}")
     if name == "none":
         problems.append("--tokenizer=none: text needs a tokenizer; use byte, bpe:SIZE, a tokenizer.json or a .model")
     return problems

@@ -22,7 +22,7 @@ import jax
 
 from jaxtrain.bench import Bench, bench_config
 from jaxtrain.checkpoint.fast import FastTier
-from jaxtrain.config import parse_command_line
+from jaxtrain.command_line import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.health import make_check

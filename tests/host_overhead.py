@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtrain import bench
-from jaxtrain.config import parse_command_line
+from jaxtrain.command_line import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.telemetry.clock import StepClock
 from jaxtrain.telemetry.metrics import MetricsLog

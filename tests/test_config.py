@@ -26,12 +26,11 @@ from jaxtrain.config import (
     TelemetryConfig,
     TrainConfig,
     from_json,
-    load_config,
-    parse_command_line,
     to_json,
 )
+from jaxtrain.config_file import load_config
 from jaxtrain.config_rules import divisors, find_problems, resolve_mesh, validate
-from jaxtrain.errors import EXIT_USAGE, ConfigError, ExplainedError
+from jaxtrain.errors import EXIT_USAGE, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -109,15 +108,23 @@ ONE_PROBLEM = {
     "latent rank": (1, {"model": {"latent_attention": LatentAttentionConfig(kv_rank=0)}}, ["kv_rank=0 must be at least 1"]),
     "latent queries": (1, {"model": {"latent_attention": LatentAttentionConfig(query_rank=-1)}}, ["=-1 must be 0 or more"]),
     "latent odd": (1, {"model": {"latent_attention": LatentAttentionConfig(rope_dim=3)}}, ["rope_dim=3 is odd"]),
-    "fragments": (1, {"sync": {"mode": "diloco", "fragments": 3}}, ["sync.fragments=3", "4 layers", "use 1, 2 or 4"]),
-    "fragments of a part": (
+    "fragments": (
         2,
-        {"mesh": {"pipe": 2}, "sync": {"mode": "local", "fragments": 4}},
+        {"mesh": {"replica": 2}, "sync": {"mode": "diloco", "fragments": 3}},
+        ["sync.fragments=3", "4 layers", "use 1, 2 or 4"],
+    ),
+    "fragments of a part": (
+        4,
+        {"mesh": {"replica": 2, "pipe": 2}, "sync": {"mode": "local", "fragments": 4}},
         ["sync.fragments=4", "each of 2 parts", "use 1 or 2"],
     ),
-    "fragments a step": (1, {"sync": {"mode": "diloco", "fragments": 2, "every": 1}}, ["fragments=2", "sync.every=1"]),
+    "fragments a step": (
+        2,
+        {"mesh": {"replica": 2}, "sync": {"mode": "diloco", "fragments": 2, "every": 1}},
+        ["fragments=2", "sync.every=1"],
+    ),
     "mixing": (1, {"sync": {"mixing": 1.5}}, ["sync.mixing=1.5", "0 to 1"]),
-    "overlap": (1, {"sync": {"mode": "diloco", "overlap": 20}}, ["overlap=20", "sync.every=20"]),
+    "overlap": (2, {"mesh": {"replica": 2}, "sync": {"mode": "diloco", "overlap": 20}}, ["overlap=20", "sync.every=20"]),
     "batch": (
         8,
         {"mesh": {"data": 2}, "train": {"global_batch_size": 20, "microbatches": 2}},
@@ -219,6 +226,31 @@ ONE_PROBLEM = {
     "snapshots without checkpoints": (1, {"checkpoint": {"every": 0, "fast_every": 5}}, ["fast_every needs checkpoints"]),
     "mirror without checkpoints": (1, {"checkpoint": {"every": 0, "mirror": "s3://b/r"}}, ["mirror needs checkpoints"]),
     "mirror that is no URL": (1, {"checkpoint": {"mirror": "/backup"}}, ["mirror='/backup'", "s3://bucket/run"]),
+    "profile beyond the end": (
+        1,
+        {"telemetry": {"profile": "10:13"}, "train": {"steps": 12}},
+        ["profile='10:13'", "1 to train.steps=12"],
+    ),
+    "profile before the start": (1, {"telemetry": {"profile": "0:3"}}, ["profile='0:3'", "1 to train.steps=1000"]),
+    "one replica in diloco": (2, {"sync": {"mode": "diloco"}}, ["sync.mode=diloco", "mesh.replica=1", "every_step"]),
+    "one replica on its own": (1, {"sync": {"mode": "local"}}, ["sync.mode=local", "mesh.replica=1"]),
+    "a checkpoint that is never read": (
+        1,
+        {"checkpoint": {"every": 0, "resume": "required"}},
+        ["checkpoint.resume=required", "checkpoint.every=0"],
+    ),
+    "nothing to keep": (1, {"checkpoint": {"every": 0, "keep_every": 5}}, ["keep_every=5", "checkpoint.every=0"]),
+    "no validation to stop at": (
+        1,
+        {"train": {"stop_at_validation_loss": 2.5, "validate_every": 0}},
+        ["stop_at_validation_loss=2.5", "validate_every=0"],
+    ),
+    "copies that are not compared": (1, {"guard": {"copies": "off", "copies_every": 5}}, ["copies_every=5", "copies=off"]),
+    "absurd tokenizer": (
+        1,
+        {"data": {"tokenizer": "bpe:10000000"}, "model": {"vocab_size": 10_000_000}},
+        ["'bpe:10000000'", "at most 1,048,576"],
+    ),
     "snapshots in a store": (1, {"checkpoint": {"fast_dir": "gs://x"}}, ["fast_dir='gs://x'", "/dev/shm"]),
 }
 
@@ -307,6 +339,16 @@ def test_every_wrong_type_is_found_at_once():
         "optimizer.beta1",
         "train.remat_save.1",
         "telemetry.hardware",
+    ]
+
+
+def test_values_out_of_range_are_found_beside_wrong_types():
+    problems = problems_of(optimizer={"peak_lr": "3e-4", "beta2": 2.0}, train={"steps": 10.5, "log_every": 0})
+    assert problems == [
+        "optimizer.peak_lr='3e-4' is not a finite number",
+        "train.steps=10.5 is not a whole number",
+        "train.log_every=0 must be at least 1",
+        "optimizer.beta2=2.0 must be at least 0 and below 1",
     ]
 
 
@@ -431,112 +473,6 @@ def test_what_is_accepted_builds(drawn: tuple[Config, int]):
         return all(n % mesh[sharded_by.get(name, "replica")] == 0 for name, n in zip(dims, leaf.shape, strict=True))
 
     assert all(jax.tree.leaves(jax.tree.map(divides, parameter_dims(config.model), shapes, is_leaf=is_dims)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and the command line
-
-
-def parse(*arguments: str) -> Config:
-    return parse_command_line(arguments, "description", "program")
-
-
-def config_flag(tmp_path: Path, body: str = "return Config(name='mine')") -> str:
-    """--config=FILE with this body of get_config."""
-    path = tmp_path / "mine.py"
-    path.write_text(f"from jaxtrain.config import *\n\ndef get_config():\n    {body}\n")
-    return f"--config={path}"
-
-
-def test_flags_override_the_file(tmp_path: Path):
-    flag = config_flag(tmp_path, "return Config(mesh=MeshConfig(pipe=4), train=TrainConfig(steps=7, seed=3))")
-    config = parse(
-        flag, "--mesh.fsdp=8", "--train.steps", "9", "--model.tie_embeddings=True", "--train.remat_save", "key", "value"
-    )
-    assert config == with_fields(
-        Config(),
-        mesh={"pipe": 4, "fsdp": 8},
-        train={"steps": 9, "seed": 3, "remat_save": ("key", "value")},
-        model={"tie_embeddings": True},
-    )
-
-
-def test_the_file_may_stand_anywhere_and_apart(tmp_path: Path):
-    path = config_flag(tmp_path).removeprefix("--config=")
-    assert parse("--run_dir=x", "--config", path) == Config(name="mine", run_dir="x")
-
-
-def test_flags_of_nested_sources(tmp_path: Path):
-    config = parse(config_flag(tmp_path), "--data.sources.0.kind=text", "--data.sources.0.path=books/*.txt")
-    assert config.data.sources == (DataSource(kind="text", path="books/*.txt"),)
-
-
-@pytest.mark.parametrize(
-    ("flag", "words"),
-    [
-        ("--mesh.fdsp=8", ["--mesh.fdsp=8", "--mesh.fsdp"]),
-        ("--train.global_batchsize=8", ["--train.global_batch_size"]),
-        ("--mesh.fsdp=two", ["--mesh.fsdp", "'two'"]),
-        ("--optimizer.peak_lr=fast", ["--optimizer.peak_lr", "'fast'"]),
-        ("--optimizer.name=adamv", ["--optimizer.name", "'adamw'"]),
-        ("--model.qk_norm=perhaps", ["--model.qk_norm", "True"]),
-    ],
-)
-def test_a_wrong_flag_exits_with_2_and_names_the_right_one(flag: str, words: list[str], tmp_path: Path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(config_flag(tmp_path), flag)
-    assert stopped.value.code == EXIT_USAGE
-    told = capsys.readouterr()
-    assert [word for word in words if word not in told.out + told.err] == []
-
-
-def test_help_names_every_field_with_underscores(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse("--help")
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for section in dataclasses.fields(Config):
-        part = getattr(Config(), section.name)
-        for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
-            if field.name not in ("sources", "rope_scaling", "latent_attention", "moe"):  # given in a file
-                assert f"--{section.name}.{field.name} " in text
-
-
-@pytest.mark.parametrize("arguments", [[], ["--mesh.fsdp=2"], ["--config="], ["--config"]])
-def test_a_missing_config_flag(arguments: list[str]):
-    with pytest.raises(ConfigError, match=r"--config=configs/quickstart.py"):
-        parse(*arguments)
-
-
-def test_a_missing_file_names_the_nearest():
-    with pytest.raises(ExplainedError, match=r"configs/quickstrat.py: no such file; did you mean 'quickstart.py'\?"):
-        parse(f"--config={CONFIGS / 'quickstrat.py'}")
-
-
-def test_a_missing_folder_is_named(tmp_path: Path):
-    with pytest.raises(ExplainedError, match=r"no such file; there is no \.py file in .*nowhere; see configs/"):
-        parse(f"--config={tmp_path / 'nowhere' / '7b.py'}")
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ("raise ValueError('no such disk')", "ValueError: no such disk"),
-        ("return 3", r"get_config\(\) gave a int, not a jaxtrain.config.Config"),
-        ("return Config(modle=3)", "TypeError: .*'modle'"),
-        ("return 3 +", "SyntaxError"),
-        ("pass\ndel get_config", "AttributeError: .*'get_config'"),
-    ],
-)
-def test_a_config_file_that_fails_is_one_message(body: str, words: str, tmp_path: Path):
-    with pytest.raises(ExplainedError, match=f"mine.py: {words}"):
-        parse(config_flag(tmp_path, body))
-
-
-def test_a_file_that_is_not_python(tmp_path: Path):
-    (tmp_path / "config.toml").write_text("[mesh]\n")
-    with pytest.raises(ExplainedError, match="not a Python file"):
-        load_config(tmp_path / "config.toml")
 
 
 def test_importing_the_config_imports_nothing_slow():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import load_config
+from jaxtrain.config_file import load_config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.plan import main

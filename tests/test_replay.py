@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import replay
-from jaxtrain.config import parse_command_line
+from jaxtrain.command_line import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError, ConfigError, UsageError

@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtrain.config import Config, MeshConfig, parse_command_line, parse_with_flags
+from jaxtrain.command_line import parse_command_line, parse_with_flags
+from jaxtrain.config import Config, MeshConfig
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import EXIT_DONE, ConfigError, UsageError, nearest
 from jaxtrain.launch.elastic import mesh_flags, mesh_for

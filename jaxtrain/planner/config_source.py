@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 import jaxtrain.config
-from jaxtrain.config import Config, load_config
+from jaxtrain.config import Config
+from jaxtrain.config_file import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
 from jaxtrain.paths import user_path

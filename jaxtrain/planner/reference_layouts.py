@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, load_config, to_json
+from jaxtrain.config import Config, to_json
+from jaxtrain.config_file import load_config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file

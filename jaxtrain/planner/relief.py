@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from jaxtrain.config import Config
+from jaxtrain.config_fields import set_field
 from jaxtrain.config_rules import divisors, find_problems
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
@@ -40,8 +41,7 @@ WORDS = {
 def with_flags(config: Config, flags: Flags) -> Config:
     """The config with these fields changed."""
     for name, value in flags.items():
-        section, field = name.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+        config = set_field(config, name, value)
     return config
 
 

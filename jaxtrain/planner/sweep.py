@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin
 
 from rich.table import Table
 
 from jaxtrain.config import Config
+from jaxtrain.config_fields import NoSuchField, field_hint, read_value, set_field
 from jaxtrain.config_rules import find_problems
-from jaxtrain.errors import ExplainedError, UsageError, nearest
+from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.config_source import config_source
 from jaxtrain.planner.cost import estimate
@@ -72,42 +72,19 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     return name, list(dict.fromkeys(items))
 
 
-def replace_field(config: Any, name: str, text: str, path: str = "") -> Any:
-    """The config with one field, by its dotted name, read from text as its type says.
+def replace_field(config: Config, name: str, text: str) -> Config:
+    """The config with one field, by its dotted name, read from text as its type says; items of a tuple are joined by +.
 
     Raises:
       UsageError: no such field, or text that is no value of its type.
     """
-    first, _, rest = name.partition(".")
-    hints = get_type_hints(type(config))
-    if first not in hints:
-        raise UsageError(f"--sweep {path}{name}: no such field; {nearest(first, hints)}")
-    if rest:
-        inner = getattr(config, first)
-        if not dataclasses.is_dataclass(inner):
-            raise UsageError(f"--sweep {path}{name}: {path}{first} is {inner!r} here and has no fields")
-        return dataclasses.replace(config, **{first: replace_field(inner, rest, text, f"{path}{first}.")})
-    return dataclasses.replace(config, **{first: _read(text, hints[first], path + first)})
-
-
-def _read(text: str, hint: Any, name: str) -> Any:
-    """A value of a field's type."""
-    if get_origin(hint) is UnionType and text == "None":
-        return None
-    if get_origin(hint) is Literal:
-        for choice in get_args(hint):
-            if str(choice) == text:
-                return choice
-        raise UsageError(f"--sweep {name}={text}: {nearest(text, [str(choice) for choice in get_args(hint)])}")
-    if hint is bool and text in ("True", "False"):
-        return text == "True"
-    if hint in (int, float, str):
-        try:
-            return hint(text)
-        except ValueError:
-            kind = "whole number" if hint is int else "number"
-            raise UsageError(f"--sweep {name}={text}: not a {kind}") from None
-    raise UsageError(f"--sweep {name}={text}: fields that are a number, a word, True or False can be swept")
+    try:
+        hint = field_hint(name)
+        return set_field(config, name, read_value(text.replace("+", ",") if get_origin(hint) is tuple else text, hint))
+    except NoSuchField as error:
+        raise UsageError(f"--sweep {name}: {error}") from None
+    except ExplainedError as error:
+        raise UsageError(f"--sweep {name}={text}: {error}") from None
 
 
 def grid(config: Config, sweeps: Sequence[str]) -> list[tuple[dict[str, str], Config]]:
@@ -183,7 +160,10 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
     checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
     with tempfile.TemporaryDirectory(prefix="jaxtrain-sweep-") as folder:
         file, run_dir = Path(folder) / "config.py", Path(folder) / "run"
-        whole = dataclasses.replace(config, train=train, optimizer=optimizer, checkpoint=checkpoint, run_dir=str(run_dir))
+        telemetry = dataclasses.replace(config.telemetry, profile="")
+        whole = dataclasses.replace(
+            config, train=train, optimizer=optimizer, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir)
+        )
         file.write_text(config_source(whole, "A layout of a sweep."))
         done = subprocess.run(
             [sys.executable, "-m", "jaxtrain.main", f"--config={file}"],

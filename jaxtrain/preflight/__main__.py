@@ -19,7 +19,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxtrain.config import Config, parse_with_flags
+from jaxtrain.command_line import parse_with_flags
+from jaxtrain.config import Config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed

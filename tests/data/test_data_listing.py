@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataSource, load_config
+from jaxtrain.config import Config, DataSource
+from jaxtrain.config_file import load_config
 from jaxtrain.data.json_tokenizer import train_bpe
 from jaxtrain.data.listing import list_files, split_patterns
 from jaxtrain.data.pipeline import open_data

@@ -6,7 +6,8 @@ import shlex
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataSource, parse_command_line
+from jaxtrain.command_line import parse_command_line
+from jaxtrain.config import DataSource
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import DataError
 from jaxtrain.tokenize import main

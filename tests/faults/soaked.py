@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from jaxtrain.config import Config, DistributedConfig, MeshConfig, load_config
+from jaxtrain.config import Config, DistributedConfig, MeshConfig
+from jaxtrain.config_file import load_config
 from tests.faults.faulty import Faults, process_id
 
 EVERY = 20

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig, parse_command_line, parse_with_flags
+from jaxtrain.command_line import parse_command_line, parse_with_flags
+from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.launch.__main__ import LaunchFlags, parse_mesh, split

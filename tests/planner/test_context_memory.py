@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import MeshConfig, ShardingConfig, load_config
+from jaxtrain.config import MeshConfig, ShardingConfig
+from jaxtrain.config_file import load_config
 from jaxtrain.config_rules import validate
 from jaxtrain.planner import deviceless
 

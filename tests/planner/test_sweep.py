@@ -37,6 +37,9 @@ def test_a_grid_is_a_product_in_order():
         ("optimizer.peak_lr", "1e-3", 1e-3),
         ("name", "x", "x"),
         ("model.rope_scaling", "None", None),
+        ("model.moe.num_experts", "16", 16),
+        ("train.global_batch_size", "1e3", 1000),
+        ("train.remat_save", "attention+mlp_up", ("attention", "mlp_up")),
     ],
 )
 def test_values_are_read_by_type(field: str, text: str, value: Any):
@@ -52,11 +55,10 @@ def test_values_are_read_by_type(field: str, text: str, value: Any):
     [
         ("mesh.tensor", "give FIELD=VALUE,VALUE"),
         ("mesh.tensor=1,,2", "give FIELD=VALUE,VALUE"),
-        ("mesh.tensr=1", "mesh.tensr: no such field; did you mean 'tensor'"),
-        ("mesh.tensor=two", "mesh.tensor=two: not a whole number"),
+        ("mesh.tensr=1", "mesh.tensr: no such field; did you mean mesh.tensor"),
+        ("mesh.tensor=two", "mesh.tensor=two: give a whole number"),
         ("train.remat=ful", "did you mean 'full'"),
-        ("train.remat_save=attention", "can be swept"),
-        ("model.moe.num_experts=4", "model.moe is None here and has no fields"),
+        ("model.moe=4", "is None, or is set by its fields"),
         ("train.seed=" + ",".join(map(str, range(600))), "600 combinations; give at most 512"),
     ],
 )

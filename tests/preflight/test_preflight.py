@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.checkpoint.fast import _own_shards
-from jaxtrain.config import parse_command_line
+from jaxtrain.command_line import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh

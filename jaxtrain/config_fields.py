@@ -1,0 +1,228 @@
+"""Config fields by dotted name: which there are, what their text means, how one is set, and which was meant.
+
+The command line, sweeps and `--against` read fields here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import difflib
+import functools
+import re
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError, nearest
+
+LONGEST_NUMBER = 40
+"""Decimal places of a whole number that is read; no field is as large, and 1e999999999 would fill the memory."""
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+PEERS = {
+    "lr": "optimizer.peak_lr",
+    "learning_rate": "optimizer.peak_lr",
+    "max_lr": "optimizer.peak_lr",
+    "momentum": "optimizer.beta1",
+    "grad_clip": "optimizer.clip_norm",
+    "max_grad_norm": "optimizer.clip_norm",
+    "lr_scheduler_type": "optimizer.schedule",
+    "warmup": "optimizer.warmup_steps",
+    "batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.microbatches",
+    "max_steps": "train.steps",
+    "num_steps": "train.steps",
+    "max_iters": "train.steps",
+    "epochs": "train.steps",
+    "num_train_epochs": "train.steps",
+    "logging_steps": "train.log_every",
+    "eval_every": "train.validate_every",
+    "eval_interval": "train.validate_every",
+    "eval_steps": "train.validate_every",
+    "gradient_checkpointing": "train.remat",
+    "random_seed": "train.seed",
+    "seq_len": "data.sequence_length",
+    "seq_length": "data.sequence_length",
+    "max_seq_len": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "context_length": "data.sequence_length",
+    "dataset": "data.sources.0.path",
+    "num_workers": "data.workers",
+    "save_steps": "checkpoint.every",
+    "save_every": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "output_dir": "run_dir",
+    "out_dir": "run_dir",
+    "hidden_size": "model.embed_dim",
+    "d_model": "model.embed_dim",
+    "dim": "model.embed_dim",
+    "intermediate_size": "model.mlp_dim",
+    "num_hidden_layers": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "n_heads": "model.num_heads",
+    "precision": "model.dtype",
+    "bf16": "model.dtype",
+    "dp": "mesh.data",
+    "ep": "mesh.expert",
+    "cp": "mesh.context",
+    "tp": "mesh.tensor",
+    "pp": "mesh.pipe",
+    "wandb": "telemetry.wandb_project",
+}
+"""What other trainers call our fields."""
+
+
+class NoSuchField(ExplainedError):
+    """A dotted name is none of a config's fields."""
+
+
+hints_of = functools.cache(get_type_hints)
+
+
+def nested(hint: Any) -> type | None:
+    """The dataclass that a field of this type holds (X of `X | None`), or None for a plain value."""
+    if get_origin(hint) is UnionType:
+        hint = get_args(hint)[0]
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def field_names(kind: type = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all plain fields, those of optional parts too; one place for each tuple of dataclasses (sources.0)."""
+    for name, hint in hints_of(kind).items():
+        inner = nested(get_args(hint)[0]) if get_origin(hint) is tuple else nested(hint)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from field_names(inner, f"{prefix}{name}.{'0.' if get_origin(hint) is tuple else ''}")
+
+
+def field_hint(name: str) -> Any:
+    """The type of a field of Config.
+
+    Raises:
+      NoSuchField: there is none of that name.
+    """
+    hint: Any = Config
+    for part in name.split("."):
+        inner = nested(hint)
+        if inner is not None and part in hints_of(inner):
+            hint = hints_of(inner)[part]
+        elif get_origin(hint) is tuple and nested(get_args(hint)[0]) and re.fullmatch("[0-9]{1,4}", part):
+            hint = get_args(hint)[0]
+        else:
+            raise NoSuchField(f"no such field; {meant(name)}")
+    return hint
+
+
+def set_field(config: Any, name: str, value: Any) -> Any:
+    """The config with one field, by its dotted name, replaced.
+
+    A part that is None comes to be with its defaults; a place just behind the end of a tuple of dataclasses does too.
+
+    Raises:
+      NoSuchField: the place lies farther behind the end.
+    """
+    first, _, rest = name.partition(".")
+    if not rest:
+        return dataclasses.replace(config, **{first: value})
+    hint, held = hints_of(type(config))[first], getattr(config, first)
+    if get_origin(hint) is not tuple:
+        kind = nested(hint)
+        assert kind is not None, f"{first} holds no fields"
+        return dataclasses.replace(config, **{first: set_field(kind() if held is None else held, rest, value)})
+    place, _, field = rest.partition(".")
+    if int(place) > len(held):
+        raise NoSuchField(f"there are {len(held)} {first}, so the next is {first}.{len(held)}")
+    items = [*held, get_args(hint)[0]()] if int(place) == len(held) else list(held)
+    items[int(place)] = set_field(items[int(place)], field, value)
+    return dataclasses.replace(config, **{first: tuple(items)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text
+
+
+def read_value(text: str, hint: Any) -> Any:
+    """What a text means for a field of this type.
+
+    Booleans are true, false, 1, 0, yes, no, on or off; whole numbers may be written 1e3, 1000.0 or 1_000; tuples are separated
+    by commas; None clears an optional part.
+
+    Raises:
+      ExplainedError: nothing; says what it should be.
+    """
+    text = text.strip() if hint is not str else text
+    if get_origin(hint) is UnionType and text == "None":
+        return None
+    if (inner := nested(hint)) is not None:
+        optional = "is None, or " if get_origin(hint) is UnionType else ""
+        raise ExplainedError(f"{optional}is set by its fields: {', '.join(hints_of(inner))}")
+    if get_origin(hint) is tuple:
+        if nested(get_args(hint)[0]):
+            raise ExplainedError("is set by the fields of each, e.g. 0.kind")
+        return tuple(read_value(item, get_args(hint)[0]) for item in split_items(text))
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in get_args(hint)}
+        if text not in choices:
+            raise ExplainedError(nearest(text, choices))
+        return choices[text]
+    if hint is bool:
+        return _read_bool(text)
+    return _read_number(text, hint) if hint in (int, float) else text
+
+
+def split_items(text: str) -> list[str]:
+    """The items of a tuple: parts between commas. Of name=value items, a comma inside a value stays."""
+    separator = r",(?=\s*[\w.]+\s*=)" if "=" in text else ","
+    return [item.strip() for item in re.split(separator, text) if item.strip()]
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise ExplainedError("give True or False")
+    return text.lower() in TRUE
+
+
+def _read_number(text: str, kind: type[int] | type[float]) -> float:
+    """A whole number in any notation whose value is whole, or a number."""
+    try:
+        if kind is float:
+            return float(text)
+        number = decimal.Decimal(text)
+        if number.is_finite() and abs(number.adjusted()) < LONGEST_NUMBER and number == int(number):
+            return int(number)
+    except (ValueError, decimal.InvalidOperation):
+        pass
+    raise ExplainedError(f"give a {'whole ' if kind is int else ''}number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which was meant
+
+
+def meant(name: str, others: tuple[str, ...] = (), dashes: str = "") -> str:
+    """Words that lead from a name that is no field to the one that was meant.
+
+    Args:
+      others: further names that would have been right.
+      dashes: what names are shown with.
+    """
+    names, last = [*others, *field_names()], name.rpartition(".")[2]
+    by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
+    same_last = [known for known in names if known.rpartition(".")[2] == last and known != name]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if last in PEERS:
+        found = [PEERS[last]]
+    elif same_last:
+        found = same_last[:3]
+    elif close:
+        found = close
+    else:
+        found = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    section = name.rpartition(".")[0]
+    siblings = [known for known in names if known.rpartition(".")[0] == section] if section else []
+    if not found and siblings:
+        return f"one of: {', '.join(dashes + known for known in siblings)}"
+    return f"did you mean {' or '.join(dashes + known for known in found)}?" if found else "--help lists all"

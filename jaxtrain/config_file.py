@@ -1,0 +1,137 @@
+"""Config files: Python with `get_config() -> Config`, found by path or by the name of a shipped one.
+
+A file may import its neighbours. What it does wrong is told as `file:line: what`, not as a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError, nearest
+
+SHIPPED = Path(__file__).parent.parent / "configs"
+"""Folder of the configs in a checkout. The installed package has none, since configs are there to be read and changed."""
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that --config names: a path, or a shipped config by its bare name, `--config=quickstart` or `tiny-moe`.
+
+    Raises:
+      ExplainedError: there is none; names the nearest.
+    """
+    path = Path(name)
+    for file in (path, path.with_name(f"{path.name}.py") if path.name else path):
+        if file.is_file():
+            return file
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.py"))}
+    bare = path.parent == Path() and path.suffix in ("", ".py")
+    if bare and (file := shipped.get(path.stem.replace("-", "_"))):
+        return file
+    beside = sorted(p.name for p in path.parent.glob("*.py"))
+    if path.is_dir():
+        hint = f"that is a folder; {nearest(path.name, beside)}" if beside else "that is a folder"
+    elif bare and shipped:
+        hint = f"no such file; {nearest(path.stem, [*shipped, *beside])}"
+    elif beside:
+        hint = f"no such file; {nearest(path.name, beside)}"
+    else:
+        hint = f"no such file; there is no .py file in {path.parent.resolve()}; see configs/"
+    raise ExplainedError(f"--config={name}: {hint}")
+
+
+def load_config(name: str | Path) -> Config:
+    """Runs a config file and calls its `get_config()`. The file is Python code, and is trusted as such.
+
+    Raises:
+      ExplainedError: there is no such file, or it does not give a Config; names file and line.
+    """
+    path = find_config(name)
+    spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ExplainedError(f"--config={name}: not a Python file; give one that defines get_config(), such as configs/7b.py")
+    module = importlib.util.module_from_spec(spec)
+    with neighbours_importable(path.resolve().parent):
+        try:
+            spec.loader.exec_module(module)
+            get_config = _get_config_of(module, path)
+            config = get_config()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() too
+            if isinstance(error, ExplainedError) and error.__traceback__ and not _lines_of(error, path):
+                raise
+            raise ExplainedError(f"--config={describe(error, path)}") from error
+    if not isinstance(config, Config):
+        where = f"{path}:{get_config.__code__.co_firstlineno}" if hasattr(get_config, "__code__") else path
+        raise ExplainedError(f"--config={where}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
+    return config
+
+
+def _get_config_of(module: ModuleType, path: Path) -> Callable[[], Config]:
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ExplainedError(f"--config={path}: defines no get_config() -> Config")
+    with contextlib.suppress(ValueError):  # a builtin has no signature
+        needed = [p.name for p in inspect.signature(get_config).parameters.values() if _is_needed(p)]
+        if needed:
+            raise ExplainedError(f"--config={path}: get_config() is called without arguments; give {needed[0]} a default")
+    return get_config
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+
+
+@contextlib.contextmanager
+def neighbours_importable(folder: Path) -> Iterator[None]:
+    """Lets a config import the modules of its folder, as a script could, for as long as the block lasts.
+
+    Afterwards `sys.path` and `sys.modules` are as before, so that two folders may each have a `base.py`. Names of the standard
+    library and of this package keep their meaning.
+    """
+    own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    own -= sys.stdlib_module_names | {"jaxtrain"}
+    before = _take_modules(own)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+        _take_modules(own)
+        sys.modules.update(before)
+
+
+def _take_modules(names: set[str]) -> dict[str, ModuleType]:
+    """Removes the modules of these top-level names from `sys.modules`, and returns them."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
+
+
+def _lines_of(error: BaseException, path: Path) -> list[traceback.FrameSummary]:
+    """Frames of the traceback in the config file's folder, the innermost last."""
+    folder = path.resolve().parent
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve().parent == folder]
+
+
+def describe(error: BaseException, path: Path) -> str:
+    """`file:line: Type: message` of what a config file raised: its own innermost line, or that of the neighbour it imports."""
+    words = str(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        where, line, words = Path(error.filename), error.lineno, error.msg
+    else:
+        frames = _lines_of(error, path)
+        where, line = (Path(frames[-1].filename), frames[-1].lineno) if frames else (path, None)
+    if isinstance(error, SystemExit):
+        words = f"the file ends the program ({error.code})"
+    shown = path if where.resolve() == path.resolve() else where
+    return f"{shown}{f':{line}' if line else ''}: {type(error).__name__}{f': {words}' if words else ''}"

@@ -1,0 +1,149 @@
+"""A config file is found by path or name, may import its neighbours, and is explained with file and line where it fails."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxtrain.config import Config
+from jaxtrain.config_file import SHIPPED, load_config
+from jaxtrain.errors import ExplainedError
+
+HEAD = "from jaxtrain.config import Config\n"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(HEAD + text)
+    return folder / name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which file
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.py", "tiny-moe", "tiny_moe", "7b", "configs/7b", "configs/7b.py"])
+def test_a_shipped_config_has_a_name(name: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(SHIPPED.parent if "/" in name else tmp_path)
+    assert load_config(name).name == Path(name).stem.replace("-", "_")
+
+
+def test_a_file_of_the_same_name_at_hand_comes_first(tmp_path: Path, monkeypatch):
+    write(tmp_path, "quickstart.py", "def get_config():\n    return Config(name='mine')\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart").name == "mine"
+
+
+def test_a_missing_file_names_the_nearest():
+    with pytest.raises(ExplainedError, match=r"configs/quickstrat.py: no such file; did you mean 'quickstart.py'\?"):
+        load_config(SHIPPED / "quickstrat.py")
+    with pytest.raises(ExplainedError, match=r"--config=quickstrat: no such file; did you mean 'quickstart'\?"):
+        load_config("quickstrat")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(ExplainedError, match=r"no such file; there is no \.py file in .*nowhere; see configs/"):
+        load_config(tmp_path / "nowhere" / "7b.py")
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    with pytest.raises(ExplainedError, match="that is a folder"):
+        load_config(tmp_path)
+
+
+def test_a_file_that_is_not_python(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("[mesh]\n")
+    with pytest.raises(ExplainedError, match="not a Python file"):
+        load_config(tmp_path / "config.toml")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Neighbours
+
+
+def test_a_config_imports_its_neighbour_wherever_it_lies(tmp_path: Path, monkeypatch):
+    """Two folders have a base.py each; neither sees the other's, and nothing of them stays."""
+    for folder in ("one", "two"):
+        write(tmp_path / folder, "base.py", f"def get_config():\n    return Config(name='{folder}')\n")
+        write(tmp_path / folder, "mine.py", "from base import get_config\n")
+        write(tmp_path / folder, "late.py", "def get_config():\n    import base\n    return base.get_config()\n")
+        write(tmp_path / folder / "parts", "__init__.py", f"NAME = '{folder}'\n")
+        write(tmp_path / folder, "packed.py", "from parts import NAME\ndef get_config():\n    return Config(name=NAME)\n")
+    monkeypatch.chdir(tmp_path)
+    path, modules = list(sys.path), dict(sys.modules)
+    for file in ("mine.py", "late.py", "packed.py"):
+        assert [load_config(f"{folder}/{file}").name for folder in ("one", "two", "one")] == ["one", "two", "one"]
+    assert sys.path == path
+    assert {name: module for name, module in sys.modules.items() if modules.get(name) is not module} == {}
+
+
+def test_a_neighbour_does_not_hide_the_standard_library_or_this_package(tmp_path: Path):
+    for name in ("random.py", "jaxtrain.py", "quickstart.py"):
+        (tmp_path / name).write_text("raise RuntimeError('hidden')\n")
+    file = write(tmp_path, "mine.py", "import random\nget_config = lambda: Config(name=random.Random.__name__)\n")
+    assert load_config(file).name == "Random"
+
+
+def test_a_linked_config_finds_the_neighbours_of_its_target(tmp_path: Path):
+    write(tmp_path / "there", "base.py", "def get_config():\n    return Config(name='base')\n")
+    (tmp_path / "link.py").symlink_to(write(tmp_path / "there", "mine.py", "from base import get_config\n"))
+    assert load_config(tmp_path / "link.py").name == "base"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fails
+
+FAULTS = {
+    "raises": ("\ndef get_config():\n    raise ValueError('no such disk')\n", r"mine.py:4: ValueError: no such disk"),
+    "a field that is none": ("\ndef get_config():\n    return Config(modle=3)\n", r"mine.py:4: TypeError: .*'modle'"),
+    "syntax": ("\nget_config = 3 +\n", "mine.py:3: SyntaxError: invalid syntax"),
+    "indentation": ("def get_config():\nreturn 3\n", "mine.py:3: IndentationError: expected an indented block"),
+    "import": ("import no_such_thing\n", "mine.py:2: ModuleNotFoundError: No module named 'no_such_thing'"),
+    "name": ("x = nothing\n", "mine.py:2: NameError: name 'nothing' is not defined"),
+    "wrong type": (
+        "\ndef get_config():\n    return 3\n",
+        r"mine.py:3: get_config\(\) gave a int, not a jaxtrain.config.Config",
+    ),
+    "no get_config": ("config = Config()\n", r"mine.py: defines no get_config\(\) -> Config"),
+    "arguments": ("def get_config(size):\n    return Config()\n", "mine.py: .* without arguments; give size a default"),
+    "exit": ("import sys\nsys.exit('no GPU')\n", r"mine.py:3: SystemExit: the file ends the program \(no GPU\)"),
+    "in a library": ("import json\njson.loads('{')\n", "mine.py:3: JSONDecodeError: Expecting property name"),
+    "without words": ("\nraise KeyError\n", "mine.py:3: KeyError"),
+    "endless": ("def get_config():\n    return get_config()\n", "mine.py:3: RecursionError"),
+    "relative": ("from .base import get_config\n", "mine.py:2: ImportError: attempted relative import"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_fails_is_told_with_file_and_line(name: str, tmp_path: Path):
+    text, words = FAULTS[name]
+    with pytest.raises(ExplainedError, match=words):
+        load_config(write(tmp_path, "mine.py", text))
+
+
+@pytest.mark.parametrize("text", ["x = 1\ny = nothing\n", "x = 1\nx = 3 +\n"])
+def test_the_line_of_a_neighbour_that_fails(text: str, tmp_path: Path):
+    write(tmp_path, "base.py", text)
+    with pytest.raises(ExplainedError, match=r"--config=.*base.py:3: (NameError|SyntaxError)"):
+        load_config(write(tmp_path, "mine.py", "import base\n"))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path):
+    (tmp_path / "mine.py").write_bytes(b"x = 1\ny = '\xff'\n")
+    with pytest.raises(ExplainedError, match="mine.py.*SyntaxError"):
+        load_config(tmp_path / "mine.py")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read(tmp_path: Path):
+    file = write(tmp_path, "mine.py", "")
+    file.chmod(0)
+    with pytest.raises(ExplainedError, match="PermissionError"):
+        load_config(file)
+
+
+def test_a_config_may_load_another(tmp_path: Path):
+    text = f"from jaxtrain.config_file import load_config\ndef get_config():\n    return load_config('{SHIPPED / '7b.py'}')\n"
+    assert load_config(write(tmp_path, "mine.py", text)) == load_config("7b")
+    assert isinstance(load_config("7b"), Config)
