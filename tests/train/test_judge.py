@@ -189,7 +189,10 @@ def test_a_state_that_is_not_judged_holds_nothing_more():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sync": SyncConfig(mode="diloco"), "guard": GuardConfig(non_finite="skip")}, "each replica has parameters"),
+        (
+            {"mesh": MeshConfig(replica=2), "sync": SyncConfig(mode="diloco"), "guard": GuardConfig(non_finite="skip")},
+            "each replica has parameters",
+        ),
         ({"sync": SyncConfig(mode="delayed"), "guard": GuardConfig(spike="stop")}, "1 steps after its loss is known"),
         ({"guard": GuardConfig(non_finite="off", spike="skip")}, "leaves NaNs to guard.spike"),
         ({"guard": GuardConfig(spike="skip", spike_window=7)}, "too short for a median"),
@@ -197,5 +200,6 @@ def test_a_state_that_is_not_judged_holds_nothing_more():
     ],
 )
 def test_guards_that_have_no_meaning_are_refused(changes: dict[str, Any], words: str):
-    (problem,) = find_problems(replace(BASE, **changes), 1)[1]
+    config = replace(BASE, **changes)
+    (problem,) = find_problems(config, config.mesh.replica)[1]
     assert words in problem
