@@ -76,7 +76,7 @@ def load_config(name: str | Path) -> Config:
     return config
 
 
-def _get_config_of(module: ModuleType, path: Path) -> Callable[[], Config]:
+def _get_config_of(module: ModuleType, path: Path) -> Callable[[], object]:
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ExplainedError(f"--config={path}: defines no get_config() -> Config")
