@@ -132,6 +132,11 @@ class AppendedFile:
                 self._dropped += 1
             self.flush()
 
+    def begin(self) -> None:
+        """Cut off now what does not count of what is there, before there is a record to write."""
+        with self._lock:
+            self._tolerance.attempt(self._open, "what it lacks is kept in memory")
+
     def flush(self) -> bool:
         """Write what waits; return whether nothing waits any more."""
         with self._lock:

@@ -1,6 +1,10 @@
 """Eight fake CPU devices for every test; with JAXTRAIN_TEST_PLATFORM=cuda real ones, for the tests marked gpu."""
 
+import errno
 import os
+from pathlib import Path
+
+import pytest
 
 from tests.quick import fake_devices
 
@@ -10,3 +14,36 @@ if platform == "cpu":
 else:
     os.environ["JAX_PLATFORMS"] = platform
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG)
+
+
+@pytest.fixture(params=ERRNOS, ids=errno.errorcode.get)
+def disk(request, monkeypatch):
+    """A disk that takes `disk.room` more bytes from os.write and from new files, and then fails with one of the errors."""
+
+    class Disk:
+        room = 1 << 30
+
+        def fail(self):
+            raise OSError(request.param, os.strerror(request.param))
+
+    state, write = Disk(), os.write
+
+    def short_write(descriptor, data):
+        if not state.room:
+            state.fail()
+        count = write(descriptor, bytes(data[: state.room]))
+        state.room -= count
+        return count
+
+    def write_bytes(path, data):
+        with open(path, "wb", buffering=0) as file:
+            file.write(data[: state.room])
+        if len(data) > state.room:
+            state.fail()
+        return len(data)
+
+    monkeypatch.setattr(os, "write", short_write)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    return state

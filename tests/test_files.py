@@ -1,45 +1,11 @@
 """Files beside checkpoints: replaced in one move, and gone on without where the disk does not take them."""
 
-import errno
 import os
 
 import pytest
 
 from jaxtrain import files
 from jaxtrain.files import AppendedFile, ReplacedFiles, replace_file, replacing
-
-ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG)
-
-
-@pytest.fixture(params=ERRNOS, ids=errno.errorcode.get)
-def disk(request, monkeypatch):
-    """A disk that takes `disk.room` more bytes from os.write and from new files, and then fails with one of the errors."""
-
-    class Disk:
-        room = 1 << 30
-
-        def fail(self):
-            raise OSError(request.param, os.strerror(request.param))
-
-    state, write = Disk(), os.write
-
-    def short_write(descriptor, data):
-        if not state.room:
-            state.fail()
-        count = write(descriptor, bytes(data[: state.room]))
-        state.room -= count
-        return count
-
-    def write_bytes(path, data):
-        with open(path, "wb", buffering=0) as file:
-            file.write(data[: state.room])
-        if len(data) > state.room:
-            state.fail()
-        return len(data)
-
-    monkeypatch.setattr(os, "write", short_write)
-    monkeypatch.setattr(files.Path, "write_bytes", write_bytes)
-    return state
 
 
 def test_records_wait_in_memory_until_there_is_space(tmp_path, disk):

@@ -1,12 +1,14 @@
 """What a run writes down: metrics.jsonl and TensorBoard always, Weights & Biases where asked for.
 
-metrics.jsonl has one JSON object a line. A training row has `step, loss, grad_norm, learning_rate` and the timings of
-clock.py; a validation row has `step, validation_loss, validation_bits_per_byte`. JSON has no NaN or infinity: such a value
-is null, and the row's `not_finite` says which it was ({"loss": "nan"}).
+metrics.jsonl has one JSON object a line. Every row has `time` (seconds since 1970, UTC) and `step`. A training row has `loss`
+(of that step alone), `loss_mean`, `grad_norm`, `learning_rate` and the timings of clock.py; a validation row has
+`validation_loss, validation_bits_per_byte`. JSON has no NaN or infinity: such a value is null, and the row's `not_finite` says
+which it was ({"loss": "nan"}).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtrain.errors import ExplainedError
+from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, log_warning
+from jaxtrain.telemetry.tensorboard import TensorBoardWriter
 
 
 class Writer(Protocol):
@@ -38,10 +42,11 @@ class MetricsLog:
       process_index: `jax.process_index()`.
       wandb_project: Weights & Biases project; empty for none.
       name: name of the run, for Weights & Biases.
-      config: the resolved config as plain data, for Weights & Biases.
+      config: the resolved config as plain data, for TensorBoard's hyperparameters and Weights & Biases.
+      say: takes a line where a file cannot be written, and where it can again: a run goes on without its logs.
 
     Raises:
-      ExplainedError: run_dir cannot be written, or wandb or its key is missing.
+      ExplainedError: wandb or its key is missing, or wandb does not start.
     """
 
     def __init__(
@@ -52,20 +57,22 @@ class MetricsLog:
         wandb_project: str = "",
         name: str = "run",
         config: Mapping[str, Any] | None = None,
+        say: Say = log_warning,
     ):
         self._writers: list[Writer] = []
         if process_index != 0:
             return
         run_dir = Path(run_dir)
         # Weights & Biases first: if it cannot start, nothing of an earlier run has been dropped yet.
-        weights_and_biases = [WandbWriter(run_dir, wandb_project, name, config)] if wandb_project else []
-        self._writers = [JsonLinesWriter(run_dir, start_step), TensorBoardWriter(run_dir, start_step), *weights_and_biases]
+        weights_and_biases = [WandbWriter(run_dir, wandb_project, name, config, say)] if wandb_project else []
+        tensorboard = TensorBoardWriter(run_dir, start_step, config, say)
+        self._writers = [JsonLinesWriter(run_dir, start_step, say), tensorboard, *weights_and_biases]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Logs one row; it must have a `step`. Values: numbers (also numpy and jax scalars), strings, None."""
+        """Log one row with a `step`, and the `time` of the clock. Values: numbers (also numpy's and jax's), strings, None."""
         if not self._writers:
             return
-        plain = {key: _plain(value) for key, value in row.items()}
+        plain = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in row.items()}}
         for writer in self._writers:
             writer.write(plain)
 
@@ -103,7 +110,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [row for row in map(_parse, file) if row is not None]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: str | bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
@@ -111,108 +118,82 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without rows beyond `step` and without unfinished lines; without any row if `step` is 0.
-
-    The new file takes the old one's place in one move, so a crash leaves either the one or the other.
-    """
-    kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(to_json_line(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def size_up_to(path: Path, step: int) -> int:
+    """Return the bytes of a metrics.jsonl up to its first row beyond `step`, or to an unfinished line; 0 if `step` is 0."""
+    size = 0
+    with open(path, "rb") as file:
+        for line in file if step > 0 else ():
+            row = _parse(line)
+            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+                break
+            size += len(line)
+    return size
 
 
 class JsonLinesWriter:
-    """run_dir/metrics.jsonl: each row goes out in one append, so a reader never sees half a line of a live run."""
+    """Writes run_dir/metrics.jsonl: each row goes out in one append, so a reader never sees half a line of a live run.
 
-    def __init__(self, run_dir: Path, start_step: int):
-        self.path = run_dir / "metrics.jsonl"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            drop_rows_after(self.path, start_step)
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise ExplainedError(f"cannot write {self.path}: {error.strerror}; give another --run_dir") from error
+    The rows of an earlier process beyond `start_step` are cut off: those steps will be logged again.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, say: Say):
+        self._file = AppendedFile(run_dir / "metrics.jsonl", say, lambda path: size_up_to(path, start_step))
+        self._file.begin()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        line = memoryview((to_json_line(row) + "\n").encode())
-        try:
-            while line:  # a full disk or a signal can cut a write short
-                line = line[os.write(self._descriptor, line) :]
-        except OSError as error:
-            raise ExplainedError(f"cannot write {self.path}: {error.strerror}") from error
+        self._file.append((to_json_line(row) + "\n").encode())
 
     def close(self) -> None:
-        os.close(self._descriptor)
-
-
-class TensorBoardWriter:
-    """run_dir/tensorboard: every number of a row as a scalar under the same name as in metrics.jsonl."""
-
-    FLUSH_SECONDS = 10
-
-    def __init__(self, run_dir: Path, start_step: int):
-        from tensorboardX import SummaryWriter
-
-        # purge_step makes TensorBoard forget what an earlier process logged from that step on. The suffix, because file
-        # names go by the second and a file of the same name would be overwritten.
-        self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            purge_step=start_step + 1 if start_step else 0,
-            flush_secs=self.FLUSH_SECONDS,
-            filename_suffix=f".{time.time_ns()}",
-        )
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-        # One event for the whole row: an `add_scalar` for each number took 2.6 ms a row, most of the loop's overhead.
-        numbers = {
-            name: float(value)
-            for name, value in row.items()
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
-        }
-        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
-        assert self._writer.file_writer is not None
-        self._writer.file_writer.add_summary(Summary(value=values), row["step"])
-
-    def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class WandbWriter:
     """Weights & Biases. The run's id is kept in run_dir, so that a resumed run goes on under it."""
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any] | None):
+    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any] | None, say: Say):
         check_wandb(project)
         import wandb  # pyright: ignore[reportMissingImports]
 
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self._tolerance, self._files = Tolerance("the run at Weights & Biases", say), ReplacedFiles(say)
+        self._run: Any = None
         id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(os.urandom(4).hex())
+        identity = os.urandom(4).hex()
+        with contextlib.suppress(OSError):
+            identity = id_file.read_text().strip() or identity
+        self._files.write(id_file, identity)
         try:
             self._run = wandb.init(
-                project=project,
-                name=name,
-                dir=str(run_dir),
-                id=id_file.read_text().strip(),
-                resume="allow",
-                config=dict(config or {}),
+                project=project, name=name, dir=str(run_dir), id=identity, resume="allow", config=dict(config or {})
             )
+        except OSError as error:  # a disk that takes no file of wandb's must not end a run that was restarted on it
+            say(f"warning    Weights & Biases did not start: {error}; the run goes on without it")
+            return
         except Exception as error:  # wandb's own errors come in many classes, none of them stable
             raise ExplainedError(f"Weights & Biases did not start: {error}; or leave telemetry.wandb_project empty") from error
         # Its own step counter may not go back, but a resumed run does: so `step` is a value, and the x axis of all others.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._run.log({key: value for key, value in row.items() if value is not None})
+        self._files.retry()
+        self._attempt("log", {key: value for key, value in row.items() if value is not None})
 
     def close(self) -> None:
-        self._run.finish()
+        self._files.retry()
+        self._attempt("finish")
+
+    def _attempt(self, call: str, *arguments: Any) -> None:
+        """Call a method of the run; what wandb raises is told once, whatever its class."""
+
+        def work() -> None:
+            try:
+                getattr(self._run, call)(*arguments)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{type(error).__name__}: {error}") from error
+
+        if self._run is not None:
+            self._tolerance.attempt(work)
 
 
 def check_wandb(project: str) -> None:

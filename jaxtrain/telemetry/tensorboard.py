@@ -1,0 +1,97 @@
+"""TensorBoard event files, written record by record: run_dir/tensorboard.
+
+A record is what TFRecord files hold: 8 bytes of length, its masked CRC-32C, a serialized `Event`, its masked CRC-32C. The
+records are made with tensorboardX, and written without it: its writer has a thread that ends with the first full disk, after
+which every further event waits for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.files import AppendedFile, Say
+
+TRAIN = ("loss", "loss_mean", "total_loss", "grad_norm", "learning_rate", "tokens", "targets", "skipped_steps")
+MOE = ("balance_", "router_", "expert_", "dropped_")
+METRICS = ("validation/loss", "validation/bits_per_byte", "train/loss_mean")
+"""What the table of hyperparameters shows beside them."""
+
+
+def tag_of(name: str) -> str:
+    """Return the TensorBoard tag of a row's number: its group, and the name within it."""
+    if name.startswith("validation_"):
+        return f"validation/{name.removeprefix('validation_')}"
+    if name in TRAIN or name.endswith("_deviations"):
+        return f"train/{name}"
+    return f"moe/{name}" if name.startswith(MOE) else f"perf/{name}"
+
+
+class TensorBoardWriter:
+    """Writes every finite number of a row as a scalar, under the tag that `tag_of` says.
+
+    Args:
+      run_dir: the run's folder.
+      start_step: the step that the run goes on from; TensorBoard forgets what an earlier process logged beyond it.
+      config: the resolved config as plain data, shown as hyperparameters.
+      say: takes a line when the file cannot be written, and when it can again.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any] | None, say: Say):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+        # The clock's nanoseconds, since two processes may begin a file within the same second.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = AppendedFile(run_dir / "tensorboard" / name, say)
+        purge = start_step + 1 if start_step else 0
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=purge, session_log=SessionLog(status=SessionLog.START)))
+        for summary in _hyperparameters(config or {}):
+            self._write(Event(wall_time=time.time(), summary=summary))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write a row as one event: its numbers, at its `step` and `time`."""
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        numbers = {
+            tag_of(name): float(value)
+            for name, value in row.items()
+            if name not in ("step", "time") and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()]
+        self._write(Event(wall_time=row.get("time") or time.time(), step=row["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Write what could not be written so far."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        from tensorboardX.record_writer import masked_crc32c
+
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._file.append(length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data)))
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the summaries that make TensorBoard's table of hyperparameters: every field of the config by its dotted name."""
+    from tensorboardX.summary import hparams
+
+    fields = dict(_fields(config, ""))
+    return hparams(fields, dict.fromkeys(METRICS)) if fields else ()
+
+
+def _fields(value: Any, name: str) -> list[tuple[str, Any]]:
+    """Return (dotted name, plain value) of everything below `value`; None is left out, and a list's items have numbers."""
+    if isinstance(value, Mapping):
+        return [field for key, inner in value.items() for field in _fields(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, (list, tuple)):
+        return [field for number, inner in enumerate(value) for field in _fields(inner, f"{name}.{number}")]
+    return [] if value is None else [(name, value)]
