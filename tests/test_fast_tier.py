@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtrain.checkpoint.fast import TOKEN_FILE, FastTier, _newest_of_all
 from tests.launch.processes import started, wait_for_line
 from tests.launch.test_processes import FLAGS, losses
+from tests.lines import unstamped
 
 
 def state_of(number, mesh_shape=(4, 2)):
@@ -42,11 +43,17 @@ def same(one, other):
     )
 
 
+def rollbacks_of(run_dir):
+    """The list of rollbacks as the run has it: here, as a file holds it."""
+    file = run_dir / "rollbacks.json"
+    return lambda: file.read_text() if file.exists() else ""
+
+
 @pytest.fixture
 def tier(tmp_path):
     """Three snapshots, of steps 2, 4 and 6."""
     (tmp_path / "run").mkdir()
-    tier = FastTier(tmp_path / "fast", tmp_path / "run")
+    tier = FastTier(tmp_path / "fast", tmp_path / "run", rollbacks_of(tmp_path / "run"))
     for step in (2, 4, 6):
         tier.save(step, state_of(step), {"step": step})
     tier.wait()
@@ -105,7 +112,7 @@ def test_a_damaged_snapshot_is_passed_over(tier, tmp_path, damage):
 
 def test_another_layout_another_run_and_a_rollback_do_not_take_it(tier, tmp_path):
     assert restored(tier, like=state_of(0, (2, 4))) is None
-    assert restored(FastTier(tmp_path / "fast", tmp_path / "run"))[0] == 6
+    assert restored(FastTier(tmp_path / "fast", tmp_path / "run", rollbacks_of(tmp_path / "run")))[0] == 6
     (tmp_path / "run" / "rollbacks.json").write_text("[1]")
     assert restored(tier) is None
     tier.save(2, state_of(2), {"step": 2})  # the run is back there
@@ -113,12 +120,12 @@ def test_another_layout_another_run_and_a_rollback_do_not_take_it(tier, tmp_path
     assert restored(tier)[0] == 2
     assert sorted(files(tmp_path)) == [2]
     (tmp_path / "run" / TOKEN_FILE).unlink()  # somebody began afresh in the same folder
-    assert restored(FastTier(tmp_path / "fast", tmp_path / "run")) is None
+    assert restored(FastTier(tmp_path / "fast", tmp_path / "run", rollbacks_of(tmp_path / "run"))) is None
 
 
 def test_a_folder_that_others_can_write_or_that_is_full_stops_nothing(tmp_path, caplog):
     (tmp_path / "run").mkdir()
-    tier = FastTier(tmp_path / "fast", tmp_path / "run")
+    tier = FastTier(tmp_path / "fast", tmp_path / "run", rollbacks_of(tmp_path / "run"))
     root = tier._root
     root.mkdir(parents=True)
     root.chmod(0o777)
@@ -127,7 +134,26 @@ def test_a_folder_that_others_can_write_or_that_is_full_stops_nothing(tmp_path, 
     tier.wait()
     assert restored(tier) is None
     assert caplog.text.count("can be written by others") == 1
-    assert "checkpoints are saved as without them" in caplog.text
+    assert "checkpoints are saved as without it" in caplog.text
+    root.chmod(0o700)
+    tier.save(3, state_of(3), {"step": 3})
+    tier.wait()
+    assert restored(tier)[0] == 3
+    assert caplog.text.count(f"a snapshot in {root} again") == 1
+
+
+def test_a_run_folder_without_space_for_its_word_takes_snapshots_later(tmp_path, disk):
+    """The word that ties snapshots to the run cannot be written at first: no snapshot, and no end of the run."""
+    (tmp_path / "run").mkdir()
+    disk.room = 0
+    tier = FastTier(tmp_path / "fast", tmp_path / "run", rollbacks_of(tmp_path / "run"))
+    tier.save(1, state_of(1), {"step": 1})
+    tier.wait()
+    assert restored(tier) is None
+    disk.room = 1 << 30
+    tier.save(2, state_of(2), {"step": 2})
+    tier.wait()
+    assert restored(tier)[0] == 2
 
 
 def test_the_newest_step_that_all_have(monkeypatch):
@@ -156,7 +182,7 @@ def test_a_run_whose_processes_are_killed_goes_on_from_its_snapshot(tmp_path):
     before = losses(tmp_path / "run")
     with started(2, 1, flags, tmp_path) as both:
         assert [process.wait(400) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
-    (line,) = [line for line in (tmp_path / "0.log").read_text().splitlines() if line.startswith("resume")]
+    (line,) = [line for line in unstamped((tmp_path / "0.log").read_text()).splitlines() if line.startswith("resume")]
     step = int(line.split()[3].rstrip(","))
     assert step in (6, 9)
     assert "a snapshot in" in line

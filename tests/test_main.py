@@ -1,11 +1,13 @@
 """The program as a person uses it: in a process of its own, on a tiny corpus, with right and wrong input."""
 
 import fcntl
+import importlib.metadata
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 
 from jaxtrain import cli, main
-from jaxtrain.checkpoint import committed_steps
+from jaxtrain.checkpoint import committed_steps, read_metadata
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
 from tests import quick
+from tests.lines import STAMP, unstamped
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 120
@@ -109,12 +112,25 @@ def test_plain_lines_where_there_is_no_terminal(whole):
     output = whole[0].stdout
     assert "\x1b" not in output
     assert "\r" not in output
-    lines = output.splitlines()
+    assert all(STAMP.match(line) for line in output.splitlines() if re.search(r"step \d+/", line))
+    lines = unstamped(output).splitlines()
     for step in (1, 50, STEPS):
         assert len([line for line in lines if line.startswith(f"step {step}/{STEPS} | loss ")]) == 1
     assert len([line for line in lines if re.match(rf"step {STEPS}/{STEPS} \| validation loss .* bits/byte", line)]) == 1
     for head in ("run ", "model ", "mesh ", "attention ", "data ", "compiled ", "baseline ", "picture ", "done "):
         assert len([line for line in lines if line.startswith(head)]) == 1, head
+
+
+def test_the_folder_says_which_program_ran_and_what_it_said(whole):
+    process, run_dir = whole
+    log = (run_dir / "log.txt").read_text()
+    said = unstamped(process.stdout).partition("--- held-out")[0].splitlines()
+    assert [line for line in unstamped(log).splitlines() if line in said] == said
+    (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
+    assert start["jaxtrain"] == importlib.metadata.version("jaxtrain")
+    assert start["command"].endswith(f"--run_dir={run_dir}")
+    assert start["host"] == socket.gethostname()
+    assert start == read_metadata(run_dir / "checkpoints", STEPS)["program"]
 
 
 def test_training_rows_have_the_promised_names(whole):
@@ -164,7 +180,7 @@ def test_checkpoints_pictures_and_events(whole):
     assert picture.std() > 0.01
     (events,) = (run_dir / "tensorboard").iterdir()
     content = events.read_bytes()
-    for name in (b"loss", b"grad_norm", b"validation_bits_per_byte"):
+    for name in (b"train/loss", b"train/loss_mean", b"train/grad_norm", b"validation/bits_per_byte"):
         assert name in content
 
 
@@ -190,7 +206,7 @@ def run_until_signalled(arguments, first_step, number):
     with open(reading, encoding="utf-8") as output:
         for line in output:
             lines.append(line)
-            if line.startswith(f"step {first_step}/"):
+            if unstamped(line).startswith(f"step {first_step}/"):
                 process.send_signal(number)
     return process.wait(60), "".join(lines)
 
@@ -212,6 +228,7 @@ def parts(folder, whole):
 @pytest.mark.parametrize(("part", "name"), [(0, "SIGINT"), (1, "SIGTERM")])
 def test_a_signal_stops_after_saving(parts, part, name):
     code, output, saved = parts[part]
+    output = unstamped(output)
     assert code == EXIT_STOPPED, output
     assert "Traceback" not in output
     (heard,) = re.findall(rf"^{name} received: .*$", output, re.MULTILINE)

@@ -34,6 +34,7 @@ import numpy as np
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import everywhere, from_first_process
 from jaxtrain.checkpoint.trees import leaves_by_path
+from jaxtrain.files import Tolerance, log_warning, replace_file
 from jaxtrain.safetensors import Safetensors, SafetensorsError, write_safetensors
 
 TOKEN_FILE = ".fast_tier"
@@ -48,16 +49,17 @@ class FastTier:
     Args:
       folder: on the host's own memory or disk; the same path on every host.
       run_dir: of the run, and shared: a snapshot of a folder that was removed, or of a run that was rolled back, is none.
+      rollbacks: gives the run's list of rollbacks as text.
     """
 
-    def __init__(self, folder: Path, run_dir: Path):
+    def __init__(self, folder: Path, run_dir: Path, rollbacks: Callable[[], str]):
         self._root = Path(folder) / f"jaxtrain-{os.getuid()}"
-        self._run_dir = run_dir
+        self._run_dir, self._rollbacks = run_dir, rollbacks
         self._folder = self._root / hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
         self._thread: threading.Thread | None = None
-        self._warned = False
-        if jax.process_index() == 0 and not (run_dir / TOKEN_FILE).exists():
-            (run_dir / TOKEN_FILE).write_text(secrets.token_hex(8))
+        self._tolerance = Tolerance(f"a snapshot in {self._root}", log_warning)
+        with contextlib.suppress(OSError):  # `save` tries again, and says so
+            self._make_word()
         everywhere(True)  # all read it after it is there
         for unfinished in self._folder.glob(f"*/{self._file}.*.new"):
             unfinished.unlink(missing_ok=True)
@@ -78,7 +80,6 @@ class FastTier:
         about = {
             "step": str(step),
             "layout": _layout(state),
-            "token": self._token(),
             "metadata": json.dumps(as_json_gives_it_back(metadata)),
         }
         self._thread = threading.Thread(target=self._write, args=(step, arrays, about), name=f"snapshot-{step}", daemon=True)
@@ -91,17 +92,16 @@ class FastTier:
             self._thread = None
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
-        try:
+        def work() -> None:
+            self._make_word()
             sums = {name: zlib.crc32(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
             self._make_folder(step)
-            write_safetensors(self._path(step), arrays, about | {"crc32": json.dumps(sums)})
+            write_safetensors(self._path(step), arrays, about | {"token": self._token(), "crc32": json.dumps(sums)})
             steps = self._steps()
             for old in [*sorted(s for s in steps if s <= step)[:-KEPT], *(s for s in steps if s > step)]:
                 self._delete(old)  # what is beyond this step was undone
-        except OSError as error:
-            if not self._warned:
-                log.warning("no snapshot in %s: %s; checkpoints are saved as without them", self._root, error)
-            self._warned = True
+
+        self._tolerance.attempt(work, "checkpoints are saved as without it")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Restoring
@@ -140,7 +140,7 @@ class FastTier:
                 log.warning("snapshot %s does not hold what was saved: its checksum differs; passed over", path)
                 return None
             return arrays, json.loads(file.metadata["metadata"])
-        except (SafetensorsError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorsError, ValueError, KeyError, TypeError) as error:
             log.warning("snapshot %s is passed over: %s", path, error)
             return None
 
@@ -178,12 +178,24 @@ class FastTier:
             return False
         return stat.S_ISDIR(owner.st_mode) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022
 
+    def _make_word(self) -> None:
+        """Have the first process put the random word into run_dir that tells this run from another of that name.
+
+        Raises:
+          OSError: it cannot, or in another process: it has not.
+        """
+        word = self._run_dir / TOKEN_FILE
+        if jax.process_index() == 0 and not word.exists():
+            replace_file(word, secrets.token_hex(8))
+        word.stat()
+
     def _token(self) -> str:
-        """What ties a snapshot to a run: a word in run_dir, and the list of rollbacks, which undo later steps."""
-        digest = hashlib.sha256((self._run_dir / TOKEN_FILE).read_bytes())
-        rollbacks = self._run_dir / "rollbacks.json"
-        digest.update(rollbacks.read_bytes() if rollbacks.exists() else b"")
-        return digest.hexdigest()[:16]
+        """Return what ties a snapshot to a run: its word, and the list of rollbacks, which undo later steps.
+
+        The list is that in memory: the file may lack its end where the disk is full.
+        """
+        word = (self._run_dir / TOKEN_FILE).read_bytes()
+        return hashlib.sha256(word + self._rollbacks().encode()).hexdigest()[:16]
 
     def _steps(self) -> list[int]:
         """Steps of which this process has a file."""

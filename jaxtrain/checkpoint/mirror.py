@@ -25,6 +25,7 @@ from typing import Any
 from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute, cause, outdated
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError
+from jaxtrain.files import replace_file
 
 OWNER = "owner"
 """A file with a random word, here (.owner) and in the store: a run does not touch what another one has there."""
@@ -110,7 +111,7 @@ class Mirror:
             )
         word = theirs or own or secrets.token_hex(8)
         if own != word:
-            here.write_text(word)
+            replace_file(here, word)
         if not theirs:
             self._store.pipe_file(there, word.encode())
         self._is_ours = True

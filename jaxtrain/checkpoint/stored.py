@@ -210,7 +210,10 @@ def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> e
     aside = root / f"{step}.{word}-{number}"
     (root / str(step)).rename(aside)
     if aside.is_dir() and not os.path.islink(aside):  # what a link leads to is not ours
-        (aside / WHY_FILE).write_text(why + "\n")
+        try:
+            (aside / WHY_FILE).write_text(why + "\n")
+        except OSError as error:  # the log has it too
+            log.warning("%s cannot be written: %s", aside / WHY_FILE, error)
     return aside
 
 

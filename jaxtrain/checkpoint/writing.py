@@ -56,6 +56,7 @@ from jaxtrain.processes import are_several, look, post, read_board, tell, wait_f
 
 _PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
 _LONGEST_FETCH = 3600.0  # seconds for a checkpoint to come from the mirror
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
 
 log = logging.getLogger(__name__)
@@ -467,11 +468,15 @@ class Checkpoints:
         probe = self.directory / f".write_probe_{jax.process_index()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            probe.write_text("x")
-            probe.unlink()
+            try:
+                probe.write_text("x")
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
-            log.error("cannot write %s: %s", probe, error)
-            return f"{type(error).__name__}: {error}"
+            if error.errno not in FULL or not committed_steps(self.directory) or self._config.on_failure == "stop":
+                log.error("cannot write %s: %s", probe, error)
+                return f"{type(error).__name__}: {error}"
+            log.warning("%s: %s; the run goes on from its checkpoint, and saves once there is space", self.directory, error)
         if self._first_process:
             for path in _children(self.directory):
                 if LEFTOVER_NAME.fullmatch(path.name):

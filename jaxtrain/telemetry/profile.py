@@ -5,13 +5,16 @@ Only files are written. Nothing listens on a port: no profiler server, and no Pe
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.files import Say, log_warning
 
 
 def parse_window(profile: str) -> tuple[int, int] | None:
@@ -37,7 +40,8 @@ class ProfileWindow:
     A run resumed inside the window traces what is left of it; `close` ends a trace that the run ended in.
     """
 
-    def __init__(self, profile: str, run_dir: Path, process_index: int = 0):
+    def __init__(self, profile: str, run_dir: Path, process_index: int = 0, say: Say = log_warning):
+        self._say = say
         self._window = parse_window(profile) if process_index == 0 else None
         self.directory = Path(run_dir) / "profile"
         """Where the trace is written, each time in a folder of its own below plugins/profile."""
@@ -61,7 +65,7 @@ class ProfileWindow:
         return False
 
     def close(self, in_flight: Any = None) -> bool:
-        """Ends the trace, if one is being taken; True if so. Safe to call twice, and after an exception."""
+        """End the trace, if one is being taken; return whether one was written. Safe to call twice, and after an exception."""
         if not self.tracing:
             return False
         self.tracing = False
@@ -69,11 +73,22 @@ class ProfileWindow:
         try:
             jax.block_until_ready(in_flight)
         finally:
-            jax.profiler.stop_trace()
-        return True
+            written = self._attempt(jax.profiler.stop_trace)
+        return written
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # every Python call as an event: slows the steps and drowns the trace
-        jax.profiler.start_trace(str(self.directory), create_perfetto_trace=True, profiler_options=options)
-        self.tracing = True
+        start = functools.partial(jax.profiler.start_trace, create_perfetto_trace=True, profiler_options=options)
+        self.tracing = self._attempt(lambda: start(str(self.directory)))
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        """Start or stop the trace; return whether that worked. Where it did not, say so, and try no other."""
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # of Python, or of XLA's writer
+            self._window = None
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._say(f"warning    no profile in {self.directory}: {why}; the run goes on")
+            return False
+        return True

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.run_log import RunLog, stamped
 from jaxtrain.text import discard, printable
 
 REFRESHES_PER_SECOND = 4
@@ -38,6 +39,10 @@ class Progress:
     """What is being done while no step is; see `during`."""
     beat: Beat | None = None
     """Who is told of it outside this process."""
+    log: RunLog | None = None
+    """The file that keeps what is said, with logged rows."""
+    total_steps = 0
+    """The last step of the run."""
 
     @contextmanager
     def during(self, words: str) -> Iterator[None]:
@@ -57,10 +62,17 @@ class Progress:
         """Step number `step` is done."""
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """A row was logged (training or validation, with the names of metrics.jsonl)."""
+        """Keep and show a row that was logged (training or validation, with the names of metrics.jsonl)."""
+        self.say(describe(row, self.total_steps))
 
     def say(self, text: str) -> None:
-        """Prints a message of its own, above the bar where there is one."""
+        """Keep a message in the log, and print it, above the bar where there is one."""
+        if self.log is not None:
+            self.log.write(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        """Print a message."""
 
     def close(self) -> None:
         """Leaves the terminal as it was. Safe to call twice."""
@@ -87,26 +99,25 @@ def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0,
 
 
 class PlainProgress(Progress):
-    """One line for each logged row and each message."""
+    """One line, with the time, for each logged row and each message."""
 
     def __init__(self, total_steps: int, stream: IO[str] | None = None):
-        self._total_steps, self._stream = total_steps, stream or sys.stdout
+        self.total_steps, self._stream = total_steps, stream or sys.stdout
 
-    def update(self, row: Mapping[str, Any]) -> None:
-        self.say(describe(row, self._total_steps))
-
-    def say(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         try:
-            print(printable(text), file=self._stream, flush=True)
-        except OSError:
+            print(stamped(printable(text)), file=self._stream, flush=True)
+        except BrokenPipeError:
             discard(self._stream)
+        except OSError:  # a full disk: the next line may find room again
+            pass
 
 
 class LiveProgress(Progress):
     """A bar with the newest figures under it; validation rows and messages are printed above it and stay."""
 
     def __init__(self, total_steps: int, start_step: int, console: Console):
-        self._total_steps, self._step, self._console = total_steps, start_step, console
+        self.total_steps, self._step, self._console = total_steps, start_step, console
         self._training: Mapping[str, Any] = {}
         self._validation: Mapping[str, Any] = {}
         # Live also sends print() and stderr above the bar, and its thread is what draws.
@@ -122,11 +133,13 @@ class LiveProgress(Progress):
     def update(self, row: Mapping[str, Any]) -> None:
         if is_validation(row):
             self._validation = row
-            self.say(describe(row, self._total_steps))
+            super().update(row)
         else:
             self._training, self._step = row, max(self._step, row["step"])
+            if self.log is not None:
+                self.log.write(describe(row, self.total_steps))
 
-    def say(self, text: str) -> None:
+    def _show(self, text: str) -> None:
         # As Text, since square brackets in a path or a message are not markup.
         try:
             self._console.print(Text(printable(text)), soft_wrap=True)
@@ -141,15 +154,15 @@ class LiveProgress(Progress):
             discard(self._console.file)
 
     def _render(self) -> RenderableType:
-        share = self._step / max(self._total_steps, 1)
+        share = self._step / max(self.total_steps, 1)
         line = Table.grid(expand=True, padding=(0, 1))
         line.add_column(ratio=1, min_width=10)
         for _ in range(3):
             line.add_column(justify="right", no_wrap=True)
         line.add_row(
-            Bar(self._total_steps, 0, self._step, color="green", bgcolor="grey30"),
+            Bar(self.total_steps, 0, self._step, color="green", bgcolor="grey30"),
             Text(f"{share:4.0%}", style="bold"),
-            Text(f"step {self._step:,}/{self._total_steps:,}"),
+            Text(f"step {self._step:,}/{self.total_steps:,}"),
             Text(self.status or f"ETA {readable_seconds(self._training.get('eta_seconds'))}", style="cyan"),
         )
         newest = {k: self._validation[k] for k in ("validation_bits_per_byte",) if k in self._validation}

@@ -14,6 +14,7 @@ from typing import Any
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.errors import CheckpointError, Stopped
+from jaxtrain.files import ReplacedFiles
 from jaxtrain.processes import are_several, look, post
 from jaxtrain.signals import Request, Watch, end_at_once
 from jaxtrain.telemetry.beat import Beat
@@ -47,15 +48,18 @@ class Logging(Hook):
         self._log, self._progress, self._clock, self._learning_rate = log, progress, clock, learning_rate
         self._energy, self._pace = energy or EnergyLog(None), pace
         self._every, self._first_step, self._last_step = every, first_step, last_step
+        self._losses: list[PyTree] = []
+        """Of every step since the last row: its loss and targets, computed already, to be fetched where a row is logged."""
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
         self._clock.step_done(step)
         self._progress.advance(step)
         self._energy.poll()
+        self._losses.append({name: metrics[name] for name in ("loss", "targets") if name in metrics})
         if step % self._every == 0 or step in (self._first_step, self._last_step):
             values = read_metrics(metrics)
             is_bad = values.pop("bad_step", 0) != 0  # `Guard` writes a row of its own about such a step
-            row = {"step": step, "loss": values.pop("loss"), "grad_norm": values.pop("grad_norm")}
+            row = {"step": step, "loss": values.pop("loss"), "loss_mean": self._mean(), "grad_norm": values.pop("grad_norm")}
             # The optimizer has not counted the steps before that were skipped.
             steps_taken = step - 1 - int(values.get("skipped_steps", 0) - is_bad)
             row |= {"learning_rate": self._learning_rate(steps_taken), **values, **self._clock.window(), **memory_row()}
@@ -63,6 +67,25 @@ class Logging(Hook):
             row |= self._pace.row(step, row) if self._pace else {}
             self._log.write(row)
             self._progress.update(row)
+
+    def _mean(self) -> float | None:
+        """Return the mean loss of a token over the steps since the last row; steps whose loss is not finite are left out."""
+        read = [read_metrics(losses) for losses in self._losses]
+        self._losses = []
+        finite = [(values["loss"], values.get("targets", 1.0)) for values in read if math.isfinite(values["loss"])]
+        tokens = sum(targets for _, targets in finite)
+        return sum(loss * targets for loss, targets in finite) / tokens if tokens else None
+
+
+class Retrying(Hook):
+    """Tries again, every `every` steps, to write the files that could not be written."""
+
+    def __init__(self, files: ReplacedFiles, every: int):
+        self._files, self._every = files, every
+
+    def metrics_read(self, step: int, metrics: PyTree) -> None:
+        if step % self._every == 0:
+            self._files.retry()
 
 
 class Beating(Hook):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,16 +80,9 @@ class Rollbacks:
         """What `to_plain` gave."""
         return cls([Rollback(**entry) for entry in plain])
 
-    def save(self, run_dir: Path) -> None:
-        """Writes run_dir/rollbacks.json so that it is there, whole, when this returns. By process 0."""
-        if jax.process_index() != 0:
-            return
-        beside = run_dir / f"{FILE}.new"
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self.to_plain(), indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(run_dir / FILE)
+    def to_json(self) -> str:
+        """Return what run_dir/rollbacks.json holds."""
+        return json.dumps(self.to_plain(), indent=1) + "\n"
 
     @classmethod
     def load(cls, run_dir: Path, timeout_seconds: float) -> Rollbacks:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import functools
 import importlib.metadata
+import json
 import os
 import socket
 import time
@@ -24,6 +25,7 @@ from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError, Stopped
+from jaxtrain.files import AppendedFile, ReplacedFiles
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
@@ -38,10 +40,11 @@ from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress, readable_size
+from jaxtrain.telemetry.run_log import RunLog, about_program, describe_program
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.guard import Guard, RollBack
 from jaxtrain.train.health import Health
-from jaxtrain.train.hooks import Beating, Logging, Profiling, Saving, Snapshots, StopOnSignal, Validation
+from jaxtrain.train.hooks import Beating, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation
 from jaxtrain.train.judge import record_to_plain
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.optimizer import make_optimizer, make_schedule
@@ -97,18 +100,11 @@ def only_run_in(directory: Path) -> Iterator[None]:
                 raise ExplainedError(
                     f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
                 ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
+        with contextlib.suppress(OSError):  # the lock holds without its owner's name
+            file.truncate(0)
+            os.pwrite(file.fileno(), owner.encode(), 0)
         yield
-
-
-def write_config(config: Config) -> None:
-    """run_dir/config.json, by process 0. Only once the run is known to go on here: it must not cover up another run's."""
-    if jax.process_index() == 0:
-        beside = config.directory / "config.json.new"
-        beside.write_text(to_json(config) + "\n")
-        beside.replace(config.directory / "config.json")
 
 
 def use_compilation_cache(config: Config, progress: Progress) -> None:
@@ -126,13 +122,18 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
 
 
 def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:
-    """The largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 for a new one."""
-    return max((row.get(name) or 0.0 for row in read_rows(metrics_jsonl) if row["step"] <= step), default=0.0)
+    """Return the largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 if none."""
+    try:
+        rows = read_rows(metrics_jsonl)
+    except OSError:  # a file beside the checkpoints
+        return 0.0
+    return max((row.get(name) or 0.0 for row in rows if row["step"] <= step), default=0.0)
 
 
-def metadata(config: Config, data: Data) -> dict[str, Any]:
-    """What a checkpoint says about the run that it belongs to."""
+def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, Any]:
+    """Return what a checkpoint says about the run that it belongs to, and the `program` that saved it (`about_program`)."""
     return {
+        "program": program,
         "config": dataclasses.asdict(config),
         "data_fingerprint": data.fingerprint,
         "num_parameters": num_parameters(config.model).total,
@@ -157,6 +158,8 @@ class Run:
         self.config, self.progress, self.stop = config, progress, stop or StopOnSignal(progress)
         self.directory = config.directory
         make_run_dir(self.directory)
+        self.files, self.program = ReplacedFiles(progress.say), about_program() if jax.process_index() == 0 else {}
+        self.log = progress.log = RunLog(self.directory, progress.say) if jax.process_index() == 0 else None
         if jax.process_index() == 0:
             check_wandb(config.telemetry.wandb_project)
         use_compilation_cache(config, progress)
@@ -167,6 +170,8 @@ class Run:
         self.sharding = batch_sharding(self.mesh)
         count = num_parameters(config.model)
         progress.say(f"run        {config.name} in {self.directory}")
+        if self.program:
+            progress.say(f"program    {describe_program(self.program)}")
         progress.say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
         progress.say(f"mesh       {describe_mesh(self.mesh)}")
         progress.say(f"attention  {self.backend} ({why})")
@@ -186,13 +191,22 @@ class Run:
           ExplainedError: run_dir belongs to another run, or to a process that is training there; what is written or read on
             the way cannot be.
         """
+        with contextlib.ExitStack() as log:
+            return self._train(log)
+
+    def _train(self, log: contextlib.ExitStack) -> int:
+        """Train; the log is kept in `log` from when the folder is known to be ours."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_run_in(self.directory))
+            self._keep_log(log)
             checkpoints = self._open_checkpoints(stack)
             if self.config.checkpoint.fast_every:
-                self.fast = FastTier(user_path(self.config.checkpoint.fast_dir), self.directory)
+                self.fast = FastTier(
+                    user_path(self.config.checkpoint.fast_dir), self.directory, lambda: self.rollbacks.to_json()
+                )
             state, first = self._begin(checkpoints)
-            write_config(self.config)
+            if jax.process_index() == 0:  # not before the run is known to go on here: it must not cover up another run's
+                self.files.write(self.directory / "config.json", to_json(self.config) + "\n")
             if first == self.config.train.steps:
                 return self._nothing_left(first)
             self.stop.check()
@@ -207,6 +221,7 @@ class Run:
             loop, reason = ended
         if self.fast is not None:
             self.fast.clear()  # the last step is saved
+        self.files.retry()
         self._draw()
         number = self.stop.agreed()
         if number is not None and loop.step < self.config.train.steps:
@@ -241,6 +256,15 @@ class Run:
         self.stop.newest_saved = lambda: max(committed_steps(self.directory / "checkpoints"), default=0)
         return checkpoints
 
+    def _keep_log(self, stack: contextlib.ExitStack) -> None:
+        """Have process 0 keep what it says in run_dir/log.txt, and what this start is in run_dir/starts.jsonl."""
+        if self.log is None:
+            return
+        starts = AppendedFile(self.directory / "starts.jsonl", self.progress.say)
+        stack.callback(starts.close)
+        stack.enter_context(self.log)
+        starts.append((json.dumps(self.program) + "\n").encode())
+
     def _open_log(self, first: int) -> MetricsLog:
         config = self.config
         return MetricsLog(
@@ -250,16 +274,17 @@ class Run:
             config.telemetry.wandb_project,
             config.name,
             dataclasses.asdict(config),
+            self.progress.say,
         )
 
     def _begin(self, checkpoints: Checkpoints | None) -> tuple[PyTree, int]:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
         notes: list[str] = []
         with self.progress.during("restoring"):
+            self.rollbacks = Rollbacks.load(self.directory, self.config.distributed.start_timeout_seconds)
             found = snapshot = self._newest_snapshot(checkpoints, notes)
             if snapshot is None and checkpoints:
                 found = checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))
-            self.rollbacks = Rollbacks.load(self.directory, self.config.distributed.start_timeout_seconds)
         state, step = self._state_of(found) if snapshot is None else (snapshot[1], snapshot[0])
         if found is not None:
             self.progress.advance(step)
@@ -274,7 +299,7 @@ class Run:
         directory = self.directory / "checkpoints"
 
         def accept(step: int, saved: dict[str, Any]) -> None:
-            now, last = metadata(self.config, self.data), self.config.train.steps
+            now, last = metadata(self.config, self.data, self.program), self.config.train.steps
             notes[:] = check_same_run(saved, now, directory)
             check_same_replicas(saved.get("config", {}), self.config, directory)
             if step > last:
@@ -312,7 +337,8 @@ class Run:
             if self.fast is not None:
                 self.fast.clear()  # else a restart would go on from after the return
             rollback = self.rollbacks.add(why.step, step, why.reason, why.batches)
-            self.rollbacks.save(self.directory)
+            if jax.process_index() == 0:  # the next checkpoint's metadata has them too
+                self.files.write(self.directory / ROLLBACKS_FILE, self.rollbacks.to_json(), durable=True)
         left_out = f", without batches {rollback.first_batch} to {rollback.last_batch} from now on" if why.batches else ""
         self.progress.advance(step)
         self.progress.say(f"rollback   step {why.step}: {why.reason}; back to step {step}{left_out}")
@@ -387,7 +413,9 @@ class Run:
         self, stack: contextlib.ExitStack, log: MetricsLog, clock: StepClock, energy: EnergyLog, last_hooks: list[Hook]
     ) -> list[Hook]:
         config, last = self.config, self.config.train.steps
-        profiling = Profiling(ProfileWindow(config.telemetry.profile, self.directory, jax.process_index()), self.progress)
+        profiling = Profiling(
+            ProfileWindow(config.telemetry.profile, self.directory, jax.process_index(), self.progress.say), self.progress
+        )
         stack.callback(profiling.close)
         learning_rate = make_schedule(config.optimizer, last)
         # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
@@ -395,6 +423,7 @@ class Run:
         pace = Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)
         return [
             *([Beating(self.progress.beat)] if self.progress.beat else []),
+            Retrying(self.files, every),
             profiling,
             Logging(log, self.progress, clock, rate, every, 1, last, energy, pace),
             Guard(config, log, self.progress, self.rollbacks, self._diagnose if config.guard.debug_nans else None),
@@ -411,14 +440,15 @@ class Run:
         ordinals = [device.local_hardware_id or 0 for device in local]
         meter, words = open_meter(self.config.telemetry.energy, local[0].platform, ordinals)
         others = f", and the same for all {count}" if meter and 0 < meter.devices < count else ""
-        self.progress.say(f"energy     {words}{others}")
+        if meter is not None:
+            self.progress.say(f"energy     {words}{others}")
         return meter
 
     def _saving(self, checkpoints: Checkpoints | None, clock: StepClock, health: Health) -> list[Saving]:
         """The hook that saves, where the config wants that."""
         if checkpoints is None:
             return []
-        now, every = metadata(self.config, self.data), self.config.checkpoint.every
+        now, every = metadata(self.config, self.data, self.program), self.config.checkpoint.every
         stop = self.config.checkpoint.on_failure == "stop"
 
         def beside(state: PyTree) -> dict[str, Any]:
@@ -430,7 +460,7 @@ class Run:
         """The hook that takes snapshots, where the config wants that."""
         if self.fast is None:
             return []
-        now, checkpoint, last = metadata(self.config, self.data), self.config.checkpoint, self.config.train.steps
+        now, checkpoint, last = metadata(self.config, self.data, self.program), self.config.checkpoint, self.config.train.steps
         return [Snapshots(self.fast, now, self.progress, clock, checkpoint.fast_every, checkpoint.every, last)]
 
     def _rows(self, num_rows: int) -> slice:
@@ -473,8 +503,11 @@ class Run:
         baseline = self.data.gzip_bits_per_byte
         title = f"{self.config.name}: {num_parameters(self.config.model).total:,} parameters"
         picture = self.directory / PICTURE
-        if plot_losses(self.directory / "metrics.jsonl", picture, title, {"gzip -9": baseline} if baseline else None):
-            self.progress.say(f"picture    {picture}")
+        try:
+            if plot_losses(self.directory / "metrics.jsonl", picture, title, {"gzip -9": baseline} if baseline else None):
+                self.progress.say(f"picture    {picture}")
+        except Exception as error:  # of the disk, or of matplotlib, which may be broken: a picture is no reason to fail
+            self.progress.say(f"warning    {picture} was not drawn: {type(error).__name__}: {error}")
 
     def _sample(self, params: PyTree) -> None:
         """Shows a continuation of some held-out text."""

@@ -13,6 +13,7 @@ import pytest
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED
 from tests.faults.runs import LAUNCHER, Faulty, uninterrupted
+from tests.lines import unstamped
 
 STEPS = 32  # a checkpoint every 4
 
@@ -26,7 +27,7 @@ def whole(tmp_path_factory, worker_id):
 
 def resumed_from(run: Faulty) -> list[int]:
     """The step that each start but the first went on from."""
-    return [int(step) for step in re.findall(r"^resume     from step (\d+)", run.log, re.M)]
+    return [int(step) for step in re.findall(r"^resume     from step (\d+)", unstamped(run.log), re.M)]
 
 
 def assert_nothing_lost(run: Faulty, whole: Faulty) -> None:

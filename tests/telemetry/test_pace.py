@@ -10,6 +10,7 @@ from jaxtrain.config import MESH_AXES
 from jaxtrain.telemetry.beat import innermost
 from jaxtrain.telemetry.pace import Figures, crossing_axes, describe, find_straggler
 from tests.launch.processes import started
+from tests.lines import unstamped
 
 SLOW_SECONDS = 1.0
 CONFIG = f"""
@@ -100,7 +101,7 @@ def test_a_process_with_slow_data_is_named_in_the_log_and_the_rows(tmp_path):
     assert last["straggler_process"] == 1
     assert 0 < last["straggler_seconds"] <= last["own_seconds_max"]
     assert last["own_seconds_max"] >= 0.75 * SLOW_SECONDS  # of the last four batches, one was taken before the row at step 8
-    named = [line for line in (tmp_path / "0.log").read_text().splitlines() if line.startswith("slow ")]
+    named = [line for line in unstamped((tmp_path / "0.log").read_text()).splitlines() if line.startswith("slow ")]
     assert named
     assert "for process 1 on " in named[-1]
     assert ", along data: " in named[-1]

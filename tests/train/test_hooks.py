@@ -170,13 +170,24 @@ def test_rows_are_a_function_of_the_step_alone():
     log, said = Log(), Said()
     logging = Logging(log, said, Clock(), lambda step: step / 100, 10, 1, 25)
     for step in range(1, 26):
-        logging.metrics_read(step, {"loss": 2.0, "grad_norm": 1.0, "targets": 3.0})
+        logging.metrics_read(step, {"loss": float(step), "grad_norm": 1.0, "targets": 3.0 if step != 2 else 6.0})
     assert [row["step"] for row in log.rows] == [1, 10, 20, 25]
     assert said.rows == log.rows
     row = log.rows[1]
-    assert list(row)[:4] == ["step", "loss", "grad_norm", "learning_rate"]
+    assert list(row)[:5] == ["step", "loss", "loss_mean", "grad_norm", "learning_rate"]
+    assert row["loss"] == 10.0
+    assert row["loss_mean"] == pytest.approx((sum(range(2, 11)) + 2) / 10)  # of steps 2 to 10, the second with twice the tokens
+    assert (log.rows[0]["loss_mean"], log.rows[-1]["loss_mean"]) == (1.0, 23.0)
     assert row["learning_rate"] == 0.09  # of the step that was taken: the tenth is number 9
     assert (row["targets"], row["step_seconds"]) == (3.0, 1.0)
+
+
+def test_a_step_that_is_not_finite_does_not_spoil_the_mean():
+    log = Log()
+    logging = Logging(log, Said(), Clock(), lambda step: 0.0, 5, 1, 10)
+    for step in range(1, 11):
+        logging.metrics_read(step, {"loss": float("nan") if step in (4, 6, 7, 8, 9, 10) else step, "grad_norm": 1.0})
+    assert [row["loss_mean"] for row in log.rows] == [1.0, (2 + 3 + 5) / 3, None]
 
 
 def test_rows_hold_the_energy_where_it_is_measured():
