@@ -98,7 +98,7 @@ class Layout:
         first = max((saved for saved in committed_steps(folder) if saved < step), default=0)
         if first:
             saved = read_metadata(folder, first)
-            check_same_run(saved, metadata(self.config, data), folder)
+            check_same_run(saved, metadata(self.config, data, {}), folder)
             state = self.canonical.to_state(restore(folder, first, self.canonical.abstract), saved.get("guard"))
         else:
             state = create_state(self.config, self.mesh, self.optimizer)

@@ -58,6 +58,7 @@ FLOORS = {
     "train.rollbacks": 5,
     "train.repeat": 5,
     "train.run": 5,
+    "train.run_dir": 5,
     "planner": 5,
     # Readers of a compiled program's text: they know chips, and nothing of models or training.
     "planner.hlo": 3,

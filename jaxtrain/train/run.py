@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import importlib.metadata
 import json
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +19,7 @@ from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError, Stopped
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
 from jaxtrain.files import AppendedFile, ReplacedFiles
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
@@ -35,7 +30,7 @@ from jaxtrain.paths import user_path
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
-from jaxtrain.telemetry.metrics import MetricsLog, check_wandb, read_rows
+from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
 from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
@@ -52,6 +47,7 @@ from jaxtrain.train.probe import Probe
 from jaxtrain.train.repeat import Repeated
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
 from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
 from jaxtrain.train.step import (
     TrainSteps,
@@ -63,71 +59,7 @@ from jaxtrain.train.step import (
 )
 
 PyTree = Any
-LOCK_FILE = ".lock"
 PICTURE = "loss.png"
-
-
-def make_run_dir(directory: Path) -> None:
-    """Creates run_dir and sees whether it can be written.
-
-    Raises:
-      ExplainedError: it cannot.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / LOCK_FILE).touch()
-    except OSError as error:
-        why = "it is a file" if directory.is_file() else f"{error.strerror} ({error.filename})"
-        raise ExplainedError(f"--run_dir={directory} cannot be written: {why}; give another --run_dir") from error
-
-
-@contextlib.contextmanager
-def only_run_in(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
-
-    Raises:
-      ExplainedError: another process is training there; says which, where the lock does.
-    """
-    if jax.process_index() != 0:
-        yield
-        return
-    with open(directory / LOCK_FILE, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
-                owner = file.read(200).strip() or "another process"
-                raise ExplainedError(
-                    f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
-                ) from error
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
-        with contextlib.suppress(OSError):  # the lock holds without its owner's name
-            file.truncate(0)
-            os.pwrite(file.fileno(), owner.encode(), 0)
-        yield
-
-
-def use_compilation_cache(config: Config, progress: Progress) -> None:
-    """Turns on jax's persistent compilation cache, so that a restart compiles nothing again."""
-    if not config.train.compilation_cache:
-        return
-    directory = user_path(config.train.compilation_cache)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a hundred small programs
-
-
-def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:
-    """Return the largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 if none."""
-    try:
-        rows = read_rows(metrics_jsonl)
-    except OSError:  # a file beside the checkpoints
-        return 0.0
-    return max((row.get(name) or 0.0 for row in rows if row["step"] <= step), default=0.0)
 
 
 def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.hooks import StopOnSignal
-from jaxtrain.train.run import Run, largest_before, make_run_dir, only_run_in
+from jaxtrain.train.run import Run
+from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in
 from jaxtrain.train.step import make_evaluation_step
 
 WORDS = ["alpha ", "beta ", "gamma\n", "été ", "0 1 2 "]

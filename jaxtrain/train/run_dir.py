@@ -1,0 +1,85 @@
+"""The folder of a run and the compilation cache: made, locked, and read for what an earlier process logged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.paths import user_path
+from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.telemetry.progress import Progress
+
+LOCK_FILE = ".lock"
+
+
+def make_run_dir(directory: Path) -> None:
+    """Creates run_dir and sees whether it can be written.
+
+    Raises:
+      ExplainedError: it cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / LOCK_FILE).touch()
+    except OSError as error:
+        why = "it is a file" if directory.is_file() else f"{error.strerror} ({error.filename})"
+        raise ExplainedError(f"--run_dir={directory} cannot be written: {why}; give another --run_dir") from error
+
+
+@contextlib.contextmanager
+def only_run_in(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
+
+    Raises:
+      ExplainedError: another process is training there; says which, where the lock does.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(directory / LOCK_FILE, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
+                owner = file.read(200).strip() or "another process"
+                raise ExplainedError(
+                    f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
+                ) from error
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
+        with contextlib.suppress(OSError):  # the lock holds without its owner's name
+            file.truncate(0)
+            os.pwrite(file.fileno(), owner.encode(), 0)
+        yield
+
+
+def use_compilation_cache(config: Config, progress: Progress) -> None:
+    """Turns on jax's persistent compilation cache, so that a restart compiles nothing again."""
+    if not config.train.compilation_cache:
+        return
+    directory = user_path(config.train.compilation_cache)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a hundred small programs
+
+
+def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:
+    """Return the largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 if none."""
+    try:
+        rows = read_rows(metrics_jsonl)
+    except OSError:  # a file beside the checkpoints
+        return 0.0
+    return max((row.get(name) or 0.0 for row in rows if row["step"] <= step), default=0.0)
