@@ -30,6 +30,7 @@ from jaxtrain.hardware import CHIPS, resolve_chip
 from jaxtrain.main import count_devices
 from jaxtrain.planner import measure
 from jaxtrain.planner.measure import Findings
+from jaxtrain.text import open_console
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ def about_here() -> dict[str, Any]:
 
 def show(chip: Chip) -> None:
     """Prints what was found, with what it is worth."""
-    from rich.console import Console
     from rich.table import Table
 
     measured = chip.calibration
@@ -129,15 +129,13 @@ def show(chip: Chip) -> None:
         where = f"{rate.kind}, {rate.devices} {'devices' if rate.over == 'link' else 'hosts'}"
         reached = f"{rate.bandwidth / 1e9:,.4g} GB/s, {rate.latency * 1e6:,.1f} us"
         table.add_row(where, "", reached, f"{rate.bandwidth / stated:.1%}", f"{rate.spread:.0%}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console(120)
     console.print(table)
     if chip.idle_watts is not None:
-        console.print(f"idle {chip.idle_watts:,.0f} W, rated or at work {chip.watts:,.0f} W", highlight=False)
-    console.print(
-        f"spread, (slowest - fastest) / median of {measure.REPETITIONS}: {measured.noise:.0%} in the median", highlight=False
-    )
+        console.print(f"idle {chip.idle_watts:,.0f} W, rated or at work {chip.watts:,.0f} W")
+    console.print(f"spread, (slowest - fastest) / median of {measure.REPETITIONS}: {measured.noise:.0%} in the median")
     if measured.simulated:
-        console.print("simulated: fake devices share the cores of one CPU, so these figures are no hardware's", highlight=False)
+        console.print("simulated: fake devices share the cores of one CPU, so these figures are no hardware's")
 
 
 def main(arguments: Sequence[str]) -> int:

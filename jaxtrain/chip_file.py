@@ -94,7 +94,7 @@ def _read_table(path: Path, where: str) -> dict[str, Any]:
     if path.suffix not in ENDINGS:
         raise ExplainedError(f"{where}: a chip file ends in .json or .toml")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ExplainedError(f"{where}: {error.strerror}; `python -m jaxtrain.calibrate --output {path}` writes one") from error
     try:

@@ -24,6 +24,7 @@ from jaxtrain.command_line import parse_command_line
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError
+from jaxtrain.text import open_console
 
 DESCRIPTION = (
     "Print what a device moves in a training step on a mesh of GPUs that need not be there. Beside the config's flags: "
@@ -143,7 +144,6 @@ def _cells(row: dict[str, Any], compiled: bool, has_formula: bool) -> list[str]:
 
 def show(whole: dict[str, Any]) -> None:
     """Prints the table and three lines below it."""
-    from rich.console import Console
     from rich.table import Table
 
     from jaxtrain.telemetry.progress import readable_size
@@ -158,18 +158,18 @@ def show(whole: dict[str, Any]) -> None:
         table.add_column(head, justify="left" if i < 3 or not head else "right", no_wrap=True)
     for row in whole["rows"]:
         table.add_row(*_cells(row, compiled, has_formula), style="bold red" if row["deviates"] else None)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = open_console(160)
     console.print(table)
     if whole["no_formula"]:
-        console.print(whole["no_formula"], highlight=False)
+        console.print(whole["no_formula"])
     if not compiled:
         return
     wire = sum(row.get("wire", 0.0) for row in whole["rows"])
     exposed = wire - sum(row.get("hidden", 0.0) for row in whole["rows"])
-    console.print(f"{exposed / max(wire, 1):.1%} of {readable_size(wire)} on the wire is exposed", highlight=False)
+    console.print(f"{exposed / max(wire, 1):.1%} of {readable_size(wire)} on the wire is exposed")
     beside = f", {whole['flops'] / whole['flops_formula'] - 1:+.2%} from the closed form" if whole["flops_formula"] else ""
-    console.print(f"{whole['flops'] / 1e12:,.2f} matmul TFLOP{beside}; attention {whole['attention']}", highlight=False)
-    console.print(f"{readable_size(whole['memory_bytes'])} for state, batch and temporaries", highlight=False)
+    console.print(f"{whole['flops'] / 1e12:,.2f} matmul TFLOP{beside}; attention {whole['attention']}")
+    console.print(f"{readable_size(whole['memory_bytes'])} for state, batch and temporaries")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -56,7 +56,7 @@ def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = 
     Raises:
       OSError: it cannot be written; `path` is as it was.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if os.path.exists(path) and not os.path.isfile(path):
         Path(path).write_bytes(data)
         return

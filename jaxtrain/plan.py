@@ -32,12 +32,15 @@ from jaxtrain.files import replace_file
 from jaxtrain.hardware import load_chip
 from jaxtrain.paths import user_path
 from jaxtrain.planner.estimates import Cluster, Estimate
+from jaxtrain.text import open_console
 
 DESCRIPTION = (
     "Find the best layout of a config on a cluster that need not be there, and say what it takes. Layout flags of the config "
     "(mesh, pipeline, microbatches, remat, ZeRO) are what is searched; with --explain or --sweep they count as given."
 )
 MOST_SHOWN = 10
+WIDTH = 180
+"""Columns of the tables where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -171,19 +174,12 @@ def show(plan: Any) -> None:
     from jaxtrain.planner.answer import memory_table, plan_title, ranking_table
     from jaxtrain.planner.words import bill_words
 
-    console = open_console()
+    console = open_console(WIDTH)
     console.print(ranking_table(plan.ranked, plan_title(plan)))
     console.print(memory_table(plan.ranked))
     for paragraph in (*plan.words, *([bill_words(plan.bill)] if plan.bill else [])):
         console.print()
-        console.print(paragraph, highlight=False, soft_wrap=not console.is_terminal)
-
-
-def open_console() -> Any:
-    """A console as wide as the terminal, or wide enough for the tables where there is none."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 180)
+        console.print(paragraph, soft_wrap=not console.is_terminal)
 
 
 def save(plan: Any, flags: Flags) -> None:
@@ -230,12 +226,12 @@ def main(arguments: Sequence[str]) -> int:
 
         way: Way = "run" if flags.run else "compile" if flags.compile else "estimate"
         rows = sweep(config, cluster, flags.sweep, way, flags.steps, tell)
-        print(json.dumps(sweep_json(rows))) if flags.json else open_console().print(sweep_table(rows, way))
+        print(json.dumps(sweep_json(rows))) if flags.json else open_console(WIDTH).print(sweep_table(rows, way))
         return EXIT_DONE
     if flags.explain:
         from jaxtrain.planner.explain import explain, explain_json
 
         explanation = explain(config, cluster)
-        print(json.dumps(explain_json(explanation))) if flags.json else explanation.show(open_console())
+        print(json.dumps(explain_json(explanation))) if flags.json else explanation.show(open_console(WIDTH))
         return EXIT_DONE
     return search_and_answer(config, cluster, flags)

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ from jaxtrain.main import count_devices
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.text import open_console
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.rollbacks import Rollbacks
@@ -153,7 +153,6 @@ def with_record(found: Witness, record: dict[str, float]) -> list[Difference]:
 
 def show(title: str, found: Sequence[Difference], tolerance: float) -> None:
     """Prints what was compared: all of it, or where it is long the parts that differ and those before."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -166,11 +165,11 @@ def show(title: str, found: Sequence[Difference], tolerance: float) -> None:
         table.add_row(
             each.what, f"{each.difference:.2g}", each.where, "differs" if differs else "=", style="red" if differs else ""
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = open_console(140)
     console.print(table)
     if len(found) > table.row_count:
-        console.print(f"{len(found) - table.row_count} more were compared; --json has all", highlight=False)
-    console.print(verdict(found, tolerance), highlight=False)
+        console.print(f"{len(found) - table.row_count} more were compared; --json has all")
+    console.print(verdict(found, tolerance))
 
 
 def verdict(found: Sequence[Difference], tolerance: float) -> str:

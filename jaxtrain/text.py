@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8; a file name that is made of other bytes cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def open_console(width: int) -> Any:
     """Returns a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
 

@@ -101,7 +101,7 @@ class Mirror:
 
     def _claim(self, take_over: bool) -> None:
         here, there = self._directory / f".{OWNER}", f"{self._root}/{OWNER}"
-        own = here.read_text() if here.exists() else ""
+        own = here.read_text(encoding="utf-8") if here.exists() else ""
         self._store.invalidate_cache()
         theirs = self._store.cat_file(there).decode() if self._store.exists(there) else ""
         if theirs and theirs != own and not take_over:

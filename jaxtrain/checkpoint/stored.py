@@ -30,6 +30,7 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from jaxtrain.paths import user_path
+from jaxtrain.text import printable
 
 COMMIT_MARK = "committed.json"
 METADATA_FILE = "_CHECKPOINT_METADATA"
@@ -158,8 +159,9 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
       DamagedCheckpoint: it is not what was saved, or belongs to another step.
     """
     try:
-        mark = json.loads((path / COMMIT_MARK).read_text())
-        stored = json.loads((path / METADATA_FILE).read_text())["custom_metadata"] | {"checksums": mark["checksums"]}
+        mark = json.loads((path / COMMIT_MARK).read_text(encoding="utf-8"))
+        stored = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["custom_metadata"]
+        stored |= {"checksums": mark["checksums"]}
         seal, saved_format, step = mark["digest"], stored["format"], stored["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"what stands in {path} cannot be read ({type(error).__name__}: {error})") from error
@@ -211,7 +213,7 @@ def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> e
     (root / str(step)).rename(aside)
     if aside.is_dir() and not os.path.islink(aside):  # what a link leads to is not ours
         try:
-            (aside / WHY_FILE).write_text(why + "\n")
+            (aside / WHY_FILE).write_text(printable(why) + "\n", encoding="utf-8")
         except OSError as error:  # the log has it too
             log.warning("%s cannot be written: %s", aside / WHY_FILE, error)
     return aside

@@ -469,7 +469,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             try:
-                probe.write_text("x")
+                probe.write_bytes(b"x")
             finally:
                 probe.unlink(missing_ok=True)
         except OSError as error:

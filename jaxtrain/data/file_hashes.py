@@ -78,7 +78,7 @@ def _hash_file(path: Path, advance) -> str:
 
 def _read_note(path: Path) -> dict[str, list]:
     try:
-        note = json.loads(path.read_text())
+        note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     good = isinstance(note, dict) and all(isinstance(entry, list) and len(entry) == 4 for entry in note.values())

@@ -98,7 +98,7 @@ class Size:
         """The number in processes_file, as far as it can be read and is one; else --processes."""
         if self._flags.processes_file:
             try:
-                number = int(user_path(self._flags.processes_file).read_text())
+                number = int(user_path(self._flags.processes_file).read_text(encoding="utf-8"))
                 self._last = number if number >= 1 else self._last
             except (OSError, ValueError):
                 pass  # it is being written

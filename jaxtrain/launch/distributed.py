@@ -303,7 +303,7 @@ def _leave_word(code: object) -> bool:
     folder = os.environ.get("JAXTRAIN_EXIT_CODES")
     if folder:
         with contextlib.suppress(OSError):
-            return Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(f"{code}\n") > 0
+            return Path(folder, f"{socket.gethostname()}-{os.getpid()}").write_text(f"{code}\n", encoding="utf-8") > 0
     return False
 
 

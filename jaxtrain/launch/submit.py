@@ -67,5 +67,5 @@ def submit(name: str, script: str) -> int:
     if not starter.takes:
         sys.stdout.flush()
         os.execvp("bash", ["bash", "-c", script])  # so that signals reach the script
-    code = subprocess.run(starter.takes, input=script, text=True).returncode
+    code = subprocess.run(starter.takes, input=script.encode(errors="surrogateescape")).returncode
     return code if code >= 0 else EXIT_ERROR

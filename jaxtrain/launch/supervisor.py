@@ -92,12 +92,12 @@ class Worker:
     def is_frozen(self) -> bool:
         """Whether the kernel has stopped it (SIGSTOP, a debugger)."""
         with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+            return Path(f"/proc/{self.process.pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
         return False
 
     def last_words(self) -> str:
         """The last line of its log that says "error", or its last line."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.exists() else []
         lines = [line for line in lines if not _NOISE.search(line)]
         errors = [line for line in lines if line.startswith("error:")]
         return (errors or lines or ["it said nothing"])[-1][:300]
@@ -120,7 +120,7 @@ class Goodput:
     def go_on(cls, events: Path, now: float) -> Goodput:
         """As the last supervisor of this run wrote it down; afresh where there was none."""
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-            last = json.loads(events.read_text().splitlines()[-1])
+            last = json.loads(events.read_text(encoding="utf-8").splitlines()[-1])
             return cls(now, last["furthest"], last["productive"], last["repeated"], last["seconds"])
         return cls(now)
 
@@ -389,7 +389,7 @@ class Supervisor:
         now, sums = time.monotonic(), self.goodput
         row = {"time": time.time(), "generation": self.generation, "event": event, "furthest": sums.furthest}
         row |= {"productive": sums.productive, "repeated": sums.repeated, "seconds": sums.seconds(now), **values}
-        with open(self._folder / "events.jsonl", "a") as file:
+        with open(self._folder / "events.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def _sleep(self, seconds: float) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from jaxtrain.config import Config
 from jaxtrain.planner.estimates import Cluster, Estimate, SearchResult
@@ -98,7 +99,7 @@ def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
     for rank, estimate in enumerate(ranked, 1):
         table.add_row(
             str(rank),
-            f"{mesh_words(estimate.config.mesh)}\n[dim]{how_words(estimate.config)}[/dim]",
+            Text.assemble(mesh_words(estimate.config.mesh), "\n", (how_words(estimate.config), "dim")),
             seconds(estimate.time.total),
             percent(estimate.mfu),
             f"{estimate.tokens_per_second:,.0f}",

@@ -221,7 +221,8 @@ def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, 
         input=request,
         env=os.environ | {"JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)

@@ -185,7 +185,7 @@ def _report(kept: dict[str, Any]) -> deviceless.Report:
 
 
 def _read(cache: Path) -> dict[str, Any]:
-    return json.loads(cache.read_text()) if cache.is_file() else {}
+    return json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
 
 
 def _key(config: Config) -> str:

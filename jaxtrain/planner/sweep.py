@@ -164,12 +164,13 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
         whole = dataclasses.replace(
             config, train=train, optimizer=optimizer, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir)
         )
-        file.write_text(config_source(whole, "A layout of a sweep."))
+        file.write_text(config_source(whole, "A layout of a sweep."), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "jaxtrain.main", f"--config={file}"],
             env=_environment(cluster),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
         if done.returncode:
@@ -191,7 +192,7 @@ def read_metrics(metrics_jsonl: Path) -> Measured:
     """Losses of all steps, and the median of their times but for the first, which warms up."""
     import statistics
 
-    rows = [json.loads(line) for line in metrics_jsonl.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics_jsonl.read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     times = [row["step_seconds"] for row in rows if row.get("step_seconds")]
     return Measured(tuple(losses), statistics.median(times[1:] or times))

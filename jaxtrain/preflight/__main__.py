@@ -27,6 +27,7 @@ from jaxtrain.launch import distributed
 from jaxtrain.main import count_devices
 from jaxtrain.preflight.checks import Check, Finding, PreflightFlags, Site, Stopwatch, carry_out
 from jaxtrain.processes import exchange, leave
+from jaxtrain.text import open_console
 
 PROG = "python -m jaxtrain.preflight"
 DESCRIPTION = "Check devices, links, folders, clocks, software, memory and data for a run, without training."
@@ -74,7 +75,6 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
 
 def show(site: Site, findings: Sequence[Finding], seconds: float) -> None:
     """Prints the table and what it comes to."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -83,9 +83,9 @@ def show(site: Site, findings: Sequence[Finding], seconds: float) -> None:
         table.add_column(head)
     for finding in findings:
         table.add_row(finding.check, Text(finding.state, STYLES[finding.state]), Text(finding.words))
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = open_console(160)
     console.print(table)
-    console.print(f"{verdict(findings)} ({seconds:.0f} s)", highlight=False)
+    console.print(f"{verdict(findings)} ({seconds:.0f} s)")
 
 
 def where(site: Site) -> str:

@@ -37,7 +37,7 @@ def code_digest() -> str:
 def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Version of NVIDIA's kernel driver, or "none"."""
     try:
-        found = re.search(r"Module.*?\s(\d+\.[\d.]+)\s", version_file.read_text())
+        found = re.search(r"Module.*?\s(\d+\.[\d.]+)\s", version_file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return "none"
     return found[1] if found else "unknown"

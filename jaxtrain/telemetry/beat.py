@@ -36,7 +36,7 @@ class Beat:
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._doing = Doing()
-        self._stacks = open(stacks_beside(path), "w")  # noqa: SIM115, for the life of the process
+        self._stacks = open(stacks_beside(path), "w", encoding="utf-8")  # noqa: SIM115, for the life of the process
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._write(self._doing)
 
@@ -65,7 +65,7 @@ class Beat:
 def read_beat(path: Path) -> Doing:
     """What the process of that file last said; a fresh `Doing` where it has not begun to."""
     try:
-        dispatched, done, phase = path.read_text(errors="replace").split(" ", 2)
+        dispatched, done, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 2)
         return Doing(int(dispatched), int(done), phase.strip())
     except (OSError, ValueError):
         return Doing()
@@ -80,7 +80,7 @@ def innermost(stacks: Path) -> str:
     """Where the main thread of a process is, by the stacks that it wrote: "train/loop.py:75 in _read", the innermost call of
     this package, or of whatever runs where there is none. Empty where nothing was written (a frozen process cannot)."""
     try:
-        threads = stacks.read_text(errors="replace").split("\n\n")
+        threads = stacks.read_text(encoding="utf-8", errors="replace").split("\n\n")
     except OSError:
         return ""
     for thread in threads:

@@ -135,7 +135,7 @@ class RaplMeter:
         if not zones:
             raise Unreadable(f"RAPL: no CPU package in {folder}")
         try:
-            self._ranges = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in zones}
+            self._ranges = {zone: int((zone / "max_energy_range_uj").read_text(encoding="utf-8")) for zone in zones}
             self._last = {zone: _microjoules(zone) for zone in zones}
         except (OSError, ValueError) as error:
             raise Unreadable(f"RAPL: {error}; `chmod a+r {zones[0]}/energy_uj` as root lets everybody read it") from error
@@ -156,13 +156,13 @@ class RaplMeter:
 
 
 def _microjoules(zone: Path) -> int:
-    return int((zone / "energy_uj").read_text())
+    return int((zone / "energy_uj").read_text(encoding="utf-8"))
 
 
 def _is_counted(zone: Path) -> bool:
     """Packages, and the DRAM beside each; a core's or a GPU's share is in its package, and `psys` holds packages once more."""
     try:
-        name = (zone / "name").read_text().strip()
+        name = (zone / "name").read_text(encoding="utf-8").strip()
     except OSError:
         return False
     return re.fullmatch(r"package-\d+.*|dram", name) is not None

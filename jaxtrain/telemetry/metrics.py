@@ -159,7 +159,7 @@ class WandbWriter:
         id_file = run_dir / "wandb_id"
         identity = os.urandom(4).hex()
         with contextlib.suppress(OSError):
-            identity = id_file.read_text().strip() or identity
+            identity = id_file.read_text(encoding="utf-8").strip() or identity
         self._files.write(id_file, identity)
         try:
             self._run = wandb.init(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from jaxtrain.errors import UsageError, check_output
 from jaxtrain.files import replacing
 from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +83,8 @@ def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", d
 
     def draw(figure: Figure) -> None:
         training, held_out = figure.subplots(1, 2)
-        for (name, path), color in zip(runs.items(), COMPARED * len(runs), strict=False):
-            rows = read_rows(path)
+        for (run, path), color in zip(runs.items(), COMPARED * len(runs), strict=False):
+            name, rows = literal(run), read_rows(path)
             steps, losses = column(rows, "loss")
             training.plot(steps, smooth(losses, width=max(len(losses) / 30, 0.5)), color=color, linewidth=1.8, label=name)
             steps, losses = column(rows, "validation_loss")
@@ -109,9 +111,15 @@ def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: s
         FigureCanvasAgg(figure)
         draw(figure)
         if title:
-            figure.suptitle(title, x=0.012, ha="left", fontsize=13.5, fontweight="bold")
-        with replacing(png_path) as beside:
+            figure.suptitle(literal(title), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
+        with replacing(png_path) as beside, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in other letters has boxes, no warning
             figure.savefig(beside, dpi=dots_per_inch, format="png")
+
+
+def literal(text: str) -> str:
+    """Returns user text as matplotlib draws it, to be passed to matplotlib: a dollar begins no formula there."""
+    return printable(text).replace("$", r"\$")
 
 
 def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -93,7 +93,7 @@ def git_commit(checkout: Path) -> str:
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        found = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return found.stdout.strip() if found.returncode == 0 else ""

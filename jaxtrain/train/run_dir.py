@@ -18,6 +18,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
+from jaxtrain.text import is_utf8
 
 LOCK_FILE = ".lock"
 
@@ -28,6 +29,8 @@ def make_run_dir(directory: Path) -> None:
     Raises:
       ExplainedError: it cannot.
     """
+    if not is_utf8(str(directory.absolute())):
+        raise ExplainedError(f"--run_dir={directory}: checkpoints need a path that is UTF-8; give another --run_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / LOCK_FILE).touch()
@@ -46,7 +49,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    with open(directory / LOCK_FILE, "r+") as file:
+    with open(directory / LOCK_FILE, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -67,6 +70,9 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
     if not config.train.compilation_cache:
         return
     directory = user_path(config.train.compilation_cache)
+    if not is_utf8(str(directory.absolute())):
+        progress.say(f"warning    no compilation cache: XLA cannot name {directory}, which is not UTF-8")
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
