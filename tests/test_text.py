@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.errors import EXIT_UNREAD
-from jaxtrain.telemetry.metrics import JsonLinesWriter
 from jaxtrain.telemetry.plots import plot_comparison, plot_losses
 from jaxtrain.telemetry.progress import LiveProgress, PlainProgress
 from jaxtrain.text import open_console, printable
@@ -55,10 +55,8 @@ def test_progress_takes_text_literally():
 
 
 def test_pictures_have_any_title(tmp_path):
-    writer = JsonLinesWriter(tmp_path, 0)
-    for step in (1, 2):
-        writer.write({"step": step, "loss": 1.0, "learning_rate": 1.0, "name": UGLY})
-    writer.close()
+    rows = ({"step": step, "loss": 1.0, "learning_rate": 1.0} for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", UGLY, dots_per_inch=40)
     plot_comparison({UGLY: tmp_path / "metrics.jsonl"}, tmp_path / "both.png", UGLY, dots_per_inch=40)
 
