@@ -148,7 +148,7 @@ def preflight(of_run: Sequence[str], processes: int, environment: Callable[[int,
     """Runs the checks as `processes` processes, once. Their logs are kept where something went wrong."""
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr if line.startswith("supervisor") else sys.stdout, flush=True)
+        print(line, file=sys.stderr if line[20:].startswith("supervisor") else sys.stdout, flush=True)
 
     folder = Path(tempfile.mkdtemp(prefix="jaxtrain-preflight-"))
     command = [sys.executable, "-m", "jaxtrain.preflight", *of_run]

@@ -20,15 +20,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, EXIT_USAGE, ExplainedError
+from jaxtrain.files import AppendedFile
 from jaxtrain.launch.distributed import PARENT
 from jaxtrain.signals import Request, Watch
-from jaxtrain.telemetry.beat import VARIABLE, Doing, innermost, read_beat, stacks_beside
+from jaxtrain.telemetry.beat import STACKS_VARIABLE, VARIABLE, Doing, innermost, read_beat
+from jaxtrain.telemetry.run_log import stamped
 
 POLL_SECONDS = 0.05
 _NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
@@ -76,7 +79,11 @@ class Worker:
     index: int
     process: subprocess.Popen
     beat: Path
+    """Memory that it writes and the supervisor reads: on a full disk a process that lives must not look like one that hangs."""
     log: Path
+    stacks: Path
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=1000))
+    """The newest lines of its output."""
     doing: Doing = field(default_factory=Doing)
     since: float = 0.0
     """When it last said something new."""
@@ -97,8 +104,7 @@ class Worker:
 
     def last_words(self) -> str:
         """The last line of its log that says "error", or its last line."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.log.exists() else []
-        lines = [line for line in lines if not _NOISE.search(line)]
+        lines = [line for line in tuple(self.said) if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         return (errors or lines or ["it said nothing"])[-1][:300]
 
@@ -168,7 +174,11 @@ class Supervisor:
         self._signal: signal.Signals | None = None
         self._insists = False
         self._steps: list[float] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExplainedError(f"{folder} cannot be made: {error.strerror}; give another --run_dir") from error
+        self._events = AppendedFile(folder / "events.jsonl", self._tell)
         self.generation = last_generation(folder)
         self.goodput = Goodput.go_on(folder / "events.jsonl", time.monotonic())
 
@@ -212,15 +222,19 @@ class Supervisor:
                 if worker.process.poll() is None:
                     worker.process.kill()
                 worker.process.wait()
+                os.close(int(worker.beat.name))
 
     def _start(self, count: int) -> list[Worker]:
         folder = self._folder / f"generation-{self.generation}"
-        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # on a full disk: logs wait in memory, stacks go to the logs
+            folder.mkdir(parents=True, exist_ok=True)
         coordinator = f"127.0.0.1:{free_port()}"
         self._record("start", processes=count, coordinator=coordinator)
         workers = []
         for index in range(count):
-            beat, log = folder / f"process-{index}.beat", folder / f"process-{index}.log"
+            log, stacks = folder / f"process-{index}.log", folder / f"process-{index}.stacks"
+            memory = os.memfd_create(f"beat-{index}")
+            beat = Path(f"/proc/self/fd/{memory}")
             environment = os.environ | {
                 "JAXTRAIN_COORDINATOR": coordinator,
                 "JAXTRAIN_PROCESSES": str(count),
@@ -231,6 +245,7 @@ class Supervisor:
                 PARENT: str(os.getpid()),
                 "PYTHONUNBUFFERED": "1",
                 VARIABLE: str(beat),
+                STACKS_VARIABLE: str(stacks),
                 **self._environment(index, count),
             }
             process = subprocess.Popen(
@@ -238,22 +253,25 @@ class Supervisor:
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                pass_fds=(memory,),
                 start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we pass it on once
             )
-            workers.append(Worker(index, process, beat, log, since=time.monotonic()))
+            workers.append(Worker(index, process, beat, log, stacks, since=time.monotonic()))
             assert process.stdout is not None
-            arguments = (process.stdout, log, index == 0)
+            arguments = (process.stdout, workers[-1], index == 0)
             threading.Thread(target=self._collect, args=arguments, name=f"log-{index}", daemon=True).start()
         return workers
 
-    def _collect(self, pipe: IO[bytes], log: Path, aloud: bool) -> None:
-        """Copies a process's output into its log, and process 0's to ours too."""
-        with pipe, open(log, "wb", buffering=0) as file:
+    def _collect(self, pipe: IO[bytes], worker: Worker, aloud: bool) -> None:
+        """Copy a process's output into its log, and process 0's to ours too; it must go on reading, or the process waits."""
+        with pipe, contextlib.closing(AppendedFile(worker.log, self._tell, keep=lambda path: 0)) as log:
+            log.begin()
             for line in pipe:
                 text = line.decode(errors="replace")
                 if _NOISE.search(text):
                     continue
-                file.write(line)
+                worker.said.append(text.rstrip("\n"))
+                log.append(line)
                 if aloud and not _STACK.search(text):
                     self._say(text.rstrip("\n"))
 
@@ -356,9 +374,9 @@ class Supervisor:
             if other.ended is None:
                 other.process.send_signal(signal.SIGUSR2)
         time.sleep(0.5)
-        stacks = stacks_beside(behind.beat)
-        where = innermost(stacks)
-        words = f"{behind.name} {state} and has not moved for {bound:.0f} s{where and f' ({where})'}; stacks in {stacks.parent}"
+        where = innermost(behind.stacks)
+        where = f" ({where})" if where else ""
+        words = f"{behind.name} {state} and has not moved for {bound:.0f} s{where}; stacks in {behind.stacks.parent}"
         return Ending("hung", words, EXIT_FAULT, behind.index)
 
     def _bound(self, worker: Worker, workers: list[Worker]) -> float:
@@ -383,14 +401,13 @@ class Supervisor:
         self._tell(words + (goodput if self.goodput.furthest else ""))
 
     def _tell(self, words: str) -> None:
-        self._say(f"supervisor {words}")
+        self._say(stamped(f"supervisor {words}"))
 
     def _record(self, event: str, **values: Any) -> None:
         now, sums = time.monotonic(), self.goodput
         row = {"time": time.time(), "generation": self.generation, "event": event, "furthest": sums.furthest}
         row |= {"productive": sums.productive, "repeated": sums.repeated, "seconds": sums.seconds(now), **values}
-        with open(self._folder / "events.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._events.append((json.dumps(row) + "\n").encode())
 
     def _sleep(self, seconds: float) -> bool:
         """Waits; True where a signal came."""

@@ -11,10 +11,14 @@ import faulthandler
 import os
 import re
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 VARIABLE = "JAXTRAIN_BEAT"
+STACKS_VARIABLE = "JAXTRAIN_STACKS"
+"""Names the file for stacks; without it that beside the beat (`stacks_beside`)."""
 _WIDTH = 96
 
 
@@ -36,7 +40,7 @@ class Beat:
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self._doing = Doing()
-        self._stacks = open(stacks_beside(path), "w", encoding="utf-8")  # noqa: SIM115, for the life of the process
+        self._stacks = open_stacks(path)
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         self._write(self._doing)
 
@@ -69,6 +73,15 @@ def read_beat(path: Path) -> Doing:
         return Doing(int(dispatched), int(done), phase.strip())
     except (OSError, ValueError):
         return Doing()
+
+
+def open_stacks(beat: Path) -> IO[str]:
+    """Return the file for this process's stacks; standard error where it cannot be made, as on a full disk."""
+    try:
+        path = os.environ.get(STACKS_VARIABLE) or stacks_beside(beat)
+        return open(path, "w", encoding="utf-8")  # noqa: SIM115, for the life of the process
+    except OSError:
+        return sys.stderr
 
 
 def stacks_beside(path: Path) -> Path:

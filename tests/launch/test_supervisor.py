@@ -8,7 +8,8 @@ import textwrap
 import pytest
 
 from jaxtrain.launch.supervisor import Policy, Supervisor, how
-from jaxtrain.telemetry.beat import Beat, Doing, read_beat
+from jaxtrain.telemetry.beat import STACKS_VARIABLE, Beat, Doing, open_stacks, read_beat
+from tests.lines import unstamped
 
 QUICK = Policy(restarts=2, backoff_seconds=0.01, hang_seconds=0.5, phase_seconds=5.0, grace_seconds=0.3, stop_seconds=5.0)
 
@@ -46,7 +47,9 @@ def supervise(folder, fault, faulty=1, policy=QUICK, size=lambda: 2, extra=lambd
     """(exit code, what was said, events)"""
     said: list[str] = []
     command = [sys.executable, "-c", PROCESS, fault, str(faulty)]
-    code = Supervisor(command, size, lambda index, processes: {}, folder, policy, extra, said.append).run()
+    code = Supervisor(
+        command, size, lambda index, processes: {}, folder, policy, extra, lambda line: said.append(unstamped(line))
+    ).run()
     return code, said, [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
@@ -126,6 +129,31 @@ def test_another_size_is_another_generation(tmp_path):
 def test_exit_codes_in_words():
     assert how(-9).startswith("was ended by SIGKILL (out of host memory?")
     assert how(70) == "ended with exit code 70"
+
+
+def test_a_full_disk_ends_neither_the_supervisor_nor_its_processes(tmp_path, disk):
+    """Full until the first restart: events wait in memory, what the first generation printed is lost, beats do not need it."""
+    disk.room, said = 0, []
+
+    def say(line):
+        said.append(unstamped(line))
+        if "; restart 1 in" in line:
+            disk.room = 1 << 30
+
+    command = [sys.executable, "-c", PROCESS, "raise", "1"]
+    assert Supervisor(command, lambda: 2, lambda index, processes: {}, tmp_path, QUICK, say=say).run() == 0
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "end", "start", "end"]
+    assert "process 1 ended with exit code 70: error: process 1 of 2 failed: ValueError: seven" in events[1]["words"]
+    assert (tmp_path / "generation-2" / "process-1.log").read_text() == "end 1\n"
+    warned = [line for line in said if "warning" in line and str(tmp_path / "events.jsonl") in line]
+    assert len(warned) == 1
+    assert any("goodput" in line for line in said)
+
+
+def test_without_a_file_for_stacks_they_go_to_standard_error(tmp_path, monkeypatch):
+    monkeypatch.setenv(STACKS_VARIABLE, str(tmp_path / "no" / "folder" / "0.stacks"))
+    assert open_stacks(tmp_path / "0.beat") is sys.stderr
 
 
 def test_beat(tmp_path):
