@@ -83,7 +83,8 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control tokens."""
-        return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True)
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.separator]
+        return self._backend.decode(known, skip_special_tokens=True)
 
 
 def reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from jaxtrain.data.json_tokenizer import train_bpe
 from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from jaxtrain.errors import DataError
+from jaxtrain.tokenize import TokenizeConfig, tokenize
 
 NAMES = ("</s>", "<|endoftext|>", "<|im_end|>", "<s>", "<think>", "<unk>", "[SEP]", "<pad>")
 PIECES = (
@@ -127,6 +128,7 @@ JSON_KINDS = {
     "normalized": byte_level(special=False, normalized=True),
     "NFKC": byte_level(special=False, normalized=True) | {"normalizer": NFKC},
     "own": BPE,
+    "not_added": BPE | {"added_tokens": []},
     "whole_word": whole_word(),
     "merged": merged(),
     "unigram": unigram(),
@@ -134,7 +136,18 @@ JSON_KINDS = {
     "word_level": words(),
     "word_piece": words("WordPiece"),
 }
-LOSSLESS = ("special", "plain", "endoftext", "im_end", "stripping", "single_word", "normalized", "own", "whole_word")
+LOSSLESS = (
+    "special",
+    "plain",
+    "endoftext",
+    "im_end",
+    "stripping",
+    "single_word",
+    "normalized",
+    "own",
+    "not_added",
+    "whole_word",
+)
 
 
 def open_json(tokenizer, folder):
@@ -216,3 +229,15 @@ def test_a_stream_refuses_a_separator_inside_a_document(tmp_path):
     with pytest.raises(DataError, match=r"gave the id 256 that separates documents at position 2"):
         writer.append("abcd", np.array([1, 2, 256, 3]))
     writer.abandon()
+
+
+def test_the_separators_of_a_stream_are_as_many_as_its_documents(tmp_path):
+    open_json(byte_level(special=False), tmp_path)
+    rows = [f"{i} </s> and </s></s> {name}" for i, name in enumerate(NAMES * 10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    files = [str(tmp_path / name) for name in ("tokens", "rows.jsonl")]
+    written = tokenize(TokenizeConfig(*files, "jsonl", str(tmp_path / "tokenizer.json"), cache_dir=str(tmp_path / "cache")))
+    for split, data in written.items():
+        ids = np.fromfile(tmp_path / "tokens" / f"{split}.bin", data.dtype)
+        assert np.count_nonzero(ids == data.separator) == data.documents + 1
+    assert sum(data.documents for data in written.values()) == len(rows)
