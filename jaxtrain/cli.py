@@ -55,7 +55,7 @@ class Signals:
         if self._code is not None:
             if request == "at once" or (request == "stop" and not _are_several()):
                 end_at_once(self._code, _flush)
-        elif not self._works or request == "at once":
+        elif request == "at once" or (request == "stop" and not self._works):
             end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
         elif request == "stop":
             timer = threading.Timer(UNWINDING_SECONDS, self._end, [number])

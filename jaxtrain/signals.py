@@ -46,6 +46,10 @@ class Requests:
         return "same" if number == signal.SIGHUP or earliest - before <= SAME_REQUEST_SECONDS else "at once"
 
 
+_watches: list[Watch] = []
+"""Those that are entered; the last one hears."""
+
+
 def _do_nothing(number: int, frame: FrameType | None) -> None:
     """Keeps a signal from what it does by default."""
 
@@ -68,6 +72,7 @@ class Watch:
     ):
         self._hear, self._in_main_thread, self._numbers = hear, in_main_thread, numbers
         self._handlers_before: dict[int, Any] = {}
+        self._requests = Requests()
 
     def __enter__(self) -> Watch:
         reading, self._writing = os.pipe()
@@ -76,7 +81,9 @@ class Watch:
         for number in self._numbers:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers_before[number] = signal.signal(number, self._in_main_thread)
-        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True)
+        self._thread.start()
+        _watches.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,12 +91,16 @@ class Watch:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writing)  # which ends the thread
+        self._thread.join(1.0)
+        _watches.remove(self)
+        if _watches and self._requests.newest is not None:
+            _watches[-1]._requests.newest = self._requests.newest  # an echo that comes only now is an echo all the same
 
     def _listen(self, reading: int) -> None:
         """Reads the pipe. After the first signal it also notes when the pipe was last empty: this thread may be kept from
         running, and two signals that it finds together came at any time since then.
         """
-        requests, quiet, poll = Requests(), 0.0, select.poll()
+        requests, quiet, poll = self._requests, 0.0, select.poll()
         poll.register(reading, select.POLLIN)
         with os.fdopen(reading, "rb", buffering=0) as pipe:
             while True:

@@ -53,3 +53,21 @@ def test_a_watch_hears_all_and_leaves_everything_as_it_was():
     assert {number for number, _ in heard} == {SIGHUP, SIGTERM}
     assert [request for _, request in heard] == ["stop", "same"]
     assert [signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)] == before
+
+
+def test_an_echo_that_comes_after_the_watch_is_an_echo():
+    """Data is broken off within a millisecond; what Ctrl-C's receiver passes on then finds the watch outside."""
+    heard, enough = [], threading.Event()
+
+    def outside(number, request):
+        heard.append(request)
+        enough.set()
+
+    inner = threading.Event()
+    with Watch(outside):
+        with Watch(lambda number, request: inner.set()):
+            os.kill(os.getpid(), SIGINT)
+            assert inner.wait(30)
+        os.kill(os.getpid(), SIGTERM)
+        assert enough.wait(30)
+    assert heard == ["same"]

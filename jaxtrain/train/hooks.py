@@ -250,6 +250,7 @@ class StopOnSignal(Hook):
         self._step = 0
         self._breakable = False
         self._watch = Watch(self._hear, self._in_main_thread)
+        self._announcement: threading.Thread | None = None
 
     def __enter__(self) -> StopOnSignal:
         self._watch.__enter__()
@@ -257,6 +258,8 @@ class StopOnSignal(Hook):
 
     def __exit__(self, *_: object) -> None:
         self._watch.__exit__()
+        if self._announcement is not None:
+            self._announcement.join(1.0)  # Python aborts where a thread still writes to standard output when it ends
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
@@ -312,7 +315,8 @@ class StopOnSignal(Hook):
         if request == "stop":
             self.received = signal.Signals(number)
             # In a thread, because a terminal that hangs must not keep the next signal from being heard.
-            threading.Thread(target=self._announce, args=(self.received.name,), name="announce", daemon=True).start()
+            self._announcement = threading.Thread(target=self._announce, args=(self.received.name,), daemon=True)
+            self._announcement.start()
 
     def _announce(self, name: str) -> None:
         self._progress.say(
