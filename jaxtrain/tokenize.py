@@ -48,7 +48,8 @@ class TokenizeConfig:
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""
     validation_fraction: float = 0.05
-    """Share of the files (of the documents, where files are few) that is held out for validation."""
+    """Share of the documents that is held out for validation, each by the hash of its own text; of a document of more than
+    100,000 characters, the end."""
     cache_dir: str = "~/.cache/jaxtrain/data"
     """Where a bpe:SIZE tokenizer is kept between runs."""
 

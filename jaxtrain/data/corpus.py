@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from jaxtrain.config import ROW_KINDS, DataSource
 from jaxtrain.data.documents import BadRows, read_documents
 from jaxtrain.data.file_hashes import file_hashes, short_hash
 from jaxtrain.data.listing import SourceFile, list_files, list_stdlib
 from jaxtrain.data.progress import progress
-from jaxtrain.data.split import SPLIT_RULE, held_out
+from jaxtrain.data.split import split_document, split_rule
 from jaxtrain.errors import DataError
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document that is not empty. `file` is the index of its file; `held_out` tells its side of the split."""
+    """A document, or a part of a long one, that is not empty. `file` is the index of its file; `held_out` tells its side."""
 
     text: str
     file: int
@@ -29,11 +27,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source.
-
-    Split by file where files are plenty; by document where a source of rows has fewer than 1/validation_fraction
-    files; and a single text file is cut at a line, its end being held out.
-    """
+    """The documents of one source: a file each, or a row each of a kind in ROW_KINDS."""
 
     source: DataSource
     name: str
@@ -44,10 +38,8 @@ class Corpus:
     @cached_property
     def key(self) -> str:
         """Hash of all that decides which documents there are and on which side; no absolute path is in it."""
-        files = [[file.name, digest] for file, digest in zip(self.files, self.hashes, strict=True)]
         field = self.source.text_field if self.source.kind in ROW_KINDS else ""
-        parts = [files, self.source.kind, field, self.validation_fraction, self.split_by, SPLIT_RULE]
-        return short_hash([*parts, self.source.max_bad_rows] if self.source.max_bad_rows else parts)
+        return short_hash([self.hashes, self.source.kind, field, self.split_rule, self.source.max_bad_rows])
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -55,35 +47,21 @@ class Corpus:
         return [file.path.stat().st_size for file in self.files]
 
     @property
-    def split_by(self) -> str:
-        """What is held out whole: "file", "document" or "line"."""
-        few = len(self.files) * self.validation_fraction < 1 or len(self.files) == 1
-        if self.source.kind in ROW_KINDS and few:
-            return "document"
-        return "line" if len(self.files) == 1 else "file"
-
-    @cached_property
-    def held_out_mask(self) -> np.ndarray:
-        """Which files, or which documents, are held out. Counting documents reads the files, under a progress bar."""
-        if self.split_by == "file":
-            return held_out((file.name for file in self.files), self.validation_fraction)
-        documents = (Document(text, i, False) for i, text in self._texts())
-        counted = _with_progress(documents, self.sizes, f"counting the documents of {self.name}")
-        names = (f"{self.files[document.file].name}:{number}" for number, document in enumerate(counted))
-        return held_out(names, self.validation_fraction)
+    def split_rule(self) -> str:
+        """The rule by which documents are held out: sources of the same rule hold out the same ones."""
+        return split_rule(self.validation_fraction)
 
     def documents(self, title: str, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """All documents in order, without the empty ones, while a progress bar called `title` shows the bytes read.
+        """The parts of all documents in order (see `split_document`), while a progress bar called `title` shows the bytes read.
 
         Rows that are left out are counted in `bad_rows`. Raises DataError where a file is not what it should be.
         """
-        if self.split_by == "line":
-            yield from self._cut_document()
-            return
-        mask, by_file = self.held_out_mask, self.split_by == "file"
-        numbered = enumerate(self._texts(bad_rows))
-        documents = (Document(text, i, bool(mask[i if by_file else number])) for number, (i, text) in numbered)
-        yield from _with_progress(documents, self.sizes, title)
+        parts = (
+            Document(part, i, is_held_out)
+            for i, text in self._texts(bad_rows)
+            for part, is_held_out in split_document(text, self.validation_fraction)
+        )
+        yield from _with_progress(parts, self.sizes, title)
 
     def _texts(self, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
         """(index of the file, text) of every document that is not empty."""
@@ -92,14 +70,6 @@ class Corpus:
             for text in read_documents(self.source.kind, file.path, self.source.text_field, bad_rows):
                 if text:
                     yield i, text
-
-    def _cut_document(self) -> Iterator[Document]:
-        """The one document, cut at the line end nearest before the held-out share of its characters."""
-        for i, text in self._texts():
-            wanted = round(len(text) * (1 - self.validation_fraction))
-            cut = text.rfind("\n", 0, wanted) + 1 or wanted
-            parts = [(text[:cut], False), (text[cut:], True)] if self.validation_fraction > 0 else [(text, False)]
-            yield from (Document(part, i, is_held_out) for part, is_held_out in parts if part)
 
 
 def open_corpus(source: DataSource, name: str, validation_fraction: float, cache_dir: Path) -> Corpus:
@@ -148,7 +118,9 @@ def check_sides(corpus: Corpus, training_documents: int, validation_documents: i
         return
     total = f"{len(corpus.files)} file{'s' if len(corpus.files) > 1 else ''}"
     if validation_documents:
+        held_out = f"all of its {validation_documents} documents are" if validation_documents > 1 else "its only document is"
         raise DataError(
-            f"{corpus.name}: all of its {total} are held out; lower data.validation_fraction={corpus.validation_fraction}"
+            f"{corpus.name}: {held_out} held out, each by the hash of its text at "
+            f"data.validation_fraction={corpus.validation_fraction}; give more documents, or --data.validation_fraction=0"
         )
     raise DataError(f"{corpus.name}: no text in its {total}; the corpus is empty")

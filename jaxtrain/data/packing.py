@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxtrain.data.token_part import JoinedTokens
+
 Batch = dict[str, np.ndarray]
 """int32 arrays, each [R, L]: `tokens`; `targets`, the token that follows each (-1 where there is no loss); `segments`,
 the number of the document inside the row (1, 2, ...; 0 for padding); `positions`, counted from 0 in each document."""
@@ -24,7 +26,7 @@ def num_padded_windows(num_tokens: int, length: int) -> int:
     return -(-max(0, num_tokens - 1) // length)
 
 
-def read_window(stream: np.ndarray, index: int, out: np.ndarray) -> int:
+def read_window(stream: np.ndarray | JoinedTokens, index: int, out: np.ndarray) -> int:
     """Copies stream[index*L : index*L + L + 1] into `out`, [L + 1], and gives how many tokens there were."""
     length = len(out) - 1
     window = stream[index * length : index * length + length + 1]

@@ -16,7 +16,8 @@ from jaxtrain.data.order import Order
 from jaxtrain.data.packing import Batch, pack
 from jaxtrain.data.prefetch import Prefetcher
 from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
-from jaxtrain.data.token_files import TokenPart, open_token_files, part_of_stream
+from jaxtrain.data.token_files import open_token_files
+from jaxtrain.data.token_part import TokenPart, part_of_stream
 from jaxtrain.data.tokenizers import NO_TOKENIZER, IdTokenizer, Tokenizer, load_tokenizer
 from jaxtrain.data.windows import (
     SYNTHETIC_VALIDATION_WINDOWS,
@@ -40,6 +41,7 @@ class OpenSource:
     train: Windows
     validation: Windows
     validation_parts: tuple[TokenPart, ...]
+    split_rules: frozenset[str]
     identity: object
 
 
@@ -71,7 +73,21 @@ def open_data(config: Config) -> Data:
             sources.append(_open_synthetic(source, i, config, only_synthetic))
         else:
             sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
+    _check_split_rules(sources)
     return Data(config, tokenizer, sources)
+
+
+def _check_split_rules(sources: Sequence[OpenSource]) -> None:
+    """Raises DataError where what one source holds out could be trained on in another."""
+    rules = [(rule, i) for i, source in enumerate(sources) for rule in sorted(source.split_rules)]
+    other = next(((rule, i) for rule, i in rules if rule != rules[0][0]), None)
+    if other is None or not any(source.validation.count for source in sources):
+        return
+    raise DataError(
+        f"data.sources.{rules[0][1]} is split by the rule {rules[0][0]!r}, data.sources.{other[1]} by {other[0]!r}: what one "
+        "holds out could be trained on in the other; tokenize again with the same --validation_fraction, or, where the others "
+        "are text, give that of the tokens as --data.validation_fraction"
+    )
 
 
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
@@ -95,17 +111,19 @@ def _open_tokens(
     source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> OpenSource:
     """A source of text, by way of the cache, or of tokens."""
-    name, length = f"data.sources.{index}", config.data.sequence_length
+    name, data, length = f"data.sources.{index}", config.data, config.data.sequence_length
     if corpus is None:
         train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
         origin = f"{source.path}"
     else:
-        streams = cached_streams(corpus, tokenizer, config.data.tokenizer, cache_dir)
+        streams = cached_streams(corpus, tokenizer, data.tokenizer, cache_dir)
         train = [part_of_stream(streams.train)]
         validation = [part_of_stream(streams.validation)]
         sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
+        if data.validation_fraction and not streams.validation.metadata.documents:
+            sides += ", each being held out by its own hash: give more, or a larger data.validation_fraction"
         left_out = f"; left out {words}" if (words := streams.train.metadata.bad_rows_in_words) else ""
-        origin = f"{source.path or 'stdlib'} ({sides}, split by {corpus.split_by}{left_out})"
+        origin = f"{source.path or 'stdlib'} ({sides}{left_out})"
     windows = StreamWindows(train, length, padded=False)
     if not windows.count:
         most = max((len(part.tokens) for part in train), default=0)
@@ -116,7 +134,8 @@ def _open_tokens(
     held_out = StreamWindows(validation, length, padded=True)
     tokens = f"{windows.num_targets:,} + {held_out.num_targets:,} held-out tokens"
     identity = [source.kind, [part.sha256 for part in train], [part.sha256 for part in validation], windows.separator]
-    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), identity)
+    rules = frozenset(part.split_rule for part in (*train, *validation)) - {""}
+    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), rules, identity)
 
 
 def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
@@ -130,6 +149,7 @@ def _open_synthetic(source: DataSource, index: int, config: Config, with_validat
         SyntheticWindows(seed, vocab_size, length, 0, SYNTHETIC_WINDOWS),
         SyntheticWindows(seed, vocab_size, length, SYNTHETIC_WINDOWS, held_out),
         (),
+        frozenset(),
         ["synthetic-1", vocab_size],
     )
 
@@ -170,7 +190,7 @@ class Data:
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         identity = [[source.identity, source.weight / sum(weights)] for source in sources]
         self.fingerprint = short_hash(
-            ["data-1", identity, tokenizer.fingerprint, data.sequence_length, data.mask_documents],
+            ["data-2", identity, tokenizer.fingerprint, data.sequence_length, data.mask_documents],
         )
         words = "; ".join(source.words for source in sources)
         self.description = (

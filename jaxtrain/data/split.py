@@ -1,32 +1,47 @@
-"""Which files or documents are held out for validation: a pure function of their names."""
+"""Which text is held out for validation: a function of each document's own content, and of nothing else.
+
+A document stays on its side when files come, go or are renamed, and two copies of it are on the same side, in whatever files
+and sources they stand. So no held-out document is trained on, whatever is mixed with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 
-import numpy as np
+SPLIT_RULE = "content-2"  # part of every cache key: change it whenever a rule below changes
+LONG_DOCUMENT = 100_000
+"""Characters (ids, of a document in a token file) beyond which a document is split itself."""
+LINE_SEARCH = 10_000
+"""Characters before the place of the cut in which a line end is looked for."""
 
-SPLIT_RULE = "blake2b-threshold-1"  # part of every cache key: change it whenever the rule below changes
+
+def split_rule(fraction: float) -> str:
+    """Names the rule and its fraction: what is held out by one rule may be trained on by another."""
+    return f"{SPLIT_RULE} at {fraction:g}"
 
 
-def hash_share(name: str) -> float:
-    """A number in [0, 1), uniform over names, the same on every machine."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+def hash_share(content: bytes) -> float:
+    """A number in [0, 1), uniform over contents, the same on every machine."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / float(1 << 53)
 
 
-def held_out(names: Iterable[str], fraction: float) -> np.ndarray:
-    """Boolean mask of the names that are held out: those with hash_share(name) < fraction.
+def split_document(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
+    """The parts of a document in order, none of them empty, each with whether it is held out.
 
-    A name keeps its side when others come or go, except for the one that is moved so that both sides have at least one,
-    where there are two names or more and fraction > 0.
+    A document of up to LONG_DOCUMENT characters is one part, held out where hash_share of its UTF-8 bytes < fraction. The
+    last `fraction` of a longer one is held out, cut at a line end: a lone book or corpus in one file has both sides.
     """
-    shares = np.fromiter((hash_share(name) for name in names), dtype=np.float64)
-    mask = shares < fraction
-    if len(shares) >= 2 and fraction > 0:
-        if not mask.any():
-            mask[shares.argmin()] = True
-        elif mask.all():
-            mask[shares.argmax()] = False
-    return mask
+    if len(text) <= LONG_DOCUMENT or fraction <= 0:
+        parts = [(text, hash_share(text.encode()) < fraction)]
+    else:
+        wanted = held_out_start(len(text), fraction)
+        cut = text.rfind("\n", max(0, wanted - LINE_SEARCH), wanted) + 1 or wanted
+        parts = [(text[:cut], False), (text[cut:], True)]
+    yield from (part for part in parts if part[0])
+
+
+def held_out_start(length: int, fraction: float) -> int:
+    """Where the held-out end of a long document begins: after round(length * (1 - fraction)) of its characters or ids."""
+    return round(length * (1 - fraction))

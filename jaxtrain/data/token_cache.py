@@ -99,7 +99,8 @@ def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, fol
     Raises DataError for bad documents or an empty corpus, OSError where writing fails.
     """
     writers = {
-        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name) for split in ("train", "validation")
+        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name, corpus.split_rule)
+        for split in ("train", "validation")
     }
     bad_rows = BadRows(corpus.source.max_bad_rows)
     try:

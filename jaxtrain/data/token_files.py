@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,44 +14,24 @@ import numpy as np
 from jaxtrain.config import Config, DataSource
 from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.listing import SourceFile, list_files
-from jaxtrain.data.packing import num_full_windows
+from jaxtrain.data.mapped import map_array
 from jaxtrain.data.progress import progress
-from jaxtrain.data.split import held_out
-from jaxtrain.data.token_stream import TokenStream, open_stream
+from jaxtrain.data.split import split_rule
+from jaxtrain.data.token_part import TokenPart, part_of_stream
+from jaxtrain.data.token_split import split_part
+from jaxtrain.data.token_stream import open_stream, read_metadata
 from jaxtrain.data.tokenizers import NO_TOKENIZER, Tokenizer
 from jaxtrain.errors import DataError
 
 SCAN_TOKENS = 1 << 22
-
-
-@dataclass(frozen=True)
-class TokenPart:
-    """A stretch of ids, [count], that is cut into windows by itself.
-
-    `largest_id` is -1 where the ids were never looked at. `utf8_bytes`, `gzip_bytes` and `gzip_input_bytes` are those of
-    the text that the ids came from; 0 where unknown.
-    """
-
-    tokens: np.ndarray
-    sha256: str
-    separator: int
-    largest_id: int = -1
-    utf8_bytes: int = 0
-    gzip_bytes: int = 0
-    gzip_input_bytes: int = 0
-
-
-def part_of_stream(stream: TokenStream) -> TokenPart:
-    """A whole stream as one part."""
-    data = stream.metadata
-    return TokenPart(
-        stream.tokens, data.sha256, data.separator, data.largest_id, data.utf8_bytes, data.gzip_bytes, data.gzip_input_bytes
-    )
+VALIDATION = "validation"
+HELD_OUT_NAME = re.compile(r"(validation|valid|val)([^a-zA-Z].*)?")
 
 
 @dataclass(frozen=True)
 class _TokenFile:
     name: str
+    path: Path
     split: str
     made_by: str
     part: TokenPart
@@ -58,30 +40,48 @@ class _TokenFile:
 def open_token_files(
     source: DataSource, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> tuple[list[TokenPart], list[TokenPart]]:
-    """The training parts and the held-out parts of a source of kind tokens.
+    """Opens the training parts and the held-out parts of a source of kind tokens.
 
-    Files whose JSON says split=validation are held out, if there are any; else files are held out by name; else, of a
-    single file, the last windows. Raises DataError for damaged files, ids beyond the model's or the tokenizer's
-    vocabulary, and ids made by another tokenizer than `tokenizer`.
+    Held out are the files that say so (split=validation in the JSON of a .bin, validation*.npy or val*.npy), those beside a
+    file that is named among them. Where there are none, each file is split by `token_split`. Raises DataError for damaged
+    files, ids beyond the model's or the tokenizer's vocabulary, and ids made by another tokenizer than `tokenizer`.
     """
-    fraction, length = config.data.validation_fraction, config.data.sequence_length
+    data = config.data
     files = [_open_file(file.name, file.path, tokenizer, config, cache_dir) for file in _list(source.path, f"{name}.path")]
+    files += [_open_file(path.name, path, tokenizer, config, cache_dir) for path in _held_out_beside(files)]
     makers = {file.made_by for file in files if file.made_by}
     if len(makers) > 1:
         raise DataError(f"{name}.path={source.path}: its files were made by {len(makers)} different tokenizers")
     for file in files:
         check_ids(file.part, file.name, tokenizer, config, cache_dir)
-    if any(file.split == "validation" for file in files):
-        mask = np.array([file.split == "validation" for file in files])
-    elif len(files) > 1:
-        mask = held_out((file.name for file in files), fraction)
-    else:
-        return _cut_windows(files[0].part, fraction, length)
-    train = [file.part for file, is_held_out in zip(files, mask, strict=True) if not is_held_out]
-    validation = [file.part for file, is_held_out in zip(files, mask, strict=True) if is_held_out]
+    train = [file.part for file in files if file.split != VALIDATION]
+    validation = [file.part for file in files if file.split == VALIDATION]
     if not train:
         raise DataError(f"{name}.path={source.path}: every file is held-out text; name the training file too")
-    return train, validation
+    if any(part.split_rule not in ("", split_rule(0)) or len(part.tokens) for part in validation):
+        return train, validation
+    title = f"splitting {name}"
+    pairs = [split_part(part, data.validation_fraction, data.sequence_length, title, cache_dir) for part in train]
+    return [part for part, _ in pairs], [part for _, part in pairs]
+
+
+def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
+    """The held-out files in the folders of those that were named, but for folders of which one is among these."""
+    with_own = {file.path.parent for file in files if file.split == VALIDATION}
+    folders = {(file.path.parent, file.path.suffix): None for file in files if file.path.parent not in with_own}
+    return [
+        path
+        for folder, suffix in folders
+        for path in sorted(folder.glob(f"val*{suffix}"))
+        if HELD_OUT_NAME.fullmatch(path.stem) and _split_of(path) == VALIDATION
+    ]
+
+
+def _split_of(path: Path) -> str:
+    """Which side a file is for: a .bin says so in its JSON file, an .npy by its name. A .bin without JSON is none of ours."""
+    if path.suffix == ".npy":
+        return VALIDATION if HELD_OUT_NAME.fullmatch(path.stem) else "train"
+    return read_metadata(path).split if path.with_suffix(".json").exists() else ""
 
 
 def _list(patterns: str, flag: str) -> list[SourceFile]:
@@ -94,7 +94,7 @@ def _list(patterns: str, flag: str) -> list[SourceFile]:
 
 def _open_file(name: str, path: Path, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> _TokenFile:
     if path.suffix == ".npy":
-        return _TokenFile(name, "train", "", _open_npy(path, tokenizer.separator, cache_dir))
+        return _TokenFile(name, path, _split_of(path), "", _open_npy(path, tokenizer.separator, cache_dir))
     if path.suffix != ".bin":
         raise DataError(f"{path}: kind=tokens reads .bin and .npy files; for text use kind=text, jsonl or parquet")
     stream = open_stream(path, cache_dir)
@@ -110,21 +110,23 @@ def _open_file(name: str, path: Path, tokenizer: Tokenizer, config: Config, cach
         wanted = f"that of its tokenizer is {tokenizer.separator}" if known else f"model.vocab_size={limit}"
         raise DataError(f"{path.with_suffix('.json')}: separator={separator}, but {wanted}; make the file again")
     # What it says of its largest id is not believed: the file may come from anywhere.
-    return _TokenFile(name, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
+    return _TokenFile(name, path, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
 
 
 def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it knows neither pickles nor archives
+        dtype, shape, offset = array.dtype, array.shape, array.offset
+        del array  # it holds a descriptor
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a broken header raises errors of many classes, tokenize.TokenError among them
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{path}: not a whole .npy array of numbers ({why})") from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(f"{path}: shape {array.shape} of {array.dtype}; tokens are a one-dimensional array of whole numbers")
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise DataError(f"{path}: shape {shape} of {dtype}; tokens are a one-dimensional array of whole numbers")
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
-    return TokenPart(array.view(np.ndarray), digest, separator)
+    return TokenPart(map_array(path, dtype, shape[0], offset), digest, separator)
 
 
 def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> None:
@@ -133,13 +135,14 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
     Ids are read only where nothing vouches for them already. Raises DataError with the first bad id, its place, and
     the vocabulary that would do.
     """
-    limit = min(tokenizer.vocab_size, config.model.vocab_size)
+    tokens, limit = part.tokens, min(tokenizer.vocab_size, config.model.vocab_size)
+    assert isinstance(tokens, np.ndarray), "ids are checked before they are split"
     note = cache_dir / "hashes" / f"ids-{short_hash([part.sha256, limit])}"
-    if 0 <= part.largest_id < limit or not len(part.tokens) or note.exists():
+    if 0 <= part.largest_id < limit or not len(tokens) or note.exists():
         return
-    first, largest = _first_outside(part.tokens, limit, f"checking the ids of {name}")
+    first, largest = _first_outside(tokens, limit, f"checking the ids of {name}")
     if first >= 0:
-        value = int(part.tokens[first])
+        value = int(tokens[first])
         vocabulary = f"model.vocab_size={config.model.vocab_size}"
         way_out = f"use --model.vocab_size={largest + 1} or more"
         if value < 0:
@@ -164,15 +167,3 @@ def _first_outside(tokens: np.ndarray, limit: int, title: str) -> tuple[int, int
             largest = max(largest, int(block.max()))
             advance(block.nbytes)
     return first, largest
-
-
-def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[list[TokenPart], list[TokenPart]]:
-    """Holds out the last windows of a part. The sides share one token, which is a target on one and an input on the other."""
-    windows = num_full_windows(len(part.tokens), length)
-    count = max(1, round(windows * fraction)) if fraction > 0 and windows > 1 else 0
-    if not count:
-        return [part], []
-    cut = (windows - min(count, windows - 1)) * length
-    train = dataclasses.replace(part, tokens=part.tokens[: cut + 1], sha256=f"{part.sha256}:{cut + 1}", utf8_bytes=0)
-    validation = dataclasses.replace(part, tokens=part.tokens[cut:], sha256=f"{part.sha256}:{cut}:", utf8_bytes=0)
-    return [train], [dataclasses.replace(validation, gzip_bytes=0, gzip_input_bytes=0)]

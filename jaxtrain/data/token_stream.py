@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxtrain.data.documents import BadRows
 from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
+from jaxtrain.data.mapped import map_array
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
 
@@ -53,6 +54,8 @@ class StreamMetadata:
     gzip_input_bytes: int
     sha256: str
     """Of the whole .bin file."""
+    split_rule: str = ""
+    """How the documents were split (see `split.split_rule`); empty in files made before the rule was noted."""
     rows: int = 0
     """Rows that were read for both splits together, the bad ones among them; 0 in files made before rows were counted."""
     bad_rows: int = 0
@@ -88,9 +91,9 @@ def stream_dtype(vocab_size: int) -> str:
 class StreamWriter:
     """Writes one stream, document by document; `close` writes the closing separator and the JSON file."""
 
-    def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str):
+    def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str, split_rule: str = ""):
         """Opens `path` (a .bin) for writing; measures gzip only for split="validation". Raises OSError."""
-        self._path, self._split = path, split
+        self._path, self._split, self._split_rule = path, split, split_rule
         self._tokenizer, self._tokenizer_name = tokenizer, tokenizer_name
         self._dtype = stream_dtype(tokenizer.vocab_size)
         self._digest = hashlib.sha256()
@@ -151,6 +154,7 @@ class StreamWriter:
             gzip_bytes=self._gzip_bytes,
             gzip_input_bytes=self._gzip_input_bytes,
             sha256=self._digest.hexdigest(),
+            split_rule=self._split_rule,
             rows=bad_rows.rows,
             bad_rows=bad_rows.count,
             first_bad_row=bad_rows.first,
@@ -213,8 +217,5 @@ def open_stream(path: Path, cache_dir: Path) -> TokenStream:
         )
     if file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
         raise DataError(f"{path}: its contents do not have the checksum in {path.with_suffix('.json').name}; make it again")
-    if not metadata.count:
-        return TokenStream(path, np.zeros(0, DTYPES[metadata.dtype]), metadata)
-    # A plain array view: every slice of an np.memmap object would cost microseconds of bookkeeping.
-    tokens = np.memmap(path, dtype=f"<u{2 if metadata.dtype == 'uint16' else 4}", mode="r").view(np.ndarray)
-    return TokenStream(path, tokens, metadata)
+    dtype = np.dtype(f"<u{2 if metadata.dtype == 'uint16' else 4}")
+    return TokenStream(path, map_array(path, dtype, metadata.count), metadata)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxtrain.data.packing import num_full_windows, num_padded_windows, read_window
-from jaxtrain.data.token_files import TokenPart
+from jaxtrain.data.token_part import TokenPart
 
 SYNTHETIC_WINDOWS = 2**31 - 1
 SYNTHETIC_VALIDATION_WINDOWS = 64

@@ -50,7 +50,7 @@ def test_a_corpus_too_short_for_a_sequence(make_config, books):
 def test_everything_held_out(make_config, jsonl_file):
     jsonl_file.write_text('{"text": "only one row"}\n')
     config = make_config(DataSource(kind="jsonl", path=str(jsonl_file)), validation_fraction=1.0)
-    refused(config, "all of its 1 file are held out", "data.validation_fraction")
+    refused(config, "its only document is held out", "--data.validation_fraction=0")
 
 
 def test_text_that_is_not_utf8(make_config, text_folder, books):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import DataSource
+from jaxtrain.data.order import FEW_WINDOWS, Order
 from jaxtrain.data.pipeline import open_data
 
 NAMES = ("tokens", "targets", "positions", "segments")
@@ -192,3 +193,26 @@ def test_description_is_one_line_with_the_figures(make_config, books):
     assert "\n" not in words
     assert "held-out" in words
     assert "257 ids" in words
+
+
+@pytest.mark.parametrize("counts", [[1], [2], [3, 7], [FEW_WINDOWS - 1, 2], [FEW_WINDOWS]])
+def test_each_source_gives_its_windows_once_an_epoch_in_an_order_of_its_own(counts):
+    """From one window to more than are shuffled in the plain way; and any place by itself, without those before it."""
+    order = Order(counts, [1.0] * len(counts), seed=3)
+    for source, count in enumerate(counts):
+        picks = [order[i * len(counts) + source] for i in range(4 * count)]
+        assert {pick[0] for pick in picks} == {source}
+        epochs = [[window for _, window in picks[epoch * count : (epoch + 1) * count]] for epoch in range(4)]
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+        assert count < 7 or len({tuple(epoch) for epoch in epochs}) == 4
+    far = 10**12 + 7
+    assert Order(counts, [1.0] * len(counts), seed=3)[far] == order[far]
+    if counts[0] > 100:
+        assert [order[i] for i in range(9)] != [Order(counts, [1.0] * len(counts), seed=4)[i] for i in range(9)]
+
+
+def test_two_windows_come_in_both_orders():
+    """Overfitting one batch: over many epochs each window is first half the time, and neighbours differ in it."""
+    firsts = [Order([2], [1.0], seed=0)[2 * epoch][1] for epoch in range(2000)]
+    assert 900 < sum(firsts) < 1100
+    assert 900 < sum(a != b for a, b in zip(firsts, firsts[1:], strict=False)) < 1100

@@ -28,7 +28,8 @@ def run(tmp_path, capsys):
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:280"])
 def test_the_printed_flags_train_on_the_same_batches_as_the_text(run, make_config, jsonl_file, tmp_path, tokenizer):
     output = tmp_path / "to kens"
-    code, printed, _ = run(f"--input={jsonl_file}", "--kind=jsonl", f"--tokenizer={tokenizer}", f"--output={output}")
+    flags = f"--input={jsonl_file}", "--kind=jsonl", "--validation_fraction=0.2"
+    code, printed, _ = run(*flags, f"--tokenizer={tokenizer}", f"--output={output}")
     assert code == 0
     (flags,) = re.findall(r"^ +(--data\.sources.*)$", printed, re.MULTILINE)
     config_file = tmp_path / "config.py"
@@ -41,7 +42,7 @@ def test_the_printed_flags_train_on_the_same_batches_as_the_text(run, make_confi
     )
     from_tokens = open_data(tokens)
     text = DataSource(kind="jsonl", path=str(jsonl_file))
-    from_text = open_data(make_config(text, tokenizer=tokenizer, validation_fraction=0.05))
+    from_text = open_data(make_config(text, tokenizer=tokenizer))
     for step in range(3):
         a, b = from_tokens.train_batch(step, slice(None)), from_text.train_batch(step, slice(None))
         assert all(np.array_equal(a[name], b[name]) for name in a)
@@ -71,10 +72,11 @@ def test_another_tokenizer_is_refused(run, make_config, jsonl_file, tmp_path):
     with pytest.raises(DataError, match=r"made by another tokenizer \(bpe:280, .*data.tokenizer=byte"):
         open_data(make_config(source))
     data = open_data(make_config(source, tokenizer="none"))
-    assert data.train_batch(0, slice(None))["segments"].max() > 1  # the separator is known all the same
+    segments = [data.train_batch(step, slice(None))["segments"].max() for step in range(data.tokens_per_epoch // 16 // 8)]
+    assert max(segments) > 1  # the separator is known all the same
 
 
-def test_a_training_file_alone_holds_out_its_last_windows(run, make_config, jsonl_file, tmp_path):
+def test_a_training_file_alone_is_split_by_document(run, make_config, jsonl_file, tmp_path):
     output = tmp_path / "tokens"
     run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={output}", "--validation_fraction=0")
     data = open_data(make_config(DataSource(kind="tokens", path=f"{output}/train.bin")))
@@ -108,3 +110,28 @@ def test_wrong_flags_exit_with_2(run, flag):
     with pytest.raises(SystemExit) as caught:
         run("--output=x", flag)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("form", ["bin", "npy"])
+def test_training_files_use_the_held_out_files_beside_them(run, make_config, jsonl_file, tmp_path, form):
+    """However the files or their folder are named; what is held out is never trained on."""
+    output = tmp_path / "tokens"
+    run(f"--input={jsonl_file}", "--kind=jsonl", "--validation_fraction=0.3", f"--output={output}")
+    whole = open_data(make_config(DataSource("tokens", str(output))))
+    if form == "npy":
+        for path in output.glob("*.bin"):
+            np.save(path.with_suffix(".npy"), np.fromfile(path, np.uint16))
+            path.unlink()
+    (output / f"other.{form}").write_bytes((output / f"train.{form}").read_bytes())
+    (output / "other.json").write_bytes((output / "train.json").read_bytes())
+    names = "train", "*", "tr*n", "train,other", "validation,train"
+    spellings = [",".join(f"{output}/{name}.{form}" for name in each.split(",")) for each in names]
+    for path in (*spellings, str(output), f"{output}/"):
+        data = open_data(make_config(DataSource("tokens", path)))
+        assert data.validation_tokens == whole.validation_tokens > 0
+        assert data.tokens_per_epoch in (whole.tokens_per_epoch, 2 * whole.tokens_per_epoch)
+        assert (data.validation_bytes, data.gzip_bits_per_byte) == (
+            (whole.validation_bytes, whole.gzip_bits_per_byte) if form == "bin" else (0, None)
+        )
+    two = open_data(make_config(*(DataSource("tokens", f"{output}/{name}.{form}") for name in ("train", "other"))))
+    assert two.validation_tokens == 2 * whole.validation_tokens

@@ -1,0 +1,124 @@
+"""Splits token files that have no held-out file of their own: by document where a separator tells them apart, else at the end.
+
+Both rules look at one file alone, and the first at one document alone: see `split`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.packing import num_full_windows
+from jaxtrain.data.progress import progress
+from jaxtrain.data.split import LONG_DOCUMENT, hash_share, held_out_start, split_rule
+from jaxtrain.data.token_part import JoinedTokens, TokenPart
+from jaxtrain.files import replacing
+
+SCAN_TOKENS = 1 << 22
+Span = tuple[int, int, bool]
+"""First id, the one after the last, and whether they are held out."""
+
+
+def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_dir: Path) -> tuple[TokenPart, TokenPart]:
+    """The training part and the held-out part of a file's ids; either may be empty.
+
+    `title` is shown while the documents are hashed, which happens once: the outcome is noted in `cache_dir`.
+    """
+    tokens = part.tokens
+    assert isinstance(tokens, np.ndarray), "a file is split once"
+    if fraction <= 0 or not len(tokens):
+        return part, _of_part(part, tokens[:0], "none")
+    starts = _separators(tokens, part.separator) if part.separator >= 0 else np.zeros(0, np.int64)
+    if not starts.size:
+        return _cut_windows(part, fraction, length)
+    rule = split_rule(fraction)
+    note = cache_dir / "hashes" / f"split-{short_hash([part.sha256, part.separator, rule])}.npy"
+    spans = _read_note(note)
+    if spans is None:
+        spans = np.array(list(_merged(_document_spans(tokens, starts, fraction, title))), np.int64).reshape(-1, 3)
+        _write_note(note, spans)
+    train, held_out = (_joined(tokens, spans[spans[:, 2] == side, :2], int(starts[-1])) for side in (0, 1))
+    return _of_part(part, train, f"{rule}: training"), _of_part(part, held_out, f"{rule}: held out")
+
+
+def _of_part(part: TokenPart, tokens: np.ndarray | JoinedTokens, which: str) -> TokenPart:
+    """Some ids of a part, with a fingerprint of their own. How many bytes of text they stand for is not known."""
+    return dataclasses.replace(
+        part, tokens=tokens, sha256=f"{part.sha256}:{which}", utf8_bytes=0, gzip_bytes=0, gzip_input_bytes=0
+    )
+
+
+def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
+    """Where the separators are, ascending."""
+    places = [
+        start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)
+    ]
+    return np.concatenate(places)
+
+
+def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
+    """The spans of all documents, each with the separator before it: whole by the hash of the ids, or a long one cut."""
+    firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
+    with progress(title, tokens.nbytes) as advance:
+        for first, end in zip(firsts, [*firsts[1:], len(tokens)], strict=True):
+            ids, begin = tokens[first + 1 : end], max(first, 0)
+            if not ids.size:
+                continue
+            if ids.size <= LONG_DOCUMENT:
+                yield begin, end, hash_share(ids.astype("<u4").tobytes()) < fraction
+            else:
+                cut = first + 1 + held_out_start(ids.size, fraction)
+                yield begin, cut, False
+                yield begin, first + 1, True  # the separator begins the held-out part too
+                yield cut, end, True
+            advance(ids.nbytes)
+
+
+def _merged(spans: Iterator[Span]) -> Iterator[Span]:
+    """Joins spans of one side that follow one another."""
+    last: Span | None = None
+    for span in spans:
+        if last is not None and last[1:] == (span[0], span[2]):
+            last = last[0], span[1], span[2]
+            continue
+        if last is not None:
+            yield last
+        last = span
+    if last is not None:
+        yield last
+
+
+def _joined(tokens: np.ndarray, spans: np.ndarray, separator_at: int) -> JoinedTokens:
+    """The ids of the spans, closed by a separator."""
+    closing = [[separator_at, separator_at + 1]] if len(spans) else []
+    return JoinedTokens(tokens, np.concatenate([spans, np.array(closing, np.int64).reshape(-1, 2)]))
+
+
+def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
+    """Holds out the last windows of a part. The sides share one token, a target on one and an input on the other."""
+    windows = num_full_windows(len(part.tokens), length)
+    count = min(max(1, round(windows * fraction)), windows - 1)
+    if count <= 0:
+        return part, _of_part(part, part.tokens[:0], "none")
+    cut = (windows - count) * length
+    return _of_part(part, part.tokens[: cut + 1], f"{cut + 1}"), _of_part(part, part.tokens[cut:], f"{cut}:")
+
+
+def _read_note(path: Path) -> np.ndarray | None:
+    with suppress(OSError, ValueError):
+        spans = np.load(path, allow_pickle=False)
+        if spans.dtype == np.int64 and spans.ndim == 2 and spans.shape[1] == 3:
+            return spans
+    return None
+
+
+def _write_note(path: Path, spans: np.ndarray) -> None:
+    with suppress(OSError):  # the note only saves time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside, beside.open("wb") as file:
+            np.save(file, spans)
