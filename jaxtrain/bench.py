@@ -54,18 +54,22 @@ class Bench:
         from jaxtrain.telemetry.clock import Work
         from jaxtrain.train.optimizer import make_optimizer
         from jaxtrain.train.state import create_state
-        from jaxtrain.train.step import batch_sharding, choose_attention, compile_train_step
+        from jaxtrain.train.step import batch_sharding, choose_attention, compile_train_step, place_numbers
 
         self.config, self.mesh = config, make_mesh(config.mesh)
         self.backend, self.why = choose_attention(config, self.mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
         self.data, self.sharding = open_data(config), batch_sharding(self.mesh)
         started = time.perf_counter()
-        self.step = compile_train_step(config, self.mesh, optimizer, self.backend)
+        self.program = compile_train_step(config, self.mesh, optimizer, self.backend)
         self.compile_seconds = time.perf_counter() - started
-        self.state = create_state(config, self.mesh, optimizer)
+        self.state, self.numbers = create_state(config, self.mesh, optimizer), place_numbers(config, self.mesh)
         chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
         self.work = Work.of(config, self.mesh.devices.size, chip)
+
+    def step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        """(state, metrics) of a step."""
+        return self.program(state, batch, self.numbers)
 
     @property
     def rows(self) -> slice:
@@ -146,7 +150,7 @@ class Bench:
                 bare += self.bare_steps(count)
                 loop += self.loop_steps(count, Path(directory) / str(round_number))
         median = float(np.median(bare))
-        analysis = self.step.memory_analysis()
+        analysis = self.program.memory_analysis()
         return {
             "config": self.config.name,
             "mesh": describe_mesh(self.mesh),

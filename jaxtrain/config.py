@@ -336,9 +336,9 @@ class OptimizerConfig:
     schedule: LearningRateSchedule = "cosine"
     """Learning rate over steps, after warm-up."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; at most half of train.steps, so that a short trial run needs no other number."""
     decay_fraction: float = 0.2
-    """warmup_stable_decay only: the last share of the steps over which the rate falls."""
+    """warmup_stable_decay only: the last share of the steps over which the rate falls; at least one, none of warm-up."""
     final_lr_fraction: float = 0.1
     """Learning rate at the last step as a share of the peak (cosine, warmup_stable_decay)."""
     beta1: float = 0.9

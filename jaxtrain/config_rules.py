@@ -429,8 +429,6 @@ def _other_problems(config: Config) -> list[str]:
         if source.weight <= 0:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
         problems += source_problems(f"data.sources.{i}.", source)
-    if config.optimizer.warmup_steps > config.train.steps:
-        problems.append(f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than train.steps={config.train.steps}")
     problems += remote_problems("data.tokenizer", config.data.tokenizer)
     problems += remote_problems("data.cache_dir", config.data.cache_dir)
     problems += _tokenizer_problems(config.data.tokenizer, config.model.vocab_size)

@@ -204,11 +204,6 @@ ONE_PROBLEM = {
     "zero rate": (1, {"optimizer": {"peak_lr": 0.0}}, ["peak_lr=0.0 must be above 0"]),
     "share": (1, {"data": {"validation_fraction": 1.5}}, ["validation_fraction=1.5 is a share: 0 to 1"]),
     "momentum of one": (1, {"optimizer": {"beta1": 1.0}}, ["beta1=1.0 must be at least 0 and below 1"]),
-    "warm-up beyond the run": (
-        1,
-        {"optimizer": {"warmup_steps": 20}, "train": {"steps": 10}},
-        ["warmup_steps=20", "train.steps=10"],
-    ),
     "unknown activation": (1, {"train": {"remat_save": ("mlp_gat",)}}, ["'mlp_gat'", "did you mean 'mlp_gate'"]),
     "no sources": (1, {"data": {"sources": ()}}, ["data.sources is empty"]),
     "no path": (1, {"data": {"sources": (DataSource(kind="text"),)}}, ["data.sources.0.path is empty"]),

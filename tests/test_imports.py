@@ -34,6 +34,7 @@ FLOORS = {
     "ops": 2,
     "models": 3,
     "parallel": 3,
+    "train.schedule": 4,
     "train.optimizer": 4,
     "train.balance": 4,
     "train.judge": 4,

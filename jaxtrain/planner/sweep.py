@@ -156,14 +156,11 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
       ExplainedError: the last line that the run said, if it failed.
     """
     train = dataclasses.replace(config.train, steps=steps, log_every=1, validate_every=0, sample_tokens=0)
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, steps))
     checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
     with tempfile.TemporaryDirectory(prefix="jaxtrain-sweep-") as folder:
         file, run_dir = Path(folder) / "config.py", Path(folder) / "run"
         telemetry = dataclasses.replace(config.telemetry, profile="")
-        whole = dataclasses.replace(
-            config, train=train, optimizer=optimizer, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir)
-        )
+        whole = dataclasses.replace(config, train=train, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir))
         file.write_text(config_source(whole, "A layout of a sweep."), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "jaxtrain.main", f"--config={file}"],

@@ -62,7 +62,7 @@ class Logging(Hook):
             row = {"step": step, "loss": values.pop("loss"), "loss_mean": self._mean(), "grad_norm": values.pop("grad_norm")}
             # The optimizer has not counted the steps before that were skipped.
             steps_taken = step - 1 - int(values.get("skipped_steps", 0) - is_bad)
-            row |= {"learning_rate": self._learning_rate(steps_taken), **values, **self._clock.window(), **memory_row()}
+            row |= {"learning_rate": float(self._learning_rate(steps_taken)), **values, **self._clock.window(), **memory_row()}
             row |= self._energy.row(step)
             row |= self._pace.row(step, row) if self._pace else {}
             self._log.write(row)

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.sharding import Dims, is_dims
+from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_schedule
 
 PyTree = Any
 STACKING = ("chunk", "stage", "layer")
@@ -78,53 +79,6 @@ def leaf_axes(dims: Dims) -> LeafAxes:
 def axes_tree(dims: PyTree) -> PyTree:
     """`leaf_axes` of every leaf of a tree of dims."""
     return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning rate
-
-
-def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate of step s = 0, 1, ..., a float32 scalar.
-
-    With n = s + 1, peak p, warm-up w, T = total_steps and final share f, the rate is p n / w for n <= w: the first step is
-    taken at p / w, never at 0, and step w - 1 at p. After that:
-
-    - constant: p.
-    - cosine: p (f + (1 - f) (1 + cos(pi x)) / 2), x = (n - w) / (T - w) (Loshchilov & Hutter 2017, arXiv:1608.03983).
-    - warmup_stable_decay: p, and over the last d = round(decay_fraction T) steps p (1 - (1 - f) x), x = (n - (T - d)) / d
-      (Hu et al. 2024, arXiv:2404.06395; linear decay as in Haegele et al. 2024, arXiv:2405.18392).
-    - inverse_sqrt: p sqrt(max(w, 1) / n) (Vaswani et al. 2017, arXiv:1706.03762, section 5.3).
-
-    cosine and warmup_stable_decay reach f p at step T - 1 and stay there.
-
-    Raises:
-      ExplainedError: an unknown schedule.
-    """
-    peak, final, warmup = config.peak_lr, config.final_lr_fraction, config.warmup_steps
-    decay_steps = round(config.decay_fraction * total_steps)
-
-    def cosine(n: jax.Array) -> jax.Array:
-        x = jnp.clip((n - warmup) / max(total_steps - warmup, 1), 0, 1)
-        return final + (1 - final) * (1 + jnp.cos(math.pi * x)) / 2
-
-    def stable_decay(n: jax.Array) -> jax.Array:
-        return 1 - (1 - final) * jnp.clip((n - (total_steps - decay_steps)) / max(decay_steps, 1), 0, 1)
-
-    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "constant": jnp.ones_like,
-        "cosine": cosine,
-        "warmup_stable_decay": stable_decay,
-        "inverse_sqrt": lambda n: jnp.sqrt(max(warmup, 1) / n),
-    }
-    if config.schedule not in shapes:
-        raise ExplainedError(f"optimizer.schedule={config.schedule!r}: {nearest(config.schedule, shapes)}")
-
-    def schedule(step: Any) -> jax.Array:
-        n = jnp.asarray(step, jnp.float32) + 1
-        return peak * jnp.where(n <= warmup, n / max(warmup, 1), shapes[config.schedule](n))
-
-    return schedule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,8 +261,35 @@ def _direction(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransform
     return rules[config.name]()
 
 
-def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _decay(weight_decay: float, decays: PyTree) -> optax.GradientTransformationExtraArgs:
+    """update + weight_decay * parameter, for the leaves that decay."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **numbers: Any) -> tuple[PyTree, PyTree]:
+        rate = numbers.get("weight_decay", weight_decay)
+        return jax.tree.map(lambda u, p, is_due: u + rate * p if is_due else u, updates, params, decays), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """-learning_rate(updates made so far) * update."""
+    own = hyperparameters(config, total_steps)
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **numbers: Any) -> tuple[PyTree, PyTree]:
+        del params
+        rate = learning_rate(config.schedule, Hyperparameters(**(own._asdict() | numbers)), state.count)
+        return jax.tree.map(lambda u: -rate * u, updates), optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Computes in float32, with float32 state and updates, whatever the dtype of parameters and gradients."""
+    inner = optax.with_extra_args_support(inner)
 
     def cast(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
@@ -316,13 +297,13 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     def init(params: PyTree) -> PyTree:
         return inner.init(cast(params))
 
-    def update(gradients: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        return inner.update(cast(gradients), state, cast(params))
+    def update(gradients: PyTree, state: PyTree, params: PyTree = None, **numbers: Any) -> tuple[PyTree, PyTree]:
+        return inner.update(cast(gradients), state, cast(params), **numbers)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformationExtraArgs:
     """The whole update rule, for `optax.apply_updates`.
 
     - adamw: M / (sqrt(V) + epsilon), both bias-corrected (Loshchilov & Hutter 2019, arXiv:1711.05101).
@@ -333,6 +314,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> o
 
     Gradients whose norm over all parameters is above clip_norm are first scaled to it. Weight decay is decoupled and, as in
     PyTorch, times the learning rate; only matrices decay (`LeafAxes.is_matrix`: embeddings and output head too).
+
+    `update(gradients, state, params, **numbers)` takes the fields of `schedule.Hyperparameters` as traced numbers, so that
+    they are inputs of the program it is compiled into. Without them they are those of this config, and constants.
 
     Args:
       total_steps: optimizer steps in the whole run.
@@ -346,13 +330,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> o
       ExplainedError: an unknown optimizer or schedule.
     """
     decays = jax.tree.map(lambda a: a.is_matrix, axes_tree(dims))
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decays) if config.weight_decay else optax.identity()
+    make_schedule(config, total_steps)  # raises
     return in_float32(
         optax.named_chain(
-            ("clip", clip),
+            ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
             (config.name, _direction(config, dims)),
-            ("decay", decay),
-            ("learning_rate", optax.scale_by_learning_rate(make_schedule(config, total_steps))),
+            ("decay", _decay(config.weight_decay, decays) if config.weight_decay else optax.identity()),
+            ("learning_rate", _scale_by_learning_rate(config, total_steps)),
         )
     )

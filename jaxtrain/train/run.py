@@ -42,12 +42,13 @@ from jaxtrain.train.health import Health
 from jaxtrain.train.hooks import Beating, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation
 from jaxtrain.train.judge import record_to_plain
 from jaxtrain.train.loop import Hook, Loop
-from jaxtrain.train.optimizer import make_optimizer, make_schedule
+from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.probe import Probe
 from jaxtrain.train.repeat import Repeated
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
+from jaxtrain.train.schedule import make_schedule, warmup_steps
 from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
 from jaxtrain.train.step import (
     TrainSteps,
@@ -107,6 +108,10 @@ class Run:
         progress.say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
         progress.say(f"mesh       {describe_mesh(self.mesh)}")
         progress.say(f"attention  {self.backend} ({why})")
+        warmup = warmup_steps(config.optimizer, config.train.steps)
+        if warmup < config.optimizer.warmup_steps:
+            asked = f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
+            progress.say(f"schedule   warm-up of {warmup} steps: half of train.steps={config.train.steps}, for {asked}")
         self.meter = self._open_meter()
         with progress.during("reading data"), self.stop.breakable():
             self.data = open_data(config)
@@ -351,13 +356,13 @@ class Run:
         stack.callback(profiling.close)
         learning_rate = make_schedule(config.optimizer, last)
         # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
-        rate, every = (lambda s: float(np.asarray(learning_rate(s)))), config.train.log_every
+        every = config.train.log_every
         pace = Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)
         return [
             *([Beating(self.progress.beat)] if self.progress.beat else []),
             Retrying(self.files, every),
             profiling,
-            Logging(log, self.progress, clock, rate, every, 1, last, energy, pace),
+            Logging(log, self.progress, clock, learning_rate, every, 1, last, energy, pace),
             Guard(config, log, self.progress, self.rollbacks, self._diagnose if config.guard.debug_nans else None),
             *self._validation(log, clock),
             *last_hooks,

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
-from jaxtrain.sharding import RULES, Dims, is_dims, named
+from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
 from jaxtrain.train.judge import initial_record, record_dims, record_from_plain
 from jaxtrain.train.xla_options import options_of_rare_programs
 
@@ -37,14 +38,25 @@ def make_stacking(config: Config) -> Stacking:
     return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
 
 
-def initial_params(config: Config) -> PyTree:
-    """The parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh."""
-    return decoder.initialize(config.model, jax.random.key(config.train.seed), make_stacking(config).layer_numbers())
+def seed_words(seed: int) -> np.ndarray:
+    """uint32 [2]: the upper and the lower 32 bits of a seed of up to 63 bits; the data of its key."""
+    return np.array(divmod(seed, 2**32), np.uint32)
 
 
-def _replica_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
+def initial_params(config: Config, seed: Any = None) -> PyTree:
+    """The parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh.
+
+    Args:
+      seed: `seed_words`, where they are an input of the program; None for those of train.seed.
+    """
+    words = seed_words(config.train.seed) if seed is None else seed
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    return decoder.initialize(config.model, key, make_stacking(config).layer_numbers())
+
+
+def _replica_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
     """What one replica trains, at step 0."""
-    params = initial_params(config)
+    params = initial_params(config, seed)
     return {"params": params, "optimizer": optimizer.init(params)}
 
 
@@ -53,9 +65,9 @@ def _replica_shapes(config: Config, optimizer: optax.GradientTransformation) -> 
     return jax.eval_shape(lambda: _replica_state(config, optimizer))
 
 
-def initial_state(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
-    """The state at step 0; all replicas begin alike."""
-    state, replicas = _replica_state(config, optimizer), config.mesh.replica
+def initial_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
+    """The state at step 0; all replicas begin alike. `seed` is that of `initial_params`."""
+    state, replicas = _replica_state(config, optimizer, seed), config.mesh.replica
     kept = sync.initial_state(config.sync, state["params"], replicas)
     if config.sync.replicas_differ:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
@@ -130,7 +142,13 @@ def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransforma
     """The state at step 0, born sharded: no device ever holds more than its share."""
     shardings = state_shardings(config, mesh, optimizer)
     options = options_of_rare_programs(mesh.devices.flat[0].platform)
-    return jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings, compiler_options=options)()
+    born = jax.jit(
+        lambda seed: initial_state(config, optimizer, seed),
+        in_shardings=replicated(mesh),
+        out_shardings=shardings,
+        compiler_options=options,
+    )
+    return born(seed_words(config.train.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from jaxtrain.train.exchange import (
     under,
 )
 from jaxtrain.train.judge import apply_if_good
+from jaxtrain.train.schedule import Hyperparameters, hyperparameters
 from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
 from jaxtrain.train.xla_options import (
     compile_with_options,
@@ -157,16 +158,35 @@ def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
     return tuple(axis for axis in axes if axis not in left_out)
 
 
-def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """(params, optimizer state, gradients, reports) -> (params, optimizer state, metrics), of each replica if they differ."""
+def abstract_arguments(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, PyTree, PyTree]:
+    """Shapes of (state, batch, numbers), the arguments of a train step."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    numbers = Hyperparameters(*[number] * len(Hyperparameters._fields))
+    return abstract_state(config, mesh, optimizer), abstract_batch(config, mesh), numbers
 
-    def update(params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+
+def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
+    """The step's third argument: `hyperparameters` of this config on every device, once for all steps."""
+    numbers = hyperparameters(config.optimizer, config.train.steps)
+    whole = replicated(mesh)
+    return Hyperparameters(*(jax.make_array_from_callback((), whole, lambda _, n=n: np.asarray(n)) for n in numbers))
+
+
+def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
+    """(params, optimizer state, gradients, reports, numbers) -> (params, optimizer state, metrics), of each replica if they
+    differ."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(
+        params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: Hyperparameters
+    ) -> tuple[PyTree, PyTree, PyTree]:
         metrics = {"grad_norm": optax.global_norm(gradients)}
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params, **numbers._asdict())
         params = step_biases(config.model, optax.apply_updates(params, updates), reports)
         return params, optimizer_state, metrics | expert_metrics(config.model, make_stacking(config), reports)
 
-    return jax.vmap(update, spmd_axis_name="replica") if config.sync.replicas_differ else update
+    of_each = (0, 0, 0, 0, None)
+    return jax.vmap(update, in_axes=of_each, spmd_axis_name="replica") if config.sync.replicas_differ else update
 
 
 def make_train_step(
@@ -176,7 +196,10 @@ def make_train_step(
     backend: str,
     exchange: Exchange = Exchange(),  # noqa: B008, it is frozen
 ) -> Step:
-    """The jitted (state, batch) -> (state, metrics); the state is donated.
+    """The jitted (state, batch, numbers) -> (state, metrics); the state is donated.
+
+    The numbers are `Hyperparameters` (`place_numbers`): no learning rate and no count of steps is part of the program, so runs
+    that differ in nothing else share it.
 
     Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
     losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; where parameters of
@@ -190,7 +213,7 @@ def make_train_step(
     loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, optimizer)
     replicas, differ, apart = config.mesh.replica, config.sync.replicas_differ, config.sync.sums_apart
 
-    def train_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    def train_step(state: PyTree, batch: PyTree, numbers: Hyperparameters) -> tuple[PyTree, PyTree]:
         metrics, reports, gradients = loss_and_gradients(state["params"], batch)
         params, optimizer_state, kept = state["params"], state["optimizer"], state["sync"]
         if apart and not differ:
@@ -199,7 +222,7 @@ def make_train_step(
         more = {"grad_norm": jnp.zeros(())}
         if exchange.applies:
             with jax.named_scope("optimizer"):
-                params, optimizer_state, more = update(params, optimizer_state, gradients, reports)
+                params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers)
         if differ and exchange != Exchange():
             params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
             metrics |= divergence
@@ -214,7 +237,7 @@ def make_train_step(
     shardings = state_shardings(config, mesh, optimizer)
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, named(mesh, ("replica",)) if apart else replicated(mesh)),
         donate_argnums=0,
     )
@@ -237,7 +260,7 @@ def compile_train_step(
       ExplainedError: XLA does not take an option that was asked for.
     """
     step = make_train_step(config, mesh, optimizer, backend, exchange)
-    lowered = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh))
+    lowered = step.lower(*abstract_arguments(config, mesh, optimizer))
     platform = mesh.devices.flat[0].platform
     asked = parse_options(config.train.xla_options) | deterministic_options(config, platform) | (options or {})
     defaults = default_options(config, platform)
@@ -256,7 +279,7 @@ class TrainSteps:
     def __init__(
         self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, first: int, last: int
     ):
-        self._sync, self._step = config.sync, first
+        self._sync, self._step, self._numbers = config.sync, first, place_numbers(config, mesh)
         self._newest_divergence: dict[str, jax.Array] = {}
         kinds = dict.fromkeys(sync.exchange_at(config.sync, step) for step in range(first + 1, max(first + 1, last) + 1))
         self.programs = {kind: compile_train_step(config, mesh, optimizer, backend, exchange=kind) for kind in kinds}
@@ -273,7 +296,7 @@ class TrainSteps:
         `replica_divergence` as of the newest exchange, so that a log of some steps has it."""
         self._step += 1
         kind = sync.exchange_at(self._sync, self._step)
-        state, metrics = self.programs[kind](state, batch)
+        state, metrics = self.programs[kind](state, batch, self._numbers)
         newest = {name: value for name, value in metrics.items() if name == "replica_divergence"}
         self._newest_divergence = newest or self._newest_divergence
         sent = self._bytes[kind]

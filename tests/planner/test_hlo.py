@@ -13,8 +13,7 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
 from jaxtrain.planner.hlo import matmul_flops
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import abstract_state
-from jaxtrain.train.step import abstract_batch, make_train_step
+from jaxtrain.train.step import abstract_arguments, make_train_step
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts by hand
@@ -225,7 +224,7 @@ def compiled_text(remat: str, microbatches: int, pipe: int = 1, layers: int = MO
     mesh = make_mesh(config.mesh, jax.devices()[:pipe])
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     step = make_train_step(config, mesh, optimizer, "reference")
-    return step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)).compile().as_text()
+    return step.lower(*abstract_arguments(config, mesh, optimizer)).compile().as_text()
 
 
 def layer_flops() -> tuple[float, dict[str, float]]:

@@ -14,7 +14,7 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.planner import deviceless
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
-from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step
+from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers
 from jaxtrain.train.xla_options import DETERMINISTIC, compile_with_options, deterministic_options
 
 CONFIG = Config(
@@ -37,7 +37,7 @@ def three_steps(config: Config, devices: int) -> list[bytes]:
     arrays = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": positions, "segments": np.ones_like(tokens)}
     batch = jax.device_put({name: arrays[name] for name in batch_names(config)}, batch_sharding(mesh))
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, place_numbers(config, mesh))
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state, metrics))]
 
 

@@ -38,7 +38,7 @@ from jaxtrain.train.judge import (
 )
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state, create_state, state_dims
-from jaxtrain.train.step import abstract_batch, batch_names, batch_sharding, make_train_step, read_metrics
+from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers, read_metrics
 from tests.train.poison import NAN, poisonable
 
 WINDOW = 16
@@ -154,12 +154,12 @@ def test_a_skipped_step_leaves_the_state_bit_for_bit(layout: str, monkeypatch):
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     state = create_state(config, mesh, optimizer)
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, abstract_batch(config, mesh)).compile(QUICK)
+    step, rates = compile_train_step(config, mesh, optimizer, "reference", QUICK), place_numbers(config, mesh)
 
     def after(numbers: list[int]) -> tuple[Any, list[dict[str, float]]]:
         here, seen = jax.tree.map(jnp.copy, state), []
         for number in numbers:
-            here, metrics = step(here, batch(config, mesh, abs(number), poisoned=number < 0))
+            here, metrics = step(here, batch(config, mesh, abs(number), poisoned=number < 0), rates)
             seen.append(read_metrics(metrics))
         return jax.tree.map(np.asarray, here), seen
 

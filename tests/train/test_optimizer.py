@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -16,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.sharding import is_dims, spec
-from jaxtrain.train.optimizer import STACKING, leaf_axes, make_optimizer, make_schedule, orthogonalise
+from jaxtrain.train.optimizer import STACKING, leaf_axes, make_optimizer, orthogonalise
+from jaxtrain.train.schedule import hyperparameters, learning_rate, make_schedule, warmup_steps
 
 NAMES = ["adamw", "sgd", "adafactor", "lion", "muon"]
 PLAIN = OptimizerConfig(peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=0.0)
@@ -383,6 +385,7 @@ def test_layers_of_one_stage_never_travel_to_another(name):
 
 
 SCHEDULE = OptimizerConfig(peak_lr=2.0, warmup_steps=10, final_lr_fraction=0.1, decay_fraction=0.2)
+SCHEDULES = ("constant", "cosine", "warmup_stable_decay", "inverse_sqrt")
 
 
 @pytest.mark.parametrize(
@@ -395,20 +398,53 @@ SCHEDULE = OptimizerConfig(peak_lr=2.0, warmup_steps=10, final_lr_fraction=0.1, 
     ],
 )
 def test_schedules(name, points):
-    schedule = make_schedule(dataclasses.replace(SCHEDULE, schedule=name), 100)
+    config = dataclasses.replace(SCHEDULE, schedule=name)
+    schedule = make_schedule(config, 100)
+    in_program = jax.jit(functools.partial(learning_rate, name))
     for step, expected in points.items():
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-6), step
+        assert float(in_program(hyperparameters(config, 100), step)) == pytest.approx(expected, rel=1e-6), step
     assert schedule(jnp.int32(3)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"])
-@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 7), (7, 7), (6, 7)])
-def test_schedules_at_their_edges(name, warmup, total):
-    for share in (0.0, 1.0):
-        config = dataclasses.replace(SCHEDULE, schedule=name, warmup_steps=warmup, decay_fraction=share)
+def rate_by_hand(config: OptimizerConfig, total: int, step: int) -> float:
+    """The docstring's formulas, in float64."""
+    n, w, f, p = step + 1, min(config.warmup_steps, total // 2), config.final_lr_fraction, config.peak_lr
+    if n <= w:
+        return p * n / w
+    d = min(max(round(config.decay_fraction * total), 1), total - w)
+    fall = {
+        "constant": 1.0,
+        "cosine": f + (1 - f) * (1 + math.cos(math.pi * min((n - w) / (total - w), 1))) / 2,
+        "warmup_stable_decay": 1 - (1 - f) * min(max((n - total + d) / d, 0), 1),
+        "inverse_sqrt": math.sqrt(max(w, 1) / n),
+    }
+    return p if total == 1 else p * fall[config.schedule]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_whole_whatever_its_numbers(name):
+    """It begins above 0, climbs to the peak, never falls faster than its slope allows, and ends at the stated rate."""
+    shares, finals = (0.0, 0.01, 0.2, 0.5, 0.95, 1.0), (0.0, 0.1, 1.0)
+    cases = itertools.product((1, 2, 3, 4, 7, 10, 11, 60), (0, 1, 2, 5, 9, 10, 30, 1000), shares, finals)
+    for total, warmup, share, final in cases:
+        config = dataclasses.replace(
+            SCHEDULE, schedule=name, warmup_steps=warmup, decay_fraction=share, final_lr_fraction=final
+        )
         rates = [float(make_schedule(config, total)(s)) for s in range(total)]
-        assert all(math.isfinite(r) and 0 < r <= 2 for r in rates)
-        assert rates[0] >= 2 / total * 0.1
+        assert rates == pytest.approx([rate_by_hand(config, total, s) for s in range(total)], rel=1e-5, abs=1e-6), config
+        top, w = max(rates), warmup_steps(config, total)
+        peak = rates.index(top)
+        assert rates[0] > 0, config
+        assert rates[: peak + 1] == sorted(rates[: peak + 1]), config
+        assert rates[peak:] == sorted(rates[peak:], reverse=True), config
+        if w or total == 1 or name != "cosine":
+            assert top == pytest.approx(2) or (name == "warmup_stable_decay" and not w), config
+        if total > 1 and name in ("cosine", "warmup_stable_decay"):
+            assert rates[-1] == pytest.approx(2 * final, abs=1e-6), config
+            decay = total - w if name == "cosine" else min(max(round(share * total), 1), total - w)
+            slope = (math.pi / 2 if name == "cosine" else 1) * 2 * (1 - final) / decay
+            assert max(a - b for a, b in itertools.pairwise(rates)) <= slope * 1.001 + 1e-6, config
 
 
 def test_the_first_step_is_taken_at_the_schedules_first_rate(matrix):

@@ -25,7 +25,6 @@ from jaxtrain.train.exchange import exchanged_bytes
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import (
     Canonical,
-    abstract_state,
     check_same_replicas,
     create_state,
     make_stacking,
@@ -34,7 +33,7 @@ from jaxtrain.train.state import (
 )
 from jaxtrain.train.step import (
     TrainSteps,
-    abstract_batch,
+    abstract_arguments,
     batch_names,
     batch_sharding,
     make_evaluation_step,
@@ -95,7 +94,7 @@ def canonical_start() -> Any:
     return jax.tree.map(leaf, parameter_dims(BASE.model), shapes, is_leaf=is_dims)
 
 
-def drawn_by_numpy(config: Config) -> Any:
+def drawn_by_numpy(config: Config, seed: Any = None) -> Any:
     start = canonical_start()
     return jax.tree.map(jnp.asarray, start | {"layers": jax.tree.map(make_stacking(config).stack, start["layers"])})
 
@@ -253,7 +252,7 @@ def test_delay_0_is_every_step_bit_for_bit():
     for sync in (SyncConfig(), SyncConfig(mode="delayed", delay=0)):
         config, mesh, optimizer = setup(sync, MeshConfig(replica=2, fsdp=2))
         step = make_train_step(config, mesh, optimizer, "reference", exchange_at(sync, 1))
-        texts.add(step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)).as_text())
+        texts.add(step.lower(*abstract_arguments(config, mesh, optimizer)).as_text())
     assert len(texts) == 1
 
 

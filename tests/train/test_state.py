@@ -23,13 +23,21 @@ from jaxtrain.train.state import (
     Canonical,
     abstract_state,
     create_state,
+    initial_params,
     initial_state,
     make_stacking,
+    seed_words,
     state_dims,
     state_shardings,
     to_canonical,
 )
-from jaxtrain.train.step import batch_names, batch_sharding, make_train_step
+from jaxtrain.train.step import (
+    abstract_arguments,
+    batch_names,
+    batch_sharding,
+    make_train_step,
+    place_numbers,
+)
 
 OPTIMIZERS = ["adamw", "sgd", "adafactor", "lion", "muon"]
 # 5 layers do not divide into 2 or 4 parts, and 100 ids are padded to 128.
@@ -120,7 +128,7 @@ def check_shardings(state: Any, config: Config, mesh: jax.sharding.Mesh) -> None
 def quick_start(monkeypatch):
     """Parameters that begin as tenths: drawing random numbers takes seconds to compile, and where leaves lie is the same."""
 
-    def tenths(config: Config) -> Any:
+    def tenths(config: Config, seed: Any = None) -> Any:
         return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes_of(config))
 
     monkeypatch.setattr(state_module, "initial_params", tenths)
@@ -143,9 +151,10 @@ def test_the_optimizer_state_is_born_and_stays_like_the_parameters(name: str, la
     config, mesh, optimizer = setup(layout, name)
     state, batch = create_state(config, mesh, optimizer), batch_of(config, mesh)
     check_shardings(state, config, mesh)
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile()
+    numbers = place_numbers(config, mesh)
+    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch, numbers).compile()
     for _ in range(2):
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, numbers)
         check_shardings(state, config, mesh)
 
 
@@ -164,14 +173,62 @@ def test_each_leaf_is_where_it_was_promised(name: str, quick_start):
     assert all(jax.tree.leaves(same))
 
 
+def test_a_sweep_over_rates_lengths_and_seeds_compiles_once():
+    """What is lowered says nothing of them; of a beta it does."""
+
+    def lowered(seed: int, steps: int, **changes: Any) -> tuple[str, str]:
+        config, mesh, _ = setup("one")
+        config = replace(
+            config, train=replace(config.train, seed=seed, steps=steps), optimizer=replace(config.optimizer, **changes)
+        )
+        optimizer = make_optimizer(config.optimizer, steps, parameter_dims(config.model))
+        step = make_train_step(config, mesh, optimizer, "reference").lower(*abstract_arguments(config, mesh, optimizer))
+        born = jax.jit(functools.partial(initial_state, config, optimizer)).lower(seed_words(seed))
+        return step.as_text(), born.as_text()
+
+    first = lowered(0, 10)
+    assert lowered(2**40 + 3, 2000, peak_lr=0.5, warmup_steps=3, final_lr_fraction=0.0, weight_decay=0.3) == first
+    assert lowered(0, 10, beta1=0.8)[0] != first[0]
+
+
+def test_the_numbers_of_a_step_are_its_inputs():
+    """One program, two rates: what it does with each is what the rate says."""
+    config, mesh, optimizer = setup("one", "sgd", 0.0)
+    batch = batch_of(config, mesh)
+    step = make_train_step(config, mesh, optimizer, "reference")
+    moves = {}
+    for rate in (1e-2, 3e-2):
+        changed = replace(config, optimizer=replace(config.optimizer, peak_lr=rate, weight_decay=0.0))
+        state = create_state(config, mesh, optimizer)
+        before = on_host(state["params"])
+        after = step(state, batch, place_numbers(changed, mesh))[0]["params"]
+        moves[rate] = jax.tree.map(lambda a, b: np.asarray(a) - b, after, before)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-2, atol=1e-6), moves[1e-2], moves[3e-2])
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moves[1e-2])) > 1e-4
+
+
+@pytest.mark.parametrize("seed", [5, 2**32 + 5, 2**62 + 5])
+def test_every_bit_of_a_seed_counts(seed: int):
+    """Seeds below 2^32 are those of `jax.random.key`; no two seeds begin alike."""
+
+    def start(seed: int) -> np.ndarray:
+        config = replace(BASE, mesh=MeshConfig(fsdp=1), train=replace(BASE.train, seed=seed))
+        return np.asarray(initial_params(config)["outer"]["table"])
+
+    assert all(not np.array_equal(start(seed), start(seed ^ 1 << bit)) for bit in (0, 31, 32, 61))
+    if seed < 2**32:
+        assert np.array_equal(seed_words(seed), jax.random.key_data(jax.random.key(seed)))
+
+
 def test_a_real_step_leaves_the_shardings_as_they_were():
     """Over pipe, fsdp and tensor at once; the new state can go straight into the next step."""
     config, mesh, optimizer = setup("pipe")
     state, batch = jax.tree.map(jnp.copy, born("pipe")), batch_of(config, mesh)
-    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch).compile()
+    numbers = place_numbers(config, mesh)
+    step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch, numbers).compile()
     before = on_host(state["params"])
     for expected_step in (1, 2):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, numbers)
         check_shardings(state, config, mesh)
         assert int(state["step"]) == expected_step
         assert np.isfinite(metrics["loss"])

@@ -17,8 +17,9 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.ops.losses import MASKED_LOGIT
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import abstract_state, initial_params, make_stacking, state_shardings, to_canonical
+from jaxtrain.train.state import initial_params, make_stacking, state_shardings, to_canonical
 from jaxtrain.train.step import (
+    abstract_arguments,
     abstract_batch,
     batch_names,
     batch_sharding,
@@ -26,6 +27,7 @@ from jaxtrain.train.step import (
     make_logits_step,
     make_loss_and_gradients,
     make_train_step,
+    place_numbers,
 )
 
 ROWS, LENGTH, VOCAB, Z_LOSS = 8, 8, 100, 0.01
@@ -177,8 +179,8 @@ def train_step(layout: str, base: Config = BASE) -> tuple[Any, dict[str, float]]
     state = {"params": params, "optimizer": jax.jit(optimizer.init)(params), "sync": {}, "step": np.int32(0)}
     state = jax.device_put(state, state_shardings(config, mesh, optimizer))
     step = make_train_step(config, mesh, optimizer, "reference")
-    compiled = step.lower(abstract_state(config, mesh, optimizer), abstract_batch(config, mesh)).compile()
-    state, metrics = compiled(state, batch_in(config, mesh))
+    compiled = step.lower(*abstract_arguments(config, mesh, optimizer)).compile()
+    state, metrics = compiled(state, batch_in(config, mesh), place_numbers(config, mesh))
     return state, {name: float(value) for name, value in metrics.items()}
 
 
