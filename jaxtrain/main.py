@@ -82,6 +82,9 @@ def train(arguments: Sequence[str]) -> int:
 
     import jax  # after parsing, so that a typo is answered at once
 
+    from jaxtrain.numerics import settle
+
+    set_aside = settle()
     place = distributed.start(config.distributed)
 
     from jaxtrain.processes import check_same_config
@@ -94,6 +97,8 @@ def train(arguments: Sequence[str]) -> int:
     progress = open_progress(config.train.steps, process_index=jax.process_index())
     with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
         progress.beat = Beat.from_environment()
+        if set_aside:
+            progress.say(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
             check_same_config(config)

@@ -1,7 +1,7 @@
-"""jax's switches that change numbers: what jaxtrain computes is a function of config and data, whatever the environment says.
+"""jax's flags that change numbers: what jaxtrain computes is a function of config and data, whatever the environment says.
 
-A switch comes from the environment (JAX_ENABLE_X64=1), from a config file's own code, or from the program that uses jaxtrain as
-a library. `FLAGS` says what each must be; a command sets them for good (`settle`), the library while it computes (`settled`).
+A flag comes from the environment (JAX_ENABLE_X64=1), from a config file's own code, or from a program that uses jaxtrain as a
+library. `NEEDED` says what each must be: a command sets them for good (`settle`), the library while it computes (`settled`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,94 @@ from typing import Any
 
 import jax
 
-from jaxtrain.errors import ExplainedError
+from jaxtrain.errors import UsageError
 
-FLAGS: dict[str, Any] = {
-    "jax_enable_x64": False,  # float64 and int64 where nothing says otherwise
-    "jax_numpy_dtype_promotion": "standard",  # strict refuses our own mixed products
-    "jax_numpy_rank_promotion": "allow",  # raise refuses them too
+NEEDED: dict[str, Any] = {
+    "jax_enable_x64": False,  # else float64 and int64 wherever nothing says otherwise
+    "jax_numpy_dtype_promotion": "standard",  # strict refuses our own products of two dtypes
+    "jax_numpy_rank_promotion": "allow",  # raise refuses those of two ranks
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,  # else other random bits, and other ones on each mesh
     "jax_random_seed_offset": 0,
-    "jax_default_matmul_precision": None,  # a model says where it needs more: the router
+    "jax_default_matmul_precision": None,  # the model says where it needs more: in the router
     "jax_softmax_custom_jvp": False,
     "jax_disable_jit": False,  # op by op adds up in another order, and shards nothing
-    "jax_disable_most_optimizations": False,
-    "jax_optimization_level": "UNKNOWN",  # XLA's own default
-    "jax_exec_time_optimization_effort": 0.0,
-    "jax_memory_fitting_effort": 0.0,
-    "jax_memory_fitting_level": "O2",
-    "jax_use_shardy_partitioner": True,
-    "jax_compiler_enable_remat_pass": True,
-    "jax_use_direct_linearize": True,
-    "jax_allow_f16_reductions": True,
 }
-"""What each must be. Those that an older or newer jax has not are passed over."""
-_NOT_IEEE = re.compile(r"--(xla_(?:cpu|gpu)\w*fast_m(?:ath|in_max)\w*|xla_gpu_ftz)(?:=(\S+))?")
+COMPARED = (
+    "jax_disable_most_optimizations",
+    "jax_optimization_level",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_compiler_enable_remat_pass",
+    "jax_use_shardy_partitioner",
+    "jax_use_direct_linearize",
+    "jax_allow_f16_reductions",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_use_magma",
+)
+"""Flags of how programs are made and compiled: they may change a rounding, never a formula or a random bit. They are left as
+they are, and must be the same in all processes of a run."""
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+"""Environment variables of the same kind."""
+_NOT_IEEE = re.compile(r"(xla_[cg]pu_(?:enable_fast_math|ftz))(?:=(\S*))?")
+
+
+def number_flags() -> dict[str, str]:
+    """Return every setting from outside the config that can change a number, by name, for processes to compare."""
+    flags = {name: str(_value(name)) for name in (*NEEDED, *COMPARED) if name in jax.config.values}
+    return flags | {name: os.environ.get(name, "") for name in VARIABLES}
+
+
+def set_aside() -> list[str]:
+    """Return "name=value" of each flag that is not as `NEEDED`.
+
+    Raises:
+      UsageError: XLA_FLAGS ask for arithmetic that is not IEEE 754's, which can no longer be undone.
+    """
+    for name, value in _NOT_IEEE.findall(os.environ.get("XLA_FLAGS", "")):
+        if value.lower() not in ("false", "0"):
+            raise UsageError(
+                f"XLA_FLAGS has --{name}: sums and NaNs would depend on it, and a seed would begin otherwise; take it out"
+            )
+    known = {name: needed for name, needed in NEEDED.items() if name in jax.config.values}
+    return [f"{name}={_value(name)}" for name, needed in known.items() if _value(name) != needed]
+
+
+def settle() -> list[str]:
+    """Set every flag as `NEEDED`, for good; return `set_aside` as it was before.
+
+    Raises:
+      UsageError: as `set_aside`, or the caller is inside a jax context that keeps a flag, such as `jax.enable_x64()`.
+    """
+    changed = set_aside()
+    for flag in changed:
+        name = flag.partition("=")[0]
+        jax.config.update(name, NEEDED[name])
+    kept = set_aside()
+    if kept:
+        raise UsageError(f"jax's {', '.join(kept)} would change numbers, and a context of jax keeps it so; leave that context")
+    return changed
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[list[str]]:
+    """Set every flag as `NEEDED` while the block (or the decorated function) runs; give `set_aside` as it was before.
+
+    Raises:
+      UsageError: as `set_aside`.
+    """
+    before = {name: _value(name) for name in NEEDED if name in jax.config.values}
+    changed = settle()
+    try:
+        yield changed
+    finally:
+        for flag in changed:
+            name = flag.partition("=")[0]
+            jax.config.update(name, before[name])
+
+
+def _value(name: str) -> Any:
+    """Return a flag's value, an enum's as its word."""
+    value = getattr(jax.config, name, jax.config.values.get(name))
+    return getattr(value, "value", value)

@@ -35,6 +35,7 @@ from jaxtrain.launch import distributed
 from jaxtrain.main import count_devices
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.numerics import settle
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.text import open_console
 from jaxtrain.train.feed import owned_rows, to_global
@@ -213,6 +214,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= flags.tolerance < 1:
         raise UsageError(f"--tolerance={flags.tolerance}: give a relative difference from 0 to 1")
     other_flags = other_config(without_own_flags(arguments), flags.against) if flags.against else None
+    settle()
     place = distributed.start(config.distributed)
     devices = count_devices()
     config = validate(config, devices)

@@ -28,6 +28,7 @@ FLOORS = {
     "signals": 0,
     "text": 0,
     "mesh": 1,
+    "numerics": 1,
     "processes": 1,
     "safetensors": 1,
     "sharding": 1,

@@ -25,6 +25,7 @@ from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.paths import user_path
 from jaxtrain.telemetry.clock import StepClock, Work
@@ -87,6 +88,7 @@ class Run:
       ExplainedError: the data, the run folder the attention backend or the meter of energy cannot be had.
     """
 
+    @settled()
     def __init__(self, config: Config, progress: Progress, stop: StopOnSignal | None = None):
         self.config, self.progress, self.stop = config, progress, stop or StopOnSignal(progress)
         self.directory = config.directory
@@ -121,6 +123,7 @@ class Run:
         self._restored_metadata: dict[str, Any] = {}
         self.fast: FastTier | None = None
 
+    @settled()
     def train(self) -> int:
         """Trains, saves, draws, samples; returns the exit code.
 

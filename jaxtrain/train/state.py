@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config, SyncConfig
 from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
+from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
@@ -138,6 +139,7 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
     )
 
 
+@settled()
 def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
     """The state at step 0, born sharded: no device ever holds more than its share."""
     shardings = state_shardings(config, mesh, optimizer)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
+from jaxtrain.numerics import settled
 from jaxtrain.ops.attention import choose_backend
 from jaxtrain.ops.attention_context import Plan, choose_context_attention
 from jaxtrain.ops.attention_order import IN_PIECES, share_out
@@ -243,6 +244,7 @@ def make_train_step(
     )
 
 
+@settled()
 def compile_train_step(
     config: Config,
     mesh: Mesh,
