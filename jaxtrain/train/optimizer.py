@@ -268,7 +268,7 @@ def _decay(weight_decay: float, decays: PyTree) -> optax.GradientTransformationE
         rate = numbers.get("weight_decay", weight_decay)
         return jax.tree.map(lambda u, p, is_due: u + rate * p if is_due else u, updates, params, decays), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:

@@ -50,7 +50,7 @@ def initial_params(config: Config, seed: Any = None) -> PyTree:
     Args:
       seed: `seed_words`, where they are an input of the program; None for those of train.seed.
     """
-    words = seed_words(config.train.seed) if seed is None else seed
+    words = jnp.asarray(seed_words(config.train.seed) if seed is None else seed)
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return decoder.initialize(config.model, key, make_stacking(config).layer_numbers())
 
