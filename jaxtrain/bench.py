@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import dataclasses
 import io
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 from jaxtrain.command_line import parse_command_line
 from jaxtrain.config import Config, DataSource
 from jaxtrain.config_rules import validate
+from jaxtrain.main import ask_for_memory
 
 DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."
 WARM_UP_STEPS = 3
@@ -189,6 +191,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # No compilation cache here: compile_seconds is that of a first run.
     config = validate(bench_config(config), jax.device_count())
+    ask_for_memory(config, 1, lambda line: print(line, file=sys.stderr))
     report = Bench(config).report()
     print(table(report))
     print(json.dumps(report))

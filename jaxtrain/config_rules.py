@@ -84,6 +84,9 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
 
 
 SMALLEST_BPE, LARGEST_BPE = 257, 2**20
+MOST_MICROBATCHES = 2**14
+MOST_THREADS = 1024
+LONGEST_SPIKE_WINDOW = 2**20
 _LARGEST = {"train.seed": 2**63}  # of whole numbers; 2^31 for all others, so that what is computed from them stays in bounds
 
 
@@ -298,6 +301,10 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
             f"use {_nearest_multiples(train.global_batch_size, unit)}"
         )
+    if train.microbatches > MOST_MICROBATCHES:
+        problems.append(
+            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
+        )
     if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
         problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
     if pipeline.chunks > 1 and mesh.pipe == 1:
@@ -349,6 +356,10 @@ def _guard_problems(config: Config) -> list[str]:
         )
     if guard.non_finite == "off" and guard.judges:
         problems.append("guard.non_finite=off leaves NaNs to guard.spike and guard.debug_nans; use stop, skip or rollback")
+    if guard.judges and guard.spike_window > LONGEST_SPIKE_WINDOW:
+        problems.append(
+            f"guard.spike_window={guard.spike_window}: every device keeps the window; use {LONGEST_SPIKE_WINDOW} or less"
+        )
     if guard.spike != "off" and guard.spike_window < 8:
         problems.append(f"guard.spike_window={guard.spike_window} is too short for a median absolute deviation; use 8 or more")
     for name in ("non_finite", "spike", "copies"):
@@ -415,6 +426,8 @@ def _other_problems(config: Config) -> list[str]:
     problems = []
     unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
     problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
+    if config.data.workers > MOST_THREADS:
+        problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {MOST_THREADS} or fewer")
     if not config.data.sources:
         problems.append("data.sources is empty; give at least one source")
     scaling = config.model.rope_scaling

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxtrain.cli import is_out_of_memory
 from jaxtrain.command_line import parse_command_line
@@ -52,6 +52,24 @@ def memory_explained(config: Config, backend: str) -> Iterator[None]:
         limit = stats.get("bytes_limit") or resolve_chip(config.telemetry.hardware, device.device_kind).memory_bytes
         held = stats.get("bytes_in_use")
         raise ExplainedError(explain_out_of_memory(config, jax.device_count(), str(error), limit, held, backend)) from error
+
+
+def ask_for_memory(config: Config, local_processes: int, say: Callable[[str], None]) -> None:
+    """Says how much memory the run takes, before anything is allocated.
+
+    Args:
+      config: valid, its mesh resolved.
+      local_processes: processes of the run on this host.
+
+    Raises:
+      ExplainedError: it cannot fit.
+    """
+    from jaxtrain.mesh import make_mesh
+    from jaxtrain.planner.memory_check import check_memory, find_room
+    from jaxtrain.train.step import choose_attention
+
+    if room := find_room(local_processes):
+        say(check_memory(config, room, choose_attention(config, make_mesh(config.mesh))[0]))
 
 
 def count_devices() -> int:
@@ -102,6 +120,7 @@ def train(arguments: Sequence[str]) -> int:
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
             check_same_config(config)
+        ask_for_memory(config, place.local_processes if place else 1, progress.say)
         run = Run(config, progress, stop)
         with memory_explained(config, run.backend):
             return run.train()

@@ -32,7 +32,7 @@ from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed
-from jaxtrain.main import count_devices
+from jaxtrain.main import ask_for_memory, count_devices
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settle
@@ -218,6 +218,7 @@ def main(arguments: Sequence[str]) -> int:
     place = distributed.start(config.distributed)
     devices = count_devices()
     config = validate(config, devices)
+    ask_for_memory(config, place.local_processes if place else 1, lambda line: print(line, file=sys.stderr))
     record = recorded(config, flags.step) if other_flags is None else {}
     layout = Layout(config)
     other = Layout(validate(other_flags, devices)) if other_flags is not None else None

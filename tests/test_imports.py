@@ -20,6 +20,7 @@ FLOORS = {
     "chip": 0,
     "chip_file": 0,
     "hardware": 0,
+    "host_memory": 0,
     "errors": 0,
     "files": 0,
     "jax_private": 0,
@@ -120,6 +121,7 @@ SAME_FLOOR = {
     ("preflight.__main__", "cli"),
     ("preflight.__main__", "main"),
     ("replay", "cli"),
+    ("bench", "main"),
     ("replay", "main"),
     ("tokenize", "cli"),
 }

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxtrain.host_memory import available_bytes
 from jaxtrain.planner.measure import memory_bytes
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
@@ -128,9 +129,11 @@ def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) 
 
 
 def look_at_memory(site: Site) -> dict[str, Any]:
-    """Memory of a device of this process, and how many share the host's where it is the host's."""
-    device = jax.local_devices()[0]
-    return {"bytes": memory_bytes(), "devices": jax.local_device_count(), "of_host": device.platform == "cpu"}
+    """Memory of a device of this process (of a CPU: its share of what the host has left), and how many devices there are."""
+    of_host = jax.local_devices()[0].platform == "cpu"
+    free = available_bytes() if of_host else None
+    held = memory_bytes() if free is None else free // jax.local_device_count()
+    return {"bytes": held, "devices": jax.local_device_count(), "of_host": of_host}
 
 
 def judge_memory(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:

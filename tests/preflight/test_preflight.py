@@ -248,7 +248,7 @@ def test_a_mirror_that_cannot_be_written_fails(site, monkeypatch):
 def test_memory_that_does_not_suffice_fails(site, monkeypatch):
     check = devices.checks()[1]
     assert states([check], site) == {"memory": "ok"}
-    monkeypatch.setattr(devices, "memory_bytes", lambda: 100_000)
+    monkeypatch.setattr(devices, "available_bytes", lambda: 800_000)
     ((_, state, words),) = found([check], site)
     assert state == "failed"
     assert "of 97.7 KiB" in words

@@ -1,0 +1,74 @@
+"""How much memory of the host this process may still take, as Linux says it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """The least of: what the host has free or can free, swap included; what its control groups leave; what RLIMIT_AS leaves.
+
+    None where the system says nothing of it.
+
+    Args:
+      root: where /proc and /sys/fs/cgroup are.
+    """
+    limits = [*_of_host(root), *_of_groups(root), *_of_address_space(root)]
+    return max(0, min(limits)) if limits else None
+
+
+def _fields(file: Path, unit: int = 1) -> dict[str, int]:
+    """{name: number} of a file of "name number" lines; empty where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return {name: unit * int(number) for name, number in re.findall(r"^(\w+):?\s+(\d+)", file.read_text(), re.MULTILINE)}
+    return {}
+
+
+def _of_host(root: Path) -> Iterator[int]:
+    found = _fields(root / "proc/meminfo", 1024)
+    if "MemAvailable" in found:
+        yield found["MemAvailable"] + found.get("SwapFree", 0)
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None for "max", and where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text())
+    return None
+
+
+def _of_groups(root: Path) -> Iterator[int]:
+    """What each control group above this process leaves: its limit less what it holds and cannot give back (versions 2 and 1).
+
+    In a container the path may be that of the host, and the root of the mount is then this process's group.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            mount, limit, held = root / "sys/fs/cgroup", "memory.max", "memory.current"
+            if "memory" in controllers.split(","):
+                mount, limit, held = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            elif controllers:
+                continue
+            inner = mount / path.lstrip("/")
+            for group in [inner, *[parent for parent in inner.parents if parent.is_relative_to(mount)]]:
+                most, now, of = _number(group / limit), _number(group / held), _fields(group / "memory.stat")
+                if most is not None and now is not None:
+                    yield most - now + of.get("inactive_file", 0) + of.get("active_file", 0)
+
+
+def _of_address_space(root: Path) -> Iterator[int]:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = (_read_first(root / "proc/self/statm") or 0) * resource.getpagesize()
+        yield limit - pages
+
+
+def _read_first(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text().split()[0])
+    return None

@@ -1,0 +1,164 @@
+"""Whether a run fits the memory at hand, asked before anything is allocated.
+
+Parameters, optimizer state and one batch are known exactly, and a run is refused where they alone do not fit. The rest is an
+estimate (`planner.memory`), for a GPU's program: where that is larger than the memory it is a warning, and only a refusal where
+it is `MOST_OVER` times as large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jaxtrain.config import Config
+from jaxtrain.config_fields import set_field
+from jaxtrain.errors import ExplainedError
+from jaxtrain.host_memory import available_bytes
+from jaxtrain.planner.estimates import Memory
+from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.planner.relief import categories, smallest_changes
+from jaxtrain.telemetry.flops import num_parameters
+from jaxtrain.telemetry.progress import readable_size
+
+MOST_OVER = 4.0
+UNIT = 64
+"""Widths that are offered are multiples of this."""
+
+
+class Room(NamedTuple):
+    """Memory that devices share."""
+
+    available: float
+    """Bytes."""
+    devices: int
+    """How many of the run's devices share it."""
+    host: float | None
+    """Bytes available on the host, where batches are made; None where the system does not say."""
+    batches: float
+    """Share of each global batch that is made on this host."""
+    words: str
+    """What it is: "available on this host"."""
+
+
+def find_room(local_processes: int) -> Room | None:
+    """The memory for a device of this process, or for all of this host where they are CPU devices.
+
+    None where nothing says how much there is.
+
+    Args:
+      local_processes: processes of the run on this host.
+    """
+    device, host, share = jax.local_devices()[0], available_bytes(), local_processes / jax.process_count()
+    if device.platform == "cpu":
+        devices = jax.local_device_count() * local_processes
+        return None if host is None else Room(host, devices, host, share, "available on this host")
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return Room(limit, 1, host, share, "on the device") if limit else None
+
+
+def check_memory(config: Config, room: Room, backend: str) -> str:
+    """A line for the log: how much memory the run takes, of how much.
+
+    Args:
+      config: valid, its mesh resolved.
+      backend: of attention.
+
+    Raises:
+      ExplainedError: it cannot fit; says what takes how much, and what would fit.
+    """
+    batch = batch_bytes(config) * room.batches
+    if room.host is not None and config.data.prefetch * batch > room.host:
+        raise ExplainedError(_too_large_batch(config, batch, room.host))
+    memory = estimate_memory(config, backend)
+    state, total = _state(memory) * room.devices, memory.total * room.devices
+    if state > room.available:
+        raise ExplainedError(_too_large_state(config, memory, room))
+    if total > MOST_OVER * room.available:
+        raise ExplainedError(_too_large_step(config, memory, room, backend))
+    of = f"{readable_size(room.available)} {room.words}"
+    if total > room.available:
+        return (
+            f"warning    the run takes about {readable_size(total)} of memory by estimate, and there are {of}: it may run out; "
+            "more train.microbatches, --train.remat=full or a smaller model take less"
+        )
+    return f"memory     about {readable_size(total)}, of {of}"
+
+
+def batch_bytes(config: Config) -> float:
+    """Bytes of a global batch: int32 tokens, targets, positions and, with documents packed, segments."""
+    return 4.0 * (4 if config.data.mask_documents else 3) * config.train.global_batch_size * config.data.sequence_length
+
+
+def _state(memory: Memory) -> float:
+    return memory.parameters + memory.optimizer
+
+
+def _too_large_batch(config: Config, batch: float, host: float) -> str:
+    size, length, ahead = config.train.global_batch_size, config.data.sequence_length, config.data.prefetch
+    share = host / (ahead * batch)
+    return (
+        f"out of host memory: a batch of train.global_batch_size={size:,} sequences of data.sequence_length={length:,} tokens "
+        f"takes {readable_size(batch)} here, data.prefetch={ahead:,} of them {readable_size(ahead * batch)}, and "
+        f"{readable_size(host)} are available on this host. Nothing was allocated. They would fit with one of: "
+        f"{'; '.join(f'{name}={int(now * share):,}' for name, now in _sizes_of_batch(config).items() if now * share >= 1)}."
+    )
+
+
+def _sizes_of_batch(config: Config) -> dict[str, int]:
+    return {
+        "data.prefetch": config.data.prefetch,
+        "train.global_batch_size": config.train.global_batch_size,
+        "data.sequence_length": config.data.sequence_length,
+    }
+
+
+def _too_large_state(config: Config, memory: Memory, room: Room) -> str:
+    parameters, optimizer = memory.parameters * room.devices, memory.optimizer * room.devices
+    lines = [
+        f"out of memory: {config.name} has {num_parameters(config.model).total:,} parameters, which take "
+        f"{readable_size(parameters)}, and {config.optimizer.name} keeps {readable_size(optimizer)}; there are "
+        f"{readable_size(room.available)} {room.words}. Nothing was allocated."
+    ]
+    fits = lambda changed: _state(estimate_memory(changed, "blockwise")) * room.devices <= room.available  # noqa: E731
+    offers = [f"{name}={most:,}" for name, most in largest_that_fit(config, fits).items()]
+    if offers:
+        lines.append(f"The state alone would fit with one of: {'; '.join(offers)}.")
+    lines.append("Further devices hold more: `python -m jaxtrain.plan --config=...` says how many it takes.")
+    return "\n".join(lines)
+
+
+def _too_large_step(config: Config, memory: Memory, room: Room, backend: str) -> str:
+    lines = [
+        f"out of memory: {config.name} takes about {readable_size(memory.total * room.devices)} by estimate, and there are "
+        f"{readable_size(room.available)} {room.words}. Nothing was allocated."
+    ]
+    lines += [f"  {readable_size(size * room.devices):>9}  {words}" for words, size in categories(memory)]
+    changes = smallest_changes(config, math.prod(config.mesh.shape), room.available / room.devices, backend)
+    lines += ["The smallest changes that fit:"] if changes else ["Fewer or shorter sequences, or a smaller model, take less."]
+    lines += [
+        f"  {' '.join(f'--{n}={v}' for n, v in flags.items())}  ({readable_size(size * room.devices)})"
+        for flags, size in changes
+    ]
+    return "\n".join(lines)
+
+
+def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str, int]:
+    """{field: its largest value, all else as it is, with which the model fits}; widths in multiples of `UNIT`, a vocabulary not
+    below 257. Fields that alone do not suffice are left out."""
+    model, offers = config.model, {}
+    sizes = {"model.num_layers": (model.num_layers, 1, 1 + model.first_dense_layers)}
+    sizes |= {"model.embed_dim": (model.embed_dim, UNIT, UNIT), "model.mlp_dim": (model.mlp_dim, UNIT, UNIT)}
+    sizes |= {"model.vocab_size": (model.vocab_size, 1, 257)}
+    if model.moe:
+        sizes |= {"model.moe.num_experts": (model.moe.num_experts, 1, model.moe.experts_per_token)}
+    for name, (now, unit, least) in sizes.items():
+        low, high = 0, now // unit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(set_field(config, name, middle * unit)) else (low, middle - 1)
+        if least <= low * unit < now:
+            offers[name] = low * unit
+    return offers
