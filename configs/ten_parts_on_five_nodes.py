@@ -1,8 +1,8 @@
 """A worked example of pipelining: 100 layers of width 1000, cut into 10 parts, on 5 nodes.
 
 Each node is a pipeline stage that holds two parts, so there are two chunks a stage: node i computes parts i and i + 5.
-The update is plain stochastic gradient descent, theta - alpha * gradient. It runs on five fake devices, in 11.2 GiB of memory and
-some minutes:
+The update is plain stochastic gradient descent, theta - alpha * gradient. It runs on five fake devices, in 11.2 GiB of memory
+and some minutes:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=5 python -m jaxtrain.main --config=configs/ten_parts_on_five_nodes.py
 """

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
