@@ -178,15 +178,14 @@ def main(arguments: Sequence[str]) -> int:
     chip, devices, as_json = take_flag(rest, "chip", "h100-sxm"), take_flag(rest, "devices", "0"), take_flag(rest, "json", "")
     config = parse_command_line(rest, DESCRIPTION, "python -m jaxtrain.collectives")
 
-    from jaxtrain.planner.deviceless import has_plugin
+    from jaxtrain.planner.deviceless import find_obstacle
     from jaxtrain.planner.targets import find_target
 
     find_target(chip)
     config = validate(config, count_devices(config, devices))
-    if has_plugin():
-        print(f"compiling for {math.prod(config.mesh.shape)} x {chip} ...", file=sys.stderr)
-    else:
-        print('the closed form alone; to compile and compare: pip install "jaxtrain[plan]" (needs no GPU)', file=sys.stderr)
+    obstacle = find_obstacle()
+    doing = f"the closed form alone: {obstacle}" if obstacle else f"compiling for {math.prod(config.mesh.shape)} x {chip} ..."
+    print(doing, file=sys.stderr)
     whole = examine(config, chip)
     if as_json:
         print(json.dumps(whole))

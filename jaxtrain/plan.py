@@ -55,8 +55,9 @@ class Flags:
     """Chips in a host, which reach each other over the chip's own links."""
     objective: Literal["time", "energy", "cost"] = "time"
     """What to rank by: seconds, joules or money a token."""
-    verify: int = 5
-    """How many of the best to compile for that chip, and rank again by what the program holds and moves; 0 for none."""
+    verify: int | None = None
+    """How many of the best to compile for that chip, and rank again by what the program holds and moves; 0 for none. By default
+    5 where this machine can compile for the chip; without that, a number compiles for fake CPU devices (slow, approximate)."""
     explain: bool = False
     """No search: what each device holds, what each axis moves, and the schedule of the config's own layout."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -87,7 +88,7 @@ def check_flags(flags: Flags) -> None:
     """Raises UsageError for flags that are out of range or do not go together."""
     for name, least in (("hosts", 1), ("devices_per_host", 1), ("verify", 0), ("steps", 1)):
         value = getattr(flags, name)
-        if value < least:
+        if value is not None and value < least:
             raise UsageError(f"--{name}={value}: give at least {least}")
     for name in ("tokens", "days", "price_per_gpu_hour"):
         value = getattr(flags, name)
@@ -146,16 +147,17 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
 
     from jaxtrain.planner.answer import Plan, make_bill, plan_json
     from jaxtrain.planner.search import search
+    from jaxtrain.planner.verify import choose_count, verify
     from jaxtrain.planner.words import explain_plan
 
+    count, basis = choose_count(cluster.chip, flags.verify)
+    tell(basis)
     look = functools.partial(search, objective=flags.objective)
     found = look(config, cluster)
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")
     ranked = found.ranked
-    if ranked and flags.verify:
-        from jaxtrain.planner.verify import verify
-
-        ranked = tuple(verify(ranked, flags.verify, objective=flags.objective))
+    if ranked and count:
+        ranked = tuple(verify(ranked, count, objective=flags.objective))
     words = explain_plan(config, cluster, flags.objective, found, ranked, look)
     bill = make_bill(ranked[0], flags.tokens, flags.days, flags.price_per_gpu_hour) if ranked else None
     plan = Plan(config, cluster, flags.objective, found, ranked[:MOST_SHOWN], words, bill)

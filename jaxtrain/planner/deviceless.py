@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtrain.config import Config, from_json, to_json
@@ -36,6 +39,10 @@ if TYPE_CHECKING:
     from jaxtrain.parallel.sync import Exchange
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+NEEDS_PTXAS = (0, 11)
+"""The jaxlib from which XLA assembles what it compiles with NVIDIA's own tools."""
+PTXAS_PACKAGE = "nvidia-cuda-nvcc-cu12"
+CUDA_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 DEVICES_PER_HOST = 8
 CUDNN_VERSION = 91000
 _MARK = "jaxtrain-answer:"
@@ -66,19 +73,41 @@ class Report:
         return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
 
 
+def find_obstacle() -> str | None:
+    """Return why this machine cannot compile for NVIDIA GPUs and how to change that, in one line; None if it can."""
+    if importlib.util.find_spec("jax_plugins") is None or not any(map(importlib.util.find_spec, PLUGINS)):
+        return 'XLA\'s compiler for NVIDIA GPUs is not installed (it needs no GPU): pip install "jaxtrain[plan]"'
+    version = importlib.metadata.version("jaxlib")
+    if tuple(map(int, version.split(".")[:2])) >= NEEDS_PTXAS and not _has_ptxas():
+        return f"XLA's compiler for NVIDIA GPUs (jaxlib {version}) needs ptxas and libdevice: pip install {PTXAS_PACKAGE}"
+    return None
+
+
+def _has_ptxas() -> bool:
+    """Whether NVIDIA's assembler is where XLA looks for it: with libdevice, in a package, on the PATH, or in a CUDA toolkit.
+
+    XLA ends the process by SIGSEGV where it is not.
+    """
+    packages = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in packages.submodule_search_locations or ()] if packages else []
+    in_packages = any(path for folder in folders for path in folder.glob("*/bin/ptxas"))
+    return in_packages or shutil.which("ptxas") is not None or any(Path(kit, "bin/ptxas").exists() for kit in CUDA_TOOLKITS)
+
+
 def has_plugin() -> bool:
-    """Whether XLA for NVIDIA GPUs is installed."""
-    return importlib.util.find_spec("jax_plugins") is not None and any(map(importlib.util.find_spec, PLUGINS))
+    """Return whether this machine can compile for NVIDIA GPUs."""
+    return find_obstacle() is None
 
 
 def require_plugin() -> None:
-    """Refuses to go on without the plugin.
+    """Refuse to go on where this machine cannot compile for NVIDIA GPUs.
 
     Raises:
-      ExplainedError: how to install it.
+      ExplainedError: how to install what is missing.
     """
-    if not has_plugin():
-        raise ExplainedError('XLA\'s compiler for NVIDIA GPUs is not installed (it needs no GPU): pip install "jaxtrain[plan]"')
+    obstacle = find_obstacle()
+    if obstacle:
+        raise ExplainedError(obstacle)
 
 
 def _require_cpu_backend() -> None:
@@ -210,11 +239,16 @@ def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_hos
     return Report(**said)
 
 
+class CompilerDied(ExplainedError):
+    """A process that compiled ended without an answer: XLA aborted, or the system ended it."""
+
+
 def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, Any]:
     """Runs a module, on CPU, in a process of its own, with `request` as its standard input; returns what it gave to `answer`.
 
     Raises:
-      ExplainedError: what the process said went wrong, or how it ended; one line, after what it was `doing`.
+      ExplainedError: what the process said went wrong.
+      CompilerDied: how it ended, in one line, after what it was `doing`.
     """
     done = subprocess.run(
         [sys.executable, "-m", module],
@@ -228,7 +262,7 @@ def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, 
     line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
     if line is None:
         ended = f"exit code {done.returncode}" if done.returncode >= 0 else signal.Signals(-done.returncode).name
-        raise ExplainedError(f"{doing} ended with {ended}: {_cause(done.stderr)}")
+        raise CompilerDied(f"{doing} ended with {ended}: {_cause(done.stderr)}")
     said = json.loads(line.removeprefix(_MARK))
     if "error" in said:
         raise ExplainedError(said["error"])
@@ -236,9 +270,9 @@ def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, 
 
 
 def _cause(stderr: str) -> str:
-    """The line of a process that crashed which says why: XLA's fatal one, before its stack, else the last."""
+    """Return the line that says why a process crashed: XLA's first fatal one, its first error or warning, or the last."""
     lines = stderr.strip().splitlines() or ["it said nothing"]
-    return next((line for line in lines if re.match(r"F\d{4,}", line)), lines[-1])
+    return next((line for level in "FEW" for line in lines if re.match(rf"{level}\d{{4,}} ", line)), lines[-1])
 
 
 def answer(make: Callable[[], dict[str, Any]]) -> None:

@@ -214,19 +214,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, metavar="N", help="one layout, from 1")
     parser.add_argument("--cache", default=CACHE, help="file in which compiled layouts are kept")
     options = parser.parse_args(arguments)
-    numbers = [options.only] if options.only else range(1, len(LAYOUTS) + 1)
+    return print_table(LAYOUTS, options.cache, [options.only] if options.only else None)
+
+
+def print_table(layouts: Sequence[Layout], cache: str, numbers: Sequence[int] | None = None) -> int:
+    """Prints estimated beside compiled memory of layouts, or of those of some numbers, from 1; an exit code."""
     print("| | layout | estimated, GiB | compiled, GiB | error | largest error of bytes moved |")
     print("|---|---|---|---|---|---|")
     errors = []
-    for number in numbers:
+    for number in numbers or range(1, len(layouts) + 1):
         try:
-            comparison = compare(LAYOUTS[number - 1], user_path(options.cache))
+            comparison = compare(layouts[number - 1], user_path(cache))
         except ExplainedError as error:
             print(f"layout {number}: {error}", file=sys.stderr)
             return 1
-        errors.append(abs(comparison.memory_error))
+        errors.append(comparison.memory_error)
         print(row(number, comparison), flush=True)
-    print(f"\nMemory: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}, of {len(errors)} layouts.")
+    sizes, low = [abs(error) for error in errors], sum(error < 0 for error in errors)
+    print(
+        f"\nMemory: median error {statistics.median(sizes):.1%}, largest {max(sizes):.1%}, of {len(sizes)} layouts; "
+        f"{low} are estimated too low, {len(sizes) - low} too high."
+    )
     return 0
 
 

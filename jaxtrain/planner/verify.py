@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
+from jaxtrain.hardware import Chip
 from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
-from jaxtrain.planner.deviceless import Report, answer, ask, has_plugin, report_in_subprocess
+from jaxtrain.planner.deviceless import CompilerDied, Report, answer, ask, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.hlo_collectives import Row
@@ -27,21 +28,24 @@ from jaxtrain.planner.search import Objective
 from jaxtrain.planner.targets import TARGETS
 from jaxtrain.planner.traffic import Flow, Placement, place, seconds
 
+BEST = 5
+"""Layouts that are compiled where nobody says how many."""
 MOST_FAKE_DEVICES = 512
 """Making more takes XLA:CPU longer than compiling for them."""
 
 
 def verify(
     estimates: Sequence[Estimate],
-    k: int = 5,
+    k: int = BEST,
     objective: Objective = "time",
     at_once: int = 2,
     tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[Estimate]:
-    """The estimates again, the first k of them compiled and ranked anew; the others follow as they are.
+    """Return the estimates, the first k of them compiled and ranked anew; the others follow as they are.
 
     A layout that does not compile is left out, and `tell` gets one line that says why. One that turns out not to fit comes
-    last.
+    last. Where the compiler's process dies over every layout, the compiler is at fault: the estimates stand, and one line says
+    so.
 
     Args:
       estimates: best first, as `search` ranks them.
@@ -49,19 +53,40 @@ def verify(
       at_once: compilations at a time.
     """
 
-    def check(estimate: Estimate) -> Estimate | None:
+    def check(estimate: Estimate) -> Estimate | ExplainedError:
         try:
             return compiled(estimate)
         except ExplainedError as error:
-            words = " x ".join(f"{axis}={n}" for axis, n in estimate.mesh.items()) or "one device"
-            tell(f"verify     {words}: left out: {error}")
-            return None
+            return error
 
     with ThreadPoolExecutor(at_once) as pool:
-        found = [estimate for estimate in pool.map(check, estimates[:k]) if estimate is not None]
+        results = list(pool.map(check, estimates[:k]))
+    if results and all(isinstance(result, CompilerDied) for result in results):
+        tell(f"verify     nothing could be compiled, so that all figures are estimates: {results[0]}")
+        return list(estimates)
+    for estimate, result in zip(estimates, results, strict=False):
+        if isinstance(result, ExplainedError):
+            words = " x ".join(f"{axis}={n}" for axis, n in estimate.mesh.items()) or "one device"
+            tell(f"verify     {words}: left out: {result}")
+    found = [result for result in results if isinstance(result, Estimate)]
     found.sort(key=lambda estimate: (not estimate.fits, _value(estimate, objective)))
     fitting = [estimate for estimate in found if estimate.fits]
     return [*fitting, *estimates[k:], *found[len(fitting) :]]
+
+
+def choose_count(chip: Chip, asked: int | None) -> tuple[int, str]:
+    """Return how many of the best to compile, and in words what is then estimated and what compiled.
+
+    Args:
+      asked: what a person asked for. Without a compiler for the chip nothing is compiled unless it is asked for: a program for
+        fake CPU devices takes as long to compile, and bears out no more than the state's bytes and the FLOPs.
+    """
+    obstacle = find_obstacle() if chip.target in TARGETS else f"XLA has no target for {chip.name} without the device"
+    count = (0 if obstacle else BEST) if asked is None else asked
+    if not count:
+        return 0, "all figures are estimates in closed form" + (f": {obstacle}" if obstacle and asked is None else "")
+    where = f"fake CPU devices, labelled approximate: {obstacle}" if obstacle else f"{chip.target}"
+    return count, f"figures are estimates in closed form; those of the best {count} come from compiling for {where}"
 
 
 def _value(estimate: Estimate, objective: Objective) -> float:

@@ -1,9 +1,13 @@
 """Compiling for GPUs that are not there: what is refused with one message, and one compile in a process of its own."""
 
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
 from jaxtrain.planner import deviceless
+from jaxtrain.planner.deviceless import CompilerDied
 from jaxtrain.planner.targets import TARGETS, find_target
 
 needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
@@ -44,7 +49,7 @@ def test_a_chip_that_nothing_can_be_compiled_for():
 
 
 def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(deviceless, "has_plugin", lambda: False)
+    monkeypatch.setattr(deviceless, "PLUGINS", ("jax_plugins.of_nobody",))
     for call in (deviceless.report, deviceless.report_in_subprocess):
         with pytest.raises(ExplainedError, match=r'not installed .* pip install "jaxtrain\[plan\]"'):
             call(tiny())
@@ -96,8 +101,39 @@ def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
     """As XLA does where a target is described wrongly."""
     died = subprocess.CompletedProcess([], -8, stdout="", stderr="first\nFloating point exception\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
-    with pytest.raises(ExplainedError, match="compiling for h200 ended with SIGFPE: Floating point exception"):
+    with pytest.raises(CompilerDied, match="compiling for h200 ended with SIGFPE: Floating point exception"):
         deviceless.report_in_subprocess(tiny(), "h200")
+
+
+@pytest.mark.parametrize(("jaxlib", "works"), [("0.10.2", True), ("0.11.1", False), ("0.12.0.1", False), ("1.0", False)])
+def test_a_jaxlib_that_needs_ptxas_is_not_started_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jaxlib: str, works: bool
+):
+    """It would end by SIGSEGV. Once ptxas is on the PATH, in a toolkit or in a package, it may start."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: jaxlib)
+    find = importlib.util.find_spec
+    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages if name == "nvidia" else find("json"))
+    monkeypatch.setattr(deviceless, "CUDA_TOOLKITS", (str(tmp_path / "cuda"),))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    obstacle = deviceless.find_obstacle()
+    assert (obstacle is None) == works
+    assert works or f"(jaxlib {jaxlib}) needs ptxas and libdevice: pip install nvidia-cuda-nvcc-cu12" in str(obstacle)
+    for place in ("nvidia/cuda_nvcc/bin", "cuda/bin", "path"):
+        ptxas = tmp_path / place / "ptxas"
+        ptxas.parent.mkdir(parents=True)
+        ptxas.touch(0o755)
+        assert deviceless.find_obstacle() is None
+        ptxas.unlink()
+
+
+def test_the_cause_of_a_crash_is_its_first_complaint():
+    said = (
+        "I0001 hello\nW1128 17:23:30.316900 2903 x.cc:41] Can't find libdevice\nSearched for CUDA in:\n  /usr\nYou can choose"
+    )
+    assert deviceless._cause(said).endswith("Can't find libdevice")
+    assert deviceless._cause(f"{said}\nF1128 fatal") == "F1128 fatal"
+    assert deviceless._cause("first\nlast\n") == "last"
 
 
 def test_what_the_process_explains_is_passed_on():
