@@ -146,6 +146,7 @@ def show(whole: dict[str, Any]) -> None:
     """Prints the table and three lines below it."""
     from rich.table import Table
 
+    from jaxtrain.planner.tables import print_table
     from jaxtrain.telemetry.progress import readable_size
 
     compiled, has_formula = whole["compiled"], not whole["no_formula"]
@@ -159,7 +160,7 @@ def show(whole: dict[str, Any]) -> None:
     for row in whole["rows"]:
         table.add_row(*_cells(row, compiled, has_formula), style="bold red" if row["deviates"] else None)
     console = open_console(160)
-    console.print(table)
+    print_table(console, table)
     if whole["no_formula"]:
         console.print(whole["no_formula"])
     if not compiled:

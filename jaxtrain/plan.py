@@ -174,11 +174,12 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
 def show(plan: Any) -> None:
     """Prints the tables and the paragraphs."""
     from jaxtrain.planner.answer import memory_table, plan_title, ranking_table
+    from jaxtrain.planner.tables import print_table
     from jaxtrain.planner.words import bill_words
 
     console = open_console(WIDTH)
-    console.print(ranking_table(plan.ranked, plan_title(plan)))
-    console.print(memory_table(plan.ranked))
+    print_table(console, ranking_table(plan.ranked, plan_title(plan)))
+    print_table(console, memory_table(plan.ranked))
     for paragraph in (*plan.words, *([bill_words(plan.bill)] if plan.bill else [])):
         console.print()
         console.print(paragraph, soft_wrap=not console.is_terminal)
@@ -220,6 +221,8 @@ def describe(best: Estimate) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses, checks, plans, prints; returns the exit code."""
+    from jaxtrain.planner.tables import print_table
+
     flags, config = parse_with_flags(arguments, Flags, DESCRIPTION, "python -m jaxtrain.plan")
     check_flags(flags)
     cluster = make_cluster(flags)
@@ -228,7 +231,7 @@ def main(arguments: Sequence[str]) -> int:
 
         way: Way = "run" if flags.run else "compile" if flags.compile else "estimate"
         rows = sweep(config, cluster, flags.sweep, way, flags.steps, tell)
-        print(json.dumps(sweep_json(rows))) if flags.json else open_console(WIDTH).print(sweep_table(rows, way))
+        print(json.dumps(sweep_json(rows))) if flags.json else print_table(open_console(WIDTH), sweep_table(rows, way))
         return EXIT_DONE
     if flags.explain:
         from jaxtrain.planner.explain import explain, explain_json

@@ -36,7 +36,7 @@ def open_console(width: int) -> Any:
     """Returns a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
 
     Args:
-      width: columns where standard output is no terminal.
+      width: columns where standard output is no terminal, and COLUMNS does not say how wide it is.
     """
     from rich.console import Console
     from rich.text import Text
@@ -45,7 +45,8 @@ def open_console(width: int) -> Any:
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text), **options)
 
-    return Literal(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+    is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Literal(width=None if is_known else width, markup=False, emoji=False, highlight=False)
 
 
 def make_streams_safe(answers_on_stdout: bool) -> None:

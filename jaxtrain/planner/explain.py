@@ -20,6 +20,7 @@ from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Entry, collectives
+from jaxtrain.planner.tables import print_table
 from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
 from jaxtrain.telemetry.flops import num_parameters
@@ -62,7 +63,7 @@ class Explanation:
                 f"does not fit: {gib(over)} GiB over the budget of the fullest device", style="bold red", highlight=False
             )
         for table in (holdings_table(self), axes_table(self), time_table(layout)):
-            console.print(table)
+            print_table(console, table)
         console.print(schedule_heading(layout.config), style="bold", highlight=False)
         console.print(text_gantt(timeline_of(layout.config), console.width), highlight=False, soft_wrap=True)
 

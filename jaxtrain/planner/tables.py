@@ -1,0 +1,55 @@
+"""Tables on consoles of any width: columns that do not fit beside each other go into tables below each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; one wider than the console in parts that fit, each with the first column."""
+    for part in split_columns(table, console):
+        console.print(part)
+
+
+def split_columns(table: Table, console: Console) -> Iterator[Table]:
+    """Yield the columns in order, as many to a table as fit beside the first one."""
+    rest, is_first = list(range(1, len(table.columns))), True
+    while rest:
+        count = len(rest)
+        while count > 1 and _width(_part(table, [0, *rest[:count]], is_first), console) > console.width:
+            count -= 1
+        part = _part(table, [0, *rest[:count]], is_first)
+        rest, is_first = rest[count:], False
+        part.caption = None if rest else table.caption
+        yield part
+
+
+def _width(table: Table, console: Console) -> int:
+    """Return the least width at which no cell is cut."""
+    return Measurement.get(console, console.options.update_width(10_000), table).minimum
+
+
+def _part(table: Table, indices: Sequence[int], has_title: bool) -> Table:
+    """Return some of a table's columns as a table of the same look; the title only where it is the first."""
+    part = Table(
+        title=table.title if has_title else None,
+        title_justify=table.title_justify,
+        title_style=table.title_style,
+        header_style=table.header_style,
+        box=table.box,
+        pad_edge=table.pad_edge,
+        collapse_padding=table.collapse_padding,
+    )
+    columns = [table.columns[i] for i in indices]
+    for column in columns:
+        lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
+        least = max(map(cell_len, lines)) if column.no_wrap else column.min_width
+        part.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap, min_width=least, overflow="fold")
+    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
+        part.add_row(*cells, style=row.style)
+    return part
