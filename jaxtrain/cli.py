@@ -7,8 +7,10 @@ with exit code 130 (128 + the signal's number), whatever is being imported.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -21,6 +23,8 @@ from jaxtrain.signals import STOPPING, Request, Watch, end_at_once, say
 from jaxtrain.text import make_streams_safe, printable
 
 UNWINDING_SECONDS = 5.0  # from an interrupt to the end of the process, if the interrupt was swallowed or its handling hangs
+
+MOST_FILES = 65_536  # the usual 1,024 are few for a host's processes, sockets and checkpoint files
 
 
 class Signals:
@@ -82,6 +86,7 @@ def run(module: str, function: str = "main", answers_on_stdout: bool = True, unw
         request to save (`train.hooks.StopOnSignal`).
     """
     make_streams_safe(answers_on_stdout)
+    raise_file_limit()
     signals = Signals(unwinds)
     Watch(signals.hear, signals.in_main_thread).__enter__()  # to the end of the process
     atexit.register(_ignore_signals)  # the first registered is the last to run
@@ -107,6 +112,15 @@ def run(module: str, function: str = "main", answers_on_stdout: bool = True, unw
         return code
 
     distributed.run_and_exit(to_the_end)
+
+
+def raise_file_limit() -> None:
+    """Lets this process and its children open as many files as the system allows them, up to MOST_FILES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the system may allow fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def explained(work: Callable[[], int]) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -486,3 +487,15 @@ def test_help(capsys):
     assert ended.value.code == 0
     for word in ("--config=FILE", "--mesh.tensor INT", "--train.steps INT", "(default: 1000)", "Steps between two checkpoints"):
         assert word in text
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = cli.MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, cli.MOST_FILES)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        for _ in range(2):
+            cli.raise_file_limit()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

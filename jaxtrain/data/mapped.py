@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -43,6 +44,11 @@ def map_array(path: Path, dtype: np.dtype | type, count: int, offset: int = 0) -
         if address == _FAILED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise DataError(
+                f"{path}: cannot be mapped into memory: a process may have vm.max_map_count mappings, usually 65,530; join the "
+                "token files into fewer, or raise it with sysctl"
+            ) from error
         raise unreadable(path, error) from error
     memory = (ctypes.c_char * length).from_address(address)
     weakref.finalize(memory, _libc.munmap, address, length).atexit = False  # threads may still read at the exit
