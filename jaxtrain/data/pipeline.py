@@ -121,7 +121,7 @@ def _open_tokens(
         validation = [part_of_stream(streams.validation)]
         sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
         if data.validation_fraction and not streams.validation.metadata.documents:
-            sides += ", each being held out by its own hash: give more, or a larger data.validation_fraction"
+            sides += ", each held out by its own hash: more of them, or one of over 100,000 characters, give held-out text"
         left_out = f"; left out {words}" if (words := streams.train.metadata.bad_rows_in_words) else ""
         origin = f"{source.path or 'stdlib'} ({sides}{left_out})"
     windows = StreamWindows(train, length, padded=False)

@@ -1,6 +1,7 @@
 """Splits token files that have no held-out file of their own: by document where a separator tells them apart, else at the end.
 
-Both rules look at one file alone, and the first at one document alone: see `split`.
+The first rule looks at one document alone (see `split`), so copies are on one side. The second looks at one file alone: ids
+without separators do not say where a document is, and a copy of some of them in another file is not seen.
 """
 
 from __future__ import annotations
@@ -100,9 +101,14 @@ def _joined(tokens: np.ndarray, spans: np.ndarray, separator_at: int) -> JoinedT
 
 
 def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
-    """Holds out the last windows of a part. The sides share one token, a target on one and an input on the other."""
+    """Holds out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
+
+    So that of many small files the share held out is the fraction. The sides share one token, a target on one and an input on
+    the other.
+    """
     windows = num_full_windows(len(part.tokens), length)
-    count = min(max(1, round(windows * fraction)), windows - 1)
+    whole, rest = divmod(windows * fraction, 1)
+    count = min(int(whole) + (hash_share(part.sha256.encode()) < rest), windows - 1)
     if count <= 0:
         return part, _of_part(part, part.tokens[:0], "none")
     cut = (windows - count) * length

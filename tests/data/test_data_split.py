@@ -180,5 +180,5 @@ def test_a_long_document_in_a_token_file_holds_out_its_end(make_config, tmp_path
 def test_few_documents_may_have_none_held_out_and_the_description_says_so(make_config, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 40}) + "\n" for i in range(3)))
     data = open_data(make_config(DataSource("jsonl", f"{tmp_path}/a.jsonl"), validation_fraction=1e-6))
-    assert "3 + 0 held-out documents, each being held out by its own hash" in data.description
+    assert "3 + 0 held-out documents, each held out by its own hash" in data.description
     assert (data.validation_tokens, data.num_validation_batches(8), data.bits_per_byte(1.0)) == (0, 0, None)
