@@ -185,6 +185,18 @@ def test_checkpoints_pictures_and_events(whole):
         assert name in content
 
 
+def test_a_finished_run_started_again_says_that_nothing_is_left(whole, folder, capsys):
+    """It compiles nothing and samples nothing; also on another mesh. A picture that is missing is drawn."""
+    (whole[1] / "loss.png").unlink()
+    code = cli.explained(lambda: main.train([f"--config={folder}/tiny.py", f"--run_dir={whole[1]}", "--mesh.fsdp=8"]))
+    said = capsys.readouterr().out
+    assert code == EXIT_DONE
+    assert f"done       all {STEPS} steps were done before; a larger --train.steps trains on" in said
+    assert "compiled" not in said
+    assert "---" not in said
+    assert (whole[1] / "loss.png").exists()
+
+
 def test_a_sample_ends_the_run(whole):
     assert "--- held-out text:\n" in whole[0].stdout
     assert whole[0].stdout.index("--- the model goes on:\n") > whole[0].stdout.index("done ")
@@ -382,6 +394,12 @@ def test_a_config_that_is_not_there(complain):
 def test_a_config_that_is_broken(complain, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     one_line(complain(config=tmp_path / "broken.py"), "broken.py", "ZeroDivisionError")
+
+
+def test_weights_and_biases_is_looked_for_before_the_data(complain, folder, monkeypatch):
+    missing = f"--data.sources.0.path={folder}/none.txt"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    one_line(complain("--telemetry.wandb_project=p", missing), "telemetry.wandb_project", "pip install")
 
 
 def test_files_that_are_not_there(complain, folder):

@@ -40,7 +40,12 @@ def get_config() -> Config:
         model=ModelConfig(
             num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=257, dtype="float32"
         ),
-        data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="byte", sequence_length=32),
+        data=DataConfig(
+            sources=(DataSource(kind="text", path="tests/faults/*.py"),),
+            tokenizer="byte",
+            sequence_length=32,
+            validation_fraction=0.2,
+        ),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
         train=TrainConfig(
             steps=STEPS,
