@@ -208,10 +208,11 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     """What waits for the backward: a part's layers in each slot of the ring, and the boundary activations.
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
-    at hand; where XLA unrolls the loop over microbatches by two and it still is a loop, the next one's buffer is there already.
+    at hand; but where XLA unrolls the loop over microbatches by two, it makes the zeros into which the next one's activations
+    are to be written along with this one's.
     """
     part = cut.layers * kept_bytes(config, sizes, backend)
-    copies = cut.residuals + (cut.is_pipe or (config.train.microbatches > 2 and not moves_activations(config)))
+    copies = cut.residuals + (cut.is_pipe or (config.train.microbatches > 1 and not moves_activations(config)))
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
