@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxtrain.checkpoint.abandoned_reads import abandoned_reads_unsaid
 from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
@@ -113,7 +114,8 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[st
     problem: Exception | None = None
     loaded: dict[tuple[str, ...], Any] = {}
     try:
-        loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
+        with abandoned_reads_unsaid():
+            loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
     except Exception as error:
         problem = error
     for name, leaf in leaves.items():

@@ -1,0 +1,51 @@
+"""Keeps what becomes of abandoned reads off standard error.
+
+Orbax reads all arrays of a checkpoint at once, and gives up at the first that fails. The reads still under way fail later, in
+coroutines and threads whose loop has been closed, and Python prints a traceback for each: of a checkpoint whose damage has been
+told in one line by then, and is gone on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+_LOOP = re.compile(r"uvloop/loop\.pyx$|asyncio/base_events\.py$")
+
+
+@contextlib.contextmanager
+def abandoned_reads_unsaid() -> Iterator[None]:
+    """Drop tracebacks of reads that Orbax has abandoned, and no others; from the first failure inside on, for good."""
+    before, asyncio = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def unraisable(found: Any) -> None:
+        if not (_is_orbax(found.object) or _is_closed_loop(found.exc_value, found.exc_traceback)):
+            before(found)
+
+    asyncio.addFilter(_is_no_abandoned_task)
+    sys.unraisablehook = unraisable
+    yield
+    sys.unraisablehook = before
+    asyncio.removeFilter(_is_no_abandoned_task)
+
+
+def _is_orbax(found: object) -> bool:
+    """Return whether a coroutine is one of Orbax's."""
+    return inspect.iscoroutine(found) and "/orbax/" in found.cr_code.co_filename
+
+
+def _is_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Return whether TensorStore called a loop that was closed: nothing but the loop's own code is in the traceback."""
+    outermost = trace.tb_frame.f_code.co_filename if trace is not None else ""
+    return str(error) == "Event loop is closed" and _LOOP.search(outermost) is not None
+
+
+def _is_no_abandoned_task(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not (text.startswith("Task exception was never retrieved") and "/orbax/" in text)
