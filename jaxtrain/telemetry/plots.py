@@ -91,7 +91,7 @@ def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", d
             label = f"{name}: {losses[-1]:.3f}" if losses.size else name
             held_out.plot(steps, losses, "-o", color=color, linewidth=1.8, markersize=5, markeredgecolor="white", label=label)
         training.set(title="Training loss, smoothed", xlabel="step", ylabel="cross-entropy (nats per token)")
-        held_out.set(title="Held-out text", xlabel="step")
+        held_out.set(title="Held-out text", xlabel="step", ylabel="cross-entropy (nats per token)")
         for panel in (training, held_out):
             panel.legend(loc="upper right")
 
@@ -130,15 +130,21 @@ def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Means under a Gaussian of standard deviation `width` (in values) centred on each value, so the curve does not lag.
+    """Return the line fitted around each value under Gaussian weights of standard deviation `width` (in values), at that value.
 
-    Towards both ends the weights are normalised over the values that there are.
+    With w the weights and d the distances: (sum w d^2 sum w y - sum w d sum w d y) / (sum w sum w d^2 - (sum w d)^2). In the
+    middle that is the weighted mean; at both ends, where a mean bends towards the side that has values, it goes straight on.
     """
-    reach = np.arange(-int(3 * width), int(3 * width) + 1)
-    kernel = np.exp(-0.5 * (reach / width) ** 2)
-    middle = slice(len(reach) // 2, len(reach) // 2 + len(values))
-    total, weight = np.convolve(values, kernel), np.convolve(np.ones(len(values)), kernel)
-    return total[middle] / weight[middle]
+    distance = np.arange(-int(3 * width), int(3 * width) + 1)
+    weight = np.exp(-0.5 * (distance / width) ** 2)
+    middle = slice(len(distance) // 2, len(distance) // 2 + len(values))
+    ones = np.ones(len(values))
+    # np.convolve turns the kernel round, and with it the sign of odd distances.
+    w, wd, wdd = (np.convolve(ones, weight * (-distance) ** power)[middle] for power in range(3))
+    wy, wdy = (np.convolve(values, weight * (-distance) ** power)[middle] for power in range(2))
+    below = w * wdd - wd**2
+    flat = below < 1e-9 * w**2  # a single value under the weights
+    return np.where(flat, wy / w, (wdd * wy - wd * wdy) / np.where(flat, 1.0, below))
 
 
 def _draw(figure: Figure, rows: list[dict[str, Any]], has_validation: bool, baselines: dict[str, float]) -> None:
@@ -165,7 +171,8 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], has_validation: bool, base
 
 def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
     steps, losses = column(rows, "loss")
-    smoothed = smooth(losses, width=max(len(losses) / 80, 0.5))
+    means = column(rows, "loss_mean")
+    smoothed = smooth(means[1] if means[0].size == steps.size else losses, width=max(len(losses) / 40, 0.5))
     axes.plot(steps, losses, color=TRAINING, alpha=0.35, linewidth=1.0, label="training, each logged step")
     axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label="training, smoothed")
     held_out_steps, held_out = column(rows, "validation_loss")
@@ -180,9 +187,9 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
             label="held-out text",
             zorder=4,
         )
-    # The first steps fall from log(vocabulary) so fast that showing all of them would flatten the rest.
-    visible = np.concatenate([losses[len(losses) // 50 :], held_out])
-    low, high = visible.min(), visible.max()
+    # From the first loss down, all is shown; of what is above it, one value in a hundred may be a spike that is cut off.
+    visible = np.concatenate([losses[:1], [np.quantile(losses, 0.99)], held_out])
+    low, high = min(losses.min(), visible.min()), visible.max()
     margin = 0.06 * (high - low) or 0.1
     axes.set(title="Loss", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
     axes.legend(loc="upper right")
@@ -191,7 +198,7 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     steps, bits = column(rows, "validation_bits_per_byte")
     axes.plot(steps, bits, "-o", color=VALIDATION, linewidth=2.0, markersize=5.5, markeredgecolor="white", zorder=3)
-    beside = (-9, -7) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # off the line that leads to the point
+    beside = (0, -17) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # off the line that leads to the point
     axes.annotate(
         f"{bits[-1]:.3f}",
         (steps[-1], bits[-1]),
@@ -212,7 +219,7 @@ def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str
             color=BASELINE,
         )
     levels = [*bits, *baselines.values()]
-    margin = 0.08 * (max(levels) - min(levels)) or 0.1
+    margin = 0.12 * (max(levels) - min(levels)) or 0.1
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(min(levels) - margin, max(levels) + margin))
 
 

@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from jaxtrain.telemetry import plots
 from jaxtrain.telemetry.plots import column, main, plot_losses, smooth
 
 
@@ -51,7 +52,11 @@ def test_a_column_leaves_out_null():
 def test_smoothing_keeps_a_constant_and_does_not_lag():
     assert smooth(np.full(9, 3.0), 2.0) == pytest.approx(np.full(9, 3.0))
     line = np.arange(50.0)
-    assert smooth(line, 3.0)[10:40] == pytest.approx(line[10:40])
+    assert smooth(line, 3.0) == pytest.approx(line), "nor bend at the ends"
+    assert smooth(line[:2], 3.0) == pytest.approx(line[:2])
+    assert smooth(line, 0.5) == pytest.approx(line)
+    rough = np.random.default_rng(0).normal(size=400)
+    assert smooth(rough, 5.0)[50:350].std() < 0.4
     assert smooth(np.array([7.0]), 4.0).tolist() == [7.0]
 
 
@@ -79,3 +84,20 @@ def test_wrong_usage_draws_nothing(tmp_path, monkeypatch, arguments):
         main(arguments)
     assert ended.value.code == (0 if arguments == ["--help"] else 2)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_no_point_is_cut_off_and_every_panel_says_what_it_shows(tmp_path, monkeypatch):
+    """From a sharp fall at the beginning to the last row, but for a spike above the first loss."""
+    losses = [7.6, 7.2, 6.5, 5.5, *(4.0 + 0.1 * (-1) ** step for step in range(200))]
+    losses[100] = 500.0
+    rows = [{"step": s, "loss": loss, "learning_rate": 1e-3} for s, loss in enumerate(losses, 1)]
+    write(tmp_path / "metrics.jsonl", rows + VALIDATION)
+    figures, draw = [], plots._draw
+    monkeypatch.setattr(plots, "_draw", lambda figure, *rest: (figures.append(figure), draw(figure, *rest)))
+    assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", dots_per_inch=20)
+    loss, rate, held_out = figures[0].axes
+    low, high = loss.get_ylim()
+    assert low < min(losses)
+    assert 7.6 < high < 10
+    assert loss.get_xlim()[0] <= 1
+    assert all(panel.get_ylabel() for panel in (loss, rate, held_out))
