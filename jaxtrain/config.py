@@ -156,7 +156,8 @@ class ModelConfig:
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
     param_dtype: DType = "float32"
-    """Dtype in which parameters are kept and updated."""
+    """Dtype in which matrices are kept; norms, routers and biases are float32, and so are the optimizer's moments. bfloat16 is
+    updated by stochastic rounding, the same on every mesh."""
     attention: AttentionBackend = "auto"
     """Attention backend; auto takes the fastest that the device and the mask allow, and the log says which."""
     init_std: float = 0.02

@@ -315,6 +315,11 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
             f"some without a layer; use at most {layers} parts"
         )
+    if config.sync.replicas_differ and config.model.param_dtype == "bfloat16":
+        problems.append(
+            f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
+            "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed"
+        )
     problems += _sync_problems(config.sync, mesh, layers, parts) + _guard_problems(config)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 

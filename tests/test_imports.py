@@ -36,6 +36,7 @@ FLOORS = {
     "ops": 2,
     "models": 3,
     "parallel": 3,
+    "train.rounding": 4,
     "train.schedule": 4,
     "train.optimizer": 4,
     "train.balance": 4,

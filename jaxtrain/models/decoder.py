@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
 from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
+from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.attention_context import Plan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.attention_order import find_place
@@ -120,7 +121,7 @@ def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
     """Parameters in compute dtype; norms and routers stay in float32."""
 
     def leaf(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
-        return value.astype(jnp.float32 if dims[-1] in ("norm", "router") else dtype)
+        return value.astype(held_dtype(dims, dtype))
 
     return jax.tree.map(leaf, dims, params, is_leaf=is_dims)
 

@@ -39,8 +39,7 @@ class MoE(nnx.Module):
         self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
         self.router = parameter(rngs, (d, e), ("embed", "router"), std, dtype)
         if moe.bias_update_rate:
-            # Steps of 0.001 around 1 are lost in bfloat16.
-            self.bias = parameter(rngs, (e,), ("router",), 0.0, "float32")
+            self.bias = parameter(rngs, (e,), ("router",), 0.0, dtype)
         self.gate = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
         self.up = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
         self.down = parameter(rngs, (e, f, d), ("experts", "mlp", "embed"), out_std, dtype)

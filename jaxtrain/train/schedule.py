@@ -20,7 +20,7 @@ Number = Any
 
 
 class Hyperparameters(NamedTuple):
-    """Numbers of the update rule that a program takes as inputs, each a float32 scalar."""
+    """Numbers of the update rule that a program takes as inputs, float32 scalars but for the seed."""
 
     peak_lr: Number
     """Largest learning rate."""
@@ -34,6 +34,13 @@ class Hyperparameters(NamedTuple):
     """Steps until the lowest rate, at least 1."""
     weight_decay: Number
     """Decoupled weight decay."""
+    seed: Any
+    """`seed_words` of train.seed, for stochastic rounding."""
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """uint32 [2]: the upper and the lower 32 bits of a seed of up to 63 bits; the data of its key."""
+    return np.array(divmod(seed, 2**32), np.uint32)
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -41,7 +48,7 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
     return min(config.warmup_steps, total_steps // 2)
 
 
-def hyperparameters(config: OptimizerConfig, total_steps: int) -> Hyperparameters:
+def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) -> Hyperparameters:
     """The inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_schedule`."""
     warmup = warmup_steps(config, total_steps)
     decay = total_steps - warmup
@@ -49,7 +56,7 @@ def hyperparameters(config: OptimizerConfig, total_steps: int) -> Hyperparameter
         decay = min(max(round(config.decay_fraction * total_steps), 1), decay)
     start = total_steps - decay if total_steps > 1 else 1
     numbers = (config.peak_lr, config.final_lr_fraction, warmup, start, decay, config.weight_decay)
-    return Hyperparameters(*map(np.float32, numbers))
+    return Hyperparameters(*map(np.float32, numbers), seed=seed_words(seed))  # type: ignore[call-arg]
 
 
 def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: Any = jnp) -> Any:

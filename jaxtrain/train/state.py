@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,6 +27,7 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
 from jaxtrain.train.judge import initial_record, record_dims, record_from_plain
+from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.xla_options import options_of_rare_programs
 
 PyTree = Any
@@ -37,11 +37,6 @@ PATHS_OF_STACKED = "layers"
 def make_stacking(config: Config) -> Stacking:
     """How a resolved config lays its layers onto stages."""
     return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
-
-
-def seed_words(seed: int) -> np.ndarray:
-    """uint32 [2]: the upper and the lower 32 bits of a seed of up to 63 bits; the data of its key."""
-    return np.array(divmod(seed, 2**32), np.uint32)
 
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:

@@ -46,6 +46,7 @@ from jaxtrain.train.exchange import (
     under,
 )
 from jaxtrain.train.judge import apply_if_good
+from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters
 from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
 from jaxtrain.train.xla_options import (
@@ -161,32 +162,34 @@ def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
 
 def abstract_arguments(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, PyTree, PyTree]:
     """Shapes of (state, batch, numbers), the arguments of a train step."""
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    numbers = Hyperparameters(*[number] * len(Hyperparameters._fields))
+    numbers = jax.tree.map(
+        lambda n: jax.ShapeDtypeStruct(n.shape, n.dtype, sharding=replicated(mesh)), hyperparameters(config.optimizer, 1)
+    )
     return abstract_state(config, mesh, optimizer), abstract_batch(config, mesh), numbers
 
 
 def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
     """The step's third argument: `hyperparameters` of this config on every device, once for all steps."""
-    numbers = hyperparameters(config.optimizer, config.train.steps)
-    whole = replicated(mesh)
-    return Hyperparameters(*(jax.make_array_from_callback((), whole, lambda _, n=n: np.asarray(n)) for n in numbers))
+    numbers, whole = hyperparameters(config.optimizer, config.train.steps, config.train.seed), replicated(mesh)
+    return jax.tree.map(lambda n: jax.make_array_from_callback(n.shape, whole, lambda index: np.asarray(n)[index]), numbers)
 
 
 def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """(params, optimizer state, gradients, reports, numbers) -> (params, optimizer state, metrics), of each replica if they
-    differ."""
+    """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), of each replica if
+    they differ."""
+    dims, layers = decoder.parameter_dims(config.model), make_stacking(config).layer_numbers()
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
-        params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: Hyperparameters
+        params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: Hyperparameters, step: jax.Array
     ) -> tuple[PyTree, PyTree, PyTree]:
         metrics = {"grad_norm": optax.global_norm(gradients)}
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params, **numbers._asdict())
-        params = step_biases(config.model, optax.apply_updates(params, updates), reports)
+        params = apply_updates(params, updates, dims, layers, numbers.seed, step)
+        params = step_biases(config.model, params, reports)
         return params, optimizer_state, metrics | expert_metrics(config.model, make_stacking(config), reports)
 
-    of_each = (0, 0, 0, 0, None)
+    of_each = (0, 0, 0, 0, None, None)
     return jax.vmap(update, in_axes=of_each, spmd_axis_name="replica") if config.sync.replicas_differ else update
 
 
@@ -223,7 +226,7 @@ def make_train_step(
         more = {"grad_norm": jnp.zeros(())}
         if exchange.applies:
             with jax.named_scope("optimizer"):
-                params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers)
+                params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers, state["step"])
         if differ and exchange != Exchange():
             params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
             metrics |= divergence

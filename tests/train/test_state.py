@@ -19,6 +19,7 @@ from jaxtrain.sharding import is_dims, named, shard_count
 from jaxtrain.train import state as state_module
 from jaxtrain.train import step as step_module
 from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import (
     Canonical,
     abstract_state,
@@ -26,7 +27,6 @@ from jaxtrain.train.state import (
     initial_params,
     initial_state,
     make_stacking,
-    seed_words,
     state_dims,
     state_shardings,
     to_canonical,

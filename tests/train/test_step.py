@@ -14,6 +14,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 from jaxtrain.config_rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.losses import MASKED_LOGIT
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train.optimizer import make_optimizer
@@ -83,7 +84,8 @@ def weights_in(config: Config, mesh: jax.sharding.Mesh) -> Any:
     """The same parameters, stacked and sharded for a layout."""
     weights = canonical_weights()
     stacked = weights | {"layers": jax.tree.map(make_stacking(config).stack, weights["layers"])}
-    stacked = jax.tree.map(lambda w: w.astype(config.model.param_dtype), stacked)
+    dims = parameter_dims(config.model)
+    stacked = jax.tree.map(lambda d, w: w.astype(held_dtype(d, config.model.param_dtype)), dims, stacked, is_leaf=is_dims)
     return jax.device_put(stacked, named(mesh, parameter_dims(config.model)))
 
 
@@ -228,7 +230,8 @@ def test_bfloat16_compute(param_dtype: str):
     """Near the plain loss, and not at it; parameters and their dtype stay what they are told to be."""
     model = replace(BASE.model, dtype="bfloat16", param_dtype=param_dtype)
     state, metrics = train_step("one", replace(BASE, model=model))
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state["params"])} == {param_dtype}
+    held = jax.tree.map(lambda dims: held_dtype(dims, param_dtype), parameter_dims(model), is_leaf=is_dims)
+    assert jax.tree.map(lambda leaf: str(leaf.dtype), state["params"]) == held
     assert metrics["loss"] == pytest.approx(plain_losses()[0], rel=0.02)
     assert metrics["loss"] != pytest.approx(plain_losses()[0], rel=1e-6)
     exact = float(optax.global_norm(loss_and_gradients("one")[1]))
