@@ -298,6 +298,8 @@ class DataSource:
     max_bad_rows: float = 0.0
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""
+    separator: int = -1
+    """tokens of others, as .npy, only: the id with which each document begins; -1: the ids are one stream."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources."""
 

@@ -446,7 +446,7 @@ def _other_problems(config: Config) -> list[str]:
     for i, source in enumerate(config.data.sources):
         if source.weight <= 0:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        problems += source_problems(f"data.sources.{i}.", source)
+        problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
     problems += remote_problems("data.tokenizer", config.data.tokenizer)
     problems += remote_problems("data.cache_dir", config.data.cache_dir)
     problems += _tokenizer_problems(config.data.tokenizer, config.model.vocab_size)

@@ -40,10 +40,17 @@ def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
     return []
 
 
-def source_problems(prefix: str, source: DataSource) -> list[str]:
-    """What is wrong with the fields of a source; `prefix` stands before their names ("data.sources.0.")."""
+def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[str]:
+    """List what is wrong with the fields of a source; `prefix` stands before their names ("data.sources.0.")."""
     problems = []
     if source.kind not in ("stdlib", "synthetic") and not source.path:
         problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")
     problems += remote_problems(f"{prefix}path", source.path)
+    separator = f"{prefix}separator={source.separator}"
+    if source.separator != -1 and source.kind != "tokens":
+        problems.append(f"{separator} has no meaning for kind={source.kind}, whose separator is its tokenizer's")
+    elif source.separator < -1:
+        problems.append(f"{separator} must be an id, or -1 for none")
+    elif source.separator >= vocab_size:
+        problems.append(f"{separator} is beyond model.vocab_size={vocab_size}; ids are below it")
     return problems + bad_rows_problems(f"{prefix}max_bad_rows", source.kind, source.max_bad_rows)

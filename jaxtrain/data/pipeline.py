@@ -114,7 +114,8 @@ def _open_tokens(
     name, data, length = f"data.sources.{index}", config.data, config.data.sequence_length
     if corpus is None:
         train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
-        origin = f"{source.path}"
+        told = any(part.separator >= 0 for part in train)
+        origin = source.path if told else f"{source.path} (one stream, documents not told apart)"
     else:
         streams = cached_streams(corpus, tokenizer, data.tokenizer, cache_dir)
         train = [part_of_stream(streams.train)]

@@ -47,11 +47,18 @@ def open_token_files(
     files, ids beyond the model's or the tokenizer's vocabulary, and ids made by another tokenizer than `tokenizer`.
     """
     data = config.data
-    files = [_open_file(file.name, file.path, tokenizer, config, cache_dir) for file in _list(source.path, f"{name}.path")]
-    files += [_open_file(path.name, path, tokenizer, config, cache_dir) for path in _held_out_beside(files)]
+    files = [_open_file(file, source, tokenizer, config, cache_dir) for file in _list(source.path, f"{name}.path")]
+    beside = [SourceFile(path.name, path) for path in _held_out_beside(files)]
+    files += [_open_file(file, source, tokenizer, config, cache_dir) for file in beside]
     makers = {file.made_by for file in files if file.made_by}
     if len(makers) > 1:
         raise DataError(f"{name}.path={source.path}: its files were made by {len(makers)} different tokenizers")
+    separators = sorted({file.part.separator for file in files})
+    if len(separators) > 1:
+        raise DataError(
+            f"{name}.path={source.path}: its files have separators {' and '.join(map(str, separators))} (-1: none); state that "
+            f"of the .npy files with --{name}.separator={separators[-1]}, or make them sources of their own"
+        )
     for file in files:
         check_ids(file.part, file.name, tokenizer, config, cache_dir)
     train = [file.part for file in files if file.split != VALIDATION]
@@ -92,9 +99,10 @@ def _list(patterns: str, flag: str) -> list[SourceFile]:
     return files
 
 
-def _open_file(name: str, path: Path, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> _TokenFile:
+def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> _TokenFile:
+    name, path = file.name, file.path
     if path.suffix == ".npy":
-        return _TokenFile(name, path, _split_of(path), "", _open_npy(path, tokenizer.separator, cache_dir))
+        return _TokenFile(name, path, _split_of(path), "", _open_npy(path, source.separator, cache_dir))
     if path.suffix != ".bin":
         raise DataError(f"{path}: kind=tokens reads .bin and .npy files; for text use kind=text, jsonl or parquet")
     stream = open_stream(path, cache_dir)
@@ -109,6 +117,10 @@ def _open_file(name: str, path: Path, tokenizer: Tokenizer, config: Config, cach
     if separator != tokenizer.separator if known else not -1 <= separator < limit:
         wanted = f"that of its tokenizer is {tokenizer.separator}" if known else f"model.vocab_size={limit}"
         raise DataError(f"{path.with_suffix('.json')}: separator={separator}, but {wanted}; make the file again")
+    if source.separator not in (-1, separator):
+        raise DataError(
+            f"{path}: {path.with_suffix('.json').name} says separator={separator}, but the source {source.separator}"
+        )
     # What it says of its largest id is not believed: the file may come from anywhere.
     return _TokenFile(name, path, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
 

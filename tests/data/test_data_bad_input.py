@@ -313,3 +313,16 @@ def test_bad_rows_are_a_share_of_rows():
         assert words in problem
         (problem,) = tokenize_problems(TokenizeConfig("out", "a", kind, max_bad_rows=share))
         assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "text", "separator": 5}, "has no meaning for kind=text"),
+        ({"kind": "tokens", "separator": -2}, "must be an id, or -1"),
+        ({"kind": "tokens", "separator": 300}, "is beyond model.vocab_size=300"),
+    ],
+)
+def test_a_separator_that_cannot_be(make_config, fields, words):
+    (problem,) = find_problems(make_config(DataSource(path="a", **fields)), 1)[1]
+    assert f"data.sources.0.separator={fields['separator']} {words}" in problem

@@ -13,6 +13,8 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.listing import list_files, list_stdlib
 from jaxtrain.data.mapped import map_array
 from jaxtrain.data.pipeline import open_data
+from jaxtrain.data.token_stream import StreamWriter
+from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import DataError
 
 
@@ -149,14 +151,12 @@ import resource
 from jaxtrain.config import Config, DataConfig, DataSource, ModelConfig
 from jaxtrain.data.pipeline import open_data
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-data = DataConfig((DataSource("tokens", "*.bin,*.npy"),), tokenizer="none", sequence_length=16, cache_dir="cache")
+source = DataSource("tokens", "*.bin,*.npy", separator=256)
+data = DataConfig((source,), tokenizer="none", sequence_length=16, cache_dir="cache")
 opened = open_data(Config(model=ModelConfig(vocab_size=300), data=data))
 opened.train_batch(0, slice(None)), opened.validation_batch(0, slice(None), 8)
 print(opened.tokens_per_epoch)
 """
-    from jaxtrain.data.token_stream import StreamWriter
-    from jaxtrain.data.tokenizers import ByteTokenizer
-
     for i in range(100):
         np.save(tmp_path / f"n{i}.npy", np.full(33, i))
         writer = StreamWriter(tmp_path / f"b{i}.bin", "validation" if i == 0 else "train", ByteTokenizer(), "byte")
@@ -179,3 +179,30 @@ def test_mapped_files_are_read_only_and_whole(tmp_path):
         map_array(path, np.uint16, 3)
     with pytest.raises(DataError, match="none: cannot be read"):
         map_array(tmp_path / "none", np.uint16, 3)
+
+
+def test_npy_tokens_are_one_stream_unless_asked_where_documents_begin(make_config, tmp_path):
+    """Ids made by others: an id that equals the tokenizer's separator says nothing, unless the source says that it does."""
+    np.save(tmp_path / "ids.npy", np.where(np.arange(1000) % 5, np.arange(1000) % 97, 256))
+
+    def opened(**fields):
+        source = DataSource(kind="tokens", path=f"{tmp_path}/ids.npy", **fields)
+        return open_data(make_config(source, batch_size=2, vocab_size=300))
+
+    data, told = opened(), opened(separator=256)
+    assert data.train_batch(0, slice(None))["segments"].max() == 1
+    assert "one stream, documents not told apart" in data.description
+    assert told.train_batch(0, slice(None))["segments"].max() > 3
+    assert "one stream" not in told.description
+    assert told.fingerprint != data.fingerprint
+
+
+def test_files_of_one_source_agree_on_the_separator(make_config, tmp_path):
+    writer = StreamWriter(tmp_path / "a.bin", "train", ByteTokenizer(), "byte")
+    writer.append("x" * 500, np.full(500, 120))
+    writer.close()
+    np.save(tmp_path / "b.npy", np.full(500, 120, np.uint16))
+    for path, separator, words in (("a.bin", 7, "a.json says separator=256"), ("[ab].*", -1, "separators -1 and 256")):
+        with pytest.raises(DataError, match=words):
+            open_data(make_config(DataSource(kind="tokens", path=f"{tmp_path}/{path}", separator=separator)))
+    open_data(make_config(DataSource(kind="tokens", path=f"{tmp_path}/[ab].*", separator=256)))

@@ -156,7 +156,10 @@ def test_token_files_without_held_out_files_are_split_by_document(make_config, t
         picks = np.random.default_rng(seed).integers(0, 40, 70)
         stream = np.concatenate([[256], *[np.append(documents[i], 256) for i in picks]])
         np.save(tmp_path / f"{seed}.npy", stream[0 if separator_first else 1 :])
-    sources = DataSource("tokens", f"{tmp_path}/0.npy"), DataSource("tokens", f"{tmp_path}/?.npy", weight=4.0)
+    sources = (
+        DataSource("tokens", f"{tmp_path}/0.npy", separator=256),
+        DataSource("tokens", f"{tmp_path}/?.npy", separator=256, weight=4.0),
+    )
     for _ in range(2):  # the second time from the note
         train, held_out = sides_of(open_data(make_config(*sources)))
         assert not train & held_out
@@ -171,7 +174,7 @@ def test_token_files_without_held_out_files_are_split_by_document(make_config, t
 def test_a_long_document_in_a_token_file_holds_out_its_end(make_config, tmp_path):
     ids = np.arange(150_000) % 251
     np.save(tmp_path / "ids.npy", np.concatenate([[256], ids, [256, 7, 8, 9, 256]]).astype(np.uint16))
-    data = open_data(make_config(DataSource("tokens", f"{tmp_path}/ids.npy"), validation_fraction=0.01))
+    data = open_data(make_config(DataSource("tokens", f"{tmp_path}/ids.npy", separator=256), validation_fraction=0.01))
     train, held_out = (part.tokens[:] for part in (*data._sources[0].train._parts, *data._sources[0].validation_parts))
     assert held_out.tolist() == [256, *ids[148_500:], 256]
     assert train.tolist() == [256, *ids[:148_500], 256, 7, 8, 9, 256]
