@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jaxtrain.cli import is_out_of_memory
 from jaxtrain.command_line import parse_command_line
 from jaxtrain.config import Config
+from jaxtrain.config_notes import idle_fields
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.launch import distributed
@@ -120,6 +121,8 @@ def train(arguments: Sequence[str]) -> int:
         if place is not None:
             progress.say(f"launch     {distributed.describe(place)}")
             check_same_config(config)
+        for line in idle_fields(config):
+            progress.say(f"config     {line}")
         ask_for_memory(config, place.local_processes if place else 1, progress.say)
         run = Run(config, progress, stop)
         with memory_explained(config, run.backend):

@@ -103,7 +103,7 @@ def _too_large_batch(config: Config, batch: float, host: float) -> str:
         f"out of host memory: a batch of train.global_batch_size={size:,} sequences of data.sequence_length={length:,} tokens "
         f"takes {readable_size(batch)} here, data.prefetch={ahead:,} of them {readable_size(ahead * batch)}, and "
         f"{readable_size(host)} are available on this host. Nothing was allocated. They would fit with one of: "
-        f"{'; '.join(f'{name}={int(now * share):,}' for name, now in _sizes_of_batch(config).items() if now * share >= 1)}."
+        f"{'; '.join(f'--{name}={int(now * share)}' for name, now in _sizes_of_batch(config).items() if now * share >= 1)}."
     )
 
 
@@ -123,7 +123,7 @@ def _too_large_state(config: Config, memory: Memory, room: Room) -> str:
         f"{readable_size(room.available)} {room.words}. Nothing was allocated."
     ]
     fits = lambda changed: _state(estimate_memory(changed, "blockwise")) * room.devices <= room.available  # noqa: E731
-    offers = [f"{name}={most:,}" for name, most in largest_that_fit(config, fits).items()]
+    offers = [f"--{name}={most}" for name, most in largest_that_fit(config, fits).items()]
     if offers:
         lines.append(f"The state alone would fit with one of: {'; '.join(offers)}.")
     lines.append("Further devices hold more: `python -m jaxtrain.plan --config=...` says how many it takes.")

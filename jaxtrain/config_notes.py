@@ -1,0 +1,73 @@
+"""Fields that were set and do nothing, because another field would have to be set too: not refused, but told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtrain.config import Config, MoEConfig
+
+
+class Condition(NamedTuple):
+    """What a field needs to do anything."""
+
+    words: str
+    holds: Callable[[Config], bool]
+
+
+_DILOCO = Condition("sync.mode=diloco", lambda c: c.sync.mode == "diloco")
+_APART = Condition("sync.mode=local or diloco", lambda c: c.sync.replicas_differ)
+_REPLICAS = Condition("mesh.replica above 1", lambda c: c.mesh.replica > 1)
+_SPIKE = Condition("guard.spike", lambda c: c.guard.spike != "off")
+_CAPACITY = Condition("model.moe.dispatch=capacity", lambda c: c.model.moe is None or c.model.moe.dispatch == "capacity")
+_DEFAULTS = Config()
+_FALLING = ("cosine", "warmup_stable_decay")
+_CONDITIONS = {
+    "sync.outer_lr": _DILOCO,
+    "sync.outer_momentum": _DILOCO,
+    "sync.every": _APART,
+    "sync.fragments": _APART,
+    "sync.overlap": _APART,
+    "sync.mixing": Condition("sync.overlap", lambda c: c.sync.replicas_differ and c.sync.overlap > 0),
+    "sync.delay": Condition("sync.mode=delayed", lambda c: c.sync.mode == "delayed"),
+    "sync.compression": _REPLICAS,
+    "sync.mode": _REPLICAS,
+    "sync.compression_block": Condition("sync.compression=int8 or float8", lambda c: c.sync.compression in ("int8", "float8")),
+    "sync.error_feedback": Condition("sync.compression", lambda c: c.sync.compression != "none"),
+    "sharding.context_attention": Condition("mesh.context above 1", lambda c: c.mesh.context > 1),
+    "train.remat_save": Condition("train.remat=named", lambda c: c.train.remat == "named"),
+    "train.validate_batches": Condition("train.validate_every", lambda c: c.train.validate_every > 0),
+    "optimizer.decay_fraction": Condition(
+        "optimizer.schedule=warmup_stable_decay", lambda c: c.optimizer.schedule == "warmup_stable_decay"
+    ),
+    "optimizer.final_lr_fraction": Condition(
+        "optimizer.schedule=cosine or warmup_stable_decay", lambda c: c.optimizer.schedule in _FALLING
+    ),
+    "guard.spike_deviations": _SPIKE,
+    "guard.spike_window": _SPIKE,
+    "guard.rollback_batches": Condition(
+        "guard.non_finite or guard.spike=rollback", lambda c: "rollback" in (c.guard.non_finite, c.guard.spike)
+    ),
+    "model.moe.capacity_factor": _CAPACITY,
+    "model.moe.capacity_group": _CAPACITY,
+    "checkpoint.keep": Condition("checkpoint.every", lambda c: c.checkpoint.every > 0),
+    "checkpoint.fast_dir": Condition("checkpoint.fast_every", lambda c: c.checkpoint.fast_every > 0),
+}
+
+
+def idle_fields(config: Config) -> list[str]:
+    """A line for each field that is not as by default and does nothing in this config, whose mesh is resolved."""
+    lines = []
+    for name, condition in _CONDITIONS.items():
+        value, default = _value(config, name), _value(_DEFAULTS, name)
+        if value != default and not condition.holds(config):
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            lines.append(f"{name}={shown} does nothing without {condition.words}")
+    return lines
+
+
+def _value(config: Any, name: str) -> Any:
+    """The value of a field; that of a part that is None is as by default."""
+    for part in name.split("."):
+        config = getattr(MoEConfig() if config is None else config, part)
+    return config
