@@ -165,9 +165,11 @@ def search_and_answer(config: Config, cluster: Cluster, flags: Flags) -> int:
         print(json.dumps(plan_json(plan)))
     if not ranked:
         raise ExplainedError(words[0])
-    if not flags.json:
-        show(plan)
-    save(plan, flags)
+    try:
+        if not flags.json:
+            show(plan)
+    finally:
+        save(plan, flags)  # also where nobody reads the tables (`| head`)
     return EXIT_DONE
 
 

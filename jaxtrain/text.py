@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+def show(text: str) -> None:
+    """Prints a line with user text in it (see `printable`)."""
+    print(printable(text))
+
+
 def is_utf8(text: str) -> bool:
     """Whether the text can be written as UTF-8; a file name that is made of other bytes cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jaxtrain.cli import exit_code_of
 from jaxtrain.config import DataSource
 from jaxtrain.config_rules import bpe_size_problem
 from jaxtrain.data.corpus import Corpus, open_corpus
@@ -25,6 +26,7 @@ from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import EXIT_DONE, ConfigError, DataError, ExplainedError
 from jaxtrain.paths import user_path
 from jaxtrain.source_rules import bad_rows_problems, remote_problems
+from jaxtrain.text import printable, show
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
@@ -143,10 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         written = tokenize(config)
     except ExplainedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(summary(config, written))
+        return exit_code_of(interrupt)
+    show(summary(config, written))
     return EXIT_DONE

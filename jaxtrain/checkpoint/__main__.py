@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
 from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import show
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -122,7 +123,7 @@ def list_steps(folder: str) -> int:
                 words, mesh = f"damaged: {error}", {}
             sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1)
             when = f"{saved:%Y-%m-%d %H:%M:%S}  {sizes}"
-        print(f"{path.name:>24}  {readable_size(size):>9}  {words}  {when}".rstrip())
+        show(f"{path.name:>24}  {readable_size(size):>9}  {words}  {when}".rstrip())
     return EXIT_DONE
 
 
@@ -139,10 +140,10 @@ def verify(folder: str, every: bool) -> int:
                 count, size = count + 1, size + array.nbytes
                 if wrong_leaves(sums, {name: array}):
                     raise DamagedCheckpoint(f"{name} does not have its checksum")
-            print(f"step {step}: {count} arrays, {readable_size(size)}: as they were saved")
+            show(f"step {step}: {count} arrays, {readable_size(size)}: as they were saved")
         except CheckpointError as error:
             bad += 1
-            print(f"step {step}: DAMAGED: {error}")
+            show(f"step {step}: DAMAGED: {error}")
     return EXIT_ERROR if bad else EXIT_DONE
 
 
@@ -153,14 +154,14 @@ def inspect(folder: str) -> int:
     folder, step = find(folder)
     stored = read_stored(step_path(folder, step))
     metadata = stored["metadata"]
-    print(f"step {step} in {folder}")
+    show(f"step {step} in {folder}")
     for name, value in metadata.items():
         if name != "config":
-            print(f"{name}: {value}")
+            show(f"{name}: {value}")
     for section, fields in metadata.get("config", {}).items():
-        print(f"{section}: {fields}")
+        show(f"{section}: {fields}")
     for name, words in stored["leaves"].items():
-        print(f"{name:60} {words:32} {stored['checksums'][name]}")
+        show(f"{name:60} {words:32} {stored['checksums'][name]}")
     return EXIT_DONE
 
 
@@ -172,20 +173,20 @@ def diff(one: str, other: str) -> int:
     (folder, step), (second, other_step) = find(one), find(other)
     found = differences(read_metadata(folder, step), read_metadata(second, other_step))
     for line in (*found.hard, *found.soft):
-        print(line)
+        show(line)
     stored, against = read_stored(step_path(folder, step)), read_stored(step_path(second, other_step))
     for name in {**stored["leaves"], **against["leaves"]}:
         if stored["leaves"].get(name) != against["leaves"].get(name):
-            print(f"{name}: {stored['leaves'].get(name, 'absent')} -> {against['leaves'].get(name, 'absent')}")
+            show(f"{name}: {stored['leaves'].get(name, 'absent')} -> {against['leaves'].get(name, 'absent')}")
     apart = {n for n, value in stored["checksums"].items() if n in against["checksums"] and against["checksums"][n] != value}
     rest = {name: array for name, array in arrays(second, other_step) if name in apart}
     for name, array in arrays(folder, step):
         if name in apart and array.shape == rest[name].shape:
             before, now = np.asarray(array, np.float64), np.asarray(rest[name], np.float64)
             size = float(np.linalg.norm(before)) or 1.0
-            print(f"{name}: relative distance {float(np.linalg.norm(now - before)) / size:.3e}")
+            show(f"{name}: relative distance {float(np.linalg.norm(now - before)) / size:.3e}")
     if not apart:
-        print("all arrays are the same, bit for bit")
+        show("all arrays are the same, bit for bit")
     return EXIT_ERROR if apart or found.hard else EXIT_DONE
 
 
@@ -201,7 +202,7 @@ def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: boo
     if set_aside:
         paths += [path for path in absolute(folder).iterdir() if re.fullmatch(r"\d+\.(damaged|rolled-back)-\d+", path.name)]
     for path in paths:
-        print(f"{'would delete' if dry_run else 'deleting'} {path}")
+        show(f"{'would delete' if dry_run else 'deleting'} {path}")
         if not dry_run:
             delete(path)
     return EXIT_DONE

@@ -176,7 +176,7 @@ def promised(phase: str, way: Way) -> tuple[int, int, str]:
     if at_once:
         lost = {"compile": "no step was taken", "save": "steps 1 to 3 are not saved", "validation": "step 4 is not saved"}
         lost |= {
-            "step": f"steps {EVERY + 1} to {HALT} are not saved",
+            "step": f"step {HALT - 1} is not saved",
             "sampling": f"step {STEPS} is saved, and nothing is lost",
         }
         return 128 + way.first, SAVED_BEFORE.get(phase, 0), lost[phase]
