@@ -24,7 +24,10 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 def _fields(file: Path, unit: int = 1) -> dict[str, int]:
     """{name: number} of a file of "name number" lines; empty where it cannot be read."""
     with contextlib.suppress(OSError):
-        return {name: unit * int(number) for name, number in re.findall(r"^(\w+):?\s+(\d+)", file.read_text(), re.MULTILINE)}
+        return {
+            name: unit * int(number)
+            for name, number in re.findall(r"^(\w+):?\s+(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        }
     return {}
 
 
@@ -37,7 +40,7 @@ def _of_host(root: Path) -> Iterator[int]:
 def _number(file: Path) -> int | None:
     """The number in a file; None for "max", and where it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        return int(file.read_text())
+        return int(file.read_text(encoding="utf-8"))
     return None
 
 
@@ -47,7 +50,7 @@ def _of_groups(root: Path) -> Iterator[int]:
     In a container the path may be that of the host, and the root of the mount is then this process's group.
     """
     with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             mount, limit, held = root / "sys/fs/cgroup", "memory.max", "memory.current"
             if "memory" in controllers.split(","):
@@ -70,5 +73,5 @@ def _of_address_space(root: Path) -> Iterator[int]:
 
 def _read_first(file: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
-        return int(file.read_text().split()[0])
+        return int(file.read_text(encoding="utf-8").split()[0])
     return None
