@@ -6,8 +6,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress
+from jaxtrain.telemetry.progress import Progress, readable_size
 from jaxtrain.text import is_utf8
 
 LOCK_FILE = ".lock"
+LEAST_CACHE_BYTES = 64 << 20
+"""Less free space than that may not hold the programs of a run."""
 
 
 def make_run_dir(directory: Path) -> None:
@@ -78,6 +82,11 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
     except OSError as error:
         progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
         return
+    free = shutil.disk_usage(directory).free
+    if not os.access(directory, os.W_OK) or free < LEAST_CACHE_BYTES:
+        why = f"has {readable_size(free)} of free space" if os.access(directory, os.W_OK) else "cannot be written"
+        progress.say(f"warning    compilation cache: {directory} {why}; the next start may have to compile again")
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one for each program
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a hundred small programs
 

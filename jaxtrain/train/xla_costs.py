@@ -20,6 +20,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
 from jaxtrain.hardware import chip_of_device_kind
 from jaxtrain.paths import user_path
@@ -54,7 +55,10 @@ def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     """
     text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
     directory = user_path(folder)
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
-    replace_file(path, text)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text)
+    except OSError as error:  # going on without would give this process another program than its peers
+        raise ExplainedError(f"{path} cannot be written: {error.strerror}; XLA reads there what instructions take") from error
     return path

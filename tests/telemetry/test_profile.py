@@ -77,3 +77,19 @@ def test_a_real_trace_lands_in_the_run_directory(tmp_path):
     names = [file.name for file in (tmp_path / "profile").rglob("*") if file.is_file()]
     assert any(name.endswith(".xplane.pb") for name in names)
     assert "perfetto_trace.json.gz" in names
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("INTERNAL: xplane.pb\nat line 7")])
+@pytest.mark.parametrize("call", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_written_costs_one_line(traces, tmp_path, monkeypatch, call, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(jax.profiler, call, fail)
+    said = []
+    window = ProfileWindow("2:3", tmp_path, say=said.append)
+    run(window, range(1, 6))
+    assert not window.close()
+    (line,) = said
+    assert line.startswith(f"warning    no profile in {tmp_path / 'profile'}: ")
+    assert "\n" not in line

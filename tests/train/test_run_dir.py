@@ -1,0 +1,74 @@
+"""A run's folder and its compilation cache, where the disk takes nothing."""
+
+import errno
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtrain.config import Config, TrainConfig
+from jaxtrain.errors import ExplainedError
+from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train import run_dir
+from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
+from tests.conftest import ERRNOS
+
+
+class Said(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture(params=ERRNOS, ids=errno.errorcode.get)
+def fail(request):
+    def fail(*arguments, **options):
+        raise OSError(request.param, os.strerror(request.param))
+
+    return fail
+
+
+def test_the_lock_holds_without_its_owners_name(tmp_path, monkeypatch, fail):
+    make_run_dir(tmp_path)
+    monkeypatch.setattr(os, "pwrite", fail)
+    with only_run_in(tmp_path), pytest.raises(ExplainedError, match="another process is training in"), only_run_in(tmp_path):
+        pass
+
+
+def test_rows_that_cannot_be_read_count_for_nothing(tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(run_dir, "read_rows", fail)
+    assert largest_before(tmp_path / "metrics.jsonl", 7, "elapsed_seconds") == 0.0
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(ExplainedError, match="--run_dir=.* cannot be written: .*; give another --run_dir"):
+        make_run_dir(tmp_path / "run")
+
+
+def test_a_full_compilation_cache_is_told_once_and_not_for_each_program(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    said = Said()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            use_compilation_cache(Config(name="x", train=TrainConfig(compilation_cache=str(tmp_path))), said)
+            warnings.warn("Error writing persistent compilation cache entry for 'jit_f': OSError: No space", stacklevel=1)
+            warnings.warn("another warning", stacklevel=1)
+        assert [str(warning.message) for warning in caught] == ["another warning"]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert said.lines == [
+        f"warning    compilation cache: {tmp_path} has 1000 B of free space; the next start may have to compile again"
+    ]
