@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import jaxtrain
+from jaxtrain.errors import Stopped
 from jaxtrain.files import AppendedFile, Say
 
 PATIENCE_SECONDS = 5.0
@@ -64,7 +65,8 @@ class RunLog(logging.Handler):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         logging.getLogger("jaxtrain").removeHandler(self)
         if error is not None:
-            self.write(f"error      {type(error).__name__}: {error}")
+            word = "stopped" if isinstance(error, Stopped) else "error"
+            self.write(f"{word:<10} {type(error).__name__}: {error}")
         self._file.close()
 
 
