@@ -1,0 +1,50 @@
+"""The pictures of the README show what today's code draws: each holds a hash of what it was made from."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import pictures
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_no_picture_is_older_than_what_it_shows(name: str):
+    assert not pictures.is_stale(name), f"configs/{name} is out of date: python -m tests.pictures {name}"
+
+
+def test_the_readme_shows_these_pictures():
+    readme = (pictures.ROOT / "README.md").read_text()
+    assert set(pictures.PICTURES) == {path.name for path in (pictures.ROOT / "configs").glob("*.[ps][nv]g")}
+    assert all(f"(configs/{name})" in readme for name in pictures.PICTURES)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_change_of_code_makes_a_picture_stale_and_a_comment_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
+):
+    (tmp_path / "configs").mkdir()
+    code, path = tmp_path / "code.py", tmp_path / "configs" / f"one{suffix}"
+    monkeypatch.setattr(pictures, "ROOT", tmp_path)
+    monkeypatch.setattr(pictures, "PICTURES", {path.name: pictures.Picture(lambda p: draw(p), ("code.py",))})
+    code.write_text("size = 1\n")
+    assert pictures.is_stale(path.name)
+    pictures.main([])
+    assert not pictures.is_stale(path.name)
+    code.write_text("size = 1  # small\n")
+    assert not pictures.is_stale(path.name)
+    code.write_text("size = 2\n")
+    assert pictures.is_stale(path.name)
+
+
+def draw(path: Path) -> None:
+    path.write_text("<svg></svg>") if path.suffix == ".svg" else Image.new("RGB", (2, 2)).save(path)
+
+
+def test_pictures_below_each_other_are_one_valid_file():
+    whole = ElementTree.fromstring(
+        pictures.stack(['<svg viewBox="0 0 10 20"><title>a</title></svg>', '<svg viewBox="0 0 10 5"/>'])
+    )
+    assert whole.get("viewBox") == "0 0 58 97"
+    assert [part.get("y") for part in whole if part.tag.endswith("svg")] == ["24", "68"]
