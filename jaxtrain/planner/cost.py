@@ -150,7 +150,8 @@ def _axes_present(mesh: tuple[int, ...]) -> tuple[bool, ...]:
 def _parts_that_move(present: tuple[bool, ...]) -> tuple[str, ...]:
     """Parts of `PARTS` that move anything where these axes are above 1."""
     _, pipe, _, fsdp, expert, context, tensor = present
-    moves = {"weights": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe, "experts": expert, "context": context}
+    moves = {"weights": fsdp, "muon": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe}
+    moves |= {"experts": expert, "context": context}
     return tuple(part for part in PARTS if moves.get(part, any(present)))
 
 
@@ -267,6 +268,7 @@ class CostModel:
             "experts": (rows, expert, context, tensor, remat),
             "context": (rows, context, tensor, layout.context, remat, layout.microbatches),
             "scalars": (present,),
+            "muon": (fsdp, tensor, expert),
         }
         return keys[part]
 

@@ -32,6 +32,7 @@ from jaxtrain.planner.formulas import (
     turns,
 )
 from jaxtrain.planner.hlo_collectives import wire_factor
+from jaxtrain.train.optimizer import MUON_ITERATIONS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def uncovered(config: Config) -> list[str]:
         "model.sliding_window with mesh.context": config.mesh.context > 1 and config.model.sliding_window > 0,
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
-        f"optimizer.name={config.optimizer.name}": config.optimizer.name in ("adafactor", "muon"),
+        f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
+        "optimizer.name=muon with tensor or experts": config.optimizer.name == "muon"
+        and (config.mesh.tensor > 1 or config.model.moe is not None),
     }
     return [what for what, is_there in found.items() if is_there]
 
@@ -325,6 +328,35 @@ def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, weight.axes, "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
 
 
+def _muon(config: Config, ticks: Ticks) -> Iterator[Entry]:
+    """What muon's `orthogonalise` moves over fsdp, for each hidden matrix of the layers held, in float32.
+
+    Of a matrix D x C, fsdp cuts D. X is the matrix with its shorter side s first, so in each of the iterations
+    X = a X + (b A + c A^2) X, A = X X^T:
+
+    * where D is the shorter side, rows are cut: X is gathered for A, A for its square, X again: 2 D C + D^2 numbers;
+    * else columns are cut: A is summed over the devices: s^2 numbers.
+
+    With tensor or experts it is about this (`uncovered`).
+    """
+    model, d = config.model, config.model.embed_dim
+    if config.optimizer.name != "muon":
+        return
+    calls = MUON_ITERATIONS * ticks.layers_held
+    for name, weight in layer_weights(model).items():
+        if not weight.is_matrix:
+            continue
+        copies = model.moe.num_experts if model.moe and name.startswith("expert_") else 1
+        other, own = weight.elements // (d * copies), copies // (config.mesh.expert if copies > 1 else 1)
+        ends_in_d = name.removeprefix("expert_") in ("out", "down")
+        if d < other or (d == other and not ends_in_d):
+            numbers = 2 * d * other // config.mesh.tensor + d * d
+            yield _entry(config, ["fsdp"], "all-gather", "f32", calls, 4 * own * numbers, f"muon of {name}")
+        else:
+            yield _entry(config, ["fsdp"], "all-reduce", "f32", calls, 4 * own * min(d, other) ** 2, f"muon of {name}")
+        yield _entry(config, ["fsdp"], "all-reduce", "f32", ticks.layers_held, 4 * own, f"muon's norm of {name}")
+
+
 PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Entry]]] = MappingProxyType(
     {
         "weights": _weights,
@@ -335,6 +367,7 @@ PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Entry]]] = MappingProxyTy
         "experts": _experts,
         "context": _context,
         "scalars": _scalars,
+        "muon": _muon,
     }
 )
 """What makes up `collectives`, by why it moves. Each is linear in F, F l, B, B l and the layers held, so that a planner can

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     cut, sizes = _cut(config), Sizes.of(config)
     worst = max(_loss_moment(config, cut, sizes), _backward_moment(config, cut, sizes, backend), key=sum)
     return Memory(
-        parameters=cut.held * BYTES[config.model.param_dtype],
+        parameters=parameter_bytes(config, cut),
         optimizer=optimizer_state(config, cut) + sync_state(config, cut),
         gradients=worst.gradients,
         weights=_weights(config, cut),
@@ -67,6 +67,8 @@ class Shares(NamedTuple):
     """Whole over fsdp."""
     vectors: float
     """Of them, norms and biases."""
+    float32: float
+    """Of them, those that are kept in float32 whatever param_dtype says: norms, biases, routers."""
 
 
 class Cut(NamedTuple):
@@ -105,10 +107,13 @@ def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Sh
     """Of one layer, and of what is outside."""
     sizes = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
 
-    def share(weights: Iterable[Weight]) -> Shares:
+    def share(weights: Collection[Weight]) -> Shares:
         cut = [(w.elements / math.prod(sizes[axis] for axis in w.axes), w.is_matrix) for w in weights]
         matrices, vectors = sum(n for n, is_matrix in cut if is_matrix), sum(n for n, is_matrix in cut if not is_matrix)
-        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors)
+        routers = sum(
+            w.elements / math.prod(sizes[axis] for axis in w.axes) for w in weights if w.is_matrix and w.compute == "float32"
+        )
+        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors, vectors + routers)
 
     return share(layer_weights(model).values()), share(outer_weights(model).values())
 
@@ -125,6 +130,12 @@ def _cut(config: Config) -> Cut:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What lasts from step to step
+
+
+def parameter_bytes(config: Config, cut: Cut) -> float:
+    """Bytes of the parameters: param_dtype, but float32 for norms, biases and routers."""
+    fine = cut.chunks * cut.layers * cut.layer.float32 + cut.outer.float32
+    return BYTES[config.model.param_dtype] * (cut.held - fine) + FLOAT32 * fine
 
 
 def optimizer_state(config: Config, cut: Cut) -> float:

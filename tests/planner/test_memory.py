@@ -81,6 +81,14 @@ def test_the_state_of_every_optimizer(model: ModelConfig, mesh: MeshConfig, opti
     assert (memory.parameters, memory.optimizer) == (held(state["params"]), held(state["optimizer"]))
 
 
+@pytest.mark.parametrize("model", [replace(DENSE, param_dtype="bfloat16"), replace(LATENT, param_dtype="bfloat16")])
+def test_parameters_in_bfloat16_but_norms_routers_and_biases(model: ModelConfig):
+    config = config_of(model, MeshConfig(fsdp=2, tensor=4))
+    rule = make_optimizer(config.optimizer, 10, parameter_dims(config.model))
+    state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:8]), rule)
+    assert estimate_memory(config).parameters == held(state["params"])
+
+
 @pytest.mark.parametrize(
     "sync",
     [
