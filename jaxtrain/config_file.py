@@ -17,6 +17,7 @@ from types import ModuleType
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.paths import user_path
 
 SHIPPED = Path(__file__).parent.parent / "configs"
 """Folder of the configs in a checkout. The installed package has none, since configs are there to be read and changed."""
@@ -28,7 +29,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
       ExplainedError: there is none; names the nearest.
     """
-    path = Path(name)
+    path = user_path(name)
     for file in (path, path.with_name(f"{path.name}.py") if path.name else path):
         if file.is_file():
             return file

@@ -94,6 +94,7 @@ SAME_FLOOR = {
     ("config_file", "config"),
     ("config_notes", "config"),
     ("config_file", "errors"),
+    ("config_file", "paths"),
     ("command_line", "config"),
     ("command_line", "config_fields"),
     ("command_line", "config_file"),

@@ -76,7 +76,7 @@ def test_links_that_lead_nowhere_are_named(here):
     assert listed("*.txt") == ["1.txt"]
 
 
-def test_sources_tokenizers_and_configs_are_literal_too(here, make_config, texts):
+def test_sources_tokenizers_and_configs_are_literal_too(here, make_config, texts, monkeypatch):
     for name, text in (("part[1].jsonl", texts[0] * 9), ("part1.jsonl", "another" * 99)):
         (here / name).write_text(json.dumps({"text": text}) + "\n")
     (here / "bpe[1].json").write_text(train_bpe(texts, 280))
@@ -86,6 +86,8 @@ def test_sources_tokenizers_and_configs_are_literal_too(here, make_config, texts
     (here / "~c[1].py").write_text("from jaxtrain.config import Config\ndef get_config():\n    return Config(run_dir='~')\n")
     config = load_config("~c[1].py")
     assert config.directory == here.home()
+    monkeypatch.setenv("HOME", str(here))
+    assert load_config("~/~c[1].py") == config
     (here / "~").mkdir()
     assert str(config.directory) == "~"
 
