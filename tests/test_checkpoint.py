@@ -475,6 +475,14 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path, state):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?"])
+def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    """It merges no files there: the save would look well and could not be read."""
+    with pytest.raises(CheckpointError, match=r"Orbax takes \*, \? and \[ in the name of a folder.*give another --run_dir"):
+        Checkpoints(tmp_path / name / "checkpoints", CONFIG)
+    assert not (tmp_path / name).exists()
+
+
 def test_an_unwritable_folder_fails_at_once_and_the_process_ends(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/1/checkpoints"):

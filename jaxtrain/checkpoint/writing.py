@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import math
@@ -465,6 +466,8 @@ class Checkpoints:
 
     def _probe(self) -> str | None:
         """Why this process cannot use the folder, or None. The first process also cleans it."""
+        if glob.has_magic(os.fspath(self.directory)):
+            return "Orbax takes *, ? and [ in the name of a folder for wildcards, and would save nothing that can be read"
         probe = self.directory / f".write_probe_{jax.process_index()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
