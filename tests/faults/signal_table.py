@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +29,9 @@ PHASES = ("import", "data", "compile", "step", "save", "validation", "sampling",
 SAVED_BEFORE = {"step": EVERY, "validation": EVERY, "sampling": STEPS, "end": STEPS}
 STOPS_AFTER = {"step": HALT, "save": EVERY, "validation": 4}
 """The step that a run which is asked to end in this phase saves."""
+
+
+TAKE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def start(folder: Path, phase: str, way: Way) -> Run:
     config = ["--config=tests/faults/signalled.py", f"--run_dir={folder / 'run'}"]
     launch = ["jaxtrain.launch", f"--processes={way.processes}", "--devices_per_process=1", "--", "--mesh.data=2"]
     command = [sys.executable, "-m", *(launch if way.processes > 1 else ["jaxtrain.main"]), *config]
+    if way.terminal:
+        command = [sys.executable, "-c", TAKE_TERMINAL, *command]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX", "PYTEST"))}
     ours = {"JAX_PLATFORMS": "cpu", "JAXTRAIN_TEST_PHASE": phase, "JAXTRAIN_TEST_FOLDER": str(folder)}
     master, slave = pty.openpty() if way.terminal else os.pipe()
@@ -115,7 +118,6 @@ def start(folder: Path, phase: str, way: Way) -> Run:
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if way.terminal else None,
     )
     os.close(slave)
     said = bytearray()
