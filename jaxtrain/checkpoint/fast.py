@@ -242,10 +242,19 @@ def _join(abstract: Any, arrays: list[np.ndarray]) -> Any:
     def leaf(like: Any) -> jax.Array:
         devices = like.sharding.addressable_devices_indices_map(like.shape)
         held = {place: next(parts) for place in sorted({_place(index) for index in devices.values()})}
-        on_devices = [jax.device_put(held[_place(index)], device) for device, index in devices.items()]
+        on_devices = [_on_its_own(held[_place(index)], device) for device, index in devices.items()]
         return jax.make_array_from_single_device_arrays(like.shape, like.sharding, on_devices)
 
     return jax.tree.unflatten(treedef, [leaf(like) for like in leaves.values()])
+
+
+def _on_its_own(array: np.ndarray, device: Any) -> jax.Array:
+    """Return the array in device memory that nothing else holds, which the first step's donation can take.
+
+    On CPU `device_put` leaves it in the host's array, one for all devices, and the step would copy it.
+    """
+    placed = jax.device_put(array, device)
+    return placed.copy() if device.platform == "cpu" else placed
 
 
 def _newest_of_all(candidates: list[int]) -> int | None:
