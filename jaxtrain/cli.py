@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from jaxtrain.errors import EXIT_ERROR, ExplainedError, Interrupted, Stopped
+from jaxtrain.processes import announce, are_several
 from jaxtrain.signals import STOPPING, Request, Watch, end_at_once, say
 from jaxtrain.text import make_streams_safe, printable
 
@@ -57,7 +58,7 @@ class Signals:
     def hear(self, number: int, request: Request) -> None:
         """Ends the process where nothing has to be cleaned up, or where the interrupt has not ended it in time."""
         if self._code is not None:
-            if request == "at once" or (request == "stop" and not _are_several()):
+            if request == "at once" or (request == "stop" and not are_several()):
                 end_at_once(self._code, _flush)
         elif request == "at once" or (request == "stop" and not self._works):
             end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
@@ -124,17 +125,22 @@ def raise_file_limit() -> None:
 
 
 def explained(work: Callable[[], int]) -> int:
-    """Calls `work` for an exit code; an ExplainedError, an interrupt or a lack of device memory becomes one message."""
+    """Call `work` for an exit code; an ExplainedError, an interrupt or a lack of device memory becomes one message.
+
+    Peers of this process are told why it ends.
+    """
     try:
         return work()
     except ExplainedError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        announce(error.exit_code, printable(str(error)))
         return error.exit_code
     except Stopped as stop:
         print(f"stopped: {stop}; nothing that was saved is lost, and the same command goes on from there", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt as stop:
         print(f"interrupted by {stop}" if isinstance(stop, Interrupted) else "interrupted", file=sys.stderr)
+        announce(exit_code_of(stop), "it was interrupted")
         return exit_code_of(stop)
     except UnicodeEncodeError as error:
         if error.encoding != sys.getfilesystemencoding():
@@ -144,6 +150,7 @@ def explained(work: Callable[[], int]) -> int:
             "set LC_ALL=C.UTF-8, and leave PYTHONUTF8=0 out",
             file=sys.stderr,
         )
+        announce(EXIT_ERROR, f"a file name cannot be written in its environment's encoding, {error.encoding}")
         return EXIT_ERROR
     except Exception as error:
         if not is_out_of_memory(error):
@@ -153,6 +160,7 @@ def explained(work: Callable[[], int]) -> int:
             "train.microbatches, --train.remat=full, a smaller train.global_batch_size or data.sequence_length.",
             file=sys.stderr,
         )
+        announce(EXIT_ERROR, f"out of device memory: {str(error).splitlines()[0]}")
         return EXIT_ERROR
 
 
@@ -164,14 +172,6 @@ def exit_code_of(interrupt: KeyboardInterrupt) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether XLA had no room, when it compiled a program or when it ran it."""
     return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
-
-
-def _are_several() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    from jaxtrain.processes import are_several
-
-    return are_several()
 
 
 def _flush() -> None:

@@ -485,6 +485,12 @@ class DistributedConfig:
     """A process that has been silent for so long is lost, and all end."""
     start_timeout_seconds: int = 300
     """How long processes wait for one another at the start."""
+    hang_seconds: int = 300
+    """A step that has not moved for so long has hung, or for 20 times the usual step where that is longer; all processes end
+    and are started again. 0 for never."""
+    phase_seconds: int = 1800
+    """The first step, saving, restoring, validating, sampling or waiting for a peer may take so long; 0 for ever. Reading data
+    and compiling may take a day."""
 
 
 @dataclass(frozen=True)

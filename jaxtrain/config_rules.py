@@ -135,7 +135,7 @@ _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
     "checkpoint.keep_every checkpoint.fast_every model.sliding_window sync.delay sync.overlap distributed.processes "
-    "guard.budget guard.copies_every guard.repeat_every"
+    "guard.budget guard.copies_every guard.repeat_every distributed.hang_seconds distributed.phase_seconds"
 ).split()
 _ABOVE_ZERO = (
     "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr "

@@ -16,8 +16,8 @@ from jaxtrain.paths import user_path
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_FAULT = 70  # of one process of several: an error that nobody foresaw; its traceback is in the log
-EXIT_PEER = 75  # another process of the run was lost; nothing is wrong with this one
+EXIT_FAULT = 70  # an unforeseen error in one process of several, or a process that hangs: traceback or stacks are in the log
+EXIT_PEER = 75  # another process of the run was lost or hangs; nothing is wrong with this one
 EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to go on
 EXIT_UNREAD = 141  # what a verb prints is read by nobody any more (`| head`); as coreutils, 128 + SIGPIPE
 
@@ -62,6 +62,22 @@ class LostSave(ExplainedError):
     """One of several processes could not do its part of a save; all must start again, from the checkpoint before."""
 
     exit_code = EXIT_FAULT
+
+
+class PeerMissing(ExplainedError):
+    """Another process did not come to a barrier in time."""
+
+    exit_code = EXIT_PEER
+
+
+class PeersDiffer(ExplainedError):
+    """Processes of one run do not have in common what they must. `problems` lists the differences, one line each."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problems: Iterable[str], way_out: str):
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems) + f": {way_out}")
 
 
 class NumbersError(ExplainedError):

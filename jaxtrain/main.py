@@ -106,24 +106,26 @@ def train(arguments: Sequence[str]) -> int:
     set_aside = settle()
     place = distributed.start(config.distributed)
 
-    from jaxtrain.processes import check_same_config
+    from jaxtrain.agreement import check_start
+    from jaxtrain.launch.watchdog import Watchdog
     from jaxtrain.telemetry.beat import Beat
     from jaxtrain.telemetry.progress import open_progress
     from jaxtrain.train.hooks import StopOnSignal
     from jaxtrain.train.run import Run
 
-    config = validate(config, count_devices())
-    progress = open_progress(config.train.steps, process_index=jax.process_index())
-    with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
-        progress.beat = Beat.from_environment()
-        if set_aside:
-            progress.say(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
-        if place is not None:
-            progress.say(f"launch     {distributed.describe(place)}")
-            check_same_config(config)
-        for line in idle_fields(config):
-            progress.say(f"config     {line}")
-        ask_for_memory(config, place.local_processes if place else 1, progress.say)
-        run = Run(config, progress, stop)
-        with memory_explained(config, run.backend):
-            return run.train()
+    with Watchdog(config, Beat.from_environment()) as watchdog:
+        check_start(config)
+        config = validate(config, count_devices())
+        progress = open_progress(config.train.steps, process_index=jax.process_index())
+        with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
+            progress.beat, watchdog.before_exit = watchdog.beat, progress.close
+            if set_aside:
+                progress.say(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
+            if place is not None:
+                progress.say(f"launch     {distributed.describe(place)}")
+            for line in idle_fields(config):
+                progress.say(f"config     {line}")
+            ask_for_memory(config, place.local_processes if place else 1, progress.say)
+            run = Run(config, progress, stop)
+            with memory_explained(config, run.backend):
+                return run.train()

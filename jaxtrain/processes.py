@@ -1,42 +1,100 @@
-"""The processes of a run, and a few words between them that are on no device: JAX's coordination service as a notice board.
+"""The processes of a run and what they tell one another without any device: the key-value store and barriers of JAX's runtime.
 
-A lone process has no board; its callers see `post` succeed and `look` find nothing.
+Process 0 hosts the store. A lone process has none: its `post` succeeds, its `look` finds nothing, its barriers are passed.
+
+Collectives here (`barrier`, `exchange`, `from_first`) must be entered by all processes in the same order, like XLA's. Unlike
+XLA's they have a time limit, and the error names who is missing.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
+import sys
 import time
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxtrain.config import Config
-from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.errors import PeerMissing
 from jaxtrain.jax_private import distributed_state
 
 _PREFIX = "jaxtrain/"
-_TO_THE_DOOR = 0.5  # seconds from saying that one leaves to having left: jax aborts whom the end of the board still finds
+_FAILURE = "failure"
+LEAVE_SECONDS = 2.5
+"""How long process 0 waits for its peers to end before it does: jax aborts whoever still runs when the store is gone."""
+EXIT_GRACE_SECONDS = 0.5
+"""From the last word of a process to its end."""
+LONG_SECONDS = 24 * 3600.0
+"""Limit of what may take hours: reading data for the first time, compiling, the last copies to a store."""
+limit_seconds = 1800.0
+"""Default limit of a collective; `launch.distributed.start` sets it to distributed.phase_seconds."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process ends the run, for its peers."""
+
+    process: int
+    code: int
+    """Its exit code."""
+    reason: str
+    """One line."""
+    hang: bool = False
+    """It did not end by itself: a watchdog found that it does not move."""
+
+
+class _Own:
+    """What this process has done so far."""
+
+    collectives = 0
+    """Collectives of the host that it entered."""
+    deleted = 0
+    """Up to this one their keys are deleted."""
+    failure: Failure | None = None
+    """What it announced."""
+
+
+_own = _Own()
+
+
+def _state() -> Any | None:
+    """jax's record of the processes; None before jax is imported, where there can be no other process."""
+    return distributed_state() if "jax" in sys.modules else None
 
 
 def _client() -> Any | None:
-    return distributed_state().client
-
-
-def _own_index() -> int:
-    return int(distributed_state().process_id or 0)
-
-
-def _count() -> int:
-    return int(distributed_state().num_processes or 1)
+    state = _state()
+    return None if state is None else state.client
 
 
 def are_several() -> bool:
     """Whether this process is one of a run of several."""
-    return _client() is not None and _count() > 1
+    return _client() is not None and count() > 1
+
+
+def own_index() -> int:
+    """This process's number, from 0. Unlike jax.process_index it wakes no device."""
+    state = _state()
+    return 0 if state is None else int(state.process_id or 0)
+
+
+def count() -> int:
+    """How many processes the run has. Unlike jax.process_count it wakes no device."""
+    state = _state()
+    return 1 if state is None else int(state.num_processes or 1)
+
+
+def collectives_entered() -> int:
+    """How many collectives this process has entered: of two processes the one with fewer is behind."""
+    return _own.collectives
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The key-value store
 
 
 def post(key: str, value: str) -> bool:
-    """Puts up a notice, for all processes and for good; False where somebody else has been first."""
+    """Set a key for good; False where it is set already."""
     client = _client()
     if client is None:
         return True
@@ -50,7 +108,7 @@ def post(key: str, value: str) -> bool:
 
 
 def look(key: str) -> str | None:
-    """The notice under a key, or None."""
+    """Return the value of a key, or None where it is not set."""
     client = _client()
     if client is None:
         return None
@@ -63,14 +121,14 @@ def look(key: str) -> str | None:
 
 
 def tell(key: str, value: str) -> None:
-    """Puts up a notice in place of what this key said before."""
+    """Set a key, in place of its earlier value."""
     client = _client()
     if client is not None:
         client.key_value_set(_PREFIX + key, value, allow_overwrite=True)
 
 
-def read_board(folder: str) -> dict[str, str]:
-    """All notices under "folder/", by what follows; those that are there, without waiting for any."""
+def read_folder(folder: str) -> dict[str, str]:
+    """Return all keys under "folder/" that are set, by what follows the slash."""
     client = _client()
     if client is None:
         return {}
@@ -78,91 +136,153 @@ def read_board(folder: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in client.key_value_dir_get(prefix)}
 
 
-def wait_for(key: str, seconds: float) -> str:
-    """The notice under a key, once it is there.
+def wait_for(key: str, seconds: float, process: int = 0) -> str:
+    """Return the value of a key that `process` sets, once it is set.
 
     Raises:
-      ExplainedError: nobody put it up in time.
+      PeerMissing: it was not set in time.
     """
     client = _client()
-    assert client is not None, "a lone process waits for nobody"
+    assert client is not None, "a lone process waits for no other"
     try:
         return client.blocking_key_value_get(_PREFIX + key, int(seconds * 1000))
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise ExplainedError(f"no other process said {key!r} within {seconds:.0f} s; see their logs") from error
+        raise PeerMissing(f"process {process} did not come to {key!r} within {seconds:.0f} s; see its log") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collectives of the host
+
+
+def barrier(name: str, seconds: float) -> None:
+    """Return once all processes have entered the barrier of that name, which serves once.
+
+    Raises:
+      PeerMissing: some did not in time; names them.
+    """
+    if are_several():
+        _enter()
+        _meet(name, "", seconds)
 
 
 def exchange(name: str, value: Any, seconds: float) -> list[Any]:
-    """What every process says under a name, by process, as JSON gives it back. All call it; a name serves once.
+    """Return every process's value under a name that serves once, by process, as JSON gives it back.
 
-    Process 0 gathers and hands out, so that n processes send 2 n messages.
+    Process 0 gathers and hands out, so that n processes send O(n) messages.
 
     Raises:
-      ExplainedError: a process said nothing in time; names it.
+      PeerMissing: a process was not there in time; names it.
     """
     if not are_several():
         return [json.loads(json.dumps(value))]
-    own, count = _own_index(), _count()
-    post(f"{name}/{own}", json.dumps(value))
-    if own == 0:
-        post(f"{name}/all", json.dumps(_gather(name, count, seconds)))
-    said = json.loads(wait_for(f"{name}/all", seconds + 10))  # process 0 has words for who is missing
-    if isinstance(said, str):
-        raise ExplainedError(said)
-    return said
+    _enter()
+    _meet(name, json.dumps(value), seconds)
+    if own_index() == 0:
+        values = read_folder(f"{name}/of")
+        post(f"{name}/all", f"[{','.join(values[str(process)] for process in range(count()))}]")
+    return json.loads(wait_for(f"{name}/all", seconds))
 
 
-def leave(name: str, seconds: float) -> None:
-    """Before the processes end for different reasons, or with an error: process 0, on which the board is, goes last."""
-    if not are_several():
-        return
-    own, count = _own_index(), _count()
-    if own == 0:
-        _gather(name, count, seconds, first=1)
-        time.sleep(_TO_THE_DOOR)
-    else:
-        post(f"{name}/{own}", "null")
+def exchange_next(value: Any, seconds: float | None = None) -> list[Any]:
+    """`exchange` without a name: all processes make the same calls of this kind and of `from_first` in the same order."""
+    name = f"collective/{_own.collectives + 1}"
+    values = exchange(name, value, limit_seconds if seconds is None else seconds)
+    if are_several() and own_index() == 0:
+        _delete_before(_own.collectives)  # all have entered this one, and so have read those before
+    return values
 
 
-def _gather(name: str, count: int, seconds: float, first: int = 0) -> list[Any] | str:
-    """What all have said, or in words who has not."""
-    until, said = time.monotonic() + seconds, []
-    for index in range(first, count):
-        try:
-            said.append(json.loads(wait_for(f"{name}/{index}", max(until - time.monotonic(), 0.1))))
-        except ExplainedError:
-            return f"process {index} of {count} said nothing about {name!r} within {seconds:.0f} s; see its log"
-    return said
-
-
-def check_same_config(config: Config) -> None:
-    """Compares this process's config with that of process 0, before anything is computed together.
+def from_first(value: Any, seconds: float | None = None) -> Any:
+    """Return process 0's value in all processes, as JSON gives it back.
 
     Raises:
-      ConfigError: they differ; names the fields, with both values.
+      PeerMissing: process 0 was not there in time.
     """
-    import jax
+    if not are_several():
+        return value
+    _enter()
+    key = f"collective/{_own.collectives}/first"
+    if own_index() == 0:
+        post(key, json.dumps(value))
+    return json.loads(wait_for(key, limit_seconds if seconds is None else seconds))
 
-    mine = _flat(dataclasses.asdict(config))
-    if jax.process_index() == 0:
-        post("config", json.dumps(mine))
+
+def _enter() -> None:
+    _own.collectives += 1
+
+
+def _delete_before(number: int) -> None:
+    client = _client()
+    for old in range(_own.deleted + 1, number):
+        if client is not None:
+            client.key_value_delete(f"{_PREFIX}collective/{old}")
+    _own.deleted = max(_own.deleted, number - 1)
+
+
+def _meet(name: str, value: str, seconds: float) -> None:
+    client = _client()
+    assert client is not None
+    post(f"{name}/of/{own_index()}", value)
+    try:
+        client.wait_at_barrier(_PREFIX + name, int(seconds * 1000))
+    except Exception as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        there = {int(process) for process in read_folder(f"{name}/of")}
+        missing = [process for process in range(count()) if process not in there]
+        raise PeerMissing(f"{name_processes(missing)} did not come to {name!r} within {seconds:.0f} s; see the log") from error
+
+
+def name_processes(processes: list[int], most: int = 8) -> str:
+    """Return "process 3 of 4", or "processes 1, 2 and 5 more of 64"."""
+    if not processes:
+        return f"a process of {count()}"
+    words = [str(process) for process in processes[:most]]
+    if len(processes) > most:
+        words.append(f"{len(processes) - most} more")
+    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"process{'es' if len(processes) > 1 else ''} {listed} of {count()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ending early
+
+
+def announce(code: int, reason: str) -> None:
+    """Tell the peers that this process ends the run, and why; `launch.watchdog` of each then ends it. The first one counts."""
+    _own.failure = _own.failure or Failure(own_index(), code, " ".join(reason.split())[:600])
+    report(_own.failure)
+
+
+def announced() -> Failure | None:
+    """What this process has announced."""
+    return _own.failure
+
+
+def report(failure: Failure) -> None:
+    """Post a failure, unless another one was posted before. A store that is gone is no error here."""
+    if are_several():
+        with contextlib.suppress(Exception):
+            post(_FAILURE, json.dumps(asdict(failure)))
+
+
+def reported() -> Failure | None:
+    """Return the failure that ends the run, or None."""
+    text = look(_FAILURE)
+    return None if text is None else Failure(**json.loads(text))
+
+
+def leave(seconds: float = LEAVE_SECONDS) -> None:
+    """Say that this process ends early; process 0, which hosts the store, waits up to `seconds` for its peers to say so."""
+    if not are_several():
         return
-    first = json.loads(wait_for("config", config.distributed.start_timeout_seconds))
-    names = [name for name in {**first, **mine} if first.get(name) != mine.get(name) and name != "distributed.process_id"]
-    if names:
-        raise ConfigError(
-            [
-                f"{name}={mine.get(name)!r} in process {jax.process_index()}, but {first.get(name)!r} in process 0"
-                for name in names
-            ]
-        )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as {"model.num_layers": 12}."""
-    if isinstance(value, dict | list | tuple) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}
-    return {name: list(value) if isinstance(value, tuple) else value}
+    with contextlib.suppress(Exception):  # a store that is gone
+        post(f"left/{own_index()}", "")
+        until = time.monotonic() + seconds
+        while own_index() == 0 and time.monotonic() < until:
+            if len(read_folder("left")) == count():
+                time.sleep(EXIT_GRACE_SECONDS)
+                return
+            time.sleep(0.05)

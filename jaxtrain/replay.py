@@ -33,10 +33,13 @@ from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed
+from jaxtrain.launch.watchdog import Watchdog
 from jaxtrain.main import ask_for_memory, count_devices
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settle
+from jaxtrain.processes import own_index
+from jaxtrain.telemetry.beat import Beat
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.text import open_console
 from jaxtrain.train.feed import owned_rows, to_global
@@ -82,7 +85,7 @@ class Layout:
         self.backend, _ = choose_attention(config, self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.canonical = Canonical(config, self.mesh, self.optimizer)
-        self.rollbacks = Rollbacks.load(config.directory, config.distributed.start_timeout_seconds)
+        self.rollbacks = Rollbacks.load(config.directory)
 
     def __str__(self) -> str:
         return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
@@ -217,9 +220,17 @@ def main(arguments: Sequence[str]) -> int:
     other_flags = other_config(without_own_flags(arguments), flags.against) if flags.against else None
     settle()
     place = distributed.start(config.distributed)
+    beat = Beat.from_environment()
+    beat.phase("replaying")
+    with Watchdog(config, beat):
+        return replay(config, flags, other_flags, place.local_processes if place else 1)
+
+
+def replay(config: Config, flags: ReplayFlags, other_flags: Config | None, local_processes: int) -> int:
+    """Restore, compute, compare, print; return the exit code."""
     devices = count_devices()
     config = validate(config, devices)
-    ask_for_memory(config, place.local_processes if place else 1, lambda line: print(line, file=sys.stderr))
+    ask_for_memory(config, local_processes, lambda line: print(line, file=sys.stderr))
     record = recorded(config, flags.step) if other_flags is None else {}
     layout = Layout(config)
     other = Layout(validate(other_flags, devices)) if other_flags is not None else None
@@ -235,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
         dtypes.add(other.config.model.dtype)
     tolerance = flags.tolerance or max(TOLERANCE[dtype] for dtype in dtypes)
     same = all(each.difference <= tolerance for each in compared)
-    if place is None or place.process == 0:
+    if own_index() == 0:
         begin = f"the checkpoint of step {first}" if first else "the initial state"
         title = f"step {flags.step} of {config.name} from {begin}: {layout}, against {beside}"
         if flags.json:

@@ -29,6 +29,7 @@ FLOORS = {
     "early": 0,
     "signals": 0,
     "text": 0,
+    "agreement": 1,
     "mesh": 1,
     "numerics": 1,
     "processes": 1,
@@ -85,6 +86,7 @@ FLOORS = {
 }
 # Within a floor: files of one folder may know one another, and so may these.
 SAME_FLOOR = {
+    ("agreement", "processes"),
     ("config", "errors"),
     ("config", "paths"),
     ("errors", "paths"),

@@ -21,9 +21,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.abandoned_reads import abandoned_reads_unsaid
@@ -31,6 +29,7 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from jaxtrain.paths import user_path
+from jaxtrain.processes import exchange_next, from_first
 from jaxtrain.text import printable
 
 COMMIT_MARK = "committed.json"
@@ -250,9 +249,7 @@ def cause(error: BaseException) -> str:
 
 def from_first_process(value: int) -> int:
     """What the first process sees: file systems show changes to hosts at different times, and all must do the same."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return from_first(value)
 
 
 def everywhere(flag: bool) -> bool:
@@ -280,7 +277,5 @@ def agreed(path: epath.Path, read: Callable[[], T]) -> T:
 
 
 def _worst(value: int) -> int:
-    """The largest of all processes."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    """Return the largest of all processes."""
+    return max(exchange_next(value))

@@ -53,10 +53,9 @@ from jaxtrain.checkpoint.stored import (
 from jaxtrain.checkpoint.trees import describe, leaves_by_path, nested
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
-from jaxtrain.processes import are_several, look, post, read_board, tell, wait_for
+from jaxtrain.processes import LONG_SECONDS, are_several, from_first, look, post, read_folder, tell
 
 _PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
-_LONGEST_FETCH = 3600.0  # seconds for a checkpoint to come from the mirror
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
 
@@ -142,11 +141,7 @@ class Checkpoints:
                     self._mirror.copy(steps[-1])
             except CheckpointError as error:
                 said = str(error)
-        if are_several():  # by the board: a checkpoint on its way takes longer than collectives wait
-            if self._first_process:
-                post("mirror", said)
-            else:
-                said = wait_for("mirror", _LONGEST_FETCH)
+        said = from_first(said, LONG_SECONDS)  # a checkpoint may be on its way
         if said:
             raise CheckpointError(said)
 
@@ -430,14 +425,14 @@ class Checkpoints:
             self._hear("save-committed", 1, save)
 
     def _hear(self, folder: str, count: int, save: str) -> list[str]:
-        """What `count` processes say under a folder of the board about this save, once all have; the keys serve every save.
+        """Return what `count` processes say under a folder of the store about this save, once all have; keys serve every save.
 
         Raises:
           OSError: one could not do its part. One that dies or hangs is seen by others than this thread.
         """
         pause = 0.01
         while True:
-            said = [text.partition(" ") for text in read_board(folder).values()]
+            said = [text.partition(" ") for text in read_folder(folder).values()]
             heard = [words for number, _, words in said if number == save]
             if len(heard) == count:
                 return heard
@@ -461,7 +456,7 @@ class Checkpoints:
         )
         self._failure_raised = False
         self._current = None
-        with contextlib.suppress(Exception):  # a board that is gone: so is the first process, and everybody ends
+        with contextlib.suppress(Exception):  # the store is gone: so is the first process, and all end
             post(self._notice, f"in process {jax.process_index()}, {why}")
 
     def _probe(self) -> str | None:

@@ -50,10 +50,6 @@ class LaunchFlags:
     """Meshes to try first when there are fewer devices, e.g. "data=2,fsdp=2"."""
     restarts: int = 10
     """Failures in a row without a further step, after which the launcher gives up."""
-    hang_seconds: float = 60.0
-    """A step may take so long, or 20 times the median of the steps so far."""
-    phase_seconds: float = 1800.0
-    """Compiling, validating or saving may take so long."""
     stop_seconds: float = 120.0
     """After a signal the run has so long to save."""
     preflight: bool = False
@@ -137,9 +133,7 @@ def launch(arguments: Sequence[str]) -> int:
 
     if flags.preflight:
         return preflight(of_run, flags.processes, environment)
-    policy = Policy(
-        flags.restarts, hang_seconds=flags.hang_seconds, phase_seconds=flags.phase_seconds, stop_seconds=flags.stop_seconds
-    )
+    policy = Policy(flags.restarts, stop_seconds=flags.stop_seconds)
     command = train_command(of_run)
     return Supervisor(command, Size(flags), environment, config.directory / "launch", policy, extra).run()
 

@@ -3,15 +3,18 @@
 JAX's own runtime is the engine. What is added: the place of this process among the others is found without asking JAX, which
 under SLURM and Open MPI would give every process one GPU, also where it is the only process of a node; the timeouts are short;
 and a process that fails ends with `os._exit`, because JAX's exit handler otherwise waits for peers that will not come (97 to
-300 s by default, measured).
+300 s by default, measured). Before that it posts its reason, on which the watchdog of every peer ends that peer too.
 
-| exit code | meaning |
-|---|---|
-| 0 | done |
-| 1, 2 | an error explained in one message, wrong usage: starting again would end the same way |
-| 70 | an error that nobody foresaw |
-| 75 | another process was lost; nothing is wrong here |
-| 76 | stopped by a signal after saving: start the same command again |
+| exit code | meaning | its peers end with |
+|---|---|---|
+| 0 | done | 0 |
+| 1, 2 | an error explained in one message, wrong usage: starting again would end the same way | the same code |
+| 70 | an unforeseen error, or this process hangs | 75 |
+| 75 | another process was lost or hangs; nothing is wrong here | 75 |
+| 76 | stopped by a signal after saving: start the same command again | 76 |
+
+Whoever restarts a run (the supervisor, a script of `launch`) starts it again on 70, 75 and death by a signal, in whatever order
+the processes end, and lets it be on 1 and 2: so the peers of a process that refuses repeat its code.
 """
 
 from __future__ import annotations
@@ -30,22 +33,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from jaxtrain import processes
 from jaxtrain.config import DistributedConfig
-from jaxtrain.errors import EXIT_DONE, EXIT_FAULT, EXIT_PEER, EXIT_STOPPED, ConfigError, ExplainedError
+from jaxtrain.errors import (
+    EXIT_DONE,
+    EXIT_ERROR,
+    EXIT_FAULT,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    ConfigError,
+    ExplainedError,
+    PeerMissing,
+)
 
 PARENT = "JAXTRAIN_PARENT"  # process number of the supervisor, where its death is to end this process
 _PORTS = 61440, 4096  # first, and how many: as JAX's own SLURM support, above what Linux hands out by itself
+_JOIN_SECONDS = 60
 _PEER_WORDS = re.compile(
     r"gloo|connection (reset|closed|refused)|socket closed|pollforerror|unavailable|coordination service|heartbeat|"
     r"nccl.*(remote|abort|unhandled|timed? ?out)|barrier|tasks are unhealthy",
     re.IGNORECASE,
 )
-
-
-class NobodyCame(ExplainedError):
-    """The processes did not find one another in time; next time they may."""
-
-    exit_code = EXIT_PEER
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
     """Joins the other processes, before jax looks at any device. None for a lone process.
 
     Raises:
-      NobodyCame: the others did not.
+      PeerMissing: the others did not.
       ConfigError: as `find_place` and `local_device_ids`.
     """
     import jax
@@ -225,6 +234,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     place = find_place(config, environ)
+    processes.limit_seconds = config.phase_seconds or processes.LONG_SECONDS
     if place is None:
         return None
     jax.config.update("jax_enable_preemption_service", False)  # signals are ours, see train.hooks.StopOnSignal
@@ -242,7 +252,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
         )
     except Exception as error:
-        raise NobodyCame(
+        raise PeerMissing(
             f"process {place.process} of {place.processes} ({place.starter}) found no coordinator at {place.coordinator} "
             f"within {config.start_timeout_seconds} s: {str(error).splitlines()[0]}; do all processes run, and can they reach "
             "that port?"
@@ -279,23 +289,75 @@ def describe(place: Place) -> str:
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `work`, at once where it is one of several and something went wrong."""
+    """End the process with the exit code of `work`; with an error at once, and its peers with it."""
     try:
         code = work()
     except SystemExit as usage:
-        _leave_word(usage.code)
-        raise
+        if usage.code not in (EXIT_ERROR, EXIT_USAGE):
+            _leave_word(usage.code)
+            raise
+        code = int(usage.code)
     except BaseException as error:
-        if not _are_several():
+        if not processes.are_several():
             raise
         code = _blame(error)
-    if _leave_word(code) and code == EXIT_STOPPED:
-        code = EXIT_DONE  # srun and mpirun end the others on any other code, perhaps while they still save
-    if not _are_several() or code in (EXIT_DONE, EXIT_STOPPED):
-        sys.exit(code)  # in order: all processes come to this
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if code in (EXIT_ERROR, EXIT_USAGE) and not processes.are_several():
+        _join_to_refuse(code)
+    if not processes.are_several():
+        sys.exit(_for_starter(code))
+    if processes.announced() is None and code not in (EXIT_FAULT, EXIT_PEER):
+        code = _end_together(code)
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        sys.exit(_for_starter(code))
+    end_at_once(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End a process of several, from any thread, so that no peer is aborted by jax's runtime on its account."""
+    code = _for_starter(code)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    processes.leave()
     os._exit(code)
+
+
+def blame(failure: processes.Failure) -> str:
+    """Return the line that says which process has ended the run, and why."""
+    return f"process {failure.process} of {processes.count()} ended the run (exit code {failure.code}): {failure.reason}"
+
+
+def _end_together(code: int) -> int:
+    """Wait for all processes at the end of the run, which no error ends: the exit code.
+
+    Process 0 may still copy to a mirror, which takes long; the watchdog sees whether it lives.
+    """
+    try:
+        processes.barrier("end", processes.LONG_SECONDS)
+    except ExplainedError as missing:
+        print(f"error: {missing}", file=sys.stderr)
+        return missing.exit_code
+    except Exception as error:
+        return _blame(error)
+    return code
+
+
+def _join_to_refuse(code: int) -> None:
+    """Join the peers of a process that refuses its command line or config before it knows them, so that they learn of it."""
+    with contextlib.suppress(Exception):  # the reason is on the screen; a peer that cannot be told ends by its own limit
+        config = DistributedConfig(start_timeout_seconds=_JOIN_SECONDS)
+        if find_place(config, os.environ) is not None:
+            start(config)
+            own = processes.announced()
+            processes.announce(code, own.reason if own else "wrong usage of the command line; see its log")
+
+
+def _for_starter(code: int) -> int:
+    """Return the code to end with, once this process's own is where scripts of srun and mpirun look for it.
+
+    Both end the others on any code but 0, perhaps while they still save: so a stop ends with 0 there.
+    """
+    return EXIT_DONE if _leave_word(code) and code == EXIT_STOPPED else code
 
 
 def _leave_word(code: object) -> bool:
@@ -308,24 +370,26 @@ def _leave_word(code: object) -> bool:
 
 
 def _blame(error: BaseException) -> int:
-    """Says in one line whose fault it was; the traceback of a fault of our own comes first."""
-    import jax
-
-    who, first = f"process {jax.process_index()} of {jax.process_count()}", (str(error).strip() or "no message").splitlines()[0]
+    """Say in one line whose fault it was, and tell the peers; the traceback of a fault of our own comes first."""
+    who, first = f"process {processes.own_index()} of {processes.count()}", (str(error).strip() or "no message").splitlines()[0]
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and _PEER_WORDS.search(str(error)):
+        failure = _reported()
+        if failure is not None:  # what the peer said before it ended
+            print(f"error: {blame(failure)}", file=sys.stderr)
+            return failure.code if failure.code in (EXIT_ERROR, EXIT_USAGE) else EXIT_PEER
         print(f"error: {who} lost another process: {first}", file=sys.stderr)
+        processes.announce(EXIT_PEER, f"it lost another process: {first}")
         return EXIT_PEER
     traceback.print_exception(error)
     print(f"error: {who} failed: {type(error).__name__}: {first}", file=sys.stderr)
+    processes.announce(EXIT_FAULT, f"{type(error).__name__}: {first}")
     return EXIT_FAULT
 
 
-def _are_several() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    from jaxtrain.processes import are_several
-
-    return are_several()
+def _reported() -> processes.Failure | None:
+    with contextlib.suppress(Exception):  # the store is gone
+        return processes.reported()
+    return None
 
 
 def _port(number: int) -> int:

@@ -1,10 +1,11 @@
-"""Keeps a run of several processes on one machine going: starts them, sees them end or hang, says whose fault it was, restarts.
+"""Keeps a run of several processes on one machine going: starts them, sees them end, says whose fault it was, restarts.
 
 Imports no jax, so nothing that breaks jax breaks it. A *generation* is one life of all the processes: they start together, on a
 fresh port, and where one is lost all end, because a collective needs every one of them.
 
 Who is to blame is decided by what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first
-to end by itself with anything but "I lost a peer" (75, or JAX's abort, -6); the one whose newest step is behind the others'.
+to end by itself with anything but "I lost a peer" (75, JAX's abort, -6, or a line that blames a peer). A step that hangs is the
+business of the watchdog in every process (`launch.watchdog`); the supervisor watches that the watchdogs themselves answer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -50,10 +50,10 @@ class Policy:
     """Generations in a row that may fail without a step further than any before; then it gives up."""
     backoff_seconds: float = 1.0
     """Wait before the first restart; doubles with every failure in a row, to at most a minute."""
-    hang_seconds: float = 60.0
-    """A step may take so long, or 20 times the median of the steps so far if that is longer."""
-    phase_seconds: float = 1800.0
-    """Anything else, as compiling, validating or saving, may take so long."""
+    silent_seconds: float = 120.0
+    """A watchdog that has not looked for so long has a process that is stopped, or stuck in code that lets no thread run."""
+    start_seconds: float = 1800.0
+    """Until its watchdog first looks, a process may take so long."""
     grace_seconds: float = 3.0
     """After the first process is lost, the others have so long to say what they saw."""
     stop_seconds: float = 120.0
@@ -87,8 +87,8 @@ class Worker:
     doing: Doing = field(default_factory=Doing)
     since: float = 0.0
     """When it last said something new."""
-    left_phase: float = 0.0
-    """When it last came back to training from something else, for which the others have waited."""
+    stepped: float = 0.0
+    """When its last step was done."""
     ended: float | None = None
 
     @property
@@ -107,6 +107,11 @@ class Worker:
         lines = [line for line in tuple(self.said) if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         return (errors or lines or ["it said nothing"])[-1][:300]
+
+    def blames_a_peer(self) -> bool:
+        """Whether it ended on account of another process: by its exit code, or by its last line."""
+        named = re.match(r"error: process (\d+) of \d+ (ended the run|is at step)", self.last_words())
+        return self.process.returncode in (EXIT_PEER, _ABORT) or (named is not None and int(named[1]) != self.index)
 
 
 @dataclass
@@ -173,7 +178,6 @@ class Supervisor:
         self._folder, self._policy, self._say = folder, policy or Policy(), say
         self._signal: signal.Signals | None = None
         self._insists = False
-        self._steps: list[float] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -295,22 +299,21 @@ class Supervisor:
                     worker.process.send_signal(signal.SIGTERM)
             if signalled_at is not None and now - signalled_at > self._policy.stop_seconds:
                 return Ending("stopped", f"not saved within {self._policy.stop_seconds:g} s of the signal", EXIT_ERROR)
-            hung = self._find_hang(workers, now)
-            if hung is not None:
-                return hung
+            silent = self._find_silent(workers, now)
+            if silent is not None:
+                return silent
 
     def _look(self, worker: Worker, now: float) -> None:
         doing = read_beat(worker.beat)
         if doing != worker.doing:
             if worker.index == 0 and doing.done > worker.doing.done > 0:
-                seconds = (now - worker.since) / (doing.done - worker.doing.done)
+                seconds = (now - worker.stepped) / (doing.done - worker.doing.done)
                 for step in range(worker.doing.done + 1, doing.done + 1):
                     self.goodput.step(step, seconds)
-                self._steps = [*self._steps[-99:], seconds]
             elif worker.index == 0 and doing.done:
                 self.goodput.furthest = max(self.goodput.furthest, doing.done)
-            if worker.doing.phase and not doing.phase:
-                worker.left_phase = now
+            if doing.done != worker.doing.done or doing.phase:  # a phase is no part of a step's time
+                worker.stepped = now
             worker.doing, worker.since = doing, now
         if worker.ended is None and worker.process.poll() is not None:
             worker.ended = now
@@ -344,10 +347,7 @@ class Supervisor:
             return Ending("stopped", f"stopped by {self._signal.name} before training began", 128 + self._signal)
         if frozen is not None:
             return Ending("failed", f"{frozen.name} is stopped (state T), and its peers gave it up", EXIT_PEER, frozen.index)
-        ended = sorted(
-            (w for w in workers if w.ended is not None), key=lambda w: (w.process.returncode in (EXIT_PEER, _ABORT), w.ended)
-        )
-        first = ended[0]
+        first = min((w for w in workers if w.ended is not None), key=lambda w: (w.blames_a_peer(), w.ended))
         code = first.process.returncode
         if code in (EXIT_ERROR, EXIT_USAGE):
             return Ending("refused", f"{first.name}: {first.last_words()}", code, first.index)
@@ -355,38 +355,25 @@ class Supervisor:
             "failed", f"{first.name} {how(code)}: {first.last_words()}", code if code > 0 else 128 - code, first.index
         )
 
-    def _find_hang(self, workers: list[Worker], now: float) -> Ending | None:
-        """Somebody has not said anything new for too long: stacks of all, then the one that is behind is to blame."""
-        together = max(worker.left_phase for worker in workers)
+    def _find_silent(self, workers: list[Worker], now: float) -> Ending | None:
+        """Return the end of a generation in which a watchdog has not looked for too long; asks that process for its stacks."""
         for worker in workers:
-            bound = self._bound(worker, workers)
-            if worker.ended is None and now - max(worker.since, together) > bound:
+            limit = self._policy.silent_seconds if worker.doing.ticks or worker.doing.dispatched else self._policy.start_seconds
+            if worker.ended is None and now - worker.since > limit:
                 break
         else:
             return None
-        behind = min(workers, key=lambda w: (not w.is_frozen(), w.doing.dispatched, w.doing.done))
-        state = (
-            "is stopped (state T)"
-            if behind.is_frozen()
-            else f"is at step {behind.doing.dispatched}" + (f", {behind.doing.phase}" if behind.doing.phase else "")
-        )
+        silent = min(workers, key=lambda w: (w.ended is not None, not w.is_frozen(), w.since))
+        state = "is stopped (state T)" if silent.is_frozen() else f"is at step {silent.doing.dispatched}"
+        state += f", {silent.doing.phase}" if silent.doing.phase else ""
         for other in workers:
             if other.ended is None:
                 other.process.send_signal(signal.SIGUSR2)
         time.sleep(0.5)
-        where = innermost(behind.stacks)
+        where = innermost(silent.stacks)
         where = f" ({where})" if where else ""
-        words = f"{behind.name} {state} and has not moved for {bound:.0f} s{where}; stacks in {behind.stacks.parent}"
-        return Ending("hung", words, EXIT_FAULT, behind.index)
-
-    def _bound(self, worker: Worker, workers: list[Worker]) -> float:
-        """Seconds in which it must say something new. In its first step the processes still connect to one another."""
-        doing = worker.doing
-        waits_for = (other.doing for other in workers if other.doing.dispatched < doing.dispatched)
-        if doing.phase or doing.done == 0 or any(other.phase for other in waits_for):  # who compiles longer keeps the others
-            return self._policy.phase_seconds
-        usual = 20 * statistics.median(self._steps) if self._steps else 0.0
-        return max(self._policy.hang_seconds, usual)
+        words = f"{silent.name} {state} and has not answered for {limit:.0f} s{where}; stacks in {silent.stacks.parent}"
+        return Ending("hung", words, EXIT_FAULT, silent.index)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Words and signals

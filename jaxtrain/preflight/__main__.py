@@ -24,9 +24,11 @@ from jaxtrain.config import Config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 from jaxtrain.launch import distributed
+from jaxtrain.launch.watchdog import Watchdog
 from jaxtrain.main import count_devices
 from jaxtrain.preflight.checks import Check, Finding, PreflightFlags, Site, Stopwatch, carry_out
-from jaxtrain.processes import exchange, leave
+from jaxtrain.processes import barrier
+from jaxtrain.telemetry.beat import Beat
 from jaxtrain.text import open_console
 
 PROG = "python -m jaxtrain.preflight"
@@ -34,7 +36,7 @@ DESCRIPTION = "Check devices, links, folders, clocks, software, memory and data 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
-def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]:
+def examine(config: Config, flags: PreflightFlags, beat: Beat | None = None) -> tuple[Site, list[Finding]]:
     """Carries out all checks. What would hang or mislead after a failure is skipped.
 
     Raises:
@@ -42,9 +44,8 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
     """
     from jaxtrain.mesh import make_mesh
     from jaxtrain.preflight import copies, data, devices, folders, hosts, links
-    from jaxtrain.telemetry.beat import Beat
 
-    site, findings, beat = Site(config), [], Beat.from_environment()
+    site, findings = Site(config), []
 
     def carry(checks: list[Check]) -> bool:
         """Whether none of them failed."""
@@ -59,7 +60,7 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
 
     with site.closing:
         software, same_config, clocks = hosts.checks()
-        same = [carry([software]), carry([same_config])]  # both speak through the board alone
+        same = [carry([software]), carry([same_config])]  # both touch no device
         if not all(same):
             findings.append(Finding("all else", "skipped", "processes that differ may wait for one another for ever"))
             return site, findings
@@ -69,7 +70,7 @@ def examine(config: Config, flags: PreflightFlags) -> tuple[Site, list[Finding]]
         carry(folders.checks())
         for check in (*copies.checks(site.config), *devices.checks(), *links.checks(site), *data.checks()):
             carry([check])
-        exchange("preflight end", None, flags.patience)  # nobody cleans up, or leaves, before all have looked
+        barrier("preflight end", flags.patience)  # no process cleans up before all have checked
     return site, findings
 
 
@@ -113,7 +114,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--patience={flags.patience}: give seconds, from 1 to 86400")
     clock = Stopwatch()
     place = distributed.start(config.distributed)
-    site, findings = examine(config, flags)
+    with Watchdog(config, Beat.from_environment()) as watchdog:
+        site, findings = examine(config, flags, watchdog.beat)
     good, seconds = all(finding.state != "failed" for finding in findings), clock()
     if place is None or place.process == 0:
         rows = [dataclasses.asdict(finding) for finding in findings]
@@ -121,7 +123,6 @@ def main(arguments: Sequence[str]) -> int:
             print(json.dumps({"good": good, "seconds": seconds, "where": where(site), "findings": rows}))
         else:
             show(site, findings, seconds)
-    leave("preflight left", 60.0)
     if not good:
         print(f"error: {verdict(findings)}", file=sys.stderr)
     return EXIT_DONE if good else EXIT_ERROR

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import os
 import platform
 import re
 import socket
@@ -12,26 +9,18 @@ import statistics
 import time
 from pathlib import Path
 
-import jaxtrain
-from jaxtrain.errors import ConfigError
+from jaxtrain import agreement
+from jaxtrain.errors import PeersDiffer
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
-from jaxtrain.processes import check_same_config, exchange
+from jaxtrain.processes import exchange
 
-PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+MORE_PACKAGES = ("jaxtrain", "tensorstore")
+"""Beside those that a run compares."""
 MAY_DIFFER = ("python", "driver")
 """Versions that need not be the same for a run to work."""
 SKEW_SECONDS = 1.0
 ROUNDS = 3
 now = time.time
-
-
-def code_digest() -> str:
-    """Of the source files of this package: two checkouts may both call themselves 0.1.0."""
-    root = Path(jaxtrain.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
@@ -43,18 +32,10 @@ def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> s
     return found[1] if found else "unknown"
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def look_at_software(site: Site) -> dict[str, str]:
     """Versions of everything that must be the same in all processes, and the host's name."""
-    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    xla = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")}
-    return {"host": socket.gethostname(), "code": code_digest(), "driver": nvidia_driver(), **versions, **xla}
+    more = {name: agreement.version_of(name) for name in MORE_PACKAGES} | {"python": platform.python_version()}
+    return {"host": socket.gethostname(), "driver": nvidia_driver(), **agreement.software_facts(), **more}
 
 
 def judge_software(site: Site, seen: list[dict[str, str]]) -> list[Finding]:
@@ -70,25 +51,24 @@ def judge_software(site: Site, seen: list[dict[str, str]]) -> list[Finding]:
         findings.append(Finding("software", "warning" if name in MAY_DIFFER else "failed", words))
     first = seen[0]
     words = (
-        f"jaxtrain {first['jaxtrain']} (code {first['code']}), jax {first['jax']}, jaxlib {first['jaxlib']}, "
+        f"jaxtrain {first['jaxtrain']} (code {first[agreement.CODE]}), jax {first['jax']}, jaxlib {first['jaxlib']}, "
         f"python {first['python']}, NVIDIA driver {first['driver']}"
     )
     return findings or [Finding("software", "ok", words, {"versions": seen})]
 
 
 def look_at_config(site: Site) -> list[str]:
-    """What differs from process 0's config."""
+    """Return what differs from process 0's config in any process."""
     try:
-        check_same_config(site.config)
-    except ConfigError as error:
+        agreement.compare("config", agreement.config_facts(site.config), "", 60.0)
+    except PeersDiffer as error:
         return error.problems
     return []
 
 
 def judge_config(site: Site, seen: list[list[str]]) -> list[Finding]:
     """Every difference is a failure: the processes would not train the same model, or wait for one another for ever."""
-    problems = [problem for problems in seen for problem in problems]
-    count = len(seen)
+    problems, count = seen[0], len(seen)
     words = "one process" if count == 1 else f"the same in all {count} processes"
     return [Finding("config", "failed", problem) for problem in problems] or [Finding("config", "ok", words)]
 

@@ -1,8 +1,9 @@
-"""What a process does right now, in a file of one line that costs a microsecond to write: how a watcher outside sees a hang.
+"""What a process does right now: the record that `launch.watchdog`, a thread of the process, looks at once a second.
 
 JAX's heartbeats come from a thread of their own, so a process that is stuck in Python is alive to all its peers, for ever
-(measured: over 119 s, then killed). Whoever starts the processes names a file in JAXTRAIN_BEAT; without it nothing is written.
-On SIGUSR2 a process writes the stacks of all its threads beside it.
+(measured: over 119 s, then killed). A supervisor that names a file in JAXTRAIN_BEAT finds the record there, one line, and in it
+how often the watchdog has looked: so it sees whether the process itself still answers. On SIGUSR2 a process writes the stacks
+of all its threads beside that file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -32,45 +34,61 @@ class Doing:
     """The newest step whose metrics are there."""
     phase: str = "starting"
     """What keeps the steps waiting ("compiling", "saving"); empty while it trains."""
+    ticks: int = 0
+    """How often the watchdog has looked."""
 
 
 class Beat:
-    """Writes what this process does."""
+    """Records what this process does.
 
-    def __init__(self, path: Path):
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._doing = Doing()
-        self._stacks = open_stacks(path)
-        faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        self._write(self._doing)
+    Args:
+      path: of a file for a supervisor, or None.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.doing = Doing()
+        self._ticks, self._lock = 0, threading.Lock()
+        self._file: int | None = None
+        if path is not None:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+            self._stacks = open_stacks(path)
+            faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        self._write(self.doing)
 
     @classmethod
-    def from_environment(cls) -> Beat | None:
-        """The beat that JAXTRAIN_BEAT asks for, or None."""
+    def from_environment(cls) -> Beat:
+        """Return a beat that writes the file named in JAXTRAIN_BEAT, if any."""
         path = os.environ.get(VARIABLE)
-        return cls(Path(path)) if path else None
+        return cls(Path(path) if path else None)
 
     def step(self, dispatched: int | None = None, done: int | None = None) -> None:
-        """A step was begun, or is done; either way no phase keeps the steps waiting any more."""
-        now = self._doing
-        self._write(Doing(now.dispatched if dispatched is None else dispatched, now.done if done is None else done, ""))
+        """Record that a step was begun, or is done; either way no phase keeps the steps waiting any more."""
+        now = self.doing
+        dispatched, done = now.dispatched if dispatched is None else dispatched, now.done if done is None else done
+        self._write(replace(now, dispatched=dispatched, done=done, phase=""))
 
     def phase(self, words: str) -> None:
-        """Something keeps the steps waiting; empty when it is over."""
-        self._write(Doing(self._doing.dispatched, self._doing.done, words))
+        """Record that something keeps the steps waiting; empty when it is over."""
+        self._write(replace(self.doing, phase=words))
 
-    def _write(self, doing: Doing) -> None:
-        self._doing = doing
-        os.pwrite(
-            self._file, f"{doing.dispatched} {doing.done} {doing.phase}"[: _WIDTH - 1].ljust(_WIDTH - 1).encode() + b"\n", 0
-        )
+    def tick(self) -> None:
+        """Record that the watchdog looked; from its thread."""
+        self._ticks += 1
+        self._write(None)
+
+    def _write(self, doing: Doing | None) -> None:
+        with self._lock:
+            self.doing = doing = doing or self.doing
+            if self._file is not None:
+                line = f"{doing.dispatched} {doing.done} {self._ticks} {doing.phase}"[: _WIDTH - 1].ljust(_WIDTH - 1)
+                os.pwrite(self._file, line.encode() + b"\n", 0)
 
 
 def read_beat(path: Path) -> Doing:
     """What the process of that file last said; a fresh `Doing` where it has not begun to."""
     try:
-        dispatched, done, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 2)
-        return Doing(int(dispatched), int(done), phase.strip())
+        dispatched, done, ticks, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 3)
+        return Doing(int(dispatched), int(done), phase.strip(), int(ticks))
     except (OSError, ValueError):
         return Doing()
 

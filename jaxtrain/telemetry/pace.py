@@ -2,7 +2,7 @@
 
 A collective lets all processes step at the same pace, so a step time does not tell who sets it. What differs is what each does
 with that time: a process that is late spends it at work of its own (reading data, Python, a busy host) and finds its step done
-when it asks for it, while the others wait. Each process puts its two figures on the notice board whenever a row is logged;
+when it asks for it, while the others wait. Each process puts its two figures into the key-value store whenever a row is logged;
 process 0 reads what is there, and nobody waits for anybody. A device that is slow keeps its own host waiting like all others:
 of that, `python -m jaxtrain.preflight` tells.
 """
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.processes import read_board, tell
+from jaxtrain.processes import read_folder, tell
 
-BOARD = "pace"
+FOLDER = "pace"
 SHARE = 0.1
 """Share of a step that the others must wait for a process before it is named."""
 LITTLE_WAIT = 0.2
@@ -115,10 +115,10 @@ class Pace:
             timings["device_wait_seconds"],
             timings["data_wait_seconds"],
         )
-        tell(f"{BOARD}/{self._process}", json.dumps(asdict(own)))
+        tell(f"{FOLDER}/{self._process}", json.dumps(asdict(own)))
         if self._process != 0:
             return {}
-        figures = {int(process): Figures(**json.loads(said)) for process, said in read_board(BOARD).items()}
+        figures = {int(process): Figures(**json.loads(said)) for process, said in read_folder(FOLDER).items()}
         found = find_straggler(figures)
         if found is not None and found[0] != self._named:
             self._say(f"slow       {describe(figures, *found, crossing_axes(self._mesh, found[0]))}")

@@ -47,13 +47,15 @@ class Progress:
     @contextmanager
     def during(self, words: str) -> Iterator[None]:
         """Around whatever keeps the steps waiting ("compiling"): the live form says so in place of the ETA."""
-        self._now(words)
+        before = self.status
+        self.now(words)
         try:
             yield
         finally:
-            self._now("")
+            self.now(before)
 
-    def _now(self, words: str) -> None:
+    def now(self, words: str) -> None:
+        """Say what keeps the steps waiting from now on; empty while nothing does."""
         self.status = words
         if self.beat is not None:
             self.beat.phase(words)

@@ -8,6 +8,7 @@ the run goes on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 
 from jaxtrain.errors import ExplainedError
-from jaxtrain.processes import are_several, post, wait_for
+from jaxtrain.processes import from_first
 
 FILE = "rollbacks.json"
 
@@ -35,6 +36,12 @@ class Rollback:
     first_batch: int = 0
     last_batch: int = -1
     """Batches left out from then on, numbered from 0; none where last is before first."""
+
+
+def rollbacks_digest(run_dir: Path) -> str:
+    """Return a hash of the file as this process reads it, or "none"."""
+    path = run_dir / FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else "none"
 
 
 class Rollbacks:
@@ -85,7 +92,7 @@ class Rollbacks:
         return json.dumps(self.to_plain(), indent=1) + "\n"
 
     @classmethod
-    def load(cls, run_dir: Path, timeout_seconds: float) -> Rollbacks:
+    def load(cls, run_dir: Path) -> Rollbacks:
         """What run_dir holds, as process 0 sees it: file systems show changes to hosts at different times.
 
         Raises:
@@ -93,12 +100,8 @@ class Rollbacks:
         """
         path = run_dir / FILE
         text = path.read_text(encoding="utf-8") if jax.process_index() == 0 and path.exists() else "[]"
-        if are_several():
-            if jax.process_index() == 0:
-                post("rollbacks", text)
-            text = wait_for("rollbacks", timeout_seconds)
         try:
-            return cls.from_plain(json.loads(text))
+            return cls.from_plain(json.loads(from_first(text)))
         except (ValueError, TypeError) as error:
             raise ExplainedError(
                 f"{path} does not hold the list of rollbacks that this run writes there ({error}); bring back a copy, or take "

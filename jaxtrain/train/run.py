@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxtrain.agreement import compare
 from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
@@ -28,6 +29,7 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.paths import user_path
+from jaxtrain.processes import LONG_SECONDS
 from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
@@ -47,7 +49,7 @@ from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.probe import Probe
 from jaxtrain.train.repeat import Repeated
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
-from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
 from jaxtrain.train.schedule import make_schedule, warmup_steps
 from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
@@ -62,6 +64,7 @@ from jaxtrain.train.step import (
 
 PyTree = Any
 PICTURE = "loss.png"
+DATA_WAY_OUT = "give every host the same data and tokenizer files, and a --run_dir that all hosts share"
 
 
 def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Run:
         self.meter = self._open_meter()
         with progress.during("reading data"), self.stop.breakable():
             self.data = open_data(config)
+        compare("data", self._data_facts(), DATA_WAY_OUT, LONG_SECONDS)  # a peer may read its text for the first time
         progress.say(f"data       {self.data.description}")
         self.canonical = Canonical(config, self.mesh, self.optimizer)
         self.rollbacks = Rollbacks()
@@ -192,7 +196,9 @@ class Run:
     def _open_checkpoints(self, stack: contextlib.ExitStack) -> Checkpoints | None:
         if not self.config.checkpoint.every:
             return None
-        checkpoints = stack.enter_context(Checkpoints(self.directory / "checkpoints", self.config.checkpoint))
+        with self.progress.during("opening checkpoints"):
+            checkpoints = stack.enter_context(Checkpoints(self.directory / "checkpoints", self.config.checkpoint))
+        stack.callback(self.progress.now, "ending")  # before the checkpoints wait for their last copies
         self.stop.newest_saved = lambda: max(committed_steps(self.directory / "checkpoints"), default=0)
         return checkpoints
 
@@ -204,6 +210,17 @@ class Run:
         stack.callback(starts.close)
         stack.enter_context(self.log)
         starts.append((json.dumps(self.program) + "\n").encode())
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Return what this process found in its files, and all processes must find alike."""
+        return {
+            "tokenizer fingerprint": self.data.tokenizer.fingerprint,
+            "data fingerprint": self.data.fingerprint,
+            "training tokens": self.data.tokens_per_epoch,
+            "held-out tokens": self.data.validation_tokens,
+            "validation batches": self.data.num_validation_batches(self.config.train.global_batch_size),
+            ROLLBACKS_FILE: rollbacks_digest(self.directory),
+        }
 
     def _open_log(self, first: int) -> MetricsLog:
         config = self.config
@@ -221,7 +238,7 @@ class Run:
         """The state to train on and the steps it has seen: from the newest checkpoint, or fresh."""
         notes: list[str] = []
         with self.progress.during("restoring"):
-            self.rollbacks = Rollbacks.load(self.directory, self.config.distributed.start_timeout_seconds)
+            self.rollbacks = Rollbacks.load(self.directory)
             found = snapshot = self._newest_snapshot(checkpoints, notes)
             if snapshot is None and checkpoints:
                 found = checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))

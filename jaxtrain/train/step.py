@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.agreement import compare_program
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
@@ -262,10 +263,12 @@ def compile_train_step(
     schedule by guesses is compiled twice (`xla_costs.py`).
 
     Raises:
+      PeersDiffer: processes lowered different programs.
       ExplainedError: XLA does not take an option that was asked for.
     """
     step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(*abstract_arguments(config, mesh, optimizer))
+    compare_program("train step", lowered)
     platform = mesh.devices.flat[0].platform
     asked = parse_options(config.train.xla_options) | deterministic_options(config, platform) | (options or {})
     defaults = default_options(config, platform)

@@ -56,7 +56,7 @@ def get_config() -> Config:
         train=TrainConfig(global_batch_size=8, log_every=1, validate_every=0, sample_tokens=0),
         checkpoint=CheckpointConfig(every=EVERY, keep=100),
         guard=GuardConfig(copies="off"),  # one program less to compile at every start; tests/train/test_bad_steps.py has it
-        distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120),
+        distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120, hang_seconds=12),
     )
 
 
@@ -113,7 +113,6 @@ class Faults:
         from jaxtrain.telemetry.beat import Beat
         from jaxtrain.train.hooks import StopOnSignal
 
-        os.environ.setdefault("JAXTRAIN_BEAT", str(self.folder / f"{self.process}.beat"))  # where no supervisor asks for it
         tell, batches, enter = Beat.step, Data.train_batches, StopOnSignal.__enter__
 
         def step(beat, dispatched=None, done=None):

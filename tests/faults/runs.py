@@ -21,7 +21,7 @@ from tests import quick
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/faults/faulty.py"
-LAUNCHER = ("--processes=4", "--devices_per_process=2", "--hang_seconds=12")
+LAUNCHER = ("--processes=4", "--devices_per_process=2")
 # One for every start of every test: the second start and all after it compile next to nothing.
 COMPILED = Path(tempfile.gettempdir(), f"jaxtrain-faults-{os.getuid()}", "compiled")
 

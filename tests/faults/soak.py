@@ -21,7 +21,7 @@ from tests.faults.runs import Faulty
 from tests.faults.soaked import EVERY
 
 CONFIG = "--config=tests/faults/soaked.py"
-LAUNCHER = ("--processes=2", "--devices_per_process=1", "--hang_seconds=20")
+LAUNCHER = ("--processes=2", "--devices_per_process=1")
 LEFT_ALONE = (EXIT_STOPPED, -9)  # how the supervisor ends where one process was told to stop, or itself was killed
 
 # What happens at a step, by the newest checkpoint before it and the next one after it.

@@ -27,5 +27,5 @@ def get_config() -> Config:
         data=replace(config.data, sequence_length=32),
         train=replace(config.train, global_batch_size=4, log_every=1, validate_every=0, sample_tokens=0),
         checkpoint=replace(config.checkpoint, every=EVERY, keep=3),
-        distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120),
+        distributed=DistributedConfig(heartbeat_seconds=10, start_timeout_seconds=120, hang_seconds=20),
     )

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 
+from jaxtrain import agreement
 from jaxtrain.cli import explained
 from jaxtrain.launch import distributed
 from jaxtrain.preflight import data, devices, folders, hosts, links
@@ -15,8 +16,8 @@ from jaxtrain.preflight.__main__ import main as preflight
 
 
 def version():
-    real = hosts._version
-    hosts._version = lambda package: "0.1.2" if package == "flax" else real(package)
+    real = agreement.version_of
+    agreement.version_of = lambda package: "0.1.2" if package == "flax" else real(package)
 
 
 def clock():

@@ -1,0 +1,239 @@
+"""A thread in every process that ends it where it, or a peer that it waits for, does not move any more or has ended the run.
+
+Heartbeats of JAX's runtime come from C++, so a process that is stuck is alive to all its peers for ever, and a process that
+refuses leaves them waiting. The thread looks once a second. It publishes how far this process is in the key-value store. Where
+nothing has moved for longer than its limit it compares that with its peers, names the one that is behind, writes the stacks of
+all threads, and posts a failure; and where it finds the failure of a peer it ends this process with one line.
+
+| what does not move | limit |
+|---|---|
+| a step | distributed.hang_seconds, or 20 times the usual step |
+| the first step, and whatever keeps the steps waiting: saving, restoring, validating, a barrier | distributed.phase_seconds |
+| reading data, compiling, copies from and to a mirror | a day |
+
+Who waits for a peer waits as long as that peer may take. Time counts only as the thread sees it pass: a machine or a process
+that was suspended has not hung.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from jaxtrain import processes
+from jaxtrain.config import Config, DistributedConfig
+from jaxtrain.errors import EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_USAGE
+from jaxtrain.launch import distributed
+from jaxtrain.processes import LONG_SECONDS, Failure
+from jaxtrain.telemetry.beat import Beat, innermost
+
+POLL_SECONDS = 1.0
+USUAL_STEPS = 20
+"""A step may take that many times the median of the last hundred."""
+LONG_PHASES = ("reading data", "compiling", "opening checkpoints", "ending", "preflight", "replaying")
+"""How they begin. Opening checkpoints may fetch one from a mirror; checks of preflight have a limit of their own."""
+FOLDER = "stacks"
+"""In run_dir."""
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a process is; of two that wait for one another the lower one is behind."""
+
+    dispatched: int = 0
+    """The newest step that was begun."""
+    done: int = 0
+    """The newest step whose metrics were read."""
+    collectives: int = 0
+    """Barriers and exchanges of the host that were entered."""
+    phase: str = "starting"
+    """What keeps the steps waiting; empty while it trains."""
+
+    def is_behind(self, other: Position) -> bool:
+        """Whether the other process may wait for this one."""
+        return astuple(self)[:3] < astuple(other)[:3]
+
+    def __str__(self) -> str:
+        return f"at step {self.dispatched}" + (f", {self.phase}" if self.phase else "")
+
+    def encode(self) -> str:
+        """Return it as text for the key-value store."""
+        return f"{self.dispatched} {self.done} {self.collectives} {self.phase}"
+
+    @classmethod
+    def decode(cls, text: str) -> Position:
+        """Return what `encode` was given."""
+        dispatched, done, collectives, phase = text.split(" ", 3)
+        return cls(int(dispatched), int(done), int(collectives), phase)
+
+
+class Stall:
+    """Decides whether a process has hung, from its own positions and those of its peers, as time passes.
+
+    Args:
+      config: the limits.
+      process: this one.
+    """
+
+    def __init__(self, config: DistributedConfig, process: int):
+        self._config, self._process = config, process
+        self._position, self._age, self._since_comparison = Position(), 0.0, 0.0
+        self._steps: deque[float] = deque(maxlen=100)
+        self._behind: dict[int, Position] | None = None
+
+    def limit(self, position: Position) -> float:
+        """Return the seconds that a process may stay at a position; infinite where the config says 0."""
+        if position.phase.startswith(LONG_PHASES):
+            return LONG_SECONDS
+        if position.phase or position.done == 0 or position.done == position.dispatched:
+            return self._config.phase_seconds or float("inf")
+        usual = USUAL_STEPS * statistics.median(self._steps) if self._steps else 0.0
+        return max(self._config.hang_seconds, usual) if self._config.hang_seconds else float("inf")
+
+    def see(self, position: Position, seconds: float, peers: Callable[[], dict[int, Position]]) -> Failure | None:
+        """Return a failure where this process, or one that it waits for, has not moved for longer than its limit.
+
+        Args:
+          position: of this process.
+          seconds: since the last call.
+          peers: () -> newest positions of all processes; called rarely, and not while this process moves.
+        """
+        self._age += seconds
+        self._since_comparison += seconds
+        if position != self._position:
+            steps = position.done - self._position.done
+            if steps > 0 and self._position.done > 0:
+                self._steps.append(self._age / steps)
+            self._position, self._age, self._behind = position, 0.0, None
+            return None
+        limit = self.limit(position)
+        if self._age < limit / 4 or self._since_comparison < limit / 8:
+            return None
+        self._since_comparison = 0.0
+        others = {process: other for process, other in peers().items() if process != self._process}
+        behind = {process: other for process, other in others.items() if other.is_behind(position)}
+        if self._behind is not None and behind != self._behind:  # a peer moved
+            self._age = limit / 4
+        self._behind = behind
+        allowed = max([limit, *map(self.limit, behind.values())])
+        return self._failure(behind, others) if self._age > allowed else None
+
+    def _failure(self, behind: dict[int, Position], others: dict[int, Position]) -> Failure:
+        culprit, position = min(behind.items(), key=lambda item: item[1], default=(self._process, self._position))
+        count = len(others) + 1
+        if count == 1:
+            name = "the run is"
+        elif not behind and not any(position.is_behind(other) for other in others.values()):
+            name = f"each of {count} processes is"
+        else:
+            name = f"process {culprit} of {count} is"
+        return Failure(culprit, EXIT_FAULT, f"{name} {position} and has not moved for {self._age:.0f} s", hang=True)
+
+
+class Watchdog:
+    """The thread. Start it once the process has joined its peers.
+
+    Args:
+      config: limits, and run_dir, which gets the stacks.
+      beat: what the process does.
+      before_exit: puts the terminal in order before the process ends.
+    """
+
+    def __init__(self, config: Config, beat: Beat, before_exit: Callable[[], None] = lambda: None):
+        self.beat, self.before_exit = beat, before_exit
+        self._stacks = config.directory / FOLDER
+        self._stall = Stall(config.distributed, processes.own_index())
+        self._published = ""
+        self._stopping = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.before_exit = lambda: None
+        if not processes.are_several():  # else it watches until all processes have ended
+            self._stopping.set()
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._stopping.wait(POLL_SECONDS):
+            now = time.monotonic()
+            failure = self.look(min(now - last, 2 * POLL_SECONDS))
+            last = now
+            if failure is not None:
+                self._end(failure)
+
+    def look(self, seconds: float) -> Failure | None:
+        """Look once, `seconds` after the last time: the failure that ends this process, its own or a peer's."""
+        self.beat.tick()
+        doing = self.beat.doing
+        position = Position(doing.dispatched, doing.done, processes.collectives_entered(), doing.phase)
+        try:
+            self._publish(position)
+            found = self._stall.see(position, seconds, _positions)
+            if found is not None:
+                processes.report(found)
+                found = processes.reported() or found
+            elif processes.are_several():
+                found = processes.reported()
+        except RuntimeError:  # the store is gone, and so is process 0: jax's runtime ends this process
+            return None
+        # A process that has announced its own failure ends by itself.
+        return None if processes.announced() is not None and not (found and found.hang) else found
+
+    def _publish(self, position: Position) -> None:
+        text = position.encode()
+        if processes.are_several() and text != self._published:
+            processes.tell(f"position/{processes.own_index()}", text)
+            self._published = text
+
+    def _end(self, failure: Failure) -> None:
+        timer = threading.Timer(10.0, os._exit, [code_for(failure)])  # where the terminal is what hangs
+        timer.daemon = True
+        timer.start()
+        self.before_exit()
+        where = self._write_stacks() if failure.hang else ""
+        print(f"error: {words_for(failure, where, self._stacks)}", file=sys.stderr, flush=True)
+        distributed.end_at_once(code_for(failure))
+
+    def _write_stacks(self) -> str:
+        """Write the stacks of all threads to run_dir and stderr; return where the main thread is."""
+        path = self._stacks / f"process-{processes.own_index()}.txt"
+        where = ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = innermost(path)
+        except OSError as error:
+            print(f"warning    no stacks in {path}: {error}", file=sys.stderr)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        return where
+
+
+def code_for(failure: Failure) -> int:
+    """Return the exit code of a process that ends on a failure: 1 and 2 of a peer too, since a restart would repeat them."""
+    if failure.process == processes.own_index() or failure.code in (EXIT_ERROR, EXIT_USAGE):
+        return failure.code
+    return EXIT_PEER
+
+
+def words_for(failure: Failure, where: str, stacks: Path) -> str:
+    """Return the line that a process prints when it ends on a failure."""
+    if failure.hang:
+        own = failure.process == processes.own_index() and where
+        return f"{failure.reason}{f' ({where})' if own else ''}; stacks in {stacks}"
+    return distributed.blame(failure)
+
+
+def _positions() -> dict[int, Position]:
+    return {int(process): Position.decode(text) for process, text in processes.read_folder("position").items()}
