@@ -63,7 +63,7 @@ LOST = [
     (
         [(18, 3, "saved:16+hang")],
         (3,),
-        r"ended with exit code 70: error: process 3 of 4 is at step 18 and has not moved for \d+ s \(.*in hang\); stacks in ",
+        r"ended with exit code 70: error: process 3 of 4 is at step 18 and has not moved for \d+ s.*; stacks in ",
         16,
     ),
 ]

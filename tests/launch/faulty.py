@@ -9,13 +9,22 @@ import signal
 import sys
 import time
 
+from jaxtrain.cli import explained
 from jaxtrain.errors import ExplainedError
 from jaxtrain.launch import distributed
-from jaxtrain.main import explained, train
+from jaxtrain.main import train
 
 
 def refuse(*_, **__):
     raise ExplainedError("this host has no such thing")
+
+
+def nothing():
+    pass
+
+
+def at_command_line():
+    sys.argv.append("--no.such.flag=1")
 
 
 def at_validate():
@@ -85,7 +94,7 @@ def hang_in_step():
 
     def before_step(hook, step, state):
         real(hook, step, state)
-        if step == 3:
+        if step == 60:
             time.sleep(1000)
 
     Beating.before_step = before_step

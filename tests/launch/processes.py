@@ -44,6 +44,7 @@ def started(
     folder: Path,
     own: Sequence[Sequence[str]] = (),
     module: str = "jaxtrain.main",
+    **variables: str,
 ) -> Iterator[list[subprocess.Popen]]:
     """`python -m jaxtrain.main` as `count` processes, process i with the arguments own[i] too; it writes to folder/i.log."""
     port, running = free_port(), []
@@ -54,6 +55,7 @@ def started(
                 "JAXTRAIN_PROCESSES": str(count),
                 "JAXTRAIN_PROCESS_ID": str(i),
                 "JAXTRAIN_STARTER": "a test",
+                **variables,
             }
             with open(folder / f"{i}.log", "w") as log:
                 command = [sys.executable, "-m", module, *arguments, *(own[i] if own else ())]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from jaxtrain.errors import EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_USAGE
 from tests.launch.processes import ROOT, environment, started, wait_for_line
 
 FLAGS = (
@@ -33,10 +34,99 @@ def losses(folder):
 
 def test_processes_with_different_configs_are_refused(tmp_path):
     with started(2, 2, [*FLAGS, f"--run_dir={tmp_path / 'run'}"], tmp_path, (["--train.steps=5"], ["--train.steps=6"])) as both:
-        both[1].wait(200)
-    log = (tmp_path / "1.log").read_text()
-    assert both[1].returncode == 2
-    assert "train.steps=6 in process 1, but 5 in process 0" in log
+        assert [process.wait(200) for process in both] == [EXIT_USAGE] * 2
+    for log in logs(tmp_path):
+        assert "train.steps=6 in process 1, but 5 in process 0" in log
+
+
+def run_faulty(folder, how, process, *flags, hosts=None, seconds=240):
+    """Exit codes of both processes of a run in which one does `how`, one of tests/launch/faulty.py."""
+    more = {"FAULTY_HOW": how, "FAULTY_PROCESS": str(process), **({"FAULTY_HOSTS": str(hosts)} if hosts else {})}
+    flags = [*FLAGS, f"--run_dir={folder / 'run'}", "--train.steps=400", *flags]
+    with started(2, 2, flags, folder, module="tests.launch.faulty", **more) as both:
+        return [running.wait(seconds) for running in both]
+
+
+def logs(folder):
+    return [(folder / f"{process}.log").read_text() for process in range(2)]
+
+
+def assert_one_line(log, *words):
+    """One line explains the end, and nothing in the log is a stack of C++ or Python."""
+    errors = [line for line in log.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, log[-3000:]
+    assert all(word in errors[0] for word in words), errors
+    assert "@ 0x" not in log
+    assert "Traceback" not in log
+    assert "Check failure" not in log
+
+
+def test_processes_with_different_data_files_are_refused(tmp_path):
+    """Under one name, on hosts that share no folder: other text, and another number of held-out windows."""
+    for host in range(2):
+        books = tmp_path / str(host) / "books"
+        books.mkdir(parents=True)
+        for number in range(8):
+            (books / f"{number}.txt").write_text(f"{number} " * 200 * (1 + host * (number == 5)))
+    flags = ["--data.sources.0.kind=text", "--data.sources.0.path=books/*.txt", "--train.validate_every=1"]
+    flags += [f"--data.cache_dir={tmp_path / 'cache'}", "--data.validation_fraction=0.4"]
+    config = [f"--config={ROOT / 'configs' / 'quickstart.py'}"]
+    assert run_faulty(tmp_path, "nothing", 1, *config, *flags, hosts=tmp_path) == [EXIT_USAGE] * 2
+    for log in logs(tmp_path):
+        assert_one_line(log, "data fingerprint=", "in process 1", "in process 0", "validation batches=", "the same data")
+
+
+def test_another_program_is_refused_before_it_is_compiled(tmp_path):
+    assert run_faulty(tmp_path, "program", 1) == [EXIT_USAGE] * 2
+    for log in logs(tmp_path):
+        assert "the lowered train step of process 1 of 2 is not that of process 0, first in line" in log
+        assert "compiled" not in log
+
+
+REFUSALS = [
+    (how, process)
+    for process in (1, 0)
+    for how in ("at_command_line", "at_validate", "at_data", "at_restore", "at_compile", "at_first_step", "unforeseen")
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "process"),
+    [
+        pytest.param(how, process, marks=() if (how, process) == ("at_restore", 1) else pytest.mark.slow)
+        for how, process in REFUSALS
+    ],
+)
+def test_a_peer_that_refuses_ends_all_in_one_line(tmp_path, how, process):
+    own_code = {"unforeseen": EXIT_FAULT, "at_command_line": EXIT_USAGE}.get(how, EXIT_ERROR)
+    codes = run_faulty(tmp_path, how, process)
+    assert codes[process] == own_code
+    assert codes[1 - process] == (EXIT_PEER if own_code == EXIT_FAULT else own_code)
+    reason = {"unforeseen": "ZeroDivisionError", "at_command_line": "wrong usage"}.get(how, "this host has no such thing")
+    assert_one_line(logs(tmp_path)[1 - process], f"process {process} of 2 ended the run (exit code {own_code}): ", reason)
+
+
+@pytest.mark.parametrize(
+    ("how", "process", "flags", "where"),
+    [
+        ("hang_in_step", 1, ["--distributed.hang_seconds=5"], "at step 60"),
+        pytest.param("hang_in_step", 0, ["--distributed.hang_seconds=5"], "at step 60", marks=pytest.mark.slow),
+        pytest.param("hang_in_restore", 1, ["--distributed.phase_seconds=40"], "restoring", marks=pytest.mark.slow),
+        pytest.param(
+            "hang_in_save", 1, ["--distributed.phase_seconds=40", "--checkpoint.every=3"], "saving", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_hang_without_a_supervisor(tmp_path, how, process, flags, where):
+    """The one behind is named by both; it ends with 70, its peer with 75; both leave their stacks."""
+    codes = run_faulty(tmp_path, how, process, *flags)
+    assert (codes[process], codes[1 - process]) == (EXIT_FAULT, EXIT_PEER)
+    for log in logs(tmp_path):
+        assert f"error: process {process} of 2 is at step" in log
+        assert where in log.splitlines()[-1]
+    stacks = tmp_path / "run" / "stacks"
+    assert "faulty.py" in (stacks / f"process-{process}.txt").read_text()
+    assert (stacks / f"process-{1 - process}.txt").exists()
 
 
 def test_a_process_that_loses_its_peer_ends(tmp_path):
