@@ -77,7 +77,9 @@ class Signals:
         end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
 
 
-def run(module: str, function: str = "main", answers_on_stdout: bool = True, unwinds: bool = True) -> NoReturn:
+def run(
+    module: str, function: str = "main", answers_on_stdout: bool = True, unwinds: bool = True, joins: bool = False
+) -> NoReturn:
     """Imports a verb's module, calls its function with the command line's arguments, and ends the process with its exit code.
 
     Args:
@@ -85,6 +87,7 @@ def run(module: str, function: str = "main", answers_on_stdout: bool = True, unw
         that any more (`| head`). A verb that writes files goes on, and says nothing.
       unwinds: see `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a
         request to save (`train.hooks.StopOnSignal`).
+      joins: the verb runs as several processes where the environment says so.
     """
     make_streams_safe(answers_on_stdout)
     raise_file_limit()
@@ -112,7 +115,7 @@ def run(module: str, function: str = "main", answers_on_stdout: bool = True, unw
             os._exit(code)  # jax crashes at exit where a lowering was broken off (0.10.2)
         return code
 
-    distributed.run_and_exit(to_the_end)
+    distributed.run_and_exit(to_the_end, joins)
 
 
 def raise_file_limit() -> None:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
     from jaxtrain import cli
 
-    cli.run("jaxtrain.main", "train", answers_on_stdout=False, unwinds=False)
+    cli.run("jaxtrain.main", "train", answers_on_stdout=False, unwinds=False, joins=True)
 
 import contextlib
 import os

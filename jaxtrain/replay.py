@@ -14,7 +14,7 @@ if __name__ == "__main__":
     import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
     from jaxtrain import cli
 
-    cli.run("jaxtrain.replay")
+    cli.run("jaxtrain.replay", joins=True)
 
 import dataclasses
 import json

@@ -288,8 +288,12 @@ def describe(place: Place) -> str:
     )
 
 
-def run_and_exit(work: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code of `work`; with an error at once, and its peers with it."""
+def run_and_exit(work: Callable[[], int], joins: bool = True) -> NoReturn:
+    """End the process with the exit code of `work`; with an error at once, and its peers with it.
+
+    Args:
+      joins: whether `work` is one of several processes where the environment says so.
+    """
     try:
         code = work()
     except SystemExit as usage:
@@ -301,7 +305,7 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         if not processes.are_several():
             raise
         code = _blame(error)
-    if code in (EXIT_ERROR, EXIT_USAGE) and not processes.are_several():
+    if joins and code in (EXIT_ERROR, EXIT_USAGE) and not processes.are_several():
         _join_to_refuse(code)
     if not processes.are_several():
         sys.exit(_for_starter(code))

@@ -221,8 +221,11 @@ class Watchdog:
 
 
 def code_for(failure: Failure) -> int:
-    """Return the exit code of a process that ends on a failure: 1 and 2 of a peer too, since a restart would repeat them."""
-    if failure.process == processes.own_index() or failure.code in (EXIT_ERROR, EXIT_USAGE):
+    """Return the exit code of a process that ends on a failure.
+
+    It is a peer's own where that is 1 or 2, since a restart would end so again, or where a signal ended it.
+    """
+    if failure.process == processes.own_index() or failure.code in (EXIT_ERROR, EXIT_USAGE) or failure.code > 128:
         return failure.code
     return EXIT_PEER
 

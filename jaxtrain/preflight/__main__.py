@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
     from jaxtrain import cli
 
-    cli.run("jaxtrain.preflight.__main__")
+    cli.run("jaxtrain.preflight.__main__", joins=True)
 
 import dataclasses
 import json

@@ -109,7 +109,7 @@ def test_peers_are_asked_rarely_and_not_while_steps_go_on():
 @pytest.mark.parametrize(
     ("code", "own", "peer"),
     [(EXIT_USAGE, EXIT_USAGE, EXIT_USAGE), (EXIT_ERROR, EXIT_ERROR, EXIT_ERROR), (EXIT_FAULT, EXIT_FAULT, EXIT_PEER)]
-    + [(EXIT_PEER, EXIT_PEER, EXIT_PEER), (130, 130, EXIT_PEER)],
+    + [(EXIT_PEER, EXIT_PEER, EXIT_PEER), (130, 130, 130)],
 )
 def test_what_a_restart_would_repeat_ends_all_with_the_same_code(monkeypatch, code, own, peer):
     assert run_as(monkeypatch, 2, lambda p: code_for(Failure(0, code, "why"))) == [own, peer]
