@@ -129,6 +129,17 @@ def test_a_hang_without_a_supervisor(tmp_path, how, process, flags, where):
     assert (stacks / f"process-{1 - process}.txt").exists()
 
 
+@pytest.mark.slow
+def test_a_lone_process_that_hangs(tmp_path):
+    flags = [*FLAGS, "--mesh.data=1", f"--run_dir={tmp_path / 'run'}", "--train.steps=400", "--distributed.hang_seconds=5"]
+    faulty = environment(2, FAULTY_HOW="hang_in_step", FAULTY_PROCESS="0")
+    command = [sys.executable, "-m", "tests.launch.faulty", *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=faulty, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == EXIT_FAULT, ended.stderr[-2000:]
+    assert "error: the run is at step 60 and has not moved for" in ended.stderr.splitlines()[-1]
+    assert "faulty.py" in (tmp_path / "run" / "stacks" / "process-0.txt").read_text()
+
+
 def test_a_process_that_loses_its_peer_ends(tmp_path):
     """By the collective's error, or where another device of the process still waits for it, by the missed heartbeats."""
     flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", "--train.steps=100000", "--distributed.heartbeat_seconds=5"]
