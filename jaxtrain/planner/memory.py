@@ -220,10 +220,13 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
     at hand; but where XLA unrolls the loop over microbatches by two, it makes the zeros into which the next one's activations
-    are to be written along with this one's.
+    are to be written along with this one's. Of two microbatches no loop is left, and where weights are gathered before them
+    (ZeRO 1 and 2) it makes the second's late.
     """
+    microbatches = config.train.microbatches
+    is_early = microbatches > 2 or (microbatches == 2 and config.sharding.zero == 3)
     part = cut.layers * kept_bytes(config, sizes, backend)
-    copies = cut.residuals + (cut.is_pipe or (config.train.microbatches > 1 and not moves_activations(config)))
+    copies = cut.residuals + (cut.is_pipe or (is_early and not moves_activations(config)))
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
@@ -319,7 +322,9 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
     by_two = cut.is_loop and not moves_activations(config)
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + by_two)
-    copies = cut.is_loop + by_two
+    # Of two microbatches no loop is left; whole over fsdp (ZeRO 1), the second's zeros wait for the first's sums.
+    is_late = config.train.microbatches == 2 and not cut.is_pipe and config.sharding.zero == 1
+    copies = cut.is_loop + (by_two and not is_late)
     working = weights + whole + sums * FLOAT32 * _head(config) + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies), working)
