@@ -61,9 +61,9 @@ LOST = [
     ),
     ([(17, 2, "saved:16+stop")], (2,), r"is stopped \(state T\)", 16),
     (
-        [(18, 3, "saved:16+hang")],
+        [(20, 3, "saved:16+hang")],
         (3,),
-        r"ended with exit code 70: error: process 3 of 4 is at step 18 and has not moved for \d+ s.*; stacks in ",
+        r"ended with exit code 70: error: process 3 of 4 is at step 20 and has not moved for \d+ s.*; stacks in ",
         16,
     ),
 ]
