@@ -37,9 +37,19 @@ class Picture:
     """Python files, from the root of the repository."""
 
     def hash(self) -> str:
-        """Return a hash of the sources' syntax trees."""
-        trees = [ast.dump(ast.parse((ROOT / source).read_text())) for source in self.sources]
-        return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
+        """Return a hash of the sources' syntax trees, the same on every Python."""
+        trees = [_plain(ast.parse((ROOT / source).read_text(encoding="utf-8"))) for source in self.sources]
+        return hashlib.sha256(repr(trees).encode()).hexdigest()[:16]
+
+
+def _plain(node: object) -> object:
+    """Return a syntax tree as nested tuples, without empty fields: Pythons differ in which there are, and so in `ast.dump`."""
+    if isinstance(node, list):
+        return tuple(map(_plain, node))
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return type(node).__name__, *fields
 
 
 def read_stamp(path: Path) -> str:
