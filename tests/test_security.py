@@ -30,7 +30,7 @@ BANNED_NAMES = set("eval exec compile __import__".split())
 BANNED_METHODS = set("system popen exec_module start_server".split())
 BANNED_FLAGS = set("allow_pickle shell trust_remote_code create_perfetto_link".split())
 # A config file is code, and is named by the person who starts the run: see SECURITY.md.
-ALLOWED = {("jaxtrain/config.py", "exec_module")}
+ALLOWED = {("jaxtrain/config_file.py", "exec_module")}
 
 
 def dangers(tree: ast.AST) -> set[str]:
