@@ -66,8 +66,8 @@ def test_processes_with_different_data_files_are_refused(tmp_path):
     for host in range(2):
         books = tmp_path / str(host) / "books"
         books.mkdir(parents=True)
-        for number in range(8):
-            (books / f"{number}.txt").write_text(f"{number} " * 200 * (1 + host * (number == 5)))
+        for number in range(8 + 16 * host):
+            (books / f"{number}.txt").write_text(f"{number} " * 200)
     flags = ["--data.sources.0.kind=text", "--data.sources.0.path=books/*.txt", "--train.validate_every=1"]
     flags += [f"--data.cache_dir={tmp_path / 'cache'}", "--data.validation_fraction=0.4"]
     config = [f"--config={ROOT / 'configs' / 'quickstart.py'}"]
