@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterator
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.config import Config
@@ -159,6 +159,8 @@ def read_value(text: str, hint: Any) -> Any:
     if (inner := nested(hint)) is not None:
         optional = "is None, or " if get_origin(hint) is UnionType else ""
         raise ExplainedError(f"{optional}is set by its fields: {', '.join(hints_of(inner))}")
+    if get_origin(hint) is UnionType:
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is tuple:
         if nested(get_args(hint)[0]):
             raise ExplainedError("is set by the fields of each, e.g. 0.kind")

@@ -126,6 +126,7 @@ def test_the_folder_says_which_program_ran_and_what_it_said(whole):
     process, run_dir = whole
     log = (run_dir / "log.txt").read_text()
     said = unstamped(process.stdout).partition("--- held-out")[0].splitlines()
+    assert said.pop(0).startswith("memory ")  # asked for before run_dir is touched
     assert [line for line in unstamped(log).splitlines() if line in said] == said
     (start,) = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
     assert start["jaxtrain"] == importlib.metadata.version("jaxtrain")

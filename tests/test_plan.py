@@ -40,7 +40,8 @@ def test_wrong_usage(arguments: list[str], message: str):
     assert raised.value.exit_code == 2
 
 
-def test_explain(capsys: pytest.CaptureFixture[str]):
+def test_explain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "140")
     assert main([*SEVEN, "--explain", "--hosts=2", "--mesh.pipe=2", "--mesh.tensor=4", "--train.microbatches=4"]) == 0
     said = capsys.readouterr().out
     assert "7b on 16 × h100-sxm (2 hosts of 8): pipe=2 × fsdp=2 × tensor=4" in said

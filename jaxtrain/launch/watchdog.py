@@ -17,6 +17,7 @@ that was suspended has not hung.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import statistics
@@ -155,13 +156,20 @@ class Watchdog:
         self._stopping = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.before_exit = lambda: None
         if not processes.are_several():  # else it watches until all processes have ended
             self._stopping.set()
+
+    def _stop(self) -> None:
+        """Let the thread end before the interpreter does: Python would unwind it through jax's C++, which aborts."""
+        self._stopping.set()
+        self._thread.join(10 * POLL_SECONDS)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -211,7 +219,7 @@ class Watchdog:
         where = ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w") as file:
+            with open(path, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             where = innermost(path)
         except OSError as error:

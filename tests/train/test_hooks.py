@@ -90,20 +90,23 @@ def test_the_first_signal_is_a_reason_to_stop(number):
 
 def signal_and_wait(number):
     os.kill(os.getpid(), number)
-    time.sleep(5)
+    time.sleep(60)
+    pytest.fail("the signal did not break this off")
 
 
 def test_a_signal_breaks_off_what_is_breakable():
-    started = time.monotonic()
     with StopOnSignal(Said()) as stop, pytest.raises(Stopped, match="SIGTERM"), stop.breakable():
         signal_and_wait(signal.SIGTERM)
-    assert time.monotonic() - started < 4
 
 
 def test_without_being_entered_it_leaves_signals_alone():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     stop = StopOnSignal(Said())
-    with pytest.raises(KeyboardInterrupt):
-        signal_and_wait(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal_and_wait(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.received is None
 
 
