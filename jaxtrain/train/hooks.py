@@ -130,6 +130,11 @@ class Validation(Hook):
         self._log.write(self.newest)
         self._progress.update(self.newest)
 
+    def finite(self) -> dict[str, Any]:
+        """Return the newest validation's step and loss, empty without one or where the loss is NaN or infinite."""
+        loss = self.newest.get("validation_loss", math.nan)
+        return {"step": self.newest["step"], "validation_loss": loss} if math.isfinite(loss) else {}
+
     def stop_reason(self) -> str | None:
         loss = self.newest.get("validation_loss")
         if loss is None or not 0 < loss <= self._stop_at_loss:  # a NaN has reached nothing

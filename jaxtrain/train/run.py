@@ -125,6 +125,7 @@ class Run:
         self.canonical = Canonical(config, self.mesh, self.optimizer)
         self.rollbacks = Rollbacks()
         self._restored_metadata: dict[str, Any] = {}
+        self.validation: Validation | None = None
         self.fast: FastTier | None = None
 
     @settled()
@@ -151,8 +152,8 @@ class Run:
             state, first = self._begin(checkpoints)
             if jax.process_index() == 0:  # not before the run is known to go on here: it must not cover up another run's
                 self.files.write(self.directory / "config.json", to_json(self.config) + "\n")
-            if first == self.config.train.steps:
-                return self._nothing_left(first)
+            if (reached := self._reached_before(first)) or first == self.config.train.steps:
+                return self._nothing_left(reached or f"all {first} steps were done before; a larger --train.steps trains on")
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -176,13 +177,23 @@ class Run:
                 self._sample(loop.state["params"])
         return EXIT_DONE
 
-    def _nothing_left(self, steps: int) -> int:
-        """Says so; draws what a process that died after its last save had no time to draw."""
+    def _reached_before(self, step: int) -> str | None:
+        """Return why the run has nothing left at `step`, where it stopped for its validation loss and may not go below it."""
+        saved = self._restored_metadata.get("validation", {})
+        if saved.get("step") != step or not 0 < saved["validation_loss"] <= self.config.train.stop_at_validation_loss:
+            return None
+        return (
+            f"validation loss {saved['validation_loss']:.4f} had reached train.stop_at_validation_loss="
+            f"{self.config.train.stop_at_validation_loss} at step {step}; a lower one trains on, 0 to train.steps"
+        )
+
+    def _nothing_left(self, reason: str) -> int:
+        """Say so; draw what a process that died after its last save had no time to draw."""
         if self.fast is not None:
             self.fast.clear()
         if not (self.directory / PICTURE).exists():
             self._draw()
-        self.progress.say(f"done       all {steps} steps were done before; a larger --train.steps trains on")
+        self.progress.say(f"done       {reason}")
         return EXIT_DONE
 
     def _stopped(self, number: int, step: int, checkpoints: Checkpoints | None) -> int:
@@ -409,7 +420,9 @@ class Run:
         stop = self.config.checkpoint.on_failure == "stop"
 
         def beside(state: PyTree) -> dict[str, Any]:
-            return now | {"rollbacks": self.rollbacks.to_plain(), "guard": record_to_plain(state.get("guard", {}))}
+            validated = self.validation.finite() if self.validation else {}
+            guard = record_to_plain(state.get("guard", {}))
+            return now | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
 
         return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health, stop)]
 
@@ -451,7 +464,8 @@ class Run:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
         every, threshold = config.train.validate_every, config.train.stop_at_validation_loss
         bits = self.data.bits_per_byte
-        return [Validation(evaluate, bits, log, self.progress, clock, every, config.train.steps, threshold)]
+        self.validation = Validation(evaluate, bits, log, self.progress, clock, every, config.train.steps, threshold)
+        return [self.validation]
 
     def _draw(self) -> None:
         """loss.png, by process 0."""

@@ -314,6 +314,27 @@ def test_a_validation_threshold_ends_the_run(ended_early):
     assert "train.stop_at_validation_loss=100.0" in done
 
 
+def test_a_run_that_ended_at_its_threshold_has_nothing_left(base, uninterrupted):
+    """Started again it trains no step, whatever its mesh; a lower threshold, and none, train on."""
+    reached = replace(base, run_dir=base.run_dir + "_reached")
+    train = replace(base.train, validate_every=3, stop_at_validation_loss=100.0)
+    assert Run(validate(replace(reached, train=train), 8), Said()).train() == EXIT_DONE
+    again = RecordingRun(validate(replace(other_layout(reached), train=replace(train, microbatches=2)), 8), Said())
+    assert again.train() == EXIT_DONE
+    assert again.batches == []
+    (done,) = [line for line in again.progress.lines if line.startswith("done ")]
+    assert "had reached train.stop_at_validation_loss=100.0 at step 3" in done
+    for threshold, last in ((1e-9, 6), (0.0, 9)):
+        further = replace(train, stop_at_validation_loss=threshold, steps=last)
+        run = Run(validate(replace(reached, train=further, optimizer=replace(base.optimizer, warmup_steps=1)), 8), Said())
+        assert run.train() == EXIT_DONE
+        assert len(losses_of(run)) == last
+
+
+def losses_of(run):
+    return [row["loss"] for row in read_rows(run.directory / "metrics.jsonl") if "loss" in row]
+
+
 def test_validation_is_the_mean_over_all_held_out_targets(ended_early):
     """Sum over sum: a batch with fewer targets than another weighs less."""
     run, _ = ended_early
