@@ -157,21 +157,22 @@ def _scatter_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
 def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[Any, Any]:
     """(master, compute) as the layers get them, at the start of a step; see `sharding.zero` in the config.
 
-    Level 3 leaves them as they are, in shards. Levels 1 and 2 gather compute, whole over fsdp. At level 1 gradients are whole
-    too, and a gradient has the shape of what it is taken of: zeros stand in for master there. Nobody reads them, so XLA drops
-    them.
+    Level 3 leaves compute as it is, in shards. Levels 1 and 2 gather it, whole over fsdp.
+
+    A gradient has the shape and dtype of what it is taken of, and those of a microbatch are float32, at level 1 whole over
+    fsdp. So float32 zeros of the gradient's shape stand in for a master that differs. Nothing reads them, so XLA drops them.
     """
 
-    def stand_in(dims: Dims, shard: jax.Array) -> jax.Array:
-        factors = [lax.axis_size("fsdp") if i in _fsdp_dims(dims) else 1 for i in range(len(dims))]
-        return vary(jnp.zeros([n * f for n, f in zip(shard.shape, factors, strict=True)], shard.dtype))
+    def gradient_like(dims: Dims, shard: jax.Array) -> jax.Array:
+        if zero > 1 and shard.dtype == jnp.float32:
+            return shard
+        factors = [lax.axis_size("fsdp") if zero == 1 and i in _fsdp_dims(dims) else 1 for i in range(len(dims))]
+        return vary(jnp.zeros([n * f for n, f in zip(shard.shape, factors, strict=True)], jnp.float32))
 
     if zero < 3:
         with jax.named_scope("fsdp_once"):
             compute = jax.tree.map(_gather_over_fsdp, dims_tree, compute, is_leaf=is_dims)
-    if zero == 1:
-        master = jax.tree.map(stand_in, dims_tree, master, is_leaf=is_dims)
-    return master, compute
+    return jax.tree.map(gradient_like, dims_tree, master, is_leaf=is_dims), compute
 
 
 def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
@@ -179,7 +180,7 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
 
     `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and
     no cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
-    reduce-scattered over fsdp (but for ZeRO level 1), and cast to master's dtype.
+    reduce-scattered over fsdp (but for ZeRO level 1), and cast to master's dtype, float32.
     """
 
     def gather(master: jax.Array, compute: jax.Array) -> jax.Array:

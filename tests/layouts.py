@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 from hypothesis import assume
 from hypothesis import strategies as st
 
@@ -52,7 +52,9 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.balance import step_biases
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import create_state, to_canonical
+from jaxtrain.train.rounding import apply_updates
+from jaxtrain.train.schedule import seed_words
+from jaxtrain.train.state import create_state, make_stacking, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
@@ -118,6 +120,7 @@ def draw_model(choose: Choose) -> ModelConfig:
         tie_embeddings=choose((False, True)),
         sliding_window=choose((0, 0, 11)),
         attention=choose(("reference", "blockwise")),
+        param_dtype=choose(("float32", "float32", "bfloat16")),
     )
 
 
@@ -210,7 +213,8 @@ class Outcome:
 def run(config: Config, steps: int = STEPS) -> Outcome:
     """Initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
-    dims = parameter_dims(config.model)
+    dims, layers = parameter_dims(config.model), make_stacking(config).layer_numbers()
+    seed = jnp.asarray(seed_words(config.train.seed))
     optimizer = make_optimizer(config.optimizer, config.train.steps, dims)
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = state["params"], state["optimizer"]
@@ -223,16 +227,17 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any) -> tuple[Any, Any]:
+    def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any, step: Any) -> tuple[Any, Any]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        return step_biases(config.model, optax.apply_updates(params, updates), reports), optimizer_state
+        params = apply_updates(params, updates, dims, layers, seed, step)
+        return step_biases(config.model, params, reports), optimizer_state
 
     initial, losses, first = canonical(params), [], None
-    for _ in range(steps):
+    for step in range(steps):
         metrics, reports, gradients = loss_and_gradients(params, batch)
         losses.append(float(metrics["total_loss"]))
         first = first or canonical(gradients)
-        params, optimizer_state = update(params, optimizer_state, gradients, reports)
+        params, optimizer_state = update(params, optimizer_state, gradients, reports, step)
     return Outcome(initial, losses, first)
 
 

@@ -12,6 +12,7 @@ and a process that fails ends with `os._exit`, because JAX's exit handler otherw
 | 70 | an unforeseen error, or this process hangs | 75 |
 | 75 | another process was lost or hangs; nothing is wrong here | 75 |
 | 76 | stopped by a signal after saving: start the same command again | 76 |
+| 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM before training began, or at the second request | 75 |
 
 Whoever restarts a run (the supervisor, a script of `launch`) starts it again on 70, 75 and death by a signal, in whatever order
 the processes end, and lets it be on 1 and 2: so the peers of a process that refuses repeat its code.
