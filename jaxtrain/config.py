@@ -452,7 +452,7 @@ class GuardConfig:
     """Compute a step that is not finite again, and name the microbatch, layer and operation that were first; slower."""
 
     @property
-    def judges(self) -> bool:
+    def classifies_steps(self) -> bool:
         """Whether the compiled step itself decides if its update is applied."""
         return self.debug_nans or self.spike != "off" or self.non_finite in ("skip", "rollback")
 

@@ -349,7 +349,7 @@ def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) 
 def _guard_problems(config: Config) -> list[str]:
     guard, sync = config.guard, config.sync
     problems = []
-    if guard.judges and (sync.replicas_differ or sync.queued):
+    if guard.classifies_steps and (sync.replicas_differ or sync.queued):
         why = (
             "each replica has parameters and losses of its own, and what one of them skips the others do not"
             if sync.replicas_differ
@@ -359,9 +359,9 @@ def _guard_problems(config: Config) -> list[str]:
             f"sync.mode={sync.mode}: {why}; use guard.non_finite=stop (or off), guard.spike=off and guard.debug_nans=False, "
             "or sync.mode=every_step"
         )
-    if guard.non_finite == "off" and guard.judges:
+    if guard.non_finite == "off" and guard.classifies_steps:
         problems.append("guard.non_finite=off leaves NaNs to guard.spike and guard.debug_nans; use stop, skip or rollback")
-    if guard.judges and guard.spike_window > LONGEST_SPIKE_WINDOW:
+    if guard.classifies_steps and guard.spike_window > LONGEST_SPIKE_WINDOW:
         problems.append(
             f"guard.spike_window={guard.spike_window}: every device keeps the window; use {LONGEST_SPIKE_WINDOW} or less"
         )

@@ -108,17 +108,17 @@ def train(arguments: Sequence[str]) -> int:
 
     from jaxtrain.agreement import check_start
     from jaxtrain.launch.watchdog import Watchdog
-    from jaxtrain.telemetry.beat import Beat
+    from jaxtrain.telemetry.heartbeat import Heartbeat
     from jaxtrain.telemetry.progress import open_progress
     from jaxtrain.train.hooks import StopOnSignal
     from jaxtrain.train.run import Run
 
-    with Watchdog(config, Beat.from_environment()) as watchdog:
+    with Watchdog(config, Heartbeat.from_environment()) as watchdog:
         check_start(config)
         config = validate(config, count_devices())
         progress = open_progress(config.train.steps, process_index=jax.process_index())
         with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
-            progress.beat, watchdog.before_exit = watchdog.beat, progress.close
+            progress.heartbeat, watchdog.before_exit = watchdog.heartbeat, progress.close
             if set_aside:
                 progress.say(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
             if place is not None:

@@ -39,16 +39,16 @@ from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settle
 from jaxtrain.processes import own_index
-from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.text import open_console
 from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run import metadata
 from jaxtrain.train.state import Canonical, create_state
 from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding, choose_attention
-from jaxtrain.train.witness import Difference, Witness, differences, make_witness, relative
 
 PROG = "python -m jaxtrain.replay"
 DESCRIPTION = "Compute a recorded step again, on any mesh, and compare it with the record or with another layout."
@@ -121,9 +121,9 @@ class Layout:
             jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical.abstract)
         )
 
-    def witness(self, state: PyTree, batch: PyTree) -> Witness:
+    def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:
         """What the step comes to."""
-        return make_witness(self.config, self.mesh, self.backend)(state["params"], batch)
+        return make_layer_moments(self.config, self.mesh, self.backend)(state["params"], batch)
 
 
 def recorded(config: Config, step: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def recorded(config: Config, step: int) -> dict[str, float]:
     return {name: float(not_finite.get(name, rows[step][name])) for name in ("loss", "grad_norm")}
 
 
-def with_record(found: Witness, record: dict[str, float]) -> list[Difference]:
+def with_record(found: LayerMoments, record: dict[str, float]) -> list[Difference]:
     """Loss and gradient norm against the record."""
     return [
         Difference("the loss", relative(found.loss, record["loss"]), f"{found.loss:.6g}, recorded {record['loss']:.6g}"),
@@ -220,9 +220,9 @@ def main(arguments: Sequence[str]) -> int:
     other_flags = other_config(without_own_flags(arguments), flags.against) if flags.against else None
     settle()
     place = distributed.start(config.distributed)
-    beat = Beat.from_environment()
-    beat.phase("replaying")
-    with Watchdog(config, beat):
+    heartbeat = Heartbeat.from_environment()
+    heartbeat.phase("replaying")
+    with Watchdog(config, heartbeat):
         return replay(config, flags, other_flags, place.local_processes if place else 1)
 
 
@@ -236,12 +236,12 @@ def replay(config: Config, flags: ReplayFlags, other_flags: Config | None, local
     other = Layout(validate(other_flags, devices)) if other_flags is not None else None
     data = open_data(config)
     state, first = layout.state_before(flags.step, data)
-    found = layout.witness(state, layout.batch(data, flags.step - 1))
+    found = layout.moments(state, layout.batch(data, flags.step - 1))
     dtypes = {config.model.dtype}
     if other is None:
         compared, beside = with_record(found, record), "the record"
     else:
-        there = other.witness(other.take(layout, state), other.batch(data, flags.step - 1))
+        there = other.moments(other.take(layout, state), other.batch(data, flags.step - 1))
         compared, beside = differences(found, there), str(other)
         dtypes.add(other.config.model.dtype)
     tolerance = flags.tolerance or max(TOLERANCE[dtype] for dtype in dtypes)

@@ -25,9 +25,9 @@ from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.command_line import parse_command_line
 from jaxtrain.config_rules import validate
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.train.health import make_check
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import state_dims
+from jaxtrain.train.state_check import make_check
 
 ROUNDS, STEPS = 7, 4
 

@@ -104,7 +104,7 @@ def test_a_gradient_that_goes_wrong_is_named(run):
     layout, data = replay.Layout(config), open_data(config)
     state, _ = layout.state_before(1, data)
     batch = layout.batch(data, 0)
-    one = layout.witness(state, batch)
+    one = layout.moments(state, batch)
     table = np.asarray(state["params"]["outer"]["table"])
     x = table[np.asarray(data.train_batch(0, slice(0, 16))["tokens"])].astype(np.float64)
     assert one.moments[0] == pytest.approx(np.stack([x.mean((0, 1)), np.square(x).mean((0, 1))]), rel=1e-4, abs=1e-7)

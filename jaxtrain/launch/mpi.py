@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxtrain.errors import EXIT_STOPPED, ConfigError
 from jaxtrain.launch.job import Job, JobFlags
-from jaxtrain.launch.shell import command_lines, comment, exports, judge
+from jaxtrain.launch.shell import command_lines, comment, exit_code_lines, exports
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ for ((turn = 0; turn <= restarts; turn++)); do
   done
   running=""
 
-{judge(2)}
+{exit_code_lines(2)}
   if [[ -n $stopping ]] || ((code == {EXIT_STOPPED})); then
     echo "stopped; the same command goes on from the newest checkpoint" >&2
     exit {EXIT_STOPPED}

@@ -32,7 +32,7 @@ def command_lines(job: Job, indent: int, end: str = "") -> str:
     return " \\\n".join(f"{' ' * (indent + 2 * (i > 0))}{line}" for i, line in enumerate(lines)) + end
 
 
-def judge(indent: int = 0) -> str:
+def exit_code_lines(indent: int = 0) -> str:
     """Makes $code that of the run, and ends the script where it is done, or where starting again would end the same way."""
     text = f"""\
 ended_with() {{ grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; }} # whether a process did

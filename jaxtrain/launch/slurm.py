@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.launch.job import Job, JobFlags
-from jaxtrain.launch.shell import command_lines, comment, exports, judge
+from jaxtrain.launch.shell import command_lines, comment, exit_code_lines, exports
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
 {command_lines(job, 2)}
 code=$?
 
-{judge()}
+{exit_code_lines()}
 if ((turn >= restarts)); then
   echo "error: exit code $code after $restarts restarts; look at the log, then sbatch again to go on" >&2
   exit "$code"

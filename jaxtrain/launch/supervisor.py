@@ -30,7 +30,7 @@ from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_S
 from jaxtrain.files import AppendedFile
 from jaxtrain.launch.distributed import PARENT
 from jaxtrain.signals import Request, Watch
-from jaxtrain.telemetry.beat import STACKS_VARIABLE, VARIABLE, Doing, innermost, read_beat
+from jaxtrain.telemetry.heartbeat import STACKS_VARIABLE, VARIABLE, Doing, innermost, read_heartbeat
 from jaxtrain.telemetry.run_log import stamped
 
 POLL_SECONDS = 0.05
@@ -78,7 +78,7 @@ class Worker:
 
     index: int
     process: subprocess.Popen
-    beat: Path
+    heartbeat: Path
     """Memory that it writes and the supervisor reads: on a full disk a process that lives must not look like one that hangs."""
     log: Path
     stacks: Path
@@ -160,7 +160,7 @@ class Supervisor:
       size: () -> how many processes the next generation has; where it changes, the run saves and goes on in that size.
       environment: (index, processes) -> what a process's environment has beside the supervisor's own.
       extra: (processes) -> arguments for a generation of that size, beside those of `command`: a mesh that fits it.
-      folder: for logs, beats and events.jsonl.
+      folder: for logs, heartbeats and events.jsonl.
       say: prints a line.
     """
 
@@ -226,7 +226,7 @@ class Supervisor:
                 if worker.process.poll() is None:
                     worker.process.kill()
                 worker.process.wait()
-                os.close(int(worker.beat.name))
+                os.close(int(worker.heartbeat.name))
 
     def _start(self, count: int) -> list[Worker]:
         folder = self._folder / f"generation-{self.generation}"
@@ -237,8 +237,8 @@ class Supervisor:
         workers = []
         for index in range(count):
             log, stacks = folder / f"process-{index}.log", folder / f"process-{index}.stacks"
-            memory = os.memfd_create(f"beat-{index}")
-            beat = Path(f"/proc/self/fd/{memory}")
+            memory = os.memfd_create(f"heartbeat-{index}")
+            heartbeat = Path(f"/proc/self/fd/{memory}")
             environment = os.environ | {
                 "JAXTRAIN_COORDINATOR": coordinator,
                 "JAXTRAIN_PROCESSES": str(count),
@@ -248,7 +248,7 @@ class Supervisor:
                 "JAXTRAIN_STARTER": f"the supervisor (generation {self.generation})",
                 PARENT: str(os.getpid()),
                 "PYTHONUNBUFFERED": "1",
-                VARIABLE: str(beat),
+                VARIABLE: str(heartbeat),
                 STACKS_VARIABLE: str(stacks),
                 **self._environment(index, count),
             }
@@ -260,7 +260,7 @@ class Supervisor:
                 pass_fds=(memory,),
                 start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we pass it on once
             )
-            workers.append(Worker(index, process, beat, log, stacks, since=time.monotonic()))
+            workers.append(Worker(index, process, heartbeat, log, stacks, since=time.monotonic()))
             assert process.stdout is not None
             arguments = (process.stdout, workers[-1], index == 0)
             threading.Thread(target=self._collect, args=arguments, name=f"log-{index}", daemon=True).start()
@@ -304,7 +304,7 @@ class Supervisor:
                 return silent
 
     def _look(self, worker: Worker, now: float) -> None:
-        doing = read_beat(worker.beat)
+        doing = read_heartbeat(worker.heartbeat)
         if doing != worker.doing:
             if worker.index == 0 and doing.done > worker.doing.done > 0:
                 seconds = (now - worker.stepped) / (doing.done - worker.doing.done)

@@ -34,7 +34,7 @@ from jaxtrain.config import Config, DistributedConfig
 from jaxtrain.errors import EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_USAGE
 from jaxtrain.launch import distributed
 from jaxtrain.processes import LONG_SECONDS, Failure
-from jaxtrain.telemetry.beat import Beat, innermost
+from jaxtrain.telemetry.heartbeat import Heartbeat, innermost
 
 POLL_SECONDS = 1.0
 USUAL_STEPS = 20
@@ -144,12 +144,12 @@ class Watchdog:
 
     Args:
       config: limits, and run_dir, which gets the stacks.
-      beat: what the process does.
+      heartbeat: what the process does.
       before_exit: puts the terminal in order before the process ends.
     """
 
-    def __init__(self, config: Config, beat: Beat, before_exit: Callable[[], None] = lambda: None):
-        self.beat, self.before_exit = beat, before_exit
+    def __init__(self, config: Config, heartbeat: Heartbeat, before_exit: Callable[[], None] = lambda: None):
+        self.heartbeat, self.before_exit = heartbeat, before_exit
         self._stacks = config.directory / FOLDER
         self._stall = Stall(config.distributed, processes.own_index())
         self._published = ""
@@ -182,8 +182,8 @@ class Watchdog:
 
     def look(self, seconds: float) -> Failure | None:
         """Look once, `seconds` after the last time: the failure that ends this process, its own or a peer's."""
-        self.beat.tick()
-        doing = self.beat.doing
+        self.heartbeat.tick()
+        doing = self.heartbeat.doing
         position = Position(doing.dispatched, doing.done, processes.collectives_entered(), doing.phase)
         try:
             self._publish(position)

@@ -28,7 +28,7 @@ from jaxtrain.launch.watchdog import Watchdog
 from jaxtrain.main import count_devices
 from jaxtrain.preflight.checks import Check, Finding, PreflightFlags, Site, Stopwatch, carry_out
 from jaxtrain.processes import barrier
-from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.text import open_console
 
 PROG = "python -m jaxtrain.preflight"
@@ -36,7 +36,7 @@ DESCRIPTION = "Check devices, links, folders, clocks, software, memory and data 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
-def examine(config: Config, flags: PreflightFlags, beat: Beat | None = None) -> tuple[Site, list[Finding]]:
+def examine(config: Config, flags: PreflightFlags, heartbeat: Heartbeat | None = None) -> tuple[Site, list[Finding]]:
     """Carries out all checks. What would hang or mislead after a failure is skipped.
 
     Raises:
@@ -54,7 +54,7 @@ def examine(config: Config, flags: PreflightFlags, beat: Beat | None = None) -> 
             if any(finding.state == "failed" for finding in new):
                 new.append(Finding(check.name, "skipped", "after the failure above"))
             else:
-                new += carry_out(check, site, flags.patience, beat)
+                new += carry_out(check, site, flags.patience, heartbeat)
         findings.extend(new)
         return all(finding.state != "failed" for finding in new)
 
@@ -114,8 +114,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--patience={flags.patience}: give seconds, from 1 to 86400")
     clock = Stopwatch()
     place = distributed.start(config.distributed)
-    with Watchdog(config, Beat.from_environment()) as watchdog:
-        site, findings = examine(config, flags, watchdog.beat)
+    with Watchdog(config, Heartbeat.from_environment()) as watchdog:
+        site, findings = examine(config, flags, watchdog.heartbeat)
     good, seconds = all(finding.state != "failed" for finding in findings), clock()
     if place is None or place.process == 0:
         rows = [dataclasses.asdict(finding) for finding in findings]

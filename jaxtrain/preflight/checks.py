@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jaxtrain.config import Config
 from jaxtrain.errors import EXIT_FAULT
 from jaxtrain.processes import exchange
-from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.heartbeat import Heartbeat
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
@@ -76,10 +76,10 @@ class Check:
     """What it means that the processes have seen this, by process."""
 
 
-def carry_out(check: Check, site: Site, patience: float, beat: Beat | None = None) -> list[Finding]:
+def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | None = None) -> list[Finding]:
     """Looks, tells, hears, judges. A process that cannot look is a failed check."""
-    if beat is not None:
-        beat.phase(f"preflight: {check.name}")
+    if heartbeat is not None:
+        heartbeat.phase(f"preflight: {check.name}")
     with limited(check.name, patience):
         try:
             answer = {"seen": check.look(site), "error": None}

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.telemetry.run_log import RunLog, stamped
 from jaxtrain.text import discard, printable
 
@@ -37,7 +37,7 @@ class Progress:
 
     status = ""
     """What is being done while no step is; see `during`."""
-    beat: Beat | None = None
+    heartbeat: Heartbeat | None = None
     """Who is told of it outside this process."""
     log: RunLog | None = None
     """The file that keeps what is said, with logged rows."""
@@ -57,8 +57,8 @@ class Progress:
     def now(self, words: str) -> None:
         """Say what keeps the steps waiting from now on; empty while nothing does."""
         self.status = words
-        if self.beat is not None:
-            self.beat.phase(words)
+        if self.heartbeat is not None:
+            self.heartbeat.phase(words)
 
     def advance(self, step: int) -> None:
         """Step number `step` is done."""

@@ -17,13 +17,13 @@ from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.files import ReplacedFiles
 from jaxtrain.processes import are_several, look, post
 from jaxtrain.signals import Request, Watch, end_at_once
-from jaxtrain.telemetry.beat import Beat
 from jaxtrain.telemetry.clock import StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
+from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.telemetry.metrics import MetricsLog
-from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
+from jaxtrain.telemetry.stragglers import Stragglers
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.step import read_metrics
 
@@ -43,10 +43,10 @@ class Logging(Hook):
         first_step: int,
         last_step: int,
         energy: EnergyLog | None = None,
-        pace: Pace | None = None,
+        stragglers: Stragglers | None = None,
     ):
         self._log, self._progress, self._clock, self._learning_rate = log, progress, clock, learning_rate
-        self._energy, self._pace = energy or EnergyLog(None), pace
+        self._energy, self._stragglers = energy or EnergyLog(None), stragglers
         self._every, self._first_step, self._last_step = every, first_step, last_step
         self._losses: list[PyTree] = []
         """Of every step since the last row: its loss and targets, computed already, to be fetched where a row is logged."""
@@ -58,13 +58,13 @@ class Logging(Hook):
         self._losses.append({name: metrics[name] for name in ("loss", "targets") if name in metrics})
         if step % self._every == 0 or step in (self._first_step, self._last_step):
             values = read_metrics(metrics)
-            is_bad = values.pop("bad_step", 0) != 0  # `Guard` writes a row of its own about such a step
+            is_bad = values.pop("bad_step", 0) != 0  # `BadSteps` writes a row of its own about such a step
             row = {"step": step, "loss": values.pop("loss"), "loss_mean": self._mean(), "grad_norm": values.pop("grad_norm")}
             # The optimizer has not counted the steps before that were skipped.
             steps_taken = step - 1 - int(values.get("skipped_steps", 0) - is_bad)
             row |= {"learning_rate": float(self._learning_rate(steps_taken)), **values, **self._clock.window(), **memory_row()}
             row |= self._energy.row(step)
-            row |= self._pace.row(step, row) if self._pace else {}
+            row |= self._stragglers.row(step, row) if self._stragglers else {}
             self._log.write(row)
             self._progress.update(row)
 
@@ -88,17 +88,17 @@ class Retrying(Hook):
             self._files.retry()
 
 
-class Beating(Hook):
+class HeartbeatHook(Hook):
     """Tells a watcher outside this process of every step."""
 
-    def __init__(self, beat: Beat):
-        self._beat = beat
+    def __init__(self, heartbeat: Heartbeat):
+        self._heartbeat = heartbeat
 
     def before_step(self, step: int, state: PyTree) -> None:
-        self._beat.step(dispatched=step)
+        self._heartbeat.step(dispatched=step)
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
-        self._beat.step(done=step)
+        self._heartbeat.step(done=step)
 
 
 class Validation(Hook):

@@ -34,25 +34,24 @@ from jaxtrain.telemetry.clock import StepClock, Work
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
-from jaxtrain.telemetry.pace import Pace
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress, readable_size
 from jaxtrain.telemetry.run_log import RunLog, about_program, describe_program
+from jaxtrain.telemetry.stragglers import Stragglers
+from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.feed import owned_rows, to_global
-from jaxtrain.train.guard import Guard, RollBack
-from jaxtrain.train.health import Health
-from jaxtrain.train.hooks import Beating, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation
-from jaxtrain.train.judge import record_to_plain
+from jaxtrain.train.hooks import HeartbeatHook, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation
 from jaxtrain.train.loop import Hook, Loop
+from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.probe import Probe
-from jaxtrain.train.repeat import Repeated
+from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
 from jaxtrain.train.schedule import make_schedule, warmup_steps
 from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
+from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import (
     TrainSteps,
     batch_names,
@@ -61,6 +60,7 @@ from jaxtrain.train.step import (
     make_evaluation_step,
     make_logits_step,
 )
+from jaxtrain.train.step_acceptance import record_to_plain
 
 PyTree = Any
 PICTURE = "loss.png"
@@ -263,7 +263,7 @@ class Run:
         return state, step
 
     def _acceptance(self, notes: list[str]) -> Callable[[int, dict[str, Any]], None]:
-        """A judge of checkpoints by their metadata, which it remembers; what has changed since goes into `notes`."""
+        """Return a check of checkpoints by their metadata, which it remembers; what has changed since goes into `notes`."""
         directory = self.directory / "checkpoints"
 
         def accept(step: int, saved: dict[str, Any]) -> None:
@@ -313,7 +313,7 @@ class Run:
         row = {"step": step, "bad_step": why.reason, "policy": "rollback", "rolled_back_from": why.step}
         return state, step, row | {"first_batch": rollback.first_batch, "last_batch": rollback.last_batch}
 
-    def _compile(self, first: int) -> TrainSteps | Repeated:
+    def _compile(self, first: int) -> TrainSteps | RecomputeCheck:
         started = time.perf_counter()
         with self.progress.during("compiling"):
             steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, self.config.train.steps)
@@ -323,12 +323,12 @@ class Run:
         self.progress.say(f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held}, works in {working}")
         if steps.description:
             self.progress.say(f"replicas   {steps.description}")
-        return Repeated(self.config, self.mesh, self.backend, steps, first) if self.config.guard.repeat_every else steps
+        return RecomputeCheck(self.config, self.mesh, self.backend, steps, first) if self.config.guard.repeat_every else steps
 
     def _loop(
         self,
         checkpoints: Checkpoints | None,
-        steps: TrainSteps | Repeated,
+        steps: TrainSteps | RecomputeCheck,
         state: PyTree,
         first: int,
         row: dict[str, Any] | None = None,
@@ -343,9 +343,9 @@ class Run:
             if row:
                 log.write(row)
             clock, energy = self._clocks(first)
-            health = Health(self.config, self.mesh, self.optimizer, self.rollbacks)
-            saving = self._saving(checkpoints, clock, health)
-            hooks = self._hooks(stack, log, clock, energy, [health, *saving, *self._snapshots(clock)])
+            check = StateCheck(self.config, self.mesh, self.optimizer, self.rollbacks)
+            saving = self._saving(checkpoints, clock, check)
+            hooks = self._hooks(stack, log, clock, energy, [check, *saving, *self._snapshots(clock)])
             rows = self._rows(self.config.train.global_batch_size)
             batches = stack.enter_context(self.data.train_batches(first, rows, self.rollbacks.batch))
 
@@ -388,13 +388,13 @@ class Run:
         learning_rate = make_schedule(config.optimizer, last)
         # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
         every = config.train.log_every
-        pace = Pace(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)
+        stragglers = Stragglers(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)
         return [
-            *([Beating(self.progress.beat)] if self.progress.beat else []),
+            *([HeartbeatHook(self.progress.heartbeat)] if self.progress.heartbeat else []),
             Retrying(self.files, every),
             profiling,
-            Logging(log, self.progress, clock, learning_rate, every, 1, last, energy, pace),
-            Guard(config, log, self.progress, self.rollbacks, self._diagnose if config.guard.debug_nans else None),
+            Logging(log, self.progress, clock, learning_rate, every, 1, last, energy, stragglers),
+            BadSteps(config, log, self.progress, self.rollbacks, self._diagnose if config.guard.debug_nans else None),
             *self._validation(log, clock),
             *last_hooks,
             self.stop,
@@ -412,7 +412,7 @@ class Run:
             self.progress.say(f"energy     {words}{others}")
         return meter
 
-    def _saving(self, checkpoints: Checkpoints | None, clock: StepClock, health: Health) -> list[Saving]:
+    def _saving(self, checkpoints: Checkpoints | None, clock: StepClock, check: StateCheck) -> list[Saving]:
         """The hook that saves, where the config wants that."""
         if checkpoints is None:
             return []
@@ -424,7 +424,7 @@ class Run:
             guard = record_to_plain(state.get("guard", {}))
             return now | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
 
-        return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, health, stop)]
+        return [Saving(checkpoints, self.canonical.from_state, beside, self.progress, clock, every, check, stop)]
 
     def _snapshots(self, clock: StepClock) -> list[Hook]:
         """The hook that takes snapshots, where the config wants that."""
@@ -443,7 +443,7 @@ class Run:
         """Where a step's numbers first went wrong, in words; `state` is that from before it."""
         size = self.config.train.global_batch_size
         batch = self._place(self.data.train_batch(self.rollbacks.batch(step - 1), self._rows(size)), size)
-        return Probe(self.config, self.mesh, self.backend)(jax.block_until_ready(state["params"]), batch)
+        return NanProbe(self.config, self.mesh, self.backend)(jax.block_until_ready(state["params"]), batch)
 
     def _validation(self, log: MetricsLog, clock: StepClock) -> list[Hook]:
         """The validation hook, where there is held-out data and the config wants it looked at."""

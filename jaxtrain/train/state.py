@@ -1,7 +1,8 @@
 """The training state: what it holds, how it is sharded, how it begins, and its canonical form for checkpoints.
 
-A state is {"params", "optimizer", "sync", "step"}, with a "guard" where the step judges itself (`train/judge.py`). Where
-replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading dim "replica"; "sync" is what
+A state is {"params", "optimizer", "sync", "step"}, with a "guard" where the step classifies itself
+(`train/step_acceptance.py`). Where replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading
+dim "replica"; "sync" is what
 `parallel/sync.py` keeps, mostly nothing. In memory the layers are stacked for the pipeline and the vocabulary is padded; in
 canonical form layers are [num_layers, ...] and the vocabulary is as long as it is, so that it fits every mesh. The guard's
 record is no part of that: it goes beside it, as plain numbers.
@@ -26,8 +27,8 @@ from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
-from jaxtrain.train.judge import initial_record, record_dims, record_from_plain
 from jaxtrain.train.schedule import seed_words
+from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
 from jaxtrain.train.xla_options import options_of_rare_programs
 
 PyTree = Any
@@ -260,7 +261,7 @@ class Canonical:
         """The state of a canonical form, which is freed leaf by leaf.
 
         Args:
-          record: of the guard, as `judge.record_to_plain` gives it; None for that of step 0.
+          record: of the guard, as `step_acceptance.record_to_plain` gives it; None for that of step 0.
         """
 
         def leaf(convert: Any, value: jax.Array) -> jax.Array:

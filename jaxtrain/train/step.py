@@ -46,10 +46,10 @@ from jaxtrain.train.exchange import (
     own,
     under,
 )
-from jaxtrain.train.judge import apply_if_good
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters
 from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
+from jaxtrain.train.step_acceptance import apply_if_good
 from jaxtrain.train.xla_options import (
     compile_with_options,
     default_options,
@@ -208,9 +208,9 @@ def make_train_step(
 
     Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
     losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; where parameters of
-    replicas travel replica_divergence (`make_parameter_exchange`); where the step judges itself bad_step, skipped_steps and how
-    far loss and grad_norm are from those before (`judge`). Where replicas are summed apart each has a leading dim
-    [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
+    replicas travel replica_divergence (`make_parameter_exchange`); where the step classifies itself bad_step, skipped_steps
+    and how far loss and grad_norm are from those before (`step_acceptance.classify`). Where replicas are summed apart each has
+    a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
 
     Args:
       exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
@@ -232,9 +232,9 @@ def make_train_step(
             params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
             metrics |= divergence
         new = {"params": params, "optimizer": optimizer_state, "sync": kept}
-        if config.guard.judges:
-            new, verdict = apply_if_good(config.guard, state, new, metrics | more)
-            more |= verdict
+        if config.guard.classifies_steps:
+            new, kind = apply_if_good(config.guard, state, new, metrics | more)
+            more |= kind
         if apart and not differ:
             more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
         return new | {"step": state["step"] + 1}, metrics | more

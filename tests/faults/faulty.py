@@ -110,13 +110,13 @@ class Faults:
     def install(self) -> None:
         """Wraps what tells of steps and what hands out batches."""
         from jaxtrain.data.pipeline import Data
-        from jaxtrain.telemetry.beat import Beat
+        from jaxtrain.telemetry.heartbeat import Heartbeat
         from jaxtrain.train.hooks import StopOnSignal
 
-        tell, batches, enter = Beat.step, Data.train_batches, StopOnSignal.__enter__
+        tell, batches, enter = Heartbeat.step, Data.train_batches, StopOnSignal.__enter__
 
-        def step(beat, dispatched=None, done=None):
-            tell(beat, dispatched, done)
+        def step(heartbeat, dispatched=None, done=None):
+            tell(heartbeat, dispatched, done)
             if done is not None:
                 self.note(done=done)
             if dispatched is not None:
@@ -130,7 +130,7 @@ class Faults:
             self.stop_on_signal = enter(stop)
             return self.stop_on_signal
 
-        Beat.step, Data.train_batches, StopOnSignal.__enter__ = step, train_batches, enter_and_note
+        Heartbeat.step, Data.train_batches, StopOnSignal.__enter__ = step, train_batches, enter_and_note
 
     def note(self, **row) -> None:
         """A row of the record."""

@@ -52,9 +52,9 @@ def at_compile():
 
 
 def at_first_step():
-    from jaxtrain.train.hooks import Beating
+    from jaxtrain.train.hooks import HeartbeatHook
 
-    Beating.before_step = refuse
+    HeartbeatHook.before_step = refuse
 
 
 def unforeseen():
@@ -88,16 +88,16 @@ def program():
 
 
 def hang_in_step():
-    from jaxtrain.train.hooks import Beating
+    from jaxtrain.train.hooks import HeartbeatHook
 
-    real = Beating.before_step
+    real = HeartbeatHook.before_step
 
     def before_step(hook, step, state):
         real(hook, step, state)
         if step == 60:
             time.sleep(1000)
 
-    Beating.before_step = before_step
+    HeartbeatHook.before_step = before_step
 
 
 def hang_in_restore():

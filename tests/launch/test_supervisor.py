@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from jaxtrain.launch.supervisor import Policy, Supervisor, how
-from jaxtrain.telemetry.beat import STACKS_VARIABLE, Beat, Doing, open_stacks, read_beat
+from jaxtrain.telemetry.heartbeat import STACKS_VARIABLE, Doing, Heartbeat, open_stacks, read_heartbeat
 from tests.lines import unstamped
 
 QUICK = Policy(restarts=2, backoff_seconds=0.01, silent_seconds=1.0, start_seconds=5.0, grace_seconds=0.3, stop_seconds=5.0)
@@ -18,13 +18,13 @@ PROCESS = textwrap.dedent(
     """
     import os, signal, sys, time
     sys.path.insert(0, os.getcwd())
-    from jaxtrain.telemetry.beat import Beat
+    from jaxtrain.telemetry.heartbeat import Heartbeat
     fault, faulty = sys.argv[1], int(sys.argv[2])
     index, generation = int(os.environ["JAXTRAIN_PROCESS_ID"]), int(os.environ["JAXTRAIN_STARTER"].split()[-1][:-1])
     signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
-    beat = Beat.from_environment()
+    heartbeat = Heartbeat.from_environment()
     for step in range(1, 11):
-        beat.step(dispatched=step)
+        heartbeat.step(dispatched=step)
         if step == 5 and index == 1 and generation <= faulty:
             if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
             if fault == "raise": print("error: process 1 of 2 failed: ValueError: seven"); sys.exit(70)
@@ -34,9 +34,9 @@ PROCESS = textwrap.dedent(
         if step == 6 and index == 0 and generation <= faulty:
             if fault == "refuse": print("error: process 1 of 2 ended the run (exit code 2): no such file"); sys.exit(2)
             if fault in ("kill", "raise"): time.sleep(0.2); print("  @ 0x7f3a  absl::F()\\nerror: lost"); sys.exit(75)
-            while fault in ("hang", "freeze"): beat.tick(); time.sleep(0.02)  # its watchdog lives
+            while fault in ("hang", "freeze"): heartbeat.tick(); time.sleep(0.02)  # its watchdog lives
         time.sleep(0.02)
-        beat.step(done=step)
+        heartbeat.step(done=step)
     print("end", index, *sys.argv[3:])
     """
 )
@@ -126,7 +126,7 @@ def test_exit_codes_in_words():
 
 
 def test_a_full_disk_ends_neither_the_supervisor_nor_its_processes(tmp_path, disk):
-    """Full until the first restart: events wait in memory, what the first generation printed is lost, beats do not need it."""
+    """Full until the first restart: events wait in memory, what the first generation printed is lost, heartbeats go on."""
     disk.room, said = 0, []
 
     def say(line):
@@ -147,17 +147,17 @@ def test_a_full_disk_ends_neither_the_supervisor_nor_its_processes(tmp_path, dis
 
 def test_without_a_file_for_stacks_they_go_to_standard_error(tmp_path, monkeypatch):
     monkeypatch.setenv(STACKS_VARIABLE, str(tmp_path / "no" / "folder" / "0.stacks"))
-    assert open_stacks(tmp_path / "0.beat") is sys.stderr
+    assert open_stacks(tmp_path / "0.heartbeat") is sys.stderr
 
 
 def test_beat(tmp_path):
-    beat = Beat(tmp_path / "0.beat")
-    assert read_beat(tmp_path / "0.beat") == Doing(0, 0, "starting")
-    beat.step(dispatched=12)
-    beat.step(done=11)
-    assert read_beat(tmp_path / "0.beat") == Doing(12, 11, "")
-    beat.tick()
-    assert read_beat(tmp_path / "0.beat") == Doing(12, 11, "", ticks=1)
-    beat.phase("saving " + "x" * 200)
-    assert read_beat(tmp_path / "0.beat").phase.startswith("saving xxx")
-    assert read_beat(tmp_path / "none") == Doing()
+    heartbeat = Heartbeat(tmp_path / "0.heartbeat")
+    assert read_heartbeat(tmp_path / "0.heartbeat") == Doing(0, 0, "starting")
+    heartbeat.step(dispatched=12)
+    heartbeat.step(done=11)
+    assert read_heartbeat(tmp_path / "0.heartbeat") == Doing(12, 11, "")
+    heartbeat.tick()
+    assert read_heartbeat(tmp_path / "0.heartbeat") == Doing(12, 11, "", ticks=1)
+    heartbeat.phase("saving " + "x" * 200)
+    assert read_heartbeat(tmp_path / "0.heartbeat").phase.startswith("saving xxx")
+    assert read_heartbeat(tmp_path / "none") == Doing()

@@ -7,7 +7,7 @@ from jaxtrain.config import Config, DistributedConfig
 from jaxtrain.errors import EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_USAGE
 from jaxtrain.launch.watchdog import Position, Stall, Watchdog, code_for, words_for
 from jaxtrain.processes import LONG_SECONDS, Failure
-from jaxtrain.telemetry.beat import Beat
+from jaxtrain.telemetry.heartbeat import Heartbeat
 from tests.fake_store import run_as
 
 LIMITS = DistributedConfig(hang_seconds=60, phase_seconds=600)
@@ -124,7 +124,7 @@ def test_the_first_failure_counts_and_ends_the_others_only(monkeypatch, tmp_path
     config = Config(run_dir=str(tmp_path))
 
     def work(process):
-        watchdog = Watchdog(config, Beat())
+        watchdog = Watchdog(config, Heartbeat())
         watchdog.look(1.0)
         processes.exchange_next(None, 20.0)
         if process == 1:
@@ -140,8 +140,8 @@ def test_a_hang_ends_all_even_the_one_that_hangs(monkeypatch, tmp_path):
     config = Config(run_dir=str(tmp_path), distributed=LIMITS)
 
     def work(process):
-        watchdog, found = Watchdog(config, Beat()), []
-        watchdog.beat.step(dispatched=12 - (process == 1), done=10)
+        watchdog, found = Watchdog(config, Heartbeat()), []
+        watchdog.heartbeat.step(dispatched=12 - (process == 1), done=10)
         watchdog.look(1.0)
         processes._client().wait_at_barrier("all have published", 20_000)
         for _ in range(80):

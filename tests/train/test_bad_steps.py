@@ -26,11 +26,11 @@ from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, NumbersError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train import run as run_module
-from jaxtrain.train.guard import Guard, RollBack
-from jaxtrain.train.health import Health
+from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.hooks import StopOnSignal
 from jaxtrain.train.rollbacks import Rollback, Rollbacks
 from jaxtrain.train.run import Run
+from jaxtrain.train.state_check import StateCheck
 from tests.train.poison import NAN, SPIKE, poisonable
 
 STEPS, ROWS = 20, 16
@@ -200,7 +200,7 @@ def test_a_rollback_gives_the_losses_of_a_run_without_the_batches(base):
 
 
 def test_a_copy_that_differs_is_rolled_back_and_nothing_is_left_out(base, monkeypatch):
-    class Struck(Health):
+    class Struck(StateCheck):
         """Device 2 loses a bit before step 8 is saved, once."""
 
         def __call__(self, step, state):
@@ -214,7 +214,7 @@ def test_a_copy_that_differs_is_rolled_back_and_nothing_is_left_out(base, monkey
                 state = state | {"params": params | {"outer": params["outer"] | {"table": table}}}
             super().__call__(step, state)
 
-    monkeypatch.setattr(run_module, "Health", Struck)
+    monkeypatch.setattr(run_module, "StateCheck", Struck)
     config = replace(base, guard=replace(base.guard, copies="rollback"), train=replace(base.train, steps=9))
     made = run(config, "struck")
     assert made.train() == EXIT_DONE
@@ -229,7 +229,7 @@ def test_a_copy_that_differs_is_rolled_back_and_nothing_is_left_out(base, monkey
 
 
 def test_a_bad_step_stops_the_run_and_saves_nothing(base):
-    """The default, in which the step does not judge itself."""
+    """The default, in which the step does not classify itself."""
     made = run(replace(base, guard=GuardConfig()), "stop", nan=(7,))
     with pytest.raises(NumbersError) as caught:
         made.train()
@@ -242,7 +242,7 @@ def test_a_bad_step_stops_the_run_and_saves_nothing(base):
 
 
 def test_the_first_bad_number_is_looked_for_in_the_state_before_the_step(base, monkeypatch):
-    """The probe gets the bad step's own batch, and parameters that its update has not touched."""
+    """The NaN probe gets the bad step's own batch, and parameters that its update has not touched."""
     seen = []
 
     class FakeProbe:
@@ -253,7 +253,7 @@ def test_the_first_bad_number_is_looked_for_in_the_state_before_the_step(base, m
             seen.append((jax.tree.map(np.asarray, params), np.asarray(batch["tokens"])))
             return "layer 1, exp"
 
-    monkeypatch.setattr(run_module, "Probe", FakeProbe)
+    monkeypatch.setattr(run_module, "NanProbe", FakeProbe)
     config = replace(base, guard=replace(base.guard, non_finite="stop", debug_nans=True))
     made = run(config, "probed", nan=(2,))
     with pytest.raises(NumbersError, match="its gradient norm is nan; layer 1, exp "):
@@ -279,7 +279,7 @@ class Log:
 def test_the_budget_counts_skips_and_rollbacks_together(base, policy):
     config = replace(base, guard=replace(base.guard, non_finite=policy, budget=2))
     rollbacks, log = Rollbacks([Rollback(5, 4, "", 4, 4)]), Log()
-    hook = Guard(config, log, Said(), rollbacks)
+    hook = BadSteps(config, log, Said(), rollbacks)
     metrics = {"loss": np.float32(math.nan), "total_loss": np.float32(math.nan), "targets": np.float32(1)}
     metrics |= {"grad_norm": np.float32(1), "bad_step": np.int32(1)}
     if policy == "skip":

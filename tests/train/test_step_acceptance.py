@@ -25,20 +25,20 @@ from jaxtrain.config import (
 from jaxtrain.config_rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.train.judge import (
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.state import abstract_state, create_state, state_dims
+from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers, read_metrics
+from jaxtrain.train.step_acceptance import (
     GOOD,
     LOSS_SPIKE,
     NORM_SPIKE,
     NOT_FINITE,
+    classify,
     deviations,
     initial_record,
-    judge,
     record_from_plain,
     record_to_plain,
 )
-from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import abstract_state, create_state, state_dims
-from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers, read_metrics
 from tests.train.poison import NAN, poisonable
 
 WINDOW = 16
@@ -95,7 +95,7 @@ def test_equal_numbers_leave_room_for_rounding():
 
 
 def test_only_good_steps_enter_the_window_and_only_upward_spikes_are_bad():
-    step = jax.jit(functools.partial(judge, GUARD))
+    step = jax.jit(functools.partial(classify, GUARD))
     record, good = initial_record(GUARD), []
     random = np.random.default_rng(0)
     odd = {4: (50.0, 1.0), 20: (50.0, 1.0), 21: (2.0, 90.0), 22: (math.nan, 1.0), 23: (2.0, math.inf), 24: (0.01, 1.0)}
@@ -121,7 +121,7 @@ def test_a_record_comes_back_from_plain_numbers(steps: int):
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     record = initial_record(GUARD)
     for n in range(steps):
-        _, record, _ = judge(GUARD, record, jnp.float32(2 + 0.01 * (n % 7)), jnp.float32(1.0))
+        _, record, _ = classify(GUARD, record, jnp.float32(2 + 0.01 * (n % 7)), jnp.float32(1.0))
     plain = record_to_plain(record)
     same = record_from_plain(GUARD, plain, mesh)
     assert all((np.asarray(same[name]) == np.asarray(value)).all() for name, value in record.items())
@@ -176,7 +176,7 @@ def test_a_skipped_step_leaves_the_state_bit_for_bit(layout: str, monkeypatch):
     assert all(jax.tree.leaves(moved))
 
 
-def test_a_state_that_is_not_judged_holds_nothing_more():
+def test_a_state_that_is_not_classified_holds_nothing_more():
     config = replace(BASE, guard=GuardConfig())
     assert initial_record(config.guard) == {}
     mesh = make_mesh(config.mesh, jax.devices()[:1])

@@ -1,9 +1,9 @@
-"""What a process does right now: the record that `launch.watchdog`, a thread of the process, looks at once a second.
+"""Record what a process does right now, for `launch.watchdog`, a thread of the process that reads it once a second.
 
-JAX's heartbeats come from a thread of their own, so a process that is stuck in Python is alive to all its peers, for ever
-(measured: over 119 s, then killed). A supervisor that names a file in JAXTRAIN_BEAT finds the record there, one line, and in it
-how often the watchdog has looked: so it sees whether the process itself still answers. On SIGUSR2 a process writes the stacks
-of all its threads beside that file.
+JAX's own heartbeats come from a thread of their own, so a process that is stuck in Python seems alive to its peers for ever
+(measured: over 119 s, then killed). A supervisor that names a file in JAXTRAIN_HEARTBEAT finds the record there, one line, with
+the number of times that the watchdog has read it, and so sees whether the process still answers. On SIGUSR2 a process writes
+the stacks of all its threads beside that file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-VARIABLE = "JAXTRAIN_BEAT"
+VARIABLE = "JAXTRAIN_HEARTBEAT"
 STACKS_VARIABLE = "JAXTRAIN_STACKS"
-"""Names the file for stacks; without it that beside the beat (`stacks_beside`)."""
+"""Names the file for stacks; without it that beside the heartbeat (`stacks_beside`)."""
 _WIDTH = 96
 
 
@@ -38,7 +38,7 @@ class Doing:
     """How often the watchdog has looked."""
 
 
-class Beat:
+class Heartbeat:
     """Records what this process does.
 
     Args:
@@ -56,8 +56,8 @@ class Beat:
         self._write(self.doing)
 
     @classmethod
-    def from_environment(cls) -> Beat:
-        """Return a beat that writes the file named in JAXTRAIN_BEAT, if any."""
+    def from_environment(cls) -> Heartbeat:
+        """Return a heartbeat that writes the file named in JAXTRAIN_HEARTBEAT, if any."""
         path = os.environ.get(VARIABLE)
         return cls(Path(path) if path else None)
 
@@ -84,7 +84,7 @@ class Beat:
                 os.pwrite(self._file, line.encode() + b"\n", 0)
 
 
-def read_beat(path: Path) -> Doing:
+def read_heartbeat(path: Path) -> Doing:
     """What the process of that file last said; a fresh `Doing` where it has not begun to."""
     try:
         dispatched, done, ticks, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 3)
@@ -93,17 +93,17 @@ def read_beat(path: Path) -> Doing:
         return Doing()
 
 
-def open_stacks(beat: Path) -> IO[str]:
+def open_stacks(heartbeat: Path) -> IO[str]:
     """Return the file for this process's stacks; standard error where it cannot be made, as on a full disk."""
     try:
-        path = os.environ.get(STACKS_VARIABLE) or stacks_beside(beat)
+        path = os.environ.get(STACKS_VARIABLE) or stacks_beside(heartbeat)
         return open(path, "w", encoding="utf-8")  # noqa: SIM115, for the life of the process
     except OSError:
         return sys.stderr
 
 
 def stacks_beside(path: Path) -> Path:
-    """Where a process with that beat writes its stacks."""
+    """Where a process with that heartbeat writes its stacks."""
     return path.with_suffix(".stacks")
 
 

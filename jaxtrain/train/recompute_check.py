@@ -1,4 +1,4 @@
-"""Gradients computed twice and compared bit for bit (guard.repeat_every): a device that computes wrong now and then is seen.
+"""Compute gradients twice and compare them bit for bit (guard.repeat_every), to notice a device that sometimes errs.
 
 The same compiled program on the same parameters and batch gives the same bits, unless a device errs in one of the two, or the
 program adds up in no fixed order (on GPUs some do). It costs two further steps' compute each time, less the update.
@@ -18,16 +18,16 @@ from jaxtrain.config import Config
 from jaxtrain.errors import NumbersError
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import is_dims, replicated, specs
+from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.exchange import under
-from jaxtrain.train.guard import RollBack
-from jaxtrain.train.health import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
+from jaxtrain.train.state_check import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
 from jaxtrain.train.step import TrainSteps, make_loss_and_gradients
 from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any
 
 
-class Repeated:
+class RecomputeCheck:
     """Train steps, before each guard.repeat_every-th of which its gradients are computed twice and compared."""
 
     def __init__(self, config: Config, mesh: Mesh, backend: str, steps: TrainSteps, first: int):

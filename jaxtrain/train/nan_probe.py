@@ -1,4 +1,4 @@
-"""Where did a step's numbers first go wrong? The step computed again, microbatch by microbatch, with every operation looked at.
+"""Find where a step's numbers first went wrong: compute it again by microbatches, and check what each operation gives.
 
 An operation is where numbers go wrong if what it gives is not finite and all that it was given is: a masked score of minus
 infinity, which was put there on purpose, is none, nor is anything that a NaN from elsewhere has come through. The layers and
@@ -163,7 +163,7 @@ class WatchedDecoder(Decoder):
         return functions._replace(loss=loss)
 
 
-class Probe:
+class NanProbe:
     """Call it with parameters and a batch that were bad together, for words on where that began. All processes call it."""
 
     def __init__(self, config: Config, mesh: Mesh, backend: str):

@@ -1,9 +1,9 @@
-"""What is done about a bad step (config section `guard`): told, logged with its batch, counted, and gone on from, or not.
+"""Act on a bad step as config section `guard` says: log it with its batch, count it, and go on, go back or stop.
 
-The compiled step has decided already whether it is applied (`judge.py`), the same in every process; here a process acts on
-what the step's metrics say, so all act alike. Where the step does not judge itself, which is the default, a loss or gradient
-norm that is not finite stops the run a step later at most; nothing is saved in between, since a save reads its own step's
-metrics first.
+The compiled step has already decided whether its update is applied (`step_acceptance.py`), the same in every process; each
+process acts on the step's metrics, so all act alike. Where the step does not classify itself, which is the default, a loss or
+gradient norm that is not finite stops the run one step later at most; nothing is saved in between, since a save reads its own
+step's metrics first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jaxtrain.config import Config, GuardConfig
 from jaxtrain.errors import NumbersError
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import Progress
-from jaxtrain.train.judge import GOOD, LOSS_SPIKE, NOT_FINITE
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.step import read_metrics
+from jaxtrain.train.step_acceptance import GOOD, LOSS_SPIKE, NOT_FINITE
 
 PyTree = Any
 _READ = ("loss", "total_loss", "targets", "grad_norm", "bad_step", "skipped_steps", "loss_deviations", "grad_norm_deviations")
@@ -35,7 +35,7 @@ class RollBack(Exception):
         """How many to leave out, of which the last is that of `step`."""
 
 
-class Guard(Hook):
+class BadSteps(Hook):
     """Looks at every step's metrics, and does what the policy says of a bad one.
 
     Args:
@@ -60,7 +60,7 @@ class Guard(Hook):
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
         values = read_metrics({name: metrics[name] for name in _READ if name in metrics})
-        kind = verdict(values)
+        kind = kind_of(values)
         if kind == GOOD or self._policy(kind) == "off":
             return
         if self._diagnose is not None and kind == NOT_FINITE:
@@ -79,7 +79,7 @@ class Guard(Hook):
         return self._config.guard.non_finite if kind == NOT_FINITE else self._config.guard.spike
 
     def _act(self, step: int, values: dict[str, float], found: str = "") -> None:
-        kind = verdict(values)
+        kind = kind_of(values)
         policy, reason = self._policy(kind), describe(self._config.guard, values) + found
         batch = self._rollbacks.batch(step - 1)
         row, words = batch_row(self._config, batch)
@@ -123,8 +123,8 @@ def check_budget(config: Config, step: int, used: int, reason: str) -> None:
         )
 
 
-def verdict(values: dict[str, float]) -> int:
-    """The step's own, where it judged itself; else whether its loss and gradient norm are finite."""
+def kind_of(values: dict[str, float]) -> int:
+    """Return the kind that the step gave itself, else GOOD or NOT_FINITE by its loss and gradient norm."""
     if "bad_step" in values:
         return int(values["bad_step"])
     finite = all(math.isfinite(values[name]) for name in ("loss", "total_loss", "grad_norm"))
@@ -133,7 +133,7 @@ def verdict(values: dict[str, float]) -> int:
 
 def describe(guard: GuardConfig, values: dict[str, float]) -> str:
     """What is wrong with a bad step, in a few words."""
-    kind = verdict(values)
+    kind = kind_of(values)
     if kind == NOT_FINITE:
         names = [f"{words} is {values[name]:.4g}" for name, words in (("loss", "its loss"), ("grad_norm", "its gradient norm"))]
         return " and ".join(names)

@@ -1,4 +1,4 @@
-"""Which process the others wait for.
+"""Name the process that the others wait for.
 
 A collective lets all processes step at the same pace, so a step time does not tell who sets it. What differs is what each does
 with that time: a process that is late spends it at work of its own (reading data, Python, a busy host) and finds its step done
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.processes import read_folder, tell
 
-FOLDER = "pace"
+FOLDER = "stragglers"
 SHARE = 0.1
 """Share of a step that the others must wait for a process before it is named."""
 LITTLE_WAIT = 0.2
@@ -84,8 +84,8 @@ def describe(figures: Mapping[int, Figures], process: int, late: float, axes: li
     )
 
 
-class Pace:
-    """Tells of this process's pace, and in process 0 who is behind.
+class Stragglers:
+    """Posts what this process waits for, and in process 0 names the process that all others wait for.
 
     Args:
       process: this one.

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MESH_AXES
-from jaxtrain.telemetry.beat import innermost
-from jaxtrain.telemetry.pace import Figures, crossing_axes, describe, find_straggler
+from jaxtrain.telemetry.heartbeat import innermost
+from jaxtrain.telemetry.stragglers import Figures, crossing_axes, describe, find_straggler
 from tests.launch.processes import started
 from tests.lines import unstamped
 

@@ -12,7 +12,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from jaxtrain.config_rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.sharding import named
-from jaxtrain.train.probe import Probe, Watched
+from jaxtrain.train.nan_probe import NanProbe, Watched
 from jaxtrain.train.state import initial_params, make_stacking, params_dims
 from jaxtrain.train.step import batch_names, batch_sharding
 
@@ -42,7 +42,7 @@ def diagnosis(config, change, rows=(6,)):
     positions = np.broadcast_to(np.arange(8, dtype=np.int32), (8, 8))
     arrays = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": positions, "segments": np.ones_like(tokens)}
     batch = jax.device_put({name: arrays[name] for name in batch_names(config)}, batch_sharding(mesh))
-    return Probe(config, mesh, "reference")(params, batch)
+    return NanProbe(config, mesh, "reference")(params, batch)
 
 
 PIPED = replace(BASE, mesh=MeshConfig(pipe=2, data=2, fsdp=1, tensor=2))

@@ -1,11 +1,11 @@
-"""Is a step good? Decided inside the compiled step, from its loss and gradient norm and those of the good steps before it.
+"""Accept or reject a step inside the compiled step, by its loss and gradient norm and those of the good steps before it.
 
 A bad step is not applied: parameters, optimizer and what is kept between replicas stay as they are, bit for bit. The choice is
-a `where` that XLA fuses into the update, and needs nothing that the update does not wait for anyway, since clipping needs the
-gradient norm too. What it is made from is a record in the state, so that the verdict is a function of state and batch alone:
-the same in every process, on every mesh to rounding, and after a resume.
+a `where` that XLA fuses into the update. It waits for nothing more than the update does, since clipping needs the gradient norm
+too. The good steps' values are kept in the state, so the decision is a function of state and batch alone: the same in every
+process, on every mesh to rounding, and after a resume.
 
-A spike is upward only: with m the median of a window of good steps and s = 1.4826 median |x_i - m|, which is the standard
+Only an upward jump is a spike: with m the median of a window of good steps and s = 1.4826 median |x_i - m|, the standard
 deviation where x is normal (Rousseeuw & Croux 1993, section 1), x is one where (x - m) / s is above guard.spike_deviations. A
 few wild steps in the window move neither m nor s, where they would move a mean and a standard deviation.
 """
@@ -31,12 +31,12 @@ WATCHED = ("loss", "grad_norm")
 
 
 def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
-    """What is remembered, before the first step; nothing where the step does not judge.
+    """What is remembered, before the first step; nothing where the step does not classify itself.
 
     skipped: steps that were not applied, int32. With spikes watched also good: steps that were, int32, and loss and grad_norm,
     float32 [spike_window], of the newest of them: step number g of them (from 0) is in place g mod spike_window.
     """
-    if not guard.judges:
+    if not guard.classifies_steps:
         return {}
     record = {"skipped": jnp.zeros((), jnp.int32)}
     if guard.spike == "off":
@@ -70,24 +70,24 @@ def _median(values: jax.Array, count: jax.Array) -> jax.Array:
     return (ordered[last // 2] + ordered[(last + 1) // 2]) / 2
 
 
-def judge(
+def classify(
     guard: GuardConfig, record: Mapping[str, jax.Array], loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """(verdict: GOOD, NOT_FINITE, LOSS_SPIKE or NORM_SPIKE; the record with this step in it; metrics), in a jitted step."""
-    verdict = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), GOOD, NOT_FINITE)
+    """(kind: GOOD, NOT_FINITE, LOSS_SPIKE or NORM_SPIKE; the record with this step in it; metrics), in a jitted step."""
+    kind = jnp.where(jnp.isfinite(loss) & jnp.isfinite(grad_norm), GOOD, NOT_FINITE)
     record, metrics = dict(record), {}
     if guard.spike != "off":
         seen = {"loss": loss, "grad_norm": grad_norm}
         far = {name: deviations(record[name], record["good"], x) for name, x in seen.items()}
-        for name, kind in (("grad_norm", NORM_SPIKE), ("loss", LOSS_SPIKE)):
-            verdict = jnp.where((verdict != NOT_FINITE) & (far[name] > guard.spike_deviations), kind, verdict)
+        for name, spike in (("grad_norm", NORM_SPIKE), ("loss", LOSS_SPIKE)):
+            kind = jnp.where((kind != NOT_FINITE) & (far[name] > guard.spike_deviations), spike, kind)
         place = record["good"] % guard.spike_window
         for name, x in seen.items():
-            record[name] = record[name].at[place].set(jnp.where(verdict == GOOD, x, record[name][place]))
-        record["good"] += verdict == GOOD
+            record[name] = record[name].at[place].set(jnp.where(kind == GOOD, x, record[name][place]))
+        record["good"] += kind == GOOD
         metrics = {f"{name}_deviations": x for name, x in far.items()}
-    record["skipped"] += verdict != GOOD
-    return verdict, record, metrics | {"bad_step": verdict, "skipped_steps": record["skipped"]}
+    record["skipped"] += kind != GOOD
+    return kind, record, metrics | {"bad_step": kind, "skipped_steps": record["skipped"]}
 
 
 def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping[str, jax.Array]) -> tuple[PyTree, PyTree]:
@@ -101,8 +101,8 @@ def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping
     loss, grad_norm = _over_replicas(metrics, "loss"), metrics["grad_norm"]
     # The whole loss may overflow alone, by its z term or an auxiliary loss.
     loss = jnp.where(jnp.isfinite(_over_replicas(metrics, "total_loss")), loss, jnp.nan)
-    verdict, record, more = judge(guard, old["guard"], loss, grad_norm)
-    applied = jax.tree.map(lambda n, o: jnp.where(verdict == GOOD, n, o), new, {name: old[name] for name in new})
+    kind, record, more = classify(guard, old["guard"], loss, grad_norm)
+    applied = jax.tree.map(lambda n, o: jnp.where(kind == GOOD, n, o), new, {name: old[name] for name in new})
     return applied | {"guard": record}, more
 
 

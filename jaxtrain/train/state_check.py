@@ -1,4 +1,4 @@
-"""Is the state fit to be saved? Every number finite, and every copy of it the same bit for bit on all devices that hold it.
+"""Check before a save that every number of the state is finite, and that all its copies are the same bit for bit.
 
 A device that computes wrong now and then (silent data corruption) or whose memory loses a bit makes its copy of the parameters
 another one, and what is summed over devices carries that to all. So each device makes checksums of what it holds (those of
@@ -27,7 +27,7 @@ from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.errors import NumbersError
 from jaxtrain.sharding import RULES, Dims, is_dims, specs, sum_over, vary
-from jaxtrain.train.guard import RollBack, check_budget
+from jaxtrain.train.bad_steps import RollBack, check_budget
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import state_dims
@@ -112,7 +112,7 @@ def odd_ones_out(sums: np.ndarray, axes: tuple[str, ...], shape: dict[str, int])
     return sorted(odd), certain
 
 
-class Health(Hook):
+class StateCheck(Hook):
     """Checks the state every guard.copies_every steps, and whenever it is called; twice at one step costs nothing.
 
     A state that is not finite always ends the run: it must not be saved over a good one.

@@ -1,4 +1,4 @@
-"""What a step came to, layer by layer, in numbers that do not depend on the layout: to find where two computations part.
+"""Sum up what each layer of a step computed, in numbers that do not depend on the layout, to find where two runs differ.
 
 Of the residual stream before the first layer and after each one, with x[t, d] over all T tokens of the global batch and the
 features d, the moments
@@ -37,7 +37,7 @@ SMALL = 1e-4
 
 
 @dataclass(frozen=True)
-class Witness:
+class LayerMoments:
     """What one computation of a step came to, on the host."""
 
     loss: float
@@ -69,26 +69,26 @@ def _moments(xs: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([x.sum((0, 1)), jnp.square(x).sum((0, 1))])
 
 
-class WitnessDecoder(Decoder):
-    """A decoder whose layers report the moments of what goes in and what comes out, as "witness"."""
+class LayerMomentsDecoder(Decoder):
+    """A decoder whose layers report the moments of what goes in and what comes out, as "moments"."""
 
     def _layer(self, config: ModelConfig, microbatch: PyTree) -> Callable[..., Any]:
         layer = super()._layer(config, microbatch)
 
-        def witnessed(xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array) -> tuple:
+        def with_moments(xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array) -> tuple:
             ys, auxiliary, reports, clock = layer(xs, weights, clock)
-            return vary((ys, auxiliary, {**reports, "witness": jnp.stack([_moments(xs), _moments(ys)])}, clock))
+            return vary((ys, auxiliary, {**reports, "moments": jnp.stack([_moments(xs), _moments(ys)])}, clock))
 
-        return witnessed
+        return with_moments
 
 
-def make_witness(config: Config, mesh: Mesh, backend: str) -> Callable[[PyTree, PyTree], Witness]:
-    """(parameters in memory, batch) -> `Witness` of the step that trains on them; nothing is updated.
+def make_layer_moments(config: Config, mesh: Mesh, backend: str) -> Callable[[PyTree, PyTree], LayerMoments]:
+    """(parameters in memory, batch) -> `LayerMoments` of the step that trains on them; nothing is updated.
 
     `config` is one whose replicas are summed together (not `sync.sums_apart`).
     """
     base = make_decoder(config, mesh, backend)
-    model = WitnessDecoder(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+    model = LayerMomentsDecoder(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     loss_and_gradients, dims = make_loss_and_gradients(config, mesh, backend, model), parameter_dims(config.model)
     stacking, tokens = make_stacking(config), config.train.global_batch_size * config.data.sequence_length
 
@@ -102,7 +102,7 @@ def make_witness(config: Config, mesh: Mesh, backend: str) -> Callable[[PyTree, 
         metrics, reports, gradients = loss_and_gradients(params, batch)
         return {
             "loss": metrics["loss"],
-            "moments": stacking.unstack(reports["witness"]) / tokens,
+            "moments": stacking.unstack(reports["moments"]) / tokens,
             "gradients": jax.tree.map(sums, dims, gradients, is_leaf=is_dims),
         }
 
@@ -113,15 +113,15 @@ def make_witness(config: Config, mesh: Mesh, backend: str) -> Callable[[PyTree, 
         compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None,
     )
 
-    def witness(params: PyTree, batch: PyTree) -> Witness:
+    def layer_moments(params: PyTree, batch: PyTree) -> LayerMoments:
         found = jax.tree.map(np.asarray, program(params, batch))
         moments = np.concatenate([found["moments"][:1, 0], found["moments"][:, 1]])
         leaves = jax.tree_util.tree_flatten_with_path(found["gradients"])[0]
         gradients = {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
         norm = float(np.sqrt(sum(leaf[..., 1].sum(dtype=np.float64) for leaf in gradients.values())))
-        return Witness(float(found["loss"]), norm, moments, gradients, config.model.first_dense_layers)
+        return LayerMoments(float(found["loss"]), norm, moments, gradients, config.model.first_dense_layers)
 
-    return witness
+    return layer_moments
 
 
 def relative(one: float, other: float) -> float:
@@ -131,7 +131,7 @@ def relative(one: float, other: float) -> float:
     return abs(one - other) / max(abs(one), abs(other), 1e-30)
 
 
-def differences(one: Witness, other: Witness) -> list[Difference]:
+def differences(one: LayerMoments, other: LayerMoments) -> list[Difference]:
     """In the order in which they are computed: embedding, layers, loss, then gradients from the last layer to the first."""
     found = [_of_moments(one, other, index) for index in range(len(one.moments))]
     found += [Difference("the loss", relative(one.loss, other.loss))]
@@ -146,7 +146,7 @@ def differences(one: Witness, other: Witness) -> list[Difference]:
     return found + ([_of_gradients("gradients of the embedding", one, other, dict.fromkeys(rest))] if rest else [])
 
 
-def _of_moments(one: Witness, other: Witness, index: int) -> Difference:
+def _of_moments(one: LayerMoments, other: LayerMoments, index: int) -> Difference:
     (m1, m2), (n1, n2) = one.moments[index].astype(np.float64), other.moments[index].astype(np.float64)
     scale = max(m2.mean(), n2.mean(), 1e-30)
     apart = np.maximum(np.abs(m1 - n1) / np.sqrt(scale), np.abs(m2 - n2) / scale)
@@ -156,7 +156,7 @@ def _of_moments(one: Witness, other: Witness, index: int) -> Difference:
     return Difference(what, float(apart[feature]), f"feature {feature}")
 
 
-def _of_gradients(what: str, one: Witness, other: Witness, names: dict[str, int | None]) -> Difference:
+def _of_gradients(what: str, one: LayerMoments, other: LayerMoments, names: dict[str, int | None]) -> Difference:
     """The array whose gradients are farthest apart, of those named, in the layer given."""
     worst = Difference(what, -1.0)
     for name, layer in names.items():

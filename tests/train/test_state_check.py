@@ -13,12 +13,12 @@ from jaxtrain.errors import NumbersError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train import repeat as repeat_module
-from jaxtrain.train.guard import RollBack
-from jaxtrain.train.health import Health, copied_over, odd_ones_out
+from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.repeat import Repeated
+from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import create_state
+from jaxtrain.train.state_check import StateCheck, copied_over, odd_ones_out
 
 BASE = Config(
     model=ModelConfig(
@@ -36,7 +36,7 @@ def setup(mesh_config):
     config = replace(BASE, mesh=mesh_config)
     mesh = make_mesh(config.mesh, jax.devices())
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
-    return config, mesh, Health(config, mesh, optimizer, Rollbacks()), create_state(config, mesh, optimizer)
+    return config, mesh, StateCheck(config, mesh, optimizer, Rollbacks()), create_state(config, mesh, optimizer)
 
 
 def changed(leaf, device, change):
@@ -86,7 +86,7 @@ def test_of_two_copies_both_are_named_along_any_axis():
     """Table: over data alone. Norm of the head: over pipe and tensor too, so a majority is in the right."""
     config, mesh, _, state = setup(MeshConfig(pipe=2, data=2, fsdp=1, tensor=2))
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
-    health = Health(replace(config, guard=replace(config.guard, copies="rollback")), mesh, optimizer, Rollbacks())
+    health = StateCheck(replace(config, guard=replace(config.guard, copies="rollback")), mesh, optimizer, Rollbacks())
     mlp = state["params"]["layers"]["mlp"]
     down = changed(mlp["down"], 6, flip(3))  # cut over pipe and tensor: its copies are on 4 and 6
     bad = with_params(state, "layers", "mlp", mlp | {"down": down})
@@ -96,7 +96,7 @@ def test_of_two_copies_both_are_named_along_any_axis():
     assert "device 4 of process 0 (pipe=1, data=0, tensor=0): params/layers/mlp/down\n" in caught.value.reason
     assert "device 6 of process 0 (pipe=1, data=1, tensor=0): params/layers/mlp/down" in caught.value.reason
     assert "all of them are named" in caught.value.reason
-    off = Health(replace(config, guard=replace(config.guard, copies="off")), mesh, optimizer, Rollbacks())
+    off = StateCheck(replace(config, guard=replace(config.guard, copies="off")), mesh, optimizer, Rollbacks())
     off(7, bad)
 
 
@@ -120,7 +120,7 @@ def test_a_state_that_is_not_finite_is_refused_whatever_the_policies():
     config, mesh, _, state = setup(BASE.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     guard = replace(config.guard, copies="off", non_finite="off")
-    health = Health(replace(config, guard=guard), mesh, optimizer, Rollbacks())
+    health = StateCheck(replace(config, guard=guard), mesh, optimizer, Rollbacks())
     bad = with_params(state, "outer", "norm", state["params"]["outer"]["norm"].at[3].set(jnp.inf))
     with pytest.raises(NumbersError, match="state after step 4 is not finite and is not saved: params/outer/norm"):
         health(4, bad)
@@ -132,7 +132,7 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
     gradients = state["params"]
     monkeypatch.setattr(repeat_module, "make_loss_and_gradients", lambda *_: lambda params, batch: ({}, {}, params))
     config = replace(config, guard=replace(config.guard, repeat_every=2))
-    steps = Repeated(config, mesh, "reference", lambda state, batch: (state, {}), first=0)
+    steps = RecomputeCheck(config, mesh, "reference", lambda state, batch: (state, {}), first=0)
     for _ in range(4):  # the even ones are compared
         steps({"params": gradients}, {})
     once, calls = steps._sums, []
