@@ -12,7 +12,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 from jaxtrain.errors import NumbersError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.train import repeat as repeat_module
+from jaxtrain.train import recompute_check
 from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.recompute_check import RecomputeCheck
@@ -130,7 +130,7 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
     """The second time, device 3 computes a gradient that is off by a bit."""
     config, mesh, _, state = setup(BASE.mesh)
     gradients = state["params"]
-    monkeypatch.setattr(repeat_module, "make_loss_and_gradients", lambda *_: lambda params, batch: ({}, {}, params))
+    monkeypatch.setattr(recompute_check, "make_loss_and_gradients", lambda *_: lambda params, batch: ({}, {}, params))
     config = replace(config, guard=replace(config.guard, repeat_every=2))
     steps = RecomputeCheck(config, mesh, "reference", lambda state, batch: (state, {}), first=0)
     for _ in range(4):  # the even ones are compared
