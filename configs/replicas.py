@@ -1,10 +1,10 @@
 """Two replicas on the quickstart's text, to compare how they keep together; about two minutes of CPU time a run.
 
 export XLA_FLAGS=--xla_force_host_platform_device_count=2
-python -m jaxtrain.main --config=configs/replicas.py --name=every_step
-python -m jaxtrain.main --config=configs/replicas.py --name=diloco --sync.mode=diloco --sync.every=20
-python -m jaxtrain.main --config=configs/replicas.py --name=delayed --sync.mode=delayed --sync.delay=1
-python -m jaxtrain.telemetry.plots configs/replicas.png runs/every_step runs/diloco runs/delayed
+jaxtrain train --config=configs/replicas.py --name=every_step
+jaxtrain train --config=configs/replicas.py --name=diloco --sync.mode=diloco --sync.every=20
+jaxtrain train --config=configs/replicas.py --name=delayed --sync.mode=delayed --sync.delay=1
+jaxtrain plot configs/replicas.png runs/every_step runs/diloco runs/delayed
 """
 
 from jaxtrain.config import (

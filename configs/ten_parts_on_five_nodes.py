@@ -4,7 +4,7 @@ Each node is a pipeline stage that holds two parts, so there are two chunks a st
 The update is plain stochastic gradient descent, theta - alpha * gradient. It runs on five fake devices, in 11.2 GiB of memory
 and some minutes:
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=5 python -m jaxtrain.main --config=configs/ten_parts_on_five_nodes.py
+    XLA_FLAGS=--xla_force_host_platform_device_count=5 jaxtrain train --config=configs/ten_parts_on_five_nodes.py
 """
 
 from jaxtrain.config import (

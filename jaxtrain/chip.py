@@ -49,7 +49,7 @@ class CollectiveRate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `python -m jaxtrain.calibrate` found, as fractions of what the chip states: a person can write it too."""
+    """What `jaxtrain calibrate` found, as fractions of what the chip states: a person can write it too."""
 
     matmul: tuple[Rate, ...] = ()
     attention: tuple[Rate, ...] = ()

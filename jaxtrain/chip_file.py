@@ -2,7 +2,7 @@
 
     {"name": "my-h100", "based_on": "h100-sxm", "nic_bandwidth": 12.5e9, "devices_per_host": 4}
 
-What the file leaves out is the known chip's, or unknown without `based_on`. `python -m jaxtrain.calibrate` writes such files.
+What the file leaves out is the known chip's, or unknown without `based_on`. `jaxtrain calibrate` writes such files.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _read_table(path: Path, where: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ExplainedError(f"{where}: {error.strerror}; `python -m jaxtrain.calibrate --output {path}` writes one") from error
+        raise ExplainedError(f"{where}: {error.strerror}; `jaxtrain calibrate --output {path}` writes one") from error
     try:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""How every `python -m jaxtrain.VERB` starts and ends: signals, standard output, explained errors, exit codes.
+"""The command `jaxtrain VERB ...`: which verbs there are, and how each starts and ends (signals, output, errors, exit codes).
 
-A verb's module imports `early` and calls `run` before it imports anything else. Ctrl-C then ends the program in one line and
-with exit code 130 (128 + the signal's number), whatever is being imported.
+`python -m jaxtrain` imports `early` before this, and this imports a verb only when it is asked for. Ctrl-C ends the program in
+one line and with exit code 130 (128 + the signal's number), whatever is being imported.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from jaxtrain.errors import EXIT_ERROR, ExplainedError, Interrupted, Stopped
+from jaxtrain.config import Config
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, ExplainedError, Interrupted, Stopped, UsageError, nearest
 from jaxtrain.processes import announce, are_several
 from jaxtrain.signals import STOPPING, Request, Watch, end_at_once, say
 from jaxtrain.text import make_streams_safe, printable
@@ -26,6 +27,71 @@ from jaxtrain.text import make_streams_safe, printable
 UNWINDING_SECONDS = 5.0  # from an interrupt to the end of the process, if the interrupt was swallowed or its handling hangs
 
 MOST_FILES = 65_536  # the usual 1,024 are few for a host's processes, sockets and checkpoint files
+
+
+class Verb(NamedTuple):
+    """A module of `jaxtrain.verbs`, and how it runs."""
+
+    about: str
+    """One line."""
+    answers_on_stdout: bool = True
+    """What it prints is its product, so it ends, with exit code 141 as coreutils do, where the reader has gone (`| head`). A
+    verb that writes files goes on, and says nothing."""
+    unwinds: bool = True
+    """See `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a request to
+    save (`train.hooks.StopOnSignal`)."""
+    joins: bool = False
+    """It runs as several processes where the environment says so."""
+
+
+VERBS = {
+    "train": Verb("train a model: --config=FILE, and every field of a config as a flag", False, False, True),
+    "plan": Verb("rank the layouts of a model on a cluster: do they fit, how long does a step take"),
+    "launch": Verb("run on several processes of this machine, or submit to SLURM, MPI, Kubernetes or Ray", False),
+    "preflight": Verb("check devices, links, folders, clocks, software, memory and data for a run", joins=True),
+    "checkpoint": Verb("list, verify, inspect, compare or prune the checkpoints of a run"),
+    "replay": Verb("compute a recorded step again, on any mesh, and say where it differs", joins=True),
+    "tokenize": Verb("turn text into token files once, for runs to read", False),
+    "bench": Verb("measure the compiled train step on the devices at hand"),
+    "calibrate": Verb("measure the devices at hand, and write a chip file for the planner"),
+    "plot": Verb("draw the losses of several runs into one picture"),
+}
+
+
+def main(*before: str) -> NoReturn:
+    """Run the verb that the command line names, and end the process with its exit code.
+
+    Args:
+      before: words that stand before those of the command line.
+    """
+    arguments = [*before, *sys.argv[1:]]
+    if arguments and arguments[0] in VERBS:
+        run(f"jaxtrain.verbs.{arguments[0]}", arguments=arguments[1:], **VERBS[arguments[0]]._asdict())
+    run("jaxtrain.cli", "answer_without_verb", arguments=arguments)
+
+
+def answer_without_verb(arguments: Sequence[str]) -> int:
+    """Print the list of verbs, or the version.
+
+    Raises:
+      UsageError: what stands in place of a verb is none.
+    """
+    first = arguments[0] if arguments else "--help"
+    if first == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxtrain {version('jaxtrain')}")
+    elif first in ("-h", "--help"):
+        from jaxtrain.command_help import print_verbs
+
+        about = "Train transformers that outgrow one device. `jaxtrain VERB --help` lists what a verb takes."
+        verbs = {name: verb.about for name, verb in VERBS.items()}
+        print_verbs("jaxtrain VERB [flags]   (or: python -m jaxtrain VERB [flags])", about, verbs)
+    elif first.startswith("-"):
+        raise UsageError(f"jaxtrain {first}: the verb comes first, e.g. jaxtrain train {first}; one of: {', '.join(VERBS)}")
+    else:
+        raise UsageError(f"jaxtrain {first}: {nearest(first, VERBS)}")
+    return EXIT_DONE
 
 
 class Signals:
@@ -70,6 +136,8 @@ class Signals:
     def in_main_thread(self, number: int, frame: FrameType | None) -> None:
         """Raises `Interrupted`, once."""
         if self._works and not self._raised and self._code is None:
+            if _is_importing(frame):  # a library may swallow what is raised in its import, and has nothing to clean up
+                self._end(number)
             self._raised = True
             raise Interrupted(number)
 
@@ -78,27 +146,30 @@ class Signals:
 
 
 def run(
-    module: str, function: str = "main", answers_on_stdout: bool = True, unwinds: bool = True, joins: bool = False
+    module: str,
+    function: str = "main",
+    answers_on_stdout: bool = True,
+    unwinds: bool = True,
+    joins: bool = False,
+    arguments: Sequence[str] | None = None,
+    about: str = "",
 ) -> NoReturn:
-    """Imports a verb's module, calls its function with the command line's arguments, and ends the process with its exit code.
+    """Import a verb's module, call its function with the command line's arguments, and end the process with its exit code.
 
     Args:
-      answers_on_stdout: what the verb prints is its product, so it ends, with exit code 141 as coreutils do, where nobody reads
-        that any more (`| head`). A verb that writes files goes on, and says nothing.
-      unwinds: see `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a
-        request to save (`train.hooks.StopOnSignal`).
-      joins: the verb runs as several processes where the environment says so.
+      arguments: those of the command line where None.
+      about, answers_on_stdout, unwinds, joins: see `Verb`.
     """
     make_streams_safe(answers_on_stdout)
     raise_file_limit()
     signals = Signals(unwinds)
     Watch(signals.hear, signals.in_main_thread).__enter__()  # to the end of the process
     atexit.register(_ignore_signals)  # the first registered is the last to run
-    work: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    work: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     from jaxtrain.launch import distributed
 
     def answer() -> int:
-        code = work(sys.argv[1:])
+        code = work(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
 
@@ -116,6 +187,14 @@ def run(
         return code
 
     distributed.run_and_exit(to_the_end, joins)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def raise_file_limit() -> None:
@@ -175,6 +254,31 @@ def exit_code_of(interrupt: KeyboardInterrupt) -> int:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether XLA had no room, when it compiled a program or when it ran it."""
     return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config, backend: str) -> Iterator[None]:
+    """Make of a lack of device memory an error that says what holds how much, and what would fit (`planner/relief.py`).
+
+    Args:
+      config: valid, its mesh resolved.
+      backend: of attention.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        import jax
+
+        from jaxtrain.hardware import resolve_chip
+        from jaxtrain.planner.relief import explain_out_of_memory
+
+        device = jax.local_devices()[0]
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit") or resolve_chip(config.telemetry.hardware, device.device_kind).memory_bytes
+        held = stats.get("bytes_in_use")
+        raise ExplainedError(explain_out_of_memory(config, jax.device_count(), str(error), limit, held, backend)) from error
 
 
 def _flush() -> None:

@@ -289,7 +289,7 @@ class DataSource:
 
     kind: SourceKind = "stdlib"
     """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document a row. tokens: .bin or .npy
-    made by `python -m jaxtrain.tokenize`. array_record: one UTF-8 document a record. synthetic: random tokens."""
+    made by `jaxtrain tokenize`. array_record: one UTF-8 document a record. synthetic: random tokens."""
     path: str = ""
     """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text and jsonl may be compressed:
     gzip, bzip2, xz, zstd."""

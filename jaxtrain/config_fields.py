@@ -204,18 +204,19 @@ def _read_number(text: str, kind: type[int] | type[float]) -> float:
 # Which was meant
 
 
-def meant(name: str, others: tuple[str, ...] = (), dashes: str = "") -> str:
+def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True) -> str:
     """Words that lead from a name that is no field to the one that was meant.
 
     Args:
       others: further names that would have been right.
       dashes: what names are shown with.
+      fields: whether names of fields would have been right.
     """
-    names, last = [*others, *field_names()], name.rpartition(".")[2]
+    names, last = [*others, *(field_names() if fields else ())], name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     same_last = [known for known in names if known.rpartition(".")[2] == last and known != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if last in PEERS:
+    if last in PEERS and fields:
         found = [PEERS[last]]
     elif same_last:
         found = same_last[:3]

@@ -39,10 +39,10 @@ class ConfigError(ExplainedError):
 
     exit_code = EXIT_USAGE
 
-    def __init__(self, problems: Iterable[str]):
+    def __init__(self, problems: Iterable[str], where: str = "in the configuration"):
         self.problems = list(problems)
         count = len(self.problems)
-        head = f"{count} problem{'s' if count > 1 else ''} in the configuration:"
+        head = f"{count} problem{'s' if count > 1 else ''} {where}:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
 
 

@@ -210,7 +210,7 @@ _CPU = Chip(
     device_kinds=("cpu",),
     peak_flops=_tera(),
     devices_per_host=1,
-    source="none: a CPU's peak depends on its cores, vector width and clock; `python -m jaxtrain.calibrate` measures it",
+    source="none: a CPU's peak depends on its cores, vector width and clock; `jaxtrain calibrate` measures it",
 )
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(

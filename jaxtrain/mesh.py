@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,28 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxtrain.config import MESH_AXES, MeshConfig
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, ExplainedError
+
+MEMORY_FRACTION = "0.93"
+"""Share of a GPU's memory that jax takes. The rest is for CUDA, NCCL and cuBLAS: `planner.estimates.Cluster.reserved_bytes`."""
+
+
+def count_devices() -> int:
+    """Return how many devices jax finds, over all processes. The first call wakes them.
+
+    Raises:
+      ExplainedError: none, or not of the kind that JAX_PLATFORMS asks for.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)  # jax would keep to 0.75
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:  # the assertion: JAX_PLATFORMS=cuda without jax's CUDA plugin
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        why = (str(error).splitlines() or ["jax has no backend of that name"])[0]
+        raise ExplainedError(
+            f"no device can be used with JAX_PLATFORMS={wanted!r}: {why}; unset it to take what there is, "
+            "or for NVIDIA GPUs install jaxtrain[cuda12] or jaxtrain[cuda13]"
+        ) from error
 
 
 def split_over_hosts(shape: Sequence[int], devices_per_host: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

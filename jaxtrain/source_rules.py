@@ -1,4 +1,4 @@
-"""What must hold for a source of data, whether a run or `python -m jaxtrain.tokenize` reads it."""
+"""What must hold for a source of data, whether a run or `jaxtrain tokenize` reads it."""
 
 from __future__ import annotations
 

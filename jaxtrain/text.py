@@ -19,12 +19,21 @@ from jaxtrain.errors import EXIT_UNREAD, ExplainedError
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET)
 """What writing to a pipe, a terminal or a socket without its other end fails with."""
-"""What writing to a pipe, a terminal or a socket without its other end fails with."""
 
 
 def printable(text: str) -> str:
     r"""Returns the text with control characters and lone surrogates as escapes ("\x1b", "\udcff"); newlines and tabs stay."""
     return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def readable_size(size: float) -> str:
+    """Bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {unit}"
 
 
 def show(text: str) -> None:

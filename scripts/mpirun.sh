@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # 8b on 2 hosts of 8 GPUs, one process a host. Made by
-#   python -m jaxtrain.launch mpi --host_names node1 node2 -- --config=configs/8b.py --mesh.fsdp=16
+#   jaxtrain launch mpi --host_names node1 node2 -- --config=configs/8b.py --mesh.fsdp=16
 # To change it, run that again; to start it as it is, run this file in the repository's folder, which all hosts share.
 set -uo pipefail
 
@@ -21,7 +21,7 @@ for ((turn = 0; turn <= restarts; turn++)); do
   setsid mpirun -np 2 --host node1:1,node2:1 --map-by ppr:1:node --bind-to none \
     -x JAXTRAIN_COORDINATOR=node1:$((61440 + turn)) \
     -x JAXTRAIN_EXIT_CODES \
-    .venv/bin/python -m jaxtrain.main --config=configs/8b.py --mesh.fsdp=16 &
+    .venv/bin/python -m jaxtrain train --config=configs/8b.py --mesh.fsdp=16 &
   running=$!
   wait "$running"
   code=$?

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 
-from jaxtrain.bench import Bench, bench_config
 from jaxtrain.checkpoint.fast import FastTier
-from jaxtrain.command_line import parse_command_line
+from jaxtrain.command_line import parse_config
 from jaxtrain.config_rules import validate
+from jaxtrain.measure.bench import Bench, bench_config
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import state_dims
@@ -41,7 +41,7 @@ def seconds_of(call: Any) -> float:
 
 def main(arguments: list[str]) -> None:
     """Measures, and prints medians over the rounds."""
-    config = parse_command_line(arguments or ["--config=configs/quickstart.py"], __doc__ or "", "care_cost.py")
+    config = parse_config(arguments or ["--config=configs/quickstart.py"])
     config = validate(bench_config(config), jax.device_count())
     on_gpu = jax.devices()[0].platform in ("gpu", "cuda")
     kinds = {

@@ -15,9 +15,9 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jaxtrain import bench
-from jaxtrain.command_line import parse_command_line
+from jaxtrain.command_line import parse_config
 from jaxtrain.config_rules import validate
+from jaxtrain.measure import bench
 from jaxtrain.telemetry.clock import StepClock
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
@@ -47,7 +47,7 @@ class Device:
 def main() -> None:
     """Prints the overhead."""
     arguments = ["--config=configs/quickstart.py", "--train.log_every=10"]
-    work = bench.Bench(validate(bench.bench_config(parse_command_line(arguments, "", "host_overhead")), 1))
+    work = bench.Bench(validate(bench.bench_config(parse_config(arguments)), 1))
     device = Device()
     with MetricsLog(Path(tempfile.mkdtemp())) as log, work.data.train_batches(0, work.rows) as batches:
         progress, clock = PlainProgress(STEPS, io.StringIO()), StepClock(work.work, STEPS)

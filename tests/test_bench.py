@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
-from jaxtrain import bench
 from jaxtrain.config import MeshConfig
+from jaxtrain.measure import bench
 from tests.layouts import BASE
 
 

@@ -8,12 +8,13 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain import calibrate
 from jaxtrain.chip import CollectiveRate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS, Chip, load_chip
+from jaxtrain.measure import calibration
 from jaxtrain.planner import measure
 from jaxtrain.planner.measure import Findings, Sample, Stopwatch
+from jaxtrain.verbs import calibrate
 
 RATES = [
     CollectiveRate("link", "all-gather", 2, 200e9, 13e-6, 0.1),
@@ -83,7 +84,7 @@ def test_latency_is_split_into_beginning_and_steps():
 
 
 def test_a_known_chip_keeps_its_figures_and_gets_shares():
-    chip = calibrate.as_chip(CHIPS["h200"], FOUND)
+    chip = calibration.as_chip(CHIPS["h200"], FOUND)
     assert (chip.name, chip.target, chip.memory_bytes) == ("h200-measured", "h200", CHIPS["h200"].memory_bytes)
     assert chip.matmul_fraction("bfloat16", 4096, 4096, 4096) == pytest.approx(700 / 989.4)
     assert chip.matmul_fraction("float32", 4096, 4096, 4096) == pytest.approx(400 / 494.7)  # it runs in TF32
@@ -98,7 +99,7 @@ def test_a_known_chip_keeps_its_figures_and_gets_shares():
 
 def test_an_unknown_device_takes_the_best_for_its_peak():
     unknown = Chip("abacus", ("abacus",), {}, memory_bytes=2**33)
-    chip = calibrate.as_chip(unknown, dataclasses.replace(FOUND, collectives=[], watts=None))
+    chip = calibration.as_chip(unknown, dataclasses.replace(FOUND, collectives=[], watts=None))
     assert chip.matmul_peak("bfloat16") == pytest.approx(700e12)
     assert chip.memory_bandwidth == pytest.approx(4e12)
     assert (chip.link_bandwidth, chip.link_latency, chip.idle_watts, chip.based_on) == (None, None, None, "")

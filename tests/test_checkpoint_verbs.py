@@ -1,12 +1,12 @@
-"""`python -m jaxtrain.checkpoint`: what a person does with the checkpoints of a run."""
+"""`jaxtrain checkpoint`: what a person does with the checkpoints of a run."""
 
 import jax.numpy as jnp
 import pytest
 
 from jaxtrain.checkpoint import Checkpoints, committed_steps
-from jaxtrain.checkpoint.__main__ import main
 from jaxtrain.config import CheckpointConfig
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import CheckpointError, ConfigError, UsageError
+from jaxtrain.verbs.checkpoint import main
 
 
 @pytest.fixture
@@ -65,3 +65,19 @@ def test_a_step_or_folder_that_is_not_there(run, tmp_path):
         main(["verify", f"{run}:7"])
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         main(["list", str(tmp_path / "elsewhere")])
+
+
+def test_wrong_usage(run, capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in ("list", "verify", "inspect", "diff", "prune"))
+    for arguments, error, words in (
+        (["lst", "x"], UsageError, "did you mean 'list'"),
+        (["list"], ConfigError, "FOLDER is missing"),
+        (["diff", "x"], ConfigError, "OTHER is missing"),
+        (["prune", "x"], ConfigError, "--keep is missing"),
+        (["prune", "x", "--kep=3"], ConfigError, "did you mean --keep"),
+        (["list", "x", "y"], ConfigError, "y: flags begin with --"),
+    ):
+        with pytest.raises(error, match=words):
+            main(arguments)

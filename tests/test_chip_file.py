@@ -70,7 +70,7 @@ def test_a_wrong_file_is_explained(tmp_path, text, words):
 
 
 def test_a_missing_file_names_the_verb_that_writes_one(tmp_path):
-    with pytest.raises(ExplainedError, match=r"--hardware=.*none.toml.*jaxtrain.calibrate"):
+    with pytest.raises(ExplainedError, match=r"--hardware=.*none.toml.*jaxtrain calibrate"):
         load_chip(str(tmp_path / "none.toml"))
 
 

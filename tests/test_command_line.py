@@ -2,23 +2,25 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxtrain.command_line import parse_command_line, parse_with_flags
+from jaxtrain.command_line import Usage, parse_config
+from jaxtrain.command_line import parse as parse_line
 from jaxtrain.config import Config, DataSource, LatentAttentionConfig, ModelConfig, MoEConfig, RopeScaling, from_json, to_json
 from jaxtrain.config_fields import PEERS, field_hint, field_names, nested, set_field
 from jaxtrain.config_rules import find_problems
-from jaxtrain.errors import EXIT_USAGE, ConfigError
-from jaxtrain.plan import Flags
+from jaxtrain.errors import EXIT_USAGE, ConfigError, UsageError
+from jaxtrain.verbs.plan import USAGE, PlanFlags
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def parse(*arguments: str) -> Config:
-    return parse_command_line(arguments, "description", "program")
+    return parse_config(arguments)
 
 
 def config_flag(tmp_path: Path, body: str = "return Config(name='mine')") -> str:
@@ -173,7 +175,7 @@ def test_a_flag_of_a_part_that_is_none_makes_it(part: str, tmp_path: Path):
 )
 def test_a_wrong_flag_names_the_right_one(flag: str, words: str):
     with pytest.raises(ConfigError) as raised:
-        parse_with_flags([f"--config={CONFIGS / 'quickstart.py'}", flag], Flags, "", "plan")
+        parse_line(USAGE, [f"--config={CONFIGS / 'quickstart.py'}", flag])
     assert raised.value.exit_code == EXIT_USAGE
     assert len(raised.value.problems) == 1
     assert words in raised.value.problems[0]
@@ -195,8 +197,10 @@ def test_all_wrong_flags_are_told_at_once_with_values_out_of_range():
 
 def test_a_verbs_own_flags_stand_beside_the_fields():
     arguments = ["--sweep", "mesh.tensor=1,2", f"--config={CONFIGS / '70b.py'}", "--hosts=1e1", "--json", "--verify", "0"]
-    flags, config = parse_with_flags([*arguments, "--sweep=train.remat=dots,full", "--mesh.fsdp=4"], Flags, "", "plan")
-    assert flags == Flags(sweep=("mesh.tensor=1,2", "train.remat=dots,full"), hosts=10, json=True, verify=0)
+    line = parse_line(USAGE, [*arguments, "--sweep=train.remat=dots,full", "--mesh.fsdp=4"])
+    config = line.config
+    assert line.given == ("mesh.fsdp",)
+    assert line.own == PlanFlags(sweep=("mesh.tensor=1,2", "train.remat=dots,full"), hosts=10, json=True, verify=0)
     assert (config.name, config.mesh.fsdp) == ("70b", 4)
 
 
@@ -204,13 +208,77 @@ def test_a_number_that_is_none_is_left_to_the_rules():
     assert math.isnan(parse(f"--config={CONFIGS / 'quickstart.py'}", "--optimizer.peak_lr=nan").optimizer.peak_lr)
 
 
-def test_help_names_every_field_with_underscores(capsys):
+def printed(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse("--help")
+        parse_line(USAGE, arguments)
     assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert [name for name in field_names() if f"--{name} " not in text] == []
-    assert "None until one of their flags is given: model.rope_scaling, model.latent_attention, model.moe" in text
+    return capsys.readouterr().out
+
+
+def test_help_names_every_flag_once_the_verbs_own_first(capsys):
+    text = printed(capsys, "--help")
+    words = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    own = [f"--{field.name}" for field in dataclasses.fields(PlanFlags)]
+    assert words[: len(own)] == own
+    assert sorted(words[len(own) :]) == sorted(f"--{name}" for name in field_names())
+    assert text.count("None until one of its flags is given") == len(OPTIONAL)
+    assert all(line == line.rstrip() and len(line) <= 128 for line in text.splitlines())
+
+
+def test_every_flag_has_a_text(capsys):
+    """The string below its field."""
+    text = " ".join(printed(capsys, "-h").split())
+    for flag in re.findall(r"--[\w.]+", text):
+        assert not re.search(rf"{re.escape(flag)} \S+ \(default", text), flag
+
+
+def test_help_shows_what_the_file_says_beside_the_default(capsys):
+    text = printed(capsys, f"--config={CONFIGS / '7b.py'}", "--help=model")
+    assert "--model.embed_dim INT" in text
+    assert "(default: 256; here 4096)" in text
+    assert "--mesh.fsdp" not in text
+    assert "--model.moe.num_experts" in text
+
+
+def test_help_of_one_section(capsys):
+    assert printed(capsys, "--help=optimizer").startswith("optimizer: ")
+    assert "--data.sources.0.kind {" in printed(capsys, "--help=data.sources.0")
+    with pytest.raises(UsageError, match="did you mean 'optimizer'"):
+        parse_line(USAGE, ["--help=optimiser"])
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyFlags:
+    """Of a verb without a config."""
+
+    source: str
+    """From where."""
+    targets: tuple[str, ...]
+    """To where."""
+    level: int
+    """How."""
+    env: tuple[str, ...] = ("A=1",)
+    """Variables."""
+    dry_run: bool = False
+    """Only say so."""
+
+
+COPY = Usage("copy", "Copy.", CopyFlags, words=("source", "targets"), has_config=False)
+
+
+def test_words_and_flags_of_a_verb_without_a_config():
+    line = parse_line(COPY, ["a", "b", "--dry-run", "c,d", "--env", "B=1,2", "C", "--level=1e1", "--env=D"])
+    assert line.own == CopyFlags("a", ("b", "c,d"), 10, ("B=1,2", "C", "D"), True)
+    assert parse_line(COPY, ["a", "b", "--level", "-2"]).own == CopyFlags("a", ("b",), -2)
+
+
+def test_all_that_is_wrong_with_it_is_told_at_once():
+    with pytest.raises(ConfigError, match="5 problems on the command line") as raised:
+        parse_line(COPY, ["--levl=3", "--env", "--train.steps=3"])
+    told = raised.value.problems
+    assert told[0] == "--levl=3: no such flag; did you mean --level?"
+    assert told[1] == "--train.steps=3: no such flag; --help lists all"
+    assert [problem.split(" is")[0] for problem in told[2:]] == ["SOURCE", "TARGETS", "--level"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--mesh.fsdp=2"], ["--config="], ["--config"]])

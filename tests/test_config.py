@@ -471,7 +471,7 @@ def test_what_is_accepted_builds(drawn: tuple[Config, int]):
 
 
 def test_importing_the_config_imports_nothing_slow():
-    slow = ("jax", "numpy", "flax", "optax", "tyro", "rich", "orbax", "grain")
+    slow = ("jax", "numpy", "flax", "optax", "rich", "orbax", "grain")
     program = f"import sys, jaxtrain.config, jaxtrain.hardware; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

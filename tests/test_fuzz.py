@@ -26,7 +26,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtrain.checkpoint.same_run import check_same_run
 from jaxtrain.checkpoint.stored import COMMIT_MARK, FORMAT, METADATA_FILE, digest, read_stored
 from jaxtrain.checkpoint.trees import check_same_leaves
-from jaxtrain.command_line import parse_command_line
+from jaxtrain.command_line import parse_config, wanted_help
 from jaxtrain.config import Config, DataConfig, DataSource, ModelConfig, TrainConfig, from_json, to_json
 from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import open_data
@@ -164,9 +164,9 @@ def test_command_line(arguments: list[str]):
     said = io.StringIO()
     with in_bounded_time(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            config = parse_command_line([f"--config={CONFIGS / 'quickstart.py'}", *arguments], "", "fuzz")
+            config = parse_config([f"--config={CONFIGS / 'quickstart.py'}", *arguments])
         except SystemExit as stop:
-            assert {"-h", "--help"} & set(arguments)  # noqa: PT017
+            assert wanted_help(arguments) is not None  # noqa: PT017
             assert not stop.code  # noqa: PT017
             return
         except ExplainedError:
@@ -206,7 +206,7 @@ def test_config_file(todo):
     with tempfile.TemporaryDirectory() as folder, in_bounded_time(), contextlib.suppress(ExplainedError):
         path = Path(folder) / "mine.py"
         path.write_bytes(changed((CONFIGS / "quickstart.py").read_bytes(), todo))
-        validate(parse_command_line([f"--config={path}"], "", "fuzz"), 4)
+        validate(parse_config([f"--config={path}"]), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m jaxtrain.plan`: wrong usage in one line, one layout explained, grids, and a search from the flags to the files."""
+"""`jaxtrain plan`: wrong usage in one line, one layout explained, grids, and a search from the flags to the files."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from jaxtrain.config_file import load_config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ExplainedError, UsageError
-from jaxtrain.plan import main
+from jaxtrain.verbs.plan import main
 
 SEVEN = ["--config=configs/7b.py"]
 SMALL = ["--config=configs/1b.py", "--verify=0", "--train.global_batch_size=64"]
@@ -98,7 +98,7 @@ def test_a_search_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_too_large_a_model_is_one_line_with_the_way_out():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxtrain.plan", "--config=configs/70b.py", "--hosts=1", "--train.global_batch_size=8"],
+        [sys.executable, "-m", "jaxtrain", "plan", "--config=configs/70b.py", "--hosts=1", "--train.global_batch_size=8"],
         capture_output=True,
         text=True,
         check=False,

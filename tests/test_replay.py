@@ -1,17 +1,19 @@
 """Replay: a recorded step comes out the same again, on any mesh; a layer that was tampered with is named."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jaxtrain import replay
-from jaxtrain.command_line import parse_command_line
+from jaxtrain.command_line import parse_config
 from jaxtrain.config_rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError, ConfigError, UsageError
-from jaxtrain.main import train
+from jaxtrain.train import replay
 from jaxtrain.train.state import make_stacking
+from jaxtrain.verbs import replay as verb
+from jaxtrain.verbs import train
 from tests.launch.processes import started
 
 FLAGS = (
@@ -33,14 +35,14 @@ THINGS = ["the embedding", "layer 0", "layer 1", "layer 2", "the loss", "gradien
 def run(tmp_path_factory):
     """The flags of a run of five steps, of which the third and the last are saved."""
     flags = [*FLAGS, *MESH, f"--run_dir={tmp_path_factory.mktemp('run') / 'run'}"]
-    assert train(flags) == 0
+    assert train.main(flags) == 0
     return flags
 
 
 def said(capsys, arguments):
     """(exit code, what was said as JSON)"""
     capsys.readouterr()
-    code = replay.main([*arguments, "--json"])
+    code = verb.main([*arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -55,7 +57,7 @@ def test_a_step_is_as_it_was_recorded(run, capsys):
 
 def test_a_record_that_says_otherwise_is_a_difference(run, capsys, monkeypatch):
     monkeypatch.setattr(replay, "recorded", lambda config, step: {"loss": 5.0, "grad_norm": float("nan")})
-    assert replay.main([*run, "--step=1", "--tolerance=0.01"]) == 1  # from the initial state
+    assert verb.main([*run, "--step=1", "--tolerance=0.01"]) == 1  # from the initial state
     printed = capsys.readouterr().out
     assert "first to differ: the loss, by 0." in printed
     assert "the initial state" in printed.replace("\n", " ")
@@ -73,7 +75,7 @@ def test_two_processes_replay_what_one_has_run(run, tmp_path):
     """One device each, in two layouts that cross them; the first of them says what came out, and both end alike."""
     flags = [flag for flag in run if not flag.startswith("--mesh")]
     layouts = ["--mesh.fsdp=2", "--against=mesh.fsdp=1,mesh.tensor=2", "--step=4", "--json"]
-    with started(2, 1, [*flags, *layouts], tmp_path, module="jaxtrain.replay") as both:
+    with started(2, 1, [*flags, *layouts], tmp_path, verb="replay") as both:
         assert [process.wait(200) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
     found = json.loads((tmp_path / "0.log").read_text().splitlines()[-1])
     assert [row["what"] for row in found["differences"]] == THINGS
@@ -94,13 +96,13 @@ def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):
         return state
 
     monkeypatch.setattr(replay.Layout, "take", damaged)
-    assert replay.main([*run, "--step=4", f"--against={NEAR}"]) == 1
+    assert verb.main([*run, "--step=4", f"--against={NEAR}"]) == 1
     assert "first to differ: layer 1, by " in capsys.readouterr().out
 
 
 def test_a_gradient_that_goes_wrong_is_named(run):
     """Of two witnesses that agree up to the loss, the layer nearest to the loss is where the backward pass went wrong."""
-    config = validate(parse_command_line(run, "", ""), 8)
+    config = validate(parse_config(run), 8)
     layout, data = replay.Layout(config), open_data(config)
     state, _ = layout.state_before(1, data)
     batch = layout.batch(data, 0)
@@ -110,13 +112,13 @@ def test_a_gradient_that_goes_wrong_is_named(run):
     assert one.moments[0] == pytest.approx(np.stack([x.mean((0, 1)), np.square(x).mean((0, 1))]), rel=1e-4, abs=1e-7)
     wrong = {name: leaf.copy() for name, leaf in one.gradients.items()}
     wrong["layers/attention/value"][:2] *= 1.5  # of layers 0 and 1
-    other = replay.dataclasses.replace(one, gradients=wrong)
+    other = dataclasses.replace(one, gradients=wrong)
     found = [each for each in replay.differences(one, other) if each.difference > 1e-3]
     assert [(each.what, each.where) for each in found] == [
         ("gradients of layer 1", "layers/attention/value"),
         ("gradients of layer 0", "layers/attention/value"),
     ]
-    assert replay.differences(one, replay.dataclasses.replace(one, loss=float("nan")))[4].difference == float("inf")
+    assert replay.differences(one, dataclasses.replace(one, loss=float("nan")))[4].difference == float("inf")
 
 
 def test_bfloat16_is_near_and_not_the_same(run, capsys):
@@ -128,7 +130,8 @@ def test_bfloat16_is_near_and_not_the_same(run, capsys):
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
-        ([], UsageError, "--step=0: give the number of a step"),
+        ([], ConfigError, "--step is missing"),
+        (["--step=0"], UsageError, "--step=0: give the number of a step"),
         (["--step=77"], UsageError, r"--step=77 has no row .*steps near it: 2, 3, 4, 5"),
         (["--step=4", "--against=tensor"], UsageError, "--against='tensor': give flags over the config"),
         (["--step=4", "--against=mesh.fsdp=3"], ConfigError, "fsdp=3"),
@@ -139,9 +142,4 @@ def test_bfloat16_is_near_and_not_the_same(run, capsys):
 )
 def test_wrong_usage_is_explained(run, flags, error, words):
     with pytest.raises(error, match=words):
-        replay.main([*run, *flags])
-
-
-def test_own_flags_are_taken_out_of_the_command_line():
-    line = ["--step", "3", "--json", "--name=x", "--against=a.b=1", "--tolerance", "0.1", "--train.steps", "5"]
-    assert replay.without_own_flags(line) == ["--name=x", "--train.steps", "5"]
+        verb.main([*run, *flags])

@@ -169,7 +169,7 @@ def get_config():
 def test_secrets_of_the_environment_are_written_nowhere(tmp_path):
     """Under the supervisor, with a trace: not into config.json, metrics, events, checkpoints, logs, traces or programs."""
     (tmp_path / "tiny.py").write_text(CONFIG)
-    command = [sys.executable, "-m", "jaxtrain.launch", "--processes=1", "--devices-per-process=1", "--", "--config=tiny.py"]
+    command = [sys.executable, "-m", "jaxtrain", "launch", "--processes=1", "--devices-per-process=1", "--", "--config=tiny.py"]
     secrets = dict.fromkeys(SECRETS, CANARY) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment(1, **secrets), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Checkpoints: the training state and what it belongs to, one folder a step, committed whole or not at all, and verified.
 
-Names are imported when they are first asked for, so that `python -m jaxtrain.checkpoint` listens to Ctrl-C before jax is there.
+Names are imported when they are first asked for, so that `jaxtrain checkpoint` listens to Ctrl-C before jax is there.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Opens sources that are tokens already: .bin files made by `python -m jaxtrain.tokenize`, and .npy arrays."""
+"""Opens sources that are tokens already: .bin files made by `jaxtrain tokenize`, and .npy arrays."""
 
 from __future__ import annotations
 

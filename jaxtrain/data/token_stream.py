@@ -177,7 +177,7 @@ def read_metadata(path: Path) -> StreamMetadata:
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: no {json_path.name} beside it, which says what its bytes are; make both with "
-            f"`python -m jaxtrain.tokenize`, or save the ids as .npy"
+            f"`jaxtrain tokenize`, or save the ids as .npy"
         ) from error
     except OSError as error:
         raise unreadable(json_path, error) from error

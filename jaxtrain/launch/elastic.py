@@ -82,3 +82,16 @@ def _nearness(before: MeshConfig, after: MeshConfig) -> tuple[float, ...]:
 
     kept = (float(getattr(before, axis) == getattr(after, axis)) for axis in ("tensor", "pipe", "expert", "context", "fsdp"))
     return (min(1.0, sharded(after) / max(sharded(before), 1)), *kept, -after.fsdp)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """Return the mesh of "data=2,fsdp=2"; axes left out are 1.
+
+    Raises:
+      ConfigError: it is not of that form.
+    """
+    try:
+        sizes = {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        return MeshConfig(**({"fsdp": 1} | sizes))
+    except (ValueError, TypeError) as error:
+        raise ConfigError([f"--fallback_mesh={text!r}: give axes and sizes, e.g. data=2,fsdp=2"]) from error

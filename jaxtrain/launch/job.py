@@ -91,7 +91,7 @@ def make_job(config: Config, flags: JobFlags, of_run: Sequence[str], made_by: st
     validate(config, hosts * flags.devices_per_host)
     if flags.cpu:
         environment = {"JAXTRAIN_CPU_DEVICES": str(flags.devices_per_host), "JAX_PLATFORMS": "cpu"} | environment
-    command = (flags.python, "-m", "jaxtrain.main", *of_run)
+    command = (flags.python, "-m", "jaxtrain", "train", *of_run)
     return Job(config, hosts, flags.devices_per_host, command, environment, passed_on, made_by)
 
 

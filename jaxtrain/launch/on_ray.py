@@ -1,4 +1,4 @@
-"""A run inside a Ray cluster: one actor a host, and in it the same process of `jaxtrain.main` as everywhere else.
+"""A run inside a Ray cluster: one actor a host, and in it the same process of `jaxtrain train` as everywhere else.
 
 Ray places the hosts and tells when one is gone; each process learns its place from JAXTRAIN_* as under our own supervisor, and
 JAX's runtime does the rest. `launch ray` submits this module as a Ray job. Ray is imported only here, and only when it runs.

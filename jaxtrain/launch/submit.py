@@ -1,4 +1,4 @@
-"""`python -m jaxtrain.launch slurm|mpi|kubernetes|ray [flags] -- --config=...`: a run's script, complete, submitted or printed.
+"""`jaxtrain launch slurm|mpi|kubernetes|ray [flags] -- --config=...`: a run's script, complete, submitted or printed.
 
 Each starter has a file of its own, which knows its flags and its text. What they share is in `job`: the number of hosts comes
 from the config's mesh, and the config is checked for that many devices before anything is submitted.
@@ -49,7 +49,7 @@ def render(name: str, flags: JobFlags, config: Config, own: Sequence[str], of_ru
       ConfigError: the flags, or the config on that many devices, cannot work.
     """
     words = [word for word in own if word.replace("-", "_") != "__dry_run"]
-    made_by = shlex.join(["python", "-m", "jaxtrain.launch", name, *words, "--", *of_run]).replace("\n", " ")
+    made_by = shlex.join(["jaxtrain", "launch", name, *words, "--", *of_run]).replace("\n", " ")
     return STARTERS[name].render(make_job(config, flags, of_run, made_by), flags)
 
 

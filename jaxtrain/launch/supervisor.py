@@ -430,6 +430,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train_command(arguments: Sequence[str]) -> list[str]:
-    """The command of one process of a training run."""
-    return [sys.executable, "-m", "jaxtrain.main", *arguments]
+def command_of(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command of one process that runs a verb."""
+    return [sys.executable, "-m", "jaxtrain", verb, *arguments]

@@ -17,11 +17,13 @@ from jaxtrain.config import Config
 from jaxtrain.config_fields import set_field
 from jaxtrain.errors import ExplainedError
 from jaxtrain.host_memory import available_bytes
+from jaxtrain.mesh import make_mesh
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.relief import categories, smallest_changes
 from jaxtrain.telemetry.flops import num_parameters
-from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import readable_size
+from jaxtrain.train.step import choose_attention
 
 MOST_OVER = 4.0
 UNIT = 64
@@ -126,7 +128,7 @@ def _too_large_state(config: Config, memory: Memory, room: Room) -> str:
     offers = [f"--{name}={most}" for name, most in largest_that_fit(config, fits).items()]
     if offers:
         lines.append(f"The state alone would fit with one of: {'; '.join(offers)}.")
-    lines.append("Further devices hold more: `python -m jaxtrain.plan --config=...` says how many it takes.")
+    lines.append("Further devices hold more: `jaxtrain plan --config=...` says how many it takes.")
     return "\n".join(lines)
 
 
@@ -162,3 +164,17 @@ def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str
         if least <= low * unit < now:
             offers[name] = low * unit
     return offers
+
+
+def ask_for_memory(config: Config, local_processes: int, say: Callable[[str], None]) -> None:
+    """Say how much memory a run takes, before anything is allocated.
+
+    Args:
+      config: valid, its mesh resolved.
+      local_processes: processes of the run on this host.
+
+    Raises:
+      ExplainedError: it cannot fit.
+    """
+    if room := find_room(local_processes):
+        say(check_memory(config, room, choose_attention(config, make_mesh(config.mesh))[0]))

@@ -217,7 +217,7 @@ def _left(yes: bool) -> str:
 
 def _footer(plan: Plan) -> str:
     origins = {layout.origin for layout in plan.ranked}
-    said = ["Made by python -m jaxtrain.plan, without a GPU."]
+    said = ["Made by jaxtrain plan, without a GPU."]
     if "compiled" in origins:
         said.append("Rows marked compiled hold memory, FLOPs and bytes of the program that these chips would run.")
     if "approximate" in origins:

@@ -18,7 +18,7 @@ from jaxtrain.config_fields import set_field
 from jaxtrain.config_rules import divisors, find_problems
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import readable_size
 
 Flags = Mapping[str, Any]
 """What to change, {"train.microbatches": 8}."""
@@ -129,7 +129,7 @@ def explain_out_of_memory(
     lines += [f"  {' '.join(f'--{n}={v}' for n, v in flags.items())}  ({readable_size(size)})" for flags, size in changes]
     if not changes:
         lines.append("No change of microbatches, remat, ZeRO level or mesh on these devices fits.")
-    lines.append("`python -m jaxtrain.plan --config=...` ranks all layouts, and says how many devices it takes.")
+    lines.append("`jaxtrain plan --config=...` ranks all layouts, and says how many devices it takes.")
     return "\n".join(lines)
 
 

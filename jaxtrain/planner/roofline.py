@@ -16,7 +16,7 @@ arXiv:2407.08608); a head of 64 reaches two thirds of that, there too.
 
 Everything else is limited by memory: it runs at STREAM of the bandwidth (the share that a copy reaches on H100 and A100).
 
-Where a chip was calibrated (`python -m jaxtrain.calibrate`), its own fractions of the peak stand in place of CEILING, tiles,
+Where a chip was calibrated (`jaxtrain calibrate`), its own fractions of the peak stand in place of CEILING, tiles,
 waves and depth, of attention's curve, and of STREAM.
 """
 
@@ -134,7 +134,7 @@ def roofline(chip: Chip, dtype: str, attention_share: float = 1.0) -> Roofline:
     if peak is None or chip.memory_bandwidth is None:
         raise ExplainedError(
             f"{chip.name}: peak FLOP/s in {dtype} ({peak}) and memory bytes/s ({chip.memory_bandwidth}) must be known to say "
-            "how long a step takes; measure them with python -m jaxtrain.calibrate, or plan for a chip that has them"
+            "how long a step takes; measure them with jaxtrain calibrate, or plan for a chip that has them"
         )
     streams = (chip.calibration and chip.calibration.memory) or STREAM
     cores = TARGETS[chip.target].cores if chip.target in TARGETS else None

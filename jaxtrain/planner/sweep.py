@@ -148,7 +148,7 @@ def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
 
 
 def run(config: Config, cluster: Cluster, steps: int) -> Measured:
-    """Trains in a process of its own, `python -m jaxtrain.main`, and reads its metrics.
+    """Trains in a process of its own, `jaxtrain train`, and reads its metrics.
 
     On a chip named cpu the devices are fake ones, as many as the cluster has; else they are those that jax finds.
 
@@ -163,7 +163,7 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
         whole = dataclasses.replace(config, train=train, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir))
         file.write_text(config_source(whole, "A layout of a sweep."), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "jaxtrain.main", f"--config={file}"],
+            [sys.executable, "-m", "jaxtrain", "train", f"--config={file}"],
             env=_environment(cluster),
             capture_output=True,
             encoding="utf-8",

@@ -112,5 +112,7 @@ def find_target(chip: str) -> Target:
       ExplainedError: programs cannot be compiled for it here.
     """
     if chip not in TARGETS:
-        raise ExplainedError(f"--chip={chip}: no program can be compiled for it without having one: {nearest(chip, TARGETS)}")
+        raise ExplainedError(
+            f"--hardware={chip}: no program can be compiled for it without having one: {nearest(chip, TARGETS)}"
+        )
     return TARGETS[chip]

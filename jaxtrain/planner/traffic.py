@@ -135,7 +135,7 @@ def require_links(chip: Chip, hosts: int) -> None:
     if chip.link_bandwidth is None:
         raise ExplainedError(
             f"{chip.name}: the bytes/s of its links are not known, so no transfer can be timed; plan for one device, or "
-            "measure them with python -m jaxtrain.calibrate"
+            "measure them with jaxtrain calibrate"
         )
     if hosts > 1 and chip.nic_bandwidth is None:
         raise ExplainedError(

@@ -25,16 +25,6 @@ State = Literal["ok", "warning", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
-class PreflightFlags:
-    """Flags of the verb's own."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-    patience: float = 120.0
-    """Seconds that one check may take; reading text for the first time tokenizes all of it, and may need more."""
-
-
-@dataclass(frozen=True)
 class Finding:
     """One line of the report."""
 

@@ -15,7 +15,7 @@ from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.config import Config
 from jaxtrain.paths import user_path
 from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
-from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import readable_size
 
 BLOCK = 2**20
 """Bytes written to each place."""

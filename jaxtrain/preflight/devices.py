@@ -16,7 +16,7 @@ from jaxtrain.host_memory import available_bytes
 from jaxtrain.planner.measure import memory_bytes
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
-from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import readable_size
 from jaxtrain.train.step import choose_attention
 
 EDGE = {"cpu": 128}
@@ -148,7 +148,7 @@ def judge_memory(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
     words = f"the step takes about {readable_size(needed)} a device, of {readable_size(held[least])} in {site.name(least)}"
     values = {"estimate_bytes": needed, "device_bytes": held}
     if needed > held[least]:
-        out = "more mesh.fsdp or mesh.tensor, more train.microbatches, --train.remat=full, or ask `python -m jaxtrain.plan`"
+        out = "more mesh.fsdp or mesh.tensor, more train.microbatches, --train.remat=full, or ask `jaxtrain plan`"
         return [Finding("memory", "failed", f"{words}: {out}", values)]
     state = "warning" if needed > FULL * held[least] else "ok"
     return [Finding("memory", state, words + (", which is close" if state == "warning" else ""), values)]

@@ -16,7 +16,7 @@ from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
 from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
 from jaxtrain.processes import exchange
-from jaxtrain.telemetry.progress import readable_size
+from jaxtrain.text import readable_size
 from jaxtrain.train.state import Canonical
 
 BLOCK = 2**20

@@ -1,22 +1,15 @@
-"""Pictures: of a run (loss.png, drawn from metrics.jsonl), and of several runs in one.
-
-`python -m jaxtrain.telemetry.plots compared.png runs/one runs/other` draws the second.
-"""
+"""Pictures: of a run (loss.png, drawn from metrics.jsonl), and of several runs in one (`jaxtrain plot`)."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtrain.errors import UsageError, check_output
 from jaxtrain.files import replacing
-from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.text import printable
 
@@ -221,27 +214,3 @@ def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str
     levels = [*bits, *baselines.values()]
     margin = 0.12 * (max(levels) - min(levels)) or 0.1
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(min(levels) - margin, max(levels) + margin))
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Draw the runs in the given folders, each under the folder's name, into the picture named first."""
-    parser = argparse.ArgumentParser("python -m jaxtrain.telemetry.plots", description="Draw several runs into one picture.")
-    parser.add_argument("picture", help="PNG file to write")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, each with its metrics.jsonl")
-    parser.add_argument("--title", default="", help="stands above the picture")
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
-    flags = parser.parse_args(arguments)
-    if not flags.picture.endswith(".png"):
-        parser.error(f"{flags.picture}: a picture is a PNG file; give a name that ends in .png")
-    for run in flags.runs:
-        if not read_rows(run / "metrics.jsonl"):
-            parser.error(f"{run} is no folder of a run: it has no metrics.jsonl with rows in it")
-    try:
-        check_output("picture", flags.picture, flags.overwrite)
-    except UsageError as error:
-        parser.error(str(error))
-    plot_comparison({run.name: run / "metrics.jsonl" for run in flags.runs}, user_path(flags.picture), flags.title)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.telemetry.run_log import RunLog, stamped
-from jaxtrain.text import discard, printable
+from jaxtrain.text import discard, printable, readable_size
 
 REFRESHES_PER_SECOND = 4
 UNKNOWN = "?"
@@ -232,13 +232,3 @@ def readable_seconds(seconds: float | None) -> str:
         if whole >= unit:
             return f"{whole // unit}{above} {whole % unit // inner:02d}{below}"
     return f"{whole}s"
-
-
-def readable_size(size: float) -> str:
-    """Bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f} {unit}"

@@ -4,7 +4,7 @@ A collective lets all processes step at the same pace, so a step time does not t
 with that time: a process that is late spends it at work of its own (reading data, Python, a busy host) and finds its step done
 when it asks for it, while the others wait. Each process puts its two figures into the key-value store whenever a row is logged;
 process 0 reads what is there, and nobody waits for anybody. A device that is slow keeps its own host waiting like all others:
-of that, `python -m jaxtrain.preflight` tells.
+of that, `jaxtrain preflight` tells.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class NanProbe:
                 return f"first in microbatch {number} of 0 to {self._microbatches - 1}: {words}"
         return (
             "computed again, microbatch by microbatch, everything is finite: the sum over microbatches overflowed, or a device "
-            "computed wrong (--guard.repeat_every and `python -m jaxtrain.preflight` look for that)"
+            "computed wrong (--guard.repeat_every and `jaxtrain preflight` look for that)"
         )
 
     def _step(self, loss_and_gradients: Any) -> Callable[[PyTree, PyTree, jax.Array], PyTree]:

@@ -83,6 +83,6 @@ class RecomputeCheck:
             raise RollBack(self._step, reason, 0)
         raise NumbersError(
             f"{reason}. A device computes wrong, or the program does not repeat itself exactly, which on GPUs needs "
-            "--train.deterministic=True. `python -m jaxtrain.preflight` checks the devices; --guard.repeat_every=0 "
+            "--train.deterministic=True. `jaxtrain preflight` checks the devices; --guard.repeat_every=0 "
             "compares no more"
         )

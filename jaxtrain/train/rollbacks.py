@@ -105,5 +105,5 @@ class Rollbacks:
         except (ValueError, TypeError) as error:
             raise ExplainedError(
                 f"{path} does not hold the list of rollbacks that this run writes there ({error}); bring back a copy, or take "
-                "the list from the newest checkpoint's metadata (`python -m jaxtrain.checkpoint inspect`)"
+                "the list from the newest checkpoint's metadata (`jaxtrain checkpoint inspect`)"
             ) from error

@@ -36,9 +36,10 @@ from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
 from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
-from jaxtrain.telemetry.progress import Progress, readable_size
+from jaxtrain.telemetry.progress import Progress
 from jaxtrain.telemetry.run_log import RunLog, about_program, describe_program
 from jaxtrain.telemetry.stragglers import Stragglers
+from jaxtrain.text import readable_size
 from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.hooks import HeartbeatHook, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation

@@ -19,8 +19,8 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.paths import user_path
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress, readable_size
-from jaxtrain.text import is_utf8
+from jaxtrain.telemetry.progress import Progress
+from jaxtrain.text import is_utf8, readable_size
 
 LOCK_FILE = ".lock"
 LEAST_CACHE_BYTES = 64 << 20

@@ -158,7 +158,7 @@ class StateCheck(Hook):
                 raise RollBack(step, reason, 0)
             raise NumbersError(
                 f"{reason}\nThey were bit for bit the same once, so a device has computed wrong, or its memory lost a bit. "
-                "Nothing was saved since. Take the device out, see `python -m jaxtrain.preflight`, and start again from the "
+                "Nothing was saved since. Take the device out, see `jaxtrain preflight`, and start again from the "
                 "newest checkpoint; --guard.copies=rollback goes back by itself"
             )
         self._passed = step

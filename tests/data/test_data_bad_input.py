@@ -12,9 +12,9 @@ from jaxtrain.config import Config, DataConfig, DataSource
 from jaxtrain.config_rules import find_problems
 from jaxtrain.data.optional import require
 from jaxtrain.data.pipeline import open_data
+from jaxtrain.data.tokenize import TokenizeConfig
+from jaxtrain.data.tokenize import find_problems as tokenize_problems
 from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.tokenize import TokenizeConfig
-from jaxtrain.tokenize import find_problems as tokenize_problems
 
 
 def refused(config, *words):

@@ -19,8 +19,8 @@ from jaxtrain.data import optional
 from jaxtrain.data.compressed import open_content
 from jaxtrain.data.documents import BadRows, read_documents
 from jaxtrain.data.pipeline import open_data
+from jaxtrain.data.tokenize import TokenizeConfig, summary, tokenize
 from jaxtrain.errors import DataError
-from jaxtrain.tokenize import TokenizeConfig, summary, tokenize
 
 
 def zstd(content):

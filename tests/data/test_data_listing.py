@@ -14,7 +14,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import DataError
 from jaxtrain.paths import user_path
-from jaxtrain.tokenize import main
+from jaxtrain.verbs.tokenize import main
 
 ODD_NAMES = ["part[1]", "a,b", "x*", "y?", "~", "~z", "50%", "with space", " lead", "{}", "{a,b}", "[!x]", "$HOME", "a\nb"]
 

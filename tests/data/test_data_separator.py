@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from jaxtrain.data.json_tokenizer import train_bpe
 from jaxtrain.data.token_stream import StreamWriter
+from jaxtrain.data.tokenize import TokenizeConfig, tokenize
 from jaxtrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from jaxtrain.errors import DataError
-from jaxtrain.tokenize import TokenizeConfig, tokenize
 
 NAMES = ("</s>", "<|endoftext|>", "<|im_end|>", "<s>", "<think>", "<unk>", "[SEP]", "<pad>")
 PIECES = (

@@ -12,8 +12,8 @@ from jaxtrain.config import DataSource
 from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.split import LONG_DOCUMENT, hash_share, split_document
+from jaxtrain.data.tokenize import TokenizeConfig, tokenize
 from jaxtrain.errors import DataError
-from jaxtrain.tokenize import TokenizeConfig, tokenize
 
 
 def test_shares_are_the_same_on_every_machine():

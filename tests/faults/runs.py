@@ -52,7 +52,7 @@ class Faulty:
     def command(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG) -> list[str]:
         """Of the launcher."""
         run = [config, f"--run_dir={self.run_dir}", f"--train.steps={self.steps}", f"--train.compilation_cache={COMPILED}"]
-        return [sys.executable, "-m", "jaxtrain.launch", *launcher, "--", *run]
+        return [sys.executable, "-m", "jaxtrain", "launch", *launcher, "--", *run]
 
     def run(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG, seconds: float = 1200) -> int:
         """The launcher's exit code; what it says goes to launcher.log. It is asked to end where it takes too long."""

@@ -103,7 +103,7 @@ WAYS = (
 def start(folder: Path, phase: str, way: Way) -> Run:
     """A run that halts in the phase, with its output in a pipe or on a terminal."""
     config = ["--config=tests/faults/signalled.py", f"--run_dir={folder / 'run'}"]
-    launch = ["jaxtrain.launch", f"--processes={way.processes}", "--devices_per_process=1", "--", "--mesh.data=2"]
+    launch = ["jaxtrain", "launch", f"--processes={way.processes}", "--devices_per_process=1", "--", "--mesh.data=2"]
     command = [sys.executable, "-m", *(launch if way.processes > 1 else ["jaxtrain.main"]), *config]
     if way.terminal:
         command = [sys.executable, "-c", TAKE_TERMINAL, *command]

@@ -62,8 +62,8 @@ def get_config() -> Config:
 
 
 def is_launcher() -> bool:
-    """Whether this is `python -m jaxtrain.launch`, which reads the config too."""
-    return "jaxtrain.launch.__main__" in sys.modules
+    """Whether this is `jaxtrain launch`, which reads the config too."""
+    return "jaxtrain.verbs.launch" in sys.modules
 
 
 def halt() -> None:

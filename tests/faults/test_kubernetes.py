@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxtrain.launch.__main__ import launch
 from jaxtrain.launch.supervisor import free_port
+from jaxtrain.verbs.launch import main as launch
 from tests.faults.runs import COMPILED, CONFIG, ROOT, Faulty, environment
 from tests.launch.pods import action, environment_of_pod
 

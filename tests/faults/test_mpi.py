@@ -40,7 +40,7 @@ def script(run: Faulty, port: int) -> str:
     own += ["--host_names", *HOSTS]
     own += ["--env", *(f"{name}={seen[name]}" for name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER"))]
     more = [CONFIG, f"--run_dir={run.run_dir}", f"--train.steps={run.steps}", f"--train.compilation_cache={COMPILED}"]
-    command = [sys.executable, "-m", "jaxtrain.launch", "mpi", "--dry_run", *own, "--", *more]
+    command = [sys.executable, "-m", "jaxtrain", "launch", "mpi", "--dry_run", *own, "--", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 

@@ -71,7 +71,7 @@ def test_a_killed_process_is_started_again(tmp_path, cluster):
     own = ["--cpu", "--hosts=2", "--devices_per_host=2", "--restarts=2", f"--address={address}", f"--python={sys.executable}"]
     own += ["--env", *(f"{name}={environment(run.folder)[name]}" for name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER"))]
     more = [CONFIG, "--mesh.data=2", f"--run_dir={run.run_dir}", f"--train.steps={STEPS}"]
-    command = [sys.executable, "-m", "jaxtrain.launch", "ray", "--dry_run", *own, "--", *more]
+    command = [sys.executable, "-m", "jaxtrain", "launch", "ray", "--dry_run", *own, "--", *more]
     command += [f"--train.compilation_cache={COMPILED}"]
     script = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)

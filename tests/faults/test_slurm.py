@@ -173,7 +173,7 @@ def test_a_job_survives_a_kill_its_time_limit_and_a_lost_node(tmp_path, cluster)
     wanted += ["--env", *(f"{name}={seen[name]}" for name in ("XLA_FLAGS", "JAXTRAIN_TEST_FOLDER"))]
     more = [CONFIG, f"--run_dir={run.run_dir}", f"--train.steps={STEPS}", f"--train.compilation_cache={COMPILED}"]
     env = environment(run.folder) | {"SLURM_CONF": str(cluster.folder / "slurm.conf")}
-    launcher = ["-m", "jaxtrain.launch", "slurm", *wanted, f"--python={sys.executable}", "--", *more]
+    launcher = ["-m", "jaxtrain", "launch", "slurm", *wanted, f"--python={sys.executable}", "--", *more]
     submitted = subprocess.run([sys.executable, *launcher], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     number = re.search(r"Submitted batch job (\d+)", submitted.stdout)[1]
     log = ROOT / f"faulty-{number}.log"

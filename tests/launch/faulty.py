@@ -1,4 +1,4 @@
-"""`python -m tests.launch.faulty ...` is `python -m jaxtrain.main ...`, but something is wrong in one process.
+"""`python -m tests.launch.faulty ...` is `jaxtrain train ...`, but something is wrong in one process.
 
 FAULTY_HOW says what, and FAULTY_PROCESS in which process. Every process finds its data in a folder of its own,
 FAULTY_HOSTS/I, as on hosts that share none.
@@ -12,7 +12,7 @@ import time
 from jaxtrain.cli import explained
 from jaxtrain.errors import ExplainedError
 from jaxtrain.launch import distributed
-from jaxtrain.main import train
+from jaxtrain.verbs import train
 
 
 def refuse(*_, **__):
@@ -28,9 +28,7 @@ def at_command_line():
 
 
 def at_validate():
-    from jaxtrain import main
-
-    main.validate = refuse
+    train.validate = refuse
 
 
 def at_data():
@@ -130,4 +128,4 @@ if __name__ == "__main__":
         os.chdir(f"{hosts}/{own}")
     if own == os.environ["FAULTY_PROCESS"]:
         globals()[os.environ["FAULTY_HOW"]]()
-    distributed.run_and_exit(lambda: explained(lambda: train(sys.argv[1:])))
+    distributed.run_and_exit(lambda: explained(lambda: train.main(sys.argv[1:])))

@@ -43,10 +43,11 @@ def started(
     arguments: Sequence[str],
     folder: Path,
     own: Sequence[Sequence[str]] = (),
-    module: str = "jaxtrain.main",
+    module: str = "jaxtrain",
+    verb: str = "train",
     **variables: str,
 ) -> Iterator[list[subprocess.Popen]]:
-    """`python -m jaxtrain.main` as `count` processes, process i with the arguments own[i] too; it writes to folder/i.log."""
+    """`jaxtrain train` as `count` processes, process i with the arguments own[i] too; it writes to folder/i.log."""
     port, running = free_port(), []
     try:
         for i in range(count):
@@ -58,7 +59,8 @@ def started(
                 **variables,
             }
             with open(folder / f"{i}.log", "w") as log:
-                command = [sys.executable, "-m", module, *arguments, *(own[i] if own else ())]
+                program = [module, verb] if module == "jaxtrain" else [module]
+                command = [sys.executable, "-m", *program, *arguments, *(own[i] if own else ())]
                 running.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment(devices, **more), stdout=log, stderr=subprocess.STDOUT)
                 )

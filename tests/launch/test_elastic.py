@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from jaxtrain.command_line import parse_command_line, parse_with_flags
+from jaxtrain.command_line import parse, parse_config
 from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig
 from jaxtrain.config_rules import find_problems
-from jaxtrain.errors import ConfigError
-from jaxtrain.launch.__main__ import LaunchFlags, parse_mesh, split
-from jaxtrain.launch.elastic import mesh_flags, mesh_for
+from jaxtrain.errors import ConfigError, UsageError
+from jaxtrain.launch.elastic import mesh_flags, mesh_for, parse_mesh
+from jaxtrain.verbs.launch import USAGE, split
 from tests.layouts import configs
 
 BASE = Config(
@@ -61,7 +61,7 @@ def test_half_of_any_layout_is_valid_or_refused(layouts):
 
 def test_the_launchers_own_words():
     assert split(["--processes=2", "--", "--config=x.py"]) == (["--processes=2"], ["--config=x.py"])
-    with pytest.raises(ConfigError, match="put -- before"):
+    with pytest.raises(UsageError, match="put -- before"):
         split(["--config=x.py"])
     assert parse_mesh("data=2, tensor=4") == MeshConfig(data=2, fsdp=1, tensor=4)
     with pytest.raises(ConfigError, match="give axes and sizes"):
@@ -70,14 +70,14 @@ def test_the_launchers_own_words():
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 COMMANDS = re.findall(r"`([^`]+)`", README) + re.findall(r"^    ([^#\n]+)", README, re.MULTILINE)
-LAUNCHED = [command.split()[3:] for command in COMMANDS if command.startswith("python -m jaxtrain.launch --processes")]
+LAUNCHED = [command.split()[2:] for command in COMMANDS if command.startswith("jaxtrain launch --processes")]
 
 
 @pytest.mark.parametrize("words", LAUNCHED, ids=" ".join)
 def test_what_the_readme_launches_is_a_valid_run(words):
     own, run = split(words)
-    flags, _ = parse_with_flags([*own, *run], LaunchFlags, "", "readme")
-    config = parse_command_line(run, "", "readme")
+    flags = parse(USAGE, own).own
+    config = parse_config(run)
     assert find_problems(config, flags.processes * flags.devices_per_process)[1] == []
 
 

@@ -19,9 +19,9 @@ import yaml
 from jaxtrain.config import DistributedConfig
 from jaxtrain.errors import ConfigError, ExplainedError, UsageError
 from jaxtrain.launch import on_ray
-from jaxtrain.launch.__main__ import launch
 from jaxtrain.launch.distributed import find_place
 from jaxtrain.launch.slurm import seconds
+from jaxtrain.verbs.launch import main as launch
 from tests.launch.pods import action, environment_of_pod
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_slurm_queues_again_what_may_end_otherwise(stage, capsys, plan, turn, co
     (first,) = stage.places
     assert_one_run(first)
     assert first[0]["coordinator"].startswith("n1:")
-    assert first[0]["arguments"] == ["-m", "jaxtrain.main", *RUN[1:]]
+    assert first[0]["arguments"] == ["-m", "jaxtrain", "train", *RUN[1:]]
     assert first[0]["seen"] == "a b'c"
 
 
@@ -271,7 +271,7 @@ def test_pods_find_one_another(capsys, kind):
     (container,) = pod["containers"]
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"] == 2
-    assert container["command"] + container["args"] == ["python", "-m", "jaxtrain.main", *IN_CLAIM[1:]]
+    assert container["command"] + container["args"] == ["python", "-m", "jaxtrain", "train", *IN_CLAIM[1:]]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 2}
     seen = [environment_of_pod(container, index) for index in range(2)]
     places = [find_place(DistributedConfig(), environ) for environ in seen]
@@ -451,7 +451,7 @@ def test_scripts_in_the_repository_are_what_the_verb_prints(name, capsys, monkey
     """Each says in its head how it was made; to renew it, run that with --dry_run."""
     monkeypatch.chdir(ROOT)
     script = (ROOT / "scripts" / name).read_text()
-    made = re.search(r"^#   python -m jaxtrain\.launch (.*)$", script, re.M)
+    made = re.search(r"^#   jaxtrain launch (.*)$", script, re.M)
     assert made is not None
     starter, *own = shlex.split(made[1])
     assert launch([starter, "--dry_run", *own]) == 0

@@ -1,4 +1,4 @@
-"""`python -m tests.preflight.faulty ...` is `python -m jaxtrain.preflight ...`, but in process 1 something is wrong.
+"""`python -m tests.preflight.faulty ...` is `jaxtrain preflight ...`, but in process 1 something is wrong.
 
 PREFLIGHT_FAULTS names what, separated by commas.
 """
@@ -12,7 +12,7 @@ from jaxtrain import agreement
 from jaxtrain.cli import explained
 from jaxtrain.launch import distributed
 from jaxtrain.preflight import data, devices, folders, hosts, links
-from jaxtrain.preflight.__main__ import main as preflight
+from jaxtrain.verbs.preflight import main as preflight
 
 
 def version():

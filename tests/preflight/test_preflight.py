@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 from jaxtrain.checkpoint.fast import _own_shards
-from jaxtrain.command_line import parse_command_line
+from jaxtrain.command_line import parse_config
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.preflight import copies, devices, folders, hosts, links
-from jaxtrain.preflight.__main__ import main
 from jaxtrain.preflight.checks import Check, Site, carry_out, limited, odd_ones
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
+from jaxtrain.verbs.preflight import main
 from tests.launch.processes import ROOT, environment, started
 
 FLAGS = (
@@ -37,7 +37,7 @@ FLAGS = (
 def site(tmp_path):
     """Eight devices, data=2 x fsdp=2 x tensor=2, in a folder that is not there yet."""
     flags = [*FLAGS, "--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", f"--run_dir={tmp_path / 'runs' / 'one'}"]
-    config = validate(parse_command_line(flags, "", ""), 8)
+    config = validate(parse_config(flags), 8)
     made = Site(config, ["here"], make_mesh(config.mesh))
     with made.closing:
         yield made
@@ -194,9 +194,7 @@ def test_too_little_disk_fails(site, monkeypatch):
     check = folders.checks()[2]
     ((_, state, words),) = found([check], site)  # of two steps of the quickstart
     assert state == "ok", words
-    monkeypatch.setattr(
-        site, "config", parse_command_line([*FLAGS, "--checkpoint.every=10", f"--run_dir={site.config.run_dir}"], "", "")
-    )
+    monkeypatch.setattr(site, "config", parse_config([*FLAGS, "--checkpoint.every=10", f"--run_dir={site.config.run_dir}"]))
     site.config = validate(site.config, 8)
     ((_, state, words),) = found([check], site)
     assert state == "failed"
@@ -214,7 +212,7 @@ def test_too_little_disk_fails(site, monkeypatch):
     ],
 )
 def test_how_many_checkpoints_are_still_to_come(flags, present, more):
-    assert folders.checkpoints_to_come(parse_command_line([*FLAGS, *flags], "", ""), present) == more
+    assert folders.checkpoints_to_come(parse_config([*FLAGS, *flags]), present) == more
 
 
 def with_checkpoint(site, **fields):
@@ -349,7 +347,8 @@ def test_other_software_and_another_config_are_named_and_end_the_checks(tmp_path
 
 def test_the_launcher_runs_it(tmp_path):
     flags = [*FLAGS, "--mesh.data=2", f"--run_dir={tmp_path / 'run'}", "--json"]
-    command = [sys.executable, "-m", "jaxtrain.launch", "--processes=2", "--devices_per_process=1", "--preflight", "--", *flags]
+    launch = ["launch", "--processes=2", "--devices_per_process=1", "--preflight", "--"]
+    command = [sys.executable, "-m", "jaxtrain", *launch, *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["good"]

@@ -10,8 +10,8 @@ from jaxtrain.telemetry.progress import (
     fill,
     open_progress,
     readable_seconds,
-    readable_size,
 )
+from jaxtrain.text import readable_size
 from tests.lines import STAMP, unstamped
 
 TRAINING = {

@@ -1,21 +1,12 @@
-"""Turns text into token files once, for runs to read: `python -m jaxtrain.tokenize --input='books/*.jsonl' ...`."""
+"""Turns text into token files once, for runs to read: the verb `jaxtrain tokenize`."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
-    from jaxtrain import cli
-
-    cli.run("jaxtrain.tokenize", answers_on_stdout=False)
-
 import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxtrain.cli import exit_code_of
 from jaxtrain.config import DataSource
 from jaxtrain.config_rules import bpe_size_problem
 from jaxtrain.data.corpus import Corpus, open_corpus
@@ -23,10 +14,9 @@ from jaxtrain.data.progress import readable_bytes
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
-from jaxtrain.errors import EXIT_DONE, ConfigError, DataError, ExplainedError
+from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.paths import user_path
 from jaxtrain.source_rules import bad_rows_problems, remote_problems
-from jaxtrain.text import printable, show
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
@@ -81,7 +71,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
     """
     problems = find_problems(config)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "on the command line")
     output, cache_dir = user_path(config.output).absolute(), user_path(config.cache_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"--output={config.output}: there is something already; name a new folder")
@@ -129,26 +119,3 @@ def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
     words = " ".join(f"--{name}={shlex.quote(value)}" for name, value in flags.items())
     lines += ["train on it with:", f"  {words}"]
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Gives the exit code: 0 done, 1 explained error, 2 wrong usage."""
-    import tyro
-
-    config = tyro.cli(
-        TokenizeConfig,
-        args=arguments,
-        prog="python -m jaxtrain.tokenize",
-        description="Tokenizes text once, into files that kind=tokens reads.",
-        use_underscores=True,
-    )
-    try:
-        written = tokenize(config)
-    except ExplainedError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return exit_code_of(interrupt)
-    show(summary(config, written))
-    return EXIT_DONE

@@ -1,34 +1,38 @@
-"""`python -m jaxtrain.bench --config=configs/125m.py`: measures the compiled train step on the devices at hand.
+"""Measures the compiled train step on the devices at hand.
 
-Prints a small table and one JSON line. Data is synthetic, nothing is saved. Bare steps (the compiled program alone, the same
-batch again and again) and loop steps (reading, placing and packing batches, metrics, log files) take turns in one process, so
-that a noisy machine disturbs both alike; the host overhead is the ratio of their means.
+Data is synthetic, nothing is saved. Bare steps (the compiled program alone, the same batch again and again) and loop steps
+(reading, placing and packing batches, metrics, log files) take turns in one process, so that a noisy machine disturbs both
+alike; the host overhead is the ratio of their means.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
-    from jaxtrain import cli
-
-    cli.run("jaxtrain.bench")
-
 import dataclasses
 import io
-import json
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.command_line import parse_command_line
-from jaxtrain.config import Config, DataSource
-from jaxtrain.config_rules import validate
-from jaxtrain.main import ask_for_memory
+import jax
+import numpy as np
 
-DESCRIPTION = "Measure the compiled train step of a config on the devices at hand."
+from jaxtrain.config import Config, DataSource
+from jaxtrain.data.pipeline import open_data
+from jaxtrain.hardware import resolve_chip
+from jaxtrain.mesh import describe_mesh, make_mesh
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.telemetry.clock import StepClock, Work, memory_row
+from jaxtrain.telemetry.metrics import MetricsLog
+from jaxtrain.telemetry.progress import PlainProgress
+from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.hooks import Logging
+from jaxtrain.train.loop import Hook, Loop
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.state import create_state
+from jaxtrain.train.step import batch_names, batch_sharding, choose_attention, compile_train_step, place_numbers
+
 WARM_UP_STEPS = 3
 MOST_STEPS_PER_ROUND = 20
 SECONDS_PER_ROUND = 8.0
@@ -47,17 +51,6 @@ class Bench:
     """The compiled step of a valid config with a state to run it on."""
 
     def __init__(self, config: Config):
-        import jax
-
-        from jaxtrain.data.pipeline import open_data
-        from jaxtrain.hardware import resolve_chip
-        from jaxtrain.mesh import make_mesh
-        from jaxtrain.models.decoder import parameter_dims
-        from jaxtrain.telemetry.clock import Work
-        from jaxtrain.train.optimizer import make_optimizer
-        from jaxtrain.train.state import create_state
-        from jaxtrain.train.step import batch_sharding, choose_attention, compile_train_step, place_numbers
-
         self.config, self.mesh = config, make_mesh(config.mesh)
         self.backend, self.why = choose_attention(config, self.mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
@@ -76,21 +69,14 @@ class Bench:
     @property
     def rows(self) -> slice:
         """This process's rows of a batch."""
-        from jaxtrain.train.feed import owned_rows
-
         return owned_rows(self.sharding, (self.config.train.global_batch_size, self.config.data.sequence_length))
 
     def place(self, batch: Any) -> PyTree:
         """A host batch of this process's rows as global arrays."""
-        from jaxtrain.train.feed import to_global
-        from jaxtrain.train.step import batch_names
-
         return to_global(batch, self.rows, self.config.train.global_batch_size, batch_names(self.config), self.sharding)
 
     def bare_steps(self, count: int) -> list[float]:
         """Seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
-        import jax
-
         batch = self.place(self.data.train_batch(0, self.rows))
         jax.block_until_ready(batch)
         seconds, last, before = [], None, time.perf_counter()
@@ -107,13 +93,6 @@ class Bench:
 
     def loop_steps(self, count: int, directory: Path) -> list[float]:
         """Seconds of each of `count` steps of the training loop with its data, clock, progress and log files."""
-        import jax
-
-        from jaxtrain.telemetry.clock import StepClock
-        from jaxtrain.telemetry.metrics import MetricsLog
-        from jaxtrain.telemetry.progress import PlainProgress
-        from jaxtrain.train.hooks import Logging
-        from jaxtrain.train.loop import Hook, Loop
 
         class Stopwatch(Hook):
             """Notes when each step's metrics were there."""
@@ -138,12 +117,6 @@ class Bench:
 
     def report(self) -> dict[str, Any]:
         """Runs bare and loop rounds in turn, and says everything that was measured."""
-        import jax
-        import numpy as np
-
-        from jaxtrain.mesh import describe_mesh
-        from jaxtrain.telemetry.clock import memory_row
-
         pace = min(self.bare_steps(WARM_UP_STEPS))
         count = max(3, min(MOST_STEPS_PER_ROUND, int(SECONDS_PER_ROUND / pace)))
         bare, loop = [], []
@@ -181,18 +154,3 @@ def table(report: dict[str, Any]) -> str:
 
     width = max(map(len, report))
     return "\n".join(f"{name:<{width}}  {text(value)}" for name, value in report.items())
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Parses, measures, prints; returns the exit code."""
-    config = parse_command_line(arguments, DESCRIPTION, "python -m jaxtrain.bench")
-
-    import jax
-
-    # No compilation cache here: compile_seconds is that of a first run.
-    config = validate(bench_config(config), jax.device_count())
-    ask_for_memory(config, 1, lambda line: print(line, file=sys.stderr))
-    report = Bench(config).report()
-    print(table(report))
-    print(json.dumps(report))
-    return 0

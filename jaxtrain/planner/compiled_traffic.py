@@ -1,77 +1,36 @@
-"""`python -m jaxtrain.collectives --config=configs/70b.py --mesh.fsdp=64 --mesh.tensor=8`: what a layout moves, byte by byte.
+"""What a layout moves, byte by byte: a device's collectives in the compiled train step, beside what the closed form says.
 
-Compiles the train step for those GPUs, none of which needs to be there, and prints what a device sends in a step along each
-mesh axis: how much of it travels behind compute, and beside it what the closed form says. Without XLA's compiler for NVIDIA
-GPUs (the extra `plan`) it prints the closed form alone.
+The step is compiled for GPUs none of which needs to be there (`planner/deviceless.py`); without XLA's compiler for NVIDIA GPUs
+(the extra `plan`) there is the closed form alone. `jaxtrain plan --explain --compile` prints it.
 """
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
-    from jaxtrain import cli
-
-    cli.run("jaxtrain.collectives")
-
 import dataclasses
-import json
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.command_line import parse_command_line
-from jaxtrain.config import MESH_AXES, Config
-from jaxtrain.config_rules import validate
-from jaxtrain.errors import ConfigError
-from jaxtrain.text import open_console
+from rich.console import Console
+from rich.table import Table
 
-DESCRIPTION = (
-    "Print what a device moves in a training step on a mesh of GPUs that need not be there. Beside the config's flags: "
-    "--chip=h100-sxm|h200|b200, --devices=N (where a mesh axis is -1), --json."
-)
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.planner import deviceless
+from jaxtrain.planner.estimates import Cluster
+from jaxtrain.planner.formulas import step_flops
+from jaxtrain.planner.formulas_collectives import collectives
+from jaxtrain.planner.tables import print_table
+from jaxtrain.planner.targets import find_target
+from jaxtrain.text import readable_size
+
 MEBI = 2**20
 TOLERANCE = 0.02
 SMALL = 1024
 """Bytes below which a deviation is of single numbers, which XLA adds up as it likes."""
 
 
-def take_flag(arguments: list[str], name: str, default: str) -> str:
-    """Takes `--name=value`, `--name value` or, where the default is "", a bare `--name` (as "yes") out of the arguments."""
-    for i, argument in enumerate(arguments):
-        if argument == f"--{name}" and default == "":
-            del arguments[i]
-            return "yes"
-        if argument.startswith(f"--{name}="):
-            del arguments[i]
-            return argument.partition("=")[2]
-        if argument == f"--{name}" and i + 1 < len(arguments):
-            value = arguments[i + 1]
-            del arguments[i : i + 2]
-            return value
-    return default
-
-
-def count_devices(config: Config, devices: str) -> int:
-    """How many devices the mesh is for: `devices` if given, else the product of its axes.
-
-    Raises:
-      ConfigError: an axis is -1 and nobody says of how many devices, or `devices` is no number.
-    """
-    if devices != "0":
-        if not devices.isdigit():
-            raise ConfigError([f"--devices={devices}: give a whole number, e.g. --devices=64"])
-        return int(devices)
-    free = [axis for axis in MESH_AXES if getattr(config.mesh, axis) == -1]
-    if free:
-        raise ConfigError([f"mesh.{free[0]}=-1: give it a size, or say how many devices there are, e.g. --devices=64"])
-    return math.prod(config.mesh.shape)
-
-
 def expectation(config: Config) -> tuple[dict[tuple[str, str, str], dict[str, float]], str]:
     """(calls, payload, wire and unread bytes by axes, kind and dtype, from the closed form; what it does not cover, if so)."""
-    from jaxtrain.planner.formulas_collectives import collectives
-
     try:
         entries = collectives(config)
     except ValueError as error:
@@ -85,18 +44,25 @@ def expectation(config: Config) -> tuple[dict[tuple[str, str, str], dict[str, fl
 
 
 def _flops(config: Config, attention: str) -> float | None:
-    from jaxtrain.planner.formulas import step_flops
-
     try:
         return step_flops(config, attention)
     except ValueError:
         return None
 
 
-def examine(config: Config, chip: str) -> dict[str, Any]:
-    """All that is printed: rows as compiled (`hlo_collectives.Row`) beside the closed form, or the closed form alone."""
-    from jaxtrain.planner import deviceless
+def examine(config: Config, cluster: Cluster, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return all that is printed: rows as compiled (`hlo_collectives.Row`) beside the closed form, or the closed form alone.
 
+    Args:
+      config: valid, its mesh resolved.
+      tell: takes a line on what is being done.
+
+    Raises:
+      ExplainedError: programs cannot be compiled for the chip.
+    """
+    chip, obstacle = cluster.chip.target, deviceless.find_obstacle()
+    find_target(chip)
+    tell(f"the closed form alone: {obstacle}" if obstacle else f"compiling for {cluster.devices} x {chip} ...")
     sums, missing = expectation(config)
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     whole: dict[str, Any] = {
@@ -104,11 +70,11 @@ def examine(config: Config, chip: str) -> dict[str, Any]:
         "chip": chip,
         "devices": math.prod(config.mesh.shape),
         "mesh": {axis: size for axis, size in zip(MESH_AXES, config.mesh.shape, strict=True) if size > 1},
-        "compiled": deviceless.has_plugin(),
+        "compiled": obstacle is None,
         "no_formula": missing,
     }
     if whole["compiled"]:
-        report = deviceless.report_in_subprocess(config, chip)
+        report = deviceless.report_in_subprocess(config, chip, cluster.devices_per_host)
         found = {(row.axes, row.kind, row.dtype): dataclasses.asdict(row) for row in report.rows}
         whole |= {"attention": report.attention, "flops": report.flops, "memory_bytes": report.memory_bytes}
         whole |= {"flops_formula": None if missing else _flops(config, report.attention.partition(":")[0])}
@@ -142,13 +108,8 @@ def _cells(row: dict[str, Any], compiled: bool, has_formula: bool) -> list[str]:
     return cells
 
 
-def show(whole: dict[str, Any]) -> None:
-    """Prints the table and three lines below it."""
-    from rich.table import Table
-
-    from jaxtrain.planner.tables import print_table
-    from jaxtrain.telemetry.progress import readable_size
-
+def show(whole: dict[str, Any], console: Console) -> None:
+    """Print the table and three lines below it."""
     compiled, has_formula = whole["compiled"], not whole["no_formula"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in whole["mesh"].items()) or "one device"
     source = "compiled" if compiled else "closed form"
@@ -159,7 +120,6 @@ def show(whole: dict[str, Any]) -> None:
         table.add_column(head, justify="left" if i < 3 or not head else "right", no_wrap=True)
     for row in whole["rows"]:
         table.add_row(*_cells(row, compiled, has_formula), style="bold red" if row["deviates"] else None)
-    console = open_console(160)
     print_table(console, table)
     if whole["no_formula"]:
         console.print(whole["no_formula"])
@@ -171,25 +131,3 @@ def show(whole: dict[str, Any]) -> None:
     beside = f", {whole['flops'] / whole['flops_formula'] - 1:+.2%} from the closed form" if whole["flops_formula"] else ""
     console.print(f"{whole['flops'] / 1e12:,.2f} matmul TFLOP{beside}; attention {whole['attention']}")
     console.print(f"{readable_size(whole['memory_bytes'])} for state, batch and temporaries")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Parses, validates, compiles, prints; returns the exit code."""
-    rest = list(arguments)
-    chip, devices, as_json = take_flag(rest, "chip", "h100-sxm"), take_flag(rest, "devices", "0"), take_flag(rest, "json", "")
-    config = parse_command_line(rest, DESCRIPTION, "python -m jaxtrain.collectives")
-
-    from jaxtrain.planner.deviceless import find_obstacle
-    from jaxtrain.planner.targets import find_target
-
-    find_target(chip)
-    config = validate(config, count_devices(config, devices))
-    obstacle = find_obstacle()
-    doing = f"the closed form alone: {obstacle}" if obstacle else f"compiling for {math.prod(config.mesh.shape)} x {chip} ..."
-    print(doing, file=sys.stderr)
-    whole = examine(config, chip)
-    if as_json:
-        print(json.dumps(whole))
-    else:
-        show(whole)
-    return 0

@@ -1,55 +1,17 @@
-"""`python -m jaxtrain.checkpoint list|verify|inspect|diff|prune FOLDER`: look after the checkpoints of a run.
-
-FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it (without it, the newest).
-"""
+"""What a person does with the checkpoints of a run: list, verify, inspect, compare, prune them (`jaxtrain checkpoint`)."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import jaxtrain.early  # noqa: F401, before all else: Ctrl-C ends the program from here on
-    from jaxtrain import cli
-
-    cli.run("jaxtrain.checkpoint.__main__")
-
-import argparse
 import datetime
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
-from jaxtrain.telemetry.progress import readable_size
-from jaxtrain.text import show
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jaxtrain.checkpoint", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, words in {
-        "list": "every step, whole or not",
-        "verify": "read every array and compare its checksum; exit code 1 if one differs",
-        "inspect": "what a step holds and belongs to",
-        "diff": "what two steps differ in: config, data, versions, and how far each array is from the other",
-        "prune": "delete all but the newest steps",
-    }.items():
-        one = verbs.add_parser(verb, help=words, description=words)
-        one.add_argument("folder", help="FOLDER or FOLDER:STEP")
-        if verb == "diff":
-            one.add_argument("other", help="FOLDER or FOLDER:STEP")
-        if verb == "verify":
-            one.add_argument("--all", action="store_true", help="every step, not only one")
-        if verb == "prune":
-            one.add_argument("--keep", type=int, required=True, help="steps to keep")
-            one.add_argument("--keep-every", type=int, default=0, help="keep multiples of this too")
-            one.add_argument(
-                "--set-aside", action="store_true", help="delete also what was set aside as damaged or rolled back"
-            )
-            one.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    return parser.parse_args(arguments)
+from jaxtrain.text import readable_size, show
 
 
 def find(text: str) -> tuple[str, int]:
@@ -211,18 +173,3 @@ def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: boo
 def size_of(path: Any) -> int:
     """Bytes of all files below a folder (epath has no recursive glob)."""
     return sum(size_of(child) if child.is_dir() else child.stat().length for child in path.iterdir())
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Does what the command line says; returns the exit code."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look at a checkpoint must not take a GPU away from a run
-    flags = parse(arguments)
-    if flags.verb == "list":
-        return list_steps(flags.folder)
-    if flags.verb == "verify":
-        return verify(flags.folder, flags.all)
-    if flags.verb == "inspect":
-        return inspect(flags.folder)
-    if flags.verb == "diff":
-        return diff(flags.folder, flags.other)
-    return prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)

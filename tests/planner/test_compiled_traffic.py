@@ -1,14 +1,15 @@
-"""`python -m jaxtrain.collectives`: the table for a person, as JSON, without the compiler, and wrong usage."""
+"""`jaxtrain plan --explain --compile`: the table for a person, as JSON, without the compiler, and wrong usage."""
 
 import json
 
 import pytest
 
-from jaxtrain.collectives import count_devices, deviates, main, take_flag
-from jaxtrain.config import Config, MeshConfig
-from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.errors import ExplainedError
 from jaxtrain.planner import deviceless
+from jaxtrain.planner.compiled_traffic import deviates
+from jaxtrain.verbs.plan import main
 
+EXPLAIN = ["--explain", "--compile"]
 SEVEN = ["--config=configs/7b.py", "--mesh.fsdp=8", "--mesh.tensor=8"]
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008
 TINY = ["--model.num_layers=2", "--model.embed_dim=256", "--model.num_heads=4", "--model.num_kv_heads=4", "--model.head_dim=64"]
@@ -22,20 +23,22 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("without_plugin")
 def test_without_the_compiler_the_closed_form_alone(capsys: pytest.CaptureFixture[str]):
-    assert main(SEVEN) == 0
+    assert main([*SEVEN, *EXPLAIN]) == 0
     said = capsys.readouterr()
     assert said.err == "the closed form alone: no compiler: install it\n"
     assert "7b on 64 x h100-sxm, fsdp=8 x tensor=8: a device's step, closed form" in said.out
     gathered = 2 * (2 * 32 * LAYER + 2 * 32000 * 4096) / 8
     assert f"{gathered / 2**20:,.3f}" in said.out
     assert f"{gathered * 7 / 8 / 2**20:,.3f}" in said.out
-    assert "exposed" not in said.out
+    assert "is exposed" not in said.out
 
 
 @pytest.mark.usefixtures("without_plugin")
 def test_json(capsys: pytest.CaptureFixture[str]):
-    assert main([*SEVEN, "--json", "--chip", "h200"]) == 0
-    whole = json.loads(capsys.readouterr().out)
+    assert main([*SEVEN, *EXPLAIN, "--json", "--hardware", "h200"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    whole = said["compiled"]
+    assert said["devices"] == 64
     assert (whole["chip"], whole["devices"], whole["mesh"], whole["compiled"]) == ("h200", 64, {"fsdp": 8, "tensor": 8}, False)
     (row,) = [row for row in whole["rows"] if (row["axes"], row["kind"]) == ("fsdp", "reduce-scatter")]
     assert row["formula"]["payload"] == 4 * (32 * LAYER + 2 * 32000 * 4096) / 8
@@ -44,29 +47,13 @@ def test_json(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/7b.py"], r"mesh.fsdp=-1: give it a size, or say how many devices there are, e.g. --devices=64"),
-        (["--config=configs/7b.py", "--devices=many"], "--devices=many: give a whole number"),
-        (["--config=configs/7b.py", "--mesh.fsdp=8", "--chip=h1000"], "--chip=h1000: no program can be compiled"),
+        (["--config=configs/7b.py", "--mesh.fsdp=8", "--hardware=tpu-v5p"], "--hardware=tpu-v5p: no program can be compiled"),
         (["--config=configs/7b.py", "--mesh.fsdp=7"], "train.global_batch_size=64"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str):
     with pytest.raises(ExplainedError, match=message):
-        main(arguments)
-
-
-def test_flags_of_its_own_are_taken_out():
-    arguments = ["--json", "--a=1", "--chip", "b200", "--devices=8"]
-    taken = [take_flag(arguments, name, default) for name, default in (("json", ""), ("chip", "x"), ("devices", "0"))]
-    assert (taken, arguments, take_flag(arguments, "chip", "x")) == (["yes", "b200", "8"], ["--a=1"], "x")
-
-
-def test_devices():
-    mesh = MeshConfig(fsdp=4, tensor=2)
-    assert count_devices(Config(mesh=mesh), "0") == 8
-    assert count_devices(Config(), "16") == 16
-    with pytest.raises(ConfigError):
-        count_devices(Config(), "0")
+        main([*arguments, *EXPLAIN])
 
 
 def test_deviation():
@@ -80,7 +67,7 @@ def test_deviation():
 @pytest.mark.plan
 @pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 def test_compiled(capsys: pytest.CaptureFixture[str]):
-    assert main(["--config=configs/7b.py", "--mesh.fsdp=4", *TINY]) == 0
+    assert main(["--config=configs/7b.py", "--mesh.fsdp=4", *TINY, *EXPLAIN]) == 0
     said = capsys.readouterr()
     assert "compiling for 4 x h100-sxm" in said.err
     assert "differs" not in said.out

@@ -1,0 +1,172 @@
+"""`--help` of every verb: its own flags first, then a config's, section by section; `--help=optimizer` prints one section.
+
+The text of a flag is the string below its field in the source.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from jaxtrain.command_line import Usage
+from jaxtrain.config import Config
+from jaxtrain.config_fields import hints_of, nested
+from jaxtrain.errors import UsageError, nearest
+
+COLUMN = 34
+"""Where the texts begin."""
+WIDTH = 128
+KINDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{True,False}"}
+RUN = "run"
+"""Section of the fields that are in no section of the config."""
+
+
+class Section(NamedTuple):
+    """Fields of one dataclass of the config."""
+
+    name: str
+    """Dotted, as its fields begin; "run" for those of Config itself."""
+    kind: type
+    here: Any
+    """The part of the config that is shown; None where that has none."""
+    fields: list[str]
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a field's name in its flag."""
+        return "" if self.name == RUN else f"{self.name}."
+
+
+def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
+    """Print how a verb is used, with the values of a config; or one section of the config alone.
+
+    Raises:
+      UsageError: there is no such section.
+    """
+    sections = list(sections_of(config)) if usage.has_config else []
+    if section:
+        found = [each for each in sections if each.name == section or each.name.startswith(f"{section}.")]
+        if not found:
+            raise UsageError(f"--help={section}: there is no such section; {nearest(section, [s.name for s in sections])}")
+        print("\n\n".join(map(_section_text, found)))
+        return
+    config_flags = " --config=FILE [flags]" if usage.has_config else " [flags]"
+    words = "".join(f" {name.upper()}" for name in usage.words)
+    parts = [f"usage: jaxtrain {usage.verb}{words}{config_flags}", _filled(usage.about)]
+    own = [_own_text(usage, field) for field in dataclasses.fields(usage.own)]
+    if own:
+        parts.append("\n".join(own))
+    if usage.has_config:
+        names = ", ".join(each.name for each in sections)
+        parts.append(_filled(f"Every field of the config is a flag too; --help=SECTION prints one of: {names}."))
+        parts += map(_section_text, sections)
+    print("\n\n".join(parts))
+
+
+def print_verbs(usage: str, about: str, verbs: Mapping[str, str], more: str = "") -> None:
+    """Print what a command does and its verbs, one line each."""
+    lines = [f"  {name:<12} {words}" for name, words in verbs.items()]
+    print("\n\n".join([f"usage: {usage}", _filled(about), "\n".join(lines), *([more] if more else [])]))
+
+
+def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Section]:
+    """Yield the sections of a config, those of parts that are None too; a tuple of dataclasses has one, for its first."""
+    plain, inner = [], []
+    for field, hint in hints_of(kind).items():
+        is_many = get_origin(hint) is tuple
+        part = nested(get_args(hint)[0]) if is_many else nested(hint)
+        if part is None:
+            plain.append(field)
+            continue
+        held = getattr(config, field, None)
+        here = held[0] if is_many and held else None if is_many else held
+        inner.append(sections_of(here, part, f"{name}.{field}".lstrip(".") + (".0" if is_many else "")))
+    yield Section(name or RUN, kind, config, plain)
+    yield from itertools.chain.from_iterable(inner)
+
+
+@functools.cache
+def texts_of(kind: type) -> dict[str, str]:
+    """Return the string below each field of a dataclass, on one line."""
+    texts = {}
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        tops = _tree_of(base.__module__).body
+        (body,) = (top.body for top in tops if isinstance(top, ast.ClassDef) and top.name == base.__name__)
+        for field, below in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return texts
+
+
+@functools.cache
+def _tree_of(module: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[module]))
+
+
+def _section_text(section: Section) -> str:
+    about = " ".join((section.kind.__doc__ or "").split("\n\n")[0].split())
+    absent = "None until one of its flags is given. " if section.here is None else ""
+    many = "Of each source; the next ones are sources.1, sources.2. " if section.name.endswith(".0") else ""
+    lines = [f"{section.name}: {absent}{many}{about}" if section.prefix else "run: name and folder of the run."]
+    hints, texts = hints_of(section.kind), texts_of(section.kind)
+    defaults = {field.name: _default(field) for field in dataclasses.fields(section.kind)}
+    rows = []
+    for name in section.fields:
+        default, here = defaults[name], getattr(section.here, name, defaults[name])
+        values = f"default: {shown(default)}" + (f"; here {shown(here)}" if here != default else "")
+        rows.append(_row(f"--{section.prefix}{name} {kind_of(hints[name])}", f"{texts.get(name, '')} ({values})"))
+    return "\n".join([_filled(lines[0]), *rows])
+
+
+def _own_text(usage: Usage[Any], field: dataclasses.Field[Any]) -> str:
+    hint, default, text = hints_of(usage.own)[field.name], _default(field), texts_of(usage.own).get(field.name, "")
+    kind = "" if hint is bool or field.name in usage.words else f" {kind_of(hint, own=True)}"
+    if hint is not bool and default not in (dataclasses.MISSING, None, "", ()):
+        text += f" (default: {shown(default)})"
+    return _row(f"{usage.word(field.name)}{kind}", text)
+
+
+def kind_of(hint: Any, own: bool = False) -> str:
+    """Return what stands for a flag's value: INT, FLOAT, TEXT, the choices, or several of them."""
+    if get_origin(hint) is UnionType:
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    if get_origin(hint) is tuple:
+        return kind_of(get_args(hint)[0]) + (" ..." if own else ",...")
+    if get_origin(hint) is Literal:
+        return f"{{{','.join(map(str, get_args(hint)))}}}"
+    return KINDS[hint]
+
+
+def shown(value: Any) -> str:
+    """Return a value as its flag would be written; an empty text as ''."""
+    return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value) or "''"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _row(flag: str, text: str) -> str:
+    """Return a flag and its text beside it; below it where the flag is long."""
+    lines = textwrap.wrap(text, _width() - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
+    first = f"  {flag:<{COLUMN - 4}}  {lines[0]}" if len(flag) <= COLUMN - 4 else f"  {flag}\n{' ' * COLUMN}{lines[0]}"
+    return "\n".join([first.rstrip(), *(" " * COLUMN + line for line in lines[1:])])
+
+
+def _filled(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _width(), break_long_words=False, break_on_hyphens=False))
+
+
+def _width() -> int:
+    return max(60, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))

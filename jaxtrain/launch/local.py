@@ -1,0 +1,128 @@
+"""A run as several processes of this machine: trained under the supervisor, or checked before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtrain.config import Config, MeshConfig
+from jaxtrain.config_rules import find_problems
+from jaxtrain.errors import EXIT_DONE, ConfigError
+from jaxtrain.launch.distributed import count_gpus
+from jaxtrain.launch.elastic import mesh_flags, mesh_for
+from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
+from jaxtrain.paths import user_path
+
+
+@dataclass(frozen=True)
+class LaunchFlags:
+    """Flags of the launcher, before `--`."""
+
+    processes: int = 1
+    """Processes to start."""
+    devices_per_process: int = 0
+    """Fake CPU devices of each process; 0 to share out the GPUs of this machine."""
+    processes_file: str = ""
+    """A file with the number of processes that can run now. Where it changes, the run saves and goes on with that many."""
+    fallback_mesh: tuple[str, ...] = ()
+    """Meshes to try first when there are fewer devices, e.g. "data=2,fsdp=2"."""
+    restarts: int = 10
+    """Failures in a row without a further step, after which the launcher gives up."""
+    stop_seconds: float = 120.0
+    """After a signal the run has so long to save."""
+    preflight: bool = False
+    """Do not train: let the processes check whether the run would work here."""
+
+
+class Size:
+    """How many processes the next generation has."""
+
+    def __init__(self, flags: LaunchFlags):
+        self._flags, self._last = flags, flags.processes
+
+    def __call__(self) -> int:
+        """The number in processes_file, as far as it can be read and is one; else --processes."""
+        if self._flags.processes_file:
+            try:
+                number = int(user_path(self._flags.processes_file).read_text(encoding="utf-8"))
+                self._last = number if number >= 1 else self._last
+            except (OSError, ValueError):
+                pass  # it is being written
+        return self._last
+
+
+def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], of_run: Sequence[str]) -> int:
+    """Keep a run going to its end; return its exit code.
+
+    Args:
+      of_run: its command line, which `config` is of.
+
+    Raises:
+      ConfigError: the config does not fit the devices.
+    """
+    per_process = flags.devices_per_process or gpus_per_process(flags.processes)
+    full = _valid(config, flags.processes * per_process)
+
+    def extra(processes: int) -> list[str]:
+        if processes == flags.processes:
+            return []
+        return mesh_flags(full, mesh_for(full, processes * per_process, fallbacks))
+
+    policy = Policy(flags.restarts, stop_seconds=flags.stop_seconds)
+    folder = config.directory / "launch"
+    return Supervisor(command_of("train", of_run), Size(flags), _environment(flags), folder, policy, extra).run()
+
+
+def preflight(config: Config, flags: LaunchFlags, of_run: Sequence[str]) -> int:
+    """Run the checks as so many processes, once. Their logs are kept where something went wrong.
+
+    Raises:
+      ConfigError: the config does not fit the devices.
+    """
+    _valid(config, flags.processes * (flags.devices_per_process or gpus_per_process(flags.processes)))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if line[20:].startswith("supervisor") else sys.stdout, flush=True)
+
+    folder = Path(tempfile.mkdtemp(prefix="jaxtrain-preflight-"))
+    command = command_of("preflight", of_run)
+    code = Supervisor(command, lambda: flags.processes, _environment(flags), folder, Policy(restarts=0), say=say).run()
+    if code == EXIT_DONE:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"logs of all processes: {folder}", file=sys.stderr)
+    return code
+
+
+def _environment(flags: LaunchFlags) -> Callable[[int, int], dict[str, str]]:
+    fake = {"JAXTRAIN_CPU_DEVICES": str(flags.devices_per_process), "JAX_PLATFORMS": "cpu"}
+    return lambda index, processes: fake if flags.devices_per_process else {}
+
+
+def _valid(config: Config, devices: int) -> Config:
+    resolved, problems = find_problems(config, devices)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def gpus_per_process(processes: int) -> int:
+    """Return how many GPUs of this machine each process gets.
+
+    Raises:
+      ConfigError: they cannot be shared equally.
+    """
+    gpus = count_gpus(os.environ)
+    if not gpus or gpus % processes:
+        raise ConfigError(
+            [
+                f"{gpus} GPUs cannot be shared by --processes={processes}; use a number that divides them, "
+                "or --devices_per_process=2 for fake CPU devices"
+            ]
+        )
+    return gpus // processes

@@ -1,0 +1,58 @@
+"""Answers which layout of a model is best on a cluster: searches, verifies the best few, explains, and counts the cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
+from jaxtrain.config_rules import validate
+from jaxtrain.planner.answer import Plan, make_bill
+from jaxtrain.planner.estimates import Cluster
+from jaxtrain.planner.search import Objective, search
+from jaxtrain.planner.verify import choose_count, verify
+from jaxtrain.planner.words import explain_plan
+
+MOST_SHOWN = 10
+
+
+def check_model(config: Config) -> None:
+    """Raise ConfigError for what no layout can mend: whatever is wrong with the config on one device."""
+    mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
+    train, sync = dataclasses.replace(config.train, microbatches=1), dataclasses.replace(config.sync, mode="every_step")
+    validate(dataclasses.replace(config, mesh=mesh, train=train, sync=sync, pipeline=PipelineConfig()), 1)
+
+
+def make_plan(
+    config: Config,
+    cluster: Cluster,
+    objective: Objective = "time",
+    verified: int | None = None,
+    tokens: float = 0,
+    days: float = 0,
+    price_per_gpu_hour: float = 0,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Plan:
+    """Return the best layouts of a config on a cluster; none where nothing fits, and then `words` say what would.
+
+    Args:
+      verified: how many of the best to compile and rank again; None for a few where this machine can compile for the chip.
+      tokens, days, price_per_gpu_hour: see `make_bill`.
+      tell: takes a line on what is being done.
+
+    Raises:
+      ConfigError: the config is wrong whatever the layout.
+    """
+    check_model(config)
+    count, basis = choose_count(cluster.chip, verified)
+    tell(basis)
+    look = functools.partial(search, objective=objective)
+    found = look(config, cluster)
+    tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")
+    ranked = found.ranked
+    if ranked and count:
+        ranked = tuple(verify(ranked, count, objective=objective))
+    words = explain_plan(config, cluster, objective, found, ranked, look)
+    bill = make_bill(ranked[0], tokens, days, price_per_gpu_hour) if ranked else None
+    return Plan(config, cluster, objective, found, ranked[:MOST_SHOWN], words, bill)

@@ -1,0 +1,156 @@
+"""Computes a recorded step again, on any mesh and in any dtype, and compares it with the record or with another layout.
+
+Takes the newest checkpoint before the step (or the initial state), goes on to the step, and computes it once more. Compared are
+loss and gradient norm with the row of metrics.jsonl; or, with another layout, loss, the activations after every layer and the
+gradients of every array with the same step computed in that layout, from the same bits. Reads run_dir, and writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint import check_same_run, committed_steps, read_metadata, restore
+from jaxtrain.config import Config
+from jaxtrain.data.pipeline import Data, open_data
+from jaxtrain.errors import UsageError
+from jaxtrain.mesh import describe_mesh, make_mesh
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.run import metadata
+from jaxtrain.train.state import Canonical, create_state
+from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding, choose_attention
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+PyTree = Any
+
+
+class Layout:
+    """A config made ready on a mesh."""
+
+    def __init__(self, config: Config):
+        if config.sync.sums_apart:
+            raise UsageError(
+                f"replay computes steps of replicas that are summed together; sync.mode={config.sync.mode} with "
+                f"compression={config.sync.compression} sums them apart"
+            )
+        self.config, self.mesh = config, make_mesh(config.mesh)
+        self.optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+        self.backend, _ = choose_attention(config, self.mesh)
+        self.sharding = batch_sharding(self.mesh)
+        self.canonical = Canonical(config, self.mesh, self.optimizer)
+        self.rollbacks = Rollbacks.load(config.directory)
+
+    def __str__(self) -> str:
+        return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
+
+    def batch(self, data: Data, steps_before: int) -> PyTree:
+        """What the step with so many steps before it trains on, as global arrays; batches that the run left out are not."""
+        number = self.rollbacks.batch(steps_before)
+        size = self.config.train.global_batch_size
+        rows = owned_rows(self.sharding, (size, self.config.data.sequence_length))
+        return to_global(data.train_batch(number, rows), rows, size, batch_names(self.config), self.sharding)
+
+    def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:
+        """(the state that the step began with, the step of the checkpoint that it was computed from)."""
+        folder = self.config.directory / "checkpoints"
+        first = max((saved for saved in committed_steps(folder) if saved < step), default=0)
+        if first:
+            saved = read_metadata(folder, first)
+            check_same_run(saved, metadata(self.config, data, {}), folder)
+            state = self.canonical.to_state(restore(folder, first, self.canonical.abstract), saved.get("guard"))
+        else:
+            state = create_state(self.config, self.mesh, self.optimizer)
+        if first < step - 1:
+            steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, step - 1)
+            for number in range(first, step - 1):
+                state, metrics = steps(state, self.batch(data, number))
+                jax.block_until_ready(metrics)
+        return state, first
+
+    def take(self, other: Layout, state: PyTree) -> PyTree:
+        """A state of the other layout, bit for bit, in this one."""
+        canonical = other.canonical.from_state(state)
+        return self.canonical.to_state(
+            jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical.abstract)
+        )
+
+    def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:
+        """What the step comes to."""
+        return make_layer_moments(self.config, self.mesh, self.backend)(state["params"], batch)
+
+
+def recorded(config: Config, step: int) -> dict[str, float]:
+    """Loss and gradient norm of a step as the run logged them.
+
+    Raises:
+      UsageError: it logged no row for that step; names the nearest that it did.
+    """
+    rows = {row["step"]: row for row in read_rows(config.directory / "metrics.jsonl") if "loss" in row and "grad_norm" in row}
+    if step not in rows:
+        near = sorted(sorted(rows, key=lambda logged: abs(logged - step))[:4])
+        logged = f"steps near it: {', '.join(map(str, near))}" if near else "there are no rows at all"
+        raise UsageError(
+            f"--step={step} has no row in {config.directory / 'metrics.jsonl'} ({logged}); give one that has, or compare with "
+            "another layout: --against mesh.data=2"
+        )
+    not_finite = rows[step].get("not_finite", {})
+    return {name: float(not_finite.get(name, rows[step][name])) for name in ("loss", "grad_norm")}
+
+
+def with_record(found: LayerMoments, record: dict[str, float]) -> list[Difference]:
+    """Loss and gradient norm against the record."""
+    return [
+        Difference("the loss", relative(found.loss, record["loss"]), f"{found.loss:.6g}, recorded {record['loss']:.6g}"),
+        Difference(
+            "the gradient norm",
+            relative(found.grad_norm, record["grad_norm"]),
+            f"{found.grad_norm:.6g}, recorded {record['grad_norm']:.6g}",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step computed again was compared with, and how far apart they are."""
+
+    title: str
+    differences: list[Difference]
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing is farther apart than the tolerance."""
+        return all(each.difference <= self.tolerance for each in self.differences)
+
+
+def replay(config: Config, step: int, against: Config | None = None, tolerance: float = 0.0) -> Replayed:
+    """Restore, compute, compare.
+
+    Args:
+      config: valid, its mesh resolved, as is that of `against`.
+      step: from 1.
+      against: another layout; None for the record.
+      tolerance: largest relative difference that is none; 0 for that of the dtypes (`TOLERANCE`).
+    """
+    record = recorded(config, step) if against is None else {}
+    layout, other = Layout(config), None if against is None else Layout(against)
+    data = open_data(config)
+    state, first = layout.state_before(step, data)
+    found = layout.moments(state, layout.batch(data, step - 1))
+    dtypes = {config.model.dtype}
+    if other is None:
+        compared, beside = with_record(found, record), "the record"
+    else:
+        there = other.moments(other.take(layout, state), other.batch(data, step - 1))
+        compared, beside = differences(found, there), str(other)
+        dtypes.add(other.config.model.dtype)
+    begin = f"the checkpoint of step {first}" if first else "the initial state"
+    title = f"step {step} of {config.name} from {begin}: {layout}, against {beside}"
+    return Replayed(title, compared, tolerance or max(TOLERANCE[dtype] for dtype in dtypes))

@@ -1,0 +1,35 @@
+"""`jaxtrain bench --config=configs/125m.py`: measures the compiled train step, and prints a small table and one JSON line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from jaxtrain.command_line import NoFlags, Usage, parse
+from jaxtrain.config_rules import validate
+from jaxtrain.errors import EXIT_DONE
+
+USAGE = Usage(
+    "bench",
+    "Measure the compiled train step of a config on the devices at hand, on synthetic data: compile time, step time, TFLOP/s, "
+    "MFU, memory, and what the loop adds to the bare step.",
+    NoFlags,
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, measure, print; return the exit code."""
+    config = parse(USAGE, arguments).config
+
+    from jaxtrain.measure.bench import Bench, bench_config, table
+    from jaxtrain.mesh import count_devices
+    from jaxtrain.planner.memory_check import ask_for_memory
+
+    # No compilation cache here: compile_seconds is that of a first run.
+    config = validate(bench_config(config), count_devices())
+    ask_for_memory(config, 1, lambda line: print(line, file=sys.stderr))
+    report = Bench(config).report()
+    print(table(report))
+    print(json.dumps(report))
+    return EXIT_DONE

@@ -1,0 +1,109 @@
+"""`jaxtrain calibrate --output=chip.json`: measures the devices at hand, for the planner to reckon with.
+
+The file that it writes is what `--hardware` takes wherever a chip's name stands: the chip's own figures, and beside them the
+share of each that was reached.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtrain.chip import Chip
+from jaxtrain.chip_file import ENDINGS, write_chip
+from jaxtrain.command_line import Usage, parse
+from jaxtrain.errors import EXIT_DONE, UsageError, check_output
+from jaxtrain.text import open_console
+
+
+@dataclass(frozen=True)
+class CalibrateFlags:
+    """What to measure, and where to write it."""
+
+    output: str = "chip.json"
+    """File for the result, .json; give it as --hardware to the planner."""
+    overwrite: bool = False
+    """Let --output replace a file that is there."""
+    chip: str = "auto"
+    """The chip whose figures the measured ones are shares of, by name or as a chip file; auto asks the device."""
+    seconds: float = 0.2
+    """The most that the repetitions of one operation may take, about. More of it: larger sizes, and less noise."""
+    distributed: bool = False
+    """Join the other processes of the job first, as SLURM, Open MPI or Kubernetes names them, to measure between hosts too."""
+
+
+USAGE = Usage(
+    "calibrate", "Measure the devices at hand, and write a chip file that --hardware takes.", CalibrateFlags, has_config=False
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, measure, write, print; return the exit code."""
+    flags = parse(USAGE, arguments).own
+    if not flags.output.endswith(ENDINGS[0]):
+        raise UsageError(f"--output={flags.output}: a measured chip is written as {ENDINGS[0]}")
+    check_output("--output", flags.output, flags.overwrite)
+    if not 0 < flags.seconds <= 60:
+        raise UsageError(f"--seconds={flags.seconds}: give the seconds of one operation, above 0 and up to 60")
+
+    import jax
+
+    from jaxtrain.measure.calibration import calibrate
+    from jaxtrain.mesh import count_devices
+
+    if flags.distributed:
+        jax.distributed.initialize()
+    count_devices()
+    first = jax.process_index() == 0
+
+    def say(words: str) -> None:
+        if first:
+            print(f"{words} ...", file=sys.stderr, flush=True)
+
+    chip = calibrate(flags.chip, flags.seconds, say)
+    if first:
+        write_chip(flags.output, chip)
+        show(chip)
+        print(f"written to {flags.output}; use it as --hardware={flags.output}")
+    return EXIT_DONE
+
+
+def show(chip: Chip) -> None:
+    """Prints what was found, with what it is worth."""
+    from rich.table import Table
+
+    from jaxtrain.planner.measure import REPETITIONS
+
+    measured = chip.calibration
+    assert measured is not None
+    table = Table(title=f"{measured.device_kind}, {measured.devices} devices, {measured.software}")
+    for i, head in enumerate(("what", "size", "reached", "of its peak", "spread")):
+        table.add_column(head, justify="left" if i == 0 else "right")
+    for what, rates in (("matmul", measured.matmul), ("attention", measured.attention)):
+        for rate in rates:
+            reached = rate.fraction * (chip.matmul_peak(rate.dtype) or math.nan) / 1e12
+            row = (
+                f"{what} {rate.dtype}",
+                f"{rate.size:,}",
+                f"{reached:,.3g} TFLOP/s",
+                f"{rate.fraction:.1%}",
+                f"{rate.spread:.0%}",
+            )
+            table.add_row(*row)
+    table.add_row(
+        "copy", "", f"{(measured.memory or 0) * (chip.memory_bandwidth or 0) / 1e9:,.4g} GB/s", f"{measured.memory:.1%}"
+    )
+    for rate in measured.collectives:
+        stated = (chip.link_bandwidth if rate.over == "link" else chip.nic_bandwidth) or math.nan
+        where = f"{rate.kind}, {rate.devices} {'devices' if rate.over == 'link' else 'hosts'}"
+        reached = f"{rate.bandwidth / 1e9:,.4g} GB/s, {rate.latency * 1e6:,.1f} us"
+        table.add_row(where, "", reached, f"{rate.bandwidth / stated:.1%}", f"{rate.spread:.0%}")
+    console = open_console(120)
+    console.print(table)
+    if chip.idle_watts is not None:
+        console.print(f"idle {chip.idle_watts:,.0f} W, rated or at work {chip.watts:,.0f} W")
+    console.print(f"spread, (slowest - fastest) / median of {REPETITIONS}: {measured.noise:.0%} in the median")
+    if measured.simulated:
+        console.print("simulated: fake devices share the cores of one CPU, so these figures are no hardware's")

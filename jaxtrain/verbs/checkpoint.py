@@ -1,0 +1,90 @@
+"""`jaxtrain checkpoint list|verify|inspect|diff|prune FOLDER`: look after the checkpoints of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtrain.command_line import Usage, parse, wanted_help
+from jaxtrain.errors import EXIT_DONE, UsageError, nearest
+
+ABOUT = "FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it (without it, the newest)."
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One checkpoint, or all of a run."""
+
+    folder: str
+    """FOLDER or FOLDER:STEP."""
+
+
+@dataclass(frozen=True)
+class VerifyFlags(Folder):
+    """Which steps to verify."""
+
+    all: bool = False
+    """Every step, not only one."""
+
+
+@dataclass(frozen=True)
+class Two(Folder):
+    """Two checkpoints."""
+
+    other: str
+    """FOLDER or FOLDER:STEP."""
+
+
+@dataclass(frozen=True)
+class PruneFlags(Folder):
+    """What to keep."""
+
+    keep: int
+    """The newest steps to keep."""
+    keep_every: int = 0
+    """Keep multiples of this too."""
+    set_aside: bool = False
+    """Delete also what was set aside as damaged or rolled back."""
+    dry_run: bool = False
+    """Say what would be deleted."""
+
+
+def _usage(name: str, about: str, own: type, *words: str) -> Usage:
+    return Usage(f"checkpoint {name}", f"{about}. {ABOUT}", own, ("folder", *words), has_config=False)
+
+
+USAGES = {
+    "list": _usage("list", "List every step, whole or not", Folder),
+    "verify": _usage("verify", "Read every array and compare its checksum; exit code 1 if one differs", VerifyFlags),
+    "inspect": _usage("inspect", "Print what a step holds and belongs to", Folder),
+    "diff": _usage("diff", "Compare two steps: config, data, versions, and how far each array is from the other", Two, "other"),
+    "prune": _usage("prune", "Delete all but the newest steps", PruneFlags),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line says; return the exit code."""
+    name = arguments[0] if arguments else "--help"
+    if name not in USAGES and wanted_help([name]) is not None:
+        from jaxtrain.command_help import print_verbs
+
+        verbs = {verb: usage.about.split(". ")[0] for verb, usage in USAGES.items()}
+        print_verbs("jaxtrain checkpoint VERB FOLDER [flags]", f"Look after the checkpoints of a run. {ABOUT}", verbs)
+        return EXIT_DONE
+    if name not in USAGES:
+        raise UsageError(f"jaxtrain checkpoint {name}: {nearest(name, USAGES)}")
+    flags = parse(USAGES[name], arguments[1:]).own
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look at a checkpoint must not take a GPU away from a run
+    from jaxtrain.checkpoint import inspection
+
+    if name == "list":
+        return inspection.list_steps(flags.folder)
+    if name == "verify":
+        return inspection.verify(flags.folder, flags.all)
+    if name == "inspect":
+        return inspection.inspect(flags.folder)
+    if name == "diff":
+        return inspection.diff(flags.folder, flags.other)
+    return inspection.prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)

@@ -1,0 +1,84 @@
+"""`jaxtrain preflight --config=configs/7b.py`: would this run work here? Answered in half a minute, before it starts.
+
+Runs as the training command does, once a process: alone, under `jaxtrain launch --preflight`, SLURM, Open MPI or any other
+starter.
+
+Exit codes: 0 nothing stands in the way (there may be warnings), 1 something would fail the run, 2 wrong usage, 70 a check hung.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtrain.command_line import Usage, parse
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
+from jaxtrain.text import open_console
+
+if TYPE_CHECKING:
+    from jaxtrain.preflight.checks import Finding
+
+STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+
+
+@dataclass(frozen=True)
+class PreflightFlags:
+    """Flags of the verb's own."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+    patience: float = 120.0
+    """Seconds that one check may take; reading text for the first time tokenizes all of it, and may need more."""
+
+
+USAGE = Usage(
+    "preflight", "Check devices, links, folders, clocks, software, memory and data for a run, without training.", PreflightFlags
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, join the other processes, check, print; return the exit code."""
+    line = parse(USAGE, arguments)
+    flags, config = line.own, line.config
+    if not 1 <= flags.patience <= 86400:
+        raise UsageError(f"--patience={flags.patience}: give seconds, from 1 to 86400")
+
+    from jaxtrain.launch import distributed
+    from jaxtrain.launch.watchdog import Watchdog
+    from jaxtrain.preflight.examine import examine, verdict, where
+    from jaxtrain.telemetry.heartbeat import Heartbeat
+
+    started = time.perf_counter()
+    place = distributed.start(config.distributed)
+    with Watchdog(config, Heartbeat.from_environment()) as watchdog:
+        site, findings = examine(config, flags.patience, watchdog.heartbeat)
+    good, seconds = all(finding.state != "failed" for finding in findings), time.perf_counter() - started
+    if place is None or place.process == 0:
+        if flags.json:
+            rows = [dataclasses.asdict(finding) for finding in findings]
+            print(json.dumps({"good": good, "seconds": seconds, "where": where(site), "findings": rows}))
+        else:
+            show(f"preflight of {site.config.name}: {where(site)}", findings, f"{verdict(findings)} ({seconds:.0f} s)")
+    if not good:
+        print(f"error: {verdict(findings)}", file=sys.stderr)
+    return EXIT_DONE if good else EXIT_ERROR
+
+
+def show(title: str, findings: Sequence[Finding], verdict: str) -> None:
+    """Print the table and what it comes to."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for head in ("check", "state", "found"):
+        table.add_column(head)
+    for finding in findings:
+        table.add_row(finding.check, Text(finding.state, STYLES[finding.state]), Text(finding.words))
+    console = open_console(160)
+    console.print(table)
+    console.print(verdict)

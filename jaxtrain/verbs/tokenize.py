@@ -1,0 +1,19 @@
+"""`jaxtrain tokenize --input='books/*.jsonl' --kind=jsonl --tokenizer=bpe:32000 --output=tokens`: text into token files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtrain.command_line import Usage, parse
+from jaxtrain.data.tokenize import TokenizeConfig, summary, tokenize
+from jaxtrain.errors import EXIT_DONE
+from jaxtrain.text import show
+
+USAGE = Usage("tokenize", "Tokenize text once, into files that kind=tokens reads.", TokenizeConfig, has_config=False)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, tokenize, print; return the exit code."""
+    config = parse(USAGE, arguments).own
+    show(summary(config, tokenize(config)))
+    return EXIT_DONE
