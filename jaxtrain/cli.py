@@ -55,6 +55,7 @@ VERBS = {
     "bench": Verb("measure the compiled train step on the devices at hand"),
     "calibrate": Verb("measure the devices at hand, and write a chip file for the planner"),
     "plot": Verb("draw the losses of several runs into one picture"),
+    "configs": Verb("list the configs that are shipped: name, parameters, one line"),
 }
 
 
@@ -82,11 +83,11 @@ def answer_without_verb(arguments: Sequence[str]) -> int:
 
         print(f"jaxtrain {version('jaxtrain')}")
     elif first in ("-h", "--help"):
-        from jaxtrain.command_help import print_verbs
+        from jaxtrain.command_help import print_list
 
         about = "Train transformers that outgrow one device. `jaxtrain VERB --help` lists what a verb takes."
         verbs = {name: verb.about for name, verb in VERBS.items()}
-        print_verbs("jaxtrain VERB [flags]   (or: python -m jaxtrain VERB [flags])", about, verbs)
+        print_list("jaxtrain VERB [flags]   (or: python -m jaxtrain VERB [flags])", about, verbs)
     elif first.startswith("-"):
         raise UsageError(f"jaxtrain {first}: the verb comes first, e.g. jaxtrain train {first}; one of: {', '.join(VERBS)}")
     else:

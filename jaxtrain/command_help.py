@@ -72,10 +72,11 @@ def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
     print("\n\n".join(parts))
 
 
-def print_verbs(usage: str, about: str, verbs: Mapping[str, str], more: str = "") -> None:
-    """Print what a command does and its verbs, one line each."""
-    lines = [f"  {name:<12} {words}" for name, words in verbs.items()]
-    print("\n\n".join([f"usage: {usage}", _filled(about), "\n".join(lines), *([more] if more else [])]))
+def print_list(usage: str, about: str, items: Mapping[str, str]) -> None:
+    """Print how a command is used, what it does, and the words that it takes, one line each."""
+    width = max(map(len, items))
+    lines = [f"  {name:<{width}}  {words}" for name, words in items.items()]
+    print("\n\n".join([f"usage: {usage}", _filled(about), "\n".join(lines)]))
 
 
 def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Section]:

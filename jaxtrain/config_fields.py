@@ -98,6 +98,21 @@ def field_names(kind: type = Config, prefix: str = "") -> Iterator[str]:
             yield from field_names(inner, f"{prefix}{name}.{'0.' if get_origin(hint) is tuple else ''}")
 
 
+def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of all plain fields by dotted name, those of every source too; a part that is None is one value."""
+    values: dict[str, Any] = {}
+    for name in hints_of(type(part)):
+        value = getattr(part, name)
+        if dataclasses.is_dataclass(value):
+            values |= field_values(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for place, item in enumerate(value):
+                values |= field_values(item, f"{prefix}{name}.{place}.")
+        else:
+            values[prefix + name] = value
+    return values
+
+
 def field_hint(name: str) -> Any:
     """The type of a field of Config.
 

@@ -1,6 +1,6 @@
-"""Config files: Python with `get_config() -> Config`, found by path or by the name of a shipped one.
+"""Config files: Python with `get_config() -> Config`, found by path or by the name of a shipped one; or JSON that was written.
 
-A file may import its neighbours. What it does wrong is told as `file:line: what`, not as a traceback.
+A Python file may import its neighbours. What it does wrong is told as `file:line: what`, not as a traceback.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from jaxtrain.config import Config
-from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.config import Config, from_json
+from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.paths import user_path
 
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -33,7 +34,7 @@ def find_config(name: str | Path) -> Path:
     for file in (path, path.with_name(f"{path.name}.py") if path.name else path):
         if file.is_file():
             return file
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.py"))}
+    shipped = shipped_configs()
     bare = path.parent == Path() and path.suffix in ("", ".py")
     if bare and (file := shipped.get(path.stem.replace("-", "_"))):
         return file
@@ -50,12 +51,14 @@ def find_config(name: str | Path) -> Path:
 
 
 def load_config(name: str | Path) -> Config:
-    """Runs a config file and calls its `get_config()`. The file is Python code, and is trusted as such.
+    """Return the config of a file: of `get_config()`, which runs the file as the Python code that it is, or of its JSON.
 
     Raises:
       ExplainedError: there is no such file, or it does not give a Config; names file and line.
     """
     path = find_config(name)
+    if path.suffix == ".json":
+        return _read_json(path)
     spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ExplainedError(f"--config={name}: not a Python file; give one that defines get_config(), such as configs/7b.py")
@@ -75,6 +78,24 @@ def load_config(name: str | Path) -> Config:
         where = f"{path}:{get_config.__code__.co_firstlineno}" if hasattr(get_config, "__code__") else path
         raise ExplainedError(f"--config={where}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
     return config
+
+
+def _read_json(path: Path) -> Config:
+    """Return the config that a run (config.json) or a plan (--write, --json) wrote."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(written, dict) and "best_config" in written:
+            written = written["best_config"]
+        return from_json(json.dumps(written))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExplainedError(f"--config={path}: {getattr(error, 'strerror', None) or error}") from error
+    except ConfigError as error:
+        raise ConfigError([f"--config={path}: {problem}" for problem in error.problems]) from error
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of the shipped configs by their names."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.py"))}
 
 
 def _get_config_of(module: ModuleType, path: Path) -> Callable[[], object]:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import cli
+from jaxtrain.verbs import configs
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtrain"
 VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "replay", "tokenize", "bench", "calibrate", "plot"]
+VERBS += ["configs"]
 INSIDE = {"planner/deviceless.py", "planner/verify.py", "launch/on_ray.py"}
 """Programs that this one starts itself."""
 EVIDENCE = {"planner/published.py", "planner/reference_layouts.py", "planner/drawn_layouts.py"}
@@ -63,6 +65,14 @@ def test_every_verb_helps_without_jax(verb):
     assert errors.startswith("error: ")
     assert "--no.such.flag" in errors or f"jaxtrain {verb}" in errors
     assert errors.endswith("[]\n")
+
+
+def test_the_shipped_configs_are_listed(capsys):
+    assert configs.main([]) == 0
+    rows = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert ["7b", "6.74", "B"] in [row[:3] for row in rows]
+    assert all(len(row) == 4 for row in rows)
 
 
 def test_without_a_verb():

@@ -1,14 +1,18 @@
 """A config file is found by path or name, may import its neighbours, and is explained with file and line where it fails."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import Config
+from jaxtrain.command_line import parse_config
+from jaxtrain.config import Config, to_json
+from jaxtrain.config_fields import set_field
 from jaxtrain.config_file import SHIPPED, load_config
-from jaxtrain.errors import ExplainedError
+from jaxtrain.config_rules import validate
+from jaxtrain.errors import ConfigError, ExplainedError
 
 HEAD = "from jaxtrain.config import Config\n"
 
@@ -56,6 +60,41 @@ def test_a_file_that_is_not_python(tmp_path: Path):
     (tmp_path / "config.toml").write_text("[mesh]\n")
     with pytest.raises(ExplainedError, match="not a Python file"):
         load_config(tmp_path / "config.toml")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+@pytest.mark.parametrize("wrap", [lambda config: config, lambda config: {"config": "7b", "best_config": config}])
+def test_what_a_run_or_a_plan_wrote_is_a_config(wrap, tmp_path: Path):
+    config = set_field(load_config("tiny_moe"), "data.sources.1.path", "x")
+    (tmp_path / "config.json").write_text(json.dumps(wrap(json.loads(to_json(config)))))
+    assert load_config(tmp_path / "config.json") == config
+    assert parse_config([f"--config={tmp_path}/config.json", "--mesh.fsdp=2"]) == set_field(config, "mesh.fsdp", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "config.json: Expecting property name"),
+        ("[1]", "is not an object of fields"),
+        ('{"modle": {}}', r"config.json: config.modle: there is no such field; did you mean 'model'\?"),
+        ('{"best_config": null}', "config=None is not an object of fields"),
+        ('{"name": "x", "train": 3}', "config.train=3 is not an object"),
+        ("\xff", "config.json: 'utf-8' codec can't decode"),
+    ],
+)
+def test_json_that_is_no_config(text: str, words: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ExplainedError, match=words):
+        load_config(tmp_path / "config.json")
+
+
+def test_json_of_the_wrong_types_is_told_like_a_flag(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"train": {"steps": "ten"}}')
+    with pytest.raises(ConfigError, match="train.steps"):
+        validate(load_config(tmp_path / "config.json"), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.checkpoint import committed_steps, read_metadata
 from jaxtrain.config import Config, MeshConfig
+from jaxtrain.config_fields import field_values
 from jaxtrain.config_rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
 from jaxtrain.verbs import train
@@ -498,6 +499,41 @@ def test_a_fault_of_ours_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="ours"):
         cli.explained(work)
+
+
+def test_a_dry_run_says_what_would_be_and_does_nothing(folder, tmp_path, monkeypatch, capsys):
+    """Every field with where it comes from, the mesh, the memory and the programs."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dry-run", "--train.steps=7", "--model.moe.num_experts=4", "--data.sources.1.kind=stdlib"]
+    assert train.main([f"--config={folder}/tiny.py", *flags]) == EXIT_DONE
+    said = capsys.readouterr().out.splitlines()
+    origin = dict(line.split() for line in said if re.fullmatch(r"[\w.]+=\S* +(default|file|flag|devices)", line))
+    expected = {
+        "name=tiny": "file",
+        "run_dir=''": "default",
+        "train.steps=7": "flag",
+        "train.seed=0": "default",
+        "model.moe.num_experts=4": "flag",
+        "model.moe.router=softmax": "default",
+        "model.rope_scaling=None": "default",
+        "data.sources.0.kind=text": "file",
+        "data.sources.1.kind=stdlib": "flag",
+        "mesh.fsdp=8": "devices",
+        "train.xla_options=()": "default",
+    }
+    assert {name: origin.get(name) for name in expected} == expected
+    config = train.parse(train.USAGE, [f"--config={folder}/tiny.py", *flags]).config
+    assert [name.partition("=")[0] for name in origin] == list(field_values(config))
+    heads = {line.split()[0] for line in said[len(origin) :]}
+    assert {"model", "mesh", "step", "attention", "programs", "memory"} <= heads
+    assert "programs   initial state, train step, validation step, next token" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_a_run_would(complain, tmp_path):
+    assert complain("--dry_run", "--mesh.fsdp=16")[0] == EXIT_USAGE
+    one_line(complain("--dry_run", "--model.attention=cudnn"), "model.attention=cudnn")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help(capsys):

@@ -75,7 +75,7 @@ def test_sweep(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_search_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config, page = tmp_path / "best.py", tmp_path / "best.html"
+    config, page, plan = tmp_path / "best.py", tmp_path / "best.html", tmp_path / "plan.json"
     arguments = [*SMALL, f"--write={config}", f"--html={page}", "--tokens=1e12", "--price-per-gpu-hour=2"]
     assert main(arguments) == 0
     said = capsys.readouterr()
@@ -88,8 +88,10 @@ def test_a_search_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert validate(best, 8) == best  # what main runs, unchanged
     with pytest.raises(UsageError, match=r"--write=.*best.py: there is a file already; give --overwrite"):
         main(arguments)
-    assert main([*SMALL, f"--html={page}", "--overwrite", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main([*SMALL, f"--html={page}", "--overwrite", "--json", f"--write={tmp_path / 'best.json'}"]) == 0
+    plan.write_text(capsys.readouterr().out)
+    found = json.loads(plan.read_text())
+    assert load_config(plan) == load_config(tmp_path / "best.json") == best
     assert found["ranked"][0]["mesh"] == {axis: size for axis, size in found["best_config"]["mesh"].items() if size > 1}
     assert tuple(found["best_config"]["mesh"].values()) == best.mesh.shape
     times = [row["step_seconds"] for row in found["ranked"]]

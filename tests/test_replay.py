@@ -101,7 +101,7 @@ def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):
 
 
 def test_a_gradient_that_goes_wrong_is_named(run):
-    """Of two witnesses that agree up to the loss, the layer nearest to the loss is where the backward pass went wrong."""
+    """Of two computations that agree up to the loss, the layer nearest to the loss is where the backward pass went wrong."""
     config = validate(parse_config(run), 8)
     layout, data = replay.Layout(config), open_data(config)
     state, _ = layout.state_before(1, data)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jaxtrain.config
-from jaxtrain.config import Config
+from jaxtrain.config import Config, to_json
 from jaxtrain.config_file import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
@@ -31,16 +31,16 @@ def config_source(config: Config, docstring: str) -> str:
 
 
 def write_config(config: Config, path: str, docstring: str) -> None:
-    """Writes `config_source` to a file, and reads it back to see that it is the same config.
+    """Write a config to a file, as Python (`config_source`) or JSON, and read it back to see that it is the same.
 
     Raises:
       ExplainedError: the file cannot be written.
     """
     file = user_path(path)
-    if file.suffix != ".py":
-        raise ExplainedError(f"--write={path}: a config is a Python file; give a name that ends in .py")
+    if file.suffix not in (".py", ".json"):
+        raise ExplainedError(f"--write={path}: a config is a Python or JSON file; give a name that ends in .py or .json")
     try:
-        replace_file(file, config_source(config, docstring))
+        replace_file(file, to_json(config) + "\n" if file.suffix == ".json" else config_source(config, docstring))
     except OSError as error:
         raise ExplainedError(f"--write={path}: {error.strerror}; give a file in a folder that can be written") from error
     assert load_config(file) == config, f"{path} does not give the config that was written to it"

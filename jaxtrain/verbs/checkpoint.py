@@ -67,10 +67,10 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the command line says; return the exit code."""
     name = arguments[0] if arguments else "--help"
     if name not in USAGES and wanted_help([name]) is not None:
-        from jaxtrain.command_help import print_verbs
+        from jaxtrain.command_help import print_list
 
         verbs = {verb: usage.about.split(". ")[0] for verb, usage in USAGES.items()}
-        print_verbs("jaxtrain checkpoint VERB FOLDER [flags]", f"Look after the checkpoints of a run. {ABOUT}", verbs)
+        print_list("jaxtrain checkpoint VERB FOLDER [flags]", f"Look after the checkpoints of a run. {ABOUT}", verbs)
         return EXIT_DONE
     if name not in USAGES:
         raise UsageError(f"jaxtrain checkpoint {name}: {nearest(name, USAGES)}")

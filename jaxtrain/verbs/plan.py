@@ -64,7 +64,7 @@ class PlanFlags:
     price_per_gpu_hour: float = 0
     """Money for a GPU-hour, in any currency."""
     write: str = ""
-    """Save the best layout as a config file, which `jaxtrain train` runs unchanged."""
+    """Save the best layout as a config file, .py or .json, which `jaxtrain train` runs unchanged."""
     html: str = ""
     """Save the answer as one page with pictures."""
     overwrite: bool = False

@@ -9,18 +9,37 @@ signal after saving.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jaxtrain.cli import memory_explained
-from jaxtrain.command_line import NoFlags, Usage, parse
+from jaxtrain.command_help import shown
+from jaxtrain.command_line import CommandLine, Usage, parse
+from jaxtrain.config import Config
+from jaxtrain.config_fields import field_values
 from jaxtrain.config_notes import idle_fields
 from jaxtrain.config_rules import validate
+from jaxtrain.errors import EXIT_DONE
+from jaxtrain.text import show
 
-USAGE = Usage("train", "Train a transformer, from the newest checkpoint on where there is one.", NoFlags)
+COLUMN = 60
+"""Where the origins of the fields stand."""
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """What to do beside training."""
+
+    dry_run: bool = False
+    """Do not train: print every field of the config with where its value comes from, the mesh, the memory and the programs that
+    a run would compile. Writes nothing."""
+
+
+USAGE = Usage("train", "Train a transformer, from the newest checkpoint on where there is one.", TrainFlags)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, validate, train; return the exit code."""
-    config = parse(USAGE, arguments).config
+    line = parse(USAGE, arguments)
 
     import jax  # after parsing, so that a typo is answered at once
 
@@ -36,20 +55,63 @@ def main(arguments: Sequence[str]) -> int:
     from jaxtrain.train.run import Run
 
     set_aside = settle()
-    place = distributed.start(config.distributed)
-    with Watchdog(config, Heartbeat.from_environment()) as watchdog:
-        check_start(config)
-        config = validate(config, count_devices())
+    place = distributed.start(line.config.distributed)
+    with Watchdog(line.config, Heartbeat.from_environment()) as watchdog:
+        check_start(line.config)
+        config = validate(line.config, count_devices())
+        notes = []
+        if set_aside:
+            notes.append(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
+        if place is not None:
+            notes.append(f"launch     {distributed.describe(place)}")
+        notes += [f"config     {line}" for line in idle_fields(config)]
+        if line.own.dry_run:
+            tell = show if jax.process_index() == 0 else lambda words: None
+            for words in (*origins(line, config), *notes, *programs(config)):
+                tell(words)
+            ask_for_memory(config, place.local_processes if place else 1, tell)
+            return EXIT_DONE
         progress = open_progress(config.train.steps, process_index=jax.process_index())
         with StopOnSignal(progress) as stop, progress:  # the signals for longer, since closing a live bar takes a while
             progress.heartbeat, watchdog.before_exit = watchdog.heartbeat, progress.close
-            if set_aside:
-                progress.say(f"numbers    jax's {', '.join(set_aside)} set aside: they would change this run's results")
-            if place is not None:
-                progress.say(f"launch     {distributed.describe(place)}")
-            for line in idle_fields(config):
-                progress.say(f"config     {line}")
+            for note in notes:
+                progress.say(note)
             ask_for_memory(config, place.local_processes if place else 1, progress.say)
             run = Run(config, progress, stop)
             with memory_explained(config, run.backend):
                 return run.train()
+
+
+def origins(line: CommandLine[TrainFlags], resolved: Config) -> list[str]:
+    """Return a line for each field: its value, and whether the default, the file, a flag or the devices gave it.
+
+    A value that the file sets to the default counts as the default.
+    """
+    default, file, asked, values = map(field_values, (Config(), line.file, line.config, resolved))
+    lines = []
+    for name, value in values.items():
+        source = "file" if name in file and (name not in default or file[name] != default[name]) else "default"
+        source = "flag" if name in line.given else source
+        lines.append(f"{f'{name}={shown(value)}':<{COLUMN}} {source if asked[name] == value else 'devices'}")
+    return lines
+
+
+def programs(config: Config) -> list[str]:
+    """Return lines on the mesh, the layout of a step, and the programs that a run compiles."""
+    from jaxtrain.mesh import describe_mesh, make_mesh
+    from jaxtrain.parallel import sync
+    from jaxtrain.planner.wording import how_words
+    from jaxtrain.telemetry.flops import num_parameters
+    from jaxtrain.train.step import choose_attention
+
+    mesh, train, steps = make_mesh(config.mesh), config.train, range(1, config.train.steps + 1)
+    kinds = len({sync.exchange_at(config.sync, step) for step in steps})
+    names = ["initial state", "train step" if kinds == 1 else f"{kinds} train steps, which differ in what replicas exchange"]
+    names += ["validation step"] * (train.validate_every > 0) + ["next token"] * (train.sample_tokens > 0)
+    return [
+        f"model      {num_parameters(config.model).total:,} parameters",
+        f"mesh       {describe_mesh(mesh)}",
+        f"step       {how_words(config)}; {train.global_batch_size} sequences of {config.data.sequence_length} tokens",
+        "attention  {} ({})".format(*choose_attention(config, mesh)),
+        f"programs   {', '.join(names)}",
+    ]

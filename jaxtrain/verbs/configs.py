@@ -1,0 +1,33 @@
+"""`jaxtrain configs`: lists the configs that are shipped."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+
+from jaxtrain.command_line import NoFlags, Usage, parse
+from jaxtrain.config_file import SHIPPED, load_config, shipped_configs
+from jaxtrain.errors import EXIT_DONE, ExplainedError
+
+USAGE = Usage("configs", "List the configs that are shipped: name, parameters, one line.", NoFlags, has_config=False)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, load each config, print; return the exit code."""
+    parse(USAGE, arguments)
+
+    from jaxtrain.command_help import print_list
+    from jaxtrain.planner.wording import scaled
+    from jaxtrain.telemetry.flops import num_parameters
+
+    rows = {}
+    for name, file in shipped_configs().items():
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        about = re.split(r"\.(?= [A-Z]|$)|\n", text)[0].rstrip(".")
+        count = scaled(num_parameters(load_config(file).model).total).replace("G", "B")
+        rows[name] = f"{count:>7}  {about}"
+    if not rows:
+        raise ExplainedError(f"there are no configs in {SHIPPED}: they are in the repository, not in the installed package")
+    print_list("jaxtrain train --config=NAME [flags]", f"Shipped in {SHIPPED}, with their parameters:", rows)
+    return EXIT_DONE
