@@ -54,6 +54,7 @@ VERBS = {
     "tokenize": Verb("turn text into token files once, for runs to read", False),
     "bench": Verb("measure the compiled train step on the devices at hand"),
     "calibrate": Verb("measure the devices at hand, and write a chip file for the planner"),
+    "layouts": Verb("prove that the layout does not change what a config trains, on fake devices"),
     "plot": Verb("draw the losses of several runs into one picture"),
     "configs": Verb("list the configs that are shipped: name, parameters, one line"),
 }

@@ -52,20 +52,20 @@ def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
     Raises:
       UsageError: there is no such section.
     """
-    sections = list(sections_of(config)) if usage.has_config else []
+    sections = [] if usage.config == "none" else list(sections_of(config))
     if section:
         found = [each for each in sections if each.name == section or each.name.startswith(f"{section}.")]
         if not found:
             raise UsageError(f"--help={section}: there is no such section; {nearest(section, [s.name for s in sections])}")
         print("\n\n".join(map(_section_text, found)))
         return
-    config_flags = " --config=FILE [flags]" if usage.has_config else " [flags]"
+    config_flags = {"needed": " --config=FILE [flags]", "taken": " [--config=FILE] [flags]", "none": " [flags]"}[usage.config]
     words = "".join(f" {name.upper()}" for name in usage.words)
     parts = [f"usage: jaxtrain {usage.verb}{words}{config_flags}", _filled(usage.about)]
     own = [_own_text(usage, field) for field in dataclasses.fields(usage.own)]
     if own:
         parts.append("\n".join(own))
-    if usage.has_config:
+    if sections:
         names = ", ".join(each.name for each in sections)
         parts.append(_filled(f"Every field of the config is a flag too; --help=SECTION prints one of: {names}."))
         parts += map(_section_text, sections)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, get_origin
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_origin
 
 from jaxtrain.config import Config
 from jaxtrain.config_fields import NoSuchField, field_hint, hints_of, meant, read_value, set_field
@@ -41,8 +41,8 @@ class Usage(Generic[Flags]):
     further value, commas and all."""
     words: tuple[str, ...] = ()
     """Those of them that are given in this order without their names; a tuple takes the rest."""
-    has_config: bool = True
-    """Whether it takes --config and the fields of a config."""
+    config: Literal["needed", "taken", "none"] = "needed"
+    """Whether it takes --config and the fields of a config, and must be given it."""
 
     def word(self, name: str) -> str:
         """Return how a flag of the verb's own is shown."""
@@ -54,6 +54,8 @@ class CommandLine(Generic[Flags]):
     """What a command line says."""
 
     own: Flags
+    path: str
+    """What --config names; empty without it."""
     config: Config
     file: Config
     """The config without the flags over it."""
@@ -91,8 +93,8 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
     """
     section = wanted_help(arguments)
     path, rest = "", list(arguments)
-    if usage.has_config and over is None:
-        path, rest = _take_config(arguments, section is None)
+    if usage.config != "none" and over is None:
+        path, rest = _take_config(arguments, usage.config == "needed" and section is None)
     file = load_config(path) if path else over or Config()
     if section is not None:
         from jaxtrain.command_help import print_help
@@ -110,13 +112,13 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
             value = "" if flag.values is None else f"={','.join(flag.values)}"
             problems.append(f"--{flag.name}{value}: {error}")
     problems += reading.missing()
-    if problems and usage.has_config:
+    if problems and usage.config != "none":
         from jaxtrain.config_rules import value_problems
 
         raise ConfigError(problems + value_problems(reading.config))
     if problems:
         raise ConfigError(problems, "on the command line")
-    return CommandLine(usage.own(**reading.own), reading.config, file, tuple(reading.given))
+    return CommandLine(usage.own(**reading.own), path, reading.config, file, tuple(reading.given))
 
 
 def wanted_help(arguments: Sequence[str]) -> str | None:
@@ -146,12 +148,12 @@ class _Reading:
             self._take_word(flag.written)
         elif flag.name in self._hints:
             self._set_own(flag.name, flag)
-        elif self._usage.has_config and (name := self._field_of(flag)) is not None:
+        elif self._usage.config != "none" and (name := self._field_of(flag)) is not None:
             self.config = set_field(self.config, name, name == flag.name and _value(flag, field_hint(name)))
             self.given[name] = None
         else:
             others = tuple(name for name in self._hints if name not in self._usage.words)
-            raise NoSuchField(f"no such flag; {meant(flag.name, others, '--', self._usage.has_config)}")
+            raise NoSuchField(f"no such flag; {meant(flag.name, others, '--', self._usage.config != 'none')}")
 
     def missing(self) -> list[str]:
         """Return a line for each flag or word of the verb's own that must be given, and is not."""
@@ -213,7 +215,7 @@ def _flags_of(arguments: Sequence[str], usage: Usage[Any]) -> Iterator[Flag]:
             yield Flag(written, name, None)
             continue
         name, values = name[2:].replace("-", "_"), []
-        hint = hints_of(usage.own).get(name) or (_hint_or_none(name) if usage.has_config else None)
+        hint = hints_of(usage.own).get(name) or (_hint_or_none(name) if usage.config != "none" else None)
         is_tuple = get_origin(hint) is tuple
         if hint is not bool or name not in hints_of(usage.own):
             while not equals and i < len(arguments) and not arguments[i].startswith("--"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.measure import bench
-from tests.layouts import BASE
+from jaxtrain.measure.layouts import BASE
 
 
 def test_reports_what_the_issue_names(monkeypatch):

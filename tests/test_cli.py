@@ -16,7 +16,7 @@ from jaxtrain.verbs import configs
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtrain"
-VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "replay", "tokenize", "bench", "calibrate", "plot"]
+VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "replay", "tokenize", "bench", "calibrate", "layouts", "plot"]
 VERBS += ["configs"]
 INSIDE = {"planner/deviceless.py", "planner/verify.py", "launch/on_ray.py"}
 """Programs that this one starts itself."""

@@ -263,7 +263,7 @@ class CopyFlags:
     """Only say so."""
 
 
-COPY = Usage("copy", "Copy.", CopyFlags, words=("source", "targets"), has_config=False)
+COPY = Usage("copy", "Copy.", CopyFlags, words=("source", "targets"), config="none")
 
 
 def test_words_and_flags_of_a_verb_without_a_config():

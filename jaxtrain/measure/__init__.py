@@ -1,1 +1,1 @@
-"""What the devices at hand do: a benchmark of the train step, and the figures of a chip."""
+"""What the devices at hand do: a benchmark of the train step, the figures of a chip, and that no layout changes a result."""

@@ -35,7 +35,7 @@ class CalibrateFlags:
 
 
 USAGE = Usage(
-    "calibrate", "Measure the devices at hand, and write a chip file that --hardware takes.", CalibrateFlags, has_config=False
+    "calibrate", "Measure the devices at hand, and write a chip file that --hardware takes.", CalibrateFlags, config="none"
 )
 
 

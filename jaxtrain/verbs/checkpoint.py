@@ -51,7 +51,7 @@ class PruneFlags(Folder):
 
 
 def _usage(name: str, about: str, own: type, *words: str) -> Usage:
-    return Usage(f"checkpoint {name}", f"{about}. {ABOUT}", own, ("folder", *words), has_config=False)
+    return Usage(f"checkpoint {name}", f"{about}. {ABOUT}", own, ("folder", *words), config="none")
 
 
 USAGES = {

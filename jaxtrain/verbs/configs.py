@@ -10,7 +10,7 @@ from jaxtrain.command_line import NoFlags, Usage, parse
 from jaxtrain.config_file import SHIPPED, load_config, shipped_configs
 from jaxtrain.errors import EXIT_DONE, ExplainedError
 
-USAGE = Usage("configs", "List the configs that are shipped: name, parameters, one line.", NoFlags, has_config=False)
+USAGE = Usage("configs", "List the configs that are shipped: name, parameters, one line.", NoFlags, config="none")
 
 
 def main(arguments: Sequence[str]) -> int:

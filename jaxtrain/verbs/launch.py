@@ -24,7 +24,7 @@ USAGE = Usage(
     "Run on several processes of this machine, and keep the run going. What stands behind -- is the command line of "
     "`jaxtrain train`. `jaxtrain launch slurm|mpi|kubernetes|ray [flags] -- ...` submits the run to a cluster instead.",
     LaunchFlags,
-    has_config=False,
+    config="none",
 )
 RUN = Usage("launch --", "The run's own flags.", NoFlags)
 
@@ -55,7 +55,7 @@ def submit_to(name: str, arguments: Sequence[str]) -> int:
         raise UsageError(f"jaxtrain launch {name}: {nearest(name, STARTERS)}; without any, the run is started on this machine")
     own, of_run = split(arguments)
     about = f"Submit a run to {name}, or print what would be submitted. What stands behind -- is the run's own command line."
-    flags = parse(Usage(f"launch {name}", about, STARTERS[name].flags, has_config=False), own).own
+    flags = parse(Usage(f"launch {name}", about, STARTERS[name].flags, config="none"), own).own
     script = render(name, flags, parse(RUN, of_run).config, own, of_run)
     if flags.dry_run:
         print(script, end="")

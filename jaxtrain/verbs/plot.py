@@ -29,7 +29,7 @@ USAGE = Usage(
     "Draw the losses of several runs into one picture, each under its folder's name.",
     PlotFlags,
     words=("picture", "runs"),
-    has_config=False,
+    config="none",
 )
 
 

@@ -9,7 +9,7 @@ from jaxtrain.data.tokenize import TokenizeConfig, summary, tokenize
 from jaxtrain.errors import EXIT_DONE
 from jaxtrain.text import show
 
-USAGE = Usage("tokenize", "Tokenize text once, into files that kind=tokens reads.", TokenizeConfig, has_config=False)
+USAGE = Usage("tokenize", "Tokenize text once, into files that kind=tokens reads.", TokenizeConfig, config="none")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, ShardingConfig
 from jaxtrain.config_rules import validate
+from jaxtrain.measure.layouts import BASE, batch_of, on_one_device
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
@@ -22,7 +23,6 @@ from jaxtrain.train.step import (
     make_logits_step,
     make_loss_and_gradients,
 )
-from tests.layouts import BASE, batch_of, on_one_device
 
 LATENT = LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)
 

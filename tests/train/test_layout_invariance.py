@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
 from jaxtrain.config import Config, MeshConfig, PipelineConfig
-from tests.layouts import BASE, check, compare, configs
+from jaxtrain.measure.layouts import BASE, compare
+from tests.layouts import check, configs
 
 
 @pytest.mark.parametrize("hand", range(4))  # several tests, so that the workers share them

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig, OptimizerConfig, PipelineConfig, SyncConfig
+from jaxtrain.measure.layouts import BASE, batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, params_dims, to_canonical
 from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding
-from tests.layouts import BASE, batch_of, check
+from tests.layouts import check
 
 RATE = 0.01
 MOE = MoEConfig(

@@ -14,6 +14,7 @@ import pytest
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SyncConfig, TrainConfig
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import CheckpointError
+from jaxtrain.measure.layouts import batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.parallel.sync import exchange_at
@@ -42,7 +43,6 @@ from jaxtrain.train.step import (
     make_train_step,
     read_metrics,
 )
-from tests.layouts import batch_of
 from tests.replicas import GradientSimulation, OuterSimulation
 
 ORIGINAL = state_module.initial_params

@@ -1,0 +1,294 @@
+"""Proof that the layout does not change the result: any layout of a config is compared with one device, in float32.
+
+Compared are the initial parameters, bit by bit, the first loss and gradients, and the losses of a few optimizer steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.config import (
+    MESH_AXES,
+    Config,
+    DataConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    ShardingConfig,
+    SyncConfig,
+    TrainConfig,
+)
+from jaxtrain.config_rules import find_problems
+from jaxtrain.errors import ExplainedError
+from jaxtrain.mesh import make_mesh
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.balance import step_biases
+from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.rounding import apply_updates
+from jaxtrain.train.schedule import seed_words
+from jaxtrain.train.state import create_state, make_stacking, to_canonical
+from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
+
+BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
+LAYOUTS_A_TASK = 2
+MOST_TRIES = 100
+"""Rounds of draws without a valid layout, after which none is expected."""
+BASE = Config(
+    model=ModelConfig(
+        num_layers=4,
+        embed_dim=32,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=4,
+        mlp_dim=64,
+        vocab_size=VOCAB,
+        dtype="float32",
+        attention="reference",
+    ),
+    mesh=MeshConfig(fsdp=1),
+    data=DataConfig(sequence_length=LENGTH),
+    optimizer=OptimizerConfig(peak_lr=1e-2),
+    train=TrainConfig(steps=STEPS, global_batch_size=BATCH, loss_chunk=8, z_loss=1e-3, validate_every=0),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be drawn
+
+
+Choose = Callable[[Sequence[Any]], Any]
+"""Takes one of the options: hypothesis in tests, so that a failure shrinks to earlier options; chance in long runs."""
+
+
+def draw_mixture(choose: Choose) -> MoEConfig:
+    """A mixture of eight experts, of any kind."""
+    groups = choose((1, 4))
+    return MoEConfig(
+        num_experts=8,
+        experts_per_token=choose((2, 3)),
+        mlp_dim=16,
+        shared_experts=choose((0, 1)),
+        first_dense_layers=choose((0, 1)),
+        router=choose(("softmax", "sigmoid")),
+        groups=groups,
+        groups_per_token=2 if groups > 1 else 1,
+        balance_loss=0.02,
+        router_z_loss=0.01,
+        bias_update_rate=choose((0.0, 0.01)),
+        dispatch=choose(("dropless", "capacity")),
+        capacity_group=2,
+    )
+
+
+def draw_model(choose: Choose) -> ModelConfig:
+    """Any kind of decoder, tiny."""
+    moe = draw_mixture(choose) if choose((False, True)) else None
+    latent = choose((None, None, LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)))
+    return replace(
+        BASE.model,
+        num_layers=choose((4, 5)) + (moe.first_dense_layers if moe else 0),
+        moe=moe,
+        latent_attention=latent,
+        num_kv_heads=8 if latent else choose((8, 4, 2)),
+        qk_norm=not latent and choose((False, True)),
+        tie_embeddings=choose((False, True)),
+        sliding_window=choose((0, 0, 11)),
+        attention=choose(("reference", "blockwise")),
+        param_dtype=choose(("float32", "float32", "bfloat16")),
+    )
+
+
+def draw_task(choose: Choose) -> Config:
+    """What is trained, on one device."""
+    return replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
+
+
+def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
+    """Any layout of it over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for _ in range(devices.bit_length() - 1):
+        sizes[choose(MESH_AXES)] *= 2
+    schedule = choose(("1f1b", "gpipe", "interleaved")) if sizes["pipe"] > 1 else "1f1b"
+    return replace(
+        task,
+        mesh=MeshConfig(**sizes),
+        pipeline=PipelineConfig(schedule=schedule, chunks=2 if schedule == "interleaved" else 1),
+        sharding=ShardingConfig(
+            zero=choose((3, 2, 1)) if sizes["fsdp"] > 1 else 3,
+            context_attention=choose(("auto", "ring", "gather", "ulysses")) if sizes["context"] > 1 else "auto",
+        ),
+        train=replace(task.train, microbatches=choose((1, 2, 4)), remat=choose(("none", "dots", "named", "full"))),
+    )
+
+
+def draw_configs(choose: Choose, devices: int, task: Config | None = None) -> list[Config]:
+    """Return valid layouts of one task, mostly `LAYOUTS_A_TASK`: they share the run on one device, which costs as much as one.
+
+    Args:
+      task: what is trained; drawn where None.
+    """
+    task = task or draw_task(choose)
+    drawn = (draw_layout(task, choose, devices) for _ in range(10 * LAYOUTS_A_TASK))
+    return list(itertools.islice((config for config in drawn if not find_problems(config, devices)[1]), LAYOUTS_A_TASK))
+
+
+def random_configs(draws: int, devices: int, seed: int, task: Config | None = None) -> Iterator[Config]:
+    """Return as many valid configs by chance alone (hypothesis likes to repeat itself).
+
+    Raises:
+      ExplainedError: hardly any layout of the task is valid.
+    """
+    chance = random.Random(seed)
+
+    def drawn() -> list[Config]:
+        for _ in range(MOST_TRIES):
+            if found := draw_configs(chance.choice, devices, task):
+                return found
+        raise ExplainedError(
+            f"no layout over {devices} devices that was drawn is valid: give heads, mlp_dim, sequence_length and "
+            "global_batch_size that 2, 4 and 8 divide"
+        )
+
+    return itertools.islice(itertools.chain.from_iterable(iter(drawn, None)), draws)
+
+
+def as_task(config: Config) -> Config:
+    """Return what a config trains, on one device, in float32 and by the attention that says the formula."""
+    return replace(
+        config,
+        model=replace(config.model, dtype="float32", attention="reference"),
+        mesh=MeshConfig(fsdp=1),
+        pipeline=PipelineConfig(),
+        sharding=ShardingConfig(),
+        sync=SyncConfig(),
+        train=replace(config.train, microbatches=1),
+    )
+
+
+def on_one_device(config: Config) -> Config:
+    """The truth for a config: one device, one microbatch, nothing recomputed, attention as the formula says."""
+    return replace(
+        config,
+        model=replace(config.model, attention="reference"),
+        mesh=MeshConfig(fsdp=1),
+        pipeline=PipelineConfig(),
+        sharding=ShardingConfig(),
+        train=replace(config.train, microbatches=1, remat="none"),
+    )
+
+
+@functools.cache
+def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = VOCAB) -> dict[str, np.ndarray]:
+    """A packed batch with ragged documents, unequal numbers of targets a row, and some rows all padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
+    segments = np.cumsum(rng.random((rows, length)) < 0.2, axis=1).astype(np.int32) + 1
+    starts = np.concatenate([np.ones((rows, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    index = np.arange(length, dtype=np.int32)
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    targets = np.where(rng.random((rows, length)) < rng.random((rows, 1)), -1, tokens[:, 1:])
+    padding = rng.random(rows) < 0.1
+    targets[padding], segments[padding] = -1, 0
+    return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "positions": positions, "segments": segments}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout computes, in canonical form on the host."""
+
+    params: Any
+    losses: list[float]
+    gradients: Any
+
+
+def run(config: Config, steps: int = STEPS) -> Outcome:
+    """Initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
+    mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
+    dims, layers = parameter_dims(config.model), make_stacking(config).layer_numbers()
+    seed = jnp.asarray(seed_words(config.train.seed))
+    optimizer = make_optimizer(config.optimizer, config.train.steps, dims)
+    state = create_state(config, mesh, optimizer)
+    params, optimizer_state = state["params"], state["optimizer"]
+    rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
+    batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
+    region = make_loss_and_gradients(config, mesh, config.model.attention)
+    loss_and_gradients = jax.jit(region).lower(params, batch).compile()
+
+    def canonical(tree: Any) -> Any:
+        return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any, step: Any) -> tuple[Any, Any]:
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        params = apply_updates(params, updates, dims, layers, seed, step)
+        return step_biases(config.model, params, reports), optimizer_state
+
+    initial, losses, first = canonical(params), [], None
+    for step in range(steps):
+        metrics, reports, gradients = loss_and_gradients(params, batch)
+        losses.append(float(metrics["total_loss"]))
+        first = first or canonical(gradients)
+        params, optimizer_state = update(params, optimizer_state, gradients, reports, step)
+    return Outcome(initial, losses, first)
+
+
+@functools.lru_cache(maxsize=64)
+def truth(config: Config, steps: int = STEPS) -> Outcome:
+    """`run` of `on_one_device`, once for all the layouts that share it."""
+    return run(config, steps)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance of a layout from one device."""
+
+    same_start: bool
+    loss: float
+    gradient: float
+    curve: float
+
+    @property
+    def problem(self) -> str | None:
+        """What breaks the law, if anything does."""
+        limits = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-5}
+        over = [
+            f"{name} is off by {getattr(self, name):.1e}" for name, most in limits.items() if not getattr(self, name) <= most
+        ]
+        return "; ".join(([] if self.same_start else ["initial parameters differ"]) + over) or None
+
+
+def _distance(truth: np.ndarray, got: np.ndarray) -> float:
+    """Norm of the difference over the norm; a leaf without gradient has to stay without."""
+    size = float(np.linalg.norm(truth))
+    return float(np.linalg.norm(truth - got)) / (size or 1.0)
+
+
+def compare(config: Config, steps: int = STEPS) -> Errors:
+    """Relative errors: of the first loss, of the worst gradient leaf (norm of difference over norm), of the worst loss."""
+    exact, got = truth(on_one_device(config), steps), run(config, steps)
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, exact.params, got.params))
+    distance = jax.tree.leaves(jax.tree.map(_distance, exact.gradients, got.gradients))
+    curve = np.abs(np.array(got.losses) / np.array(exact.losses) - 1)
+    return Errors(all(same), float(curve[0]), max(distance), float(curve.max()))
+
+
+def axes_of(config: Config) -> str:
+    """The axes above 1, in words."""
+    return " x ".join(axis for axis in MESH_AXES if getattr(config.mesh, axis) > 1)
