@@ -73,7 +73,7 @@ def main(*before: str) -> NoReturn:
 
 
 def answer_without_verb(arguments: Sequence[str]) -> int:
-    """Print the list of verbs, or the version.
+    """Print the list of verbs, the version, or what completes the command line in bash.
 
     Raises:
       UsageError: what stands in place of a verb is none.
@@ -83,10 +83,13 @@ def answer_without_verb(arguments: Sequence[str]) -> int:
         from importlib.metadata import version
 
         print(f"jaxtrain {version('jaxtrain')}")
+    elif first == "--completion":
+        print(completion())
     elif first in ("-h", "--help"):
         from jaxtrain.command_help import print_list
 
-        about = "Train transformers that outgrow one device. `jaxtrain VERB --help` lists what a verb takes."
+        about = "Train transformers that outgrow one device. `jaxtrain VERB --help` lists what a verb takes; "
+        about += '`eval "$(jaxtrain --completion)"` completes verbs and flags in bash.'
         verbs = {name: verb.about for name, verb in VERBS.items()}
         print_list("jaxtrain VERB [flags]   (or: python -m jaxtrain VERB [flags])", about, verbs)
     elif first.startswith("-"):
@@ -145,6 +148,24 @@ class Signals:
 
     def _end(self, number: int) -> None:
         end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
+
+
+def completion() -> str:
+    """Return bash code that completes the verbs of the command `jaxtrain`, and their flags."""
+    from jaxtrain.command_line import flag_names
+
+    cases = []
+    for verb in VERBS:
+        module = importlib.import_module(f"jaxtrain.verbs.{verb}")
+        words = flag_names(module.USAGE) if hasattr(module, "USAGE") else [*module.USAGES]
+        cases.append(f"    {verb}) words='--help {' '.join(words)}' ;;\n")
+    return f"""_jaxtrain() {{
+  local words='{" ".join(VERBS)} --help --version'
+  ((COMP_CWORD > 1)) && case ${{COMP_WORDS[1]}} in
+{"".join(cases)}  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _jaxtrain jaxtrain"""
 
 
 def run(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_origin
 
 from jaxtrain.config import Config
-from jaxtrain.config_fields import NoSuchField, field_hint, hints_of, meant, read_value, set_field
+from jaxtrain.config_fields import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
 from jaxtrain.config_file import load_config
 from jaxtrain.errors import ConfigError, ExplainedError
 
@@ -119,6 +119,12 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
     if problems:
         raise ConfigError(problems, "on the command line")
     return CommandLine(usage.own(**reading.own), path, reading.config, file, tuple(reading.given))
+
+
+def flag_names(usage: Usage[Any]) -> list[str]:
+    """Return every flag of a verb, as it is written."""
+    own = [f"--{name}" for name in hints_of(usage.own) if name not in usage.words]
+    return own if usage.config == "none" else [*own, "--config", *(f"--{name}" for name in field_names())]
 
 
 def wanted_help(arguments: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,13 +81,31 @@ def test_without_a_verb():
     assert (code, errors) == (0, "")
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == VERBS
     assert len(text.splitlines()) < 24
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(len(line) for line in text.splitlines() if line.startswith("  ")) <= 100
     assert run("-m", "jaxtrain") == (0, text, "")
     assert run("-m", "jaxtrain", "--version") == (0, f"jaxtrain {version('jaxtrain')}\n", "")
     code, _, errors = run("-m", "jaxtrain", "trian", "--config=7b")
     assert (code, "did you mean 'train'?" in errors) == (2, True)
     code, _, errors = run("-m", "jaxtrain", "--config=7b")
     assert (code, "jaxtrain train --config=7b" in errors) == (2, True)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["pl"], ["plan", "plot"]),
+        (["train", "--dr"], ["--dry_run"]),
+        (["train", "--mesh.f"], ["--mesh.fsdp"]),
+        (["plan", "--model.moe.num"], ["--model.moe.num_experts"]),
+        (["checkpoint", "ver"], ["verify"]),
+        (["tokenize", "--mesh"], []),
+    ],
+)
+def test_completion(line, words):
+    ask = f"COMP_WORDS=(jaxtrain {' '.join(line)}); COMP_CWORD={len(line)}; _jaxtrain; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", f"{cli.completion()}\n{ask}"], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (words, "")
 
 
 @pytest.mark.parametrize("command", [["jaxtrain", "train"], ["jaxtrain.main"]])
