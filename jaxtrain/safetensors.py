@@ -54,7 +54,7 @@ class SafetensorsError(ExplainedError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredArray:
     """Where one array lies."""
 
     dtype: np.dtype
@@ -132,7 +132,7 @@ class _Refused(Exception):
     """What is wrong with a file."""
 
 
-def _parse(first: bytes, read: Any, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _parse(first: bytes, read: Any, size: int) -> tuple[dict[str, StoredArray], dict[str, str]]:
     """(entries in the order of their bytes, metadata) of a file of that size, of which 8 bytes have been read."""
     if len(first) < 8:
         raise _Refused(f"it has {size} bytes, and the header's length alone takes 8")
@@ -153,7 +153,7 @@ def _parse(first: bytes, read: Any, size: int) -> tuple[dict[str, Entry], dict[s
     if place != size - 8 - length:
         raise _Refused(f"its arrays take {place:,} bytes, and {size - 8 - length:,} are there")
     start = 8 + length
-    moved = {n: Entry(e.dtype, e.shape, e.begin + start, e.end + start) for n, e in entries.items()}
+    moved = {n: StoredArray(e.dtype, e.shape, e.begin + start, e.end + start) for n, e in entries.items()}
     return dict(sorted(moved.items(), key=lambda item: item[1].begin)), metadata
 
 
@@ -176,7 +176,7 @@ def _header(text: bytes, length: int) -> dict[str, Any]:
     return header
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any) -> StoredArray:
     """What the header says of one array, checked; offsets from the start of the data."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"{_short(name)} does not have exactly dtype, shape and data_offsets")
@@ -192,7 +192,7 @@ def _entry(name: str, value: Any) -> Entry:
     held, needed = offsets[1] - offsets[0], math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if held != needed:
         raise _Refused(f"{_short(name)} of {dtype}{_short(shape)} takes {needed:,} bytes, and its offsets hold {held:,}")
-    return Entry(np.dtype(DTYPES[dtype]), tuple(shape), *offsets)
+    return StoredArray(np.dtype(DTYPES[dtype]), tuple(shape), *offsets)
 
 
 def _are_counts(value: Any) -> bool:

@@ -85,7 +85,7 @@ def test_two_processes_replay_what_one_has_run(run, tmp_path):
 
 def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):
     """One number of 512 in one of the two layouts, in the last of its matrices, so that nothing before it is changed."""
-    take = replay.Layout.take
+    take = replay.ReplayedLayout.take
 
     def damaged(self, other, state):
         state = take(self, other, state)
@@ -95,7 +95,7 @@ def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):
         state["params"]["layers"]["mlp"]["down"] = down.at[(*place, 3, 4)].add(1.0)
         return state
 
-    monkeypatch.setattr(replay.Layout, "take", damaged)
+    monkeypatch.setattr(replay.ReplayedLayout, "take", damaged)
     assert verb.main([*run, "--step=4", f"--against={NEAR}"]) == 1
     assert "first to differ: layer 1, by " in capsys.readouterr().out
 
@@ -103,7 +103,7 @@ def test_a_layer_with_a_damaged_weight_is_named(run, capsys, monkeypatch):
 def test_a_gradient_that_goes_wrong_is_named(run):
     """Of two computations that agree up to the loss, the layer nearest to the loss is where the backward pass went wrong."""
     config = validate(parse_config(run), 8)
-    layout, data = replay.Layout(config), open_data(config)
+    layout, data = replay.ReplayedLayout(config), open_data(config)
     state, _ = layout.state_before(1, data)
     batch = layout.batch(data, 0)
     one = layout.moments(state, batch)

@@ -23,7 +23,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.telemetry.clock import StepClock, Work, memory_row
+from jaxtrain.telemetry.clock import StepClock, StepWork, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
 from jaxtrain.train.feed import owned_rows, to_global
@@ -60,7 +60,7 @@ class Bench:
         self.compile_seconds = time.perf_counter() - started
         self.state, self.numbers = create_state(config, self.mesh, optimizer), place_numbers(config, self.mesh)
         chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
-        self.work = Work.of(config, self.mesh.devices.size, chip)
+        self.work = StepWork.of(config, self.mesh.devices.size, chip)
 
     def step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """(state, metrics) of a step."""

@@ -14,9 +14,9 @@ from flax import nnx
 from jax import lax
 
 from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.models.layers import Layer, Outer, Packing, rms_norm
+from jaxtrain.models.layers import EmbeddingAndHead, Layer, Packing, rms_norm
 from jaxtrain.models.parameters import held_dtype
-from jaxtrain.ops.attention_context import Plan
+from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.attention_order import find_place
 from jaxtrain.ops.expert_dispatch import ExpertBackend
@@ -68,7 +68,7 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     The first dense layers of a mixture of experts are unlike the others, so they stand with the embedding, as
     outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
     """
-    outer = dict(_dims(Outer, config))
+    outer = dict(_dims(EmbeddingAndHead, config))
     if config.first_dense_layers:
         outer["first_layers"] = _under(("layer",), _dims(Layer, _dense(config)))
     return {"outer": outer, "layers": _under(lead, _dims(Layer, config))}
@@ -110,7 +110,9 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
     stacked = layer
     for _ in layer_numbers.shape:
         stacked = jax.vmap(stacked)
-    outer = jax.tree.map(clear_padding, _dims(Outer, config), build(Outer, config, outer_key), is_leaf=is_dims)
+    outer = jax.tree.map(
+        clear_padding, _dims(EmbeddingAndHead, config), build(EmbeddingAndHead, config, outer_key), is_leaf=is_dims
+    )
     if first:
         dense = jax.vmap(lambda number: build(Layer, _dense(config), jax.random.fold_in(layers_key, number)))
         outer["first_layers"] = dense(jnp.arange(first))
@@ -168,7 +170,7 @@ class Decoder:
     config: ModelConfig
     train: TrainConfig
     stacking: Stacking
-    attention: Plan
+    attention: AttentionPlan
     """How attention is computed, chosen."""
     experts: ExpertBackend
     """How tokens reach their experts, chosen."""
@@ -244,9 +246,9 @@ class Decoder:
 
     def _outer(self, weights: Weights) -> Any:
         """The outer module with its weights gathered; of those that nobody reads, XLA drops the gather."""
-        dims = _dims(Outer, self.config)
+        dims = _dims(EmbeddingAndHead, self.config)
         master, compute = ({name: tree[name] for name in dims} for tree in weights)
-        return _merge(Outer, self.config)(self._gathered((master, compute), dims))
+        return _merge(EmbeddingAndHead, self.config)(self._gathered((master, compute), dims))
 
     def _embed(self) -> Callable[[Weights, PyTree], jax.Array]:
         """The embedding, and the first dense layers."""

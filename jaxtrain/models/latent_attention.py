@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
 from jaxtrain.models.parameters import parameter
-from jaxtrain.ops.attention_context import Plan, context_attention
+from jaxtrain.ops.attention_context import AttentionPlan, context_attention
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
 from jaxtrain.parallel.turns import Turn
@@ -80,7 +80,7 @@ class LatentAttention(nnx.Module):
         ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
         return jnp.split(all_gather(jnp.concatenate(parts, axis=-1), "tensor", dim=1), ends, axis=-1)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> Turn[jax.Array]:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan) -> Turn[jax.Array]:
         config = self.config
         x_BLD = yield x_BLD
         q_BLQ, c_BLC, turned_BLR = yield self._latents(x_BLD)

@@ -19,7 +19,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.moe import MoE
 from jaxtrain.models.parameters import parameter
-from jaxtrain.ops.attention_context import Plan, context_attention
+from jaxtrain.ops.attention_context import AttentionPlan, context_attention
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
             self.query_norm = parameter(rngs, (n,), ("norm",), None, dtype)
             self.key_norm = parameter(rngs, (n,), ("norm",), None, dtype)
 
-    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: Plan) -> Turn[jax.Array]:
+    def __call__(self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan) -> Turn[jax.Array]:
         config = self.config
         x_BLD = yield x_BLD
         h_BLD = yield all_gather(rms_norm(x_BLD, self.norm[...], config.norm_epsilon), "tensor", dim=1)
@@ -111,7 +111,7 @@ class Layer(nnx.Module):
             self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, packing: Packing, plan: Plan, experts: ExpertBackend
+        self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan, experts: ExpertBackend
     ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x, this device's share of the auxiliary losses, sums to report)"""
         x_BLD = yield from scoped("attention_block", self.attention(x_BLD, packing, plan))
@@ -123,7 +123,7 @@ class Layer(nnx.Module):
         return (yield from scoped("moe_block", self.moe(x_BLD, counted, scale, experts)))
 
 
-class Outer(nnx.Module):
+class EmbeddingAndHead(nnx.Module):
     """What stands before and after the layers: the embedding table, the final norm and the output head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

@@ -46,7 +46,7 @@ KINDS = ("ring", "gather", "ulysses")
 RING_HIDES_FROM = 1400
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """How attention is computed, chosen before anything is traced."""
 
     backend: str
@@ -229,7 +229,7 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: 
     return carry, jax.tree.map(lambda x, y: x.astype(y.dtype), scattered, sums)
 
 
-def _others(plan: Plan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
+def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
     """Visits every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
     steps = needed_steps(lax.axis_size("context"), piece, plan.window)
@@ -244,7 +244,7 @@ def _others(plan: Plan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit
 
 
 def _forward(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None, plan: Plan
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None, plan: AttentionPlan
 ) -> tuple[jax.Array, jax.Array]:
     """o_BLHM in the queries' dtype and logsumexp_BLH float32, over the whole sequence."""
     shape = q_BLHN.shape
@@ -264,7 +264,7 @@ def _forward(
     return o.astype(q_BLHN.dtype), logsumexp
 
 
-def _backward(plan: Plan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
+def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
     """Keys and values come by once more, and float32 sums of their gradients with them."""
     del name
     q, k, v, segments, o, logsumexp = residuals
@@ -291,12 +291,14 @@ _opaque_forward = opaque(_forward, (4,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _folded(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: Plan, name: str | None) -> jax.Array:
+def _folded(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: AttentionPlan, name: str | None
+) -> jax.Array:
     return _forward(q, k, v, segments, plan)[0]
 
 
 def _folded_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: Plan, name: str | None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: AttentionPlan, name: str | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, plan))
     return o, (q, k, v, segments, o, logsumexp)
@@ -309,7 +311,7 @@ def context_attention(
     q_BLHN: jax.Array,
     k_BLKN: jax.Array,
     v_BLKM: jax.Array,
-    plan: Plan,
+    plan: AttentionPlan,
     *,
     segments_BL: jax.Array | None = None,
     residual_name: str | None = None,

@@ -131,7 +131,7 @@ def _compose(first: jax.Array, then: jax.Array) -> jax.Array:
 # Rows between devices
 
 
-class Exchange(NamedTuple):
+class RowExchange(NamedTuple):
     """Which rows go where along `expert`, each int32 [P]."""
 
     send_starts: jax.Array
@@ -145,12 +145,12 @@ class Exchange(NamedTuple):
     origin_starts: jax.Array
     """Where they begin there."""
 
-    def reversed(self) -> Exchange:
+    def reversed(self) -> RowExchange:
         """The way back."""
-        return Exchange(*self[3:], *self[:3])
+        return RowExchange(*self[3:], *self[:3])
 
 
-def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> Exchange:
+def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
     """Each device's rows are sorted by device they go to; received ones are sorted by device they come from.
 
     Args:
@@ -159,10 +159,10 @@ def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> Exchange:
     """
     sizes = counts_PPE.sum(-1)
     at_source, at_target = _starts(sizes, 1), _starts(sizes, 0)
-    return Exchange(at_source[me], sizes[me], at_target[me], at_target[:, me], sizes[:, me], at_source[:, me])
+    return RowExchange(at_source[me], sizes[me], at_target[me], at_target[:, me], sizes[:, me], at_source[:, me])
 
 
-def _exchange_padded(rows: jax.Array, plan: Exchange, length: int, room: int) -> jax.Array:
+def _exchange_padded(rows: jax.Array, plan: RowExchange, length: int, room: int) -> jax.Array:
     """What `ragged_all_to_all` does, by an `all_to_all` of `room` slots for each pair of devices."""
     slots = jnp.arange(plan.send_sizes.shape[0], dtype=jnp.int32) * room
     packed = _gather_rows(rows, _map_segments(plan.send_starts, slots, plan.send_sizes, room * slots.shape[0]))
@@ -170,7 +170,7 @@ def _exchange_padded(rows: jax.Array, plan: Exchange, length: int, room: int) ->
     return _gather_rows(received, _map_segments(slots, plan.receive_starts, plan.receive_sizes, length))
 
 
-def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: Exchange) -> jax.Array:
+def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowExchange) -> jax.Array:
     if not ragged:
         return _exchange_padded(rows, plan, length, room)
     output = vary(jnp.zeros((length, *rows.shape[1:]), rows.dtype))
@@ -179,7 +179,7 @@ def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: Excha
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: Exchange) -> jax.Array:
+def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: RowExchange) -> jax.Array:
     """Sends rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the way back.
 
     Args:
@@ -191,7 +191,7 @@ def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: Exc
     return _exchange(length, room, ragged, rows_RD, plan)
 
 
-def _exchange_forward(length: int, room: int, ragged: bool, rows: jax.Array, plan: Exchange) -> tuple:
+def _exchange_forward(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowExchange) -> tuple:
     return _exchange(length, room, ragged, rows, plan), (plan, rows.shape[0])
 
 

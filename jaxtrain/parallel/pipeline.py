@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtrain.parallel.pipeline_schedule import IDLE, Run, Schedule, Slots, allocate_slots, cut_into_runs
+from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, Slots, TickRun, allocate_slots, cut_into_runs
 from jaxtrain.sharding import shift, vary, varying_axes
 
 PyTree = Any
@@ -267,7 +267,7 @@ def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[di
     }, dx
 
 
-def _tick(run: _Pass, patterns: Run, carry: dict, row: dict) -> dict:
+def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
     """F, send on, B, send back."""
     arrived = None
     if patterns.forward != "no":
@@ -281,7 +281,7 @@ def _tick(run: _Pass, patterns: Run, carry: dict, row: dict) -> dict:
     return carry
 
 
-def _rows(schedule: Schedule, slots: Slots, run: Run) -> dict[str, np.ndarray]:
+def _rows(schedule: Schedule, slots: Slots, run: TickRun) -> dict[str, np.ndarray]:
     """The table's columns for the ticks of a run, each [ticks, stages]."""
     columns = {
         name: getattr(source, name)
@@ -294,11 +294,11 @@ def _rows(schedule: Schedule, slots: Slots, run: Run) -> dict[str, np.ndarray]:
     return {name: column[run.start : run.stop] for name, column in columns.items()}
 
 
-def _run_table(run: _Pass, tick: Callable[[Run, dict, dict], dict], carry: dict) -> dict:
+def _run_table(run: _Pass, tick: Callable[[TickRun, dict, dict], dict], carry: dict) -> dict:
     """Runs the ticks in order: one `scan` for each run of like ticks."""
     for patterns in cut_into_runs(run.schedule):
 
-        def step(carry: dict, rows: dict, patterns: Run = patterns) -> tuple[dict, None]:
+        def step(carry: dict, rows: dict, patterns: TickRun = patterns) -> tuple[dict, None]:
             return tick(patterns, carry, {name: column[run.stage] for name, column in rows.items()}), None
 
         rows = _rows(run.schedule, run.slots, patterns)
@@ -355,7 +355,7 @@ def forward(functions: Functions, schedule: Schedule, master: Parameters, comput
     carry = {"sums": _zeros(run.shapes.sums), "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1)}
     idle = _zeros((run.shapes.x, run.shapes.sums))
 
-    def tick(patterns: Run, carry: dict, row: dict) -> dict:
+    def tick(patterns: TickRun, carry: dict, row: dict) -> dict:
         def part() -> tuple[jax.Array, PyTree]:
             microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
             x = _input(run, row, carry["activation"], microbatch)

@@ -45,7 +45,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Report:
+class ScheduleCost:
     """What a table costs."""
 
     ticks: int
@@ -165,7 +165,7 @@ def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[i
     return (part % schedule.stages, part // schedule.stages) if 0 <= part < schedule.parts else None
 
 
-def check(schedule: Schedule, backward: bool = True) -> Report:
+def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     """Proves that a table runs, and says what it costs.
 
     Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings what
@@ -196,7 +196,7 @@ def check(schedule: Schedule, backward: bool = True) -> Report:
             raise ValueError(
                 f"backward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no gradient yet"
             )
-    return Report(schedule.ticks, bubble_fraction(schedule), live_parts(schedule))
+    return ScheduleCost(schedule.ticks, bubble_fraction(schedule), live_parts(schedule))
 
 
 def bubble_fraction(schedule: Schedule, forward_cost: float = 1.0, backward_cost: float = 2.0) -> float:
@@ -299,7 +299,7 @@ def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tu
 
 
 @dataclass(frozen=True)
-class Run:
+class TickRun:
     """Ticks [start, stop) in which each kind of pass is done by "no", "some" or "all" stages in every tick."""
 
     start: int
@@ -313,7 +313,7 @@ def _pattern(busy: np.ndarray) -> str:
     return "all" if busy.all() else "some" if busy.any() else "no"
 
 
-def cut_into_runs(schedule: Schedule, most: int = 4) -> list[Run]:
+def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
     """Cuts the table into at most `most` runs of like ticks.
 
     The executor traces a run once, and traces a conditional only for a pass that "some" do, so the steady state has none.
@@ -321,13 +321,13 @@ def cut_into_runs(schedule: Schedule, most: int = 4) -> list[Run]:
     """
     forward, backward = schedule.forward_microbatch != IDLE, schedule.backward_microbatch != IDLE
 
-    def run(start: int, stop: int) -> Run:
-        return Run(start, stop, _pattern(forward[start:stop]), _pattern(backward[start:stop]))
+    def run(start: int, stop: int) -> TickRun:
+        return TickRun(start, stop, _pattern(forward[start:stop]), _pattern(backward[start:stop]))
 
-    def conditional_passes(r: Run) -> int:
+    def conditional_passes(r: TickRun) -> int:
         return (r.stop - r.start) * ((r.forward == "some") + (r.backward == "some"))
 
-    runs: list[Run] = []
+    runs: list[TickRun] = []
     for tick in range(schedule.ticks):
         now = run(tick, tick + 1)
         same = bool(runs) and (runs[-1].forward, runs[-1].backward) == (now.forward, now.backward)

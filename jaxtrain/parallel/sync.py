@@ -67,7 +67,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ReplicaExchange:
     """What one step does between replicas; equal ones are the same compiled program."""
 
     applies: bool = True
@@ -80,10 +80,10 @@ class Exchange:
     """The fragment whose new anchor replicas take in after this step."""
 
 
-def exchange_at(sync: SyncConfig, step: int) -> Exchange:
+def exchange_at(sync: SyncConfig, step: int) -> ReplicaExchange:
     """What step number `step` (from 1) does."""
     if not sync.replicas_differ:
-        return Exchange(applies=step > sync.queued)
+        return ReplicaExchange(applies=step > sync.queued)
 
     def begun_at(step: int) -> int | None:
         phases = [fragment * sync.every // sync.fragments for fragment in range(sync.fragments)]
@@ -91,9 +91,11 @@ def exchange_at(sync: SyncConfig, step: int) -> Exchange:
 
     begins, ends = begun_at(step), begun_at(step - sync.overlap)
     if sync.overlap == 0:
-        return Exchange(True, begins, () if begins is None else (Piece(begins, 0),), ends)
+        return ReplicaExchange(True, begins, () if begins is None else (Piece(begins, 0),), ends)
     sent = ((begun_at(step - 1 - index), index) for index in range(sync.overlap))
-    return Exchange(True, begins, tuple(Piece(fragment, index) for fragment, index in sent if fragment is not None), ends)
+    return ReplicaExchange(
+        True, begins, tuple(Piece(fragment, index) for fragment, index in sent if fragment is not None), ends
+    )
 
 
 def couples(sync: SyncConfig, step: int) -> bool:
@@ -261,7 +263,7 @@ class _Part:
 
 
 def exchange_parameters(
-    sync: SyncConfig, exchange: Exchange, dims: PyTree, params: PyTree, state: PyTree
+    sync: SyncConfig, exchange: ReplicaExchange, dims: PyTree, params: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree, list[tuple[PyTree, PyTree]]]:
     """(params, state) after a step whose optimizer left `params`: each replica's own, the anchor of the state common to all.
 
@@ -334,7 +336,7 @@ def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:
 # Bytes
 
 
-def exchanged_bytes(sync: SyncConfig, exchange: Exchange, dims: PyTree, shards: PyTree, replicas: int) -> float:
+def exchanged_bytes(sync: SyncConfig, exchange: ReplicaExchange, dims: PyTree, shards: PyTree, replicas: int) -> float:
     """Bytes that one device sends to other replicas in a step, gradients or parameters, counted from the formula of `Reduce`.
 
     Args:

@@ -36,7 +36,7 @@ from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
 from jaxtrain.planner.formulas import BYTES, layer_weights, outer_weights
 from jaxtrain.planner.formulas_collectives import PARTS, context_kind, uncovered
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.planner.roofline import Work
+from jaxtrain.planner.roofline import Seconds
 from jaxtrain.planner.traffic import Flow, Placement, Times, decompose, place, require_links, seconds, wire
 from jaxtrain.telemetry.flops import model_flops_per_step
 
@@ -52,7 +52,7 @@ STEP_OVERHEAD = 1e-3
 """Seconds of a step in which the device has no kernel: the host's dispatch, metrics, the batch."""
 
 
-class Layout(NamedTuple):
+class Candidate(NamedTuple):
     """All that a search chooses, small enough to make hundreds of thousands of."""
 
     mesh: tuple[int, ...]
@@ -67,10 +67,10 @@ class Layout(NamedTuple):
     """`sharding.context_attention`."""
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config) -> Candidate:
     """The layout of a config."""
     train, pipeline, sharding = config.train, config.pipeline, config.sharding
-    return Layout(
+    return Candidate(
         config.mesh.shape,
         train.microbatches,
         pipeline.schedule,
@@ -82,7 +82,7 @@ def layout_of(config: Config) -> Layout:
     )
 
 
-def with_layout(config: Config, layout: Layout) -> Config:
+def with_layout(config: Config, layout: Candidate) -> Config:
     """The config in another layout."""
     named = {"remat_save": layout.remat_save} if layout.remat == "named" else {}
     return replace(
@@ -158,7 +158,7 @@ def _parts_that_move(present: tuple[bool, ...]) -> tuple[str, ...]:
 class _Direction(NamedTuple):
     """One layer in a pass in one direction, and what the pass does at its ends."""
 
-    work: Work
+    work: Seconds
     waits: float
     """Seconds a layer waits for transfers."""
     hidden: Mapping[str, float]
@@ -172,7 +172,7 @@ class _Shared(NamedTuple):
 
     forward: _Direction
     backward: _Direction
-    outer: Work
+    outer: Seconds
     """Embedding and loss of one microbatch."""
     outer_waits: float
     """their transfers, a microbatch"""
@@ -220,19 +220,19 @@ class CostModel:
             found = self._known[key] = make()
         return found
 
-    def rows(self, layout: Layout) -> int:
+    def rows(self, layout: Candidate) -> int:
         """Sequences of one microbatch on one device."""
         replica, _, data, fsdp, expert, _, _ = layout.mesh
         return self.config.train.global_batch_size // (replica * data * fsdp * expert * layout.microbatches)
 
-    def takes_turns(self, layout: Layout) -> bool:
+    def takes_turns(self, layout: Candidate) -> bool:
         """Whether layers run on two halves of the rows, so that transfers of activations can hide."""
         sends = layout.mesh[4] > 1 or layout.mesh[6] > 1
         return self.config.sharding.take_turns and sends and self.rows(layout) % 2 == 0
 
     # -- what layouts share ------------------------------------------------------------------------------------------
 
-    def _work(self, layout: Layout, rows: int, turns: bool) -> tuple[tuple[Work, Work], tuple[Work, Work], Work]:
+    def _work(self, layout: Candidate, rows: int, turns: bool) -> tuple[tuple[Seconds, ...], tuple[Seconds, ...], Seconds]:
         """((forward, backward) of a layer but for its gradients' sums, of the embedding, of the loss)"""
         _, _, _, _, expert, context, tensor = layout.mesh
 
@@ -246,7 +246,7 @@ class CostModel:
 
         return self._once(("work", rows, expert, context, tensor, layout.remat, layout.remat_save, turns), make)
 
-    def _sums(self, layout: Layout) -> Work:
+    def _sums(self, layout: Candidate) -> Seconds:
         """Adding one layer's gradients up, in one backward pass."""
         _, _, _, fsdp, expert, _, tensor = layout.mesh
         at_once = self.practice.fuses_accumulation
@@ -255,7 +255,7 @@ class CostModel:
             lambda: roofline.gradient_work(with_layout(self.base, layout), self.chip, at_once),
         )
 
-    def _key(self, part: str, layout: Layout, rows: int) -> Hashable:
+    def _key(self, part: str, layout: Candidate, rows: int) -> Hashable:
         """Everything that a part's flows depend on."""
         _, pipe, _, fsdp, expert, context, tensor = layout.mesh
         joined, remat, present = pipe * layout.chunks == 1, (layout.remat, layout.remat_save), _axes_present(layout.mesh)
@@ -272,7 +272,7 @@ class CostModel:
         }
         return keys[part]
 
-    def flows(self, part: str, layout: Layout, rows: int) -> dict[str, tuple[Flow, ...]]:
+    def flows(self, part: str, layout: Candidate, rows: int) -> dict[str, tuple[Flow, ...]]:
         """What a part of `PARTS` moves, by phase."""
 
         def make() -> dict[str, tuple[Flow, ...]]:
@@ -284,7 +284,7 @@ class CostModel:
 
         return self._once((part, self._key(part, layout, rows)), make)
 
-    def _times(self, part: str, layout: Layout, rows: int, placement: Placement) -> dict[str, Times]:
+    def _times(self, part: str, layout: Candidate, rows: int, placement: Placement) -> dict[str, Times]:
         """Seconds of a part's transfers, by phase; phases in which nothing moves are left out. What moves for each layer that a
         stage holds goes in one call a step."""
 
@@ -301,7 +301,7 @@ class CostModel:
 
         return self._once((part, "times", self._key(part, layout, rows), placement.inside, placement.across), make)
 
-    def _parameters(self, layout: Layout) -> float:
+    def _parameters(self, layout: Candidate) -> float:
         """Parameters that one device updates."""
         _, pipe, _, fsdp, expert, _, tensor = layout.mesh
 
@@ -313,7 +313,7 @@ class CostModel:
 
         return self._once(("parameters", pipe, layout.chunks, fsdp, expert, tensor), make)
 
-    def state_bytes(self, layout: Layout) -> float:
+    def state_bytes(self, layout: Candidate) -> float:
         """Parameters and optimizer state of one device: less than the layout takes."""
         each = BYTES[self.config.model.param_dtype] + 4 * MOMENTS[self.config.optimizer.name]
         return each * self._parameters(layout)
@@ -321,7 +321,7 @@ class CostModel:
     # -- one layout --------------------------------------------------------------------------------------------------
 
     def _direction(
-        self, phase: str, work: Work, times: Mapping[str, Mapping[str, Times]], turns: bool, ring: bool
+        self, phase: str, work: Seconds, times: Mapping[str, Mapping[str, Times]], turns: bool, ring: bool
     ) -> _Direction:
         """One layer in the forward or the backward direction: what its compute hides of its transfers."""
         phase = "layer_" + phase
@@ -348,7 +348,7 @@ class CostModel:
             waits, hidden = waits + shown, hidden | {"context": 1 - shown / round_ring}
         return _Direction(work, waits + exposed, hidden, ends)
 
-    def _shared(self, layout: Layout, rows: int) -> _Shared:
+    def _shared(self, layout: Candidate, rows: int) -> _Shared:
         """What layouts have in common that differ in their schedule alone."""
         turns = self.takes_turns(layout)
         (ahead, back), (embed, embed_back), loss = self._work(layout, rows, turns)
@@ -367,7 +367,7 @@ class CostModel:
         return _Shared(
             forward=self._direction("forward", ahead, times, turns, ring),
             backward=self._direction("backward", back + self._sums(layout), times, turns, ring),
-            outer=loss + embed_back + (embed if layout.mesh[1] == 1 else Work()),
+            outer=loss + embed_back + (embed if layout.mesh[1] == 1 else Seconds()),
             outer_waits=outer_waits,
             send_on=sends["forward"].total if sends else 0.0,
             send_back=sends["backward"].total if sends else 0.0,
@@ -377,7 +377,7 @@ class CostModel:
             gradients_held=held.get("gradients", 0.0),
         )
 
-    def step(self, layout: Layout) -> Step:
+    def step(self, layout: Candidate) -> Step:
         """The step of a valid layout."""
         pipe, chunks, microbatches = layout.mesh[1], layout.chunks, layout.microbatches
         rows = self.rows(layout)
@@ -422,11 +422,11 @@ class CostModel:
         steps = sync.every if sync.replicas_differ else 1
         return seconds(flow, place(self.config.mesh.shape, self.cluster.devices_per_host), self.cluster.chip).total / steps
 
-    def _context_kind(self, layout: Layout) -> str:
+    def _context_kind(self, layout: Candidate) -> str:
         _, _, _, _, _, context, tensor = layout.mesh
         return self._once(("kind", context, tensor, layout.context), lambda: context_kind(with_layout(self.base, layout)))
 
-    def estimate(self, layout: Layout) -> Estimate:
+    def estimate(self, layout: Candidate) -> Estimate:
         """Everything that a plan says of a valid layout."""
         config, step = with_layout(self.config, layout), self.step(layout)
         length, batch = config.data.sequence_length, config.train.global_batch_size
@@ -442,12 +442,12 @@ class CostModel:
             joules=joules(step.time, self.cluster),
         )
 
-    def _flops(self, layout: Layout, step: Step) -> float:
+    def _flops(self, layout: Candidate, step: Step) -> float:
         """Matmul FLOPs of a device in a step, of the passes that it runs."""
         config = with_layout(self.base, layout)
         return roofline.matmul_flops(config, layout.chunks * layout.microbatches, step.layers, layout.microbatches)
 
-    def _wires(self, layout: Layout, step: Step) -> tuple[Wire, ...]:
+    def _wires(self, layout: Candidate, step: Step) -> tuple[Wire, ...]:
         """Everything that a device sends in a step, by axes, kind and dtype, the longest first."""
         rows, placement = self.rows(layout), place(layout.mesh, self.cluster.devices_per_host)
         m, (ahead, back, both) = layout.microbatches, step.passes

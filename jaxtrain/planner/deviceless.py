@@ -31,12 +31,12 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.jax_private import backends_are_initialized, fused_attention
 from jaxtrain.planner.hlo import matmul_flops
-from jaxtrain.planner.hlo_collectives import Row, read_collectives, table
+from jaxtrain.planner.hlo_collectives import CollectiveRow, read_collectives, table
 from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.planner.targets import UNLIMITED, find_target
 
 if TYPE_CHECKING:
-    from jaxtrain.parallel.sync import Exchange
+    from jaxtrain.parallel.sync import ReplicaExchange
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 NEEDS_PTXAS = (0, 11)
@@ -49,12 +49,12 @@ _MARK = "jaxtrain-answer:"
 
 
 @dataclass(frozen=True)
-class Report:
+class CompiledStep:
     """What one device does in one step of a compiled program."""
 
     flops: float
     """Matmul FLOPs (`hlo.matmul_flops`); of experts that drop no token, at an even spread."""
-    rows: tuple[Row, ...]
+    rows: tuple[CollectiveRow, ...]
     """Bytes between devices (`hlo_collectives.table`)."""
     argument_bytes: int
     """Parameters, optimizer state and batch."""
@@ -174,7 +174,7 @@ def compile_for(
     chip: str = "h100-sxm",
     devices_per_host: int = DEVICES_PER_HOST,
     options: dict[str, Any] | None = None,
-    exchange: Exchange | None = None,
+    exchange: ReplicaExchange | None = None,
 ) -> tuple[Any, Any, str]:
     """Compiles the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
 
@@ -191,7 +191,7 @@ def compile_for(
     """
     from jaxtrain.mesh import make_mesh
     from jaxtrain.models.decoder import parameter_dims
-    from jaxtrain.parallel.sync import Exchange
+    from jaxtrain.parallel.sync import ReplicaExchange
     from jaxtrain.train.optimizer import make_optimizer
     from jaxtrain.train.step import choose_attention, compile_train_step
 
@@ -199,7 +199,7 @@ def compile_for(
     optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
     with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability):
         backend, why = choose_attention(config, mesh)
-        program = compile_train_step(config, mesh, optimizer, backend, options, exchange or Exchange())
+        program = compile_train_step(config, mesh, optimizer, backend, options, exchange or ReplicaExchange())
     return program, mesh, f"{backend}: {why}"
 
 
@@ -208,13 +208,13 @@ def report(
     chip: str = "h100-sxm",
     devices_per_host: int = DEVICES_PER_HOST,
     options: dict[str, Any] | None = None,
-) -> Report:
+) -> CompiledStep:
     """Compiles (see `compile_for`) and reads the program."""
     started = time.perf_counter()
     compiled, mesh, attention = compile_for(config, chip, devices_per_host, options)
     seconds = time.perf_counter() - started
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    return Report(
+    return CompiledStep(
         flops=matmul_flops(text),
         rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip)))),
         argument_bytes=memory.argument_size_in_bytes,
@@ -226,7 +226,7 @@ def report(
     )
 
 
-def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_host: int = DEVICES_PER_HOST) -> Report:
+def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_host: int = DEVICES_PER_HOST) -> CompiledStep:
     """`report`, in a process of its own: XLA may end it, and this one may be on any backend.
 
     Raises:
@@ -235,8 +235,8 @@ def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_hos
     require_plugin()
     request = json.dumps([to_json(config), chip, devices_per_host])
     said = ask("jaxtrain.planner.deviceless", request, f"compiling for {chip}")
-    said["rows"] = tuple(Row(**row) for row in said["rows"])
-    return Report(**said)
+    said["rows"] = tuple(CollectiveRow(**row) for row in said["rows"])
+    return CompiledStep(**said)
 
 
 class CompilerDied(ExplainedError):

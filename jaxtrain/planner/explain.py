@@ -19,7 +19,7 @@ from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
-from jaxtrain.planner.formulas_collectives import Entry, collectives
+from jaxtrain.planner.formulas_collectives import Transfers, collectives
 from jaxtrain.planner.tables import print_table
 from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
@@ -42,7 +42,7 @@ class Explanation:
     """A layout, and where its axes lie."""
 
     estimate: Estimate
-    entries: tuple[Entry, ...]
+    entries: tuple[Transfers, ...]
     """The closed form's transfers with their purposes; empty where it does not cover the config."""
     uncovered: str
     """Why it does not."""
@@ -135,7 +135,7 @@ def axes_table(explanation: Explanation) -> Table:
     return table
 
 
-def grouped(entries: Sequence[Entry]) -> dict[tuple[str, str, str, str], tuple[int, float]]:
+def grouped(entries: Sequence[Transfers]) -> dict[tuple[str, str, str, str], tuple[int, float]]:
     """(calls, bytes sent) by (axes, purpose, kind, dtype): what is alike is added up, what is small is left out."""
     sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
     for entry in entries:

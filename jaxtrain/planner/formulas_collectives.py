@@ -36,7 +36,7 @@ from jaxtrain.train.optimizer import MUON_ITERATIONS
 
 
 @dataclass(frozen=True)
-class Entry:
+class Transfers:
     """Like transfers of one step on one device."""
 
     axes: str
@@ -59,7 +59,7 @@ class Entry:
         return self.payload * wire_factor(self.kind, self.size)
 
 
-def collectives(config: Config) -> list[Entry]:
+def collectives(config: Config) -> list[Transfers]:
     """Every collective of a train step of a valid config. Axes of size 1 move nothing and are not listed.
 
     Raises:
@@ -87,7 +87,7 @@ def uncovered(config: Config) -> list[str]:
     return [what for what, is_there in found.items() if is_there]
 
 
-def totals(entries: Sequence[Entry]) -> dict[tuple[str, str, str], float]:
+def totals(entries: Sequence[Transfers]) -> dict[tuple[str, str, str], float]:
     """Payload bytes by (axes, kind, dtype)."""
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     for entry in entries:
@@ -95,13 +95,13 @@ def totals(entries: Sequence[Entry]) -> dict[tuple[str, str, str], float]:
     return dict(sums)
 
 
-def _entry(config: Config, axes: Sequence[str], kind: str, dtype: str, calls: int, payload: float, purpose: str) -> Entry:
+def _entry(config: Config, axes: Sequence[str], kind: str, dtype: str, calls: int, payload: float, purpose: str) -> Transfers:
     """`payload` is that of one call."""
     axes = [axis for axis in MESH_AXES if axis in axes and getattr(config.mesh, axis) > 1]
     size = 1
     for axis in axes:
         size *= getattr(config.mesh, axis)
-    return Entry("+".join(axes), kind, dtype, calls, calls * payload, purpose, size)
+    return Transfers("+".join(axes), kind, dtype, calls, calls * payload, purpose, size)
 
 
 def is_joined(config: Config) -> bool:
@@ -109,7 +109,7 @@ def is_joined(config: Config) -> bool:
     return config.mesh.pipe * config.pipeline.chunks == 1 and "head" not in outer_weights(config.model)
 
 
-def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _weights(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """All-gathers of weights over fsdp, in compute dtype (bf16: 2 bytes an element; routers in float32).
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
@@ -121,7 +121,7 @@ def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
     layer = [w for w in layer_weights(config.model).values() if w.is_matrix]
     outer = [w for w in outer_weights(config.model).values() if w.is_matrix]
 
-    def gathers(weights: list[Weight], times: int, purpose: str) -> Iterator[Entry]:
+    def gathers(weights: list[Weight], times: int, purpose: str) -> Iterator[Transfers]:
         for weight in weights:
             dtype = weight.compute or config.model.dtype
             payload = weight.shard(config, without=("fsdp",)) * BYTES[dtype]
@@ -136,7 +136,7 @@ def _weights(config: Config, ticks: Ticks) -> Iterator[Entry]:
     yield from gathers(outer * (1 if is_joined(config) else 2 // len(outer)), ticks.forward, "table and head")
 
 
-def _gradients(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _gradients(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Sums of gradients, in reduce_dtype (float32: 4 bytes an element).
 
     Over fsdp: matrices are reduce-scattered, payload P/t; at ZeRO 2 and 3 in each backward pass (the head in each forward, with
@@ -162,7 +162,7 @@ def _gradients(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, axes, "all-reduce", dtype, 1, copies * weight.shard(config) * bytes_each, f"gradient of {name}")
 
 
-def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _sequence(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Tensor parallelism with sequence sharding (Korthikanti et al. 2022): activations B L/c D in compute dtype.
 
     A layer gathers its normed input before Q, K, V and before gate, up, and reduce-scatters after O and after down: 2 and 2
@@ -178,7 +178,7 @@ def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
     forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
     out_again = config.train.remat != "none" and ("out" in recomputed(config) or config.train.remat == "dots")
 
-    def entry(kind: str, calls: int, purpose: str) -> Entry:
+    def entry(kind: str, calls: int, purpose: str) -> Transfers:
         return _entry(config, ["tensor"], kind, dtype, calls, payload, purpose)
 
     yield entry("all-gather", 2 * forward, "inputs of attention and MLP")
@@ -194,7 +194,7 @@ def _sequence(config: Config, ticks: Ticks) -> Iterator[Entry]:
     yield entry("all-gather", ticks.backward, "their gradient")
 
 
-def _loss(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _loss(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """The vocabulary is sharded over tensor: each chunk's hidden states are gathered, their gradients reduce-scattered (both
     B L/c D in compute dtype over all chunks, in each forward pass), and for each position three float32 numbers are
     all-reduced: the largest logit, the sum of exponentials, the target's logit.
@@ -208,7 +208,7 @@ def _loss(config: Config, ticks: Ticks) -> Iterator[Entry]:
     yield _entry(config, ["tensor"], "all-reduce", "f32", 3 * calls, 4 * positions / chunks, "softmax over the vocabulary")
 
 
-def _pipe(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _pipe(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Boundary activations B L/(c t) D go on by one stage after each forward pass, their gradients back after each backward.
     What the last of each sends, nobody reads."""
     length = local_length(config) // config.mesh.tensor
@@ -219,7 +219,7 @@ def _pipe(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield replace(entry, unread=payload)
 
 
-def _experts(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _experts(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Rows travel along expert to their experts and back, in compute dtype: 2 exchanges in a layer's forward, 2 of their
     gradients in its backward, and each of the first two once more unless its result is kept (expert_in, expert_out).
 
@@ -268,7 +268,7 @@ def context_kind(config: Config) -> str:
     return kind
 
 
-def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _context(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Keys and values along context, on C devices; R = B L/C N/t numbers of a head on all this device's K or H heads.
 
     ring: C - 1 permutes of K and V together (2 K R in compute dtype) forward, as many in the backward, as many again where
@@ -287,7 +287,7 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
     forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
     again = backward * ("attention" in recomputed(config))
 
-    def entry(kind: str, calls: int, payload: float, purpose: str, dtype: str = dtype) -> Entry:
+    def entry(kind: str, calls: int, payload: float, purpose: str, dtype: str = dtype) -> Transfers:
         return _entry(config, ["context"], kind, dtype, calls, payload, purpose)
 
     pair = model.num_kv_heads * head
@@ -310,7 +310,7 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Entry]:
     yield entry("all-gather", 1, 4 * arrays * rows * config.data.sequence_length, "the batch, in order", "s32")
 
 
-def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _scalars(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """Single float32 numbers: the count of targets over the batch; loss and total loss (with experts their auxiliary loss too)
     over all devices; and for the global norm of the gradients the sum of squares of each leaf over the axes that shard it, once
     for the metric and once for clipping."""
@@ -328,7 +328,7 @@ def _scalars(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, weight.axes, "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
 
 
-def _muon(config: Config, ticks: Ticks) -> Iterator[Entry]:
+def _muon(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     """What muon's `orthogonalise` moves over fsdp, for each hidden matrix of the layers held, in float32.
 
     Of a matrix D x C, fsdp cuts D. X is the matrix with its shorter side s first, so in each of the iterations
@@ -357,7 +357,7 @@ def _muon(config: Config, ticks: Ticks) -> Iterator[Entry]:
         yield _entry(config, ["fsdp"], "all-reduce", "f32", ticks.layers_held, 4 * own, f"muon's norm of {name}")
 
 
-PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Entry]]] = MappingProxyType(
+PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Transfers]]] = MappingProxyType(
     {
         "weights": _weights,
         "gradients": _gradients,

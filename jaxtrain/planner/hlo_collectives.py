@@ -29,7 +29,7 @@ from typing import Any
 from jaxtrain.errors import ProgramError
 from jaxtrain.hardware import Chip, find_chip
 from jaxtrain.planner.hlo import Array, Computation, Instruction, Program, parse, understood
-from jaxtrain.planner.hlo_groups import Group, Layout, group_of
+from jaxtrain.planner.hlo_groups import Group, MeshOrder, group_of
 
 KINDS = (
     "all-gather",
@@ -90,7 +90,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Row:
+class CollectiveRow:
     """What one device moves in a step along one set of mesh axes, by one kind of collective, in one dtype."""
 
     axes: str
@@ -120,7 +120,7 @@ def wire_factor(kind: str, size: int) -> float:
 
 def read_collectives(
     text: str,
-    layout: Layout,
+    layout: MeshOrder,
     chip: Chip | None = None,
     flops_per_second: float | None = None,
 ) -> list[Transfer]:
@@ -142,7 +142,7 @@ def read_collectives(
         return sorted(replay.transfers.values(), key=lambda t: -t.wire)
 
 
-def instruction_seconds(text: str, layout: Layout, chip: Chip | None = None) -> dict[str, float]:
+def instruction_seconds(text: str, layout: MeshOrder, chip: Chip | None = None) -> dict[str, float]:
     """What each instruction takes, by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others `SHORTEST`.
 
     Of what stands for many (loops, calls, conditionals) the parts are listed, not the whole. Arguments and errors are those of
@@ -159,7 +159,7 @@ def instruction_seconds(text: str, layout: Layout, chip: Chip | None = None) -> 
         }
 
 
-def _replay(text: str, layout: Layout, chip: Chip | None, flops_per_second: float | None) -> _Replay:
+def _replay(text: str, layout: MeshOrder, chip: Chip | None, flops_per_second: float | None) -> _Replay:
     chip = chip or find_chip("h100-sxm")
     peak = flops_per_second or chip.peak("bfloat16")
     if peak is None or chip.link_bandwidth is None:
@@ -167,7 +167,7 @@ def _replay(text: str, layout: Layout, chip: Chip | None, flops_per_second: floa
     return _Replay(parse(text), layout, chip, peak)
 
 
-def table(transfers: Sequence[Transfer]) -> list[Row]:
+def table(transfers: Sequence[Transfer]) -> list[CollectiveRow]:
     """Transfers added up by axes, kind and dtype, the largest first."""
     grouped: dict[tuple[str, str, str], list[Transfer]] = defaultdict(list)
     for transfer in transfers:
@@ -175,7 +175,7 @@ def table(transfers: Sequence[Transfer]) -> list[Row]:
     rows = []
     for (axes, kind, dtype), members in grouped.items():
         sums = {name: sum(getattr(t, name) for t in members) for name in ("calls", "payload", "wire", "hidden", "overlapped")}
-        rows.append(Row(axes, kind, dtype, **sums, crosses_hosts=any(t.group.crosses_hosts for t in members)))
+        rows.append(CollectiveRow(axes, kind, dtype, **sums, crosses_hosts=any(t.group.crosses_hosts for t in members)))
     return sorted(rows, key=lambda row: -row.wire)
 
 
@@ -209,7 +209,7 @@ class _Replay:
     """Runs computations in the order of their text; of a loop three iterations, the middle one counted often."""
 
     program: Program
-    layout: Layout
+    layout: MeshOrder
     chip: Chip
     peak: float
     transfers: dict[tuple[str, str], Transfer] = field(default_factory=dict)

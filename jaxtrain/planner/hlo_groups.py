@@ -21,7 +21,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{([\d,{} ]*)\}")
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshOrder:
     """The mesh that a program was compiled for, as the ids in its text see it: id i is the i-th device of the mesh."""
 
     axes: tuple[str, ...]
@@ -35,10 +35,10 @@ class Layout:
         return math.prod(self.sizes)
 
 
-def layout_of(mesh: Any) -> Layout:
+def layout_of(mesh: Any) -> MeshOrder:
     """The layout of a `jax.sharding.Mesh`."""
     hosts = tuple(int(device.process_index) for device in mesh.devices.flat)
-    return Layout(tuple(mesh.axis_names), tuple(int(n) for n in mesh.devices.shape), hosts)
+    return MeshOrder(tuple(mesh.axis_names), tuple(int(n) for n in mesh.devices.shape), hosts)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
     raise ProgramError(f"device groups in a form that is not known here: {attributes[:200]}")
 
 
-def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: Layout) -> Group:
+def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: MeshOrder) -> Group:
     """Where groups (or the pairs of a permute) lie in the mesh.
 
     Raises:
@@ -126,7 +126,7 @@ def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: Layout) -> Grou
     return Group(axes, max(len(row) for row in groups), crosses, per_host)
 
 
-def group_of(attributes: str, layout: Layout) -> Group:
+def group_of(attributes: str, layout: MeshOrder) -> Group:
     """The group of a collective from its attributes: replica groups, or the source-target pairs of a permute."""
     pairs = _PAIRS.search(attributes)
     if pairs:

@@ -31,7 +31,7 @@ from jaxtrain.files import replace_file
 from jaxtrain.paths import user_path
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.formulas_collectives import Entry, collectives, totals, uncovered
+from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals, uncovered
 from jaxtrain.planner.memory import estimate_memory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -130,7 +130,7 @@ class Comparison:
 
     layout: Layout
     estimate: Memory
-    compiled: deviceless.Report
+    compiled: deviceless.CompiledStep
 
     @property
     def memory_error(self) -> float:
@@ -144,10 +144,10 @@ class Comparison:
         return None if uncovered(config) else worst_deviation(collectives(config), self.compiled)
 
 
-def worst_deviation(entries: Sequence[Entry], report: deviceless.Report) -> float:
+def worst_deviation(entries: Sequence[Transfers], report: deviceless.CompiledStep) -> float:
     """The largest |compiled - formula| / formula over (axes, kind, dtype), of those that move a MiB or more.
 
-    What nobody reads (`Entry.unread`) may be there or not; bytes where the formula has none count as infinitely many.
+    What nobody reads (`Transfers.unread`) may be there or not; bytes where the formula has none count as infinitely many.
     """
     want, got = totals(entries), {(row.axes, row.kind, row.dtype): row.payload for row in report.rows}
     unread: dict[tuple[str, str, str], float] = defaultdict(float)
@@ -178,10 +178,10 @@ def compare(layout: Layout, cache: Path) -> Comparison:
     return Comparison(layout, estimate_memory(config), _report(kept[key]))
 
 
-def _report(kept: dict[str, Any]) -> deviceless.Report:
+def _report(kept: dict[str, Any]) -> deviceless.CompiledStep:
     fields: dict[str, Any] = {name: value for name, value in kept.items() if name != "layout"}
-    fields["rows"] = tuple(deviceless.Row(**row) for row in fields["rows"])
-    return deviceless.Report(**fields)
+    fields["rows"] = tuple(deviceless.CollectiveRow(**row) for row in fields["rows"])
+    return deviceless.CompiledStep(**fields)
 
 
 def _read(cache: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ _KERNELS = {"forward": 18, "backward": 36}
 
 
 @dataclass(frozen=True)
-class Work:
+class Seconds:
     """Seconds that a stretch of work computes, by what limits it."""
 
     matmul: float = 0.0
@@ -68,12 +68,12 @@ class Work:
         """Seconds in all."""
         return self.matmul + self.attention + self.memory_bound + self.overhead
 
-    def times(self, count: float) -> Work:
+    def times(self, count: float) -> Seconds:
         """So many of it."""
-        return Work(self.matmul * count, self.attention * count, self.memory_bound * count, self.overhead * count)
+        return Seconds(self.matmul * count, self.attention * count, self.memory_bound * count, self.overhead * count)
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
             self.matmul + other.matmul,
             self.attention + other.attention,
             self.memory_bound + other.memory_bound,
@@ -155,7 +155,7 @@ def shapes(model: ModelConfig) -> Mapping[str, tuple[int, int, str]]:
     return table
 
 
-def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Work, Work]:
+def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds, Seconds]:
     """(forward, backward) of one layer on one microbatch, recomputation in the backward; without transfers and `gradient_work`.
 
     Matmuls: each product of `shapes`; backward twice (for the input's gradient and for the weight's), once more where the remat
@@ -174,8 +174,8 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Work, Wo
     repeats = 0 if config.train.remat == "none" else 1
     gaps = KERNEL_GAP * parts
     return (
-        Work(forward, ahead, passing, gaps * _KERNELS["forward"]),
-        Work(
+        Seconds(forward, ahead, passing, gaps * _KERNELS["forward"]),
+        Seconds(
             backward,
             back,
             passing_back + repeats * passing,
@@ -227,7 +227,7 @@ def _elementwise_bytes(config: Config) -> tuple[float, float]:
     return BYTES[model.dtype] * ahead, BYTES[model.dtype] * back
 
 
-def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Work:
+def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Seconds:
     """One layer's gradients in one backward pass: cast to the dtype in which they are summed (read 2, write b bytes), and
     added to what the microbatches before have left (read 4 and b, write 4), on the shard where fsdp has scattered them.
     `at_once`: by the matmuls that make them (read 4, write 4)."""
@@ -236,17 +236,17 @@ def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Work
     whole = sum(weight.shard(config, without=("fsdp",)) for weight in weights)
     kept = whole if config.sharding.zero == 1 else whole // config.mesh.fsdp
     moved = 8.0 * kept if at_once else whole * (BYTES[config.model.dtype] + summed) + kept * (8.0 + summed)
-    return Work(memory_bound=chip.stream(moved))
+    return Seconds(memory_bound=chip.stream(moved))
 
 
-def embedding_work(config: Config, chip: Roofline) -> tuple[Work, Work]:
+def embedding_work(config: Config, chip: Roofline) -> tuple[Seconds, Seconds]:
     """(forward, backward) of the lookup of one microbatch: rows of the table in float32, added up over tensor."""
     tokens = microbatch_rows(config) * local_length(config) * config.model.embed_dim
     ahead = chip.stream(tokens * (4 + 2 * BYTES[config.model.dtype]))
-    return Work(memory_bound=ahead), Work(memory_bound=chip.stream(tokens * 12.0))
+    return Seconds(memory_bound=ahead), Seconds(memory_bound=chip.stream(tokens * 12.0))
 
 
-def loss_work(config: Config, chip: Roofline) -> Work:
+def loss_work(config: Config, chip: Roofline) -> Seconds:
     """The head and the loss with their gradients, of one microbatch (`ops.losses.cross_entropy`): three matmuls a chunk of
     positions; float32 logits are written and read thrice; the head's float32 gradient is read and written for every chunk."""
     model, rows, positions = config.model, microbatch_rows(config), loss_positions(config)
@@ -254,7 +254,9 @@ def loss_work(config: Config, chip: Roofline) -> Work:
     width = model.padded_vocab_size // config.mesh.tensor
     m, k, n = max(1, rows * positions // chunks), model.embed_dim, width
     matmul = chunks * (chip.matmul(m, k, n) + chip.matmul(m, n, k) + chip.matmul(k, m, n))
-    return Work(matmul, 0.0, chip.stream(16.0 * rows * positions * width + 8.0 * chunks * k * width), KERNEL_GAP * 12 * chunks)
+    return Seconds(
+        matmul, 0.0, chip.stream(16.0 * rows * positions * width + 8.0 * chunks * k * width), KERNEL_GAP * 12 * chunks
+    )
 
 
 def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> float:

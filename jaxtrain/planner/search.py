@@ -14,7 +14,7 @@ from typing import Literal
 from jaxtrain.config import Config
 from jaxtrain.config_rules import find_problems
 from jaxtrain.errors import ConfigError
-from jaxtrain.planner.cost import OURS, CostModel, Layout, Practice, joules, with_layout
+from jaxtrain.planner.cost import OURS, Candidate, CostModel, Practice, joules, with_layout
 from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.space import POLICIES, Space
@@ -87,9 +87,9 @@ class _Hunt:
         self.config, self.objective, self.budget = config, objective, cluster.budget_bytes
         self.model = CostModel(config, cluster, practice)
         self.space = Space(config, cluster.devices, cluster.devices_per_host)
-        self.queue: list[tuple[float, int, Layout]] = []
-        self.lean: list[Layout] = []
-        self.known: dict[Layout, tuple[float, float]] = {}
+        self.queue: list[tuple[float, int, Candidate]] = []
+        self.lean: list[Candidate] = []
+        self.known: dict[Candidate, tuple[float, float]] = {}
         self.rooms: dict[tuple[int, ...], bool] = {}
         self.candidates = 0
         for mesh in self.space.meshes():
@@ -106,24 +106,24 @@ class _Hunt:
             else:
                 self.queue.append((self.value(layout), len(self.queue), layout))
 
-    def value(self, layout: Layout) -> float:
+    def value(self, layout: Candidate) -> float:
         """What layouts are ranked by."""
         time = self.model.step(layout).time
         energy = joules(time, self.model.cluster) if self.objective == "energy" else None
         return time.total if energy is None else energy
 
-    def look_into(self, layout: Layout) -> tuple[float, float]:
+    def look_into(self, layout: Candidate) -> tuple[float, float]:
         """(seconds of a step, bytes on the fullest device)"""
         if layout not in self.known:
             held = estimate_memory(with_layout(self.config, layout)).total
             self.known[layout] = self.model.step(layout).time.total, held
         return self.known[layout]
 
-    def bytes(self, layout: Layout) -> float:
+    def bytes(self, layout: Candidate) -> float:
         """Bytes on the fullest device."""
         return self.look_into(layout)[1]
 
-    def fits(self, layout: Layout) -> bool:
+    def fits(self, layout: Candidate) -> bool:
         """Whether the fullest device has room."""
         return self.model.state_bytes(layout) <= self.budget and self.bytes(layout) <= self.budget
 
@@ -133,9 +133,9 @@ class _Hunt:
             self.rooms[mesh] = any(self.fits(layout) for layout in self.space.leanest(mesh))
         return self.rooms[mesh]
 
-    def first_that_fit(self, most: int) -> list[Layout]:
+    def first_that_fit(self, most: int) -> list[Candidate]:
         """Of each mesh the best layout that fits, best first, until there are enough."""
-        best: dict[tuple[int, ...], Layout] = {}
+        best: dict[tuple[int, ...], Candidate] = {}
         while self.queue and len(best) < most:
             _, number, layout = heapq.heappop(self.queue)
             if layout.mesh in best:
@@ -152,7 +152,7 @@ class _Hunt:
                     heapq.heappush(self.queue, (self.value(other), number, other))
         return list(best.values())
 
-    def first_of_other_kinds(self, best: list[Layout]) -> list[Layout]:
+    def first_of_other_kinds(self, best: list[Candidate]) -> list[Candidate]:
         """Of each kind of mesh that is not among the best, the best layout that fits, best first."""
         kinds, found, looks = {axes_in_use(layout.mesh) for layout in best}, [], 0
         while self.queue and looks < KIND_LOOKS:
@@ -176,9 +176,9 @@ class _Hunt:
             if self.model.state_bytes(layout) <= self.budget:
                 self.look_into(layout)
 
-    def pareto(self) -> list[Layout]:
+    def pareto(self) -> list[Candidate]:
         """Layouts that fit and that none of those looked into beats in both time and memory, fastest first."""
-        front: list[Layout] = []
+        front: list[Candidate] = []
         least = self.budget
         for layout, (_, held) in sorted(self.known.items(), key=lambda item: item[1]):
             if held <= least:

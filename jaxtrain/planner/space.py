@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config_rules import divisors
 from jaxtrain.errors import ConfigError
-from jaxtrain.planner.cost import Layout
+from jaxtrain.planner.cost import Candidate
 from jaxtrain.planner.traffic import place
 
 MOST_MICROBATCHES = 12
@@ -101,7 +101,7 @@ class Space:
             return True
         return (length if context == 1 else length // (2 * context)) % (moe.capacity_group or length) == 0
 
-    def layouts(self, mesh: tuple[int, ...]) -> Iterator[Layout]:
+    def layouts(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
         """All layouts on one mesh that recompute nothing; `remats` has the others. Those that differ in schedule only come one
         after the other."""
         replica, pipe, data, fsdp, expert, _, _ = mesh
@@ -112,7 +112,7 @@ class Space:
             for zero in zeros:
                 for kind in kinds:
                     for schedule, chunks in schedules:
-                        yield Layout(mesh, microbatches, schedule, chunks, "none", (), zero, kind)
+                        yield Candidate(mesh, microbatches, schedule, chunks, "none", (), zero, kind)
 
     def _microbatches(self, per_device: int, pipe: int) -> list[int]:
         """Numbers of microbatches: all divisors of the sequences of a device, or where those are many, steps through them."""
@@ -123,12 +123,12 @@ class Space:
         self.pruned["as many microbatches as another layout, but for a few"] += len(every) - len(kept)
         return sorted(kept)
 
-    def remats(self, layout: Layout) -> tuple[Layout, ...]:
+    def remats(self, layout: Candidate) -> tuple[Candidate, ...]:
         """The layout under every other remat policy: each computes more than it, and so takes longer."""
         named = layout._replace(remat="named", remat_save=self.config.train.remat_save)
         return layout._replace(remat="dots"), named, layout._replace(remat="full")
 
-    def leanest(self, mesh: tuple[int, ...]) -> Iterator[Layout]:
+    def leanest(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
         """Layouts of one mesh of which one holds least: everything computed again, everything sharded, and the smallest
         microbatches, or a single one, which needs no sum of gradients beside its own."""
         replica, _, data, fsdp, expert, _, _ = mesh
@@ -136,7 +136,7 @@ class Space:
         zero = 3 if fsdp > 1 else self.config.sharding.zero
         for kind in self._kinds(mesh):
             for microbatches in sorted({1, most}):
-                yield Layout(mesh, microbatches, "1f1b", 1, "full", (), zero, kind)
+                yield Candidate(mesh, microbatches, "1f1b", 1, "full", (), zero, kind)
 
     def _kinds(self, mesh: tuple[int, ...]) -> tuple[str, ...]:
         """Kinds of context attention."""

@@ -42,7 +42,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """One point of the grid."""
 
     values: dict[str, str]
@@ -112,7 +112,7 @@ def grid(config: Config, sweeps: Sequence[str]) -> list[tuple[dict[str, str], Co
 
 def sweep(
     config: Config, cluster: Cluster, sweeps: Sequence[str], way: Way, steps: int, tell: Callable[[str], None]
-) -> list[Row]:
+) -> list[SweepRow]:
     """Fills the grid, a row after the other.
 
     Args:
@@ -124,19 +124,19 @@ def sweep(
         if way != "estimate":
             tell(f"{number} of {len(points)}: {', '.join(f'{name}={text}' for name, text in values.items())}")
         resolved, problems = find_problems(changed, cluster.devices)
-        rows.append(Row(values, problem=problems[0]) if problems else _fill(values, resolved, cluster, way, steps))
+        rows.append(SweepRow(values, problem=problems[0]) if problems else _fill(values, resolved, cluster, way, steps))
     return rows
 
 
-def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, steps: int) -> Row:
+def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, steps: int) -> SweepRow:
     """One row of a valid config."""
     try:
         if way == "run":
-            return Row(values, _estimate_if_known(config, cluster), run(config, cluster, steps), config)
+            return SweepRow(values, _estimate_if_known(config, cluster), run(config, cluster, steps), config)
         layout = estimate(config, cluster)
-        return Row(values, compiled(layout) if way == "compile" else layout, config=config)
+        return SweepRow(values, compiled(layout) if way == "compile" else layout, config=config)
     except ExplainedError as error:
-        return Row(values, problem=str(error).splitlines()[0])
+        return SweepRow(values, problem=str(error).splitlines()[0])
 
 
 def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
@@ -199,7 +199,7 @@ def read_metrics(metrics_jsonl: Path) -> Measured:
 # The answer
 
 
-def sweep_table(rows: Sequence[Row], way: Way) -> Table:
+def sweep_table(rows: Sequence[SweepRow], way: Way) -> Table:
     """The grid as a table; the fastest row that fits is bold."""
     table = plain_table(f"Sweep, by {way}")
     for name in rows[0].values:
@@ -218,21 +218,21 @@ def sweep_table(rows: Sequence[Row], way: Way) -> Table:
     return table
 
 
-def _time(row: Row) -> float | None:
+def _time(row: SweepRow) -> float | None:
     """What the rows are compared by: measured, or estimated where it fits."""
     if row.measured:
         return row.measured.step_seconds
     return row.estimate.time.total if row.estimate and row.estimate.fits and not row.problem else None
 
 
-def _measured_cells(row: Row) -> list[str]:
+def _measured_cells(row: SweepRow) -> list[str]:
     assert row.measured is not None
     beside = seconds(row.estimate.time.total) if row.estimate else "?"
     losses = row.measured.losses
     return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", seconds(row.measured.step_seconds), beside]
 
 
-def _estimated_cells(row: Row) -> list[str]:
+def _estimated_cells(row: SweepRow) -> list[str]:
     layout = row.estimate
     assert layout is not None
     used = layout.memory.total / layout.cluster.budget_bytes
@@ -247,7 +247,7 @@ def _estimated_cells(row: Row) -> list[str]:
     ]
 
 
-def sweep_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def sweep_json(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
     """The grid for a program."""
     return [
         {

@@ -29,7 +29,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.planner.formulas import Ticks
-from jaxtrain.planner.formulas_collectives import Entry
+from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.planner.hlo_collectives import wire_factor
 
 LINK, NIC = 0.85, 0.86
@@ -96,7 +96,7 @@ def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
     return Placement(*split_over_hosts(shape, devices_per_host))
 
 
-def decompose(part: Callable[[Config, Ticks], Iterator[Entry]], config: Config) -> dict[str, tuple[Flow, ...]]:
+def decompose(part: Callable[[Config, Ticks], Iterator[Transfers]], config: Config) -> dict[str, tuple[Flow, ...]]:
     """One of `formulas_collectives.PARTS` by phase: it is linear in the ticks, so unit ticks take it apart."""
 
     def sums(*ticks: int) -> dict[tuple[str, str, str], tuple[float, float]]:

@@ -19,10 +19,10 @@ from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
-from jaxtrain.planner.deviceless import CompilerDied, Report, answer, ask, find_obstacle, has_plugin, report_in_subprocess
+from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
-from jaxtrain.planner.hlo_collectives import Row
+from jaxtrain.planner.hlo_collectives import CollectiveRow
 from jaxtrain.planner.roofline import roofline
 from jaxtrain.planner.search import Objective
 from jaxtrain.planner.targets import TARGETS
@@ -108,7 +108,7 @@ def compiled(estimate: Estimate) -> Estimate:
     return _with_fake(estimate)
 
 
-def with_report(estimate: Estimate, report: Report) -> Estimate:
+def with_report(estimate: Estimate, report: CompiledStep) -> Estimate:
     """The estimate with a compiled program's memory, FLOPs and transfers.
 
     Matmuls take longer by what the program computes over the formula. What a device waits for: its links inside a host and its
@@ -130,7 +130,7 @@ def with_report(estimate: Estimate, report: Report) -> Estimate:
     return dataclasses.replace(compiled, joules=joules(time, compiled.cluster))
 
 
-def _memory(estimated: Memory, report: Report) -> Memory:
+def _memory(estimated: Memory, report: CompiledStep) -> Memory:
     """The program's bytes by category: what it is given is the state; its temporaries are shared out as they were estimated."""
     state = estimated.parameters + estimated.optimizer
     rest = estimated.total - state
@@ -142,7 +142,7 @@ def _memory(estimated: Memory, report: Report) -> Memory:
     )
 
 
-def _wire(row: Row, estimate: Estimate, placement: Placement) -> Wire:
+def _wire(row: CollectiveRow, estimate: Estimate, placement: Placement) -> Wire:
     """A row of the compiled program, with the time that its transfers take."""
     flow = Flow(row.axes, row.kind, row.dtype, row.calls, row.payload)
     spent = seconds(flow, placement, estimate.cluster.chip).total

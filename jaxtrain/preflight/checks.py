@@ -119,7 +119,7 @@ def _shortened(lines: list[str], most: int = 8) -> list[str]:
     return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
-class Stopwatch:
+class Elapsed:
     """Seconds since it was made."""
 
     def __init__(self) -> None:

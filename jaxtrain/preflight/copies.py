@@ -14,7 +14,7 @@ from jaxtrain.checkpoint.fast import KEPT
 from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.config import Config
 from jaxtrain.paths import user_path
-from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
+from jaxtrain.preflight.checks import Check, Elapsed, Finding, Site
 from jaxtrain.text import readable_size
 
 BLOCK = 2**20
@@ -76,7 +76,7 @@ def look_at_mirror(site: Site) -> float | None:
     """Process 0 writes an object, reads it back and removes it: seconds."""
     if jax.process_index() != 0:
         return None
-    clock = Stopwatch()
+    clock = Elapsed()
     Mirror(site.config.directory / "checkpoints", site.config.checkpoint).probe(f".preflight-{site.token}", os.urandom(BLOCK))
     return clock()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from jaxtrain.data.pipeline import open_data
-from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch, odd_ones
+from jaxtrain.preflight.checks import Check, Elapsed, Finding, Site, odd_ones
 from jaxtrain.train.feed import owned_rows
 from jaxtrain.train.step import batch_sharding
 
 
 def look_at_data(site: Site) -> dict[str, Any]:
     """Opens it (which checks every token) and reads this process's rows of the first batch."""
-    config, clock = site.config, Stopwatch()
+    config, clock = site.config, Elapsed()
     data = open_data(config)
     opened = clock()
     rows = owned_rows(batch_sharding(site.mesh), (config.train.global_batch_size, config.data.sequence_length))

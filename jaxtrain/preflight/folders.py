@@ -14,7 +14,7 @@ import jax
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
-from jaxtrain.preflight.checks import Check, Finding, Site, Stopwatch
+from jaxtrain.preflight.checks import Check, Elapsed, Finding, Site
 from jaxtrain.processes import exchange
 from jaxtrain.text import readable_size
 from jaxtrain.train.state import Canonical
@@ -51,7 +51,7 @@ def look_at_writing(site: Site) -> dict[str, float]:
     for folder in folders(site.config):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            clock, path = Stopwatch(), _probe(folder, token, process)
+            clock, path = Elapsed(), _probe(folder, token, process)
             with open(path, "xb") as file:
                 site.closing.callback(path.unlink, missing_ok=True)
                 file.write(_block(token, process))

@@ -28,7 +28,7 @@ Row = dict[str, float | int | str | None]
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step does, for turning seconds into throughput."""
 
     tokens_per_step: int
@@ -43,7 +43,7 @@ class Work:
     """Peak matmul FLOP/s of one device in the compute dtype; None if unknown."""
 
     @classmethod
-    def of(cls, config: Config, num_devices: int, chip: Chip) -> Work:
+    def of(cls, config: Config, num_devices: int, chip: Chip) -> StepWork:
         """The work of one step of `config` over `num_devices` chips."""
         length = config.data.sequence_length
         return cls(
@@ -80,7 +80,7 @@ class StepClock:
 
     def __init__(
         self,
-        work: Work,
+        work: StepWork,
         total_steps: int,
         start_step: int = 0,
         elapsed_before: float = 0.0,
@@ -138,8 +138,8 @@ class StepClock:
         """The row's timings since the last call, and starts a new window.
 
         step_seconds is the median step, step_seconds_mean the mean one; data_wait_seconds and device_wait_seconds are mean
-        waits a step. Throughput (see `Work`) is over the whole window, waits included, pauses excluded. eta_seconds goes by the
-        mean over the whole run so far, pauses included. A window without a step has None throughout.
+        waits a step. Throughput (see `StepWork`) is over the whole window, waits included, pauses excluded. eta_seconds goes by
+        the mean over the whole run so far, pauses included. A window without a step has None throughout.
         """
         seconds, count = sum(self._steps_seconds), len(self._steps_seconds)
         row: Row = {

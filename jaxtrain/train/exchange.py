@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtrain.config import Config
 from jaxtrain.models import decoder
 from jaxtrain.parallel import sync
-from jaxtrain.parallel.sync import Exchange
+from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.sharding import RULES, Dims, is_dims, named, spec, specs, sum_over
 from jaxtrain.train.state import initial_params, params_dims
 
@@ -39,7 +39,7 @@ def under(lead: Dims, dims_tree: PyTree) -> PyTree:
     return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
 
 
-def make_gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Region:
+def make_gradient_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> Region:
     """(gradients [replica, ...], targets [replica], step, sync state) -> (gradients to apply, sync state), a shard_map.
 
     In a step that applies nothing the gradients are zeros.
@@ -65,7 +65,7 @@ def make_gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Re
     )
 
 
-def make_parameter_exchange(config: Config, mesh: Mesh, exchange: Exchange) -> Region:
+def make_parameter_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> Region:
     """(params [replica, ...], sync state) -> (params, sync state, metrics [replica]), a shard_map.
 
     Metrics: replica_divergence, where something travels: |P_r - mean_r P_r| / |mean_r P_r| of each replica's parameters P_r, as
@@ -97,7 +97,7 @@ def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.
     return jnp.sqrt(sum(total(away) for away, _ in spreads) / sum(total(mean) for _, mean in spreads))
 
 
-def exchanged_bytes(config: Config, mesh: Mesh, exchange: Exchange) -> float | None:
+def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> float | None:
     """Bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone replica."""
     replicas = config.mesh.replica
     if replicas == 1:

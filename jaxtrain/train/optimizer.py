@@ -23,7 +23,7 @@ from jax import lax
 from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.sharding import Dims, is_dims
-from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_schedule
+from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
 PyTree = Any
 STACKING = ("chunk", "stage", "layer")
@@ -330,7 +330,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> o
       ExplainedError: an unknown optimizer or schedule.
     """
     decays = jax.tree.map(lambda a: a.is_matrix, axes_tree(dims))
-    make_schedule(config, total_steps)  # raises
+    make_learning_rate(config, total_steps)  # raises
     return in_float32(
         optax.named_chain(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),

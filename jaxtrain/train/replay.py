@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 PyTree = Any
 
 
-class Layout:
+class ReplayedLayout:
     """A config made ready on a mesh."""
 
     def __init__(self, config: Config):
@@ -74,7 +74,7 @@ class Layout:
                 jax.block_until_ready(metrics)
         return state, first
 
-    def take(self, other: Layout, state: PyTree) -> PyTree:
+    def take(self, other: ReplayedLayout, state: PyTree) -> PyTree:
         """A state of the other layout, bit for bit, in this one."""
         canonical = other.canonical.from_state(state)
         return self.canonical.to_state(
@@ -140,7 +140,7 @@ def replay(config: Config, step: int, against: Config | None = None, tolerance: 
       tolerance: largest relative difference that is none; 0 for that of the dtypes (`TOLERANCE`).
     """
     record = recorded(config, step) if against is None else {}
-    layout, other = Layout(config), None if against is None else Layout(against)
+    layout, other = ReplayedLayout(config), None if against is None else ReplayedLayout(against)
     data = open_data(config)
     state, first = layout.state_before(step, data)
     found = layout.moments(state, layout.batch(data, step - 1))

@@ -30,7 +30,7 @@ from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.paths import user_path
 from jaxtrain.processes import LONG_SECONDS
-from jaxtrain.telemetry.clock import StepClock, Work
+from jaxtrain.telemetry.clock import StepClock, StepWork
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
@@ -50,7 +50,7 @@ from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
-from jaxtrain.train.schedule import make_schedule, warmup_steps
+from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state import Canonical, abstract_state, check_same_replicas, create_state
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import (
@@ -372,7 +372,7 @@ class Run:
             return loop, reason
 
     def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
-        work, last = Work.of(self.config, self.mesh.devices.size, self.chip), self.config.train.steps
+        work, last = StepWork.of(self.config, self.mesh.devices.size, self.chip), self.config.train.steps
         logged = self.directory / "metrics.jsonl"
         clock = StepClock(work, last, first, largest_before(logged, first, "elapsed_seconds"))
         used = largest_before(logged, first, "energy_kwh")
@@ -386,7 +386,7 @@ class Run:
             ProfileWindow(config.telemetry.profile, self.directory, jax.process_index(), self.progress.say), self.progress
         )
         stack.callback(profiling.close)
-        learning_rate = make_schedule(config.optimizer, last)
+        learning_rate = make_learning_rate(config.optimizer, last)
         # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
         every = config.train.log_every
         stragglers = Stragglers(jax.process_index(), jax.process_count(), self.mesh, self.progress.say)

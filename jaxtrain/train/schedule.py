@@ -49,7 +49,7 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
 
 
 def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) -> Hyperparameters:
-    """The inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_schedule`."""
+    """The inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_learning_rate`."""
     warmup = warmup_steps(config, total_steps)
     decay = total_steps - warmup
     if config.schedule == "warmup_stable_decay":
@@ -60,7 +60,7 @@ def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) ->
 
 
 def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: Any = jnp) -> Any:
-    """The rate of step s = 0, 1, ... by the formulas of `make_schedule`, float32.
+    """The rate of step s = 0, 1, ... by the formulas of `make_learning_rate`, float32.
 
     Args:
       step: optimizer steps taken before it, int32.
@@ -83,7 +83,7 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: A
     return numbers.peak_lr * library.where(n <= warmup, n / library.maximum(warmup, 1), shapes[schedule]())
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
+def make_learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
     """The learning rate of step s = 0, 1, ..., a float32 scalar, as a function on the host.
 
     With n = s + 1, peak p, T = total_steps, warm-up w = min(warmup_steps, T // 2) and final share f, the rate is p n / w for

@@ -16,14 +16,14 @@ from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.numerics import settled
 from jaxtrain.ops.attention import choose_backend
-from jaxtrain.ops.attention_context import Plan, choose_context_attention
+from jaxtrain.ops.attention_context import AttentionPlan, choose_context_attention
 from jaxtrain.ops.attention_order import IN_PIECES, share_out
 from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
-from jaxtrain.parallel.sync import Exchange
+from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.sharding import (
     BATCH_AXES,
     Dims,
@@ -87,7 +87,7 @@ def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     experts = choose_expert_backend(platform)
     # The pipeline puts layers into branches, where XLA:CPU's permutes go wrong.
     permutes = platform != "cpu" or config.mesh.pipe == 1
-    plan = Plan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
+    plan = AttentionPlan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
     at_once = layers_per_iteration(config, platform)
     return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding, at_once)
 
@@ -199,7 +199,7 @@ def make_train_step(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     backend: str,
-    exchange: Exchange = Exchange(),  # noqa: B008, it is frozen
+    exchange: ReplicaExchange = ReplicaExchange(),  # noqa: B008, it is frozen
 ) -> Step:
     """The jitted (state, batch, numbers) -> (state, metrics); the state is donated.
 
@@ -228,7 +228,7 @@ def make_train_step(
         if exchange.applies:
             with jax.named_scope("optimizer"):
                 params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers, state["step"])
-        if differ and exchange != Exchange():
+        if differ and exchange != ReplicaExchange():
             params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
             metrics |= divergence
         new = {"params": params, "optimizer": optimizer_state, "sync": kept}
@@ -255,7 +255,7 @@ def compile_train_step(
     optimizer: optax.GradientTransformation,
     backend: str,
     options: dict[str, Any] | None = None,
-    exchange: Exchange = Exchange(),  # noqa: B008, it is frozen
+    exchange: ReplicaExchange = ReplicaExchange(),  # noqa: B008, it is frozen
 ) -> Any:
     """Lowers and compiles a train step, from shapes alone; telemetry and planner read the compiled program.
 

@@ -15,7 +15,7 @@ from jaxtrain.config import LatentAttentionConfig, MeshConfig, ModelConfig
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.layers import Packing
-from jaxtrain.ops.attention_context import Plan
+from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import gather_weights, reduce_gradients, specs, vary
 
@@ -86,7 +86,7 @@ def test_latent_attention(rank, mesh_axes):
 
         def loss(params, x):
             block = nnx.merge(graph, gather_weights(params, jax.lax.stop_gradient(params), dims, "float32"))
-            out = alone(block(x, Packing(positions, segments, None, None), Plan("reference")))
+            out = alone(block(x, Packing(positions, segments, None, None), AttentionPlan("reference")))
             return jnp.sum(out * ct), out
 
         (_, out), (d_params, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)

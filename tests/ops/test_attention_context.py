@@ -21,7 +21,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention import reference_attention
-from jaxtrain.ops.attention_context import Plan, choose_context_attention, context_attention, needed_steps
+from jaxtrain.ops.attention_context import AttentionPlan, choose_context_attention, context_attention, needed_steps
 from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import find_place, share_out, zigzag_order, zigzag_pieces
 from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
@@ -77,7 +77,7 @@ def region(case, remat=lambda f: f, mesh=None):
     def local(q, k, v, do, segments):
         attend = functools.partial(
             context_attention,
-            plan=Plan(case.backend, case.kind, case.window),
+            plan=AttentionPlan(case.backend, case.kind, case.window),
             segments_BL=segments if case.documents else None,
             residual_name="attention",
         )
@@ -251,7 +251,7 @@ def test_remat_keeps_what_is_named_and_nothing_that_came_from_another_device(kin
     assert flops(policies.nothing_saveable) > 1.2 * plain
 
     def kept(policy):
-        attend = functools.partial(context_attention, plan=Plan("blockwise", kind), residual_name="attention")
+        attend = functools.partial(context_attention, plan=AttentionPlan("blockwise", kind), residual_name="attention")
         arrays, _ = draw(case)
         shares = [x[:, : case.length // case.context] for x in arrays[:3]]
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.config import SyncConfig
 from jaxtrain.parallel import sync as module
-from jaxtrain.parallel.sync import Exchange, Piece, exchange_at, exchanged_bytes, initial_state, state_dims
+from jaxtrain.parallel.sync import Piece, ReplicaExchange, exchange_at, exchanged_bytes, initial_state, state_dims
 from jaxtrain.sharding import is_dims, spec
 from tests.replicas import GradientSimulation, OuterSimulation
 
@@ -87,7 +87,7 @@ def back(dims: Any, tree: Any) -> Any:
 
 
 @functools.cache
-def jitted_exchange(sync: SyncConfig, exchange: Exchange) -> Any:
+def jitted_exchange(sync: SyncConfig, exchange: ReplicaExchange) -> Any:
     dims = state_dims(sync, DIMS)
     state_specs = jax.tree.map(spec, dims, is_leaf=is_dims)
     # The toy's parameters are sharded over nothing but `replica`, whatever their dims are called.
@@ -118,7 +118,7 @@ def test_local_and_diloco_as_simulated(name: str):
         expected = simulation.after(step, inner(step, expected))
         params = inner(step, params)
         exchange = exchange_at(sync, step)
-        if exchange != Exchange():
+        if exchange != ReplicaExchange():
             arrays, state = jitted_exchange(sync, exchange)(of_replicas(params), state)
             params = [flat(arrays, r) for r in range(REPLICAS)]
         for got, want in zip(params, expected, strict=True):
@@ -176,19 +176,19 @@ def test_delay_0_is_every_step():
     assert not sync.sums_apart
     assert not sync.replicas_differ
     assert state_dims(sync, DIMS) == state_dims(SyncConfig(), DIMS) == {}
-    assert exchange_at(sync, 1) == exchange_at(SyncConfig(), 1) == Exchange()
+    assert exchange_at(sync, 1) == exchange_at(SyncConfig(), 1) == ReplicaExchange()
 
 
 def test_which_step_exchanges_what():
     sync = replace(DILOCO, fragments=2, overlap=3, every=4)
     assert [exchange_at(sync, step) for step in range(1, 8)] == [
-        Exchange(),
-        Exchange(begins=1),
-        Exchange(travels=(Piece(1, 0),)),
-        Exchange(begins=0, travels=(Piece(1, 1),)),
-        Exchange(travels=(Piece(0, 0), Piece(1, 2)), ends=1),
-        Exchange(begins=1, travels=(Piece(0, 1),)),
-        Exchange(travels=(Piece(1, 0), Piece(0, 2)), ends=0),
+        ReplicaExchange(),
+        ReplicaExchange(begins=1),
+        ReplicaExchange(travels=(Piece(1, 0),)),
+        ReplicaExchange(begins=0, travels=(Piece(1, 1),)),
+        ReplicaExchange(travels=(Piece(0, 0), Piece(1, 2)), ends=1),
+        ReplicaExchange(begins=1, travels=(Piece(0, 1),)),
+        ReplicaExchange(travels=(Piece(1, 0), Piece(0, 2)), ends=0),
     ]
     delayed = SyncConfig(mode="delayed", delay=2)
     assert [exchange_at(delayed, step).applies for step in range(1, 5)] == [False, False, True, True]
@@ -204,13 +204,13 @@ def test_every_number_travels_once_in_a_period(name: str):
     steps = range(10 * sync.every + 1, 11 * sync.every + 1)
     sent = [exchanged_bytes(sync, exchange_at(sync, step), DIMS, shards, REPLICAS) for step in steps]
     assert sum(sent) == pytest.approx(whole)
-    assert exchanged_bytes(sync, Exchange(), DIMS, shards, REPLICAS) == 0
+    assert exchanged_bytes(sync, ReplicaExchange(), DIMS, shards, REPLICAS) == 0
 
 
 def test_a_late_piece_depends_on_nothing_of_its_step():
     """What travels behind a step's work must not wait for it: the collectives' operands do not come from the parameters."""
     sync = replace(DILOCO, overlap=2)
-    exchange = Exchange(travels=(Piece(0, 1),), ends=0)
+    exchange = ReplicaExchange(travels=(Piece(0, 1),), ends=0)
     params, state = of_replicas([start()] * REPLICAS), initial_state(sync, stacked(start()), REPLICAS)
     jaxpr = jitted_exchange(sync, exchange).trace(params, state).jaxpr
 

@@ -26,7 +26,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.formulas import gradient_bytes, optimizer_bytes, parameter_bytes, step_flops
-from jaxtrain.planner.formulas_collectives import Entry, collectives, totals, uncovered
+from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals, uncovered
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state
 
@@ -190,7 +190,9 @@ def test_state_bytes(name: str, optimizer: str):
 SCALARS = 256  # bytes: numbers that XLA may well add up before it sends them
 
 
-def deviations(report: deviceless.Report, entries: Sequence[Entry], tolerance: float = 0.02, parts: int = 1) -> list[str]:
+def deviations(
+    report: deviceless.CompiledStep, entries: Sequence[Transfers], tolerance: float = 0.02, parts: int = 1
+) -> list[str]:
     """Where the program's bytes are not the closed form's, by axes, kind and dtype; empty where all are."""
     expected, found = totals(entries), {(row.axes, row.kind, row.dtype): row for row in report.rows}
     calls, unread = dict.fromkeys(expected, 0), dict.fromkeys(expected, 0.0)
@@ -235,14 +237,14 @@ def test_deviations_are_found():
     entries = collectives(replace(CASES["fsdp"], microbatches=1).config())
     payload = totals(entries)["fsdp", "all-gather", "bf16"]
 
-    def row(dtype: str, share: float) -> deviceless.Row:
-        return deviceless.Row("fsdp", "all-gather", dtype, 1, share * payload, 0, 0, 0, False)
+    def row(dtype: str, share: float) -> deviceless.CollectiveRow:
+        return deviceless.CollectiveRow("fsdp", "all-gather", dtype, 1, share * payload, 0, 0, 0, False)
 
     others = [e for e in entries if e.kind != "all-gather"]
-    rest = [deviceless.Row(*key, 1, total, 0, 0, 0, False) for key, total in totals(others).items()]
+    rest = [deviceless.CollectiveRow(*key, 1, total, 0, 0, 0, False) for key, total in totals(others).items()]
 
-    def found(*rows: deviceless.Row) -> list[str]:
-        return deviations(deviceless.Report(0, (*rows, *rest), 0, 0, 0, 0, "", 0), entries)
+    def found(*rows: deviceless.CollectiveRow) -> list[str]:
+        return deviations(deviceless.CompiledStep(0, (*rows, *rest), 0, 0, 0, 0, "", 0), entries)
 
     assert found(row("bf16", 1)) == []
     assert found(row("bf16", 1.015)) == []

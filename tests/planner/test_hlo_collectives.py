@@ -11,11 +11,11 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner.hlo_collectives import Row, Transfer, instruction_seconds, read_collectives, table
-from jaxtrain.planner.hlo_groups import Group, Layout, device_groups, layout_of, locate
+from jaxtrain.planner.hlo_collectives import CollectiveRow, Transfer, instruction_seconds, read_collectives, table
+from jaxtrain.planner.hlo_groups import Group, MeshOrder, device_groups, layout_of, locate
 
 # 2 hosts of 4 devices; ids run over data, then fsdp, then tensor.
-LAYOUT = Layout(("data", "fsdp", "tensor"), (2, 2, 2), (0, 0, 0, 0, 1, 1, 1, 1))
+LAYOUT = MeshOrder(("data", "fsdp", "tensor"), (2, 2, 2), (0, 0, 0, 0, 1, 1, 1, 1))
 # A chip for round numbers: 1 GFLOP/s, 1 MB/s inside a host, 100 kB/s and device beyond.
 CHIP = dataclasses.replace(find_chip("h100-sxm"), link_bandwidth=1e6, nic_bandwidth=1e5)
 PEAK = 1e9
@@ -76,7 +76,7 @@ def program(*lines: str, computations: str = "") -> str:
     return f"HloModule test, is_scheduled=true\n{computations}\nENTRY %main (a: bf16[100]) -> bf16[100] {{\n{body}\n}}\n"
 
 
-def rows(text: str, layout: Layout = LAYOUT) -> list[Row]:
+def rows(text: str, layout: MeshOrder = LAYOUT) -> list[CollectiveRow]:
     return table(read_collectives(text, layout, CHIP, PEAK))
 
 
@@ -245,7 +245,7 @@ def test_a_conditional_is_its_dearest_branch():
 
 
 @functools.cache
-def compiled() -> tuple[str, Layout]:
+def compiled() -> tuple[str, MeshOrder]:
     """Each kind of collective in a scan of 3 inside a scan of 2, over a (2, 2, 2) mesh."""
     mesh = jax.make_mesh((2, 2, 2), LAYOUT.axes, devices=jax.devices()[:8], axis_types=(AxisType.Auto,) * 3)
 

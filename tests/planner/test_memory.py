@@ -30,7 +30,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.planner import deviceless, reference_layouts
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.formulas_collectives import Entry
+from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.reference_layouts import LAYOUTS, compare, worst_deviation
 from jaxtrain.sharding import specs, vary
@@ -230,11 +230,11 @@ def test_the_layouts_are_thirty_and_of_every_kind():
 
 
 def test_deviations_of_bytes():
-    entry = Entry("fsdp", "all-gather", "bf16", 4, 2**30, "weights", 8, unread=2**28)
+    entry = Transfers("fsdp", "all-gather", "bf16", 4, 2**30, "weights", 8, unread=2**28)
 
     def deviation(payload: float, dtype: str = "bf16") -> float:
-        found = deviceless.Row("fsdp", "all-gather", dtype, 1, payload, 0, 0, 0, False)
-        return worst_deviation([entry], deviceless.Report(0, (found,), 0, 0, 0, 0, "", 0))
+        found = deviceless.CollectiveRow("fsdp", "all-gather", dtype, 1, payload, 0, 0, 0, False)
+        return worst_deviation([entry], deviceless.CompiledStep(0, (found,), 0, 0, 0, 0, "", 0))
 
     assert deviation(2**30) == deviation(0.75 * 2**30) == 0
     assert deviation(1.5 * 2**30) == 0.5
@@ -244,9 +244,9 @@ def test_deviations_of_bytes():
 def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
     compiled = []
 
-    def report(config: Config) -> deviceless.Report:
+    def report(config: Config) -> deviceless.CompiledStep:
         compiled.append(config.name)
-        return deviceless.Report(1.0, (), 2**30, 2**30, 0, 0, "cudnn", 1.0)
+        return deviceless.CompiledStep(1.0, (), 2**30, 2**30, 0, 0, "cudnn", 1.0)
 
     monkeypatch.setattr(deviceless, "report_in_subprocess", report)
     cache = f"--cache={tmp_path / 'new' / 'kept.json'}"

@@ -11,7 +11,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConf
 from jaxtrain.config_rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner.cost import CostModel, Layout, with_layout
+from jaxtrain.planner.cost import Candidate, CostModel, with_layout
 from jaxtrain.planner.estimates import Cluster, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.search import search, smallest_cluster
@@ -28,7 +28,7 @@ MOE = replace(CONFIG, model=replace(MODEL, moe=MoEConfig(num_experts=4, mlp_dim=
 SCHEDULES = [("1f1b", 1), *(("interleaved", k) for k in (2, 3, 6))]
 
 
-def everything(config: Config, devices: int, per_host: int) -> list[Layout]:
+def everything(config: Config, devices: int, per_host: int) -> list[Candidate]:
     """All layouts that `config_rules` and `make_mesh` take, of those kinds that a search looks at, found by trying all."""
     found = []
     sizes = itertools.product([1], *[divisors(devices)] * 6)
@@ -36,7 +36,7 @@ def everything(config: Config, devices: int, per_host: int) -> list[Layout]:
         kinds = ("ring", "ulysses") if mesh[5] > 1 else ("auto",)
         zeros = (1, 2, 3) if mesh[3] > 1 else (3,)
         for (name, chunks), kind, zero, m in itertools.product(SCHEDULES, kinds, zeros, divisors(12)):
-            layout = Layout(mesh, m, name, chunks, "none", (), zero, kind)
+            layout = Candidate(mesh, m, name, chunks, "none", (), zero, kind)
             in_groups = chunks == 1 or (m % mesh[1] == 0 and chunks in useful_chunks(6, mesh[1]))
             data_axis = mesh[4] > 1 and not config.model.moe  # without experts, the axis `expert` is one more `data`
             if in_groups and not data_axis and not find_problems(with_layout(config, layout), devices)[1]:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, SyncConfig, TrainConfig
 from jaxtrain.config_rules import validate
-from jaxtrain.parallel.sync import Exchange, exchange_at
+from jaxtrain.parallel.sync import ReplicaExchange, exchange_at
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.hlo_collectives import read_collectives
 from jaxtrain.planner.hlo_groups import layout_of
@@ -24,7 +24,7 @@ BASE = Config(
 
 
 @functools.cache
-def behind_matmuls(sync: SyncConfig, exchange: Exchange) -> float:
+def behind_matmuls(sync: SyncConfig, exchange: ReplicaExchange) -> float:
     """Share of the bytes between replicas that have matmuls between start and done."""
     config = validate(replace(BASE, sync=sync), 16)
     program, mesh, _ = deviceless.compile_for(config, exchange=exchange)

@@ -8,10 +8,10 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner import verify as verify_module
 from jaxtrain.planner.cost import estimate
-from jaxtrain.planner.deviceless import CompilerDied, Report
+from jaxtrain.planner.deviceless import CompiledStep, CompilerDied
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.formulas import optimizer_bytes, parameter_bytes, step_flops
-from jaxtrain.planner.hlo_collectives import Row
+from jaxtrain.planner.hlo_collectives import CollectiveRow
 from jaxtrain.planner.verify import verify, with_report
 
 H100 = Cluster(find_chip("h100-sxm"), hosts=1, devices_per_host=2)
@@ -23,11 +23,11 @@ CONFIG = Config(
 )
 
 
-def report_of(config: Config, *, wait: float, more_memory: int = 0) -> Report:
+def report_of(config: Config, *, wait: float, more_memory: int = 0) -> CompiledStep:
     """A program that computes what the formula says, and waits for half a gather of so many bytes."""
     state = parameter_bytes(config) + optimizer_bytes(config)
-    row = Row("fsdp", "all-gather", "bf16", 4, 2 * wait, wait, hidden=wait / 2, overlapped=wait, crosses_hosts=False)
-    return Report(step_flops(config, "cudnn"), (row,), state, 1_000_000 + more_memory, state, state, "cudnn: why", 1.0)
+    row = CollectiveRow("fsdp", "all-gather", "bf16", 4, 2 * wait, wait, hidden=wait / 2, overlapped=wait, crosses_hosts=False)
+    return CompiledStep(step_flops(config, "cudnn"), (row,), state, 1_000_000 + more_memory, state, state, "cudnn: why", 1.0)
 
 
 def test_what_was_compiled_takes_the_place_of_the_estimate():
@@ -51,7 +51,7 @@ def test_the_best_are_ranked_anew_and_a_crash_is_one_line(monkeypatch: pytest.Mo
     estimates = [estimate(config, H100) for config in layouts]
     reports = {layouts[0]: report_of(layouts[0], wait=1e12), layouts[2]: report_of(layouts[2], wait=0, more_memory=10**12)}
 
-    def report(config: Config, chip: str, devices_per_host: int) -> Report:
+    def report(config: Config, chip: str, devices_per_host: int) -> CompiledStep:
         assert (chip, devices_per_host) == ("h100-sxm", 2)
         if config not in reports:
             raise CompilerDied("compiling for h100-sxm ended with exit code -8: it said nothing")

@@ -5,9 +5,11 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, TrainConfig
 from jaxtrain.hardware import find_chip
-from jaxtrain.telemetry.clock import StepClock, Work, host_memory_peak, memory_row
+from jaxtrain.telemetry.clock import StepClock, StepWork, host_memory_peak, memory_row
 
-WORK = Work(tokens_per_step=1000, num_devices=4, flops_per_token_full=2 * 10**9, flops_per_token_causal=10**9, peak_flops=1e12)
+WORK = StepWork(
+    tokens_per_step=1000, num_devices=4, flops_per_token_full=2 * 10**9, flops_per_token_causal=10**9, peak_flops=1e12
+)
 
 
 class Hand:
@@ -83,11 +85,11 @@ def test_an_empty_window_is_unknown_not_zero(hand):
 
 def test_work_is_taken_from_the_config():
     config = Config(train=TrainConfig(global_batch_size=6), data=DataConfig(sequence_length=32))
-    work = Work.of(config, num_devices=2, chip=find_chip("h100-sxm"))
+    work = StepWork.of(config, num_devices=2, chip=find_chip("h100-sxm"))
     assert work.tokens_per_step == 192
     assert work.peak_flops == 989.4e12
     assert work.flops_per_token_full > work.flops_per_token_causal
-    unknown = Work.of(config, num_devices=2, chip=find_chip("cpu")).throughput(10.0)
+    unknown = StepWork.of(config, num_devices=2, chip=find_chip("cpu")).throughput(10.0)
     assert unknown["mfu_full"] is None
     assert unknown["tflops_per_second_per_device_full"] == pytest.approx(5 * work.flops_per_token_full / 1e12)
 

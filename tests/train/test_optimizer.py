@@ -18,7 +18,7 @@ from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.sharding import is_dims, spec
 from jaxtrain.train.optimizer import STACKING, leaf_axes, make_optimizer, orthogonalise
-from jaxtrain.train.schedule import hyperparameters, learning_rate, make_schedule, warmup_steps
+from jaxtrain.train.schedule import hyperparameters, learning_rate, make_learning_rate, warmup_steps
 
 NAMES = ["adamw", "sgd", "adafactor", "lion", "muon"]
 PLAIN = OptimizerConfig(peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=0.0)
@@ -399,7 +399,7 @@ SCHEDULES = ("constant", "cosine", "warmup_stable_decay", "inverse_sqrt")
 )
 def test_schedules(name, points):
     config = dataclasses.replace(SCHEDULE, schedule=name)
-    schedule = make_schedule(config, 100)
+    schedule = make_learning_rate(config, 100)
     in_program = jax.jit(functools.partial(learning_rate, name))
     for step, expected in points.items():
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-6), step
@@ -431,7 +431,7 @@ def test_every_schedule_is_whole_whatever_its_numbers(name):
         config = dataclasses.replace(
             SCHEDULE, schedule=name, warmup_steps=warmup, decay_fraction=share, final_lr_fraction=final
         )
-        rates = [float(make_schedule(config, total)(s)) for s in range(total)]
+        rates = [float(make_learning_rate(config, total)(s)) for s in range(total)]
         assert rates == pytest.approx([rate_by_hand(config, total, s) for s in range(total)], rel=1e-5, abs=1e-6), config
         top, w = max(rates), warmup_steps(config, total)
         peak = rates.index(top)
@@ -459,4 +459,4 @@ def test_unknown_names_are_explained():
     with pytest.raises(ExplainedError, match=r"optimizer.name='adam': did you mean 'adamw'"):
         make_optimizer(dataclasses.replace(PLAIN, name="adam"), 10, DIMS)  # type: ignore[arg-type]
     with pytest.raises(ExplainedError, match=r"optimizer.schedule='cosin': did you mean 'cosine'"):
-        make_schedule(dataclasses.replace(PLAIN, schedule="cosin"), 10)  # type: ignore[arg-type]
+        make_learning_rate(dataclasses.replace(PLAIN, schedule="cosin"), 10)  # type: ignore[arg-type]
