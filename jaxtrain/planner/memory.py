@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots
+from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
 from jaxtrain.planner.activations import FLOAT32, Sizes, kept_bytes, moves_activations
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, local_length, microbatch_rows, outer_weights
@@ -88,6 +88,8 @@ class Cut(NamedTuple):
     is_loop: bool
     """Whether a step is a loop over ticks (several microbatches, or stages)."""
     is_pipe: bool
+    has_lone_ticks: bool
+    """Whether a run of like ticks of the pipeline is one tick, which is no loop to XLA."""
 
     @property
     def held(self) -> float:
@@ -100,6 +102,11 @@ def _slots(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[
     """(slots of residuals, slots of boundary activations and gradients), from the table's own lifetimes."""
     activations, gradients, residuals = count_slots(SCHEDULES[schedule](stages, chunks, microbatches))
     return residuals + 1, activations + gradients + 2
+
+
+@functools.cache
+def _has_lone_ticks(schedule: str, stages: int, chunks: int, microbatches: int) -> bool:
+    return any(run.stop - run.start == 1 for run in cut_into_runs(SCHEDULES[schedule](stages, chunks, microbatches)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,9 +130,9 @@ def _cut(config: Config) -> Cut:
     shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
     layers = math.ceil(config.model.stacked_layers / (mesh.pipe * pipeline.chunks))
     if mesh.pipe == 1 and pipeline.schedule != "gpipe":
-        return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False)
-    residuals, boundaries = _slots(pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches)
-    return Cut(*shares, layers, pipeline.chunks, residuals, boundaries, True, True)
+        return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, False)
+    table = pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches
+    return Cut(*shares, layers, pipeline.chunks, *_slots(*table), True, True, _has_lone_ticks(*table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,12 +199,14 @@ def _batch(config: Config) -> float:
 
 def _weights(config: Config, cut: Cut) -> float:
     """Copies of a device's parameters in the compute dtype (none where that is the dtype they are kept in), whole over fsdp at
-    ZeRO 1 and 2."""
+    ZeRO 1 and 2. A gather leaves the dim it cut first; loops read another layout, and ticks outside of loops the first one: where
+    a pipeline has both, layers are there twice. Of several chunks, the one at work is copied out."""
     whole = config.sharding.zero < 3 and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype:
         return 0.0
     layer, outer = (share.gathered if whole else share.sharded for share in (cut.layer, cut.outer))
-    return BYTES[config.model.dtype] * (cut.chunks * cut.layers * layer + outer)
+    copies = cut.chunks * (1 + (whole and cut.has_lone_ticks)) + (whole and cut.chunks > 1)
+    return BYTES[config.model.dtype] * (copies * cut.layers * layer + outer)
 
 
 def _gradients(config: Config, cut: Cut, copies: int) -> float:
@@ -221,12 +230,15 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
     at hand; but where XLA unrolls the loop over microbatches by two, it makes the zeros into which the next one's activations
     are to be written along with this one's. Of two microbatches no loop is left, and where weights are gathered before them
-    (ZeRO 1 and 2) it makes the second's late.
+    (ZeRO 1 and 2) it makes the second's late. Of what dots keep of experts, where only weights move, XLA fails to write one array
+    in place and holds it twice: which, depends on the schedule; counted is one of the experts' width, the smallest.
     """
     microbatches = config.train.microbatches
     is_early = microbatches > 2 or (microbatches == 2 and config.sharding.zero == 3)
     part = cut.layers * kept_bytes(config, sizes, backend)
     copies = cut.residuals + (cut.is_pipe or (is_early and not moves_activations(config)))
+    if config.model.moe and config.train.remat == "dots" and not moves_activations(config):
+        part += BYTES[config.model.dtype] * cut.layers * sizes.rows * config.model.moe.mlp_dim
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
@@ -242,7 +254,7 @@ with, which XLA does not write over."""
 HEAD_SUMS_LEFT = 2
 """Of those, alive still while the layers' backward runs in a step of one tick: the gradient, until it is scattered, and the
 zeros. In a loop over microbatches that XLA unrolls by two, twice as many; in a pipeline none: there the loss ends in a tick."""
-UNREDUCED, UNREDUCED_IN_ORDER = 1.2, 0.3
+UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_RECOMPUTED = 1.2, 2.0, 0.3, 3.0
 """Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered: XLA sends them an iteration late, but
 not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`)."""
 GATHERED = 1.0
@@ -277,8 +289,14 @@ ALONE = Arrays(3.5, 1, 3, 3.5, 1.25, 3.25, 1.5)
 gradients of its weights are made, and XLA makes the zeros into which rows are to be sent for all of them at once."""
 IN_TURNS = Arrays(6.5, 4, 4, 7, 4.25, 4, 0)
 """The same of each of two parts that take turns: one part's arrays wait while the other part is computed."""
+SHARED_EXPERTS = Arrays(0, 0, 0, 0, 4, 5, 2)
+"""What experts need where every device has a share of each (tensor): nothing is sent, so no zeros are made ahead, and each layer
+of an iteration, and each part, has the place of the one before."""
 ALONE_IN_ORDER, IN_TURNS_IN_ORDER = Arrays(3, 1, 1.6, 3, 0, 0, 0), Arrays(5.5, 3, 3.2, 6.5, 0, 0, 0)
 """Both where gradients are sent layer by layer: a layer's arrays go with them."""
+IN_TURNS_RECOMPUTED = IN_TURNS_IN_ORDER._replace(sequence=0.5)
+"""The last where remat keeps nothing: activations are gathered again beside their own matmuls, and go with them; the whole
+gradients of the iteration's layers wait (`UNREDUCED_RECOMPUTED`)."""
 
 
 class Moment(NamedTuple):
@@ -305,8 +323,8 @@ def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     chunk = microbatch_rows(config) * min(config.train.loss_chunk, local_length(config))
     logits = chunk * config.model.padded_vocab_size / config.mesh.tensor
     ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config))
-    sums = HEAD_SUMS * FLOAT32 + bytes_each * _gathers(config)
-    copies = int(cut.is_loop and not cut.is_pipe)
+    sums = (HEAD_SUMS - moves_activations(config) - cut.is_pipe) * FLOAT32 + bytes_each * _gathers(config)
+    copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config)))
     return Moment(_gradients(config, cut, copies), sums * _head(config) + bytes_each * (logits + ahead + 4 * sizes.stream))
 
 
@@ -318,13 +336,15 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     """
     layer = cut.layer.gathered
     weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
-    waiting = UNREDUCED_IN_ORDER if _in_order(config, cut) else UNREDUCED
+    waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config) else UNREDUCED
+    if _in_order(config, cut):
+        waiting = UNREDUCED_RECOMPUTED if sizes.parts > 1 and config.train.remat == "full" else UNREDUCED_IN_ORDER
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
     by_two = cut.is_loop and not moves_activations(config)
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + by_two)
     # Of two microbatches no loop is left; whole over fsdp (ZeRO 1), the second's zeros wait for the first's sums.
     is_late = config.train.microbatches == 2 and not cut.is_pipe and config.sharding.zero == 1
-    copies = cut.is_loop + (by_two and not is_late)
+    copies = cut.is_loop + ((by_two or (cut.has_lone_ticks and cut.chunks == 1)) and not is_late)
     working = weights + whole + sums * FLOAT32 * _head(config) + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies), working)
@@ -362,7 +382,8 @@ def _in_order(config: Config, cut: Cut) -> bool:
 def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     """Activations and their gradients that are alive in the backward of the layers of one iteration."""
     if _in_order(config, cut):
-        arrays, layers = IN_TURNS_IN_ORDER if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(cut)
+        turns = IN_TURNS_RECOMPUTED if config.train.remat == "full" else IN_TURNS_IN_ORDER
+        arrays, layers = turns if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(cut)
     elif moves_activations(config):
         arrays, layers = IN_TURNS if sizes.parts > 1 else ALONE, _unrolled(cut)
     else:
@@ -370,7 +391,9 @@ def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     moe, width = config.model.moe, config.model.embed_dim
     numbers = arrays.sequence * sizes.sequence + arrays.stream * sizes.stream
     numbers += arrays.mlp * sizes.mlp + arrays.heads * sizes.query
+    numbers *= layers
     if moe:
-        numbers += sizes.rows * (arrays.wide_rows * moe.mlp_dim / config.mesh.tensor + arrays.rows * width)
-        numbers += arrays.choices * sizes.choices * width
-    return BYTES[config.model.dtype] * layers * numbers / sizes.parts
+        rows, times = (arrays, layers) if config.mesh.expert > 1 or not moves_activations(config) else (SHARED_EXPERTS, sizes.parts)
+        dispatched = sizes.rows * (rows.wide_rows * moe.mlp_dim / config.mesh.tensor + rows.rows * width)
+        numbers += times * (dispatched + rows.choices * sizes.choices * width)
+    return BYTES[config.model.dtype] * numbers / sizes.parts
