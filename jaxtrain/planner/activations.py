@@ -96,7 +96,7 @@ def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
     return moe.num_experts * (tokens // group) * room
 
 
-def _folds(config: Config) -> bool:
+def folds(config: Config) -> bool:
     """Whether attention is folded from pieces along context (ring, gather)."""
     return config.mesh.context > 1 and context_kind(config) != "ulysses"
 
@@ -121,7 +121,7 @@ def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
 def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
     """Attention's result and logsumexp. Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which
     names cannot reach (in latent attention padded to the width of queries), and under its name."""
-    by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not _folds(config) else 0.0
+    by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not folds(config) else 0.0
     statistics = 0.0 if backend == "reference" else FLOAT32 * sizes.statistics
     return BYTES[config.model.dtype] * (by_kernel + sizes.result) + statistics
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
-from jaxtrain.planner.activations import FLOAT32, Sizes, kept_bytes, moves_activations
+from jaxtrain.planner.activations import FLOAT32, Sizes, folds, kept_bytes, moves_activations
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, local_length, microbatch_rows, outer_weights
 
@@ -43,7 +43,8 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
       backend: of attention; cudnn, blockwise, or reference (which holds scores of L^2).
     """
     cut, sizes = _cut(config), Sizes.of(config)
-    worst = max(_loss_moment(config, cut, sizes), _backward_moment(config, cut, sizes, backend), key=sum)
+    backward = _backward_moment(config, cut, sizes, backend)
+    worst = max(_loss_moment(config, cut, sizes), _between_moment(config, cut, sizes, backward), backward, key=sum)
     return Memory(
         parameters=parameter_bytes(config, cut),
         optimizer=optimizer_state(config, cut) + sync_state(config, cut),
@@ -88,8 +89,8 @@ class Cut(NamedTuple):
     is_loop: bool
     """Whether a step is a loop over ticks (several microbatches, or stages)."""
     is_pipe: bool
-    has_lone_ticks: bool
-    """Whether a run of like ticks of the pipeline is one tick, which is no loop to XLA."""
+    runs: tuple[int, ...]
+    """Ticks in each run of like ticks of the pipeline; a run of one tick is no loop to XLA."""
 
     @property
     def held(self) -> float:
@@ -105,8 +106,8 @@ def _slots(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[
 
 
 @functools.cache
-def _has_lone_ticks(schedule: str, stages: int, chunks: int, microbatches: int) -> bool:
-    return any(run.stop - run.start == 1 for run in cut_into_runs(SCHEDULES[schedule](stages, chunks, microbatches)))
+def _runs(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, ...]:
+    return tuple(run.stop - run.start for run in cut_into_runs(SCHEDULES[schedule](stages, chunks, microbatches)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,9 +131,9 @@ def _cut(config: Config) -> Cut:
     shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
     layers = math.ceil(config.model.stacked_layers / (mesh.pipe * pipeline.chunks))
     if mesh.pipe == 1 and pipeline.schedule != "gpipe":
-        return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, False)
+        return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, ())
     table = pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches
-    return Cut(*shares, layers, pipeline.chunks, *_slots(*table), True, True, _has_lone_ticks(*table))
+    return Cut(*shares, layers, pipeline.chunks, *_slots(*table), True, True, _runs(*table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,28 +201,37 @@ def _batch(config: Config) -> float:
 def _weights(config: Config, cut: Cut) -> float:
     """Copies of a device's parameters in the compute dtype (none where that is the dtype they are kept in), whole over fsdp at
     ZeRO 1 and 2. A gather leaves the dim it cut first; loops read another layout, and ticks outside of loops the first one: where
-    a pipeline has both, layers are there twice. Of several chunks, the one at work is copied out."""
+    a pipeline has both, layers are there twice, and three times where a loop is unrolled by two (its first tick runs before it).
+    Of several chunks, the one at work is copied out."""
     whole = config.sharding.zero < 3 and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype:
         return 0.0
     layer, outer = (share.gathered if whole else share.sharded for share in (cut.layer, cut.outer))
-    copies = cut.chunks * (1 + (whole and cut.has_lone_ticks)) + (whole and cut.chunks > 1)
+    is_unrolled = not moves_activations(config) and max(cut.runs, default=0) > 3
+    copies = cut.chunks * (1 + (whole and 1 in cut.runs) * (1 + is_unrolled)) + (whole and cut.chunks > 1)
     return BYTES[config.model.dtype] * (copies * cut.layers * layer + outer)
 
 
-def _gradients(config: Config, cut: Cut, copies: int) -> float:
+def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
     """Float32 gradients: shards at ZeRO 2 and 3, whole over fsdp at 1.
 
-    Accumulated over the step, those of all that the device holds; `copies` more of a tick's own part. In a step of one tick the
-    head's gradient is what the loss sums up, and is counted there where it is not also cut into shards.
+    Accumulated over the step, those of all that the device holds; `copies` more of a tick's own part, and of `late` ticks that
+    are not added up yet. In a step of one tick the head's gradient is what the loss sums up, and is counted there where it is not also cut into shards.
     """
     of_layer, of_outer = (share.gathered if config.sharding.zero == 1 else share.sharded for share in (cut.layer, cut.outer))
-    outer_copies = 1 + (copies > 0) if cut.is_loop else int(of_outer < cut.outer.gathered)
-    return FLOAT32 * ((cut.chunks + copies) * cut.layers * of_layer + outer_copies * of_outer)
+    outer_copies = 1 + (copies > 0) + late if cut.is_loop else int(of_outer < cut.outer.gathered)
+    return FLOAT32 * ((cut.chunks + copies + late) * cut.layers * of_layer + outer_copies * of_outer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations that wait
+
+
+def _is_ahead(config: Config, cut: Cut) -> bool:
+    """Whether XLA, which unrolls a loop over ticks by two where only weights move, makes the zeros for the second tick's
+    activations and head before the first tick has run. It makes them when they are needed where layers have loops or transfers
+    of their own, along context or among experts; those for gradients mostly early all the same."""
+    return cut.is_loop and not moves_activations(config) and (cut.is_pipe or (config.mesh.context == 1 and not config.model.moe))
 
 
 def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
@@ -230,15 +240,12 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
     at hand; but where XLA unrolls the loop over microbatches by two, it makes the zeros into which the next one's activations
     are to be written along with this one's. Of two microbatches no loop is left, and where weights are gathered before them
-    (ZeRO 1 and 2) it makes the second's late. Of what dots keep of experts, where only weights move, XLA fails to write one array
-    in place and holds it twice: which, depends on the schedule; counted is one of the experts' width, the smallest.
+    (ZeRO 1 and 2) it makes the second's late.
     """
     microbatches = config.train.microbatches
     is_early = microbatches > 2 or (microbatches == 2 and config.sharding.zero == 3)
     part = cut.layers * kept_bytes(config, sizes, backend)
-    copies = cut.residuals + (cut.is_pipe or (is_early and not moves_activations(config)))
-    if config.model.moe and config.train.remat == "dots" and not moves_activations(config):
-        part += BYTES[config.model.dtype] * cut.layers * sizes.rows * config.model.moe.mlp_dim
+    copies = cut.residuals + (cut.is_pipe or (is_early and _is_ahead(config, cut)))
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
@@ -297,6 +304,10 @@ ALONE_IN_ORDER, IN_TURNS_IN_ORDER = Arrays(3, 1, 1.6, 3, 0, 0, 0), Arrays(5.5, 3
 IN_TURNS_RECOMPUTED = IN_TURNS_IN_ORDER._replace(sequence=0.5)
 """The last where remat keeps nothing: activations are gathered again beside their own matmuls, and go with them; the whole
 gradients of the iteration's layers wait (`UNREDUCED_RECOMPUTED`)."""
+IN_TURNS_IN_RINGS = Arrays(4.75, 2, 5, 16, 0, 0, 0)
+"""That with a ring along context: its permutes let XLA recompute far ahead, and the pieces of all layers' rings are there."""
+IN_TURNS_IN_STAGES = IN_TURNS._replace(wide_rows=3.75, rows=4.75, choices=4)
+"""`IN_TURNS` in a pipeline where remat keeps nothing: what is sent to experts again is there beside what they give back."""
 
 
 class Moment(NamedTuple):
@@ -338,16 +349,29 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
     waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config) else UNREDUCED
     if _in_order(config, cut):
-        waiting = UNREDUCED_RECOMPUTED if sizes.parts > 1 and config.train.remat == "full" else UNREDUCED_IN_ORDER
+        again = sizes.parts > 1 and config.train.remat == "full" and not folds(config)
+        waiting = UNREDUCED_RECOMPUTED if again else UNREDUCED_IN_ORDER
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
     by_two = cut.is_loop and not moves_activations(config)
-    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + by_two)
-    # Of two microbatches no loop is left; whole over fsdp (ZeRO 1), the second's zeros wait for the first's sums.
-    is_late = config.train.microbatches == 2 and not cut.is_pipe and config.sharding.zero == 1
-    copies = cut.is_loop + ((by_two or (cut.has_lone_ticks and cut.chunks == 1)) and not is_late)
+    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut))
+    # Whole over fsdp (ZeRO 1), the second's zeros wait for the first's sums: of two microbatches, of which no loop is left, and
+    # where those of activations wait.
+    waits = config.train.microbatches == 2 or not (_is_ahead(config, cut) or config.model.moe)
+    is_late = config.sharding.zero == 1 and not cut.is_pipe and waits
+    # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
+    is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
+    copies = cut.is_loop + (by_two and not is_late)
     working = weights + whole + sums * FLOAT32 * _head(config) + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
-    return Moment(_gradients(config, cut, copies), working)
+    return Moment(_gradients(config, cut, copies, int(is_straight)), working)
+
+
+def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) -> Moment:
+    """What experts gave back, of all layers: where it is kept, XLA lays it anew before the backward reads it."""
+    is_kept = config.train.remat == "dots" or (config.train.remat == "named" and "expert_out" in config.train.remat_save)
+    return Moment(
+        backward.gradients, is_kept * BYTES[config.model.dtype] * cut.layers * sizes.choices * config.model.embed_dim
+    )
 
 
 def _scores(config: Config, backend: str) -> float:
@@ -382,10 +406,12 @@ def _in_order(config: Config, cut: Cut) -> bool:
 def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     """Activations and their gradients that are alive in the backward of the layers of one iteration."""
     if _in_order(config, cut):
-        turns = IN_TURNS_RECOMPUTED if config.train.remat == "full" else IN_TURNS_IN_ORDER
+        again = IN_TURNS_IN_RINGS if folds(config) else IN_TURNS_RECOMPUTED
+        turns = again if config.train.remat == "full" else IN_TURNS_IN_ORDER
         arrays, layers = turns if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(cut)
     elif moves_activations(config):
-        arrays, layers = IN_TURNS if sizes.parts > 1 else ALONE, _unrolled(cut)
+        turns = IN_TURNS_IN_STAGES if cut.is_pipe and config.train.remat == "full" else IN_TURNS
+        arrays, layers = turns if sizes.parts > 1 else ALONE, _unrolled(cut)
     else:
         arrays, layers = PEELED if cut.layers % 2 else RESIDENT, 1
     moe, width = config.model.moe, config.model.embed_dim
