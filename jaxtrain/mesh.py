@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +21,22 @@ from jaxtrain.errors import ConfigError, ExplainedError
 
 MEMORY_FRACTION = "0.93"
 """Share of a GPU's memory that jax takes. The rest is for CUDA, NCCL and cuBLAS: `planner.estimates.Cluster.reserved_bytes`."""
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+
+
+@contextlib.contextmanager
+def _quiet_without_driver() -> Iterator[None]:
+    """Keep jax from logging a traceback where its CUDA plugin is on a host without NVIDIA's driver (extra `plan`)."""
+
+    def has_more_to_say(record: logging.LogRecord) -> bool:
+        return NVIDIA_DRIVER.exists() or not record.getMessage().startswith("Jax plugin configuration error")
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(has_more_to_say)
+    try:
+        yield
+    finally:
+        logger.removeFilter(has_more_to_say)
 
 
 def count_devices() -> int:
@@ -28,7 +47,8 @@ def count_devices() -> int:
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)  # jax would keep to 0.75
     try:
-        return jax.device_count()
+        with _quiet_without_driver():
+            return jax.device_count()
     except (RuntimeError, AssertionError) as error:  # the assertion: JAX_PLATFORMS=cuda without jax's CUDA plugin
         wanted = os.environ.get("JAX_PLATFORMS", "")
         why = (str(error).splitlines() or ["jax has no backend of that name"])[0]

@@ -1,5 +1,6 @@
 """Which device stands where: tensor inside a host, whatever the hosts."""
 
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from jaxtrain import mesh as mesh_module
 from jaxtrain.config import MESH_AXES, MeshConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.mesh import describe_mesh, make_mesh, split_over_hosts
@@ -117,3 +119,19 @@ def test_what_the_log_says():
     assert describe_mesh(mesh) == "pipe=2 x data=2 x fsdp=2 x tensor=4 (32 x fake chip, 4 hosts (pipe, data across hosts))"
     alone = make_mesh(MeshConfig(fsdp=1), [FakeDevice(0, 0)])
     assert describe_mesh(alone) == "one device (1 x fake chip)"
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_a_missing_cuda_is_told_only_where_there_is_a_driver(monkeypatch, caplog, tmp_path, driver):
+    """The extra `plan` brings jax's CUDA plugin to hosts without GPUs, where jax logs a traceback about it at every start."""
+
+    def device_count():
+        logger = logging.getLogger("jax._src.xla_bridge")
+        logger.error("Jax plugin configuration error: Exception when calling jax_plugins.xla_cuda12.initialize()")
+        logger.error("something else")
+        return 3
+
+    monkeypatch.setattr(mesh_module, "NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    monkeypatch.setattr(jax, "device_count", device_count)
+    assert mesh_module.count_devices() == 3
+    assert [record.getMessage()[:10] for record in caplog.records] == [*["Jax plugin"] * driver, "something "]
