@@ -238,10 +238,10 @@ def _is_ahead(config: Config, cut: Cut) -> bool:
     """Whether XLA, which unrolls a loop over ticks by two where only weights move, makes the zeros for the second tick's
     activations and head before the first tick has run.
 
-    It makes them when they are needed where layers have loops or transfers of their own, along context or among experts (those
-    for gradients mostly early all the same), and where gradients are whole over fsdp (ZeRO 1; those for gradients too).
+    It makes them when they are needed where layers have loops or transfers of their own, along context or among experts, and
+    where weights are not gathered layer by layer.
     """
-    plain = config.mesh.context == 1 and not config.model.moe and config.sharding.zero > 1
+    plain = config.mesh.context == 1 and not config.model.moe and _gathers(config)
     return cut.is_loop and not moves_activations(config) and (cut.is_pipe or plain)
 
 
@@ -249,14 +249,11 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     """What waits for the backward: a part's layers in each slot of the ring, and the boundary activations.
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
-    at hand; but where XLA unrolls the loop over microbatches by two, it makes the zeros into which the next one's activations
-    are to be written along with this one's. Of two microbatches no loop is left, and where weights are gathered before them
-    (ZeRO 1 and 2) it makes the second's late.
+    at hand; but where XLA unrolls the loop over microbatches by two, it may make the zeros into which the next one's
+    activations are to be written along with this one's.
     """
-    microbatches = config.train.microbatches
-    is_early = microbatches > 2 or (microbatches == 2 and config.sharding.zero == 3)
     part = cut.layers * kept_bytes(config, sizes, backend)
-    copies = cut.residuals + (cut.is_pipe or (is_early and _is_ahead(config, cut)))
+    copies = cut.residuals + (cut.is_pipe or _is_ahead(config, cut))
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 
@@ -278,7 +275,8 @@ UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_RECOMPUTED = 1.2, 2.
 not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`)."""
 GAPS = 0.0025
 """Room that XLA's heap wastes between buffers, over all that is not the state: half of 85 layouts drawn with other seeds waste
-more. It varies: the heap is up to 14% larger than what is alive at its worst moment, more where activations move."""
+more than was counted. It varies: a heap was up to 28% larger than all that is alive at its worst moment, and larger still where
+activations move, whose factors were read off whole heaps."""
 GATHERED = 1.0
 """Layers whose weights are gathered: the one at work and the start of the next."""
 
@@ -370,8 +368,9 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
     by_two = cut.is_loop and not moves_activations(config)
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut))
-    # Whole over fsdp (ZeRO 1), the second's zeros wait for the first's sums; but where those are experts', gaps are as large.
-    is_late = config.sharding.zero == 1 and not cut.is_pipe and (config.train.microbatches == 2 or not config.model.moe)
+    # Where layers do not scatter gradients, the second's zeros wait for the first's sums. Experts' leave gaps as large.
+    scatters = config.mesh.fsdp > 1 and config.sharding.zero > 1
+    is_late = not scatters and not cut.is_pipe and (config.train.microbatches == 2 or not config.model.moe)
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
     is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
     copies = cut.is_loop + (by_two and not is_late)
