@@ -1,1 +1,1 @@
-"""jaxtrain: a trainer for transformers that outgrow one device. See README.md for the map of the code."""
+"""jaxtrain: a trainer for transformers that outgrow one device. README.md has the map of the code."""

@@ -1,9 +1,10 @@
-"""The pictures of the README: makes them again, and knows which are older than what they show.
+"""The pictures of the READMEs: makes them again, and knows which are older than what they show.
 
     python -m tests.pictures              # those that are out of date
-    python -m tests.pictures plan.svg     # by name
+    python -m tests.pictures jaxtrain/planner/plan.svg     # by name
 
-Each picture holds a hash of the code that draws it and of the configs it shows, comments left out; `test_pictures` compares.
+Each picture holds a hash of the code that draws it and of the configs it shows, comments and docstrings left out;
+`test_pictures` compares.
 What training itself computes is not in the hash: `quickstart.png` and `replicas.png` take four minutes each on two cores.
 """
 
@@ -29,7 +30,7 @@ MARGIN = 24
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of configs/, and what it depends on."""
+    """A picture, and what it depends on."""
 
     make: Callable[[Path], None]
     """Draws it into a file."""
@@ -43,13 +44,17 @@ class Picture:
 
 
 def _plain(node: object) -> object:
-    """Return a syntax tree as nested tuples, without empty fields: Pythons differ in which there are, and so in `ast.dump`."""
+    """Return a syntax tree as nested tuples, without docstrings, and without empty fields, in which Pythons differ."""
     if isinstance(node, list):
-        return tuple(map(_plain, node))
+        return tuple(_plain(part) for part in node if not _is_docstring(part))
     if not isinstance(node, ast.AST):
         return node
     fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
     return type(node).__name__, *fields
+
+
+def _is_docstring(node: object) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def read_stamp(path: Path) -> str:
@@ -135,16 +140,16 @@ PLANNER = tuple(
     f"jaxtrain/planner/{name}.py" for name in ("pictures", "svg", "timeline", "search", "cost", "memory", "activations")
 )
 PICTURES = {
-    "quickstart.png": Picture(draw_quickstart, ("configs/quickstart.py", PLOTS)),
-    "replicas.png": Picture(draw_replicas, ("configs/replicas.py", PLOTS)),
-    "plan.svg": Picture(draw_plan, ("configs/405b.py", *PLANNER)),
+    ".github/quickstart.png": Picture(draw_quickstart, ("configs/quickstart.py", PLOTS)),
+    "jaxtrain/parallel/replicas.png": Picture(draw_replicas, ("configs/replicas.py", PLOTS)),
+    "jaxtrain/planner/plan.svg": Picture(draw_plan, ("configs/405b.py", *PLANNER)),
 }
 
 
 def main(names: list[str]) -> None:
     """Make the named pictures, or those that are out of date."""
     for name in names or [name for name in PICTURES if is_stale(name)]:
-        path = ROOT / "configs" / name
+        path = ROOT / name
         PICTURES[name].make(path)
         write_stamp(path, PICTURES[name].hash())
         print(f"made {path.relative_to(ROOT)}")
@@ -152,7 +157,7 @@ def main(names: list[str]) -> None:
 
 def is_stale(name: str) -> bool:
     """Return whether a picture is missing, or is older than what it shows."""
-    path = ROOT / "configs" / name
+    path = ROOT / name
     return not path.is_file() or read_stamp(path) != PICTURES[name].hash()
 
 

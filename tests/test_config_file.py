@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def write(folder: Path, name: str, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(HEAD + text)
     return folder / name
+
+
+def test_the_config_in_the_readme_is_valid(tmp_path):
+    (text,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "books.py").write_text(text)
+    config = parse_config([f"--config={tmp_path}/books.py", "--mesh.pipe=2", "--train.microbatches=8"])
+    assert validate(config, 8).mesh.fsdp == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

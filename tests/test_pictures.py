@@ -1,5 +1,6 @@
-"""The pictures of the README show what today's code draws: each holds a hash of what it was made from."""
+"""The pictures of the READMEs show what today's code draws: each holds a hash of what it was made from."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -11,21 +12,35 @@ from tests import pictures
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
 def test_no_picture_is_older_than_what_it_shows(name: str):
-    assert not pictures.is_stale(name), f"configs/{name} is out of date: python -m tests.pictures {name}"
+    assert not pictures.is_stale(name), f"{name} is out of date: python -m tests.pictures {name}"
 
 
-def test_the_readme_shows_these_pictures():
-    readme = (pictures.ROOT / "README.md").read_text()
-    assert set(pictures.PICTURES) == {path.name for path in (pictures.ROOT / "configs").glob("*.[ps][nv]g")}
-    assert all(f"(configs/{name})" in readme for name in pictures.PICTURES)
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("README.md", ".github/quickstart.png"),
+        ("jaxtrain/parallel/README.md", "replicas.png"),
+        ("jaxtrain/planner/README.md", "plan.svg"),
+    ],
+)
+def test_a_readme_shows_each_picture(page: str, name: str):
+    assert f"({name})" in (pictures.ROOT / page).read_text()
+    assert str((pictures.ROOT / page).parent.relative_to(pictures.ROOT) / name) in pictures.PICTURES
+
+
+def test_every_link_of_a_readme_leads_somewhere():
+    pages = [*pictures.ROOT.glob("*.md"), *pictures.ROOT.glob(".github/*.md"), *pictures.ROOT.glob("tests/*.md")]
+    pages += pictures.ROOT.glob("jaxtrain/*/*.md")
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert len(links) >= 15
+    assert [(str(page), link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_change_of_code_makes_a_picture_stale_and_a_comment_does_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
 ):
-    (tmp_path / "configs").mkdir()
-    code, path = tmp_path / "code.py", tmp_path / "configs" / f"one{suffix}"
+    code, path = tmp_path / "code.py", tmp_path / f"one{suffix}"
     monkeypatch.setattr(pictures, "ROOT", tmp_path)
     monkeypatch.setattr(pictures, "PICTURES", {path.name: pictures.Picture(lambda p: draw(p), ("code.py",))})
     code.write_text("size = 1\n")

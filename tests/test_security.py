@@ -1,5 +1,5 @@
-"""What SECURITY.md promises: nothing that is read can run code, names stay in their folders, secrets stay where they are,
-and what listens on a port listens where it was told to."""
+"""What .github/SECURITY.md promises: nothing that is read can run code, names stay in their folders, secrets stay where they
+are, and what listens on a port listens where it was told to."""
 
 import ast
 import dataclasses

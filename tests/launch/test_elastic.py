@@ -68,7 +68,9 @@ def test_the_launchers_own_words():
         parse_mesh("data:2")
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "jaxtrain/launch/README.md"))
+README = re.sub(r"```.*?```", "", PAGES, flags=re.DOTALL)
 COMMANDS = re.findall(r"`([^`]+)`", README) + re.findall(r"^    ([^#\n]+)", README, re.MULTILINE)
 LAUNCHED = [command.split()[2:] for command in COMMANDS if command.startswith("jaxtrain launch --processes")]
 
