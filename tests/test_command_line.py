@@ -235,7 +235,7 @@ def test_every_flag_has_a_text(capsys):
 def test_help_shows_what_the_file_says_beside_the_default(capsys):
     text = printed(capsys, f"--config={CONFIGS / '7b.py'}", "--help=model")
     assert "--model.embed_dim INT" in text
-    assert "(default: 256; here 4096)" in text
+    assert "(default: 256; here 4096)" in " ".join(text.split())
     assert "--mesh.fsdp" not in text
     assert "--model.moe.num_experts" in text
 
