@@ -1,6 +1,7 @@
 """DESIGN's style, as far as a program can hold it: everything public is documented, and nothing is too long."""
 
 import ast
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def test_everything_public_is_documented(name: str):
         if not ast.get_docstring(node) and not inherits_docstring(owner, method):
             silent.append(f"{name}:{node.lineno} {path}")
     assert silent == []
+
+
+def test_no_class_name_stands_twice():
+    names = collections.Counter(node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_the_walk_finds_definitions():

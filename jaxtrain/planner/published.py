@@ -57,7 +57,7 @@ LLAMA = "The Llama 3 Herd of Models, table 4 (arXiv:2407.21783)"
 
 
 @dataclass(frozen=True)
-class Run:
+class PublishedRun:
     """One published run."""
 
     program: str
@@ -146,54 +146,58 @@ _HIDES_DATA = Practice(hides_gradients=True)
 _MEGATRON = Practice(hides_tensor=True, hides_gradients=True, fuses_accumulation=True)
 
 
-def _maxtext(hosts: int, teraflops: float) -> Run:
+def _maxtext(hosts: int, teraflops: float) -> PublishedRun:
     mesh, batch = MeshConfig(data=hosts, fsdp=8), 32 * hosts
     options = {"remat": "named", "remat_save": ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up")}
     note = "remat minimal_flash keeps all matmuls and attention; gradients summed in bfloat16"
     options |= {"reduce_dtype": "bfloat16", "loss_chunk": 4096}
     tokens = _tokens("llama-2-7b", 4096, teraflops)
-    return Run("MaxText", MAXTEXT, "llama-2-7b", A3_HIGH, mesh, batch, 4096, tokens, options, note=note)
+    return PublishedRun("MaxText", MAXTEXT, "llama-2-7b", A3_HIGH, mesh, batch, 4096, tokens, options, note=note)
 
 
-def _maxtext_70b(devices: int, fsdp: int, seconds: float) -> Run:
+def _maxtext_70b(devices: int, fsdp: int, seconds: float) -> PublishedRun:
     options = {"remat": "named", "remat_save": ("query", "key", "value"), "reduce_dtype": "bfloat16", "loss_chunk": 4096}
     mesh, batch = MeshConfig(data=devices // fsdp, fsdp=fsdp), 2 * devices
     source, tokens = DGXC.format("maxtext/README_70b.md and configure.sh"), _seconds(batch, 4096, devices, seconds)
-    return Run("MaxText", source, "llama-2-70b", H100, mesh, batch, 4096, tokens, options, _HIDES_DATA)
+    return PublishedRun("MaxText", source, "llama-2-70b", H100, mesh, batch, 4096, tokens, options, _HIDES_DATA)
 
 
-def _nemo(size: str, devices: int, mesh: MeshConfig, batch: int, microbatches: int, chunks: int, seconds: float) -> Run:
+def _nemo(
+    size: str, devices: int, mesh: MeshConfig, batch: int, microbatches: int, chunks: int, seconds: float
+) -> PublishedRun:
     options = {"remat": "none", "zero": 1, "microbatches": microbatches, "loss_chunk": 8192, "context_attention": "ring"}
     if chunks > 1:
         options |= {"schedule": "interleaved", "chunks": chunks}
     source, tokens = DGXC.format(f"llama3.1/README_{size}.md, NeMo 24.09"), _seconds(batch, 8192, devices, seconds)
-    return Run("Megatron-LM (NeMo)", source, f"llama-3-{size}", H100, mesh, batch, 8192, tokens, options, _MEGATRON)
+    return PublishedRun("Megatron-LM (NeMo)", source, f"llama-3-{size}", H100, mesh, batch, 8192, tokens, options, _MEGATRON)
 
 
-def _titan(size: str, chip: Chip, mesh: MeshConfig, rows: int, remat: str, tokens: float, file: str) -> Run:
+def _titan(size: str, chip: Chip, mesh: MeshConfig, rows: int, remat: str, tokens: float, file: str) -> PublishedRun:
     saved = {"remat": "full"} if remat == "full" else {"remat": "named", "remat_save": _SELECTIVE}
     options = saved | {"reduce_dtype": "float32", "loss_chunk": 8192, "take_turns": False}
     practice = Practice(attention_share=1.0 if chip.name.startswith("a100") else 0.62)
     note = "" if remat == "full" else "selective op: every second matmul is kept"
     batch = rows * mesh.data * mesh.fsdp
-    return Run("torchtitan", TITAN.format(file), f"llama-3-{size}", chip, mesh, batch, 8192, tokens, options, practice, note)
+    return PublishedRun(
+        "torchtitan", TITAN.format(file), f"llama-3-{size}", chip, mesh, batch, 8192, tokens, options, practice, note
+    )
 
 
 _SELECTIVE = ("query", "value", "attention", "mlp_gate")
 
 
-def _report(devices: int, teraflops: float) -> Run:
+def _report(devices: int, teraflops: float) -> PublishedRun:
     mesh = MeshConfig(pipe=16, fsdp=devices // 128, tensor=8)
     options = {"remat": "none", "zero": 1, "microbatches": 2048 // mesh.fsdp, "schedule": "interleaved", "chunks": 8}
     options |= {"reduce_dtype": "float32", "loss_chunk": 8192}
     note = "128 virtual stages, of which the first holds the embedding alone and the last the head: timed as 128 layers"
     tokens = _tokens("llama-3-405b", 8192, teraflops)
-    return Run(
+    return PublishedRun(
         "Llama 3 report", LLAMA, "llama-3-405b of 128 stages", H100, mesh, 2048, 8192, tokens, options, _HIDES_DATA, note
     )
 
 
-RUNS: tuple[Run, ...] = (
+RUNS: tuple[PublishedRun, ...] = (
     *(_maxtext(hosts, rate) for hosts, rate in ((1, 492), (2, 422), (4, 407), (8, 409), (16, 375))),
     *(_maxtext_70b(n, f, s) for n, f, s in ((64, 64, 6.999), (256, 256, 7.153), (512, 128, 7.091), (2048, 128, 7.066))),
     *(_nemo("8b", n, MeshConfig(fsdp=n // 2, context=2), 16 * n, 32, 1, s) for n, s in ((8, 12.91), (32, 13.05), (128, 13.10))),
@@ -216,7 +220,7 @@ RUNS: tuple[Run, ...] = (
 """All of them."""
 
 
-def table(runs: Sequence[Run] = RUNS) -> str:
+def table(runs: Sequence[PublishedRun] = RUNS) -> str:
     """The runs as a Markdown table, errors and all."""
     lines = ["| program | model | GPUs | mesh | published | predicted | error |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for run in runs:
@@ -231,7 +235,7 @@ def table(runs: Sequence[Run] = RUNS) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Ranking:
     """Where a search puts a published layout."""
 
     rank: int | None
@@ -246,17 +250,17 @@ def kind(mesh: MeshConfig) -> tuple[int, int, int, int]:
     return mesh.pipe, mesh.expert, mesh.context, mesh.tensor
 
 
-def find_place(run: Run, ranked: int = 60) -> Place:
+def find_place(run: PublishedRun, ranked: int = 60) -> Ranking:
     """Searches for the best layout of a run's model, batch and cluster, under what its program hides and what this trainer
     holds."""
     found = search(run.config(), run.cluster, ranked=ranked, practice=run.practice).ranked
     kinds = list(dict.fromkeys(kind(estimate.config.mesh) for estimate in found))
-    return Place(kinds.index(kind(run.mesh)) + 1 if kind(run.mesh) in kinds else None, found[0])
+    return Ranking(kinds.index(kind(run.mesh)) + 1 if kind(run.mesh) in kinds else None, found[0])
 
 
-def smallest_runs() -> list[Run]:
+def smallest_runs() -> list[PublishedRun]:
     """Of each program, model and chip the run with the fewest GPUs; of the Llama 3 report both."""
-    first: dict[tuple[str, ...], Run] = {}
+    first: dict[tuple[str, ...], PublishedRun] = {}
     for run in RUNS:
         first.setdefault((run.program, run.model, run.chip.name, run.source if run.source != LLAMA else str(run.devices)), run)
     return list(first.values())
