@@ -122,7 +122,10 @@ def test_a_verb_whose_reader_has_gone_ends_quietly(start, tmp_path):
 
 @pytest.mark.parametrize("gone", ["pipe", "terminal"])
 def test_a_verb_that_writes_files_outlives_its_reader(start, tmp_path, gone):
-    reading, writing = os.pipe() if gone == "pipe" else os.openpty()
+    try:
+        reading, writing = os.pipe() if gone == "pipe" else os.openpty()
+    except OSError as error:
+        pytest.skip(f"no terminal can be opened here: {error}")
     process = start(10_000, False, stdout=writing, stderr=writing)
     os.close(writing)
     os.read(reading, 1)
