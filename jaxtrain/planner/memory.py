@@ -9,7 +9,7 @@ A step has three moments that can be the worst one. In all the state, the comput
 activations kept are there, since XLA sets the gradients' buffers to zero before the loss:
 
 * **the loss**: the head is gathered whole over fsdp, its gradient is summed in float32, and a chunk of logits is there;
-* **between forward and backward**: what experts gave back is laid anew, if it is kept;
+* **between forward and backward**: what experts gave back is laid anew, if it is kept; whole weights may be there twice;
 * **the backward of a layer**: the layer is computed again as far as remat says, and its gradients are made.
 
 The optimizer's update is never worse: by then the activations are gone, and XLA updates the state in its own place.
@@ -380,10 +380,17 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
 
 
 def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) -> Moment:
-    """What experts gave back, of all layers: where it is kept, XLA lays it anew before the backward reads it."""
-    is_kept = config.train.remat == "dots" or (config.train.remat == "named" and "expert_out" in config.train.remat_save)
-    given = cut.layers * sizes.choices * config.model.embed_dim
-    return Moment(backward.gradients, is_kept * BYTES[config.model.dtype] * given)
+    """What experts gave back, of all layers: where it is kept, XLA lays it anew before the backward reads it.
+
+    At ZeRO 2 and remat dots, with one microbatch and only weights moving, the whole weights are there twice: as gathered, for
+    the last layers' forward, and transposed, for the backward; and so are the sums of the head's gradient.
+    """
+    remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
+    is_kept = remat == "dots" or (remat == "named" and "expert_out" in config.train.remat_save)
+    working = is_kept * bytes_each * cut.layers * sizes.choices * config.model.embed_dim
+    if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config):
+        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * _head(config)
+    return Moment(backward.gradients, working)
 
 
 def _scores(config: Config, backend: str) -> float:
