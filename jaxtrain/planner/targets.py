@@ -113,6 +113,6 @@ def find_target(chip: str) -> Target:
     """
     if chip not in TARGETS:
         raise ExplainedError(
-            f"--hardware={chip}: no program can be compiled for it without having one: {nearest(chip, TARGETS)}"
+            f"--hardware={chip}: no program can be compiled for it without having one; {nearest(chip, TARGETS)}"
         )
     return TARGETS[chip]

@@ -44,7 +44,7 @@ def test_targets_are_chips_of_their_memory():
 
 
 def test_a_chip_that_nothing_can_be_compiled_for():
-    with pytest.raises(ExplainedError, match="--chip=tpu-v5p: no program can be compiled for it .* one of: a100-40"):
+    with pytest.raises(ExplainedError, match="--hardware=tpu-v5p: no program .* without having one; one of: a100-40"):
         find_target("tpu-v5p")
 
 
