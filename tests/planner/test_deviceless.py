@@ -148,4 +148,4 @@ def test_what_the_process_explains_is_passed_on():
     )
     said = json.loads(done.stdout.strip().removeprefix("jaxtrain-answer:"))
     assert list(said) == ["error"]
-    assert ("--chip=tpu-v5p" if deviceless.has_plugin() else "not installed") in said["error"]
+    assert ("--hardware=tpu-v5p" if deviceless.has_plugin() else "not installed") in said["error"]
