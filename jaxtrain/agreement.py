@@ -8,7 +8,6 @@ lowered program before it is compiled. All processes raise the same error, which
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -23,8 +22,9 @@ from typing import Any
 
 import jaxtrain
 from jaxtrain import processes
-from jaxtrain.config import Config
+from jaxtrain.config import PARTS, Config, to_plain
 from jaxtrain.errors import PeersDiffer
+from jaxtrain.parts import digests
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "orbax-checkpoint")
 CODE = "code of jaxtrain"
@@ -57,7 +57,7 @@ def check_start(config: Config) -> None:
 
 def config_facts(config: Config) -> dict[str, Any]:
     """Return the fields of a config by dotted name."""
-    facts = flatten(dataclasses.asdict(config))
+    facts = flatten(to_plain(config) | {PARTS: digests(config.parts, config.model.parts)})
     return {name: value for name, value in facts.items() if name not in OF_ONE_PROCESS}
 
 

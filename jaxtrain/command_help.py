@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from jaxtrain.command_line import Usage
 from jaxtrain.config import Config
-from jaxtrain.config_fields import hints_of, nested
+from jaxtrain.config_fields import hints_of, nested, section_kind
 from jaxtrain.errors import UsageError, nearest
 
 COLUMN = 34
@@ -84,11 +84,11 @@ def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Se
     plain, inner = [], []
     for field, hint in hints_of(kind).items():
         is_many = get_origin(hint) is tuple
-        part = nested(get_args(hint)[0]) if is_many else nested(hint)
+        held = getattr(config, field, None)
+        part = nested(get_args(hint)[0]) if is_many else section_kind(hint, held)
         if part is None:
             plain.append(field)
             continue
-        held = getattr(config, field, None)
         here = held[0] if is_many and held else None if is_many else held
         inner.append(sections_of(here, part, f"{name}.{field}".lstrip(".") + (".0" if is_many else "")))
     yield Section(name or RUN, kind, config, plain)

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_origin
 
 from jaxtrain.config import Config
 from jaxtrain.config_fields import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
-from jaxtrain.config_file import load_config
+from jaxtrain.config_file import read_config
 from jaxtrain.errors import ConfigError, ExplainedError
 
 Flags = TypeVar("Flags")
@@ -95,7 +95,8 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
     path, rest = "", list(arguments)
     if usage.config != "none" and over is None:
         path, rest = _take_config(arguments, usage.config == "needed" and section is None)
-    file = load_config(path) if path else over or Config()
+    source = read_config(path) if path else None
+    file = source.config if source else over or Config()
     if section is not None:
         from jaxtrain.command_help import print_help
 
@@ -103,7 +104,7 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
         raise SystemExit(0)
     reading = _Reading(usage, file)
     problems = []
-    for flag in _flags_of(rest, usage):
+    for flag in _flags_of(rest, usage, file):
         try:
             reading.take(flag)
         except NoSuchField as error:
@@ -118,7 +119,8 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
         raise ConfigError(problems + value_problems(reading.config))
     if problems:
         raise ConfigError(problems, "on the command line")
-    return CommandLine(usage.own(**reading.own), path, reading.config, file, tuple(reading.given))
+    config = source.plug(reading.config) if source else reading.config
+    return CommandLine(usage.own(**reading.own), path, config, file, tuple(reading.given))
 
 
 def flag_names(usage: Usage[Any]) -> list[str]:
@@ -155,7 +157,7 @@ class _Reading:
         elif flag.name in self._hints:
             self._set_own(flag.name, flag)
         elif self._usage.config != "none" and (name := self._field_of(flag)) is not None:
-            self.config = set_field(self.config, name, name == flag.name and _value(flag, field_hint(name)))
+            self.config = set_field(self.config, name, name == flag.name and _value(flag, field_hint(name, self.config)))
             self.given[name] = None
         else:
             others = tuple(name for name in self._hints if name not in self._usage.words)
@@ -186,8 +188,8 @@ class _Reading:
         """Return the name of the field that a flag sets, also by a bare `--no_NAME`; None if there is none."""
         for name in (flag.name, flag.name.removeprefix("no_")):
             try:
-                if name == flag.name or (flag.values is None and field_hint(name) is bool):
-                    field_hint(name)
+                if name == flag.name or (flag.values is None and field_hint(name, self.config) is bool):
+                    field_hint(name, self.config)
                     return name
             except NoSuchField:
                 pass
@@ -208,7 +210,7 @@ def _values_of(flag: Flag) -> list[str]:
     return flag.values
 
 
-def _flags_of(arguments: Sequence[str], usage: Usage[Any]) -> Iterator[Flag]:
+def _flags_of(arguments: Sequence[str], usage: Usage[Any], config: Config) -> Iterator[Flag]:
     """Split into flags: `--name=value`, `--name value` (several, for a tuple), a bare `--name`, and words.
 
     Bools of the verb's own take no value from the next argument.
@@ -221,7 +223,7 @@ def _flags_of(arguments: Sequence[str], usage: Usage[Any]) -> Iterator[Flag]:
             yield Flag(written, name, None)
             continue
         name, values = name[2:].replace("-", "_"), []
-        hint = hints_of(usage.own).get(name) or (_hint_or_none(name) if usage.config != "none" else None)
+        hint = hints_of(usage.own).get(name) or (_hint_or_none(name, config) if usage.config != "none" else None)
         is_tuple = get_origin(hint) is tuple
         if hint is not bool or name not in hints_of(usage.own):
             while not equals and i < len(arguments) and not arguments[i].startswith("--"):
@@ -232,9 +234,9 @@ def _flags_of(arguments: Sequence[str], usage: Usage[Any]) -> Iterator[Flag]:
         yield Flag(written, name, [text] if equals else values if values or is_tuple else None)
 
 
-def _hint_or_none(name: str) -> Any:
+def _hint_or_none(name: str, config: Config) -> Any:
     try:
-        return field_hint(name)
+        return field_hint(name, config)
     except NoSuchField:
         return None
 

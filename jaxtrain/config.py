@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.errors import ConfigError, nearest
+from jaxtrain.parts import ModelParts, Parts
 from jaxtrain.paths import user_path
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
@@ -162,6 +163,7 @@ class ModelConfig:
     """Attention backend; auto takes the fastest that the device and the mask allow, and the log says which."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; projections into the residual stream get it over sqrt(2 num_layers)."""
+    parts: ModelParts = field(default=ModelParts(), repr=False)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -513,6 +515,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    parts: Parts = field(default=Parts(), repr=False)
 
     @property
     def directory(self) -> Path:
@@ -524,35 +527,51 @@ class Config:
 # As JSON
 
 
+PARTS = "parts"
+"""The field of `Config` and `ModelConfig` that is no setting: no flag and no JSON holds it."""
+
+
+def to_plain(part: Any) -> Any:
+    """Return a config, or a section of one, as dicts, without the parts that are plugged in."""
+    if dataclasses.is_dataclass(part):
+        return {field.name: to_plain(getattr(part, field.name)) for field in dataclasses.fields(part) if field.name != PARTS}
+    return tuple(map(to_plain, part)) if isinstance(part, tuple) else part
+
+
 def to_json(config: Config) -> str:
     """The fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
-    return json.dumps(dataclasses.asdict(config), indent=2)
+    return json.dumps(to_plain(config), indent=2)
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str, like: Config | None = None) -> Config:
     """The config that `to_json` wrote. Builds dataclasses and nothing else; whether the values work, `validate` says.
+
+    Args:
+      like: a config of the same sections, which may be subclasses, and with the parts to plug in; None for `Config()`.
 
     Raises:
       ConfigError: it is no such text; names the field.
     """
     try:
-        return _from_plain(json.loads(text), Config, "config")
+        return _from_plain(json.loads(text), Config, "config", like or Config())
     except (ValueError, RecursionError) as error:  # of json
         raise ConfigError([f"not the JSON of a config: {error}"]) from error
 
 
-def _from_plain(value: Any, hint: Any, path: str) -> Any:
+def _from_plain(value: Any, hint: Any, path: str, like: Any = None) -> Any:
     """A JSON value as a field's type wants it: objects become dataclasses, lists tuples; anything else is left as it is."""
     if get_origin(hint) is UnionType:  # X | None
-        return None if value is None else _from_plain(value, get_args(hint)[0], path)
+        return None if value is None else _from_plain(value, get_args(hint)[0], path, like)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_from_plain(item, get_args(hint)[0], f"{path}.{i}") for i, item in enumerate(value))
     if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return value
     if not isinstance(value, dict):
         raise ConfigError([f"{path}={value!r} is not an object of fields"])
-    hints = get_type_hints(hint)
+    kind = type(like) if isinstance(like, hint) else hint
+    hints = {name: of for name, of in get_type_hints(kind).items() if name != PARTS}
     unknown = [f"{path}.{name}: there is no such field; {nearest(name, hints)}" for name in value if name not in hints]
     if unknown:
         raise ConfigError(unknown)
-    return hint(**{name: _from_plain(item, hints[name], f"{path}.{name}") for name, item in value.items()})
+    fields = {n: _from_plain(item, hints[n], f"{path}.{n}", getattr(like, n, None)) for n, item in value.items()}
+    return kind(**fields, **({PARTS: getattr(like, PARTS)} if hasattr(like, PARTS) else {}))

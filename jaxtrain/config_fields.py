@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import Config
+from jaxtrain.config import PARTS, Config
 from jaxtrain.errors import ExplainedError, nearest
 
 LONGEST_NUMBER = 40
@@ -78,7 +78,10 @@ class NoSuchField(ExplainedError):
     """A dotted name is none of a config's fields."""
 
 
-hints_of = functools.cache(get_type_hints)
+@functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name, without the parts that are plugged in: they are no settings."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if name != PARTS}
 
 
 def nested(hint: Any) -> type | None:
@@ -88,14 +91,25 @@ def nested(hint: Any) -> type | None:
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
-def field_names(kind: type = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all plain fields, those of optional parts too; one place for each tuple of dataclasses (sources.0)."""
-    for name, hint in hints_of(kind).items():
-        inner = nested(get_args(hint)[0]) if get_origin(hint) is tuple else nested(hint)
+def section_kind(hint: Any, held: Any = None) -> type | None:
+    """Return the dataclass that a field holds: that of its value, which may be a subclass, else of its type; None if plain."""
+    return type(held) if dataclasses.is_dataclass(held) else nested(hint)
+
+
+def field_names(part: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all plain fields, those of optional parts too; one place for each tuple of dataclasses (sources.0).
+
+    Args:
+      part: a config, whose sections may be subclasses with more fields, or the class of one.
+    """
+    for name, hint in hints_of(part if isinstance(part, type) else type(part)).items():
+        held = None if isinstance(part, type) else getattr(part, name)
+        inner = nested(get_args(hint)[0]) if get_origin(hint) is tuple else section_kind(hint, held)
         if inner is None:
             yield prefix + name
         else:
-            yield from field_names(inner, f"{prefix}{name}.{'0.' if get_origin(hint) is tuple else ''}")
+            section = held if isinstance(held, inner) else inner
+            yield from field_names(section, f"{prefix}{name}.{'0.' if get_origin(hint) is tuple else ''}")
 
 
 def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
@@ -113,21 +127,22 @@ def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def field_hint(name: str) -> Any:
-    """The type of a field of Config.
+def field_hint(name: str, config: Config | None = None) -> Any:
+    """The type of a field of a config; of `Config` where there is none at hand.
 
     Raises:
       NoSuchField: there is none of that name.
     """
     hint: Any = Config
+    held: Any = config
     for part in name.split("."):
-        inner = nested(hint)
+        inner = section_kind(hint, held)
         if inner is not None and part in hints_of(inner):
-            hint = hints_of(inner)[part]
+            hint, held = hints_of(inner)[part], getattr(held, part, None)
         elif get_origin(hint) is tuple and nested(get_args(hint)[0]) and re.fullmatch("[0-9]{1,4}", part):
             hint = get_args(hint)[0]
         else:
-            raise NoSuchField(f"no such field; {meant(name)}")
+            raise NoSuchField(f"no such field; {meant(name, config=config)}")
     return hint
 
 
@@ -144,7 +159,7 @@ def set_field(config: Any, name: str, value: Any) -> Any:
         return dataclasses.replace(config, **{first: value})
     hint, held = hints_of(type(config))[first], getattr(config, first)
     if get_origin(hint) is not tuple:
-        kind = nested(hint)
+        kind = section_kind(hint, held)
         assert kind is not None, f"{first} holds no fields"
         return dataclasses.replace(config, **{first: set_field(kind() if held is None else held, rest, value)})
     place, _, field = rest.partition(".")
@@ -219,15 +234,18 @@ def _read_number(text: str, kind: type[int] | type[float]) -> float:
 # Which was meant
 
 
-def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True) -> str:
+def meant(
+    name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True, config: Config | None = None
+) -> str:
     """Words that lead from a name that is no field to the one that was meant.
 
     Args:
       others: further names that would have been right.
       dashes: what names are shown with.
       fields: whether names of fields would have been right.
+      config: whose fields they are; `Config`'s where None.
     """
-    names, last = [*others, *(field_names() if fields else ())], name.rpartition(".")[2]
+    names, last = [*others, *(field_names(config or Config) if fields else ())], name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     same_last = [known for known in names if known.rpartition(".")[2] == last and known != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)

@@ -1,11 +1,13 @@
 """Config files: Python with `get_config() -> Config`, found by path or by the name of a shipped one; or JSON that was written.
 
-A Python file may import its neighbours. What it does wrong is told as `file:line: what`, not as a traceback.
+A Python file may import its neighbours, and may define `get_trainer(config) -> Trainer`, whose parts go into the config
+(`jaxtrain.parts`). What a file does wrong is told as `file:line: what`, not as a traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -15,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 from jaxtrain.config import Config, from_json
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
@@ -50,34 +53,81 @@ def find_config(name: str | Path) -> Path:
     raise ExplainedError(f"--config={name}: {hint}")
 
 
+class ConfigFile(NamedTuple):
+    """What a config file says."""
+
+    path: Path
+    config: Config
+    get_trainer: Callable[[Config], Any] | None
+
+    def plug(self, config: Config) -> Config:
+        """Return the config with the parts that the file's `get_trainer` plugs in for it.
+
+        Raises:
+          ExplainedError: it does not give a Trainer; names file and line.
+        """
+        if self.get_trainer is None:
+            return config
+        with _explained(self.path):
+            trainer = self.get_trainer(config)
+        made = getattr(trainer, "config", None)
+        if not isinstance(made, Config):
+            raise ExplainedError(f"--config={self.path}: get_trainer(config) gave a {type(trainer).__name__}, not a Trainer")
+        return _of_file(made, self.path)
+
+
+def _of_file(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, parts=dataclasses.replace(config.parts, file=str(path.resolve())))
+
+
 def load_config(name: str | Path) -> Config:
-    """Return the config of a file: of `get_config()`, which runs the file as the Python code that it is, or of its JSON.
+    """Return the config of a file with its parts plugged in (`read_config`, `ConfigFile.plug`)."""
+    file = read_config(name)
+    return file.plug(file.config)
+
+
+def read_config(name: str | Path) -> ConfigFile:
+    """Read a config file: run it as the Python code that it is, for `get_config()`, or read its JSON.
 
     Raises:
       ExplainedError: there is no such file, or it does not give a Config; names file and line.
     """
     path = find_config(name)
     if path.suffix == ".json":
-        return _read_json(path)
+        return ConfigFile(path, _read_json(path), None)
     spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ExplainedError(f"--config={name}: not a Python file; give one that defines get_config(), such as configs/7b.py")
     module = importlib.util.module_from_spec(spec)
+    with _explained(path):
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
+        get_config = _get_config_of(module, path)
+        config = get_config()
+    if not isinstance(config, Config):
+        where = f"{path}:{get_config.__code__.co_firstlineno}" if hasattr(get_config, "__code__") else path
+        raise ExplainedError(f"--config={where}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
+    get_trainer = getattr(module, "get_trainer", None)
+    sections = [config, *(getattr(config, field.name) for field in dataclasses.fields(config))]
+    if any(type(section).__module__ == module.__name__ for section in sections):  # subclasses of ours, with more fields
+        config = _of_file(config, path)
+    elif get_trainer is None:
+        del sys.modules[module.__name__]  # else Python looks there for the types and the source of what the file defines
+    return ConfigFile(path, config, get_trainer)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Run code of a config file, its neighbours importable; what it raises is told as `file:line: what`."""
     with neighbours_importable(path.resolve().parent):
         try:
-            spec.loader.exec_module(module)
-            get_config = _get_config_of(module, path)
-            config = get_config()
+            yield
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit() too
             if isinstance(error, ExplainedError) and error.__traceback__ and not _lines_of(error, path):
                 raise
             raise ExplainedError(f"--config={describe(error, path)}") from error
-    if not isinstance(config, Config):
-        where = f"{path}:{get_config.__code__.co_firstlineno}" if hasattr(get_config, "__code__") else path
-        raise ExplainedError(f"--config={where}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
-    return config
 
 
 def _read_json(path: Path) -> Config:

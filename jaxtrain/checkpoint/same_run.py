@@ -29,7 +29,7 @@ class Differences:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differences:
-    """Compares two metadata dicts: "config" (`dataclasses.asdict`), "data_fingerprint" and "versions", where present.
+    """Compares two metadata dicts: "config" (`to_plain`), "data_fingerprint", "versions" and "parts", where present.
 
     Raises:
       CheckpointError: what is saved there is no config.
@@ -83,6 +83,7 @@ def _flags(metadata: Mapping[str, Any]) -> dict[str, Any]:
     sections = {
         **as_json_gives_it_back(metadata.get("config", {})),
         "versions": as_json_gives_it_back(metadata.get("versions", {})),
+        "parts": as_json_gives_it_back(metadata.get("parts", {})),
     }
     flat: dict[str, Any] = {}
     for section, fields in sections.items():

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, to_plain
 from jaxtrain.planner.estimates import Cluster, Estimate, SearchResult
 from jaxtrain.planner.wording import (
     MEMORY_WORDS,
@@ -187,7 +187,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cluster": cluster_json(plan.cluster),
         "objective": plan.objective,
         "ranked": [estimate_json(estimate) for estimate in plan.ranked],
-        "best_config": dataclasses.asdict(plan.best.config) if plan.best else None,
+        "best_config": to_plain(plan.best.config) if plan.best else None,
         "words": list(plan.words),
         "bill": dataclasses.asdict(plan.bill) if plan.bill else None,
         "search": {"candidates": found.candidates, "pruned": dict(found.pruned), "seconds": found.seconds},

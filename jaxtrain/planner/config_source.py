@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jaxtrain.config
-from jaxtrain.config import Config, to_json
+from jaxtrain.config import PARTS, Config, to_json
 from jaxtrain.config_file import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file
@@ -37,6 +37,11 @@ def write_config(config: Config, path: str, docstring: str) -> None:
       ExplainedError: the file cannot be written.
     """
     file = user_path(path)
+    if config.parts.file:
+        raise ExplainedError(
+            f"--write={path}: the config has parts that {config.parts.file} plugs in, which no other file can hold; "
+            "set the layout in that file, or give it as flags"
+        )
     if file.suffix not in (".py", ".json"):
         raise ExplainedError(f"--write={path}: a config is a Python or JSON file; give a name that ends in .py or .json")
     try:
@@ -52,7 +57,7 @@ def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:
         name = type(value).__name__
         assert getattr(jaxtrain.config, name) is type(value)
         used.add(name)
-        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) != _default(f)]
+        fields = [(f.name, getattr(value, f.name)) for f in _set_fields(value)]
         return _call(f"{name}(", [(f"{field}=", item) for field, item in fields], ")", indent, column, used)
     if isinstance(value, tuple):
         return _call("(", [("", item) for item in value], ",)" if len(value) == 1 else ")", indent, column, used)
@@ -71,6 +76,11 @@ def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int,
     inner = " " * (indent + 4)
     lines = [f"{inner}{key}{_expression(item, indent + 4, indent + 4 + len(key), used)},\n" for key, item in items]
     return f"{opening}\n{''.join(lines)}{' ' * indent}{closing.lstrip(',')}"
+
+
+def _set_fields(value: Any) -> list[dataclasses.Field]:
+    """Return the fields that have not their default."""
+    return [f for f in dataclasses.fields(value) if f.name != PARTS and getattr(value, f.name) != _default(f)]
 
 
 def _default(field: dataclasses.Field) -> Any:

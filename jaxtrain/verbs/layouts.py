@@ -48,6 +48,7 @@ USAGE = Usage(
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, draw, compare, print; return the exit code: 1 where a layout changes the result."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before a config file imports jax
     line = parse(USAGE, arguments)
     flags = line.own
     if flags.draws < 1:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--devices={flags.devices}: give a power of two, 2 or more")
 
     xla_flags = (os.environ.get("XLA_FLAGS", ""), QUICK, f"--xla_force_host_platform_device_count={flags.devices}")
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(xla_flags).strip()}
+    os.environ |= {"XLA_FLAGS": " ".join(xla_flags).strip()}
     import jax
 
     from jaxtrain.measure.layouts import as_task, axes_of, compare, random_configs
