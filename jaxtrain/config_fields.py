@@ -234,9 +234,7 @@ def _read_number(text: str, kind: type[int] | type[float]) -> float:
 # Which was meant
 
 
-def meant(
-    name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True, config: Config | None = None
-) -> str:
+def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True, config: Config | None = None) -> str:
     """Words that lead from a name that is no field to the one that was meant.
 
     Args:

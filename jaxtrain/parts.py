@@ -1,8 +1,8 @@
 """Parts of a run that are plugged in: values and callables, which no flag and no JSON can hold.
 
 They travel in the config (`Config.parts`, `ModelConfig.parts`), so that everything that takes a config sees them: the trainer,
-planner, layouts, preflight and replay. `Trainer(config, objective=...)` puts them there; so does `get_trainer(config)` of a config
-file. Of a part a checkpoint keeps the name and a hash of its source (`digests`).
+planner, layouts, preflight and replay. `Trainer(config, objective=...)` puts them there; so does `get_trainer(config)` of a
+config file. Of a part a checkpoint keeps the name and a hash of its source (`digests`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def plugged(parts: Parts | ModelParts) -> dict[str, Any]:
 
 
 def digests(*parts: Parts | ModelParts) -> dict[str, str]:
-    """Return name and source hash of each part that is plugged in, and of the file that did it: {"objective": "focal 1a2b3c4d"}."""
+    """Return {"objective": "focal 1a2b3c4d"}: name and source hash of each part, and of the file that plugged them in."""
     found = {}
     for each in parts:
         for name, part in plugged(each).items():
@@ -66,7 +66,7 @@ def digests(*parts: Parts | ModelParts) -> dict[str, str]:
 
 
 def _digest(part: Any) -> str:
-    """Return the name of a part and a hash of its source; of what has no source, such as a transform of optax, the name alone."""
+    """Return the name of a part and a hash of its source; the name alone where there is no source (a transform of optax)."""
     named = part if hasattr(part, "__qualname__") else getattr(part, "loss", type(part))
     try:
         source = f" {_short(inspect.getsource(named).encode())}"
