@@ -86,7 +86,7 @@ def answer_without_verb(arguments: Sequence[str]) -> int:
     elif first == "--completion":
         print(completion())
     elif first in ("-h", "--help"):
-        from jaxtrain.command_help import print_list
+        from jaxtrain.command.help import print_list
 
         about = "Train transformers that outgrow one device. `jaxtrain VERB --help` lists what a verb takes; "
         about += '`eval "$(jaxtrain --completion)"` completes verbs and flags in bash.'
@@ -152,7 +152,7 @@ class Signals:
 
 def completion() -> str:
     """Return bash code that completes the verbs of the command `jaxtrain`, and their flags."""
-    from jaxtrain.command_line import flag_names
+    from jaxtrain.command import flag_names
 
     cases = []
     for verb in VERBS:

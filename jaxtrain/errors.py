@@ -7,11 +7,8 @@ work. `main` prints that message alone, without a traceback. Any other exception
 from __future__ import annotations
 
 import difflib
-import os
 import signal
 from collections.abc import Iterable
-
-from jaxtrain.paths import user_path
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -108,27 +105,3 @@ def nearest(name: str, options: Iterable[object]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)
     return f"did you mean {close[0]!r}? {listing}" if close else listing
-
-
-def check_output(flag: str, path: str, overwrite: bool = False) -> None:
-    """Check that a file can be written and replaces none, before the work that it is to hold.
-
-    Args:
-      flag: that names the file, for the message.
-      overwrite: whether a file that is there may be replaced: the verb's flag --overwrite.
-
-    Raises:
-      UsageError: it cannot, or it is there; names the flag.
-    """
-    file = user_path(path)
-    if file.is_file() and not overwrite:
-        raise UsageError(f"{flag}={path}: there is a file already; give --overwrite to replace it, or another name")
-    if file.is_dir():
-        why = "that is a folder"
-    elif not file.parent.is_dir():
-        why = f"there is no folder {file.parent}"
-    elif not os.access(file if file.exists() else file.parent, os.W_OK):
-        why = "that cannot be written"
-    else:
-        return
-    raise UsageError(f"{flag}={path}: {why}; give a file in a folder that can be written")

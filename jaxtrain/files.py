@@ -1,4 +1,4 @@
-"""Files that stand beside checkpoints: how one is replaced, and what happens where one cannot be written.
+"""Files: what the path that a person wrote means, how one is replaced, and what happens where one cannot be written.
 
 A run goes on without any of them. Where the disk is full, over quota, read-only or away, the run says so once for each file,
 keeps in memory what the file lacks, tries again with every further write, and says once when the file has it.
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxtrain.errors import UsageError
+
 MOST_RECORDS, MOST_BYTES = 100_000, 64 << 20
 """Records and bytes of one file that are kept in memory while it cannot be written; beyond that the oldest are dropped."""
 
@@ -23,6 +25,12 @@ Say = Callable[[str], None]
 def log_warning(text: str) -> None:
     """Log a line of a run as a warning: where no display shows it."""
     logging.getLogger(__name__).warning("%s", text.removeprefix("warning    "))
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with a leading ~ or ~user as a home folder unless something of that very name is in the working directory."""
+    name = os.fspath(path)
+    return Path(name if os.path.lexists(name.partition("/")[0]) else os.path.expanduser(name))
 
 
 @contextlib.contextmanager
@@ -62,6 +70,30 @@ def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = 
         return
     with replacing(path, durable) as beside:
         beside.write_bytes(data)
+
+
+def check_output(flag: str, path: str, overwrite: bool = False) -> None:
+    """Check that a file can be written and replaces none, before the work that it is to hold.
+
+    Args:
+      flag: that names the file, for the message.
+      overwrite: whether a file that is there may be replaced: the verb's flag --overwrite.
+
+    Raises:
+      UsageError: it cannot, or it is there; names the flag.
+    """
+    file = user_path(path)
+    if file.is_file() and not overwrite:
+        raise UsageError(f"{flag}={path}: there is a file already; give --overwrite to replace it, or another name")
+    if file.is_dir():
+        why = "that is a folder"
+    elif not file.parent.is_dir():
+        why = f"there is no folder {file.parent}"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        why = "that cannot be written"
+    else:
+        return
+    raise UsageError(f"{flag}={path}: {why}; give a file in a folder that can be written")
 
 
 def whole_lines(path: Path) -> int:

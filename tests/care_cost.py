@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 from jaxtrain.checkpoint.fast import FastTier
-from jaxtrain.command_line import parse_config
-from jaxtrain.config_rules import validate
+from jaxtrain.command import parse_config
+from jaxtrain.config.rules import validate
 from jaxtrain.measure.bench import Bench, bench_config
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer

@@ -15,8 +15,8 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jaxtrain.command_line import parse_config
-from jaxtrain.config_rules import validate
+from jaxtrain.command import parse_config
+from jaxtrain.config.rules import validate
 from jaxtrain.measure import bench
 from jaxtrain.telemetry.clock import StepClock
 from jaxtrain.telemetry.metrics import MetricsLog

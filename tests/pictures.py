@@ -109,7 +109,7 @@ def draw_replicas(path: Path) -> None:
 
 def draw_plan(path: Path) -> None:
     """Draw mesh, schedule and map of the best of all layouts of 405b on 16,384 H100s."""
-    from jaxtrain.config_file import load_config
+    from jaxtrain.config.loading import load_config
     from jaxtrain.hardware import find_chip
     from jaxtrain.planner.estimates import Cluster
     from jaxtrain.planner.pictures import gantt_picture, map_picture, mesh_picture

@@ -8,12 +8,10 @@ import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain.chip import CollectiveRate
 from jaxtrain.errors import ExplainedError
-from jaxtrain.hardware import CHIPS, Chip, load_chip
-from jaxtrain.measure import calibration
-from jaxtrain.planner import measure
-from jaxtrain.planner.measure import Findings, Sample, Stopwatch
+from jaxtrain.hardware import CHIPS, Chip, CollectiveRate, load_chip
+from jaxtrain.measure import calibration, operations
+from jaxtrain.measure.operations import Findings, Sample, Stopwatch
 from jaxtrain.verbs import calibrate
 
 RATES = [
@@ -25,28 +23,28 @@ RATES = [
 FOUND = Findings(
     matmul={"bfloat16": [(4096, Sample(2 * 4096**3 / 700e12, 0.02))], "float32": [(4096, Sample(2 * 4096**3 / 400e12, 0.02))]},
     copy=(2**31, Sample(2**31 / 4e12, 0.01)),
-    attention=[(4096, "cudnn", Sample(measure.attention_flops(4096) / 450e12, 0.03))],
+    attention=[(4096, "cudnn", Sample(operations.attention_flops(4096) / 450e12, 0.03))],
     collectives=RATES,
     watts=(110.0, 690.0),
 )
 
 
-@pytest.mark.parametrize("kind", measure.KINDS)
+@pytest.mark.parametrize("kind", operations.KINDS)
 def test_the_timed_program_holds_the_collective(kind: str):
     """XLA sees no way to leave it out, and every device takes part."""
-    mesh = measure.groups_of(jax.devices(), 4, "link")
+    mesh = operations.groups_of(jax.devices(), 4, "link")
     spec = PartitionSpec(("other", "group"))
-    operation = measure.chain(measure.collective(kind, 4))
+    operation = operations.chain(operations.collective(kind, 4))
     program = jax.jit(jax.shard_map(operation, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
     x = jax.ShapeDtypeStruct((64,), "float32", sharding=NamedSharding(mesh, spec))
     text = program.lower(x).compile({"xla_backend_optimization_level": 0}).as_text()
-    assert text.count(f" {kind}(") == measure.CHAINED
+    assert text.count(f" {kind}(") == operations.CHAINED
 
 
 def test_the_timed_program_holds_every_matmul():
-    program = jax.jit(measure.chain(lambda x: x @ x))
+    program = jax.jit(operations.chain(lambda x: x @ x))
     text = program.lower(jax.ShapeDtypeStruct((64, 64), "float32")).compile().as_text()
-    assert text.count(" dot(") == measure.CHAINED
+    assert text.count(" dot(") == operations.CHAINED
 
 
 def test_groups_are_neighbours_of_a_host_or_one_device_of_each():
@@ -56,18 +54,18 @@ def test_groups_are_neighbours_of_a_host_or_one_device_of_each():
 
     devices = [Device(host, number) for host in range(2) for number in range(4)]
     wheres = lambda mesh: [[device.where for device in group] for group in mesh]  # noqa: E731
-    link = measure.groups_of(devices, 4, "link").devices
-    nic = measure.groups_of(devices, 2, "nic").devices
+    link = operations.groups_of(devices, 4, "link").devices
+    nic = operations.groups_of(devices, 2, "nic").devices
     assert wheres(link) == [[(host, number) for number in range(4)] for host in range(2)]
     assert wheres(nic) == [[(host, number) for host in range(2)] for number in range(4)]
 
 
 def test_tiny_measurements():
     started, watch = time.monotonic(), Stopwatch(0.001)
-    [(edge, matmul)] = measure.measure_matmul(watch, "float32", largest=32)
-    moved, copy = measure.measure_copy(watch, largest=2**12)
-    mesh = measure.groups_of(jax.devices()[:2], 2, "link")
-    rate = measure.measure_collective(watch, mesh, "link", "all-gather", largest=2**12)
+    [(edge, matmul)] = operations.measure_matmul(watch, "float32", largest=32)
+    moved, copy = operations.measure_copy(watch, largest=2**12)
+    mesh = operations.groups_of(jax.devices()[:2], 2, "link")
+    rate = operations.measure_collective(watch, mesh, "link", "all-gather", largest=2**12)
     assert (edge, moved) == (32, 2**13)
     took = time.monotonic() - started  # of which one call is a part
     assert 0 < matmul.seconds < took
@@ -78,9 +76,9 @@ def test_tiny_measurements():
 
 
 def test_latency_is_split_into_beginning_and_steps():
-    assert measure.latencies(RATES, "link") == (pytest.approx(10e-6), pytest.approx(3e-6))
-    assert measure.latencies(RATES, "nic") == (0.0, pytest.approx(20e-6))  # one size alone cannot tell
-    assert measure.latencies(RATES[:1], "nic") is None
+    assert operations.latencies(RATES, "link") == (pytest.approx(10e-6), pytest.approx(3e-6))
+    assert operations.latencies(RATES, "nic") == (0.0, pytest.approx(20e-6))  # one size alone cannot tell
+    assert operations.latencies(RATES[:1], "nic") is None
 
 
 def test_a_known_chip_keeps_its_figures_and_gets_shares():
@@ -108,7 +106,7 @@ def test_an_unknown_device_takes_the_best_for_its_peak():
 
 
 def test_the_verb_writes_what_hardware_reads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "measure_all", lambda watch, say: FOUND)
+    monkeypatch.setattr(operations, "measure_all", lambda watch, say: FOUND)
     output = tmp_path / "chip.json"
     assert calibrate.main(["--output", str(output), "--chip", "h200"]) == 0
     chip = load_chip(str(output))
@@ -139,6 +137,6 @@ def test_everything_on_fake_devices(tmp_path):
     assert calibrate.main(["--output", str(output), "--seconds", "0.01"]) == 0
     chip = load_chip(str(output))
     assert chip.calibration is not None
-    assert {rate.kind for rate in chip.calibration.collectives} == set(measure.KINDS)
+    assert {rate.kind for rate in chip.calibration.collectives} == set(operations.KINDS)
     assert {rate.devices for rate in chip.calibration.collectives} == {2, 4, 8}
     assert chip.matmul_fraction("bfloat16", 256, 256, 256)

@@ -3,10 +3,8 @@ import json
 
 import pytest
 
-from jaxtrain.chip import Calibration, CollectiveRate, Rate
-from jaxtrain.chip_file import write_chip
 from jaxtrain.errors import ExplainedError
-from jaxtrain.hardware import find_chip, load_chip, resolve_chip
+from jaxtrain.hardware import Calibration, CollectiveRate, Rate, find_chip, load_chip, resolve_chip, write_chip
 
 
 def test_a_file_says_what_differs_from_a_known_chip(tmp_path):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jaxtrain.command_line import Usage, parse_config
-from jaxtrain.command_line import parse as parse_line
+from jaxtrain.command import Usage, parse_config
+from jaxtrain.command import parse as parse_line
 from jaxtrain.config import Config, DataSource, LatentAttentionConfig, ModelConfig, MoEConfig, RopeScaling, from_json, to_json
-from jaxtrain.config_fields import PEERS, field_hint, field_names, nested, set_field
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.names import PEERS, field_hint, field_names, nested, set_field
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import EXIT_USAGE, ConfigError, UsageError
 from jaxtrain.verbs.plan import USAGE, PlanFlags
 

@@ -28,8 +28,8 @@ from jaxtrain.config import (
     from_json,
     to_json,
 )
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import divisors, find_problems, resolve_mesh, validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.rules import divisors, find_problems, resolve_mesh, validate
 from jaxtrain.errors import EXIT_USAGE, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.command_line import parse_config
+from jaxtrain.command import parse_config
 from jaxtrain.config import Config, to_json
-from jaxtrain.config_fields import set_field
-from jaxtrain.config_file import SHIPPED, load_config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.loading import SHIPPED, load_config
+from jaxtrain.config.names import set_field
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 
 HEAD = "from jaxtrain.config import Config\n"
@@ -191,6 +191,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path):
 
 
 def test_a_config_may_load_another(tmp_path: Path):
-    text = f"from jaxtrain.config_file import load_config\ndef get_config():\n    return load_config('{SHIPPED / '7b.py'}')\n"
+    text = (
+        f"from jaxtrain.config.loading import load_config\ndef get_config():\n    return load_config('{SHIPPED / '7b.py'}')\n"
+    )
     assert load_config(write(tmp_path, "mine.py", text)) == load_config("7b")
     assert isinstance(load_config("7b"), Config)

@@ -3,9 +3,9 @@
 import pytest
 
 from jaxtrain.config import Config
-from jaxtrain.config_fields import field_hint, read_value, set_field
-from jaxtrain.config_file import SHIPPED, load_config
-from jaxtrain.config_notes import _CONDITIONS, idle_fields
+from jaxtrain.config.loading import SHIPPED, load_config
+from jaxtrain.config.names import field_hint, read_value, set_field
+from jaxtrain.config.notes import _CONDITIONS, idle_fields
 
 # field: (a value, what makes it do something)
 USED = {

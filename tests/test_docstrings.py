@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 520
-LONGER_FILES = {"config.py": 640}  # mostly fields and their help texts
+LONGER_FILES = {"config/fields.py": 640}  # mostly fields and their help texts
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}

@@ -26,17 +26,17 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtrain.checkpoint.same_run import check_same_run
 from jaxtrain.checkpoint.stored import COMMIT_MARK, FORMAT, METADATA_FILE, digest, read_stored
 from jaxtrain.checkpoint.trees import check_same_leaves
-from jaxtrain.command_line import parse_config, wanted_help
+from jaxtrain.command import parse_config, wanted_help
 from jaxtrain.config import Config, DataConfig, DataSource, ModelConfig, TrainConfig, from_json, to_json
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, ExplainedError, ProgramError
-from jaxtrain.planner import hlo
-from jaxtrain.planner.hlo import matmul_flops
-from jaxtrain.planner.hlo_collectives import instruction_seconds, read_collectives
-from jaxtrain.planner.hlo_groups import group_of, layout_of
+from jaxtrain.program import hlo
+from jaxtrain.program.collectives import instruction_seconds, read_collectives
+from jaxtrain.program.groups import group_of, layout_of
+from jaxtrain.program.hlo import matmul_flops
 from tests.planner.test_hlo import counted
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.measure import layouts
 from jaxtrain.verbs import layouts as verb

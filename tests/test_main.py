@@ -20,8 +20,8 @@ import pytest
 from jaxtrain import cli
 from jaxtrain.checkpoint import committed_steps, read_metadata
 from jaxtrain.config import Config, MeshConfig
-from jaxtrain.config_fields import field_values
-from jaxtrain.config_rules import validate
+from jaxtrain.config.names import field_values
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
 from jaxtrain.verbs import train
 from tests import quick

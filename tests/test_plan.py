@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.verbs.plan import main
 

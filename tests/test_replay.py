@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxtrain.command_line import parse_config
-from jaxtrain.config_rules import validate
+from jaxtrain.command import parse_config
+from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError, ConfigError, UsageError
 from jaxtrain.train import replay

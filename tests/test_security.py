@@ -14,7 +14,7 @@ import pytest
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.checkpoint.stored import COMMIT_MARK, METADATA_FILE, absolute, delete, digest, read_stored, step_path
 from jaxtrain.config import CheckpointConfig, Config, DataConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import DamagedCheckpoint
 from tests.launch.processes import environment, free_port
 
@@ -30,7 +30,7 @@ BANNED_NAMES = set("eval exec compile __import__".split())
 BANNED_METHODS = set("system popen exec_module start_server".split())
 BANNED_FLAGS = set("allow_pickle shell trust_remote_code create_perfetto_link".split())
 # A config file is code, and is named by the person who starts the run: see SECURITY.md.
-ALLOWED = {("jaxtrain/config_file.py", "exec_module")}
+ALLOWED = {("jaxtrain/config/loading.py", "exec_module")}
 
 
 def dangers(tree: ast.AST) -> set[str]:

@@ -28,7 +28,7 @@ from jaxtrain.checkpoint.abandoned_reads import abandoned_reads_unsaid
 from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 from jaxtrain.processes import exchange_next, from_first
 from jaxtrain.text import printable
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.errors import DataError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LONGEST_PATH = 4096  # characters

@@ -27,7 +27,7 @@ from jaxtrain.data.windows import (
     Windows,
 )
 from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 
 PROMPT_SEARCH_TOKENS = 1 << 20
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from jaxtrain.config import DataSource
-from jaxtrain.config_rules import bpe_size_problem
+from jaxtrain.config.rules import bpe_size_problem
+from jaxtrain.config.source_rules import bad_rows_problems, remote_problems
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.progress import readable_bytes
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.paths import user_path
-from jaxtrain.source_rules import bad_rows_problems, remote_problems
+from jaxtrain.files import user_path
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 

@@ -17,7 +17,7 @@ from jaxtrain.data.file_kinds import known_kind
 from jaxtrain.data.json_tokenizer import JsonTokenizer, failed_encoding, reason
 from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 
 NO_TOKENIZER = "none"
 KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens), a tokenizer.json, or a SentencePiece .model"

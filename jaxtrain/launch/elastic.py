@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig
-from jaxtrain.config_rules import divisors, find_problems
+from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 
 

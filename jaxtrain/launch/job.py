@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtrain.config import Config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtrain.config import Config, MeshConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import EXIT_DONE, ConfigError
+from jaxtrain.files import user_path
 from jaxtrain.launch.distributed import count_gpus
 from jaxtrain.launch.elastic import mesh_flags, mesh_for
 from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
-from jaxtrain.paths import user_path
 
 
 @dataclass(frozen=True)

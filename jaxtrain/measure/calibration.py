@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 
-from jaxtrain.chip import Calibration, Chip, Rate
-from jaxtrain.hardware import CHIPS, resolve_chip
-from jaxtrain.planner import measure
-from jaxtrain.planner.measure import Findings
+from jaxtrain.hardware import CHIPS, Calibration, Chip, Rate, resolve_chip
+from jaxtrain.measure import operations
+from jaxtrain.measure.operations import Findings
 
 
 def as_chip(base: Chip, found: Findings) -> Chip:
@@ -32,12 +31,12 @@ def as_chip(base: Chip, found: Findings) -> Chip:
     peaks = {dtype: stated.matmul_peak(dtype) or math.nan for dtype in rates}
     moved, copy = found.copy
     bandwidths = {"memory": moved / copy.seconds} | {
-        over: measure.bandwidth_of(found.collectives, over) for over in ("link", "nic")
+        over: operations.bandwidth_of(found.collectives, over) for over in ("link", "nic")
     }
     places = {"memory": "memory_bandwidth", "link": "link_bandwidth", "nic": "nic_bandwidth"}
     values: dict[str, Any] = {place: getattr(base, place) or bandwidths[what] for what, place in places.items()}
     shares = {what: bandwidths[what] and bandwidths[what] / values[place] for what, place in places.items()}
-    begin = [measure.latencies(found.collectives, over) for over in ("link", "nic")]
+    begin = [operations.latencies(found.collectives, over) for over in ("link", "nic")]
     for name, fit in zip(("link_latency", "nic_latency"), begin, strict=True):
         if fit is not None:
             values |= {"collective_latency": (begin[0] or fit)[0], name: fit[1]}
@@ -48,7 +47,7 @@ def as_chip(base: Chip, found: Findings) -> Chip:
     calibration = Calibration(
         matmul=tuple(Rate(dtype, edge, rate / peaks[dtype], s) for dtype, of in rates.items() for edge, rate, s in of),
         attention=tuple(
-            Rate("bfloat16", length, measure.attention_flops(length) / sample.seconds / peaks["bfloat16"], sample.spread)
+            Rate("bfloat16", length, operations.attention_flops(length) / sample.seconds / peaks["bfloat16"], sample.spread)
             for length, _, sample in found.attention
         ),
         **shares,
@@ -66,7 +65,7 @@ def about_here() -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "simulated": measure.is_simulated(),
+        "simulated": operations.is_simulated(),
         "software": f"jax {importlib.metadata.version('jax')}, {jax.devices()[0].client.platform_version.splitlines()[0]}",
         "date": datetime.date.today().isoformat(),
     }
@@ -82,5 +81,5 @@ def calibrate(chip: str, seconds: float, say: Callable[[str], None]) -> Chip:
     """
     base = resolve_chip(chip, jax.devices()[0].device_kind, "--chip")
     if base.memory_bytes is None:
-        base = dataclasses.replace(base, memory_bytes=measure.memory_bytes())
-    return as_chip(base, measure.measure_all(measure.Stopwatch(seconds), say))
+        base = dataclasses.replace(base, memory_bytes=operations.memory_bytes())
+    return as_chip(base, operations.measure_all(operations.Stopwatch(seconds), say))

@@ -31,7 +31,7 @@ from jaxtrain.config import (
     SyncConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import lax
 
 from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.models.layers import EmbeddingAndHead, Layer, Packing, rms_norm
+from jaxtrain.models.layers import EmbeddingAndHead, Layer, rms_norm
+from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE

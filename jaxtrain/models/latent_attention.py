@@ -8,7 +8,6 @@ residual stream is this device's slice over `tensor`, and H its share over `tens
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
+from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention_context import AttentionPlan, context_attention
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter
-
-if TYPE_CHECKING:
-    from jaxtrain.models.layers import Packing
 
 
 class LatentAttention(nnx.Module):

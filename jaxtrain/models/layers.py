@@ -7,7 +7,6 @@ the residual stream is this device's slice over `tensor` (sequence sharding), an
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.moe import MoE
+from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.attention_context import AttentionPlan, context_attention
 from jaxtrain.ops.expert_dispatch import ExpertBackend
@@ -25,20 +25,6 @@ from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.rope import rope
 from jaxtrain.parallel.turns import Turn, scoped
 from jaxtrain.sharding import all_gather, reduce_scatter, vary
-
-
-class Packing(NamedTuple):
-    """What a layer needs to know of a microbatch, beside its activations."""
-
-    positions: jax.Array
-    """int32 [B, L], position inside its document, from 0, of this device's tokens."""
-    segments: jax.Array | None
-    """int32 [B, whole length], number of its document, 0 for padding, of all tokens along `context`, in the order in which its
-    devices hold them (`share_out`); None when attention may cross documents."""
-    counted: jax.Array | None
-    """bool [B, L], whether a position carries a loss; None where there is no loss (sampling)."""
-    scale: jax.Array | None
-    """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""
 
 
 class Attention(nnx.Module):

@@ -155,7 +155,7 @@ def grouped_matmul(
       sizes_E: rows of each group, multiples of `tile`.
       tile: KERNEL_TILE for the kernels, which S must be a multiple of too; 1 where groups have any size.
       expected_rows: how many of the S rows will belong to a group, where that is known, else S. It changes no result: who reads
-        the compiled program counts the kernels' FLOPs by it (`planner.hlo`).
+        the compiled program counts the kernels' FLOPs by it (`program.hlo`).
       interpret: run the kernels without a GPU, slowly.
     """
     if not _kernels_fit(x_SD, w_EDF, tile):

@@ -51,7 +51,7 @@ def _flops(config: Config, attention: str) -> float | None:
 
 
 def examine(config: Config, cluster: Cluster, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Return all that is printed: compiled rows (`hlo_collectives.CollectiveRow`) beside the closed form, or that alone.
+    """Return all that is printed: compiled rows (`program.collectives.CollectiveRow`) beside the closed form, or that alone.
 
     Args:
       config: valid, its mesh resolved.

@@ -7,10 +7,9 @@ from typing import Any
 
 import jaxtrain.config
 from jaxtrain.config import PARTS, Config, to_json
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import replace_file
-from jaxtrain.paths import user_path
+from jaxtrain.files import replace_file, user_path
 
 WIDTH = 128
 

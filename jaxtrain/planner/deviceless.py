@@ -30,10 +30,10 @@ from jaxtrain.config import Config, from_json, to_json
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.jax_private import backends_are_initialized, fused_attention
-from jaxtrain.planner.hlo import matmul_flops
-from jaxtrain.planner.hlo_collectives import CollectiveRow, read_collectives, table
-from jaxtrain.planner.hlo_groups import layout_of
 from jaxtrain.planner.targets import UNLIMITED, find_target
+from jaxtrain.program.collectives import CollectiveRow, read_collectives, table
+from jaxtrain.program.groups import layout_of
+from jaxtrain.program.hlo import matmul_flops
 
 if TYPE_CHECKING:
     from jaxtrain.parallel.sync import ReplicaExchange
@@ -55,7 +55,7 @@ class CompiledStep:
     flops: float
     """Matmul FLOPs (`hlo.matmul_flops`); of experts that drop no token, at an even spread."""
     rows: tuple[CollectiveRow, ...]
-    """Bytes between devices (`hlo_collectives.table`)."""
+    """Bytes between devices (`program.collectives.table`)."""
     argument_bytes: int
     """Parameters, optimizer state and batch."""
     temp_bytes: int

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtrain.config import MESH_AXES, Config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule
 from jaxtrain.planner import formulas

@@ -2,7 +2,7 @@
 
 Letters as in `formulas`: B sequences in a microbatch of one device, L length, D embed_dim, V padded vocabulary; t, c, f devices
 along tensor, context and fsdp; T_F and T_B ticks with a forward and with a backward pass (M each without a pipeline), l layers
-that a pass goes through. A *payload* is the whole array (see `hlo_collectives`). `calls` are those that the code makes: XLA
+that a pass goes through. A *payload* is the whole array (see `program.collectives`). `calls` are those that the code makes: XLA
 joins neighbours into one and so makes fewer; it never makes more, and the bytes stay.
 """
 
@@ -31,7 +31,7 @@ from jaxtrain.planner.formulas import (
     recomputed,
     turns,
 )
-from jaxtrain.planner.hlo_collectives import wire_factor
+from jaxtrain.program.collectives import wire_factor
 from jaxtrain.train.optimizer import MUON_ITERATIONS
 
 

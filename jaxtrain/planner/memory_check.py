@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.config import Config
-from jaxtrain.config_fields import set_field
+from jaxtrain.config.names import set_field
 from jaxtrain.errors import ExplainedError
 from jaxtrain.host_memory import available_bytes
 from jaxtrain.mesh import make_mesh

@@ -33,7 +33,7 @@ from jaxtrain.config import (
     ShardingConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.hardware import Chip, find_chip
 from jaxtrain.planner.cost import OURS, CostModel, Practice, layout_of
 from jaxtrain.planner.estimates import Cluster, Estimate

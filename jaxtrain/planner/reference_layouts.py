@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import Config, to_json
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import replace_file
-from jaxtrain.paths import user_path
+from jaxtrain.files import replace_file, user_path
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals, uncovered

@@ -14,8 +14,8 @@ from dataclasses import fields
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.config_fields import set_field
-from jaxtrain.config_rules import divisors, find_problems
+from jaxtrain.config.names import set_field
+from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.text import readable_size

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from jaxtrain.config import Config
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.planner.cost import OURS, Candidate, CostModel, Practice, joules, with_layout
 from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use

@@ -1,8 +1,8 @@
 """Every layout that a search looks at: all valid meshes, and on each all microbatches, schedules, remat policies, ZeRO levels
 and kinds of context attention that can be worth it.
 
-The rules are those of `config_rules`, said as what to generate; a test holds the two together. What is left out beside what is
-not valid, since nothing or little is lost:
+The rules are those of `config/rules.py`, said as what to generate; a test holds the two together. What is left out beside
+what is not valid, since nothing or little is lost:
 
 * GPipe: 1F1B takes the same ticks and holds no more.
 * Chunks other than those that cut a stage's layers into halves, quarters, and so on; interleaving where microbatches are not a
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.config_rules import divisors
+from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
 from jaxtrain.planner.cost import Candidate
 from jaxtrain.planner.traffic import place

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_origin
 from rich.table import Table
 
 from jaxtrain.config import Config
-from jaxtrain.config_fields import NoSuchField, field_hint, read_value, set_field
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.names import NoSuchField, field_hint, read_value, set_field
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.config_source import config_source

@@ -30,7 +30,7 @@ from jaxtrain.hardware import Chip
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.planner.formulas import Ticks
 from jaxtrain.planner.formulas_collectives import Transfers
-from jaxtrain.planner.hlo_collectives import wire_factor
+from jaxtrain.program.collectives import wire_factor
 
 LINK, NIC = 0.85, 0.86
 JOINED_BYTES = 256 * 2**20
@@ -48,7 +48,7 @@ class Flow(NamedTuple):
     dtype: str
     calls: float
     payload: float
-    """Bytes of the whole arrays (`hlo_collectives`)."""
+    """Bytes of the whole arrays (`program.collectives`)."""
 
 
 class Times(NamedTuple):
@@ -140,7 +140,7 @@ def require_links(chip: Chip, hosts: int) -> None:
     if hosts > 1 and chip.nic_bandwidth is None:
         raise ExplainedError(
             f"{chip.name}: its maker states no network between hosts; plan for one host, or give the NIC's bytes/s with "
-            "a chip of your own (hardware.py)"
+            "a chip of your own (hardware/chips.py)"
         )
 
 

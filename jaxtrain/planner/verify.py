@@ -22,11 +22,11 @@ from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_trans
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
-from jaxtrain.planner.hlo_collectives import CollectiveRow
 from jaxtrain.planner.roofline import roofline
 from jaxtrain.planner.search import Objective
 from jaxtrain.planner.targets import TARGETS
 from jaxtrain.planner.traffic import Flow, Placement, place, seconds
+from jaxtrain.program.collectives import CollectiveRow
 
 BEST = 5
 """Layouts that are compiled where nobody says how many."""
@@ -173,7 +173,7 @@ def _compile_here(config: Config) -> dict[str, float]:
     """Compiles a config's step for this process' CPU devices."""
     from jaxtrain.mesh import make_mesh
     from jaxtrain.models.decoder import parameter_dims
-    from jaxtrain.planner.hlo import matmul_flops
+    from jaxtrain.program.hlo import matmul_flops
     from jaxtrain.train.optimizer import make_optimizer
     from jaxtrain.train.step import choose_attention, compile_train_step
 

@@ -13,7 +13,7 @@ import jax
 from jaxtrain.checkpoint.fast import KEPT
 from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.config import Config
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 from jaxtrain.preflight.checks import Check, Elapsed, Finding, Site
 from jaxtrain.text import readable_size
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxtrain.host_memory import available_bytes
-from jaxtrain.planner.measure import memory_bytes
+from jaxtrain.measure.operations import memory_bytes
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
 from jaxtrain.text import readable_size

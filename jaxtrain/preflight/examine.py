@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxtrain.config import Config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.mesh import count_devices, describe_mesh, make_mesh
 from jaxtrain.preflight import copies, data, devices, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Finding, Site, carry_out

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import MESH_AXES
 from jaxtrain.hardware import resolve_chip
-from jaxtrain.planner.hlo_collectives import wire_factor
 from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.program.collectives import wire_factor
 
 MESSAGE = {"cpu": 2**18}
 """Bytes of the larger side of a collective on one device."""

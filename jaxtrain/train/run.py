@@ -21,14 +21,13 @@ from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_json
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
-from jaxtrain.files import AppendedFile, ReplacedFiles
+from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
-from jaxtrain.paths import user_path
 from jaxtrain.processes import LONG_SECONDS
 from jaxtrain.telemetry.clock import StepClock, StepWork
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
@@ -299,7 +298,7 @@ class Run:
 
     def _roll_back(self, checkpoints: Checkpoints | None, why: RollBack) -> tuple[PyTree, int, dict[str, Any]]:
         """(state, step) of the newest checkpoint, to go on from without the batches that are left out now; a row to log."""
-        assert checkpoints is not None, "config_rules asks for checkpoints"
+        assert checkpoints is not None, "config.rules asks for checkpoints"
         with self.progress.during("rolling back"):
             checkpoints.set_aside_after(why.step - 1, f"rolled back: {why.reason}")
             state, step = self._state_of(checkpoints.return_to_newest(self.canonical.abstract, self._acceptance([])))

@@ -17,7 +17,7 @@ import jax
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.text import is_utf8, readable_size

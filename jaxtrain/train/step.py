@@ -24,6 +24,7 @@ from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
 from jaxtrain.parallel.sync import ReplicaExchange
+from jaxtrain.program import xla_costs
 from jaxtrain.sharding import (
     BATCH_AXES,
     Dims,
@@ -36,7 +37,6 @@ from jaxtrain.sharding import (
     sum_over,
     vary,
 )
-from jaxtrain.train import xla_costs
 from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.exchange import (
     describe_exchange,

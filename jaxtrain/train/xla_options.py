@@ -23,7 +23,7 @@ import jax
 import jaxlib.version
 
 from jaxtrain.config import Config
-from jaxtrain.config_rules import parse_xla_option
+from jaxtrain.config.rules import parse_xla_option
 from jaxtrain.errors import ExplainedError
 
 MIB = 2**20

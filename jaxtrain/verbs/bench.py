@@ -6,8 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jaxtrain.command_line import NoFlags, Usage, parse
-from jaxtrain.config_rules import validate
+from jaxtrain.command import NoFlags, Usage, parse
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE
 
 USAGE = Usage(

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtrain.chip import Chip
-from jaxtrain.chip_file import ENDINGS, write_chip
-from jaxtrain.command_line import Usage, parse
-from jaxtrain.errors import EXIT_DONE, UsageError, check_output
+from jaxtrain.command import Usage, parse
+from jaxtrain.errors import EXIT_DONE, UsageError
+from jaxtrain.files import check_output
+from jaxtrain.hardware import ENDINGS, Chip, write_chip
 from jaxtrain.text import open_console
 
 
@@ -74,7 +74,7 @@ def show(chip: Chip) -> None:
     """Prints what was found, with what it is worth."""
     from rich.table import Table
 
-    from jaxtrain.planner.measure import REPETITIONS
+    from jaxtrain.measure.operations import REPETITIONS
 
     measured = chip.calibration
     assert measured is not None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtrain.command_line import Usage, parse, wanted_help
+from jaxtrain.command import Usage, parse, wanted_help
 from jaxtrain.errors import EXIT_DONE, UsageError, nearest
 
 ABOUT = "FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it (without it, the newest)."
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the command line says; return the exit code."""
     name = arguments[0] if arguments else "--help"
     if name not in USAGES and wanted_help([name]) is not None:
-        from jaxtrain.command_help import print_list
+        from jaxtrain.command.help import print_list
 
         verbs = {verb: usage.about.split(". ")[0] for verb, usage in USAGES.items()}
         print_list("jaxtrain checkpoint VERB FOLDER [flags]", f"Look after the checkpoints of a run. {ABOUT}", verbs)

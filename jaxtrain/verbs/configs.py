@@ -6,8 +6,8 @@ import ast
 import re
 from collections.abc import Sequence
 
-from jaxtrain.command_line import NoFlags, Usage, parse
-from jaxtrain.config_file import SHIPPED, load_config, shipped_configs
+from jaxtrain.command import NoFlags, Usage, parse
+from jaxtrain.config.loading import SHIPPED, load_config, shipped_configs
 from jaxtrain.errors import EXIT_DONE, ExplainedError
 
 USAGE = Usage("configs", "List the configs that are shipped: name, parameters, one line.", NoFlags, config="none")
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, load each config, print; return the exit code."""
     parse(USAGE, arguments)
 
-    from jaxtrain.command_help import print_list
+    from jaxtrain.command.help import print_list
     from jaxtrain.planner.wording import scaled
     from jaxtrain.telemetry.flops import num_parameters
 

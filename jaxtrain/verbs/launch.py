@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtrain.command_line import NoFlags, Usage, parse, wanted_help
+from jaxtrain.command import NoFlags, Usage, parse, wanted_help
 from jaxtrain.errors import EXIT_DONE, UsageError, nearest
 from jaxtrain.launch.elastic import parse_mesh
 from jaxtrain.launch.local import LaunchFlags, preflight, train

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jaxtrain.command_line import Usage, parse
+from jaxtrain.command import Usage, parse
 from jaxtrain.config import Config
-from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, check_output
-from jaxtrain.files import replace_file
+from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
+from jaxtrain.files import check_output, replace_file, user_path
 from jaxtrain.hardware import load_chip
-from jaxtrain.paths import user_path
 from jaxtrain.text import open_console
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class PlanFlags:
     """What to plan for, and what to make of it."""
 
     hardware: str = "h100-sxm"
-    """Chip: a name in hardware.py, or a file (.json, .toml) that describes one, as `jaxtrain calibrate` writes it."""
+    """Chip: a name in hardware/chips.py, or a file (.json, .toml) that describes one, as `jaxtrain calibrate` writes it."""
     hosts: int | None = None
     """Hosts in the cluster; by default 1, with --explain as many as the mesh fills."""
     devices_per_host: int = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxtrain.command_line import Usage, parse
-from jaxtrain.errors import EXIT_DONE, UsageError, check_output
-from jaxtrain.paths import user_path
+from jaxtrain.command import Usage, parse
+from jaxtrain.errors import EXIT_DONE, UsageError
+from jaxtrain.files import check_output, user_path
 
 
 @dataclass(frozen=True)

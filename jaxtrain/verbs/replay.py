@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxtrain.command_line import NoFlags, Usage, parse
+from jaxtrain.command import NoFlags, Usage, parse
 from jaxtrain.config import Config
-from jaxtrain.config_fields import split_items
-from jaxtrain.config_rules import validate
+from jaxtrain.config.names import split_items
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtrain.command_line import Usage, parse
+from jaxtrain.command import Usage, parse
 from jaxtrain.data.tokenize import TokenizeConfig, summary, tokenize
 from jaxtrain.errors import EXIT_DONE
 from jaxtrain.text import show

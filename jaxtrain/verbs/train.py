@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtrain.cli import memory_explained
-from jaxtrain.command_help import shown
-from jaxtrain.command_line import CommandLine, Usage, parse
+from jaxtrain.command import CommandLine, Usage, parse
+from jaxtrain.command.help import shown
 from jaxtrain.config import Config
-from jaxtrain.config_fields import field_values
-from jaxtrain.config_notes import idle_fields
-from jaxtrain.config_rules import validate
+from jaxtrain.config.names import field_values
+from jaxtrain.config.notes import idle_fields
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE
 from jaxtrain.text import show
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, DataSource
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.data.optional import require
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.tokenize import TokenizeConfig

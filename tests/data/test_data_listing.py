@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataSource
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.data.json_tokenizer import train_bpe
 from jaxtrain.data.listing import list_files, split_patterns
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import DataError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 from jaxtrain.verbs.tokenize import main
 
 ODD_NAMES = ["part[1]", "a,b", "x*", "y?", "~", "~z", "50%", "with space", " lead", "{}", "{a,b}", "[!x]", "$HOME", "a\nb"]

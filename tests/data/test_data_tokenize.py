@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.cli import explained
-from jaxtrain.command_line import parse_config
+from jaxtrain.command import parse_config
 from jaxtrain.config import DataSource
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import DataError

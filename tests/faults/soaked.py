@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxtrain.config import Config, DistributedConfig, MeshConfig
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from tests.faults.faulty import Faults, process_id
 
 EVERY = 20

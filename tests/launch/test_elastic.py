@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from jaxtrain.command_line import parse, parse_config
+from jaxtrain.command import parse, parse_config
 from jaxtrain.config import Config, MeshConfig, ModelConfig, SyncConfig, TrainConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ConfigError, UsageError
 from jaxtrain.launch.elastic import mesh_flags, mesh_for, parse_mesh
 from jaxtrain.verbs.launch import USAGE, split

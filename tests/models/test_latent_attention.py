@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, ModelConfig
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.latent_attention import LatentAttention
-from jaxtrain.models.layers import Packing
+from jaxtrain.models.packing import Packing
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import gather_weights, reduce_gradients, specs, vary

@@ -26,8 +26,8 @@ from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import find_place, share_out, zigzag_order, zigzag_pieces
 from jaxtrain.ops.attention_pieces import piece_attention, piece_gradients
 from jaxtrain.planner import deviceless
-from jaxtrain.planner.hlo_collectives import read_collectives
-from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.program.collectives import read_collectives
+from jaxtrain.program.groups import layout_of
 from jaxtrain.sharding import vary
 from tests.ops.test_attention import ragged_segments, relative
 from tests.ops.test_attention_blockwise import dot_flops

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster, Estimate, Memory, Point, SearchResult, StepTime, Wire

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.config import Config, DataConfig, DataSource, MeshConfig
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.planner.config_source import config_source, write_config
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.config import MeshConfig, ShardingConfig
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.rules import validate
 from jaxtrain.planner import deviceless
 
 LONG, SHORT = 131_072, 65_536

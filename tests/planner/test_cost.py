@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule

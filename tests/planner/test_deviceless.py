@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig, to_json
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
 from jaxtrain.planner import deviceless

@@ -20,8 +20,8 @@ from jaxtrain.config import (
     ShardingConfig,
     TrainConfig,
 )
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.rules import validate
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.planner import deviceless

@@ -25,7 +25,7 @@ from jaxtrain.config import (
     SyncConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.planner import deviceless, reference_layouts

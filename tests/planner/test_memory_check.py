@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, LatentAttentionConfig, MeshConfig, MoEConfig, RopeScaling
-from jaxtrain.config_fields import field_hint, field_names, set_field
-from jaxtrain.config_file import load_config
-from jaxtrain.config_rules import find_problems, validate
+from jaxtrain.config.loading import load_config
+from jaxtrain.config.names import field_hint, field_names, set_field
+from jaxtrain.config.rules import find_problems, validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.memory_check import Room, batch_bytes, check_memory, largest_that_fit

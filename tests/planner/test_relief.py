@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.relief import categories, explain_out_of_memory, smallest_changes, turns, with_flags
 

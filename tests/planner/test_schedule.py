@@ -3,7 +3,7 @@
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.planner import deviceless
 
 needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
-from jaxtrain.config_rules import divisors, find_problems
+from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner.cost import Candidate, CostModel, with_layout
@@ -29,7 +29,7 @@ SCHEDULES = [("1f1b", 1), *(("interleaved", k) for k in (2, 3, 6))]
 
 
 def everything(config: Config, devices: int, per_host: int) -> list[Candidate]:
-    """All layouts that `config_rules` and `make_mesh` take, of those kinds that a search looks at, found by trying all."""
+    """All layouts that `config/rules.py` and `make_mesh` take, of those kinds that a search looks at, found by trying all."""
     found = []
     sizes = itertools.product([1], *[divisors(devices)] * 6)
     for mesh in (mesh for mesh in sizes if math.prod(mesh) == devices):

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, SyncConfig, TrainConfig
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.parallel.sync import ReplicaExchange, exchange_at
 from jaxtrain.planner import deviceless
-from jaxtrain.planner.hlo_collectives import read_collectives
-from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.program.collectives import read_collectives
+from jaxtrain.program.groups import layout_of
 from jaxtrain.train.exchange import exchanged_bytes
 
 pytestmark = pytest.mark.plan

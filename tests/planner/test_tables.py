@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner import tables
 from jaxtrain.planner.answer import memory_table, ranking_table

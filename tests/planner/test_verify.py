@@ -11,8 +11,8 @@ from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.formulas import optimizer_bytes, parameter_bytes, step_flops
-from jaxtrain.planner.hlo_collectives import CollectiveRow
 from jaxtrain.planner.verify import verify, with_report
+from jaxtrain.program.collectives import CollectiveRow
 
 H100 = Cluster(find_chip("h100-sxm"), hosts=1, devices_per_host=2)
 CONFIG = Config(

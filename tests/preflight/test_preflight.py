@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.checkpoint.fast import _own_shards
-from jaxtrain.command_line import parse_config
-from jaxtrain.config_rules import validate
+from jaxtrain.command import parse_config
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims

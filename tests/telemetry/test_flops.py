@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig, MoEConfig
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.models.decoder import initialize
 from jaxtrain.telemetry.flops import (
     attention_flops_per_token,

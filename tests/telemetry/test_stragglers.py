@@ -16,7 +16,7 @@ SLOW_SECONDS = 1.0
 CONFIG = f"""
 import os, time
 from pathlib import Path
-from jaxtrain.config_file import load_config
+from jaxtrain.config.loading import load_config
 from jaxtrain.data.prefetch import Prefetcher
 
 fast = Prefetcher.__next__

@@ -21,7 +21,7 @@ from jaxtrain.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, NumbersError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress

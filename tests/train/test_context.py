@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, ShardingConfig
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.measure.layouts import BASE, batch_of, on_one_device
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims

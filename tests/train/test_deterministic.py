@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxtrain.config_rules import find_problems, validate
+from jaxtrain.config.rules import find_problems, validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims

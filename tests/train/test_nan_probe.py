@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.sharding import named
 from jaxtrain.train.nan_probe import NanProbe, Watched

@@ -12,14 +12,14 @@ import optax
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SyncConfig, TrainConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import CheckpointError
 from jaxtrain.measure.layouts import batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.parallel.sync import exchange_at
-from jaxtrain.planner.hlo_collectives import read_collectives, table
-from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.program.collectives import read_collectives, table
+from jaxtrain.program.groups import layout_of
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train import state as state_module
 from jaxtrain.train.exchange import exchanged_bytes

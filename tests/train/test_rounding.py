@@ -21,7 +21,7 @@ from jaxtrain.config import (
     SyncConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.parameters import held_dtype

@@ -21,7 +21,7 @@ from jaxtrain.config import (
     TelemetryConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress

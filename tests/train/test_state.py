@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import is_dims, named, shard_count

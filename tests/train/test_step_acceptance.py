@@ -22,7 +22,7 @@ from jaxtrain.config import (
     SyncConfig,
     TrainConfig,
 )
-from jaxtrain.config_rules import find_problems
+from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtrain.chip import CollectiveRate
-from jaxtrain.planner.hlo_collectives import wire_factor
+from jaxtrain.hardware import CollectiveRate
+from jaxtrain.program.collectives import wire_factor
 from jaxtrain.telemetry.energy import open_meter
 
 DTYPES = ("bfloat16", "float32")

@@ -7,7 +7,7 @@ import jax
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, ShardingConfig, TrainConfig
 from jaxtrain.mesh import make_mesh
-from jaxtrain.train import xla_costs
+from jaxtrain.program import xla_costs
 
 DROPLESS = MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=2048)
 MIXTURE = Config(

@@ -28,8 +28,8 @@ from typing import Any
 
 from jaxtrain.errors import ProgramError
 from jaxtrain.hardware import Chip, find_chip
-from jaxtrain.planner.hlo import Array, Computation, Instruction, Program, parse, understood
-from jaxtrain.planner.hlo_groups import Group, MeshOrder, group_of
+from jaxtrain.program.groups import Group, MeshOrder, group_of
+from jaxtrain.program.hlo import Array, Computation, Instruction, Program, parse, understood
 
 KINDS = (
     "all-gather",

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.chip import DTYPE_ALIASES, PEAK_DTYPES, Calibration, Chip
 from jaxtrain.errors import ExplainedError, nearest
-from jaxtrain.files import replace_file
-from jaxtrain.paths import user_path
+from jaxtrain.files import replace_file, user_path
+from jaxtrain.hardware.chip import DTYPE_ALIASES, PEAK_DTYPES, Calibration, Chip
 
 ENDINGS = (".json", ".toml")
 

@@ -4,7 +4,7 @@ XLA orders matmuls and transfers by how long it thinks that each takes. Its spee
 holds a ragged all-to-all (the exchange of dropless experts); what is left counts every kernel and every transfer alike, so that
 a gather of weights over slow links finds no more matmuls to travel behind than one over fast links. Such a program is compiled
 twice: first for the names of its instructions, then with a profile of them, as XLA takes one that was measured (a
-`ProfiledInstructionsProto`, as text). Here it is computed (`planner.hlo_collectives.instruction_seconds`).
+`ProfiledInstructionsProto`, as text). Here it is computed (`program.collectives.instruction_seconds`).
 
 A name that the second compilation does not know, and an instruction that the profile does not name, fall back to XLA's own
 guess: a wrong profile makes a slower program, never a wrong one.
@@ -21,11 +21,10 @@ from jax.sharding import Mesh
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import replace_file
+from jaxtrain.files import replace_file, user_path
 from jaxtrain.hardware import chip_of_device_kind
-from jaxtrain.paths import user_path
-from jaxtrain.planner.hlo_collectives import instruction_seconds
-from jaxtrain.planner.hlo_groups import layout_of
+from jaxtrain.program.collectives import instruction_seconds
+from jaxtrain.program.groups import layout_of
 
 FOLDER = "~/.cache/jaxtrain/costs"
 OPTION = "xla_gpu_pgle_profile_file_or_directory_path"

@@ -12,9 +12,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config.source_rules import remote_problems, source_problems
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.hardware import load_chip
-from jaxtrain.source_rules import remote_problems, source_problems
 
 
 def divisors(number: int) -> list[int]:

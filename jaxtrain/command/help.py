@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from jaxtrain.command_line import Usage
+from jaxtrain.command.usage import Usage
 from jaxtrain.config import Config
-from jaxtrain.config_fields import hints_of, nested, section_kind
+from jaxtrain.config.names import hints_of, nested, section_kind
 from jaxtrain.errors import UsageError, nearest
 
 COLUMN = 34

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from jaxtrain.config import Config, from_json
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 
-SHIPPED = Path(__file__).parent.parent / "configs"
+SHIPPED = Path(__file__).parent.parent.parent / "configs"
 """Folder of the configs in a checkout. The installed package has none, since configs are there to be read and changed."""
 
 

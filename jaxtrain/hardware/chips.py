@@ -13,13 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from jaxtrain.chip import IDLE_SHARE, Calibration, Chip, predicted_watts
-from jaxtrain.chip_file import ENDINGS, read_chip
 from jaxtrain.errors import ExplainedError, nearest
-from jaxtrain.paths import user_path
-
-__all__ = ["CHIPS", "IDLE_SHARE", "Calibration", "Chip", "chip_of_device_kind", "find_chip", "load_chip"]
-__all__ += ["predicted_watts", "resolve_chip"]
+from jaxtrain.files import user_path
+from jaxtrain.hardware.chip import Chip
+from jaxtrain.hardware.chip_file import ENDINGS, read_chip
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
@@ -251,7 +248,7 @@ def find_chip(name: str, flag: str = "--hardware") -> Chip:
 
 
 def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
-    """The chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file`).
+    """The chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file.py`).
 
     Raises:
       ExplainedError: no such chip, no such file, or something in the file is wrong; the message says what would work.

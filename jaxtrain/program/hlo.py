@@ -2,7 +2,7 @@
 
 `compiled.cost_analysis()` counts the body of a scan once, and answers nothing on a GPU that is not there. Here every `while`
 counts as often as it will run, and a conditional counts as its most expensive branch: the busiest pipeline stage, tick by
-tick. The text of a scheduled program (`is_scheduled=true`) is in the order of its schedule; `hlo_collectives` reads that.
+tick. The text of a scheduled program (`is_scheduled=true`) is in the order of its schedule; `program.collectives` reads that.
 """
 
 from __future__ import annotations

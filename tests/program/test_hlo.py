@@ -11,7 +11,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
-from jaxtrain.planner.hlo import matmul_flops
+from jaxtrain.program.hlo import matmul_flops
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.step import abstract_arguments, make_train_step
 

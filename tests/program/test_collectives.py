@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner.hlo_collectives import CollectiveRow, Transfer, instruction_seconds, read_collectives, table
-from jaxtrain.planner.hlo_groups import Group, MeshOrder, device_groups, layout_of, locate
+from jaxtrain.program.collectives import CollectiveRow, Transfer, instruction_seconds, read_collectives, table
+from jaxtrain.program.groups import Group, MeshOrder, device_groups, layout_of, locate
 
 # 2 hosts of 4 devices; ids run over data, then fsdp, then tensor.
 LAYOUT = MeshOrder(("data", "fsdp", "tensor"), (2, 2, 2), (0, 0, 0, 0, 1, 1, 1, 1))

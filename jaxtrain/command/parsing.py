@@ -1,7 +1,7 @@
 """The command line of every verb: flags of its own, and over `--config=FILE` every field of a config as a typed flag.
 
-The verb's flags are the fields of a dataclass, and both kinds are read by `config_fields.py`, all of them before anything is
-said, so that every wrong one is told at once. `--help` is in `command_help.py`.
+The verb's flags are the fields of a dataclass, and both kinds are read by `config/names.py`, all of them before anything is
+said, so that every wrong one is told at once. `--help` is in `help.py`.
 
 Why a parser of our own: tyro 1.0.17, asked for the 140 fields, stops at the first wrong flag, does not know what peers call a
 field, refuses 1e3 for a whole number and lists joined by commas, and makes no part that is None; its --help of
@@ -12,41 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_origin
+from typing import Any, Generic, NamedTuple, get_origin
 
+from jaxtrain.command.help import print_help
+from jaxtrain.command.usage import Flags, NoFlags, Usage
 from jaxtrain.config import Config
-from jaxtrain.config_fields import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
-from jaxtrain.config_file import read_config
+from jaxtrain.config.loading import read_config
+from jaxtrain.config.names import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
 from jaxtrain.errors import ConfigError, ExplainedError
 
-Flags = TypeVar("Flags")
 EXAMPLE = "e.g. --config=configs/quickstart.py"
-
-
-@dataclasses.dataclass(frozen=True)
-class NoFlags:
-    """A verb without flags of its own."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage(Generic[Flags]):
-    """What a verb takes on its command line."""
-
-    verb: str
-    """Its name, which stands after `jaxtrain`."""
-    about: str
-    """What it does, for --help."""
-    own: type[Flags]
-    """A dataclass whose fields are the verb's flags. A bool is set by its bare name, `--json`; a tuple is added to by each
-    further value, commas and all."""
-    words: tuple[str, ...] = ()
-    """Those of them that are given in this order without their names; a tuple takes the rest."""
-    config: Literal["needed", "taken", "none"] = "needed"
-    """Whether it takes --config and the fields of a config, and must be given it."""
-
-    def word(self, name: str) -> str:
-        """Return how a flag of the verb's own is shown."""
-        return name.upper() if name in self.words else f"--{name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +73,6 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
     source = read_config(path) if path else None
     file = source.config if source else over or Config()
     if section is not None:
-        from jaxtrain.command_help import print_help
-
         print_help(usage, file, section)
         raise SystemExit(0)
     reading = _Reading(usage, file)
@@ -114,7 +87,7 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
             problems.append(f"--{flag.name}{value}: {error}")
     problems += reading.missing()
     if problems and usage.config != "none":
-        from jaxtrain.config_rules import value_problems
+        from jaxtrain.config.rules import value_problems
 
         raise ConfigError(problems + value_problems(reading.config))
     if problems:

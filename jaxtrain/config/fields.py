@@ -1,6 +1,6 @@
 """The configuration: nested dataclasses, one meaning a field.
 
-`config_file.py` reads it from a file, `command_line.py` from flags. Imports neither jax nor anything else that is slow, so that
+`loading.py` reads it from a file, `command/parsing.py` from flags. Imports neither jax nor anything else that is slow, so that
 a typo is answered in a moment. Every field is a typed command-line flag (`--mesh.fsdp=8`), and the string below a field is its
 help text.
 """
@@ -16,8 +16,8 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.errors import ConfigError, nearest
+from jaxtrain.files import user_path
 from jaxtrain.parts import ModelParts, Parts
-from jaxtrain.paths import user_path
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
 VOCAB_MULTIPLE = 128

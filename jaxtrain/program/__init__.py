@@ -1,0 +1,1 @@
+"""Readers of compiled programs: their text, groups of devices, collectives, and what their instructions take."""
