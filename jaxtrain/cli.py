@@ -127,7 +127,7 @@ class Signals:
         self._code = exit_code
 
     def hear(self, number: int, request: Request) -> None:
-        """Ends the process where nothing has to be cleaned up, or where the interrupt has not ended it in time."""
+        """End the process where nothing has to be cleaned up, or where the interrupt has not ended it in time."""
         if self._code is not None:
             if request == "at once" or (request == "stop" and not are_several()):
                 end_at_once(self._code, _flush)
@@ -139,7 +139,7 @@ class Signals:
             timer.start()
 
     def in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        """Raises `Interrupted`, once."""
+        """Raise `Interrupted`, once."""
         if self._works and not self._raised and self._code is None:
             if _is_importing(frame):  # a library may swallow what is raised in its import, and has nothing to clean up
                 self._end(number)
@@ -221,7 +221,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def raise_file_limit() -> None:
-    """Lets this process and its children open as many files as the system allows them, up to MOST_FILES."""
+    """Let this process and its children open as many files as the system allows them, up to MOST_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -270,12 +270,12 @@ def explained(work: Callable[[], int]) -> int:
 
 
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:
-    """Returns 128 + the signal's number; Python's own interrupt is one of SIGINT."""
+    """Return 128 + the signal's number; Python's own interrupt is one of SIGINT."""
     return interrupt.exit_code if isinstance(interrupt, Interrupted) else 128 + signal.SIGINT
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA had no room, when it compiled a program or when it ran it."""
+    """Return whether XLA had no room, when it compiled a program or when it ran it."""
     return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
 
 

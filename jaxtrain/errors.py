@@ -100,7 +100,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def nearest(name: str, options: Iterable[object]) -> str:
-    """Words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
+    """Return the words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
     options = [str(option) for option in options]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)

@@ -28,7 +28,9 @@ def log_warning(text: str) -> None:
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """The path, with a leading ~ or ~user as a home folder unless something of that very name is in the working directory."""
+    """Return the path, with a leading ~ or ~user as a home folder unless something of that very name is in the working
+    directory.
+    """
     name = os.fspath(path)
     return Path(name if os.path.lexists(name.partition("/")[0]) else os.path.expanduser(name))
 

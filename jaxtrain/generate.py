@@ -10,7 +10,7 @@ from jaxtrain.config import Config
 
 
 def draw(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
-    """One id from softmax(logits / temperature); the likeliest one at temperature 0."""
+    """Return one id from softmax(logits / temperature); the likeliest one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature
@@ -25,7 +25,7 @@ def sample(
     num_tokens: int,
     temperature: float = 0.8,
 ) -> np.ndarray:
-    """Continues `prompt` by `num_tokens` ids, seeded by train.seed.
+    """Continue `prompt` by `num_tokens` ids, seeded by train.seed.
 
     Every token costs a forward pass over a whole sequence: no cache of keys and values, so it is for a look at the model, on
     any mesh, not for serving. The context is the last sequence_length tokens.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """The least of: what the host has free or can free, swap included; what its control groups leave; what RLIMIT_AS leaves.
+    """Return min(free and reclaimable memory with swap, what the control groups leave, what RLIMIT_AS leaves), in bytes.
 
-    None where the system says nothing of it.
+    None where the system reports none of them.
 
     Args:
       root: where /proc and /sys/fs/cgroup are.
@@ -38,14 +38,15 @@ def _of_host(root: Path) -> Iterator[int]:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None for "max", and where it cannot be read."""
+    """Return the number in a file; None for "max", and where it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return int(file.read_text(encoding="utf-8"))
     return None
 
 
 def _of_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process leaves: its limit less what it holds and cannot give back (versions 2 and 1).
+    """Yield what each control group above this process leaves: its limit less what it holds and cannot give back (versions 2
+    and 1).
 
     In a container the path may be that of the host, and the root of the mount is then this process's group.
     """

@@ -59,7 +59,7 @@ def count_devices() -> int:
 
 
 def split_over_hosts(shape: Sequence[int], devices_per_host: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cuts each axis into a factor inside a host and a factor across hosts: shape = inside * across, axis by axis.
+    """Cut each axis into a factor inside a host and a factor across hosts: shape = inside * across, axis by axis.
 
     The last axis (tensor) fills a host first, then the one before it: the order of MESH_AXES is the order of traffic.
 
@@ -83,10 +83,10 @@ def split_over_hosts(shape: Sequence[int], devices_per_host: int) -> tuple[tuple
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a resolved config (no axis -1), all seven axes present, each device once.
+    """Return the mesh of a resolved config (no axis -1), all seven axes present, each device once.
 
-    On one host devices are laid in order, tensor innermost. On several, `mesh_utils` makes a hybrid mesh whose inner part
-    is a host (`split_over_hosts`).
+    On one host devices are laid in order, tensor innermost. On several, `mesh_utils` makes a hybrid mesh whose inner part is a
+    host (`split_over_hosts`).
     """
     devices = list(devices if devices is not None else jax.devices())
     per_host = Counter(device.process_index for device in devices)
@@ -102,7 +102,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """One line for the log: the axes above 1, the devices, and which axes cross hosts."""
+    """Return one line for the log: the axes above 1, the devices, and which axes cross hosts."""
     words = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
     crossing = [axis for i, axis in enumerate(MESH_AXES) if (hosts != np.take(hosts, [0], axis=i)).any()]

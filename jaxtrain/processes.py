@@ -68,7 +68,7 @@ def _client() -> Any | None:
 
 
 def are_several() -> bool:
-    """Whether this process is one of a run of several."""
+    """Return whether this process is one of a run of several."""
     return _client() is not None and count() > 1
 
 
@@ -79,13 +79,13 @@ def own_index() -> int:
 
 
 def count() -> int:
-    """How many processes the run has. Unlike jax.process_count it wakes no device."""
+    """Return how many processes the run has. Unlike jax.process_count it wakes no device."""
     state = _state()
     return 1 if state is None else int(state.num_processes or 1)
 
 
 def collectives_entered() -> int:
-    """How many collectives this process has entered: of two processes the one with fewer is behind."""
+    """Return how many collectives this process has entered: of two processes the one with fewer is behind."""
     return _own.collectives
 
 
@@ -257,7 +257,7 @@ def announce(code: int, reason: str) -> None:
 
 
 def announced() -> Failure | None:
-    """What this process has announced."""
+    """Return what this process has announced."""
     return _own.failure
 
 

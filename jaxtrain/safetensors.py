@@ -86,7 +86,7 @@ class Safetensors:
         return name in self.entries
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array of that name.
+        """Return the array of that name.
 
         Raises:
           SafetensorsError: there is none; or the file was cut short since its header was read.
@@ -107,7 +107,7 @@ class Safetensors:
 
 
 def write_safetensors(path: os.PathLike | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file that is there whole, on the disk, or not at all.
+    """Write a file that is there whole, on the disk, or not at all.
 
     Raises:
       ValueError: a dtype that the format does not have, or a name that is taken.
@@ -158,7 +158,7 @@ def _parse(first: bytes, read: Any, size: int) -> tuple[dict[str, StoredArray], 
 
 
 def _header(text: bytes, length: int) -> dict[str, Any]:
-    """The JSON object of a header."""
+    """Return the JSON object of a header."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -177,7 +177,7 @@ def _header(text: bytes, length: int) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any) -> StoredArray:
-    """What the header says of one array, checked; offsets from the start of the data."""
+    """Return what the header says of one array, checked; offsets from the start of the data."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"{_short(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -196,7 +196,7 @@ def _entry(name: str, value: Any) -> StoredArray:
 
 
 def _are_counts(value: Any) -> bool:
-    """Whether it is a list of whole numbers from 0 that an address can be."""
+    """Return whether it is a list of whole numbers from 0 that an address can be."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 

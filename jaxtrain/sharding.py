@@ -47,12 +47,14 @@ Dims = tuple[str, ...]
 
 
 def is_dims(value: Any) -> bool:
-    """Whether `value` is one leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty NamedTuples)."""
+    """Return whether `value` is one leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty
+    NamedTuples).
+    """
     return type(value) is tuple and all(isinstance(name, str) for name in value)
 
 
 def spec(dims: Dims) -> PartitionSpec:
-    """The PartitionSpec of an array whose dims have these logical names."""
+    """Return the PartitionSpec of an array whose dims have these logical names."""
     return PartitionSpec(*(RULES[name] for name in dims))
 
 
@@ -62,12 +64,12 @@ def specs(dims_tree: Any) -> Any:
 
 
 def named(mesh: Mesh, dims_tree: Any) -> Any:
-    """The NamedSharding of every leaf of a tree of dims."""
+    """Return the NamedSharding of every leaf of a tree of dims."""
     return jax.tree.map(lambda dims: NamedSharding(mesh, spec(dims)), dims_tree, is_leaf=is_dims)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Return the same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -76,7 +78,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes over which the type of `x` says that devices hold different values."""
+    """Return the mesh axes over which the type of `x` says that devices hold different values."""
     return jax.typeof(x).manual_axis_type.varying
 
 
@@ -91,23 +93,24 @@ def vary(tree: Any, axes: Sequence[str] = MESH_AXES) -> Any:
 
 
 def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """The sum of `x` over the devices along `axes`; the result is typed as equal on all of them."""
+    """Return the sum of `x` over the devices along `axes`; the result is typed as equal on all of them."""
     return lax.psum(vary(x, axes), tuple(axes)) if axes else x
 
 
 def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Joins the shards along a mesh axis into one array along dim `dim`. Its transpose is `reduce_scatter`."""
+    """Join the shards along a mesh axis into one array along dim `dim`. Its transpose is `reduce_scatter`."""
     return x if lax.axis_size(axis) == 1 else lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Sums over a mesh axis and leaves each device its own slice of dim `dim`. Its transpose is `all_gather`."""
+    """Sum over a mesh axis and leaves each device its own slice of dim `dim`. Its transpose is `all_gather`."""
     return x if lax.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
 def all_to_all(x: jax.Array, axis: str, dim: int, to_dim: int | None = None) -> jax.Array:
-    """Cuts dim `dim` into one part for each device along a mesh axis, and joins the parts that come from each along `to_dim`
-    (by default `dim` again). Its transpose has the two dims changed."""
+    """Cut dim `dim` into one part for each device along a mesh axis, and join the parts that come from each along `to_dim` (by
+    default `dim` again). Its transpose has the two dims changed.
+    """
     to_dim = dim if to_dim is None else to_dim
     return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=dim, concat_axis=to_dim, tiled=True)
 
@@ -119,7 +122,7 @@ def once(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 
 def shift(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """Sends `x` to the device `by` places on along a mesh axis, round the ring."""
+    """Send `x` to the device `by` places on along a mesh axis, round the ring."""
     size = lax.axis_size(axis)
     return x if size == 1 else lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
 
@@ -176,10 +179,10 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
 
 
 def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
-    """The whole weight (over fsdp) in compute dtype, from what `gather_once` made of this device's shard.
+    """Return the whole weight (over fsdp) in compute dtype, from what `gather_once` made of this device's shard.
 
-    `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and
-    no cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
+    `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and no
+    cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
     reduce-scattered over fsdp (but for ZeRO level 1), and cast to master's dtype, float32.
     """
 
@@ -212,7 +215,7 @@ def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str,
 
 
 def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3, but: Sequence[str] = ()) -> Any:
-    """Sums each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`; not over the axes `but`.
+    """Sum each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`; not over the axes `but`.
 
     Leaves arrive already reduce-scattered over fsdp (`gather_weight`), but for ZeRO level 1, which does it here, once; what is
     left is `data`, and for a leaf that is whole on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the

@@ -39,7 +39,7 @@ class Requests:
     """When the signal before came, by a monotonic clock."""
 
     def hear(self, number: int, earliest: float, latest: float) -> Request:
-        """Returns what a signal means that came between two times: the first is a "stop", one that insists an "at once"."""
+        """Return what a signal means that came between two times: the first is a "stop", one that insists an "at once"."""
         before, self.newest = self.newest, latest
         if before is None:
             return "stop"
@@ -51,7 +51,7 @@ _watches: list[Watch] = []
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Keeps a signal from what it does by default."""
+    """Keep a signal from what it does by default."""
 
 
 class Watch:
@@ -97,7 +97,7 @@ class Watch:
             _watches[-1]._requests.newest = self._requests.newest  # an echo that comes only now is an echo all the same
 
     def _listen(self, reading: int) -> None:
-        """Reads the pipe. After the first signal it also notes when the pipe was last empty: this thread may be kept from
+        """Read the pipe. After the first signal it also notes when the pipe was last empty: this thread may be kept from
         running, and two signals that it finds together came at any time since then.
         """
         requests, quiet, poll = self._requests, 0.0, select.poll()
@@ -115,7 +115,7 @@ class Watch:
 
 
 def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
-    """Ends the process without unwinding, after `last_words`, which have a second: the terminal may be what hangs."""
+    """End the process without unwinding, after `last_words`, which have a second: the terminal may be what hangs."""
     with contextlib.suppress(RuntimeError):  # no thread starts while Python itself ends
         timer = threading.Timer(1.0, os._exit, [exit_code])
         timer.daemon = True
@@ -126,5 +126,5 @@ def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Writes a line to standard error, past Python's own streams, of which the main thread may hold the lock."""
+    """Write a line to standard error, past Python's own streams, of which the main thread may hold the lock."""
     os.write(2, f"{line}\n".encode())

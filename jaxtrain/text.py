@@ -22,12 +22,14 @@ _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET)
 
 
 def printable(text: str) -> str:
-    r"""Returns the text with control characters and lone surrogates as escapes ("\x1b", "\udcff"); newlines and tabs stay."""
+    r"""Return the text with control characters and lone surrogates as escapes ("\x1b", "\udcff"); newlines and tabs stay."""
     return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def readable_size(size: float) -> str:
-    """Bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50 MiB"."""
+    """Return the bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50
+    MiB".
+    """
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
             break
@@ -37,17 +39,17 @@ def readable_size(size: float) -> str:
 
 
 def show(text: str) -> None:
-    """Prints a line with user text in it (see `printable`)."""
+    """Print a line with user text in it (see `printable`)."""
     print(printable(text))
 
 
 def is_utf8(text: str) -> bool:
-    """Whether the text can be written as UTF-8; a file name that is made of other bytes cannot."""
+    """Return whether the text can be written as UTF-8; a file name that is made of other bytes cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def open_console(width: int) -> Any:
-    """Returns a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
+    """Return a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
 
     Args:
       width: columns where standard output is no terminal, and COLUMNS does not say how wide it is.
@@ -113,7 +115,7 @@ class _Outlet(io.FileIO):
 
 
 def discard(stream: IO[Any]) -> None:
-    """Lets what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
+    """Let what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

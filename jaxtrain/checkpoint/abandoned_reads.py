@@ -1,8 +1,8 @@
-"""Keeps what becomes of abandoned reads off standard error.
+"""Keep the tracebacks of abandoned reads off standard error.
 
-Orbax reads all arrays of a checkpoint at once, and gives up at the first that fails. The reads still under way fail later, in
-coroutines and threads whose loop has been closed, and Python prints a traceback for each: of a checkpoint whose damage has been
-told in one line by then, and is gone on from.
+Orbax reads all arrays of a checkpoint at once and gives up at the first failure. The reads still in flight fail later, in
+coroutines and threads whose event loop is closed, and Python prints a traceback for each, although one line has reported the
+damaged checkpoint and the run goes on from an older one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOP = re.compile(r"uvloop/loop\.pyx$|asyncio/base_events\.py$")
 
 @contextlib.contextmanager
 def abandoned_reads_unsaid() -> Iterator[None]:
-    """Drop tracebacks of reads that Orbax has abandoned, and no others; from the first failure inside on, for good."""
+    """Drop the tracebacks of reads that Orbax has abandoned, and no others. After an exception inside, keep dropping them."""
     before, asyncio = sys.unraisablehook, logging.getLogger("asyncio")
 
     def unraisable(found: Any) -> None:
@@ -41,7 +41,7 @@ def _is_orbax(found: object) -> bool:
 
 
 def _is_closed_loop(error: BaseException | None, trace: TracebackType | None) -> bool:
-    """Return whether TensorStore called a loop that was closed: nothing but the loop's own code is in the traceback."""
+    """Return whether TensorStore called a closed event loop: the traceback holds nothing but the loop's own code."""
     outermost = trace.tb_frame.f_code.co_filename if trace is not None else ""
     return str(error) == "Event loop is closed" and _LOOP.search(outermost) is not None
 

@@ -1,7 +1,7 @@
 """A checksum of an array's bits that does not depend on how the array is sharded, computed where the array lies.
 
 Orbax keeps no checksum of array data: of 400 single bits flipped in a checkpoint's data files, 398 came back as other weights
-without a word (measured, orbax-checkpoint 0.12.8). So every leaf gets two sums of its words w_i, modulo 2^32,
+without an error (measured, orbax-checkpoint 0.12.8). So every leaf gets two sums of its words w_i, modulo 2^32,
 
     S_k = sum_i w_i a_k(i),    a_1(i) = 2 i + 1,    a_2(i) = mix(i) | 1
 
@@ -27,22 +27,24 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The checksum of every array, as 16 hexadecimal digits; waits for the arrays. All processes call it together."""
+    """Return the checksum of every array as 16 hexadecimal digits; blocks until the arrays are ready. All processes call it
+    together.
+    """
     jax.block_until_ready(list(leaves.values()))  # XLA:CPU hangs where two programs with collectives are under way
     return _added_up(_begin(leaves, whole=True))
 
 
 def begin_checksums(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, str]]:
-    """Starts adding up what this process holds of each array, and returns at once; the result waits for it (see `total`).
+    """Start summing this process's shards of each array; return a function that waits for the sums (see `total`).
 
-    No collective is in it, so that the next step may be dispatched meanwhile, and the arrays may be donated to it.
+    There is no collective in it, so the next step may be dispatched meanwhile, and the arrays may be donated to it.
     """
     begun = _begin(leaves, whole=False)
     return lambda: _added_up(begun)
 
 
 def total(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The checksums of whole arrays: the sums modulo 2^32 of the parts that the processes hold."""
+    """Return the checksums of whole arrays: the sums modulo 2^32 of the processes' parts."""
     return {name: _digits(np.sum([_sums(part[name]) for part in parts], axis=0, dtype=np.uint32)) for name in parts[0]}
 
 
@@ -71,7 +73,7 @@ def _begin(leaves: Mapping[str, jax.Array], whole: bool) -> list[tuple[list[str]
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         groups.setdefault((mesh, frozenset(sharding.device_set)), []).append(name)
     begun = []
-    for (mesh, _), names in groups.items():  # one, in a run
+    for (mesh, _), names in groups.items():  # a run has one mesh
         arrays = [leaves[name] for name in names]
         specs = tuple(array.sharding.spec for array in arrays if isinstance(array.sharding, NamedSharding))
         begun.append((names, _program(mesh, specs, whole)(arrays)))
@@ -80,8 +82,9 @@ def _begin(leaves: Mapping[str, jax.Array], whole: bool) -> list[tuple[list[str]
 
 @functools.lru_cache(maxsize=8)
 def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
-    """(arrays) -> [1, arrays, 2] of the whole arrays, on all devices; or [devices, arrays, 2], of each device's shards, of
-    whose copies the first counts."""
+    """(arrays) -> uint32 [1, arrays, 2] if `whole`, summed over all devices; else [devices, arrays, 2], one row per device.
+    Only the first copy of a replicated shard counts.
+    """
     if mesh is None:
         return jax.jit(lambda arrays: jnp.stack([word_sums(array) for array in arrays])[None])
 
@@ -110,7 +113,7 @@ def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames="sizes")  # traced once for a parameter and its moments
 def word_sums(array: jax.Array, starts: Sequence[Any] = (), sizes: tuple[int, ...] = ()) -> jax.Array:
-    """[S_1, S_2] of an array, uint32; or of the block of one, of `sizes`, that begins at `starts`."""
+    """[S_1, S_2], uint32, of an array; or of its block that begins at `starts`, where the whole array has `sizes`."""
     words = _words(array)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for dim in reversed(range(words.ndim)):
@@ -126,7 +129,7 @@ def word_sums(array: jax.Array, starts: Sequence[Any] = (), sizes: tuple[int, ..
 
 
 def _words(array: jax.Array) -> jax.Array:
-    """The bits as uint32, one word an element (two of an 8-byte one, along a new last dim)."""
+    """Return the bits as uint32, one word per element (two for 8-byte elements, along a new last dim)."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:

@@ -1,16 +1,15 @@
-"""The fast tier: snapshots of the state on each host's own memory or disk, between the checkpoints that last.
+"""The fast tier: snapshots of the state on each host's own memory or disk, between durable checkpoints.
 
-Each process writes what its own devices hold, as it lies there, into a file of its own: no process waits for another, nothing
-crosses the network, and the loop waits for the copy from the devices alone. A snapshot helps where the processes die and the
-hosts live on (a crash, a hang, a preemption that left the host). It counts only where the file of *every* process is there,
-of one step, newer than the newest checkpoint, whole to the checksum, and of this very run on this very mesh; else the newest
-checkpoint counts, as without it.
+Each process writes its own devices' shards into a file of its own: no process waits for another, nothing crosses the network,
+and the loop waits only for the copy from the devices. A snapshot helps when processes die and their hosts survive (a crash, a
+hang, a preemption that left the host). It is used only if *every* process has its file of the same step, newer than the
+newest checkpoint, with correct checksums, of the same run on the same mesh; else the run resumes from the newest checkpoint.
 
     fast_dir/jaxtrain-UID/RUN/120/process-3.safetensors    RUN is a hash of the run's folder
 
 Orbax has managers for this (`experimental.emergency`: local and multi-tier checkpoints). They are not used: they are
-"experimental; do not use without specific approval" (their own words, orbax-checkpoint 0.12.8), keep no checksum of array data,
-and their peer-to-peer service listens on every network of the host without asking who is there.
+"experimental; do not use without specific approval" (orbax-checkpoint 0.12.8), keep no checksum of array data, and their
+peer-to-peer service listens on every network interface without authentication.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from jaxtrain.safetensors import Safetensors, SafetensorsError, write_safetensor
 
 TOKEN_FILE = ".fast_tier"
 KEPT = 2
-"""Snapshots that are kept: a process may die while it writes the newest."""
+"""Snapshots kept per process: it may die while it writes the newest."""
 log = logging.getLogger(__name__)
 
 
@@ -48,8 +47,8 @@ class FastTier:
 
     Args:
       folder: on the host's own memory or disk; the same path on every host.
-      run_dir: of the run, and shared: a snapshot of a folder that was removed, or of a run that was rolled back, is none.
-      rollbacks: gives the run's list of rollbacks as text.
+      run_dir: the run's shared folder. A snapshot from a deleted folder of that name, or from before a rollback, is ignored.
+      rollbacks: returns the run's list of rollbacks as text.
     """
 
     def __init__(self, folder: Path, run_dir: Path, rollbacks: Callable[[], str]):
@@ -58,9 +57,9 @@ class FastTier:
         self._folder = self._root / hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
         self._thread: threading.Thread | None = None
         self._tolerance = Tolerance(f"a snapshot in {self._root}", log_warning)
-        with contextlib.suppress(OSError):  # `save` tries again, and says so
+        with contextlib.suppress(OSError):  # `save` tries again and logs the failure
             self._make_word()
-        everywhere(True)  # all read it after it is there
+        everywhere(True)  # barrier: the token exists before any process reads it
         for unfinished in self._folder.glob(f"*/{self._file}.*.new"):
             unfinished.unlink(missing_ok=True)
 
@@ -68,9 +67,9 @@ class FastTier:
     # Saving
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Copies what this process's devices hold to host memory, and writes it in the background.
+        """Copy this process's shards to host memory and write them in the background.
 
-        A snapshot that cannot be written is told once, in the log, and stops nothing.
+        A snapshot that cannot be written is logged once; training goes on.
         """
         self.wait()
         shards = list(_own_shards(state))
@@ -86,7 +85,7 @@ class FastTier:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when no snapshot is being written."""
+        """Wait until no snapshot is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -99,7 +98,7 @@ class FastTier:
             write_safetensors(self._path(step), arrays, about | {"token": self._token(), "crc32": json.dumps(sums)})
             steps = self._steps()
             for old in [*sorted(s for s in steps if s <= step)[:-KEPT], *(s for s in steps if s > step)]:
-                self._delete(old)  # what is beyond this step was undone
+                self._delete(old)  # later steps were rolled back
 
         self._tolerance.attempt(work, "checkpoints are saved as without it")
 
@@ -107,11 +106,11 @@ class FastTier:
     # Restoring
 
     def restore(self, newer_than: int, abstract: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
-        """(step, state) of the newest snapshot that all processes hold whole, and that is newer; None where there is none.
+        """Return (step, state) of the newest snapshot after `newer_than` that all processes hold intact, or None.
 
         Args:
-          abstract: the state as it lies in memory, ShapeDtypeStructs with their shardings.
-          accept: is called with a step and its metadata, and may raise, as in `Checkpoints.restore_newest`.
+          abstract: the state's layout in memory: ShapeDtypeStructs with shardings.
+          accept: called with a step and its metadata; may raise, as in `Checkpoints.restore_newest`.
         """
         layout, candidates = _layout(abstract), sorted(step for step in self._steps() if step > newer_than)
         while True:
@@ -126,7 +125,7 @@ class FastTier:
             candidates = [other for other in candidates if other < step]
 
     def _read(self, step: int, abstract: Any, layout: str) -> tuple[list[np.ndarray], dict[str, Any]] | None:
-        """(the arrays of this process's shards, the metadata) of a step, verified; None where they are not all there, whole."""
+        """(this process's shards, metadata) of a step, verified; None if any is missing or damaged."""
         path = self._path(step)
         try:
             file = Safetensors(path)
@@ -137,18 +136,18 @@ class FastTier:
                 n for n, a in zip(file.entries, arrays, strict=True) if zlib.crc32(a.reshape(-1).view(np.uint8).data) != sums[n]
             ]
             if wrong:
-                log.warning("snapshot %s does not hold what was saved: its checksum differs; passed over", path)
+                log.warning("snapshot %s skipped: its checksum differs from the saved one", path)
                 return None
             return arrays, json.loads(file.metadata["metadata"])
         except (OSError, SafetensorsError, ValueError, KeyError, TypeError) as error:
-            log.warning("snapshot %s is passed over: %s", path, error)
+            log.warning("snapshot %s skipped: %s", path, error)
             return None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Folders
 
     def clear(self) -> None:
-        """Removes this process's snapshots: the run has ended, and its checkpoints hold it."""
+        """Remove this process's snapshots: the run has ended, and its checkpoints hold the state."""
         self.wait()
         for step in self._steps():
             self._delete(step)
@@ -161,10 +160,10 @@ class FastTier:
         return self._folder / str(step) / self._file
 
     def _make_folder(self, step: int) -> None:
-        """Of a step, in one that nobody else can write: a host's memory folder is everybody's.
+        """Create the step's folder, under a root that only we can write: a host's memory folder is shared by all its users.
 
         Raises:
-          PermissionError: that folder is somebody else's.
+          PermissionError: others can write that root.
         """
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not self._is_ours():
@@ -179,10 +178,10 @@ class FastTier:
         return stat.S_ISDIR(owner.st_mode) and owner.st_uid == os.getuid() and not owner.st_mode & 0o022
 
     def _make_word(self) -> None:
-        """Have the first process put the random word into run_dir that tells this run from another of that name.
+        """Have process 0 write a random token into run_dir, which tells this run from another of the same name.
 
         Raises:
-          OSError: it cannot, or in another process: it has not.
+          OSError: the token cannot be written, or in another process, is not there.
         """
         word = self._run_dir / TOKEN_FILE
         if jax.process_index() == 0 and not word.exists():
@@ -190,15 +189,15 @@ class FastTier:
         word.stat()
 
     def _token(self) -> str:
-        """Return what ties a snapshot to a run: its word, and the list of rollbacks, which undo later steps.
+        """Return a hash of the run's token and its list of rollbacks: a snapshot counts only with the same value.
 
-        The list is that in memory: the file may lack its end where the disk is full.
+        The list is taken from memory: on a full disk the file may lack its end.
         """
         word = (self._run_dir / TOKEN_FILE).read_bytes()
         return hashlib.sha256(word + self._rollbacks().encode()).hexdigest()[:16]
 
     def _steps(self) -> list[int]:
-        """Steps of which this process has a file."""
+        """Return the steps of which this process has a file."""
         if not self._is_ours() or not self._folder.is_dir():
             return []
         return [int(path.parent.name) for path in self._folder.glob(f"*/{self._file}") if path.parent.name.isdecimal()]
@@ -211,21 +210,23 @@ class FastTier:
 
 
 def _own_shards(state: Any) -> Iterator[Any]:
-    """The shard of every different part that this process's devices hold, each once, always in the same order."""
+    """Yield each distinct shard on this process's devices once, always in the same order."""
     for leaf in jax.tree.leaves(state):
         different = {_place(shard.index): shard for shard in leaf.addressable_shards}
         yield from (different[place] for place in sorted(different))
 
 
 def _place(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
-    """The slices of a shard as plain numbers; (-1, -1) for a whole dim."""
+    """Return a shard's slices as plain numbers; (-1, -1) for a whole dim."""
     return tuple(
         (-1, -1) if part == slice(None) else (part.start or 0, part.stop if part.stop is not None else -1) for part in index
     )
 
 
 def _layout(state: Any) -> str:
-    """What must be the same for a process to find its own again: leaves, shapes, dtypes, what lies on which device."""
+    """Return a hash of leaves, shapes, dtypes and which slice lies on which device: equal if this process's file can be
+    reused.
+    """
     lines = []
     for name, leaf in leaves_by_path(state)[0].items():
         places = leaf.sharding.devices_indices_map(leaf.shape)
@@ -235,7 +236,7 @@ def _layout(state: Any) -> str:
 
 
 def _join(abstract: Any, arrays: list[np.ndarray]) -> Any:
-    """The state of this process's parts, which are in the order of `_own_shards`."""
+    """Return the state made of this process's shards, given in the order of `_own_shards`."""
     parts = iter(arrays)
     leaves, treedef = leaves_by_path(abstract)
 
@@ -249,16 +250,16 @@ def _join(abstract: Any, arrays: list[np.ndarray]) -> Any:
 
 
 def _on_its_own(array: np.ndarray, device: Any) -> jax.Array:
-    """Return the array in device memory that nothing else holds, which the first step's donation can take.
+    """Return the array in device memory of its own, so that the first step can take it by donation.
 
-    On CPU `device_put` leaves it in the host's array, one for all devices, and the step would copy it.
+    On CPU `device_put` aliases the host array, shared by all devices, and the step would copy it.
     """
     placed = jax.device_put(array, device)
     return placed.copy() if device.platform == "cpu" else placed
 
 
 def _newest_of_all(candidates: list[int]) -> int | None:
-    """The newest step that every process has. By as many questions as process 0 has candidates."""
+    """Return the newest step that every process has, asking once for each of process 0's candidates."""
     for step in reversed(range(from_first_process(len(candidates)))):
         asked = from_first_process(candidates[step] if step < len(candidates) else -1)
         if everywhere(asked in candidates):

@@ -1,4 +1,4 @@
-"""What a person does with the checkpoints of a run: list, verify, inspect, compare, prune them (`jaxtrain checkpoint`)."""
+"""The actions of `jaxtrain checkpoint`: list, verify, inspect, compare and prune a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def find(text: str) -> tuple[str, int]:
 
 
 def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
-    """(name, array) one after the other, so that only one of them is in memory.
+    """Yield (name, array) one at a time, so that only one array is in memory.
 
     Raises:
       DamagedCheckpoint: an array cannot be read.
@@ -66,7 +66,7 @@ def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
 
 
 def list_steps(folder: str) -> int:
-    """Prints every step, whole or not."""
+    """Print every step folder: name, size, whether it is whole, when it was saved, on which mesh."""
     from jaxtrain.checkpoint.stored import COMMIT_MARK, absolute, committed_steps, read_stored
 
     folder, _ = find(folder)
@@ -90,7 +90,7 @@ def list_steps(folder: str) -> int:
 
 
 def verify(folder: str, every: bool) -> int:
-    """Reads every array and compares its checksum."""
+    """Read every array and compare its checksum."""
     from jaxtrain.checkpoint.stored import committed_steps, read_stored, step_path, wrong_leaves
 
     folder, newest = find(folder)
@@ -110,7 +110,7 @@ def verify(folder: str, every: bool) -> int:
 
 
 def inspect(folder: str) -> int:
-    """Prints what a step holds and belongs to."""
+    """Print a step's metadata, config and arrays."""
     from jaxtrain.checkpoint.stored import read_stored, step_path
 
     folder, step = find(folder)
@@ -128,7 +128,7 @@ def inspect(folder: str) -> int:
 
 
 def diff(one: str, other: str) -> int:
-    """Prints what two steps differ in; exit code 1 if anything."""
+    """Print the differences between two steps; exit code 1 if arrays or hard config fields differ."""
     from jaxtrain.checkpoint.same_run import differences
     from jaxtrain.checkpoint.stored import read_metadata, read_stored, step_path
 
@@ -153,7 +153,7 @@ def diff(one: str, other: str) -> int:
 
 
 def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: bool) -> int:
-    """Deletes all but the newest `keep` steps and the multiples of `keep_every`."""
+    """Delete all but the newest `keep` steps and the multiples of `keep_every`; with `set_aside` also what was set aside."""
     from jaxtrain.checkpoint.stored import absolute, committed_steps, delete
 
     if keep < 1:
@@ -171,5 +171,5 @@ def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: boo
 
 
 def size_of(path: Any) -> int:
-    """Bytes of all files below a folder (epath has no recursive glob)."""
+    """Return the bytes of all files below a folder (epath has no recursive glob)."""
     return sum(size_of(child) if child.is_dir() else child.stat().length for child in path.iterdir())

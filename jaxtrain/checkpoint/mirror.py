@@ -1,14 +1,13 @@
-"""A second copy of a run's checkpoints in an object store (`checkpoint.mirror`), for the day the shared file system is gone.
+"""A second copy of a run's checkpoints in an object store (`checkpoint.mirror`), in case the shared file system is lost.
 
-Process 0 copies every committed step there, behind training, and a run whose folder holds no checkpoint fetches the newest one
-back. fsspec speaks to the store: s3:// with s3fs, gs:// with gcsfs, and whatever else it knows. Their credentials are those
-of the environment.
+Process 0 uploads every committed step in the background, and a run whose folder holds no checkpoint downloads the newest one.
+fsspec accesses the store: s3:// with s3fs, gs:// with gcsfs, and its other protocols. Credentials come from the environment.
 
     s3://bucket/run/1000/...               the files of the step's folder
-    s3://bucket/run/1000/committed.json    written last: a step without it is not whole
-    s3://bucket/run/owner                  a word that stands in the run's own folder too
+    s3://bucket/run/1000/committed.json    written last: a step without it is incomplete
+    s3://bucket/run/owner                  a random token, also stored in the run's own folder
 
-A rename commits a local step; stores have none, so there the mark does. The arrays are verified when they are restored.
+Locally a rename commits a step; object stores have none, so there the mark does. Arrays are verified when they are restored.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.files import replace_file
 
 OWNER = "owner"
-"""A file with a random word, here (.owner) and in the store: a run does not touch what another one has there."""
+"""A file with a random token, here (.owner) and in the store, so that a run does not touch another run's copies."""
 UNDONE_MARK = "rolled_back.json"
-"""What the mark of a step is called once the run has gone back before it: its files stay."""
+"""The commit mark's name after the run was rolled back to before the step; the step's files stay."""
 log = logging.getLogger(__name__)
 
 
 class Unreachable(CheckpointError):
-    """The store did not answer, or not as it should."""
+    """The store did not answer, or gave an unexpected answer."""
 
 
 class Mirror:
-    """The copies of one run's steps. One process uses it.
+    """Upload the steps of one run. Only process 0 uses it.
 
     Raises:
-      CheckpointError: fsspec does not know such URLs, or lacks what it needs for them.
+      CheckpointError: fsspec does not know the URL's protocol, or lacks a package for it.
     """
 
     def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
@@ -50,7 +49,7 @@ class Mirror:
 
         self._directory, self._config, self._url = Path(absolute(directory)), config, config.mirror.rstrip("/")
         try:
-            own = {"auto_mkdir": True} if self._url.startswith("file:") else {}  # another mount; stores have no folders to make
+            own = {"auto_mkdir": True} if self._url.startswith("file:") else {}  # object stores have no folders to make
             self._store, self._root = fsspec.url_to_fs(self._url, **own)
         except (ImportError, ValueError) as error:
             raise CheckpointError(f"checkpoint.mirror={self._url!r}: {error}") from error
@@ -61,18 +60,18 @@ class Mirror:
         self._lock = threading.Lock()
 
     def steps(self) -> list[int]:
-        """The steps that are whole in the store, ascending."""
+        """Return the complete steps in the store, ascending."""
         return sorted(
             int(name) for name, files in self._folders().items() if STEP_NAME.fullmatch(name) and COMMIT_MARK in files
         )
 
     def open(self, fetch: bool) -> int | None:
-        """Takes possession; with `fetch` also of what another folder has left there: the number of its newest step, now here.
+        """Claim the mirror; with `fetch`, also take over another folder's copies, download the newest whole step and return it.
 
-        Without `fetch`, a store that is away is no error before the end of the run.
+        Without `fetch`, an unreachable store is no error before the end of the run.
 
         Raises:
-          CheckpointError: it holds the copies of another run; or with `fetch`, it cannot be read, or not whole.
+          CheckpointError: it holds another run's copies; or with `fetch`, it cannot be read completely.
         """
         try:
             with self._explained("cannot be reached"):
@@ -91,7 +90,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Stores have exceptions of their own: they come out as `Unreachable`."""
+        """Raise the store's own exceptions as `Unreachable`."""
         try:
             yield
         except CheckpointError:
@@ -117,10 +116,10 @@ class Mirror:
         self._is_ours = True
 
     def probe(self, name: str, data: bytes) -> None:
-        """Writes an object, reads it back and removes it.
+        """Write an object, read it back and remove it.
 
         Raises:
-          CheckpointError: one of them fails.
+          CheckpointError: one of these fails.
         """
         path = f"{self._root}/{name}"
         with self._explained("cannot be written"):
@@ -135,15 +134,17 @@ class Mirror:
         sizes = self._folders()[str(step)]
         for name in sizes:
             if name.startswith("/") or ".." in Path(name).parts:
-                raise CheckpointError(f"{self._url}/{step} holds {name!r}, which is no name for a file of a checkpoint")
+                raise CheckpointError(f"{self._url}/{step} holds {name!r}, which is not a valid file name in a checkpoint")
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
         self._store.get([f"{self._root}/{step}/{name}" for name in sizes], [str(partial / name) for name in sizes])
         if wrong := [name for name, size in sizes.items() if (partial / name).stat().st_size != size]:
-            raise CheckpointError(f"of {self._url}/{step}, {wrong[0]} did not come whole ({len(wrong)} files)")
+            raise CheckpointError(
+                f"{self._url}/{step}: {len(wrong)} files have the wrong size after download, first {wrong[0]}"
+            )
         partial.rename(self._directory / str(step))
 
     def copy(self, step: int) -> None:
-        """Has that committed step copied in the background, unless it is there. Of those that wait, the newest has its turn."""
+        """Queue a background upload of that committed step, unless the store has it. Only the newest queued step is kept."""
         with self._lock:
             self._wanted = step
             if self._thread is None:
@@ -151,10 +152,10 @@ class Mirror:
                 self._thread.start()
 
     def wait(self) -> None:
-        """Returns when everything is copied.
+        """Wait for the uploads.
 
         Raises:
-          CheckpointError: the newest step is not.
+          CheckpointError: the newest step could not be uploaded.
         """
         with self._lock:
             thread = self._thread
@@ -182,11 +183,11 @@ class Mirror:
             self._claim(take_over=False)
         source, folders, mark = self._directory / str(step), self._folders(), f"{self._root}/{step}/{COMMIT_MARK}"
         for later in (int(name) for name in folders if STEP_NAME.fullmatch(name) and int(name) > step):
-            if COMMIT_MARK in folders[str(later)]:  # the run has gone back since
+            if COMMIT_MARK in folders[str(later)]:  # the run was rolled back since
                 self._store.mv(f"{self._root}/{later}/{COMMIT_MARK}", f"{self._root}/{later}/{UNDONE_MARK}")
         if COMMIT_MARK in folders.get(str(step), {}) and self._store.cat_file(mark) == (source / COMMIT_MARK).read_bytes():
             return
-        if str(step) in folders:  # a copy that was interrupted, or of a time that was undone
+        if str(step) in folders:  # an interrupted copy, or one from before a rollback
             self._remove(step)
         names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
         names = [name for name in names if name != COMMIT_MARK]
@@ -200,14 +201,14 @@ class Mirror:
             self._remove(old)
 
     def _remove(self, step: int) -> None:
-        """The mark first: killed at any moment, the step is whole or does not count."""
+        """Remove the commit mark first, so that a kill at any moment leaves the step complete or not counted."""
         mark = f"{self._root}/{step}/{COMMIT_MARK}"
         if self._store.exists(mark):
             self._store.rm_file(mark)
         self._store.rm(f"{self._root}/{step}", recursive=True)
 
     def _folders(self) -> dict[str, dict[str, int]]:
-        """{folder: {path of a file within it: bytes}} of what the store holds now."""
+        """{folder: {path of a file in it: bytes}} of the store's current content."""
         self._store.invalidate_cache()
         found: dict[str, dict[str, int]] = {}
         files: dict[str, Any] = self._store.find(self._root, detail=True)

@@ -1,4 +1,6 @@
-"""Is a resume the same run? What the configs, data and versions of a checkpoint and of now differ in."""
+"""Decide whether a resume continues the same run: compare the config, data and versions of a checkpoint with the present
+ones.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,19 @@ _SOFT_MODEL_FLAGS = "model.attention model.dtype model.init_std".split()
 
 @dataclass(frozen=True)
 class Differences:
-    """What a checkpoint and the present run differ in, one line each, in the words of the flags, with both values."""
+    """Differences between a checkpoint and the present run, one line each: flag, both values."""
 
     hard: list[str] = field(default_factory=list)
-    """It would be another run: other shapes, other data, or the same data in another order."""
+    """Another run: other shapes, other data, or the same data in another order."""
     soft: list[str] = field(default_factory=list)
-    """It would be the same run done otherwise: mesh, pipeline, schedule, steps, versions."""
+    """The same run executed otherwise: mesh, pipeline, schedule, steps, versions."""
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differences:
-    """Compares two metadata dicts: "config" (`to_plain`), "data_fingerprint", "versions" and "parts", where present.
+    """Compare two metadata dicts: "config" (`to_plain`), "data_fingerprint", "versions" and "parts", where present.
 
     Raises:
-      CheckpointError: what is saved there is no config.
+      CheckpointError: the saved "config" is not a config.
     """
     found = Differences()
     try:
@@ -45,7 +47,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differe
                 (found.hard if _is_hard(flag) else found.soft).append(f"{flag}: {before[flag]} -> {after[flag]}")
             continue
         line = f"{flag}: {before.get(flag, 'not in the checkpoint')} -> {after.get(flag, 'gone')}"
-        # One more source is other data. Any other field is newer or older than the checkpoint: its default changes nothing.
+        # An added source is other data. Any other field was added or removed since: its default changes nothing.
         (found.hard if flag.startswith("data.sources.") and _is_hard(flag) else found.soft).append(line)
     old, new = (as_json_gives_it_back(m.get("data_fingerprint")) for m in (saved, current))
     if old != new:
@@ -54,16 +56,16 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differe
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], directory: os.PathLike | str) -> list[str]:
-    """The soft differences, for the log.
+    """Return the soft differences, for the log.
 
     Raises:
-      CheckpointError: there are hard ones; names them all, and the way out.
+      CheckpointError: there are hard differences; lists all of them and the way out.
     """
     found = differences(saved, current)
     if found.hard:
         lines = "\n".join(f"  - {line}" for line in found.hard)
         raise CheckpointError(
-            f"the checkpoint in {os.fspath(directory)} is of another run (checkpoint -> now):\n{lines}\n"
+            f"the checkpoint in {os.fspath(directory)} belongs to another run (checkpoint -> now):\n{lines}\n"
             "Set these back to go on with it, or start a new run with another --run_dir "
             "(or with --checkpoint.resume=never and a fresh folder)."
         )
@@ -79,7 +81,7 @@ def _is_hard(flag: str) -> bool:
 
 
 def _flags(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The config and the versions as {"model.num_layers": 12, "data.sources.0.kind": "text", "versions.jax": ...}."""
+    """Return the config and the versions as {"model.num_layers": 12, "data.sources.0.kind": "text", "versions.jax": ...}."""
     sections = {
         **as_json_gives_it_back(metadata.get("config", {})),
         "versions": as_json_gives_it_back(metadata.get("versions", {})),
@@ -97,5 +99,5 @@ def _flags(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json_gives_it_back(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
+    """Return `value` after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(value))

@@ -1,9 +1,9 @@
-"""The folder of a run's checkpoints: which steps it holds, what stands beside the arrays, and the arrays, verified.
+"""Read the folder of a run's checkpoints: its steps, the metadata beside the arrays, and the arrays, verified.
 
     checkpoints/1000/committed.json         written last: every leaf's checksum; a folder without it is not a checkpoint
     checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype and shape, the config
     checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, zstd
-    checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt says what
+    checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt gives the reason
 
 These functions need only a folder, write nothing unless they say so, and are safe beside a run that is saving into it.
 """
@@ -36,22 +36,22 @@ COMMIT_MARK = "committed.json"
 METADATA_FILE = "_CHECKPOINT_METADATA"
 WHY_FILE = "why_set_aside.txt"
 PARTIAL = ".partial"  # after a step's number: it is being written, or being deleted
-FORMAT = 3  # of what stands under custom_metadata
+FORMAT = 3  # of the content of custom_metadata
 STEP_NAME = re.compile(r"0|[1-9]\d*")
 LEFTOVER_NAME = re.compile(rf"\d+(\.[a-z-]+\d+)?{re.escape(PARTIAL)}(\.orbax.*)?")
 LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
 LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
-# Not the checkpoint's fault, and no reason to set it aside.
+# Failures of the host, not of the checkpoint: no reason to set it aside.
 _ELSEWHERE = re.compile(r"RESOURCE_EXHAUSTED|out of memory|MemoryError|PermissionError|Too many open files", re.IGNORECASE)
 
-_KINDS = (DamagedCheckpoint, CheckpointError)  # of what may go wrong, the worst last
+_KINDS = (DamagedCheckpoint, CheckpointError)  # the worst last
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 def committed_steps(directory: os.PathLike | str) -> list[int]:
-    """The steps in `directory` that were saved to the end, ascending. Anything else in the folder is passed over."""
+    """Return the committed steps in `directory`, ascending. Other entries of the folder are ignored."""
     root = absolute(directory)
     if not root.is_dir():
         return []
@@ -59,12 +59,12 @@ def committed_steps(directory: os.PathLike | str) -> list[int]:
 
 
 def outdated(steps: list[int], keep: int, keep_every: int) -> list[int]:
-    """Of ascending steps those that need not be kept: not the newest `keep`, nor multiples of `keep_every` (0: none)."""
+    """Return the steps to delete: all but the newest `keep` and the multiples of `keep_every` (0: no such multiples)."""
     return [step for step in steps[: -max(keep, 1)] if not (keep_every and step % keep_every == 0)]
 
 
 def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
-    """The JSON metadata that was saved with `step`. All processes call it together, and it raises on all of them or on none.
+    """Return the JSON metadata saved with `step`. All processes call it together, and it raises on all of them or on none.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is in another format.
@@ -74,7 +74,7 @@ def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
 
 
 def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any:
-    """The state saved at `step`, as a tree like `abstract_state`, each leaf bit for bit and in the sharding it names.
+    """Return the state saved at `step`, shaped like `abstract_state`, each leaf bit for bit in the sharding it names.
 
     All processes call it together, and it raises on all of them or on none.
 
@@ -82,14 +82,14 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any
       abstract_state: pytree of jax.ShapeDtypeStruct, every leaf (scalars too) with its `.sharding`. The mesh may be any.
     Raises:
       CheckpointError: no such checkpoint; or its leaves are not exactly those of `abstract_state` (missing, extra, of
-        another shape or dtype), each named with what is saved and what was expected.
-      DamagedCheckpoint: it cannot be read, or a leaf does not have the checksum that it was saved with.
+        another shape or dtype), each named with the saved and the expected value.
+      DamagedCheckpoint: it cannot be read, or a leaf's checksum differs from the saved one.
     """
     path = absolute(directory) / str(step)
     leaves, treedef = leaves_by_path(abstract_state)
     for name, leaf in leaves.items():
         if getattr(leaf, "sharding", None) is None:
-            raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must say where it goes")
+            raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must have one")
 
     def stored_leaves() -> dict[str, Any]:
         stored = read_stored(step_path(directory, step))
@@ -105,7 +105,7 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any
 
 
 def wrong_leaves(saved: dict[str, str], leaves: dict[str, jax.Array]) -> list[str]:
-    """Names of the leaves that do not have their checksum."""
+    """Return the names of the leaves whose checksum differs from the saved one."""
     return [name for name, found in checksums(leaves).items() if saved.get(name) != found]
 
 
@@ -129,17 +129,17 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[st
 
 
 def absolute(directory: os.PathLike | str) -> epath.Path:
-    """As an absolute path."""
+    """Return the absolute path, with `~` expanded."""
     return epath.Path(os.path.abspath(user_path(directory)))
 
 
 def is_committed(path: epath.Path) -> bool:
-    """Whether a step's folder was saved to the end."""
+    """Return whether a step's folder was saved completely."""
     return (path / COMMIT_MARK).exists() and (path / METADATA_FILE).exists()
 
 
 def step_path(directory: os.PathLike | str, step: int) -> epath.Path:
-    """The folder of a committed step.
+    """Return the folder of a committed step.
 
     Raises:
       CheckpointError: there is none.
@@ -153,7 +153,7 @@ def step_path(directory: os.PathLike | str, step: int) -> epath.Path:
 
 
 def read_stored(path: epath.Path) -> dict[str, Any]:
-    """What `save` put beside the arrays: format, step, leaves {"params/bias": "float32[16]"}, their checksums, metadata.
+    """Return what `save` wrote beside the arrays: format, step, leaves {"params/bias": "float32[16]"}, checksums, metadata.
 
     Raises:
       CheckpointError: it is in another format.
@@ -165,7 +165,7 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
         stored |= {"checksums": mark["checksums"]}
         seal, saved_format, step = mark["digest"], stored["format"], stored["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"what stands in {path} cannot be read ({type(error).__name__}: {error})") from error
+        raise DamagedCheckpoint(f"the metadata in {path} cannot be read ({type(error).__name__}: {error})") from error
     if digest(stored) != seal:
         raise DamagedCheckpoint(f"{path / METADATA_FILE} or {COMMIT_MARK} is not what was saved: the SHA-256 differs")
     if saved_format != FORMAT:
@@ -173,12 +173,12 @@ def read_stored(path: epath.Path) -> dict[str, Any]:
     if str(step) != path.name:
         raise DamagedCheckpoint(f"{path} holds step {step}, not {path.name}: the folder was renamed or copied over")
     if not _is_sound(stored):
-        raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what a save writes: its names or shapes are of other kinds")
+        raise DamagedCheckpoint(f"{path / METADATA_FILE} is not what a save writes: wrong types of names or shapes")
     return stored
 
 
 def _is_sound(stored: dict[str, Any]) -> bool:
-    """Whether the parts are of the kinds that `save` writes: the seal tells of an accident, but anyone can make one."""
+    """Return whether the parts have the types that `save` writes: the digest detects accidents, but anyone can compute one."""
     leaves, sums, metadata = (stored.get(name) for name in ("leaves", "checksums", "metadata"))
     config = metadata.get("config", {}) if isinstance(metadata, dict) else None
     return (
@@ -192,7 +192,7 @@ def _is_sound(stored: dict[str, Any]) -> bool:
 
 
 def commit(path: epath.Path, stored: dict[str, Any], sums: dict[str, str]) -> None:
-    """Makes a checkpoint of a folder with all its arrays: writes the checksums beside them, and gives it the step's name."""
+    """Commit a folder with all its arrays: write the checksums beside them, then give it the step's name."""
     mark = {"checksums": sums, "digest": digest(stored | {"checksums": sums})}
     with open(path / COMMIT_MARK, "w", encoding="utf-8") as file:
         file.write(json.dumps(mark))
@@ -202,28 +202,28 @@ def commit(path: epath.Path, stored: dict[str, Any], sums: dict[str, str]) -> No
 
 
 def digest(stored: dict[str, Any]) -> str:
-    """SHA-256 of what stands beside the arrays."""
+    """Return the SHA-256 of the stored metadata as hexadecimal digits."""
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def set_aside(directory: os.PathLike | str, step: int, word: str, why: str) -> epath.Path:
-    """Renames a step's folder, so that it counts no more but nothing is lost; returns its new name. By one process."""
+    """Rename a step's folder so that it no longer counts but nothing is lost; return the new path. Only process 0 calls it."""
     root = absolute(directory)
     number = next(n for n in range(1, 10_000) if not (root / f"{step}.{word}-{n}").exists())
     aside = root / f"{step}.{word}-{number}"
     (root / str(step)).rename(aside)
-    if aside.is_dir() and not os.path.islink(aside):  # what a link leads to is not ours
+    if aside.is_dir() and not os.path.islink(aside):  # the target of a link is not ours
         try:
             (aside / WHY_FILE).write_text(printable(why) + "\n", encoding="utf-8")
-        except OSError as error:  # the log has it too
+        except OSError as error:  # not fatal: the log holds the reason too
             log.warning("%s cannot be written: %s", aside / WHY_FILE, error)
     return aside
 
 
 def delete(path: epath.Path) -> None:
-    """Deletes a checkpoint folder so that, killed at any moment, it is either whole or known to be on its way out."""
+    """Delete a checkpoint folder; a kill at any moment leaves it either whole or named as partly deleted."""
     try:
-        if os.path.islink(path):  # what it leads to is not ours
+        if os.path.islink(path):  # its target is not ours
             os.unlink(path)
             return
         if PARTIAL not in path.name:
@@ -236,33 +236,32 @@ def delete(path: epath.Path) -> None:
                 return
             time.sleep(pause)
         path.rmtree(missing_ok=True)
-    except OSError as error:  # a checkpoint too many is no reason to stop a run
+    except OSError as error:  # a superfluous checkpoint is no reason to stop a run
         log.warning("could not delete %s: %s", path, error)
 
 
 def cause(error: BaseException) -> str:
-    """The first line of the deepest cause: Orbax wraps what happened in words about handlers."""
+    """Return the first line of the deepest cause: Orbax wraps exceptions in messages about its handlers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def from_first_process(value: int) -> int:
-    """What the first process sees: file systems show changes to hosts at different times, and all must do the same."""
+    """Return process 0's value: hosts see changes of a shared file system at different times, but must act alike."""
     return from_first(value)
 
 
 def everywhere(flag: bool) -> bool:
-    """Whether it is so in every process."""
+    """Return whether `flag` is true in every process (a barrier)."""
     return _worst(int(not flag)) == 0
 
 
 def agreed(path: epath.Path, read: Callable[[], T]) -> T:
-    """What `read` gives, once it has given something in every process: else the first to fail would set a checkpoint aside
-    while another still looks for it.
+    """Return `read()` after it succeeded or failed in every process, so that none sets aside what another still reads.
 
     Raises:
-      CheckpointError, DamagedCheckpoint: as `read` here, unless worse befell another process.
+      CheckpointError, DamagedCheckpoint: as `read` here, or the worse error of another process.
     """
     try:
         found, mine = read(), 0
@@ -277,5 +276,5 @@ def agreed(path: epath.Path, read: Callable[[], T]) -> T:
 
 
 def _worst(value: int) -> int:
-    """Return the largest of all processes."""
+    """Return the maximum over all processes."""
     return max(exchange_next(value))

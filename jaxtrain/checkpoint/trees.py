@@ -1,4 +1,4 @@
-"""State trees as they are named on disk: nested dicts of arrays under key paths; no class name of optax matters there."""
+"""State trees by their names on disk: nested dicts of arrays under key paths, without optax's class names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 12  # differing leaves that one error lists
 
 
 def leaves_by_path(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
-    """The leaves of a tree under their key paths as plain strings, in the tree's order, and its treedef."""
+    """Return ({key path as strings: leaf} in the tree's order, treedef)."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in flat:
@@ -35,7 +35,7 @@ def _key_name(entry: Any) -> str:
 
 
 def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """The reverse of `leaves_by_path`, as dicts."""
+    """Return nested dicts: the inverse of `leaves_by_path`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree
@@ -46,10 +46,10 @@ def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def check_same_leaves(path: os.PathLike, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Compares leaves as `describe` puts them.
+    """Compare leaves in the form of `describe`.
 
     Raises:
-      CheckpointError: they differ; names each, with what is saved and what was expected.
+      CheckpointError: they differ; lists each with the saved and the expected value.
     """
     problems = []
     for name in [*expected, *(extra for extra in saved if extra not in expected)]:
@@ -69,5 +69,5 @@ def check_same_leaves(path: os.PathLike, saved: Mapping[str, str], expected: Map
 
 
 def describe(leaf: Any) -> str:
-    """Dtype and shape: "float32[16,8]"."""
+    """Return the dtype and shape: "float32[16,8]"."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"

@@ -1,11 +1,11 @@
-"""Saving in the background and going on from what was saved: what counts, what is kept, and what a failure means.
+"""Save checkpoints in the background and restore the newest: what counts, what is kept, what a failure means.
 
 Orbax's v1 `save_async` writes one folder. The rest is decided here, because Orbax's managers decide it badly (one damaged old
 step blocks every start; one failed save swallows the next; a step still being written, or an empty folder named 7, is the
 latest step; array data has no checksum).
 
-The state is stored under its key paths as nested dicts of arrays, so that neither optax's class names nor tuples matter
-on disk, and in the canonical form that the caller hands over, so that it comes back on any mesh and pipeline layout.
+The state is stored under its key paths as nested dicts of arrays, so that neither optax's class names nor tuples matter on
+disk, and in the caller's canonical form, so that it can be restored on any mesh and pipeline layout.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
 from jaxtrain.processes import LONG_SECONDS, are_several, from_first, look, post, read_folder, tell
 
-_PATIENCE = 20.0  # seconds that processes may differ in how soon they see the same failure
+_PATIENCE = 20.0  # seconds between the first and the last process that sees the same failure
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, and then some
+_SLACK = 1 << 20  # bytes: more than a checkpoint needs beside its arrays
 
 log = logging.getLogger(__name__)
 
 
 class _NoRepeatedTraceback(logging.Filter):
-    """Drops the traceback that Orbax logs for a failed write: the same failure is raised as a `CheckpointError`."""
+    """Drop the traceback that Orbax logs for a failed write: the same failure is raised as a `CheckpointError`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "_SignalingThread.run() raised" not in str(record.msg)
@@ -73,14 +73,14 @@ logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
 
 
 class Checkpoints:
-    """The checkpoints of one run: saves in the background, keeps what the config says, loses nothing silently.
+    """The checkpoints of one run: saved in the background, kept as the config says, no loss without an error.
 
-    All processes make the same calls in the same order; the folder must be shared between hosts. One writer a folder.
-    Use it as a context manager, or call `close` at the end: only there can the last save's failure show.
+    All processes make the same calls in the same order; the folder must be shared between hosts and have one writer.
+    Use it as a context manager, or call `close` at the end, which raises if the last save failed.
     """
 
     def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
-        """Makes the folder, tries to write into it, and removes what interrupted saves and deletions left there.
+        """Make the folder, try to write into it, and remove what interrupted saves and deletions left there.
 
         Raises:
           CheckpointError: some process cannot write into `directory`.
@@ -96,19 +96,19 @@ class Checkpoints:
         # interpreter from exiting for 305 s.
         self._context = ocp.Context()
         self._context.async_options.create_directories_asynchronously = False
-        self._context.array_options.saving.use_replica_parallel = are_several()  # else copies are sliced for nothing
+        self._context.array_options.saving.use_replica_parallel = are_several()  # one process would slice copies in vain
         problem = self._probe()
         if not everywhere(problem is None):
             raise CheckpointError(
                 f"cannot write checkpoints into {self.directory}: {problem or 'another process cannot (its log says why)'}; "
                 "give another --run_dir, or --checkpoint.every=0 to save nothing"
             )
-        self._mirror: Mirror | None = None  # in the first process
+        self._mirror: Mirror | None = None  # only in process 0
         if config.mirror:
             self._open_mirror()
         newest = self.latest_step()
         self._newest = -1 if newest is None else newest
-        self._current: int | None = None  # the step of the state this run now holds, if it is on disk or on its way
+        self._current: int | None = None  # the step of the state in memory, if it is saved or being saved
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -121,13 +121,13 @@ class Checkpoints:
         except CheckpointError as lost:
             if error is None:
                 raise
-            log.error("%s", lost)  # must not hide the error that ended the run
+            log.error("%s", lost)  # do not hide the error that ended the run
 
     def _open_mirror(self) -> None:
-        """The first process opens it; where the folder holds no checkpoint, it fetches the newest from there.
+        """Open the mirror in process 0; if the folder holds no checkpoint, download the newest.
 
         Raises:
-          CheckpointError: that is impossible, in all processes.
+          CheckpointError: in all processes, if that fails.
         """
         said = ""
         if self._first_process:
@@ -141,22 +141,22 @@ class Checkpoints:
                     self._mirror.copy(steps[-1])
             except CheckpointError as error:
                 said = str(error)
-        said = from_first(said, LONG_SECONDS)  # a checkpoint may be on its way
+        said = from_first(said, LONG_SECONDS)  # process 0 may be downloading a checkpoint
         if said:
             raise CheckpointError(said)
 
     def latest_step(self) -> int | None:
-        """The newest committed step, the same on all processes; None where there is none."""
+        """Return the newest committed step, the same on all processes, or None."""
         steps = committed_steps(self.directory)
         newest = from_first_process(steps[-1] if steps else -1)
         return None if newest < 0 else newest
 
     def step_to_resume(self) -> int | None:
-        """The step to go on from as `checkpoint.resume` says, or None to start fresh.
+        """Return the step to resume from under `checkpoint.resume`, or None to start fresh.
 
         Raises:
-          CheckpointError: resume=never and there are checkpoints, or resume=required and there are none; or there is nothing
-            but damaged ones, which nobody should take for a fresh start.
+          CheckpointError: resume=never and there are checkpoints; resume=required and there are none; or there are only damaged
+            ones, which must not pass for a fresh start.
         """
         step = self.latest_step()
         if self._config.resume == "never" and step is not None:
@@ -178,19 +178,19 @@ class Checkpoints:
         return step
 
     def restore_newest(self, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that holds what was saved; None to start fresh (see `step_to_resume`).
+        """Return (step, state) of the newest intact checkpoint; None to start fresh (see `step_to_resume`).
 
-        A damaged one is set aside, never deleted, and the one before it is tried.
+        A damaged checkpoint is set aside, never deleted, and the one before it is tried.
 
         Args:
-          accept: is called with a step and its metadata before its state is read, and may raise.
+          accept: called with a step and its metadata before its state is read; may raise.
         Raises:
-          CheckpointError: as `step_to_resume` and `restore`; or all checkpoints are damaged, each with what is wrong.
+          CheckpointError: as `step_to_resume` and `restore`; or all checkpoints are damaged, each with its reason.
         """
         return self._restore_from(self.step_to_resume(), abstract_state, accept)
 
     def return_to_newest(self, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
-        """`restore_newest` in the midst of a run, whatever checkpoint.resume says of its start; None before the first save.
+        """Do `restore_newest` during a run, whatever checkpoint.resume says; return None before the first save.
 
         Raises:
           CheckpointError: an earlier save failed in the background; else as `restore_newest`.
@@ -201,7 +201,7 @@ class Checkpoints:
     def _restore_from(
         self, step: int | None, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]
     ) -> tuple[int, Any] | None:
-        """(step, state) of that step, or of the newest before it that is not damaged."""
+        """Return (step, state) of that step, or of the newest intact one before it."""
         problems: list[str] = []
         while step is not None:
             try:
@@ -220,7 +220,7 @@ class Checkpoints:
         return None
 
     def set_aside_after(self, step: int, why: str) -> None:
-        """After a return to `step`: later checkpoints count no more, and their numbers are free again."""
+        """Set aside the checkpoints after `step`, to which the run has returned; their numbers are free again."""
         self.wait()
         for later in [s for s in committed_steps(self.directory) if s > step]:
             self._set_aside(later, "rolled-back", why)
@@ -230,41 +230,40 @@ class Checkpoints:
         if self._first_process:
             aside = set_aside(self.directory, step, word, why)
             log.warning("%s; set aside as %s", why, aside.name)
-        everywhere(True)  # nobody looks before it is done
+        everywhere(True)  # barrier: the rename is visible before any process lists the folder
         newest = self.latest_step()
         self._newest = -1 if newest is None else newest
 
     def _broken(self) -> list[str]:
-        """Folders that are, or may have been, checkpoints, and are not whole."""
+        """Return the names of step folders that are damaged or incomplete."""
         names = [path.name for path in _children(self.directory) if path.is_dir()]
         whole = {str(step) for step in committed_steps(self.directory)}
         return sorted(n for n in names if ".damaged-" in n or (STEP_NAME.fullmatch(n) and n not in whole))
 
     def read_metadata(self, step: int) -> dict[str, Any]:
-        """See `read_metadata`."""
+        """Return a step's metadata (see `stored.read_metadata`)."""
         return read_metadata(self.directory, step)
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """See `restore`. The run then holds `step`, and saving that step again is no work."""
+        """Return a step's state (see `stored.restore`). A later save of the same step is then skipped."""
         state = restore(self.directory, step, abstract_state)
         self._current = step
         return state
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
-        """Saves `state` as `step`; returns once it is copied to host memory, so its buffers may be donated.
+        """Save `state` as `step`; return once it is copied to host memory, so that its buffers may be donated.
 
-        Checksums are computed behind that, beside training; `tests/save_blocking.py` measures how long a save keeps it waiting.
-
-        A step that this run has saved or restored already is not written again. With `wait`, or
-        `checkpoint.asynchronous=False`, returns when the step is committed.
+        Checksums are computed after the copy, beside training (`tests/save_blocking.py` measures how long a save blocks).
+        A step that this run has already saved or restored is not written again. With `wait`, or
+        `checkpoint.asynchronous=False`, return when the step is committed.
 
         Args:
           state: pytree of jax.Array in canonical form, over all processes.
-          metadata: what JSON can hold, the same on all processes: the resolved config, the data fingerprint, versions.
+          metadata: JSON values, the same on all processes: the resolved config, the data fingerprint, versions.
         Raises:
-          CheckpointError: an *earlier* save failed (then this one has not begun, and the same call made again tries it); with
-            `wait`, this one did; or there are checkpoints of this or a later step.
-          LostSave: as `wait`, or this one of several processes could not begin.
+          CheckpointError: an *earlier* save failed (this one has not begun; call again to try it); with `wait`, this one
+            failed; or there are checkpoints of this or a later step.
+          LostSave: as `wait`, or one of several processes could not begin this save.
         """
         self.wait()
         wait = wait or not self._config.asynchronous
@@ -298,9 +297,9 @@ class Checkpoints:
             self.wait()
 
     def _obstacle(self, step: int, size: int) -> OSError | None:
-        """Why a save of so many bytes cannot succeed, seen by the first process; also makes room for the step's folder.
+        """Return why a save of `size` bytes cannot succeed, as process 0 sees it; also free the name of the step's folder.
 
-        Looked at by all before any begins: what stops one process in the midst of Orbax's save leaves the others waiting in it.
+        Checked before any process begins: a process that stops inside Orbax's save leaves the others waiting in it.
         """
         try:
             if not self._first_process:
@@ -326,37 +325,37 @@ class Checkpoints:
         return None
 
     def _partial(self, step: int) -> epath.Path:
-        """Where Orbax writes a step."""
+        """Return the folder into which Orbax writes a step."""
         return self.directory / f"{step}{PARTIAL}"
 
     def _begin(self, step: int, leaves: dict[tuple[str, ...], jax.Array], stored: dict[str, Any]) -> None:
-        """Copies the arrays, and writes them in the background.
+        """Copy the arrays and start writing them in the background.
 
         Raises:
-          LostSave: of several processes this one could not begin, and others may wait for it.
+          LostSave: this one of several processes could not begin, and others may wait for it.
         """
         try:
             with self._context:
                 response = ocp.save_async(self._partial(step), nested(leaves), custom_metadata=stored)
-            # After Orbax: its copies of the arrays would wait for what was asked of the devices before them.
+            # After Orbax, whose copies of the arrays would wait for the programs dispatched before them.
             sums = begin_checksums({"/".join(name): leaf for name, leaf in leaves.items()})
         except Exception as error:
             self._fail(step, error)
             if are_several():
-                raise LostSave(f"{self._failure}; starting again from there") from error
+                raise LostSave(f"{self._failure}; restarting from there") from error
             return
         self._current = step
         self._thread = threading.Thread(target=self._finish, args=(stored, response, sums), name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Wait until no save is running.
 
         Raises:
-          CheckpointError: one has failed since the last call; once.
-          LostSave: another process could not write its part, and this one's save waits for that without end.
+          CheckpointError: a save has failed since the last call; raised once.
+          LostSave: another process could not write its part, for which this one's save would wait without end.
         """
-        thread, self._thread = self._thread, None  # one that is given up is not waited for again
+        thread, self._thread = self._thread, None  # do not wait again for a save that was given up
         if thread is not None:
             self._join(thread)
         if self._failure is not None and not self._failure_raised:
@@ -364,7 +363,7 @@ class Checkpoints:
             raise self._failure
 
     def _join(self, thread: threading.Thread) -> None:
-        """Waits for a save, but not long for a process that has said that it could not do its part."""
+        """Wait for a save; at most `_PATIENCE` seconds after a process has reported that it could not do its part."""
         until = math.inf
         while thread.is_alive():
             thread.join(0.5 if are_several() else None)
@@ -372,15 +371,23 @@ class Checkpoints:
             if said is not None:
                 until = min(until, time.monotonic() + _PATIENCE)
             if thread.is_alive() and time.monotonic() > until:
-                raise LostSave(f"a save that needs all processes is given up: {said}; starting again from the one before")
+                raise LostSave(
+                    f"save given up, because it needs all processes: {said}; restarting from the previous checkpoint"
+                )
 
     @property
     def _notice(self) -> str:
-        """Where a process says that it could not do its part of the newest save. All processes count their saves alike."""
+        """The key under which a process reports that it could not do its part of the newest save. All processes count saves
+        alike.
+        """
         return f"save-failed/{self._saves}"
 
     def close(self) -> None:
-        """Waits for the save under way and its copy. Raises CheckpointError if either was lost, raised before or not."""
+        """Wait for the running save and its upload.
+
+        Raises:
+          CheckpointError: either failed, whether raised before or not.
+        """
         self.wait()
         if self._failure is not None:
             raise self._failure
@@ -388,11 +395,13 @@ class Checkpoints:
             self._mirror.wait()
 
     def leave_the_mirror(self) -> None:
-        """`close` does not wait for it any more: whoever stops a run gives it little time. The next start copies what lacks."""
+        """Detach the mirror: `close` will not wait for uploads, as a stopped run has little time. The next start resumes
+        them.
+        """
         self._mirror = None
 
     def _finish(self, stored: dict[str, Any], response: ocp.AsyncResponse, sums: Callable[[], dict[str, str]]) -> None:
-        """In the background: waits for Orbax, commits, and removes the checkpoints that need not be kept."""
+        """Wait for Orbax in a background thread, commit, and remove the checkpoints that need not be kept."""
         step = stored["step"]
         try:
             response.result()
@@ -407,7 +416,7 @@ class Checkpoints:
             self._mirror.copy(step)
 
     def _commit(self, stored: dict[str, Any], own: dict[str, str]) -> None:
-        """Once all processes have the sums of their parts: the first one commits, and the others wait for it.
+        """Wait until all processes have the sums of their parts, then commit in process 0 while the others wait.
 
         Raises:
           OSError: another process could not do its part, or the folder cannot be written.
@@ -425,10 +434,10 @@ class Checkpoints:
             self._hear("save-committed", 1, save)
 
     def _hear(self, folder: str, count: int, save: str) -> list[str]:
-        """Return what `count` processes say under a folder of the store about this save, once all have; keys serve every save.
+        """Return the values that `count` processes post under a folder of the key-value store for this save; waits for all.
 
         Raises:
-          OSError: one could not do its part. One that dies or hangs is seen by others than this thread.
+          OSError: a process could not do its part. (One that dies or hangs is detected elsewhere.)
         """
         pause = 0.01
         while True:
@@ -449,20 +458,20 @@ class Checkpoints:
         if self._first_process:
             for path in _children(self.directory):
                 if path.name.startswith(f"{step}{PARTIAL}"):
-                    delete(path)  # at once, because on a full disk the next save needs the space
+                    delete(path)  # now, because on a full disk the next save needs the space
         steps = ", ".join(map(str, committed_steps(self.directory))) or "none"
         self._failure = CheckpointError(
             f"the checkpoint of step {step} could not be saved into {self.directory}: {why}{hint}. Steps kept intact: {steps}"
         )
         self._failure_raised = False
         self._current = None
-        with contextlib.suppress(Exception):  # the store is gone: so is the first process, and all end
+        with contextlib.suppress(Exception):  # without the key-value store process 0 is gone, and all processes end
             post(self._notice, f"in process {jax.process_index()}, {why}")
 
     def _probe(self) -> str | None:
-        """Why this process cannot use the folder, or None. The first process also cleans it."""
+        """Return why this process cannot use the folder, or None. Process 0 also removes leftovers."""
         if glob.has_magic(os.fspath(self.directory)):
-            return "Orbax takes *, ? and [ in the name of a folder for wildcards, and would save nothing that can be read"
+            return "the folder's name holds *, ? or [, which Orbax takes for wildcards; it would save nothing readable"
         probe = self.directory / f".write_probe_{jax.process_index()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -478,14 +487,14 @@ class Checkpoints:
         if self._first_process:
             for path in _children(self.directory):
                 if LEFTOVER_NAME.fullmatch(path.name):
-                    log.info("removing what an interrupted save or deletion left: %s", path)
+                    log.info("removing the rest of an interrupted save or deletion: %s", path)
                     delete(path)
                 elif STEP_NAME.fullmatch(path.name) and not is_committed(path):
-                    log.warning("%s is not a checkpoint (no %s or %s in it); passed over", path, COMMIT_MARK, METADATA_FILE)
+                    log.warning("%s is not a checkpoint (no %s or %s in it); ignored", path, COMMIT_MARK, METADATA_FILE)
         return None
 
     def _remove_old(self) -> None:
-        """Keeps the newest `keep` steps and every multiple of `keep_every`; deletes the other ones."""
+        """Keep the newest `keep` steps and every multiple of `keep_every`; delete the others."""
         for step in outdated(committed_steps(self.directory), self._config.keep, self._config.keep_every):
             delete(self.directory / str(step))
 

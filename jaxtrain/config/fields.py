@@ -539,12 +539,12 @@ def to_plain(part: Any) -> Any:
 
 
 def to_json(config: Config) -> str:
-    """The fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
+    """Return the fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
     return json.dumps(to_plain(config), indent=2)
 
 
 def from_json(text: str, like: Config | None = None) -> Config:
-    """The config that `to_json` wrote. Builds dataclasses and nothing else; whether the values work, `validate` says.
+    """Return the config that `to_json` wrote. Builds dataclasses and nothing else; whether the values work, `validate` says.
 
     Args:
       like: a config of the same sections, which may be subclasses, and with the parts to plug in; None for `Config()`.
@@ -559,7 +559,9 @@ def from_json(text: str, like: Config | None = None) -> Config:
 
 
 def _from_plain(value: Any, hint: Any, path: str, like: Any = None) -> Any:
-    """A JSON value as a field's type wants it: objects become dataclasses, lists tuples; anything else is left as it is."""
+    """Return a JSON value as a field's type wants it: objects become dataclasses, lists tuples; anything else is left as it
+    is.
+    """
     if get_origin(hint) is UnionType:  # X | None
         return None if value is None else _from_plain(value, get_args(hint)[0], path, like)
     if get_origin(hint) is tuple and isinstance(value, list):

@@ -28,7 +28,7 @@ SHIPPED = Path(__file__).parent.parent.parent / "configs"
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that --config names: a path, or a shipped config by its bare name, `--config=quickstart` or `tiny-moe`.
+    """Return the file that --config names: a path, or a shipped config by its bare name, `--config=quickstart` or `tiny-moe`.
 
     Raises:
       ExplainedError: there is none; names the nearest.
@@ -165,7 +165,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 @contextlib.contextmanager
 def neighbours_importable(folder: Path) -> Iterator[None]:
-    """Lets a config import the modules of its folder, as a script could, for as long as the block lasts.
+    """Let a config import the modules of its folder, as a script could, for as long as the block lasts.
 
     Afterwards `sys.path` and `sys.modules` are as before, so that two folders may each have a `base.py`. Names of the standard
     library and of this package keep their meaning.
@@ -185,12 +185,12 @@ def neighbours_importable(folder: Path) -> Iterator[None]:
 
 
 def _take_modules(names: set[str]) -> dict[str, ModuleType]:
-    """Removes the modules of these top-level names from `sys.modules`, and returns them."""
+    """Remove the modules of these top-level names from `sys.modules`, and return them."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in names}
 
 
 def _lines_of(error: BaseException, path: Path) -> list[traceback.FrameSummary]:
-    """Frames of the traceback in the config file's folder, the innermost last."""
+    """Return the frames of the traceback in the config file's folder, the innermost last."""
     folder = path.resolve().parent
     return [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve().parent == folder]
 

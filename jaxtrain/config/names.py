@@ -85,7 +85,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def nested(hint: Any) -> type | None:
-    """The dataclass that a field of this type holds (X of `X | None`), or None for a plain value."""
+    """Return the dataclass that a field of this type holds (X of `X | None`), or None for a plain value."""
     if get_origin(hint) is UnionType:
         hint = get_args(hint)[0]
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
@@ -128,7 +128,7 @@ def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def field_hint(name: str, config: Config | None = None) -> Any:
-    """The type of a field of a config; of `Config` where there is none at hand.
+    """Return the type of a field of a config; of `Config` where there is none at hand.
 
     Raises:
       NoSuchField: there is none of that name.
@@ -147,7 +147,7 @@ def field_hint(name: str, config: Config | None = None) -> Any:
 
 
 def set_field(config: Any, name: str, value: Any) -> Any:
-    """The config with one field, by its dotted name, replaced.
+    """Return the config with one field, by its dotted name, replaced.
 
     A part that is None comes to be with its defaults; a place just behind the end of a tuple of dataclasses does too.
 
@@ -175,7 +175,7 @@ def set_field(config: Any, name: str, value: Any) -> Any:
 
 
 def read_value(text: str, hint: Any) -> Any:
-    """What a text means for a field of this type.
+    """Return what a text means for a field of this type.
 
     Booleans are true, false, 1, 0, yes, no, on or off; whole numbers may be written 1e3, 1000.0 or 1_000; tuples are separated
     by commas; None clears an optional part.
@@ -206,7 +206,7 @@ def read_value(text: str, hint: Any) -> Any:
 
 
 def split_items(text: str) -> list[str]:
-    """The items of a tuple: parts between commas. Of name=value items, a comma inside a value stays."""
+    """Return the items of a tuple: parts between commas. Of name=value items, a comma inside a value stays."""
     separator = r",(?=\s*[\w.]+\s*=)" if "=" in text else ","
     return [item.strip() for item in re.split(separator, text) if item.strip()]
 
@@ -218,7 +218,7 @@ def _read_bool(text: str) -> bool:
 
 
 def _read_number(text: str, kind: type[int] | type[float]) -> float:
-    """A whole number in any notation whose value is whole, or a number."""
+    """Return a whole number in any notation whose value is whole, or a number."""
     try:
         if kind is float:
             return float(text)
@@ -235,7 +235,7 @@ def _read_number(text: str, kind: type[int] | type[float]) -> float:
 
 
 def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True, config: Config | None = None) -> str:
-    """Words that lead from a name that is no field to the one that was meant.
+    """Return the words that lead from a name that is no field to the one that was meant.
 
     Args:
       others: further names that would have been right.

@@ -56,7 +56,7 @@ _CONDITIONS = {
 
 
 def idle_fields(config: Config) -> list[str]:
-    """A line for each field that is not as by default and does nothing in this config, whose mesh is resolved."""
+    """Return a line for each field that is not as by default and does nothing in this config, whose mesh is resolved."""
     lines = []
     for name, condition in _CONDITIONS.items():
         value, default = _value(config, name), _value(_DEFAULTS, name)
@@ -67,7 +67,7 @@ def idle_fields(config: Config) -> list[str]:
 
 
 def _value(config: Any, name: str) -> Any:
-    """The value of a field; that of a part that is None is as by default."""
+    """Return the value of a field; that of a part that is None is as by default."""
     for part in name.split("."):
         config = getattr(MoEConfig() if config is None else config, part)
     return config

@@ -18,7 +18,7 @@ from jaxtrain.hardware import load_chip
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
+    """Return all divisors of a positive number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 
@@ -30,7 +30,7 @@ def _or(numbers: Sequence[int]) -> str:
 
 
 def _nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` next to `number`, as words."""
+    """Return the multiples of `unit` next to `number`, as words."""
     below, above = number // unit * unit, math.ceil(number / unit) * unit
     return _or([n for n in (below, above) if n > 0])
 
@@ -50,7 +50,7 @@ def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
-    """Fills in the axis that is -1, and lists what is wrong with the mesh.
+    """Fill in the axis that is -1, and list what is wrong with the mesh.
 
     An axis of -1 becomes num_devices over the product of the others.
     """
@@ -91,7 +91,9 @@ _LARGEST = {"train.seed": 2**63}  # of whole numbers; 2^31 for all others, so th
 
 
 def _type_problems(value: Any, path: str = "") -> list[str]:
-    """Values whose type or choice is not what the field declares (a config file is Python, and may hold anything)."""
+    """Return the values whose type or choice is not what the field declares (a config file is Python, and may hold
+    anything).
+    """
     hints = get_type_hints(type(value))
     names = [f.name for f in dataclasses.fields(value)]
     return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
@@ -148,7 +150,7 @@ _SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_bat
 
 
 def _range_problems(config: Config, told: Sequence[str] = ()) -> list[str]:
-    """Numbers out of range; not those that `told` is about, nor of a section that is none."""
+    """Return the numbers out of range; not those that `told` is about, nor of a section that is none."""
 
     def value(path: str) -> Any:
         section, name = path.split(".")
@@ -167,7 +169,7 @@ def _range_problems(config: Config, told: Sequence[str] = ()) -> list[str]:
 
 
 def value_problems(config: Config) -> list[str]:
-    """What is wrong with single fields, whatever the others and the devices are."""
+    """Return what is wrong with single fields, whatever the others and the devices are."""
     problems = _type_problems(config)
     return problems + _range_problems(config, problems)
 
@@ -374,7 +376,7 @@ def _guard_problems(config: Config) -> list[str]:
 
 
 def _explained(check: Callable[[], object]) -> list[str]:
-    """What a check raises, as a problem."""
+    """Return what a check raises, as a problem."""
     try:
         check()
     except ExplainedError as error:
@@ -383,7 +385,7 @@ def _explained(check: Callable[[], object]) -> list[str]:
 
 
 def bpe_size_problem(tokenizer: str) -> str:
-    """What is wrong with the SIZE of a tokenizer "bpe:SIZE"; empty for nothing, and for other tokenizers."""
+    """Return what is wrong with the SIZE of a tokenizer "bpe:SIZE"; empty for nothing, and for other tokenizers."""
     if not tokenizer.startswith("bpe:"):
         return ""
     size = tokenizer[4:]
@@ -403,7 +405,7 @@ def _tokenizer_problems(tokenizer: str, vocab_size: int) -> list[str]:
 
 
 def _idle_problems(config: Config) -> list[str]:
-    """What is asked for and could never take place in this run."""
+    """Return what is asked for and could never take place in this run."""
     problems, checkpoint, guard, train = [], config.checkpoint, config.guard, config.train
     profile, steps = config.telemetry.profile, train.steps
     window = re.fullmatch(r"(\d{1,18}):(\d{1,18})", profile)
@@ -476,7 +478,7 @@ def _other_problems(config: Config) -> list[str]:
 
 
 def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
-    """The config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
+    """Return the config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
     if _type_problems(config):  # the rules below compute with the values, so they need right types
         return config, value_problems(config)
     range_problems = _range_problems(config)
@@ -491,7 +493,7 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
 
 
 def validate(config: Config, num_devices: int) -> Config:
-    """The config with its mesh resolved for `num_devices`.
+    """Return the config with its mesh resolved for `num_devices`.
 
     Raises:
       ConfigError: with all the problems at once, each with its numbers and the nearest values that work.

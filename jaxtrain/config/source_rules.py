@@ -16,7 +16,7 @@ _COPY = {
 
 
 def remote_problems(name: str, paths: str) -> list[str]:
-    """What is wrong with the field called `name` where one of its comma-separated paths is the address of a store."""
+    """Return what is wrong with the field called `name` where one of its comma-separated paths is the address of a store."""
     problems = []
     for path in map(str.strip, paths.split(",")):
         address = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
@@ -32,7 +32,7 @@ def remote_problems(name: str, paths: str) -> list[str]:
 
 
 def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
-    """What is wrong with the share of bad rows that the field called `name` allows in a source of `kind`."""
+    """Return what is wrong with the share of bad rows that the field called `name` allows in a source of `kind`."""
     if not 0 <= share < 1:
         return [f"{name}={share} is a share: at least 0 and below 1"]
     if share and kind not in ROW_KINDS:

@@ -52,7 +52,8 @@ class Corpus:
         return split_rule(self.validation_fraction)
 
     def documents(self, title: str, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """The parts of all documents in order (see `split_document`), while a progress bar called `title` shows the bytes read.
+        """Yield the parts of all documents in order (see `split_document`), while a progress bar called `title` shows the bytes
+        read.
 
         Rows that are left out are counted in `bad_rows`. Raises DataError where a file is not what it should be.
         """
@@ -73,7 +74,7 @@ class Corpus:
 
 
 def open_corpus(source: DataSource, name: str, validation_fraction: float, cache_dir: Path) -> Corpus:
-    """Lists and hashes the files of a source of text; `name` is how to call it in errors ("data.sources.0").
+    """List and hashes the files of a source of text; `name` is how to call it in errors ("data.sources.0").
 
     Raises DataError where a glob matches nothing or a file cannot be read.
     """
@@ -84,7 +85,7 @@ def open_corpus(source: DataSource, name: str, validation_fraction: float, cache
 
 
 def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: str) -> Iterator[Document]:
-    """The same documents, while a bar shows the share of the files' bytes that has been read."""
+    """Yield the same documents, while a bar shows the share of the files' bytes that has been read."""
     with progress(title, sum(sizes)) as advance:
         current, shown = 0, 0
         for document in documents:
@@ -98,7 +99,9 @@ def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: s
 
 
 def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[str]:
-    """Texts to train a tokenizer on: every k-th training document, with k so that about `largest_sample` bytes come."""
+    """Yield the texts to train a tokenizer on: every k-th training document, with k so that about `largest_sample` bytes
+    come.
+    """
     total = sum(sum(corpus.sizes) for corpus in corpora)
     stride = max(1, -(-total // largest_sample))
     for corpus in corpora:
@@ -113,7 +116,7 @@ def training_key(corpora: Sequence[Corpus]) -> str:
 
 
 def check_sides(corpus: Corpus, training_documents: int, validation_documents: int) -> None:
-    """Raises DataError where there is nothing to train on."""
+    """Raise DataError where there is nothing to train on."""
     if training_documents:
         return
     total = f"{len(corpus.files)} file{'s' if len(corpus.files) > 1 else ''}"

@@ -101,14 +101,14 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _named(value: Any) -> str:
-    """What to call a value that is no text."""
+    """Return what to call a value that is no text."""
     if isinstance(value, UnicodeDecodeError):
         return f"broken UTF-8 (byte {value.start} of it)"
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _text_of_row(row: Any, text_field: str, where: str) -> str:
-    """The text field of a decoded JSON row."""
+    """Return the text field of a decoded JSON row."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be a JSON object, but this is a {type(row).__name__}")
     if text_field not in row:
@@ -137,7 +137,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
 
 
 def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
-    """The text field of a line of JSON that begins at byte `offset`. A mark of byte order is left where files were joined."""
+    """Return the text field of a line of JSON that begins at byte `offset`. A mark of byte order is left where files were
+    joined.
+    """
     text = _decode_utf8(line, where, offset).lstrip(BYTE_ORDER_MARK)
     try:
         row = json.loads(text) if text.strip() else {text_field: ""}
@@ -169,7 +171,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column; in the place of a text that is not UTF-8, the error."""
+    """Return the values of a column; in the place of a text that is not UTF-8, the error."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -216,7 +218,9 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
 
 
 def _broken(path: Path, kind: str, error: Exception) -> DataError:
-    """The error to raise for a file that is not a whole one of `kind`; it names what the file is instead, if it knows."""
+    """Return the error to raise for a file that is not a whole one of `kind`; it names what the file is instead, if it
+    knows.
+    """
     with path.open("rb") as file:
         what = what_it_is(file.read(HEAD_BYTES))
     if what and kind not in what:

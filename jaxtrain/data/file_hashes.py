@@ -25,7 +25,7 @@ def short_hash(value: object) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error to raise where reading `path` failed."""
+    """Return the error to raise where reading `path` failed."""
     return DataError(f"{path}: cannot be read ({error.strerror or error})")
 
 

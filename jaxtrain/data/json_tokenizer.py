@@ -41,7 +41,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, content: str, where: str, eos_name: str | None = None):
-        """Reads `content`, that of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
+        """Read `content`, that of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
 
         Raises DataError for broken content, or where no token can serve as the separator.
         """

@@ -16,7 +16,7 @@ of two windows it takes 11 ms an element, of a thousand 65 us, of many 24 us."""
 
 
 def shuffle_seed(seed: int, source: int) -> int:
-    """The seed of one source's shuffle, in [0, 2^32).
+    """Return the seed of one source's shuffle, in [0, 2^32).
 
     Hashed, because grain adds the epoch to it: with the bare seed, epoch 1 of seed 0 would be epoch 0 of seed 1.
     """
@@ -67,6 +67,6 @@ def _few_shuffled(count: int, seed: int, place: int) -> int:
 
 @lru_cache(maxsize=64)
 def _epochs(count: int, seed: int, block: int, at_once: int) -> np.ndarray:
-    """The orders of epochs block * at_once and following, [at_once, count]: those that sort random 64-bit numbers."""
+    """Return the orders of epochs block * at_once and following, [at_once, count]: those that sort random 64-bit numbers."""
     numbers = np.random.Philox(key=np.array([seed, block], np.uint64)).random_raw(at_once * count)
     return numbers.reshape(at_once, count).argsort(axis=1, kind="stable")

@@ -46,10 +46,10 @@ class OpenSource:
 
 
 def open_data(config: Config) -> Data:
-    """Opens, and at first use tokenizes, everything that config.data names, and checks all of it on the host.
+    """Open, and at first use tokenizes, everything that config.data names, and check all of it on the host.
 
-    Raises DataError or ConfigError, each with one clear line, for data that is missing, broken, empty, too short for
-    one sequence, or beyond the model's vocabulary.
+    Raises DataError or ConfigError, each with one clear line, for data that is missing, broken, empty, too short for one
+    sequence, or beyond the model's vocabulary.
     """
     data = config.data
     cache_dir = user_path(data.cache_dir)
@@ -78,7 +78,7 @@ def open_data(config: Config) -> Data:
 
 
 def _check_split_rules(sources: Sequence[OpenSource]) -> None:
-    """Raises DataError where what one source holds out could be trained on in another."""
+    """Raise DataError where what one source holds out could be trained on in another."""
     rules = [(rule, i) for i, source in enumerate(sources) for rule in sorted(source.split_rules)]
     other = next(((rule, i) for rule, i in rules if rule != rules[0][0]), None)
     if other is None or not any(source.validation.count for source in sources):
@@ -91,7 +91,7 @@ def _check_split_rules(sources: Sequence[OpenSource]) -> None:
 
 
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
-    """The tokenizer that data.tokenizer names, trained on the corpora's training documents if it is bpe:SIZE.
+    """Return the tokenizer that data.tokenizer names, trained on the corpora's training documents if it is bpe:SIZE.
 
     Raises DataError where it is missing or broken, or there is no text to train it on.
     """
@@ -110,7 +110,7 @@ def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -
 def _open_tokens(
     source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> OpenSource:
-    """A source of text, by way of the cache, or of tokens."""
+    """Return a source of text, by way of the cache, or of tokens."""
     name, data, length = f"data.sources.{index}", config.data, config.data.sequence_length
     if corpus is None:
         train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
@@ -180,7 +180,7 @@ class Data:
     Of more than 64 MiB a source, the first 64 MiB."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[OpenSource]):
-        """Takes what `open_data` opened and checked."""
+        """Take what `open_data` opened and checked."""
         data = config.data
         self._config, self._sources = config, sources
         self._train = [source.train for source in sources]
@@ -205,7 +205,7 @@ class Data:
         self.gzip_bits_per_byte = 8 * sum(part.gzip_bytes for part in parts) / gzip_input if gzip_input else None
 
     def train_batch(self, step: int, rows: slice) -> Batch:
-        """Rows `rows` (of 0 to train.global_batch_size - 1) of batch `step`: elements step*B + row of the mixture.
+        """Return the rows `rows` (of 0 to train.global_batch_size - 1) of batch `step`: elements step*B + row of the mixture.
 
         A pure function: whoever asks, for whatever rows, gets the same ones.
         """
@@ -216,7 +216,7 @@ class Data:
     def train_batches(
         self, first_step: int, rows: slice, batch_of: Callable[[int], int] = lambda step: step
     ) -> Prefetcher[Batch]:
-        """Iterates over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
+        """Iterate over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
 
         data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with`.
         """
@@ -224,11 +224,11 @@ class Data:
         return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, max(1, data.workers))
 
     def num_validation_batches(self, batch_size: int) -> int:
-        """Batches of `batch_size` rows that hold all the held-out tokens; 0 where nothing is held out."""
+        """Return the batches of `batch_size` rows that hold all the held-out tokens; 0 where nothing is held out."""
         return math.ceil(int(self._validation_ends[-1]) / batch_size)
 
     def validation_batch(self, index: int, rows: slice, batch_size: int) -> Batch:
-        """Rows `rows` (of 0 to batch_size - 1) of validation batch `index`; every held-out token is a target once.
+        """Return the rows `rows` (of 0 to batch_size - 1) of validation batch `index`; every held-out token is a target once.
 
         Rows beyond the last window are padding: tokens and segments 0, targets -1.
         """
@@ -247,8 +247,9 @@ class Data:
         return mean_loss * self.validation_tokens / self.validation_bytes / math.log(2)
 
     def sample_prompt(self, num_tokens: int) -> np.ndarray:
-        """The first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long (of any stretch of
-        held-out text, or of training text, where there is none); fewer only where the data has fewer."""
+        """Return the first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long (of any stretch of
+        held-out text, or of training text, where there is none); fewer only where the data has fewer.
+        """
         for source in self._sources:
             for part in source.validation_parts:
                 ids = part.tokens[:PROMPT_SEARCH_TOKENS]
@@ -258,7 +259,7 @@ class Data:
         return window[:num_tokens]
 
     def _read(self, sources: Sequence[Windows], picks: Sequence[tuple[int, int] | None]) -> Batch:
-        """The batch of the picked (source, window) pairs; None gives a row of padding."""
+        """Return the batch of the picked (source, window) pairs; None gives a row of padding."""
         windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
@@ -277,7 +278,7 @@ class Data:
 
 
 def _document_start(ids: np.ndarray, separator: int, length: int) -> int:
-    """Where the first document of at least `length` ids begins (its separator); 0 where there is none."""
+    """Return where the first document of at least `length` ids begins (its separator); 0 where there is none."""
     starts = np.flatnonzero(ids == separator)
     long_enough = np.flatnonzero(np.diff(starts) > length)
     return int(starts[long_enough[0]]) if long_enough.size else 0

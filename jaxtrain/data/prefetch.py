@@ -18,7 +18,7 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, make: Callable[[int], T], first: int, depth: int, threads: int):
-        """Starts making at once. `depth` and `threads` are at least 1; `make` must be safe to call from several threads."""
+        """Start making at once. `depth` and `threads` are at least 1; `make` must be safe to call from several threads."""
         self._make, self._next_index = make, first
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="jaxtrain-data")
         self._pending: deque[Future[T]] = deque()
@@ -34,7 +34,7 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next result; StopIteration after `close`."""
+        """Return the next result; StopIteration after `close`."""
         if self._closed:
             raise StopIteration
         try:
@@ -46,7 +46,7 @@ class Prefetcher(Generic[T]):
         return result
 
     def close(self) -> None:
-        """Drops what is not consumed, and waits for the threads to end. May be called again."""
+        """Drop what is not consumed, and wait for the threads to end. May be called again."""
         self._closed = True
         self._pending.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)

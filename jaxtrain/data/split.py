@@ -17,21 +17,21 @@ LINE_SEARCH = 10_000
 
 
 def split_rule(fraction: float) -> str:
-    """Names the rule and its fraction: what is held out by one rule may be trained on by another."""
+    """Return the names the rule and its fraction: what is held out by one rule may be trained on by another."""
     return f"{SPLIT_RULE} at {fraction:g}"
 
 
 def hash_share(content: bytes) -> float:
-    """A number in [0, 1), uniform over contents, the same on every machine."""
+    """Return a number in [0, 1), uniform over contents, the same on every machine."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / float(1 << 53)
 
 
 def split_document(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
-    """The parts of a document in order, none of them empty, each with whether it is held out.
+    """Yield the parts of a document in order, none of them empty, each with whether it is held out.
 
-    A document of up to LONG_DOCUMENT characters is one part, held out where hash_share of its UTF-8 bytes < fraction. The
-    last `fraction` of a longer one is held out, cut at a line end: a lone book or corpus in one file has both sides.
+    A document of up to LONG_DOCUMENT characters is one part, held out where hash_share of its UTF-8 bytes < fraction. The last
+    `fraction` of a longer one is held out, cut at a line end: a lone book or corpus in one file has both sides.
     """
     if len(text) <= LONG_DOCUMENT or fraction <= 0:
         parts = [(text, hash_share(text.encode()) < fraction)]
@@ -43,5 +43,7 @@ def split_document(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
 
 
 def held_out_start(length: int, fraction: float) -> int:
-    """Where the held-out end of a long document begins: after round(length * (1 - fraction)) of its characters or ids."""
+    """Return where the held-out end of a long document begins: after round(length * (1 - fraction)) of its characters or
+    ids.
+    """
     return round(length * (1 - fraction))

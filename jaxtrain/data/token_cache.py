@@ -33,16 +33,16 @@ class SplitStreams:
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
-    """The error to raise where the cache cannot be written."""
+    """Return the error to raise where the cache cannot be written."""
     return DataError(f"data.cache_dir: cannot write {path} ({error.strerror or error}); name another with --data.cache_dir")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds `path` as a lock between the processes of a host; the system frees it when the holder dies.
+    """Hold `path` as a lock between the processes of a host; the system frees it when the holder dies.
 
-    Where the file system knows no locks there is none: work may then be done twice, but results are renamed into place
-    whole, so nothing breaks. Raises DataError where the lock file cannot be made.
+    Where the file system knows no locks there is none: work may then be done twice, but results are renamed into place whole,
+    so nothing breaks. Raises DataError where the lock file cannot be made.
     """
     import fcntl
 
@@ -94,7 +94,7 @@ def _rename_unless_present(temporary: Path, target: Path) -> None:
 
 
 def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path) -> dict[str, StreamMetadata]:
-    """Tokenizes a corpus into folder/train.bin and folder/validation.bin with their JSON files, under a progress bar.
+    """Tokenize a corpus into folder/train.bin and folder/validation.bin with their JSON files, under a progress bar.
 
     Raises DataError for bad documents or an empty corpus, OSError where writing fails.
     """
@@ -130,7 +130,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> SplitStreams:
-    """The token streams of a corpus, from the cache if they are there and whole, else tokenized now.
+    """Return the token streams of a corpus, from the cache if they are there and whole, else tokenized now.
 
     Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
     """
@@ -156,7 +156,7 @@ def _open_both(folder: Path, cache_dir: Path) -> SplitStreams:
 
 
 def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
-    """What is in the cache is made again where it is damaged: the documents are at hand."""
+    """Return what is in the cache is made again where it is damaged: the documents are at hand."""
     if not folder.is_dir():
         return None
     try:
@@ -166,7 +166,7 @@ def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
 
 
 def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Path) -> tuple[JsonTokenizer, Path]:
-    """A byte-level BPE of at most `vocab_size` ids, trained on the training documents only; and its tokenizer.json.
+    """Return a byte-level BPE of at most `vocab_size` ids, trained on the training documents only; and its tokenizer.json.
 
     Kept in cache_dir/tokenizers, trained again where the documents changed. Raises DataError like `cached_streams`.
     """

@@ -40,7 +40,7 @@ class _TokenFile:
 def open_token_files(
     source: DataSource, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> tuple[list[TokenPart], list[TokenPart]]:
-    """Opens the training parts and the held-out parts of a source of kind tokens.
+    """Open the training parts and the held-out parts of a source of kind tokens.
 
     Held out are the files that say so (split=validation in the JSON of a .bin, validation*.npy or val*.npy), those beside a
     file that is named among them. Where there are none, each file is split by `token_split`. Raises DataError for damaged
@@ -73,7 +73,7 @@ def open_token_files(
 
 
 def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
-    """The held-out files in the folders of those that were named, but for folders of which one is among these."""
+    """Return the held-out files in the folders of those that were named, but for folders of which one is among these."""
     with_own = {file.path.parent for file in files if file.split == VALIDATION}
     folders = {(file.path.parent, file.path.suffix): None for file in files if file.path.parent not in with_own}
     return [
@@ -85,14 +85,16 @@ def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    """Which side a file is for: a .bin says so in its JSON file, an .npy by its name. A .bin without JSON is none of ours."""
+    """Return which side a file is for: a .bin says so in its JSON file, an .npy by its name. A .bin without JSON is none of
+    ours.
+    """
     if path.suffix == ".npy":
         return VALIDATION if HELD_OUT_NAME.fullmatch(path.stem) else "train"
     return read_metadata(path).split if path.with_suffix(".json").exists() else ""
 
 
 def _list(patterns: str, flag: str) -> list[SourceFile]:
-    """The token files of globs or folders, without the JSON files beside them."""
+    """Return the token files of globs or folders, without the JSON files beside them."""
     files = [file for file in list_files(patterns, flag, ("*.bin", "*.npy")) if file.path.suffix != ".json"]
     if not files:
         raise DataError(f"{flag}={patterns}: matches no .bin and no .npy file")
@@ -142,10 +144,10 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
 
 
 def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> None:
-    """Makes sure that every id is in the vocabulary: on a device an id beyond the table would clamp without a word.
+    """Make sure that every id is in the vocabulary: on a device an id beyond the table would clamp without a word.
 
-    Ids are read only where nothing vouches for them already. Raises DataError with the first bad id, its place, and
-    the vocabulary that would do.
+    Ids are read only where nothing vouches for them already. Raises DataError with the first bad id, its place, and the
+    vocabulary that would do.
     """
     tokens, limit = part.tokens, min(tokenizer.vocab_size, config.model.vocab_size)
     assert isinstance(tokens, np.ndarray), "ids are checked before they are split"

@@ -52,7 +52,7 @@ class TokenPart:
 
 
 def part_of_stream(stream: TokenStream) -> TokenPart:
-    """A whole stream as one part."""
+    """Return a whole stream as one part."""
     data = stream.metadata
     gzip = data.gzip_bytes, data.gzip_input_bytes
     return TokenPart(

@@ -26,7 +26,7 @@ Span = tuple[int, int, bool]
 
 
 def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_dir: Path) -> tuple[TokenPart, TokenPart]:
-    """The training part and the held-out part of a file's ids; either may be empty.
+    """Return the training part and the held-out part of a file's ids; either may be empty.
 
     `title` is shown while the documents are hashed, which happens once: the outcome is noted in `cache_dir`.
     """
@@ -48,14 +48,14 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
 
 
 def _of_part(part: TokenPart, tokens: np.ndarray | JoinedTokens, which: str) -> TokenPart:
-    """Some ids of a part, with a fingerprint of their own. How many bytes of text they stand for is not known."""
+    """Return some ids of a part, with a fingerprint of their own. How many bytes of text they stand for is not known."""
     return dataclasses.replace(
         part, tokens=tokens, sha256=f"{part.sha256}:{which}", utf8_bytes=0, gzip_bytes=0, gzip_input_bytes=0
     )
 
 
 def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
-    """Where the separators are, ascending."""
+    """Return where the separators are, ascending."""
     places = [
         start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)
     ]
@@ -63,7 +63,7 @@ def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
 
 
 def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
-    """The spans of all documents, each with the separator before it: whole by the hash of the ids, or a long one cut."""
+    """Yield the spans of all documents, each with the separator before it: whole by the hash of the ids, or a long one cut."""
     firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
     with progress(title, tokens.nbytes) as advance:
         for first, end in zip(firsts, [*firsts[1:], len(tokens)], strict=True):
@@ -81,7 +81,7 @@ def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, tit
 
 
 def _merged(spans: Iterator[Span]) -> Iterator[Span]:
-    """Joins spans of one side that follow one another."""
+    """Join spans of one side that follow one another."""
     last: Span | None = None
     for span in spans:
         if last is not None and last[1:] == (span[0], span[2]):
@@ -95,13 +95,13 @@ def _merged(spans: Iterator[Span]) -> Iterator[Span]:
 
 
 def _joined(tokens: np.ndarray, spans: np.ndarray, separator_at: int) -> JoinedTokens:
-    """The ids of the spans, closed by a separator."""
+    """Return the ids of the spans, closed by a separator."""
     closing = [[separator_at, separator_at + 1]] if len(spans) else []
     return JoinedTokens(tokens, np.concatenate([spans, np.array(closing, np.int64).reshape(-1, 2)]))
 
 
 def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
-    """Holds out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
+    """Hold out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
 
     So that of many small files the share held out is the fraction. The sides share one token, a target on one and an input on
     the other.

@@ -84,7 +84,7 @@ class TokenStream:
 
 
 def stream_dtype(vocab_size: int) -> str:
-    """The smallest dtype that holds every id."""
+    """Return the smallest dtype that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -92,7 +92,7 @@ class StreamWriter:
     """Writes one stream, document by document; `close` writes the closing separator and the JSON file."""
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str, split_rule: str = ""):
-        """Opens `path` (a .bin) for writing; measures gzip only for split="validation". Raises OSError."""
+        """Open `path` (a .bin) for writing; measures gzip only for split="validation". Raises OSError."""
         self._path, self._split, self._split_rule = path, split, split_rule
         self._tokenizer, self._tokenizer_name = tokenizer, tokenizer_name
         self._dtype = stream_dtype(tokenizer.vocab_size)
@@ -165,12 +165,12 @@ class StreamWriter:
         return metadata
 
     def abandon(self) -> None:
-        """Closes the file without finishing the stream."""
+        """Close the file without finishing the stream."""
         self._file.close()
 
 
 def read_metadata(path: Path) -> StreamMetadata:
-    """The JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
+    """Return the JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
     json_path = path.with_suffix(".json")
     try:
         content = json.loads(json_path.read_bytes())
@@ -199,10 +199,10 @@ def read_metadata(path: Path) -> StreamMetadata:
 
 
 def open_stream(path: Path, cache_dir: Path) -> TokenStream:
-    """Opens a .bin file that has its JSON file beside it, and makes sure that it is whole.
+    """Open a .bin file that has its JSON file beside it, and make sure that it is whole.
 
-    The checksum is computed again only where size or modification time changed since it was last seen to be right.
-    Raises DataError where the file is missing, cut short or altered.
+    The checksum is computed again only where size or modification time changed since it was last seen to be right. Raises
+    DataError where the file is missing, cut short or altered.
     """
     metadata = read_metadata(path)
     expected = metadata.count * np.dtype(DTYPES[metadata.dtype]).itemsize

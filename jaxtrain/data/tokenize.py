@@ -47,7 +47,7 @@ class TokenizeConfig:
 
 
 def find_problems(config: TokenizeConfig) -> list[str]:
-    """Everything that is wrong with the flags, one line each."""
+    """Return everything that is wrong with the flags, one line each."""
     problems = []
     if config.kind != "stdlib" and not config.input:
         problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
@@ -65,7 +65,7 @@ def find_problems(config: TokenizeConfig) -> list[str]:
 
 
 def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
-    """Writes config.output, whole or not at all, and gives what its two JSON files say.
+    """Write config.output, whole or not at all, and give what its two JSON files say.
 
     Raises ConfigError for flags that cannot work, DataError for bad input or a folder that cannot be written.
     """
@@ -91,14 +91,14 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
 
 
 def _open_tokenizer(name: str, corpus: Corpus, cache_dir: Path) -> tuple[Tokenizer, Path | None]:
-    """The tokenizer and the file to copy beside the tokens, if it has one."""
+    """Return the tokenizer and the file to copy beside the tokens, if it has one."""
     if name.startswith("bpe:"):
         return trained_tokenizer([corpus], int(name[4:]), cache_dir)
     return load_tokenizer(name), None if name == "byte" else tokenizer_file(name)
 
 
 def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
-    """What was written, and the flags that train on it."""
+    """Return what was written, and the flags that train on it."""
     lines = []
     for split, data in written.items():
         ratio = f", {data.utf8_bytes / data.count:.2f} bytes a token" if data.count else ""

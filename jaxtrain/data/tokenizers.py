@@ -62,7 +62,7 @@ class ByteTokenizer:
     fingerprint = "byte-1"
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, [length] uint8."""
+        """Return the ids of the text, [length] uint8."""
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -70,7 +70,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The bytes as text; separators are left out and broken UTF-8 becomes U+FFFD."""
+        """Return the bytes as text; separators are left out and broken UTF-8 becomes U+FFFD."""
         array = np.asarray(ids)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -85,15 +85,15 @@ class IdTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
-        """Raises DataError: there is nothing to turn text into ids with."""
+        """Raise DataError: there is nothing to turn text into ids with."""
         raise DataError(f"data.tokenizer=none cannot turn text into tokens; {KINDS_THAT_WORK}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Raises DataError, like `encode`."""
+        """Raise DataError, like `encode`."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The ids as numbers with spaces between."""
+        """Return the ids as numbers with spaces between."""
         return " ".join(str(int(i)) for i in ids)
 
 
@@ -131,12 +131,12 @@ class SentencePieceTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids, without control pieces."""
+        """Return the text of the ids, without control pieces."""
         return self._backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 def tokenizer_file(name: str) -> Path:
-    """The file that data.tokenizer=`name` means; a folder means the tokenizer file inside it. Raises DataError."""
+    """Return the file that data.tokenizer=`name` means; a folder means the tokenizer file inside it. Raises DataError."""
     path = user_path(name)
     if path.is_dir():
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
@@ -152,7 +152,7 @@ def tokenizer_file(name: str) -> Path:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that needs no training: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with one.
+    """Return the tokenizer that needs no training: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with one.
 
     Raises DataError where there is no such file or it is broken.
     """
@@ -177,7 +177,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _eos_name(path: Path) -> str | None:
-    """The eos_token that a tokenizer_config.json names, as a string or as an object with its content."""
+    """Return the eos_token that a tokenizer_config.json names, as a string or as an object with its content."""
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):

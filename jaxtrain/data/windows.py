@@ -33,7 +33,7 @@ class Windows(Protocol):
         ...
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Copies window `index` into `out`, [L + 1], and gives how many ids it has."""
+        """Copy window `index` into `out`, [L + 1], and give how many ids it has."""
         ...
 
 
@@ -52,7 +52,7 @@ class StreamWindows:
         self.separator = parts[0].separator if parts else -1
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Copies window `index` into `out`, [L + 1], and gives how many ids it has."""
+        """Copy window `index` into `out`, [L + 1], and give how many ids it has."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[part - 1]) if part else 0
         return read_window(self._parts[part].tokens, index - first, out)
@@ -69,7 +69,7 @@ class SyntheticWindows:
         self.count, self.num_targets = count, count * length
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Fills `out`, [L + 1], with window `index`, and gives L + 1."""
+        """Fill `out`, [L + 1], with window `index`, and give L + 1."""
         key = np.array([self._seed % 2**64, self._first + index], dtype=np.uint64)
         out[:] = np.random.Generator(np.random.Philox(key=key)).integers(0, self._vocab_size, len(out))
         return len(out)

@@ -117,11 +117,12 @@ class Chip:
         return self.based_on or self.name
 
     def peak(self, dtype: str) -> float | None:
-        """Peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
+        """Return the peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
         return self.peak_flops.get(DTYPE_ALIASES.get(dtype, dtype))
 
     def matmul_peak(self, dtype: str) -> float | None:
-        """Peak FLOP/s of a matmul with operands of `dtype` as XLA runs it at its default precision, or None if unknown.
+        """Return the peak FLOP/s of a matmul with operands of `dtype` as XLA runs it at its default precision, or None if
+        unknown.
 
         A float32 matmul runs in TF32 on NVIDIA tensor cores and in one bfloat16 pass on a TPU, so that is its peak there.
         """
@@ -142,7 +143,9 @@ class Chip:
 
 
 def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | None:
-    """The fraction at `size`, straight over the logarithm of sizes and constant beyond them; None without rates of `dtype`."""
+    """Return the fraction at `size`, straight over the logarithm of sizes and constant beyond them; None without rates of
+    `dtype`.
+    """
     dtype = DTYPE_ALIASES.get(dtype, dtype)
     points = sorted((rate.size, rate.fraction) for rate in rates if rate.dtype == dtype)
     if not points:
@@ -155,7 +158,8 @@ def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | No
 
 
 def predicted_watts(chip: Chip, utilisation: float) -> float | None:
-    """Mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a rating.
+    """Return the mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a
+    rating.
 
     P(u) = idle + (rated - idle) u, the linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized
     computer" (ISCA 2007), taken in time: in training the compute phases draw close to the rated power and the waits close to

@@ -45,7 +45,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
 
 
 def read_chip(path: str | Path, known: Mapping[str, Chip], flag: str = "--hardware") -> Chip:
-    """The chip that a file describes.
+    """Return the chip that a file describes.
 
     Args:
       path: a .json or .toml file.
@@ -72,7 +72,7 @@ def read_chip(path: str | Path, known: Mapping[str, Chip], flag: str = "--hardwa
 
 
 def write_chip(path: str | Path, chip: Chip) -> None:
-    """Writes `chip` as a JSON file that `read_chip` reads as the same one; fields that are None or empty are left out.
+    """Write `chip` as a JSON file that `read_chip` reads as the same one; fields that are None or empty are left out.
 
     Raises:
       ExplainedError: the file cannot be written.
@@ -114,7 +114,7 @@ def _based_on(name: Any, known: Mapping[str, Chip], where: str) -> Chip | None:
 
 
 def _values(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table's entries as values of the dataclass's fields, each checked."""
+    """Return the table's entries as values of the dataclass's fields, each checked."""
     hints = typing.get_type_hints(cls)
     values = {}
     for name, entry in table.items():

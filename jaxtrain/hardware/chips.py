@@ -236,7 +236,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 
 
 def find_chip(name: str, flag: str = "--hardware") -> Chip:
-    """The chip of that name; upper case, spaces and underscores are as good as lower case and hyphens ("RTX 4090").
+    """Return the chip of that name; upper case, spaces and underscores are as good as lower case and hyphens ("RTX 4090").
 
     Raises:
       ExplainedError: no such chip; the message names the nearest, and the flag that the name was given with.
@@ -248,7 +248,7 @@ def find_chip(name: str, flag: str = "--hardware") -> Chip:
 
 
 def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
-    """The chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file.py`).
+    """Return the chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file.py`).
 
     Raises:
       ExplainedError: no such chip, no such file, or something in the file is wrong; the message says what would work.
@@ -259,18 +259,18 @@ def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
 
 
 def chip_of_device_kind(device_kind: str) -> Chip | None:
-    """The chip that `jax.Device.device_kind` names, or None.
+    """Return the chip that `jax.Device.device_kind` names, or None.
 
-    The match is exact: a MIG slice ("NVIDIA H200 MIG 1g.18gb") or a cut-down variant ("RTX 4090 D") is another chip, and
-    an MFU against the whole chip's peak would be wrong.
+    The match is exact: a MIG slice ("NVIDIA H200 MIG 1g.18gb") or a cut-down variant ("RTX 4090 D") is another chip, and an MFU
+    against the whole chip's peak would be wrong.
     """
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
 def resolve_chip(hardware: str, device_kind: str, flag: str = "telemetry.hardware") -> Chip:
-    """The chip that a run's MFU is measured against: telemetry.hardware, or with "auto" the one that the device says it is.
+    """Return the chip that MFU is measured against: `hardware`, or with "auto" the chip of this device kind.
 
-    A device that nobody here knows gives a chip under its own name without figures, so that MFU is reported as unknown.
+    An unknown device kind gives a chip of that name without figures, so that MFU is reported as unknown.
 
     Raises:
       ExplainedError: `hardware` is neither "auto" nor a known name nor a chip file that can be read.

@@ -88,7 +88,9 @@ def find_place(config: DistributedConfig, environ: Mapping[str, str]) -> Place |
 
 
 def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Flags over JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or an indexed Kubernetes Job's index)."""
+    """Return the flags over JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or an indexed Kubernetes Job's
+    index).
+    """
     coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
     count = config.processes or _number(environ, "JAXTRAIN_PROCESSES", 0)
     index = config.process_id
@@ -114,7 +116,7 @@ def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | 
 
 
 def _slurm(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """A task of an srun step; process 0 is on the first node of the step."""
+    """Return a task of an srun step; process 0 is on the first node of the step."""
     if "SLURM_PROCID" not in environ or _number(environ, "SLURM_NTASKS", 1) <= 1:
         return None
     job = _number(environ, "SLURM_JOB_ID", 0)
@@ -135,7 +137,7 @@ def _slurm(config: DistributedConfig, environ: Mapping[str, str]) -> Place | Non
 
 
 def _open_mpi(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """A rank of mpirun. On one host the coordinator is the loopback; else mpi4py tells, or Open MPI 4's own address."""
+    """Return a rank of mpirun. On one host the coordinator is the loopback; else mpi4py tells, or Open MPI 4's own address."""
     size, rank = _number(environ, "OMPI_COMM_WORLD_SIZE", 1), _number(environ, "OMPI_COMM_WORLD_RANK", 0)
     if size <= 1:
         return None
@@ -168,14 +170,14 @@ def _host_of_rank_0(environ: Mapping[str, str]) -> str:
 
 
 def first_node(nodes: str) -> str:
-    """The first node of a SLURM node list: "n1" of "n[1-3,7],m2", "gpu001-ib" of "gpu[001-004]-ib"."""
+    """Return the first node of a SLURM node list: "n1" of "n[1-3,7],m2", "gpu001-ib" of "gpu[001-004]-ib"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
     assert first is not None
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def expand_tasks(tasks: str) -> list[int]:
-    """Tasks of each node, of SLURM's short form: [2, 2, 2, 1] of "2(x3),1"."""
+    """Return the tasks of each node, of SLURM's short form: [2, 2, 2, 1] of "2(x3),1"."""
     counts: list[int] = []
     for part in tasks.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -195,7 +197,7 @@ def count_gpus(environ: Mapping[str, str]) -> int:
 
 
 def local_device_ids(place: Place, gpus: int, environ: Mapping[str, str]) -> list[int] | None:
-    """Which of the visible GPUs are this process's: all, where it is alone on its host or sees its own only; else a share.
+    """Return the ids of this process's GPUs: all visible ones if it is alone on its host or sees only its own, else a share.
 
     None without GPUs.
 
@@ -220,7 +222,7 @@ def local_device_ids(place: Place, gpus: int, environ: Mapping[str, str]) -> lis
 
 
 def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -> Place | None:
-    """Joins the other processes, before jax looks at any device. None for a lone process.
+    """Join the other processes, before jax looks at any device. None for a lone process.
 
     Raises:
       PeerMissing: the others did not.
@@ -280,7 +282,7 @@ def _stop_without_parent(parent: int) -> None:
 
 
 def describe(place: Place) -> str:
-    """One line for the log."""
+    """Return one line for the log."""
     import jax
 
     return (
@@ -366,7 +368,7 @@ def _for_starter(code: int) -> int:
 
 
 def _leave_word(code: object) -> bool:
-    """Writes this process's exit code into JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all. True if it is there."""
+    """Write this process's exit code into JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all. True if it is there."""
     folder = os.environ.get("JAXTRAIN_EXIT_CODES")
     if folder:
         with contextlib.suppress(OSError):

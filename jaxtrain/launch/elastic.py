@@ -16,9 +16,9 @@ from jaxtrain.errors import ConfigError
 
 
 def mesh_for(config: Config, devices: int, fallbacks: Sequence[MeshConfig] = ()) -> Config:
-    """The config on so many devices: as it is where its mesh fits them, else the first fallback that does, else the nearest.
+    """Return the config for `devices`: unchanged if its mesh fits, else with the first fallback that fits, else the nearest.
 
-    A mesh is near that shards the model over as many devices as before (pipe x fsdp x expert x tensor, since memory is what
+    A mesh is near if it shards the model over as many devices as before (pipe x fsdp x expert x tensor, since memory is what
     runs out), and then keeps tensor, pipe, expert, context and fsdp as they were. Microbatches grow so that a device has no
     more sequences at a time than before. Replicas that have parameters of their own are not taken away.
 
@@ -41,7 +41,7 @@ def mesh_for(config: Config, devices: int, fallbacks: Sequence[MeshConfig] = ())
 
 
 def mesh_flags(before: Config, after: Config) -> list[str]:
-    """The command-line flags that turn one config into the other: axes and microbatches."""
+    """Return the command-line flags that turn one config into the other: axes and microbatches."""
     flags = [f"--mesh.{axis}={getattr(after.mesh, axis)}" for axis in MESH_AXES]
     if before.train.microbatches != after.train.microbatches:
         flags.append(f"--train.microbatches={after.train.microbatches}")
@@ -49,7 +49,7 @@ def mesh_flags(before: Config, after: Config) -> list[str]:
 
 
 def _with_mesh(config: Config, mesh: MeshConfig) -> Config:
-    """The config on another mesh, with microbatches so many that a device's share of one is no larger than before."""
+    """Return the config on another mesh, with microbatches so many that a device's share of one is no larger than before."""
     batch, train = config.train.global_batch_size, config.train
     rows = max(1, batch // (max(config.mesh.batch_shards, 1) * train.microbatches))
     per_shard = batch // mesh.batch_shards

@@ -75,7 +75,7 @@ class Job:
 
 
 def make_job(config: Config, flags: JobFlags, of_run: Sequence[str], made_by: str) -> Job:
-    """The job of a config and its command line `of_run`.
+    """Return the job of a config and its command line `of_run`.
 
     Raises:
       ConfigError: the flags contradict the mesh or one another, or the config is not valid on that many devices.
@@ -96,7 +96,7 @@ def make_job(config: Config, flags: JobFlags, of_run: Sequence[str], made_by: st
 
 
 def _hosts_of_mesh(config: Config, per_host: int) -> int:
-    """Hosts that the mesh fills.
+    """Return the hosts that the mesh fills.
 
     Raises:
       ConfigError: it has an axis of -1, or does not fill whole hosts.
@@ -135,7 +135,7 @@ def _split_environment(variables: Sequence[str]) -> tuple[dict[str, str], tuple[
 
 
 def check_shared(job: Job, mount: str, where: str) -> None:
-    """Refuses a run directory that does not outlive a host.
+    """Refuse a run directory that does not outlive a host.
 
     Raises:
       ConfigError: it is not inside `mount`.

@@ -55,7 +55,7 @@ class KubernetesFlags(JobFlags):
 
 
 def render(job: Job, flags: KubernetesFlags) -> str:
-    """The manifest.
+    """Return the manifest.
 
     Raises:
       ConfigError: there is no image, run_dir is lost with its pod, or a name is none for Kubernetes.
@@ -80,7 +80,7 @@ def render(job: Job, flags: KubernetesFlags) -> str:
 
 
 def name_of(run: str) -> str:
-    """A run's name as Kubernetes allows it: small letters, digits and dashes.
+    """Return a run's name as Kubernetes allows it: small letters, digits and dashes.
 
     Raises:
       ConfigError: nothing such is left of it, or it is too long.
@@ -194,7 +194,7 @@ def _check(flags: KubernetesFlags) -> None:
 
 
 def _text(value: str) -> str:
-    """A quoted text; $( is what Kubernetes would put another variable for."""
+    """Return a quoted text; $( is what Kubernetes would put another variable for."""
     return json.dumps(value.replace("$(", "$$("))
 
 
@@ -203,5 +203,5 @@ def _in(block: str, by: int) -> str:
 
 
 def _item(block: str) -> str:
-    """A block as an item of a list."""
+    """Return a block as an item of a list."""
     return "- " + _in(block, 2)[2:]

@@ -46,7 +46,7 @@ class Size:
         self._flags, self._last = flags, flags.processes
 
     def __call__(self) -> int:
-        """The number in processes_file, as far as it can be read and is one; else --processes."""
+        """Return the number in processes_file, as far as it can be read and is one; else --processes."""
         if self._flags.processes_file:
             try:
                 number = int(user_path(self._flags.processes_file).read_text(encoding="utf-8"))

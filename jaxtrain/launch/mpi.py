@@ -29,7 +29,7 @@ class MpiFlags(JobFlags):
 
 
 def render(job: Job, flags: MpiFlags) -> str:
-    """The shell script.
+    """Return the shell script.
 
     Raises:
       ConfigError: the host names are not as many as the hosts, or the ports are not among a host's.

@@ -37,7 +37,7 @@ class HostLost(Exception):
 
 
 def render(job: Job, flags: RayFlags) -> str:
-    """The shell script that submits this module as a Ray job.
+    """Return the shell script that submits this module as a Ray job.
 
     Raises:
       ConfigError: --env names a variable without its value.
@@ -64,7 +64,7 @@ exec ray job submit {shlex.join(words)}{" " * bool(words)}-- \\
 
 
 def environment_of(index: int, count: int, address: str) -> dict[str, str]:
-    """What the process of host `index` is told: its place, and `address` (host:port) of process 0."""
+    """Return what the process of host `index` is told: its place, and `address` (host:port) of process 0."""
     return {
         "JAXTRAIN_COORDINATOR": address,
         "JAXTRAIN_PROCESSES": str(count),
@@ -91,18 +91,18 @@ class Host:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def train(self, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> int:
-        """Runs the process to its end, and gives its exit code."""
+        """Run the process to its end, and give its exit code."""
         self._process = subprocess.Popen(list(command), cwd=directory, env=os.environ | dict(environment))
         return self._process.wait()
 
     def stop(self) -> None:
-        """Asks the process to save and end."""
+        """Ask the process to save and end."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
 
 def run_once(ray: Any, hosts: Sequence[Any], command: Sequence[str], directory: str) -> list[int]:
-    """One life of all processes: their exit codes. They end by themselves when one is lost.
+    """Return one life of all processes: their exit codes. They end by themselves when one is lost.
 
     Raises:
       HostLost: an actor did not survive its process.
@@ -119,7 +119,7 @@ def run_once(ray: Any, hosts: Sequence[Any], command: Sequence[str], directory: 
 
 
 def summarise(codes: Sequence[int]) -> int:
-    """One exit code of all: what nobody can mend first, then done or stopped if all are, else a loss."""
+    """Return one exit code of all: what nobody can mend first, then done or stopped if all are, else a loss."""
     for code in (EXIT_USAGE, EXIT_ERROR):
         if code in codes:
             return code
@@ -129,7 +129,7 @@ def summarise(codes: Sequence[int]) -> int:
 
 
 def run(ray: Any, hosts: int, gpus: int, restarts: int, command: Sequence[str], pause: float = 10.0) -> int:
-    """Keeps the run going on that many hosts of the cluster; returns its exit code."""
+    """Keep the run going on that many hosts of the cluster; returns its exit code."""
     group = ray.util.placement_group([{"CPU": 1, **({"GPU": gpus} if gpus else {})}] * hosts, strategy="STRICT_SPREAD")
     ray.get(group.ready())
     actors: list[Any] = []

@@ -10,7 +10,7 @@ from jaxtrain.launch.job import Job
 
 
 def comment(job: Job) -> str:
-    """What the script runs, and the command that made it."""
+    """Return what the script runs, and the command that made it."""
     return f"# {job.headline} Made by\n#   {job.made_by}"
 
 
@@ -22,7 +22,7 @@ def exports(job: Job) -> str:
 
 
 def command_lines(job: Job, indent: int, end: str = "") -> str:
-    """The command of one process, broken into lines as shell does."""
+    """Return the command of one process, broken into lines as shell does."""
     lines: list[str] = []
     for word in map(shlex.quote, job.command):
         if lines and len(lines[-1]) + len(word) < 110:
@@ -33,7 +33,7 @@ def command_lines(job: Job, indent: int, end: str = "") -> str:
 
 
 def exit_code_lines(indent: int = 0) -> str:
-    """Makes $code that of the run, and ends the script where it is done, or where starting again would end the same way."""
+    """Make $code that of the run, and end the script where it is done, or where starting again would end the same way."""
     text = f"""\
 ended_with() {{ grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; }} # whether a process did
 ended_with {EXIT_STOPPED} && code={EXIT_STOPPED} # saved after a signal

@@ -34,7 +34,7 @@ class SlurmFlags(JobFlags):
 
 
 def render(job: Job, flags: SlurmFlags) -> str:
-    """The batch script.
+    """Return the batch script.
 
     Raises:
       ConfigError: the time limit is not SLURM's form, or leaves no time to train before the signal.
@@ -102,7 +102,9 @@ def _check(flags: SlurmFlags) -> None:
 
 
 def seconds(time: str) -> int | None:
-    """Seconds of a time limit in one of SLURM's six forms, e.g. 90 (minutes), 1:30:00, 1-12; None where it is none of them."""
+    """Return the seconds of a time limit in one of SLURM's six forms, e.g. 90 (minutes), 1:30:00, 1-12; None where it is none
+    of them.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None

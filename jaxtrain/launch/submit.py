@@ -43,7 +43,7 @@ STARTERS = {
 
 
 def render(name: str, flags: JobFlags, config: Config, own: Sequence[str], of_run: Sequence[str]) -> str:
-    """The script or manifest of a run, with the command line that made it in its head.
+    """Return the script or manifest of a run, with the command line that made it in its head.
 
     Raises:
       ConfigError: the flags, or the config on that many devices, cannot work.
@@ -54,7 +54,7 @@ def render(name: str, flags: JobFlags, config: Config, own: Sequence[str], of_ru
 
 
 def submit(name: str, script: str) -> int:
-    """Hands the script to its starter, and returns the exit code of that; a shell script takes this process's place.
+    """Hand the script to its starter, and return the exit code of that; a shell script takes this process's place.
 
     Raises:
       ExplainedError: the starter's program is not on this machine.

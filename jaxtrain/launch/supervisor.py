@@ -97,19 +97,19 @@ class Worker:
         return f"process {self.index}"
 
     def is_frozen(self) -> bool:
-        """Whether the kernel has stopped it (SIGSTOP, a debugger)."""
+        """Return whether the kernel has stopped it (SIGSTOP, a debugger)."""
         with contextlib.suppress(OSError):
             return Path(f"/proc/{self.process.pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
         return False
 
     def last_words(self) -> str:
-        """The last line of its log that says "error", or its last line."""
+        """Return the last line of its log that says "error", or its last line."""
         lines = [line for line in tuple(self.said) if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
         return (errors or lines or ["it said nothing"])[-1][:300]
 
     def blames_a_peer(self) -> bool:
-        """Whether it ended on account of another process: by its exit code, or by its last line."""
+        """Return whether it ended on account of another process: by its exit code, or by its last line."""
         named = re.match(r"error: process (\d+) of \d+ (ended the run|is at step)", self.last_words())
         return self.process.returncode in (EXIT_PEER, _ABORT) or (named is not None and int(named[1]) != self.index)
 
@@ -136,7 +136,7 @@ class Goodput:
         return cls(now)
 
     def seconds(self, now: float) -> float:
-        """Wall time under a supervisor."""
+        """Return the wall time under a supervisor."""
         return self.before + now - self.started
 
     def step(self, done: int, seconds: float) -> None:
@@ -187,7 +187,7 @@ class Supervisor:
         self.goodput = Goodput.go_on(folder / "events.jsonl", time.monotonic())
 
     def run(self) -> int:
-        """Runs to the end; returns the exit code (see `launch.distributed`)."""
+        """Run to the end; returns the exit code (see `launch.distributed`)."""
         failures, furthest = 0, self.goodput.furthest
         with Watch(self._hear):
             while True:
@@ -319,7 +319,7 @@ class Supervisor:
             worker.ended = now
 
     def _end_at_once(self, workers: list[Worker]) -> Ending:
-        """Lets the processes say which steps are lost, before they are killed."""
+        """Let the processes say which steps are lost, before they are killed."""
         for worker in workers:
             worker.process.send_signal(signal.SIGTERM)
         self._give_grace(workers)
@@ -333,7 +333,7 @@ class Supervisor:
                 self._look(worker, time.monotonic())
 
     def _ending(self, workers: list[Worker]) -> Ending:
-        """Waits a moment for what the others have to say, then finds the first cause."""
+        """Wait a moment for what the others have to say, then find the first cause."""
         codes = {worker.process.returncode for worker in workers}
         if codes == {EXIT_DONE}:
             return Ending("done", "done", EXIT_DONE)
@@ -397,7 +397,7 @@ class Supervisor:
         self._events.append((json.dumps(row) + "\n").encode())
 
     def _sleep(self, seconds: float) -> bool:
-        """Waits; True where a signal came."""
+        """Wait; True where a signal came."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self._signal is None:
             time.sleep(min(POLL_SECONDS, seconds))
@@ -409,7 +409,7 @@ class Supervisor:
 
 
 def how(code: int) -> str:
-    """An exit code in words."""
+    """Return an exit code in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -418,13 +418,13 @@ def how(code: int) -> str:
 
 
 def last_generation(folder: Path) -> int:
-    """The newest that wrote its logs there, 0 for none: a supervisor started again writes over nothing."""
+    """Return the newest that wrote its logs there, 0 for none: a supervisor started again writes over nothing."""
     names = (path.name.rpartition("-")[2] for path in folder.glob("generation-*"))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
+    """Return a TCP port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -59,7 +59,7 @@ class Position:
     """What keeps the steps waiting; empty while it trains."""
 
     def is_behind(self, other: Position) -> bool:
-        """Whether the other process may wait for this one."""
+        """Return whether the other process may wait for this one."""
         return astuple(self)[:3] < astuple(other)[:3]
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ PyTree = Any
 
 
 def bench_config(config: Config) -> Config:
-    """The config with synthetic data and nothing that interrupts the steps."""
+    """Return the config with synthetic data and nothing that interrupts the steps."""
     train = dataclasses.replace(config.train, validate_every=0, sample_tokens=0)
     data = dataclasses.replace(config.data, sources=(DataSource(kind="synthetic"),))
     return dataclasses.replace(config, train=train, data=data)
@@ -72,11 +72,11 @@ class Bench:
         return owned_rows(self.sharding, (self.config.train.global_batch_size, self.config.data.sequence_length))
 
     def place(self, batch: Any) -> PyTree:
-        """A host batch of this process's rows as global arrays."""
+        """Return a host batch of this process's rows as global arrays."""
         return to_global(batch, self.rows, self.config.train.global_batch_size, batch_names(self.config), self.sharding)
 
     def bare_steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
+        """Return the seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
         batch = self.place(self.data.train_batch(0, self.rows))
         jax.block_until_ready(batch)
         seconds, last, before = [], None, time.perf_counter()
@@ -92,7 +92,7 @@ class Bench:
         return seconds
 
     def loop_steps(self, count: int, directory: Path) -> list[float]:
-        """Seconds of each of `count` steps of the training loop with its data, clock, progress and log files."""
+        """Return the seconds of each of `count` steps of the training loop with its data, clock, progress and log files."""
 
         class Stopwatch(Hook):
             """Notes when each step's metrics were there."""
@@ -116,7 +116,7 @@ class Bench:
         return [after - before for before, after in zip(stopwatch.times[1:-1], stopwatch.times[2:], strict=True)]
 
     def report(self) -> dict[str, Any]:
-        """Runs bare and loop rounds in turn, and says everything that was measured."""
+        """Run bare and loop rounds in turn, and say everything that was measured."""
         pace = min(self.bare_steps(WARM_UP_STEPS))
         count = max(3, min(MOST_STEPS_PER_ROUND, int(SECONDS_PER_ROUND / pace)))
         bare, loop = [], []
@@ -147,7 +147,7 @@ class Bench:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines for a person."""
+    """Return the report as lines for a person."""
 
     def text(value: Any) -> str:
         return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -22,8 +22,8 @@ from jaxtrain.measure.operations import Findings
 
 
 def as_chip(base: Chip, found: Findings) -> Chip:
-    """The chip with what was measured on it, as shares of what it states; where it states nothing, the best that was measured
-    takes that place.
+    """Return the chip with what was measured on it, as shares of what it states; where it states nothing, the best that was
+    measured takes that place.
     """
     rates = {d: [(e, 2 * e**3 / s.seconds, s.spread) for e, s in samples] for d, samples in found.matmul.items()}
     best = {dtype: max(rate for _, rate, _ in of) for dtype, of in rates.items() if base.matmul_peak(dtype) is None}
@@ -60,7 +60,7 @@ def as_chip(base: Chip, found: Findings) -> Chip:
 
 
 def about_here() -> dict[str, Any]:
-    """Which devices, how many, which software, when."""
+    """Return which devices, how many, which software, when."""
     return {
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

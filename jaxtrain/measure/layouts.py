@@ -74,7 +74,7 @@ Choose = Callable[[Sequence[Any]], Any]
 
 
 def draw_mixture(choose: Choose) -> MoEConfig:
-    """A mixture of eight experts, of any kind."""
+    """Return a mixture of eight experts, of any kind."""
     groups = choose((1, 4))
     return MoEConfig(
         num_experts=8,
@@ -94,7 +94,7 @@ def draw_mixture(choose: Choose) -> MoEConfig:
 
 
 def draw_model(choose: Choose) -> ModelConfig:
-    """Any kind of decoder, tiny."""
+    """Return any kind of decoder, tiny."""
     moe = draw_mixture(choose) if choose((False, True)) else None
     latent = choose((None, None, LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)))
     return replace(
@@ -112,12 +112,12 @@ def draw_model(choose: Choose) -> ModelConfig:
 
 
 def draw_task(choose: Choose) -> Config:
-    """What is trained, on one device."""
+    """Return what is trained, on one device."""
     return replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
 
 
 def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
-    """Any layout of it over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
+    """Return any layout of it over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(devices.bit_length() - 1):
         sizes[choose(MESH_AXES)] *= 2
@@ -179,7 +179,7 @@ def as_task(config: Config) -> Config:
 
 
 def on_one_device(config: Config) -> Config:
-    """The truth for a config: one device, one microbatch, nothing recomputed, attention as the formula says."""
+    """Return the truth for a config: one device, one microbatch, nothing recomputed, attention as the formula says."""
     return replace(
         config,
         model=replace(config.model, attention="reference"),
@@ -192,7 +192,7 @@ def on_one_device(config: Config) -> Config:
 
 @functools.cache
 def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = VOCAB) -> dict[str, np.ndarray]:
-    """A packed batch with ragged documents, unequal numbers of targets a row, and some rows all padding."""
+    """Return a packed batch with ragged documents, unequal numbers of targets a row, and some rows all padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     segments = np.cumsum(rng.random((rows, length)) < 0.2, axis=1).astype(np.int32) + 1
@@ -275,13 +275,15 @@ class Errors:
 
 
 def _distance(truth: np.ndarray, got: np.ndarray) -> float:
-    """Norm of the difference over the norm; a leaf without gradient has to stay without."""
+    """Return the norm of the difference over the norm; a leaf without gradient has to stay without."""
     size = float(np.linalg.norm(truth))
     return float(np.linalg.norm(truth - got)) / (size or 1.0)
 
 
 def compare(config: Config, steps: int = STEPS) -> Errors:
-    """Relative errors: of the first loss, of the worst gradient leaf (norm of difference over norm), of the worst loss."""
+    """Return the relative errors: of the first loss, of the worst gradient leaf (norm of difference over norm), of the worst
+    loss.
+    """
     exact, got = truth(on_one_device(config), steps), run(config, steps)
     same = jax.tree.leaves(jax.tree.map(np.array_equal, exact.params, got.params))
     distance = jax.tree.leaves(jax.tree.map(_distance, exact.gradients, got.gradients))
@@ -290,5 +292,5 @@ def compare(config: Config, steps: int = STEPS) -> Errors:
 
 
 def axes_of(config: Config) -> str:
-    """The axes above 1, in words."""
+    """Return the axes above 1, in words."""
     return " x ".join(axis for axis in MESH_AXES if getattr(config.mesh, axis) > 1)

@@ -75,7 +75,7 @@ class Stopwatch:
         return Sample(median, (max(runs) - min(runs)) / median)
 
     def goes_on(self, sample: Sample, needs: int, chained: int = CHAINED) -> bool:
-        """Whether there is time for a larger operation, and memory: a quarter of the device's holds `needs` bytes."""
+        """Return whether there is time for a larger operation, and memory: a quarter of the device's holds `needs` bytes."""
         quick = sample.seconds * chained * REPETITIONS < self.seconds / 2
         return bool(agreed(quick and needs < memory_bytes() // 4))
 
@@ -88,7 +88,7 @@ class Stopwatch:
 
 
 def agreed(value: int) -> int:
-    """What process 0 says: all must make the same calls, or a collective would wait for ever."""
+    """Return what process 0 says: all must make the same calls, or a collective would wait for ever."""
     import jax
 
     if jax.process_count() == 1:
@@ -110,7 +110,7 @@ def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def random_normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
-    """Numbers as a model has them: zeros would draw less power, and so run at a higher clock."""
+    """Return the numbers as a model has them: zeros would draw less power, and so run at a higher clock."""
     import jax
 
     return scale * jax.random.normal(jax.random.key(0), shape, dtype)
@@ -174,12 +174,14 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
 
 
 def attention_flops(length: int) -> float:
-    """Two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the diagonal."""
+    """Return two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the
+    diagonal.
+    """
     return 7 * length**2 * HEAD_DIM * HEADS
 
 
 def collective(kind: str, size: int) -> Callable[[Array], Array]:
-    """The collective over the axis "group" of `size` devices, from a device's x to something of x's shape, for `chain`.
+    """Return the collective over the axis "group" of `size` devices, from a device's x to something of x's shape, for `chain`.
 
     What comes back is cut or repeated to that shape in a way that XLA does not see through.
     """
@@ -197,7 +199,9 @@ def collective(kind: str, size: int) -> Callable[[Array], Array]:
 
 
 def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
-    """A mesh ("other", "group") of all devices: groups of `size` neighbours of a host (link), or one of each host (nic)."""
+    """Return a mesh ("other", "group") of all devices: groups of `size` neighbours of a host (link), or one of each host
+    (nic).
+    """
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
@@ -206,7 +210,7 @@ def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
 
 
 def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, largest: int = LARGEST_MESSAGE) -> CollectiveRate:
-    """Latency and bandwidth of one collective, all groups at work at once, as in training.
+    """Return the latency and bandwidth of one collective, all groups at work at once, as in training.
 
     bandwidth = bytes that a device sends / (time of the largest message - time of the smallest).
     """
@@ -242,7 +246,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
 
 def measure_collectives(watch: Stopwatch, largest: int = LARGEST_MESSAGE, kinds: Sequence[str] = KINDS) -> list[CollectiveRate]:
-    """Every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
+    """Return every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
     import jax
 
     devices, local, processes = jax.devices(), jax.local_device_count(), jax.process_count()
@@ -288,7 +292,7 @@ class Findings:
 
 
 def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
-    """Everything, one after the other; `say` hears what is under way."""
+    """Return everything, one after the other; `say` hears what is under way."""
     matmul = {}
     for dtype in DTYPES:
         say(f"matmuls in {dtype}")
@@ -304,7 +308,9 @@ def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
 
 
 def measure_watts(edge: int) -> tuple[float, float] | None:
-    """Watts of this process's first device (idle, in bfloat16 matmuls of that edge); None where nothing measures them."""
+    """Return the watts of this process's first device (idle, in bfloat16 matmuls of that edge); None where nothing measures
+    them.
+    """
     import jax
 
     device = jax.local_devices()[0]
@@ -327,14 +333,14 @@ def measure_watts(edge: int) -> tuple[float, float] | None:
 
 
 def is_simulated() -> bool:
-    """Whether the devices are several made of one CPU, by XLA's flag: they share its cores."""
+    """Return whether the devices are several made of one CPU, by XLA's flag: they share its cores."""
     import jax
 
     return jax.local_devices()[0].platform == "cpu" and jax.local_device_count() > 1
 
 
 def memory_bytes() -> int:
-    """Memory of one device: what jax may take of it; of a CPU, its share of the host's memory."""
+    """Return the memory of one device: what jax may take of it; of a CPU, its share of the host's memory."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -47,24 +47,24 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
 
 
 def cut_rows(tree: PyTree, parts: int) -> tuple[PyTree, ...]:
-    """The tree cut into equal parts along the first dim of its leaves; scalars go to all."""
+    """Return the tree cut into equal parts along the first dim of its leaves; scalars go to all."""
     leaves, treedef = jax.tree.flatten(tree)
     cut = [[leaf] * parts if leaf.ndim == 0 else jnp.split(leaf, parts) for leaf in leaves]
     return tuple(treedef.unflatten(part) for part in zip(*cut, strict=True))
 
 
 def _dense(config: ModelConfig) -> ModelConfig:
-    """What the first dense layers are made from."""
+    """Return what the first dense layers are made from."""
     return replace(config, moe=None)
 
 
 def _under(lead: tuple[str, ...], dims: PyTree) -> PyTree:
-    """Every leaf with these dims before its own."""
+    """Return every leaf with these dims before its own."""
     return jax.tree.map(lambda own: (*lead, *own), dims, is_leaf=is_dims)
 
 
 def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTree:
-    """Logical dims of every parameter; the layers' leaves are stacked (`Stacking`).
+    """Return the logical dims of every parameter; the layers' leaves are stacked (`Stacking`).
 
     The first dense layers of a mixture of experts are unlike the others, so they stand with the embedding, as
     outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
@@ -76,15 +76,15 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
 
 
 def canonical_dims(config: ModelConfig) -> PyTree:
-    """Logical dims in canonical form: the layers' leaves are [stacked_layers, ...]."""
+    """Return the logical dims in canonical form: the layers' leaves are [stacked_layers, ...]."""
     return parameter_dims(config, ("layer",))
 
 
 def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
-    """Parameters at step 0. A layer's are a function of the key and its number alone; the vocabulary's padding is zero.
+    """Return the parameters at step 0. A layer's depend on the key and its number alone; the vocabulary's padding is zero.
 
-    Layers are made where they are to lie, not moved there afterwards: from a sharded result XLA can then make each device
-    compute its own share only (a stack made in canonical order and reshaped was computed whole on every device).
+    Layers are made in their final order: from a sharded result XLA can then make each device compute only its own share
+    (a stack made in canonical order and then reshaped was computed whole on every device).
 
     Args:
       layer_numbers: int, of the shape in which the layers are stacked; -1 for an empty slot, which is zero. Counted from
@@ -121,7 +121,7 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
-    """Parameters in compute dtype; norms and routers stay in float32."""
+    """Return the parameters in compute dtype; norms and routers stay in float32."""
 
     def leaf(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
         return value.astype(held_dtype(dims, dtype))
@@ -131,7 +131,7 @@ def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
 
 @functools.lru_cache(maxsize=64)
 def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], Any]:
-    """A function that puts a pure dict of weights into the module."""
+    """Return a function that puts a pure dict of weights into the module."""
     graph, state = nnx.split(_abstract(module, config), nnx.Param)
 
     def merge(weights: PyTree) -> Any:
@@ -141,7 +141,7 @@ def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], 
 
 
 def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
-    """Which intermediate results a layer keeps for its backward; None keeps only the layer's input.
+    """Return which intermediate results a layer keeps for its backward; None keeps only the layer's input.
 
     No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as what comes out
     of the barriers of `take_turns`), since a policy by name would still keep the value from just before its name.
@@ -185,8 +185,9 @@ class Decoder:
         return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
 
     def _unroll(self) -> int:
-        """Layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand beside their
-        own recomputation, and XLA would take the two for one and keep everything."""
+        """Return the layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand
+        beside their own recomputation, and XLA would take the two for one and keep everything.
+        """
         layers = self.stacking.layers_per_part
         fits = [n for n in range(2, self.layers_at_once + 1) if layers % n == 0 and layers >= 2 * n]
         return max(fits, default=1)
@@ -197,8 +198,9 @@ class Decoder:
     def _layer(
         self, config: ModelConfig, microbatch: PyTree
     ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
-        """One layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) -> (x of
-        each part, auxiliary loss, sums to report, the clock)."""
+        """Return one layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) ->
+        (x of each part, auxiliary loss, sums to report, the clock).
+        """
         dims, merge = _dims(Layer, config), _merge(Layer, config)
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
@@ -246,13 +248,13 @@ class Decoder:
         return layers
 
     def _outer(self, weights: Weights) -> Any:
-        """The outer module with its weights gathered; of those that nobody reads, XLA drops the gather."""
+        """Return the outer module with its weights gathered; of those that nobody reads, XLA drops the gather."""
         dims = _dims(EmbeddingAndHead, self.config)
         master, compute = ({name: tree[name] for name in dims} for tree in weights)
         return _merge(EmbeddingAndHead, self.config)(self._gathered((master, compute), dims))
 
     def _embed(self) -> Callable[[Weights, PyTree], jax.Array]:
-        """The embedding, and the first dense layers."""
+        """Return the embedding, and the first dense layers."""
 
         def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):

@@ -121,7 +121,7 @@ class EmbeddingAndHead(nnx.Module):
             self.head = parameter(rngs, (d, v), ("embed", "vocab"), std, dtype)
 
     def embed(self, tokens_BL: jax.Array) -> jax.Array:
-        """Looks tokens up in this device's share of the table; the shares' sum leaves each device its slice of the length."""
+        """Look tokens up in this device's share of the table; the shares' sum leaves each device its slice of the length."""
         # Looked up in float32, so that the transpose adds many rows of gradient in float32.
         dtype, table_VD = self.table[...].dtype, self.table[...].astype(jnp.float32)
         local = tokens_BL - lax.axis_index("tensor") * table_VD.shape[0]
@@ -130,5 +130,5 @@ class EmbeddingAndHead(nnx.Module):
         return reduce_scatter(x_BLD.astype(dtype), "tensor", dim=1)
 
     def head_DV(self) -> jax.Array:
-        """The output projection; with tied embeddings the table, turned."""
+        """Return the output projection; with tied embeddings the table, turned."""
         return self.table[...].T if self.config.tie_embeddings else self.head[...]

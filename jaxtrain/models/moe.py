@@ -102,7 +102,7 @@ class MoE(nnx.Module):
     def _route(
         self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
     ) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
-        """Each device along tensor scores its own slice: float32 matmuls are slow, a token's E scores little to send."""
+        """Return each device along tensor scores its own slice: float32 matmuls are slow, a token's E scores little to send."""
         moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's float32 is else TF32, which ties experts that are apart
         own32, w32 = own_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         scored_BLE = jnp.einsum("BLD,DE->BLE", own32, w32, precision=highest)

@@ -18,7 +18,7 @@ def held_dtype(dims: Dims, dtype: str) -> str:
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str) -> nnx.Param:
-    """A parameter with its logical dims: normal with this standard deviation, or ones where std is None.
+    """Return a parameter with its logical dims: normal with this standard deviation, or ones where std is None.
 
     Args:
       dtype: of `model.param_dtype`; `held_dtype` says for which parameters it holds.

@@ -48,7 +48,7 @@ def reference_attention(
 
 
 def check_shapes(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array) -> None:
-    """Raises ValueError where queries, keys and values do not fit together."""
+    """Raise ValueError where queries, keys and values do not fit together."""
     q, k, v = q_BLHN.shape, k_BLKN.shape, v_BLKM.shape
     if q[:2] != k[:2] or q[3] != k[3] or k[:3] != v[:3] or q[2] % k[2]:
         raise ValueError(f"attention: queries {q}, keys {k} and values {v} do not fit")
@@ -103,7 +103,7 @@ def attention(
 def choose_backend(
     requested: str, *, platform: str, dtype: Any, head_dim: int, sequence_length: int, **facts: Any
 ) -> tuple[str, str]:
-    """The attention backend to use, and why, in a line for the log.
+    """Return the attention backend to use, and why, in a line for the log.
 
     `auto` takes cudnn where it can be used, else blockwise from length BLOCKWISE_FROM_LENGTH on, else reference.
 

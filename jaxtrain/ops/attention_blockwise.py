@@ -31,7 +31,7 @@ LARGEST_BLOCK = 512
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-    """The dtype of logits, softmax and sums: float32, or float64 where the inputs are."""
+    """Return the dtype of logits, softmax and sums: float32, or float64 where the inputs are."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -49,7 +49,7 @@ def _logits_BKGQS(q_BKGQN: jax.Array, k_BKSN: jax.Array, visible: jax.Array | No
 def block_attention(
     q_BKGQN: jax.Array, k_BKSN: jax.Array, v_BKSM: jax.Array, visible: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of a block of queries over a block of keys.
+    """Return the attention of a block of queries over a block of keys.
 
     Computes o = softmax(Q K^T / sqrt(N)) V over the visible keys of this block, and the logsumexp of the logits, which is
     what `merge_blocks` needs to join it with other blocks.
@@ -70,10 +70,10 @@ def block_attention(
 
 
 def merge_blocks(o_1: jax.Array, logsumexp_1: jax.Array, o_2: jax.Array, logsumexp_2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Joins the attention over two disjoint sets of keys into the attention over both.
+    """Join the attention over two disjoint sets of keys into the attention over both.
 
-    logsumexp = log(e^l1 + e^l2), o = o1 e^(l1 - logsumexp) + o2 e^(l2 - logsumexp). Outputs are [..., M] where the
-    logsumexps are [...]. Associative, so blocks may come in any order.
+    logsumexp = log(e^l1 + e^l2), o = o1 e^(l1 - logsumexp) + o2 e^(l2 - logsumexp). Outputs are [..., M] where the logsumexps
+    are [...]. Associative, so blocks may come in any order.
     """
     logsumexp = jnp.logaddexp(logsumexp_1, logsumexp_2)
     share_1, share_2 = jnp.exp(logsumexp_1 - logsumexp), jnp.exp(logsumexp_2 - logsumexp)
@@ -89,7 +89,7 @@ def block_gradients(
     delta_BKGQ: jax.Array,
     visible: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What one block of queries and one block of keys add to the gradients (arXiv:2307.08691, algorithm 2).
+    """Return what one block of queries and one block of keys add to the gradients (arXiv:2307.08691, algorithm 2).
 
     P = exp(Q K^T / sqrt(N) - logsumexp), dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K / sqrt(N),
     dK = dS^T Q / sqrt(N).
@@ -118,7 +118,7 @@ def block_gradients(
 
 
 def block_pairs(num_blocks: int, block: int, rule: Rule) -> np.ndarray:
-    """The (query block, key block) pairs of which the rule leaves something to see, int32 [pairs, 2].
+    """Return the (query block, key block) pairs of which the rule leaves something to see, int32 [pairs, 2].
 
     A query block after the other, so that it stays in cache while its keys pass. For a causal rule that is the lower triangle,
     n (n + 1) / 2 pairs, less those that lie wholly before the window.
@@ -132,7 +132,7 @@ def block_pairs(num_blocks: int, block: int, rule: Rule) -> np.ndarray:
 
 
 def pick_block_size(length: int) -> int:
-    """The block size for a sequence: at most 512, and at least four blocks where the length allows it.
+    """Return the block size for a sequence: at most 512, and at least four blocks where the length allows it.
 
     n blocks compute (n + 1) / 2n of the full square of scores, so four blocks cost 62%, and eight 56%.
     """
@@ -155,7 +155,7 @@ def _to_blocks(x: jax.Array, block: int, groups: int | None = None) -> jax.Array
 
 
 def _from_blocks(x: jax.Array, length: int) -> jax.Array:
-    """The inverse of `_to_blocks` for queries (6 dims) and for keys and values (5 dims)."""
+    """Return the inverse of `_to_blocks` for queries (6 dims) and for keys and values (5 dims)."""
     if x.ndim == 6:
         n, batch, kv_heads, groups, block, head_dim = x.shape
         x = x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, n * block, kv_heads * groups, head_dim)
@@ -174,7 +174,7 @@ def _add_at(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _filled(shape: tuple[int, ...], value: float, like: jax.Array) -> jax.Array:
-    """A scan carry to begin with: of the accumulator's dtype, and varying over the mesh axes that `like` varies over."""
+    """Return a scan carry to begin with: of the accumulator's dtype, and varying over the mesh axes that `like` varies over."""
     return vary(jnp.full(shape, value, accumulator_dtype(like.dtype)), tuple(sorted(varying_axes(like))))
 
 
@@ -187,7 +187,7 @@ class _Sight(NamedTuple):
     block: int
 
     def visible(self, i: jax.Array, j: jax.Array) -> jax.Array | None:
-        """Which keys of block j the queries of block i see, [B or 1, 1, 1, Q, S]; None for all."""
+        """Return which keys of block j the queries of block i see, [B or 1, 1, 1, Q, S]; None for all."""
         parts = (None if part is None else _at(part, at) for part, at in zip(self.mask_nBQ, (i, j, i, j), strict=True))
         seen_BQS = visible_BLS(self.rule, Mask(*parts), self.block, self.block)
         if self.length % self.block:  # the last block is filled up
@@ -204,14 +204,14 @@ def _sight(rule: Rule, mask: Mask, length: int, block: int) -> _Sight:
 
 
 def _alike(*trees: Any) -> Any:
-    """Everything typed as varying over the mesh axes that any of it varies over."""
+    """Return everything typed as varying over the mesh axes that any of it varies over."""
     return vary(trees, tuple(sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(trees))))))
 
 
 def blocks_forward(
     q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule, block: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of a piece of queries over a piece of as many keys, block by block.
+    """Return the attention of a piece of queries over a piece of as many keys, block by block.
 
     Returns:
       o_BLHM and logsumexp_BLH, float32, as `block_attention`.
@@ -245,7 +245,7 @@ def blocks_gradients(
     rule: Rule,
     block: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a piece of queries and a piece of as many keys add to the gradients, block by block (`block_gradients`).
+    """Return what a piece of queries and a piece of as many keys add to the gradients, block by block (`block_gradients`).
 
     Args:
       o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.
@@ -281,7 +281,7 @@ def blocks_gradients(
 
 
 def no_second_derivative(*_: Any) -> tuple[Any, Any]:
-    """Stands for the derivative of what is already a derivative rule."""
+    """Stand for the derivative of what is already a derivative rule."""
     raise NotImplementedError("blockwise and context attention have no second derivative; use the reference backend")
 
 
@@ -293,7 +293,7 @@ def opaque(function: Any, static: tuple[int, ...]) -> Any:
 
 
 def name_residuals(name: str | None, o: jax.Array, logsumexp: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Puts `name`, by which a remat policy may keep them, on what the backward pass needs beside its inputs."""
+    """Put `name`, by which a remat policy may keep them, on what the backward pass needs beside its inputs."""
     return (o, logsumexp) if name is None else (checkpoint_name(o, name), checkpoint_name(logsumexp, name))
 
 

@@ -60,7 +60,8 @@ class AttentionPlan(NamedTuple):
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
-    """The steps s at which some device needs the block of the device s places before it; 0 is its own, and not among them.
+    """Return the steps s at which some device needs the block of the device s places before it; 0 is its own, and not among
+    them.
 
     The pieces that meet at step s lie at least min(s, C - s) apart, so their nearest tokens (min(s, C - s) - 1) P + 1; a window
     that reaches less far leaves out the step, its work and its transfer, on all devices.
@@ -90,19 +91,19 @@ class _Meeting(NamedTuple):
         return jnp.concatenate([lo, jnp.where(self.there < self.here, lo, hi)])
 
     def queries_back(self, x_2BP: jax.Array) -> jax.Array:
-        """The transpose of `queries`: [B, L]."""
+        """Return the transpose of `queries`: [B, L]."""
         first, second = jnp.split(x_2BP, 2)
         in_lo = jnp.where(self.there < self.here, second, 0)
         return jnp.concatenate([in_lo, first + jnp.where(self.there < self.here, 0, second)], axis=1)
 
     def keys_back(self, x_2BP: jax.Array) -> jax.Array:
-        """The transpose of `keys`: [B, L]."""
+        """Return the transpose of `keys`: [B, L]."""
         first, second = jnp.split(x_2BP, 2)
         in_lo = jnp.where(self.there < self.here, second, 0)
         return jnp.concatenate([first + in_lo, jnp.where(self.there < self.here, 0, second)], axis=1)
 
     def merge(self, so_far: tuple[jax.Array, jax.Array], more: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Folds the attention of `queries` over `keys` into the output and logsumexp of all this device's queries."""
+        """Fold the attention of `queries` over `keys` into the output and logsumexp of all this device's queries."""
         (o_lo, o_hi), (l_lo, l_hi) = (jnp.split(x, 2, axis=1) for x in so_far)
         (o_1, o_2), (l_1, l_2) = (jnp.split(x, 2) for x in more)
         is_before = self.there < self.here
@@ -118,12 +119,12 @@ def _meet(step: Any) -> _Meeting:
 
 
 def _of_device(x: jax.Array | None, device: jax.Array, length: int) -> jax.Array | None:
-    """A device's share of an array that holds dim 1 whole."""
+    """Return a device's share of an array that holds dim 1 whole."""
     return None if x is None else lax.dynamic_slice_in_dim(x, device * length, length, axis=1)
 
 
 def _mask(meeting: _Meeting, shape: tuple[int, ...], segments_BL: jax.Array | None, window: int) -> Mask:
-    """The mask of this device's queries and the other's keys, whole shares. Places are needed for a window only."""
+    """Return the mask of this device's queries and the other's keys, whole shares. Places are needed for a window only."""
     context, length = lax.axis_size("context"), shape[1]
     places = [jnp.broadcast_to(places_L(d, context, length), shape[:2]) if window else None for d in meeting]
     return Mask(*places, *(_of_device(segments_BL, device, length) for device in meeting))
@@ -143,19 +144,19 @@ Visit = Callable[[PyTree, Any, PyTree], tuple[PyTree, PyTree]]
 
 
 def _to_words(x: jax.Array) -> jax.Array:
-    """The same bits as uint32, [..., W] -> [..., W * bytes / 4]."""
+    """Return the same bits as uint32, [..., W] -> [..., W * bytes / 4]."""
     per_word = 4 // x.dtype.itemsize
     words = x.reshape(*x.shape[:-1], x.shape[-1] // per_word, per_word) if per_word > 1 else x
     return lax.bitcast_convert_type(words, jnp.uint32)
 
 
 def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
-    """The inverse of `_to_words`."""
+    """Return the inverse of `_to_words`."""
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
 
 
 def _send(move: Move, tree: PyTree, by: int) -> PyTree:
-    """Sends all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time hide behind compute.
+    """Send all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time hide behind compute.
 
     Leaves of different dtypes (keys and values, and the sums of their gradients) travel as bits.
     """
@@ -230,7 +231,7 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: 
 
 
 def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
-    """Visits every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
+    """Visit every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
     steps = needed_steps(lax.axis_size("context"), piece, plan.window)
     go = _take_from_all
@@ -265,7 +266,7 @@ def _forward(
 
 
 def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
-    """Keys and values come by once more, and float32 sums of their gradients with them."""
+    """Return the keys and values come by once more, and float32 sums of their gradients with them."""
     del name
     q, k, v, segments, o, logsumexp = residuals
 
@@ -372,7 +373,7 @@ def choose_context_attention(
     backend: str = "auto",
     **facts: Any,
 ) -> tuple[str, str]:
-    """The kind of context attention to use, and why, in a line for the log.
+    """Return the kind of context attention to use, and why, in a line for the log.
 
     `auto` takes the ring, whose transfers hide behind its compute: in a step a device receives 2P keys and values and computes
     2P^2 scores a query head, in bf16 P H / K FLOP a byte. It takes ulysses where the heads allow it and the pieces are so short

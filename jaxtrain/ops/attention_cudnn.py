@@ -18,13 +18,13 @@ CUDNN_FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 
 def _one_width(*arrays: jax.Array) -> list[jax.Array]:
-    """Fills up the last dim with zeros to the widest: cuDNN wants one width, and zeros change neither scores nor sums."""
+    """Fill up the last dim with zeros to the widest: cuDNN wants one width, and zeros change neither scores nor sums."""
     width = max(x.shape[-1] for x in arrays)
     return [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in arrays]
 
 
 def _dense_mask(mask: Mask, rule: Rule, queries: int, keys: int) -> jax.Array | None:
-    """What cuDNN does not know itself (segments, places in the sequence), as bool [B, 1, L, S]."""
+    """Return what cuDNN does not know itself (segments, places in the sequence), as bool [B, 1, L, S]."""
     knows_window = rule.causal and mask.q_index is None
     told = Rule(causal=False, window=0 if knows_window else rule.window)
     seen = visible_BLS(told, mask, queries, keys)
@@ -55,7 +55,7 @@ def cudnn_attention(
 
 
 def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
-    """The static parameters of JAX's cuDNN primitives."""
+    """Return the static parameters of JAX's cuDNN primitives."""
     library = fused_attention()
     return {
         "scale": 1 / math.sqrt(head_dim),
@@ -78,7 +78,7 @@ def _operands(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule) 
 
 
 def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule) -> tuple[jax.Array, jax.Array]:
-    """Attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
+    """Return the attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
 
     `jax.nn.dot_product_attention(return_residual=True)` would round the logsumexp to the queries' dtype, and its derivative
     knows nothing of other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the
@@ -107,7 +107,7 @@ def cudnn_piece_gradients(
     mask: Mask,
     rule: Rule,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a piece of queries and a piece of keys add to the gradients, by cuDNN's backward kernel.
+    """Return what a piece of queries and a piece of keys add to the gradients, by cuDNN's backward kernel.
 
     The kernel computes P = exp(Q K^T / sqrt(N) - logsumexp) and dS = P * (dO V^T - sum(dO * O)) from what it is given. With
     output and logsumexp over all keys that is the share of this piece, as in `block_gradients`.
@@ -136,7 +136,7 @@ def cudnn_obstacle(
     in_pieces: bool = False,
     compute_capability: float = 8.0,
 ) -> str | None:
-    """Why cuDNN's fused attention cannot be used, or None where it can.
+    """Return why cuDNN's fused attention cannot be used, or None where it can.
 
     The limits are those of `check_layout` and `check_is_flash_attention` in jax/_src/cudnn/fused_attention_stablehlo.py,
     and our own on the size of the dense mask, which documents need, and a window where the sequence comes in pieces.

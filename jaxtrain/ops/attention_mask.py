@@ -35,7 +35,7 @@ class Mask(NamedTuple):
 
 
 def own_segments(segments_BL: jax.Array | None) -> Mask:
-    """The mask of a sequence that attends to itself."""
+    """Return the mask of a sequence that attends to itself."""
     return Mask(q_segments=segments_BL, k_segments=segments_BL)
 
 

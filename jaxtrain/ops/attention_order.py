@@ -22,23 +22,23 @@ IN_PIECES = ("ring", "gather")  # kinds of context attention that go piece by pi
 
 
 def zigzag_pieces(device: Any, context: int) -> tuple[Any, Any]:
-    """The two of 2 x context pieces that a device holds, in its order: (c, 2C - 1 - c)."""
+    """Return the two of 2 x context pieces that a device holds, in its order: (c, 2C - 1 - c)."""
     return device, 2 * context - 1 - device
 
 
 def zigzag_order(context: int) -> np.ndarray:
-    """The pieces in the order in which the devices hold them, int32 [2C]."""
+    """Return the pieces in the order in which the devices hold them, int32 [2C]."""
     return np.array([piece for device in range(context) for piece in zigzag_pieces(device, context)], np.int32)
 
 
 def places_L(device: Any, context: int, length: int) -> jax.Array:
-    """Where in the sequence each of the `length` tokens of a device stands, in zigzag order: int32 [length]."""
+    """Return where in the sequence each of the `length` tokens of a device stands, in zigzag order: int32 [length]."""
     piece, within = length // 2, jnp.arange(length // 2, dtype=jnp.int32)
     return jnp.concatenate([piece * p + within for p in zigzag_pieces(device, context)])
 
 
 def find_place(place: jax.Array, kind: str, length: int, context: int) -> tuple[jax.Array, jax.Array]:
-    """The device that holds a place of the sequence, and its index among the `length` tokens there."""
+    """Return the device that holds a place of the sequence, and its index among the `length` tokens there."""
     if kind not in IN_PIECES:
         return place // length, place % length
     piece, within = place // (length // 2), place % (length // 2)

@@ -14,7 +14,7 @@ from jaxtrain.ops.attention_mask import Mask, Rule
 
 
 def _block(backend: str, length: int) -> int | None:
-    """The reference holds all L^2 scores: one block."""
+    """Return the reference holds all L^2 scores: one block."""
     return length if backend == "reference" else None
 
 
@@ -46,7 +46,7 @@ def piece_gradients(
     rule: Rule,
     backend: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What this piece adds to dQ, dK and dV, float32 (arXiv:2307.08691, algorithm 2).
+    """Return what this piece adds to dQ, dK and dV, float32 (arXiv:2307.08691, algorithm 2).
 
     Args:
       o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.

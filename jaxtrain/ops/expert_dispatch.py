@@ -107,7 +107,7 @@ def _map_segments(source_starts: jax.Array, target_starts: jax.Array, sizes: jax
 
 
 def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
-    """Sums of all sizes before each."""
+    """Sum of all sizes before each."""
     return jnp.cumsum(sizes, axis) - sizes
 
 
@@ -146,12 +146,12 @@ class RowExchange(NamedTuple):
     """Where they begin there."""
 
     def reversed(self) -> RowExchange:
-        """The way back."""
+        """Return the way back."""
         return RowExchange(*self[3:], *self[:3])
 
 
 def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
-    """Each device's rows are sorted by device they go to; received ones are sorted by device they come from.
+    """Return each device's rows are sorted by device they go to; received ones are sorted by device they come from.
 
     Args:
       counts_PPE: rows from device (first dim) to device (second dim) for each of its experts.
@@ -163,7 +163,7 @@ def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
 
 
 def _exchange_padded(rows: jax.Array, plan: RowExchange, length: int, room: int) -> jax.Array:
-    """What `ragged_all_to_all` does, by an `all_to_all` of `room` slots for each pair of devices."""
+    """Return what `ragged_all_to_all` does, by an `all_to_all` of `room` slots for each pair of devices."""
     slots = jnp.arange(plan.send_sizes.shape[0], dtype=jnp.int32) * room
     packed = _gather_rows(rows, _map_segments(plan.send_starts, slots, plan.send_sizes, room * slots.shape[0]))
     received = all_to_all(packed, "expert", dim=0)
@@ -180,7 +180,7 @@ def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowEx
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: RowExchange) -> jax.Array:
-    """Sends rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the way back.
+    """Send rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the way back.
 
     Args:
       length: rows that may arrive at most.
@@ -214,7 +214,7 @@ def _padded_groups(sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]
 
 
 def _padded_length(rows: int, groups: int, tile: int) -> int:
-    """Slots that are enough for any split of the rows into groups of whole tiles."""
+    """Return the slots that are enough for any split of the rows into groups of whole tiles."""
     return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile
 
 
@@ -265,7 +265,7 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
 
 
 def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, tile: int, ragged: bool) -> Dispatched:
-    """Every token reaches all its experts: rows sorted by expert, and within an expert by device, token and choice.
+    """Return every token reaches all its experts: rows sorted by expert, and within an expert by device, token and choice.
 
     Along `expert` counts are exchanged first, then rows, into a buffer for the worst case: P T min(K, E / P) rows, when every
     token of every device comes here. With one device it is T K rows, and nothing is sent.
@@ -285,7 +285,9 @@ def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, 
 
 
 def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
-    """Rows that an expert takes of a group of tokens: ceil(factor * group * K / E), and never more than there are tokens."""
+    """Return the rows that an expert takes of a group of tokens: ceil(factor * group * K / E), and never more than there are
+    tokens.
+    """
     return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
 
 
@@ -311,10 +313,10 @@ def _places_in_experts(experts_CK: jax.Array, num_experts: int, room: int) -> tu
 def dispatch_capacity(
     x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, group: int, capacity_factor: float
 ) -> Dispatched:
-    """Every expert takes `room_of_expert` rows of each group of consecutive tokens, in GShard's order; the rest is dropped.
+    """Dispatch at most `room_of_expert` rows of each group of consecutive tokens to an expert, in GShard's order; drop others.
 
-    A dropped row adds nothing to its token, whose other experts keep their weights. Groups lie whole on a device, so no
-    layout changes what is dropped.
+    A dropped row adds nothing to its token, whose other experts keep their weights. A group lies whole on one device, so the
+    layout does not change what is dropped.
 
     Args:
       group: tokens of a group; divides T.

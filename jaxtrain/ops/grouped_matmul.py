@@ -34,7 +34,7 @@ Refs = Any
 
 
 def _kernels_fit(x_SD: jax.Array, w_EDF: jax.Array, tile: int) -> bool:
-    """Whether the kernels can take these operands; float32 is left to XLA, since a kernel would use TF32."""
+    """Return whether the kernels can take these operands; float32 is left to XLA, since a kernel would use TF32."""
     _, *widths = w_EDF.shape
     return tile % _DEPTH == 0 and x_SD.dtype in (jnp.bfloat16, jnp.float16) and all(n % _NARROWEST == 0 for n in widths)
 

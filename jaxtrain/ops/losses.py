@@ -16,12 +16,12 @@ MASKED_LOGIT = -1e30
 
 
 def count_targets(targets: jax.Array) -> jax.Array:
-    """Number of positions that carry a loss, float32."""
+    """Return the number of positions that carry a loss, float32."""
     return jnp.sum(targets != IGNORED, dtype=jnp.float32)
 
 
 def mask_padded_vocabulary(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits [..., V/tensor] with the ids beyond vocab_size (the padding of the table) made impossible."""
+    """Return the logits [..., V/tensor] with the ids beyond vocab_size (the padding of the table) made impossible."""
     start = lax.axis_index("tensor") * logits.shape[-1]
     return jnp.where(start + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED_LOGIT)
 
@@ -123,7 +123,7 @@ def _cross_entropy_forward(
 
 
 def _cross_entropy_backward(vocab_size: int, chunk: int, z_loss: float, kept: tuple, cotangents: tuple) -> tuple:
-    """The cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
+    """Return the cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
     dx, d_head, _, scale = kept
     factor = cotangents[0]
     return dx * factor.astype(dx.dtype), d_head * factor.astype(d_head.dtype), None, jnp.zeros_like(scale)

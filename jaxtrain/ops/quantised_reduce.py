@@ -58,10 +58,10 @@ class Reduce:
     """Numbers that share a scale."""
 
     def wire_bytes(self, size: int, devices: int) -> float:
-        """Bytes that one device sends for a leaf of `size` numbers (its own shard) over `devices` along the axis.
+        """Return the bytes that one device sends for a leaf of `size` numbers (its own shard) over `devices` along the axis.
 
-        2 (R - 1) / R of the leaf, for reduce-scatter and all-gather (a ring all-reduce is both): 4 bytes a number, or 2, or
-        1 + 4 / block, padded to whole blocks on each device.
+        2 (R - 1) / R of the leaf, for reduce-scatter and all-gather (a ring all-reduce is both): 4 bytes a number, or 2, or 1 +
+        4 / block, padded to whole blocks on each device.
         """
         if self.compression == "none":
             return 2 * (devices - 1) / devices * 4 * size
@@ -90,7 +90,7 @@ class Reduce:
         return structure.unflatten(means), None if residual is None else structure.unflatten(lost)
 
     def _plain_means(self, values: list[jax.Array]) -> list[jax.Array]:
-        """One vector travels for each set of axes along which types say that leaves vary."""
+        """Return one vector travels for each set of axes along which types say that leaves vary."""
         means = dict(enumerate(values))
         for axes in dict.fromkeys(varying_axes(x) for x in values):
             members = [i for i, x in enumerate(values) if varying_axes(x) == axes]

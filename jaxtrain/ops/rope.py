@@ -12,7 +12,7 @@ from jaxtrain.config import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angles per position, in radians: float64 [head_dim / 2].
+    """Return the angles per position, in radians: float64 [head_dim / 2].
 
     frequency_i = theta^(-2i / head_dim) (Su et al. 2021, arXiv:2104.09864, section 3.2.2). With `scaling`, Llama 3.1's
     stretching (`apply_scaling` in github.com/meta-llama/llama-models models/llama3/reference_impl/model.py, and

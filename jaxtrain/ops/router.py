@@ -40,7 +40,7 @@ def _closed_experts_masked(choice_BLE: jax.Array, moe: MoEConfig) -> jax.Array:
 
 
 def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
-    """The top k of softmax or sigmoid scores s; the choice is made by s + bias, the weights are those of s alone.
+    """Return the top k of softmax or sigmoid scores s; the choice is made by s + bias, the weights are those of s alone.
 
     weights = weight_scale * s_e / (sum of the chosen s, if normalize_weights). With groups only the experts of the token's
     best groups are open (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No gradient goes through the choice or to the bias.
@@ -63,7 +63,7 @@ def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
 
 
 def _choices_BE(experts_BLK: jax.Array, counted_BL: jax.Array, num_experts: int) -> jax.Array:
-    """How often each expert was chosen by the counted tokens of each sequence, float32."""
+    """Return how often each expert was chosen by the counted tokens of each sequence, float32."""
     chosen = (experts_BLK[..., None] == jnp.arange(num_experts)) & counted_BL[..., None, None]
     return chosen.sum((1, 2), dtype=jnp.float32)
 
@@ -99,5 +99,5 @@ def router_z_loss(logits_BLE: jax.Array, counted_BL: jax.Array) -> jax.Array:
 
 
 def expert_load(experts_BLK: jax.Array, counted_BL: jax.Array, num_experts: int) -> jax.Array:
-    """How many counted tokens chose each expert, float32 [E]: this device's share."""
+    """Return how many counted tokens chose each expert, float32 [E]: this device's share."""
     return once(_choices_BE(experts_BLK, counted_BL, num_experts).sum(0), ("tensor",))

@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 def _index(tree: PyTree, i: jax.Array | int) -> PyTree:
-    """Leaf [i, ...] of every leaf; a leading dim of 1 needs no lookup."""
+    """Return the leaf [i, ...] of every leaf; a leading dim of 1 needs no lookup."""
     return jax.tree.map(lambda a: a[0] if a.shape[0] == 1 else lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
 
@@ -86,7 +86,7 @@ def _add_at(tree: PyTree, values: PyTree, i: jax.Array) -> PyTree:
 
 
 def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
-    """Zeros like the leaves, with a leading dim of `slots` where given, typed as varying over all mesh axes."""
+    """Return the zeros like the leaves, with a leading dim of `slots` where given, typed as varying over all mesh axes."""
     lead = () if slots is None else (slots,)
     return jax.tree.map(lambda a: vary(jnp.zeros(lead + a.shape, dtype or a.dtype)), tree)
 
@@ -176,7 +176,7 @@ class _Pass:
 
 
 def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> jax.Array:
-    """The input of this tick's F: the embedded tokens on part 0, else what the part before has sent."""
+    """Return the input of this tick's F: the embedded tokens on part 0, else what the part before has sent."""
     return _when(
         run.ends,
         run.is_first(row["forward_chunk"]),
@@ -212,7 +212,7 @@ def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax
 
 
 def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
-    """One stage, one chunk, B in the tick of its F: nothing waits, so nothing is stored."""
+    """Return one stage, one chunk, B in the tick of its F: nothing waits, so nothing is stored."""
     microbatch = _index(run.microbatches, row["forward_microbatch"])
     x = vary(run.functions.embed(run.outer, microbatch))
     y, reports, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
@@ -282,7 +282,7 @@ def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
 
 
 def _rows(schedule: Schedule, slots: Slots, run: TickRun) -> dict[str, np.ndarray]:
-    """The table's columns for the ticks of a run, each [ticks, stages]."""
+    """Return the table's columns for the ticks of a run, each [ticks, stages]."""
     columns = {
         name: getattr(source, name)
         for source, names in (
@@ -295,7 +295,7 @@ def _rows(schedule: Schedule, slots: Slots, run: TickRun) -> dict[str, np.ndarra
 
 
 def _run_table(run: _Pass, tick: Callable[[TickRun, dict, dict], dict], carry: dict) -> dict:
-    """Runs the ticks in order: one `scan` for each run of like ticks."""
+    """Run the ticks in order: one `scan` for each run of like ticks."""
     for patterns in cut_into_runs(run.schedule):
 
         def step(carry: dict, rows: dict, patterns: TickRun = patterns) -> tuple[dict, None]:
@@ -328,7 +328,7 @@ def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute
 def loss_and_gradients(
     functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree
 ) -> Result:
-    """The gradients of loss + auxiliary losses, summed over the microbatches, whose leaves are [microbatches, ...]."""
+    """Return the gradients of loss + auxiliary losses, summed over the microbatches, whose leaves are [microbatches, ...]."""
     run = _begin(functions, schedule, master, compute, microbatches)
     carry = {
         "outer": _zeros(run.master.outer, jnp.float32),
@@ -350,7 +350,7 @@ def loss_and_gradients(
 
 
 def forward(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> PyTree:
-    """The sums of `functions.loss` over all microbatches, this device's share; `schedule` holds forwards only."""
+    """Return the sums of `functions.loss` over all microbatches, this device's share; `schedule` holds forwards only."""
     run = _begin(functions, schedule, master, compute, microbatches)
     carry = {"sums": _zeros(run.shapes.sums), "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1)}
     idle = _zeros((run.shapes.x, run.shapes.sums))

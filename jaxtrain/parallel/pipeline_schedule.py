@@ -77,7 +77,7 @@ class Slots:
 
 
 def _table(stages: int, chunks: int, microbatches: int, forward: dict, backward: dict) -> Schedule:
-    """The arrays from {(stage, microbatch, chunk): tick}."""
+    """Return the arrays from {(stage, microbatch, chunk): tick}."""
     ticks = max([*forward.values(), *backward.values()]) + 1
     arrays = [np.full((ticks, stages), IDLE, np.int32) for _ in range(4)]
     for work, microbatch_array, chunk_array in ((forward, *arrays[:2]), (backward, *arrays[2:])):
@@ -126,7 +126,7 @@ def gpipe(stages: int, chunks: int, microbatches: int) -> Schedule:
 
 
 def forward_only(stages: int, chunks: int, microbatches: int) -> Schedule:
-    """The forwards of `interleaved` alone, for evaluation."""
+    """Return the forwards of `interleaved` alone, for evaluation."""
     forward = {(i, m, c): start + c * stages + i for i, m, c, start in _units(stages, chunks, microbatches)}
     return _table(stages, chunks, microbatches, forward, {})
 
@@ -140,7 +140,7 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
 
 
 def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:
-    """The named schedule, checked. A new one is a function in SCHEDULES that returns a table."""
+    """Return the named schedule, checked. A new one is a function in SCHEDULES that returns a table."""
     schedule = SCHEDULES[name](stages, chunks, microbatches)
     check(schedule)
     return schedule
@@ -166,7 +166,7 @@ def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[i
 
 
 def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
-    """Proves that a table runs, and says what it costs.
+    """Prove that a table runs, and say what it costs.
 
     Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings what
     it needs (which is all that a lock-step table needs to be free of deadlock).
@@ -216,7 +216,7 @@ def live_parts(schedule: Schedule) -> list[int]:
 
 
 def allocate_slots(schedule: Schedule) -> Slots:
-    """Gives every waiting value a slot, as few slots as its lifetimes allow (interval colouring, stage by stage)."""
+    """Give every waiting value a slot, as few slots as its lifetimes allow (interval colouring, stage by stage)."""
     f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
     b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
     shape = schedule.forward_microbatch.shape
@@ -250,8 +250,9 @@ def allocate_slots(schedule: Schedule) -> Slots:
 
 
 def count_slots(schedule: Schedule) -> tuple[int, int, int]:
-    """How many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most lifetimes
-    that overlap on any stage. For planners, which ask for many tables."""
+    """Return how many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most
+    lifetimes that overlap on any stage. For planners, which ask for many tables.
+    """
     f = _tick_of_each(schedule, schedule.forward_microbatch, schedule.forward_chunk) * _PHASES
     b = _tick_of_each(schedule, schedule.backward_microbatch, schedule.backward_chunk) * _PHASES
     parts = f.reshape(schedule.parts, -1), b.reshape(schedule.parts, -1)  # [chunk * stages + stage, microbatch]
@@ -274,14 +275,16 @@ def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray)
 
 
 def _overlap(writes: np.ndarray, reads: np.ndarray) -> int:
-    """The most of the lifetimes [write, read] that hold one moment; a slot that is read is free only after that."""
+    """Return the most of the lifetimes [write, read] that hold one moment; a slot that is read is free only after that."""
     begun, ended = np.sort(writes, axis=None), np.sort(reads, axis=None)
     alive = np.searchsorted(begun, begun, "right") - np.searchsorted(ended, begun, "left")
     return int(alive.max(initial=0))
 
 
 def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Slots for (stage, write time, read time): their number, and the slots written and read as [phase, tick, stage]."""
+    """Return the slots for (stage, write time, read time): their number, and the slots written and read as [phase, tick,
+    stage].
+    """
     free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which it is free, slot)
     placed, count = [], 0
     for stage, write, read in sorted(lifetimes):
@@ -309,12 +312,12 @@ class TickRun:
 
 
 def _pattern(busy: np.ndarray) -> str:
-    """Whether no, some or all (tick, stage) cells are busy."""
+    """Return whether no, some or all (tick, stage) cells are busy."""
     return "all" if busy.all() else "some" if busy.any() else "no"
 
 
 def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
-    """Cuts the table into at most `most` runs of like ticks.
+    """Cut the table into at most `most` runs of like ticks.
 
     The executor traces a run once, and traces a conditional only for a pass that "some" do, so the steady state has none.
     Neighbours are joined where that turns the fewest passes into conditional ones: every run is compiled for itself.

@@ -42,7 +42,7 @@ class Stacking:
         return math.prod(self.shape) == self.num_layers
 
     def counts(self) -> np.ndarray:
-        """Layers in each part, int32 [chunks, stages]."""
+        """Return the layers in each part, int32 [chunks, stages]."""
         parts = self.stages * self.chunks
         empty = parts * self.layers_per_part - self.num_layers
         outermost_first = sorted(range(parts), key=lambda part: (min(part, parts - 1 - part), -part))
@@ -56,7 +56,7 @@ class Stacking:
         return np.flatnonzero(held).astype(np.int32)
 
     def layer_numbers(self) -> np.ndarray:
-        """The number of the layer in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty one."""
+        """Return the number of the layer in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty one."""
         numbers = np.full(math.prod(self.shape), -1, np.int32)
         numbers[self.layer_slots()] = np.arange(self.num_layers)
         return numbers.reshape(self.shape)

@@ -81,7 +81,7 @@ class ReplicaExchange:
 
 
 def exchange_at(sync: SyncConfig, step: int) -> ReplicaExchange:
-    """What step number `step` (from 1) does."""
+    """Return what step number `step` (from 1) does."""
     if not sync.replicas_differ:
         return ReplicaExchange(applies=step > sync.queued)
 
@@ -99,12 +99,12 @@ def exchange_at(sync: SyncConfig, step: int) -> ReplicaExchange:
 
 
 def couples(sync: SyncConfig, step: int) -> bool:
-    """Whether no replica can finish step number `step` (from 1) before all have begun it."""
+    """Return whether no replica can finish step number `step` (from 1) before all have begun it."""
     return not sync.replicas_differ or bool(exchange_at(sync, step).travels)
 
 
 def make_reduce(sync: SyncConfig) -> Reduce:
-    """How means over replicas travel."""
+    """Return how means over replicas travel."""
     return Reduce(AXIS, sync.compression, sync.compression_block)
 
 
@@ -117,7 +117,7 @@ def _keeps_residual(sync: SyncConfig) -> bool:
 
 
 def state_dims(sync: SyncConfig, dims: PyTree) -> PyTree:
-    """Logical dims of the state that `initial_state` makes, from the dims of the parameters."""
+    """Return the logical dims of the state that `initial_state` makes, from the dims of the parameters."""
 
     def under(*lead: str) -> PyTree:
         return jax.tree.map(lambda own: (*lead, *own), dims, is_leaf=is_dims)
@@ -137,7 +137,7 @@ def state_dims(sync: SyncConfig, dims: PyTree) -> PyTree:
 
 
 def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
-    """What the algorithm keeps, before the first step; all of it float32.
+    """Return what the algorithm keeps, before the first step; all of it float32.
 
     anchor: the last common parameters. momentum: the outer optimizer's. outgoing: distances from the anchor that are set aside.
     queue, queued_targets: gradients that wait, [replicas, delay, ...], and how many targets each is the mean over. residual:
@@ -159,7 +159,7 @@ def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
 
 
 def await_with(late: PyTree, work: PyTree) -> tuple[PyTree, PyTree]:
-    """Both as they are, but not before both are there.
+    """Return both as they are, but not before both are there.
 
     What an exchange brings is wanted when the step's work is done. XLA does not see that: it would fuse the use of `late` with
     other readers of the parameters at the start of the step (their cast to the compute dtype), and wait there.
@@ -217,7 +217,7 @@ class _Part:
     pieces: int = 1
 
     def take(self, tree: PyTree) -> PyTree:
-        """The piece of each leaf as a vector; None for a leaf that has no share in the fragment."""
+        """Return the piece of each leaf as a vector; None for a leaf that has no share in the fragment."""
 
         def leaf(dims: Dims, value: jax.Array) -> jax.Array | None:
             if not self._has_share(dims):
@@ -228,7 +228,7 @@ class _Part:
         return jax.tree.map(leaf, self.dims, tree, is_leaf=is_dims)
 
     def put(self, tree: PyTree, values: PyTree) -> PyTree:
-        """The tree with what `take` would find replaced."""
+        """Return the tree with what `take` would find replaced."""
 
         def leaf(dims: Dims, value: jax.Array, new: jax.Array | None) -> jax.Array:
             if new is None:
@@ -251,7 +251,7 @@ class _Part:
         return size * self.index // self.pieces, size * (self.index + 1) // self.pieces
 
     def _split(self, dims: Dims, value: jax.Array) -> tuple[jax.Array, int]:
-        """A stacked leaf with its layers as [layers of a fragment, fragments], and the axis of the fragments."""
+        """Return a stacked leaf with its layers as [layers of a fragment, fragments], and the axis of the fragments."""
         layer = dims.index("layer")
         return value.reshape(*value.shape[:layer], -1, self.fragments, *value.shape[layer + 1 :]), layer + 1
 
@@ -292,14 +292,14 @@ def exchange_parameters(
 
 
 def _begin(part: _Part, params: PyTree, state: PyTree) -> PyTree:
-    """Sets the distance from the anchor aside."""
+    """Set the distance from the anchor aside."""
     away = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), part.take(state["anchor"]), part.take(params))
     outgoing = state.get("outgoing", jax.tree.map(jnp.zeros_like, state["anchor"]))  # without overlap it lives in one step
     return state | {"outgoing": part.put(vary(outgoing, (AXIS,)), away)}
 
 
 def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, tuple[PyTree, PyTree]]:
-    """Averages a piece of what is set aside over replicas, and takes the outer optimizer's step with it."""
+    """Average a piece of what is set aside over replicas, and take the outer optimizer's step with it."""
     learning_rate, momentum = sync.outer
     residual = part.take(state["residual"]) if "residual" in state else None
     away, old = part.take(state["outgoing"]), part.take(state["anchor"])
@@ -323,7 +323,7 @@ def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tup
 
 
 def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:
-    """Takes the new anchor in: mixing * params + (1 - mixing) * anchor."""
+    """Take the new anchor in: mixing * params + (1 - mixing) * anchor."""
 
     def leaf(own: jax.Array, common: jax.Array) -> jax.Array:
         mixed = mixing * own.astype(jnp.float32) + (1 - mixing) * common if mixing else vary(common, (AXIS,))
@@ -337,7 +337,7 @@ def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:
 
 
 def exchanged_bytes(sync: SyncConfig, exchange: ReplicaExchange, dims: PyTree, shards: PyTree, replicas: int) -> float:
-    """Bytes that one device sends to other replicas in a step, gradients or parameters, counted from the formula of `Reduce`.
+    """Return the bytes of gradients or parameters that one device sends to other replicas per step, by `Reduce`'s formula.
 
     Args:
       shards: how many numbers of each leaf a device holds, or anything with such leaves' shapes.

@@ -32,12 +32,12 @@ Turn = Generator[Any, Any, Result]
 
 
 def alone(part: Turn[Result]) -> Result:
-    """Runs one part with nobody to take turns with."""
+    """Run one part with nobody to take turns with."""
     return _finish(part, None)
 
 
 def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
-    """The part, with every stretch of it under a `jax.named_scope`, which must not be held while the other part runs."""
+    """Yield the part, with every stretch of it under a `jax.named_scope`, which must not be held while the other part runs."""
     value = None
     while True:
         with jax.named_scope(name):
@@ -49,7 +49,7 @@ def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
 
 
 def take_turns(parts: Sequence[Turn[Result]], clock: jax.Array) -> tuple[list[Result], jax.Array]:
-    """Runs one part, or two of the same kind half a block apart; returns their results, and the clock.
+    """Run one part, or two of the same kind half a block apart; returns their results, and the clock.
 
     The clock is a scalar that goes through the barriers at both ends: so the first part of the next call comes in turn with the
     second part of this one. (XLA drops from a barrier what nobody uses behind it: an order needs a value that goes on.)
@@ -72,7 +72,7 @@ def take_turns(parts: Sequence[Turn[Result]], clock: jax.Array) -> tuple[list[Re
 
 
 def _finish(part: Turn[Result], value: Any) -> Result:
-    """Runs the rest of a part."""
+    """Run the rest of a part."""
     while True:
         try:
             value = part.send(value)
@@ -101,7 +101,7 @@ def reduce_behind_next(
 
 @jax.custom_vjp
 def _gradients_together(scalar: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
-    """Both as they are; none of their gradients before all are there."""
+    """Return both as they are; none of their gradients before all are there."""
     return scalar, weights
 
 

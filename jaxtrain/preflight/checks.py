@@ -51,7 +51,7 @@ class Site:
     """What must be undone at the end."""
 
     def name(self, process: int) -> str:
-        """A process in words; a lone one is "this process"."""
+        """Return a process in words; a lone one is "this process"."""
         return f"process {process} on {self.hosts[process]}" if len(self.hosts) > 1 else "this process"
 
 
@@ -67,7 +67,7 @@ class Check:
 
 
 def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | None = None) -> list[Finding]:
-    """Looks, tells, hears, judges. A process that cannot look is a failed check."""
+    """Look, tells, hears, judges. A process that cannot look is a failed check."""
     if heartbeat is not None:
         heartbeat.phase(f"preflight: {check.name}")
     with limited(check.name, patience):
@@ -84,7 +84,7 @@ def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | 
 
 @contextlib.contextmanager
 def limited(what: str, seconds: float) -> Iterator[None]:
-    """Ends this process, saying why, where the block takes longer: what hangs in a collective cannot be broken off."""
+    """End this process, saying why, where the block takes longer: what hangs in a collective cannot be broken off."""
 
     def end() -> None:
         print(
@@ -126,5 +126,5 @@ class Elapsed:
         self._started = time.perf_counter()
 
     def __call__(self) -> float:
-        """Those seconds."""
+        """Return those seconds."""
         return time.perf_counter() - self._started

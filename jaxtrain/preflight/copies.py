@@ -22,7 +22,7 @@ BLOCK = 2**20
 
 
 def snapshot_bytes(site: Site) -> int:
-    """Bytes of one snapshot of this process: every different part of the state that its devices hold."""
+    """Return the bytes of one snapshot of this process: every different part of the state that its devices hold."""
     from jaxtrain.models.decoder import parameter_dims
     from jaxtrain.train.optimizer import make_optimizer
     from jaxtrain.train.state import abstract_state
@@ -37,7 +37,7 @@ def snapshot_bytes(site: Site) -> int:
 
 
 def look_at_snapshots(site: Site) -> dict[str, Any]:
-    """Writes and reads back a file of its own; bytes free, and those that this process's snapshots take at their most."""
+    """Write and read back a file of its own; bytes free, and those that this process's snapshots take at their most."""
     folder = user_path(site.config.checkpoint.fast_dir)
     path, block = folder / f".preflight-{site.token}-{jax.process_index()}", os.urandom(BLOCK)
     try:
@@ -52,7 +52,7 @@ def look_at_snapshots(site: Site) -> dict[str, Any]:
 
 
 def judge_snapshots(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
-    """The processes of a host share its memory. Snapshots that fail stop no run, so these are warnings."""
+    """Return the processes of a host share its memory. Snapshots that fail stop no run, so these are warnings."""
     folder, findings = site.config.checkpoint.fast_dir, []
     for process, facts in enumerate(seen):
         if facts["problem"]:

@@ -11,7 +11,7 @@ from jaxtrain.train.step import batch_sharding
 
 
 def look_at_data(site: Site) -> dict[str, Any]:
-    """Opens it (which checks every token) and reads this process's rows of the first batch."""
+    """Open it (which checks every token) and read this process's rows of the first batch."""
     config, clock = site.config, Elapsed()
     data = open_data(config)
     opened = clock()
@@ -22,7 +22,7 @@ def look_at_data(site: Site) -> dict[str, Any]:
 
 
 def judge_data(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
-    """All must have opened the same data: each would otherwise train on rows of its own order."""
+    """Return all must have opened the same data: each would otherwise train on rows of its own order."""
     common, others = odd_ones([facts["fingerprint"] for facts in seen])
     if others:
         lines = [

@@ -59,7 +59,7 @@ def product_on(device: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def wrong_numbers(device: Any, edge: int) -> str:
-    """How a matmul on this device differs from numpy's; empty where it does not."""
+    """Return how a matmul on this device differs from numpy's; empty where it does not."""
     a, b = integers(edge, 0), integers(edge, 1)
     right = (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
     for dtype in DTYPES:
@@ -96,7 +96,7 @@ def look_at_devices(site: Site) -> list[dict[str, Any]]:
 
 
 def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]:
-    """Names devices that compute wrongly, are of another kind, or are slow."""
+    """Return the names devices that compute wrongly, are of another kind, or are slow."""
     rows = [(process, facts) for process, of in enumerate(seen) for facts in of]
     name = lambda process, facts: f"device {facts['device']} of {site.name(process)}"  # noqa: E731
     findings = [
@@ -121,7 +121,7 @@ def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]
 
 
 def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) -> str:
-    """How a device's results differ from one another, or from what most devices have."""
+    """Return how a device's results differ from one another, or from what most devices have."""
     if len(set(sums)) > 1:
         return f"{len(sums)} runs of the same {IN_A_ROW} matmuls of edge {edge} came to {len(set(sums))} different results"
     most = Counter(facts["sums"][0] for _, facts in rows).most_common(1)[0][0]
@@ -129,7 +129,9 @@ def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) 
 
 
 def look_at_memory(site: Site) -> dict[str, Any]:
-    """Memory of a device of this process (of a CPU: its share of what the host has left), and how many devices there are."""
+    """Return the memory of a device of this process (of a CPU: its share of what the host has left), and how many devices there
+    are.
+    """
     of_host = jax.local_devices()[0].platform == "cpu"
     free = available_bytes() if of_host else None
     held = memory_bytes() if free is None else free // jax.local_device_count()
@@ -155,5 +157,5 @@ def judge_memory(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
 
 
 def checks() -> list[Check]:
-    """Numbers and speed, then memory."""
+    """Return the numbers and speed, then memory."""
     return [Check("matmul", look_at_devices, judge_devices), Check("memory", look_at_memory, judge_memory)]

@@ -25,7 +25,7 @@ def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None)
     site, findings = Site(config), []
 
     def carry(checks: list[Check]) -> bool:
-        """Whether none of them failed."""
+        """Return whether none of them failed."""
         new = []
         for check in checks:
             if any(finding.state == "failed" for finding in new):
@@ -52,14 +52,14 @@ def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None)
 
 
 def where(site: Site) -> str:
-    """The mesh and the processes, in words."""
+    """Return the mesh and the processes, in words."""
     mesh = describe_mesh(site.mesh) if site.mesh is not None else "no mesh"
     processes = f"{len(site.hosts)} processes on {len(set(site.hosts))} host(s)" if len(site.hosts) > 1 else "one process"
     return f"{mesh}, {processes}"
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """One line."""
+    """Return one line."""
     failed = sorted({finding.check for finding in findings if finding.state == "failed"})
     warned = sorted({finding.check for finding in findings if finding.state == "warning"})
     if failed:

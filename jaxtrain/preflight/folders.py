@@ -28,7 +28,7 @@ NEIGHBOURS = 64
 
 
 def folders(config: Config) -> list[Path]:
-    """What a run of this config writes into."""
+    """Return what a run of this config writes into."""
     return [config.directory, *([config.directory / "checkpoints"] if config.checkpoint.every else [])]
 
 
@@ -41,7 +41,7 @@ def _block(token: str, process: int) -> bytes:
 
 
 def look_at_writing(site: Site) -> dict[str, float]:
-    """Writes, flushes to the disk and reads back a file of its own in each folder."""
+    """Write, flushes to the disk and read back a file of its own in each folder."""
     # Before the exchange, which waits for all: no process has made a folder yet, so each that finds one missing removes it,
     # and the last to remove its file succeeds.
     missing = [path for folder in folders(site.config) for path in (folder, *folder.parents) if not path.exists()]
@@ -67,14 +67,14 @@ def look_at_writing(site: Site) -> dict[str, float]:
 
 
 def _forget(made: list[Path]) -> None:
-    """Removes the folders that were made for the probe, the deepest first, as far as nobody has used them since."""
+    """Remove the folders that were made for the probe, the deepest first, as far as nobody has used them since."""
     for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def judge_writing(site: Site, seen: list[dict[str, float]]) -> list[Finding]:
-    """All have written; says how long the slowest took."""
+    """Return all have written; says how long the slowest took."""
     findings = []
     for folder in map(str, folders(site.config)):
         slowest = max(facts[folder] for facts in seen)
@@ -94,7 +94,7 @@ def look_at_sharing(site: Site) -> dict[str, list[int]]:
 
 
 def _can_read(folder: Path, token: str, process: int, until: float) -> bool:
-    """Whether that process's file is there, whole."""
+    """Return whether that process's file is there, whole."""
     while True:
         with contextlib.suppress(OSError):
             if _probe(folder, token, process).read_bytes() == _block(token, process):
@@ -105,7 +105,7 @@ def _can_read(folder: Path, token: str, process: int, until: float) -> bool:
 
 
 def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]:
-    """A folder that is not the same for all would hold a part of each checkpoint on each host."""
+    """Return a folder that is not the same for all would hold a part of each checkpoint on each host."""
     findings = []
     for folder in map(str, folders(site.config)):
         blind = {process: facts[folder] for process, facts in enumerate(seen) if facts[folder]}
@@ -118,7 +118,7 @@ def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]
 
 
 def checkpoint_bytes(site: Site) -> int:
-    """Bytes of the arrays of one checkpoint."""
+    """Return the bytes of the arrays of one checkpoint."""
     from jaxtrain.models.decoder import parameter_dims
     from jaxtrain.train.optimizer import make_optimizer
 
@@ -129,8 +129,9 @@ def checkpoint_bytes(site: Site) -> int:
 
 
 def checkpoints_to_come(config: Config, present: int) -> int:
-    """How many more checkpoints than now the folder will hold at its fullest: `keep`, one that is being written, and the
-    multiples of `keep_every`."""
+    """Return how many more checkpoints than now the folder will hold at its fullest: `keep`, one that is being written, and the
+    multiples of `keep_every`.
+    """
     checkpoint, steps = config.checkpoint, config.train.steps
     written = -(-steps // checkpoint.every)
     for_good = steps // checkpoint.keep_every if checkpoint.keep_every else 0

@@ -39,7 +39,7 @@ def look_at_software(site: Site) -> dict[str, str]:
 
 
 def judge_software(site: Site, seen: list[dict[str, str]]) -> list[Finding]:
-    """Names who has other versions than most. From here on the site knows its hosts."""
+    """Return the names who has other versions than most. From here on the site knows its hosts."""
     site.hosts = [facts["host"] for facts in seen]
     findings = []
     for name in seen[0]:
@@ -67,7 +67,7 @@ def look_at_config(site: Site) -> list[str]:
 
 
 def judge_config(site: Site, seen: list[list[str]]) -> list[Finding]:
-    """Every difference is a failure: the processes would not train the same model, or wait for one another for ever."""
+    """Return every difference is a failure: the processes would not train the same model, or wait for one another for ever."""
     problems, count = seen[0], len(seen)
     words = "one process" if count == 1 else f"the same in all {count} processes"
     return [Finding("config", "failed", problem) for problem in problems] or [Finding("config", "ok", words)]

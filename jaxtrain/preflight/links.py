@@ -28,13 +28,13 @@ _SPEC = PartitionSpec(("other", "group"))
 
 
 def groups_of(mesh: Mesh, axis: str) -> Mesh:
-    """The same devices as ("other", "group"): the groups that talk along an axis, in the axis' order."""
+    """Return the same devices as ("other", "group"): the groups that talk along an axis, in the axis' order."""
     table = np.moveaxis(mesh.devices, MESH_AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
     return Mesh(table, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
 
 
 def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """The collectives of the model code over "group", on a device's [n] numbers."""
+    """Return the collectives of the model code over "group", on a device's [n] numbers."""
     ring = [(i, (i + 1) % size) for i in range(size)]
     return {
         "all-gather": lambda x: lax.all_gather(x, "group", tiled=True),
@@ -46,12 +46,14 @@ def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
 
 
 def numbers(place: int, count: int) -> np.ndarray:
-    """What the device at a place of the groups gives, [count] float32: whole numbers below 251, so that sums are exact."""
+    """Return what the device at a place of the groups gives, [count] float32: whole numbers below 251, so that sums are
+    exact.
+    """
     return ((np.arange(count) + 31 * place) % PRIME).astype(np.float32)
 
 
 def expected(kind: str, size: int, place: int, count: int) -> np.ndarray:
-    """What the device at a place gets, by numpy."""
+    """Return what the device at a place gets, by numpy."""
     group, rank = divmod(place, size)
     x = np.stack([numbers(group * size + member, count) for member in range(size)])
     return {
@@ -99,7 +101,7 @@ def run_collective(mesh: Mesh, kind: str, held: int) -> tuple[float, dict[str, s
 
 
 def look_along(axis: str, site: Site) -> dict[str, dict[str, Any]]:
-    """Every collective along an axis: what a device sends, how long it takes, and what is wrong."""
+    """Return every collective along an axis: what a device sends, how long it takes, and what is wrong."""
     mesh, rows = groups_of(site.mesh, axis), {}
     size = mesh.shape["group"]
     message = MESSAGE.get(mesh.devices.flat[0].platform, MESSAGE_ELSEWHERE) // 4
@@ -112,7 +114,7 @@ def look_along(axis: str, site: Site) -> dict[str, dict[str, Any]]:
 
 
 def judge_along(axis: str, site: Site, seen: list[dict[str, dict[str, Any]]]) -> list[Finding]:
-    """Names the devices that got wrong numbers; bandwidth is that of the slowest process."""
+    """Return the names the devices that got wrong numbers; bandwidth is that of the slowest process."""
     check, findings, bandwidths = f"axis {axis}", [], {}
     for kind in seen[0]:
         for process, facts in enumerate(seen):
@@ -150,7 +152,7 @@ def _link(site: Site, axis: str) -> tuple[float | None, str]:
 
 
 def checks(site: Site) -> list[Check]:
-    """One for each axis of the mesh with more than one device."""
+    """Return one for each axis of the mesh with more than one device."""
     return [
         Check(f"axis {axis}", functools.partial(look_along, axis), functools.partial(judge_along, axis))
         for axis in MESH_AXES

@@ -112,7 +112,7 @@ class CollectiveRow:
 
 
 def wire_factor(kind: str, size: int) -> float:
-    """Bytes that a device sends in a ring of `size` devices, over the payload (formulas above)."""
+    """Return the bytes that a device sends in a ring of `size` devices, over the payload (formulas above)."""
     if kind in ("collective-permute", "collective-broadcast"):
         return 1.0
     return (2.0 if kind == "all-reduce" else 1.0) * (size - 1) / size
@@ -124,7 +124,7 @@ def read_collectives(
     chip: Chip | None = None,
     flops_per_second: float | None = None,
 ) -> list[Transfer]:
-    """Every transfer between devices in one run of a compiled program (module docstring).
+    """Return every transfer between devices in one run of a compiled program (module docstring).
 
     Args:
       text: of `compiled.as_text()`.
@@ -143,7 +143,7 @@ def read_collectives(
 
 
 def instruction_seconds(text: str, layout: MeshOrder, chip: Chip | None = None) -> dict[str, float]:
-    """What each instruction takes, by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others `SHORTEST`.
+    """Return what each instruction takes, by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others `SHORTEST`.
 
     Of what stands for many (loops, calls, conditionals) the parts are listed, not the whole. Arguments and errors are those of
     `read_collectives`.
@@ -196,7 +196,7 @@ class _Flight:
     exposed: float = 0.0
 
     def shift(self, seconds: float, flops: float) -> None:
-        """Moves it to a later time."""
+        """Move it to a later time."""
         self.begin, self.end, self.flops_at_start = self.begin + seconds, self.end + seconds, self.flops_at_start + flops
 
 
@@ -222,7 +222,7 @@ class _Replay:
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def run(self, computation: Computation, arguments: list[_Value], weight: float) -> _Value:
-        """Runs a computation once, counting everything in it `weight` times; returns its root's value."""
+        """Run a computation once, counting everything in it `weight` times; returns its root's value."""
         values: dict[str, _Value] = {}
         for instruction in computation.instructions:
             value = self._step(computation, instruction, values, arguments, weight)
@@ -266,7 +266,9 @@ class _Replay:
         return None
 
     def _loop(self, computation: Computation, loop: Instruction, value: _Value, weight: float) -> _Value:
-        """The first iteration, a middle one that counts often, and the last: transfers may begin in one and end in the next."""
+        """Return the first iteration, a middle one that counts often, and the last: transfers may begin in one and end in the
+        next.
+        """
         trips, body = self.program.trip_count(computation, loop), self.program.computations[loop.body]
         middle = max(0, trips - 2)
         for times in (min(trips, 1), middle, min(max(0, trips - 1), 1)):
@@ -294,17 +296,17 @@ class _Replay:
         return self.costs[name]
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
-        """What an instruction takes: its matmuls, and where it is or begins transfers, those."""
+        """Return what an instruction takes: its matmuls, and where it is or begins transfers, those."""
         transfers = [t for inside, i in self._collectives(computation, instruction) for t in self._transfers(inside, i)]
         return sum(map(self._on_wire, transfers)) + self.program.instruction_flops(computation, instruction) / self.peak
 
     def _on_wire(self, transfer: Transfer) -> float:
-        """Seconds of one call."""
+        """Return the seconds of one call."""
         sent = transfer.payload_once * wire_factor(transfer.kind, transfer.group.size)
         return sent / bandwidth(transfer.group, self.chip)
 
     def _moves_bytes(self, name: str) -> bool:
-        """Whether a computation, or one that it calls, holds a collective."""
+        """Return whether a computation, or one that it calls, holds a collective."""
         if name not in self.moves:
             self.moves[name] = False
             for i in self.program.computations[name].instructions:
@@ -315,7 +317,7 @@ class _Replay:
         return self.moves[name]
 
     def _collectives(self, computation: Computation, instruction: Instruction) -> list[tuple[Computation, Instruction]]:
-        """The collectives that an instruction is, or that lie in the fusion or asynchronous wrapper that it is."""
+        """Return the collectives that an instruction is, or that lie in the fusion or asynchronous wrapper that it is."""
         if instruction.op.removesuffix("-start") in KINDS:
             return [(computation, instruction)]
         if instruction.op not in ("fusion", "async-start") or not instruction.called:
@@ -326,7 +328,7 @@ class _Replay:
         return [found for i in inside.instructions for found in self._collectives(inside, i)]
 
     def _start(self, outer: Instruction, collectives: list[tuple[Computation, Instruction]], weight: float) -> _Flight | None:
-        """A transfer begins, behind those on the same kind of link; without a -start it is waited for at once."""
+        """Return a transfer begins, behind those on the same kind of link; without a -start it is waited for at once."""
         transfers = [t for computation, i in collectives for t in self._transfers(computation, i)]
         if not transfers:
             return None
@@ -359,7 +361,7 @@ class _Replay:
         self.under_way = [other for other in self.under_way if not other.waited]
 
     def _transfers(self, computation: Computation, instruction: Instruction) -> list[Transfer]:
-        """One entry for each dtype of a collective; none if it moves nothing off the device."""
+        """Return one entry for each dtype of a collective; none if it moves nothing off the device."""
         kind, group = instruction.op.removesuffix("-start"), self._group(instruction)
         if not group.axes:
             return []
@@ -388,7 +390,9 @@ def bandwidth(group: Group, chip: Chip) -> float:
 
 
 def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -> dict[str, int]:
-    """Bytes of the operands, by dtype. Of a ragged all-to-all, whose buffers are for the worst case, what fits both of them."""
+    """Return the bytes of the operands, by dtype. Of a ragged all-to-all, whose buffers are for the worst case, what fits both
+    of them.
+    """
     arrays: list[Array] = []
     for name in instruction.operands[: 2 if kind == "ragged-all-to-all" else None]:
         source = computation.by_name.get(name)

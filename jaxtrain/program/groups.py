@@ -36,7 +36,7 @@ class MeshOrder:
 
 
 def layout_of(mesh: Any) -> MeshOrder:
-    """The layout of a `jax.sharding.Mesh`."""
+    """Return the layout of a `jax.sharding.Mesh`."""
     hosts = tuple(int(device.process_index) for device in mesh.devices.flat)
     return MeshOrder(tuple(mesh.axis_names), tuple(int(n) for n in mesh.devices.shape), hosts)
 
@@ -88,7 +88,7 @@ def _groups_by_mesh(match: re.Match[str], count: int) -> np.ndarray:
 
 
 def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
-    """The groups of a collective, each a row of device ids, from any of the three forms that XLA writes.
+    """Return the groups of a collective, each a row of device ids, from any of the three forms that XLA writes.
 
     `{{0,1},{2,3}}`; `[4,2]<=[2,4]T(1,0)`; `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`. `{}` is all devices.
 
@@ -107,7 +107,7 @@ def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
 
 
 def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: MeshOrder) -> Group:
-    """Where groups (or the pairs of a permute) lie in the mesh.
+    """Return where groups (or the pairs of a permute) lie in the mesh.
 
     Raises:
       ProgramError: a group of no device, or of one that the mesh does not have.
@@ -127,7 +127,7 @@ def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: MeshOrder) -> G
 
 
 def group_of(attributes: str, layout: MeshOrder) -> Group:
-    """The group of a collective from its attributes: replica groups, or the source-target pairs of a permute."""
+    """Return the group of a collective from its attributes: replica groups, or the source-target pairs of a permute."""
     pairs = _PAIRS.search(attributes)
     if pairs:
         ids = _numbers(pairs.group(1))

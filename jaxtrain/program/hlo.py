@@ -110,12 +110,12 @@ class Computation:
         return next((i for i in reversed(self.instructions) if i.is_root), self.instructions[-1])
 
     def operand(self, instruction: Instruction, number: int) -> Instruction | None:
-        """The instruction that makes an operand, if the text holds it."""
+        """Return the instruction that makes an operand, if the text holds it."""
         return self.by_name.get(instruction.operands[number]) if number < len(instruction.operands) else None
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
-    """All array types in a type's text, in order."""
+    """Return all array types in a type's text, in order."""
     return tuple(Array(dtype, _dims(dims)) for dtype, dims in _ARRAY.findall(text))
 
 
@@ -172,7 +172,7 @@ class Program:
     def instruction_flops(
         self, computation: Computation, instruction: Instruction, total: Callable[[str], float] | None = None
     ) -> float:
-        """Matmul FLOPs of one instruction with all that it calls, loop trip counts multiplied in."""
+        """Return the matmul FLOPs of one instruction with all that it calls, loop trip counts multiplied in."""
         total = total or self.flops.__getitem__
         if instruction.op == "while":
             return self.trip_count(computation, instruction) * total(instruction.body)
@@ -182,7 +182,7 @@ class Program:
         return own + sum(total(name) for name in instruction.called if name in self.computations)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """How often a loop runs: as XLA wrote it down, or counted by running the loop's counter.
+        """Return how often a loop runs: as XLA wrote it down, or counted by running the loop's counter.
 
         XLA forgets the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
 
@@ -200,7 +200,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program of `compiled.as_text()`.
+    """Return the program of `compiled.as_text()`.
 
     Raises:
       ProgramError: the text holds no entry computation, or an instruction has no end.
@@ -231,7 +231,7 @@ def _parse(text: str) -> Program:
 
 
 def matmul_flops(text: str) -> float:
-    """FLOPs of all matmuls that one device executes in one run of the compiled program.
+    """Return the FLOPs of all matmuls that one device executes in one run of the compiled program.
 
     Counted are dots and ragged dots (wherever they stand, in fusions too), cuBLAS calls, cuDNN's fused attention, and our own
     kernels of grouped matmuls on the rows that they are expected to multiply (`ops.grouped_matmul`: data decide, empty tiles
@@ -339,7 +339,7 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 
 
 def _scalar(program: Program, computation: Computation, name: str, element: Callable[[int], int], inside: bool = False) -> int:
-    """The value of an integer scalar.
+    """Return the value of an integer scalar.
 
     Args:
       element: value of an element of the computation's tuple parameter, or of a parameter where `inside` a fusion.
@@ -378,7 +378,7 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
 
 
 def _count_trips(program: Program, computation: Computation, loop: Instruction) -> int:
-    """Runs the scalars that the loop's condition reads, and nothing else."""
+    """Run the scalars that the loop's condition reads, and nothing else."""
     start = computation.by_name.get(loop.operands[0])
     if start is None or start.op != "tuple":
         raise _Unknown(f"{loop.operands[0]} is no tuple here")

@@ -32,7 +32,9 @@ OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 
 
 def needs_costs(config: Config, mesh: Mesh) -> bool:
-    """Whether XLA would schedule this train step by guesses: dropless experts on several GPUs, of a chip that is known."""
+    """Return whether XLA would schedule this train step by guesses: dropless experts on several GPUs, of a chip that is
+    known.
+    """
     moe, device = config.model.moe, mesh.devices.flat[0]
     if moe is None or moe.dispatch != "dropless" or config.mesh.expert == 1 or device.platform not in ("gpu", "cuda"):
         return False
@@ -41,13 +43,13 @@ def needs_costs(config: Config, mesh: Mesh) -> bool:
 
 
 def costs_option(compiled: Any, mesh: Mesh) -> dict[str, str]:
-    """The XLA option that schedules the program anew by what its instructions take; writes the profile it names."""
+    """Return the XLA option that schedules the program anew by what its instructions take; writes the profile it names."""
     chip = chip_of_device_kind(mesh.devices.flat[0].device_kind)
     return {OPTION: str(write_profile(instruction_seconds(compiled.as_text(), layout_of(mesh), chip)))}
 
 
 def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
-    """Writes a ProfiledInstructionsProto as text, and returns where.
+    """Write a ProfiledInstructionsProto as text, and return where.
 
     The name says what is inside: the persistent compilation cache knows a program by its options, and all processes of a host
     may write at once. Not in a folder that others can write: they could lay a link there.

@@ -44,7 +44,7 @@ class StepWork:
 
     @classmethod
     def of(cls, config: Config, num_devices: int, chip: Chip) -> StepWork:
-        """The work of one step of `config` over `num_devices` chips."""
+        """Return the work of one step of `config` over `num_devices` chips."""
         length = config.data.sequence_length
         return cls(
             tokens_per_step=config.train.global_batch_size * length,
@@ -55,7 +55,7 @@ class StepWork:
         )
 
     def throughput(self, tokens_per_second: float) -> Row:
-        """The row's throughput: tokens/s over all devices; TFLOP/s per device and MFU in both attention conventions."""
+        """Return the row's throughput: tokens/s over all devices; TFLOP/s per device and MFU in both attention conventions."""
         per_device = tokens_per_second / self.num_devices
         full, causal = per_device * self.flops_per_token_full, per_device * self.flops_per_token_causal
         return {
@@ -108,7 +108,9 @@ class StepClock:
             self._window_data_wait += self._now() - before
 
     def timed_as_waiting(self, function: Callable[..., T]) -> Callable[..., T]:
-        """The function that dispatches a step, or waits for its results; what is left of a step is the host's own work."""
+        """Return the function that dispatches a step, or waits for its results; what is left of a step is the host's own
+        work.
+        """
 
         def timed(*arguments: Any) -> T:
             before = self._now()
@@ -135,7 +137,7 @@ class StepClock:
         self._last, self._pause, self._step = now, 0.0, step
 
     def window(self) -> Row:
-        """The row's timings since the last call, and starts a new window.
+        """Return the row's timings since the last call, and starts a new window.
 
         step_seconds is the median step, step_seconds_mean the mean one; data_wait_seconds and device_wait_seconds are mean
         waits a step. Throughput (see `StepWork`) is over the whole window, waits included, pauses excluded. eta_seconds goes by
@@ -159,11 +161,13 @@ class StepClock:
         return row
 
     def elapsed_seconds(self) -> float:
-        """Seconds of training since `start`, and before the run was resumed."""
+        """Return the seconds of training since `start`, and before the run was resumed."""
         return self._elapsed_before + self._now() - self._started
 
     def eta_seconds(self) -> float | None:
-        """Seconds left: the steps left times the mean seconds a step of this process, everything included. None at first."""
+        """Return the seconds left: the steps left times the mean seconds a step of this process, everything included. None at
+        first.
+        """
         done = self._step - self._start_step
         if done <= 0:
             return None
@@ -171,7 +175,7 @@ class StepClock:
 
 
 def memory_row(devices: Sequence[Any] | None = None) -> Row:
-    """Peak memory in bytes: `device_memory_bytes`, the most that any of the jax `devices` (by default all local
+    """Return the peak memory in bytes: `device_memory_bytes`, the most that any of the jax `devices` (by default all local
     ones) has had in use so far.
 
     Where the device keeps no such record (CPU) that is None, and `host_memory_bytes` is the peak resident memory of this
@@ -185,6 +189,6 @@ def memory_row(devices: Sequence[Any] | None = None) -> Row:
 
 
 def host_memory_peak() -> int:
-    """Peak resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -85,7 +85,7 @@ class NvmlMeter:
         self.description = f"NVML, {how} of {self.devices} GPU{'s' if self.devices > 1 else ''}"
 
     def joules(self) -> float:
-        """Joules of all GPUs since the meter was opened."""
+        """Return the joules of all GPUs since the meter was opened."""
         try:
             value, now = self._read(), self._now()
         except self._nvml.NVMLError as error:
@@ -97,7 +97,7 @@ class NvmlMeter:
         return self._sum
 
     def _read(self) -> float:
-        """Joules, or watts without counters; NVML speaks in thousandths."""
+        """Return the joules, or watts without counters; NVML speaks in thousandths."""
         read = self._nvml.nvmlDeviceGetTotalEnergyConsumption if self._counts else self._nvml.nvmlDeviceGetPowerUsage
         return sum(read(handle) for handle in self._handles) / 1000
 
@@ -144,7 +144,7 @@ class RaplMeter:
         self.description = f"RAPL, {packages} CPU package{'s' if packages > 1 else ''} with all that runs on this host"
 
     def joules(self) -> float:
-        """Joules of all packages since the meter was opened."""
+        """Return the joules of all packages since the meter was opened."""
         try:
             for zone, before in self._last.items():
                 now = _microjoules(zone)
@@ -237,7 +237,7 @@ class EnergyLog:
         self._zero = self._row_joules = self._joules()
 
     def poll(self) -> None:
-        """Reads the meter if that was not done for a while. Costs a microsecond otherwise."""
+        """Read the meter if that was not done for a while. Costs a microsecond otherwise."""
         if self._meter is not None and self._now() - self._polled > POLL_SECONDS:
             self._joules()
 

@@ -96,7 +96,7 @@ def _attention_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def num_parameters(model: ModelConfig) -> ParameterCount:
-    """Parameters of the decoder (formulas above)."""
+    """Return the parameters of the decoder (formulas above)."""
     width, moe, dense_layers = model.embed_dim, model.moe, model.num_layers
     attention, attention_norms = _attention_parameters(model)
     projections = idle = biases = 0
@@ -118,7 +118,7 @@ def num_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
-    """FLOPs of QK^T and PV a token, forward and backward, all layers (formula above)."""
+    """Return the FLOPs of QK^T and PV a token, forward and backward, all layers (formula above)."""
     latent, length = model.latent_attention, sequence_length
     widths = model.head_dim + latent.rope_dim + latent.value_dim if latent else 2 * model.head_dim
     window = min(model.sliding_window or length, length)
@@ -128,15 +128,17 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int, conventi
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
-    """Model FLOPs of a training step a token: 6 P_matmul + attention (formulas above)."""
+    """Return the model FLOPs of a training step a token: 6 P_matmul + attention (formulas above)."""
     return 6 * num_parameters(model).matmul + attention_flops_per_token(model, sequence_length, convention)
 
 
 def model_flops_per_step(model: ModelConfig, sequence_length: int, global_batch_size: int, convention: Convention) -> int:
-    """Model FLOPs of a whole training step over all devices: tokens in the global batch times FLOPs a token."""
+    """Return the model FLOPs of a whole training step over all devices: tokens in the global batch times FLOPs a token."""
     return global_batch_size * sequence_length * model_flops_per_token(model, sequence_length, convention)
 
 
 def mfu(flops_per_second_per_device: float, peak_flops: float | None) -> float | None:
-    """Model FLOPs utilisation: the share of the chip's peak FLOP/s that went into model FLOPs. None if the peak is unknown."""
+    """Return the model FLOPs utilisation: the share of the chip's peak FLOP/s that went into model FLOPs. None if the peak is
+    unknown.
+    """
     return None if peak_flops is None else flops_per_second_per_device / peak_flops

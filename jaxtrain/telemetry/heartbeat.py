@@ -85,7 +85,7 @@ class Heartbeat:
 
 
 def read_heartbeat(path: Path) -> Doing:
-    """What the process of that file last said; a fresh `Doing` where it has not begun to."""
+    """Return what the process of that file last said; a fresh `Doing` where it has not begun to."""
     try:
         dispatched, done, ticks, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 3)
         return Doing(int(dispatched), int(done), phase.strip(), int(ticks))
@@ -103,13 +103,14 @@ def open_stacks(heartbeat: Path) -> IO[str]:
 
 
 def stacks_beside(path: Path) -> Path:
-    """Where a process with that heartbeat writes its stacks."""
+    """Return where a process with that heartbeat writes its stacks."""
     return path.with_suffix(".stacks")
 
 
 def innermost(stacks: Path) -> str:
-    """Where the main thread of a process is, by the stacks that it wrote: "train/loop.py:75 in _read", the innermost call of
-    this package, or of whatever runs where there is none. Empty where nothing was written (a frozen process cannot)."""
+    """Return where the main thread of a process is, by the stacks that it wrote: "train/loop.py:75 in _read", the innermost
+    call of this package, or of whatever runs where there is none. Empty where nothing was written (a frozen process cannot).
+    """
     try:
         threads = stacks.read_text(encoding="utf-8", errors="replace").split("\n\n")
     except OSError:

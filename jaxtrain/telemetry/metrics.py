@@ -29,7 +29,7 @@ class Writer(Protocol):
         """Records a row; `row["step"]` is its step."""
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Write what is still held back."""
 
 
 class MetricsLog:
@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_json_line(row: Mapping[str, Any]) -> str:
-    """The row as one line of valid JSON: numbers that are not finite become null and are named in `not_finite`."""
+    """Return the row as one line of valid JSON: numbers that are not finite become null and are named in `not_finite`."""
     not_finite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     if not_finite:
         row = {**row, **dict.fromkeys(not_finite), "not_finite": not_finite}
@@ -103,7 +103,9 @@ def to_json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl. A line that a killed process left unfinished is passed over; no file gives no rows."""
+    """Return all rows of a metrics.jsonl. A line that a killed process left unfinished is passed over; no file gives no
+    rows.
+    """
     if not Path(path).exists():
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -197,7 +199,7 @@ class WandbWriter:
 
 
 def check_wandb(project: str) -> None:
-    """Sees that Weights & Biases can be started, before anything that takes long; nothing is asked for an empty project.
+    """See that Weights & Biases can be started, before anything that takes long; nothing is asked for an empty project.
 
     Raises:
       ExplainedError: the package or its key is missing.
@@ -218,7 +220,7 @@ def check_wandb(project: str) -> None:
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb.init will find a key, or need none; without one it would stop and ask on the terminal."""
+    """Return whether wandb.init will find a key, or need none; without one it would stop and ask on the terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     import netrc

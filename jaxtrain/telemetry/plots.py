@@ -111,7 +111,7 @@ def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: s
 
 
 def literal(text: str) -> str:
-    """Returns user text as matplotlib draws it, to be passed to matplotlib: a dollar begins no formula there."""
+    """Return user text as matplotlib draws it, to be passed to matplotlib: a dollar begins no formula there."""
     return printable(text).replace("$", r"\$")
 
 

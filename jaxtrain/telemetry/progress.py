@@ -87,7 +87,8 @@ class Progress:
 
 
 def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0, stream: IO[str] | None = None) -> Progress:
-    """The form that fits: live if `stream` (standard output) is a UTF-8 terminal that can move its cursor, else plain lines.
+    """Return the form that fits: live if `stream` (standard output) is a UTF-8 terminal that can move its cursor, else plain
+    lines.
 
     Processes other than 0 show nothing.
     """
@@ -174,17 +175,17 @@ class LiveProgress(Progress):
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:
-    """Whether this is a validation row."""
+    """Return whether this is a validation row."""
     return "validation_loss" in row
 
 
 def describe(row: Mapping[str, Any], total_steps: int) -> str:
-    """The row as one greppable line: "step 100/1000 | loss 2.345 | ..."."""
+    """Return the row as one greppable line: "step 100/1000 | loss 2.345 | ..."."""
     return " | ".join([f"step {row['step']}/{total_steps}", *figures_of(row)])
 
 
 def figures_of(row: Mapping[str, Any]) -> list[str]:
-    """The row's figures in words, most important first; what is missing or unknown (None) is left out."""
+    """Return the row's figures in words, most important first; what is missing or unknown (None) is left out."""
     parts: list[str] = []
 
     def add(key: str, words: str, scale: float = 1.0) -> None:
@@ -215,7 +216,9 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def fill(parts: list[str], width: int) -> list[str]:
-    """The parts joined by " · " into as few lines of at most `width` columns as hold them in order, none of them broken."""
+    """Return the parts joined by " · " into as few lines of at most `width` columns as hold them in order, none of them
+    broken.
+    """
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]} · {part}" if lines else part
@@ -224,7 +227,7 @@ def fill(parts: list[str], width: int) -> list[str]:
 
 
 def readable_seconds(seconds: float | None) -> str:
-    """A duration in its two largest units: "3m 20s", "2h 05m", "3d 04h"; "?" for None."""
+    """Return a duration in its two largest units: "3m 20s", "2h 05m", "3d 04h"; "?" for None."""
     if seconds is None:
         return UNKNOWN
     whole = round(seconds)

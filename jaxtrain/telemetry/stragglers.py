@@ -48,7 +48,7 @@ class Figures:
 
 
 def crossing_axes(mesh: Mesh, process: int) -> list[str]:
-    """The axes along which devices of a process talk with those of others."""
+    """Return the axes along which devices of a process talk with those of others."""
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     held = owners == process
     return [
@@ -98,7 +98,7 @@ class Stragglers:
         self._named: int | None = None
 
     def row(self, step: int, timings: Mapping[str, Any]) -> dict[str, float | int | str | None]:
-        """What a logged row says of the processes' paces; nothing where there is one only.
+        """Return what a logged row says of the processes' paces; nothing where there is one only.
 
         `own_seconds_median` and `own_seconds_max` are over the processes; `straggler_process` is the one the others wait for,
         `straggler_seconds` how long, a step; both None where nobody is.

@@ -110,7 +110,7 @@ class BadSteps(Hook):
 
 
 def check_budget(config: Config, step: int, used: int, reason: str) -> None:
-    """Sees whether so many skips and rollbacks are within guard.budget.
+    """See whether so many skips and rollbacks are within guard.budget.
 
     Raises:
       NumbersError: they are not.
@@ -132,7 +132,7 @@ def kind_of(values: dict[str, float]) -> int:
 
 
 def describe(guard: GuardConfig, values: dict[str, float]) -> str:
-    """What is wrong with a bad step, in a few words."""
+    """Return what is wrong with a bad step, in a few words."""
     kind = kind_of(values)
     if kind == NOT_FINITE:
         names = [f"{words} is {values[name]:.4g}" for name, words in (("loss", "its loss"), ("grad_norm", "its gradient norm"))]
@@ -145,7 +145,7 @@ def describe(guard: GuardConfig, values: dict[str, float]) -> str:
 
 
 def batch_row(config: Config, batch: int) -> tuple[dict[str, int], str]:
-    """Which samples of the data's order a batch is made of, for the log and in words."""
+    """Return which samples of the data's order a batch is made of, for the log and in words."""
     size = config.train.global_batch_size
     first, last = batch * size, (batch + 1) * size - 1
     return {"batch": batch, "first_sample": first, "last_sample": last}, f"batch {batch}, samples {first} to {last}"

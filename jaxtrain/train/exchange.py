@@ -30,12 +30,12 @@ def own(dims_tree: PyTree, tree: PyTree) -> PyTree:
 
 
 def for_each(dims_tree: PyTree, tree: PyTree) -> PyTree:
-    """The reverse of `own`."""
+    """Return the reverse of `own`."""
     return jax.tree.map(lambda dims, leaf: leaf[None] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
 
 
 def under(lead: Dims, dims_tree: PyTree) -> PyTree:
-    """The dims of a tree whose leaves have leading dims more."""
+    """Return the dims of a tree whose leaves have leading dims more."""
     return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
 
 
@@ -85,7 +85,7 @@ def make_parameter_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchang
 
 
 def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.Array:
-    """The root of the one sum of squares over the other, each over all leaves and all devices of this replica."""
+    """Return the root of the one sum of squares over the other, each over all leaves and all devices of this replica."""
 
     def whole(dims: Dims, square: jax.Array | None) -> Any:
         axes = tuple(axis for axis in map(RULES.get, dims) if isinstance(axis, str))
@@ -98,7 +98,9 @@ def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.
 
 
 def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> float | None:
-    """Bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone replica."""
+    """Return the bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone
+    replica.
+    """
     replicas = config.mesh.replica
     if replicas == 1:
         return None
@@ -112,7 +114,9 @@ def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> fl
 
 
 def describe_exchange(config: Config, mesh: Mesh) -> str:
-    """One line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone replica."""
+    """Return one line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone
+    replica.
+    """
     if config.mesh.replica == 1:
         return ""
     period = range(config.sync.every, 2 * config.sync.every)  # beyond the first steps of `delayed` too

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 
 def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
-    """The smallest range of global rows that covers what this process's devices hold of a [B, L] batch."""
+    """Return the smallest range of global rows that covers what this process's devices hold of a [B, L] batch."""
     indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
     bounds = [rows.indices(shape[0])[:2] for rows, _ in indices]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))

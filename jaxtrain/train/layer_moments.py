@@ -157,7 +157,7 @@ def _of_moments(one: LayerMoments, other: LayerMoments, index: int) -> Differenc
 
 
 def _of_gradients(what: str, one: LayerMoments, other: LayerMoments, names: dict[str, int | None]) -> Difference:
-    """The array whose gradients are farthest apart, of those named, in the layer given."""
+    """Return the array whose gradients are farthest apart, of those named, in the layer given."""
     worst = Difference(what, -1.0)
     for name, layer in names.items():
         (s, q), (t, r) = (

@@ -93,7 +93,7 @@ class Watched:
 
 
 def _bind(eqn: Any, given: tuple[Any, ...]) -> list[Any]:
-    """The operation again, on other values."""
+    """Return the operation again, on other values."""
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -115,7 +115,7 @@ def _is_finite(x: Any) -> jax.Array:
 
 
 def _all(flags: Any) -> jax.Array:
-    """Whether all hold."""
+    """Return whether all hold."""
     return jnp.all(jnp.stack(vary(list(flags)))) if flags else jnp.bool_(True)
 
 
@@ -181,7 +181,7 @@ class NanProbe:
         self._count = jax.jit(self._wrong_numbers, in_shardings=(named(mesh, self._dims),), out_shardings=replicated(mesh))
 
     def __call__(self, params: PyTree, batch: PyTree) -> str:
-        """What was first: parameters, or microbatch, layer and operation, or gradients."""
+        """Return what was first: parameters, or microbatch, layer and operation, or gradients."""
         bad = self._names(jax.tree.map(np.asarray, self._count(params)))
         if bad:
             return f"parameters are not finite before the step: {_some(bad)}"
@@ -221,7 +221,7 @@ class NanProbe:
         return step
 
     def _wrong_numbers(self, tree: PyTree) -> PyTree:
-        """How many numbers of each leaf are not finite; of a stacked leaf in each layer, [layers]."""
+        """Return how many numbers of each leaf are not finite; of a stacked leaf in each layer, [layers]."""
 
         def leaf(dims: Dims, value: jax.Array) -> jax.Array:
             wrong = ~jnp.isfinite(value)
@@ -232,7 +232,7 @@ class NanProbe:
         return jax.tree.map(leaf, self._dims, tree, is_leaf=is_dims)
 
     def _origin(self, model: WatchedDecoder, found: PyTree) -> str:
-        """Words on the first operation of the forward pass; empty where it is finite."""
+        """Return the words on the first operation of the forward pass; empty where it is finite."""
         first = self._config.model.first_dense_layers
         for layer, origins in enumerate(found["layers"]):
             places = np.flatnonzero(origins)
@@ -244,7 +244,7 @@ class NanProbe:
         return f"the loss, {model.labels['loss'][places[0]]}, gave numbers that are not finite" if places.size else ""
 
     def _gradients(self, counts: PyTree) -> str:
-        """Words on the gradients that the backward pass comes to first; empty where all are finite."""
+        """Return the words on the gradients that the backward pass comes to first; empty where all are finite."""
         head = self._names({"outer": {n: c for n, c in counts["outer"].items() if n in ("head", "norm")}})
         layers = np.stack([np.asarray(leaf) for leaf in jax.tree.leaves(counts["layers"])]).any(0)
         if head:
@@ -260,7 +260,7 @@ class NanProbe:
         return f"the forward pass is finite, and gradients are not: {_some(rest)}" if rest else ""
 
     def _names(self, counts: PyTree) -> list[str]:
-        """The arrays with numbers that are not finite, and their layers."""
+        """Return the arrays with numbers that are not finite, and their layers."""
         names = []
         for path, count in jax.tree_util.tree_flatten_with_path(counts)[0]:
             name = "/".join(str(entry.key) for entry in path)

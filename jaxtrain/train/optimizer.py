@@ -57,11 +57,11 @@ class LeafAxes:
 
 
 def leaf_axes(dims: Dims) -> LeafAxes:
-    """Reads a leaf's logical dims.
+    """Read a leaf's logical dims.
 
-    After the leading stacking dims, "head_dim" belongs to the heads before it; of what is left the last group is the output
-    and all before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is
-    [(H N), D], ("heads", "head_dim") and ("norm",) are vectors.
+    After the leading stacking dims, "head_dim" belongs to the heads before it; of what is left the last group is the output and
+    all before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is [(H N),
+    D], ("heads", "head_dim") and ("norm",) are vectors.
     """
     first = next((i for i, name in enumerate(dims) if name not in BATCH_DIMS), len(dims))
     groups: list[list[int]] = []
@@ -176,7 +176,7 @@ class MuonState(NamedTuple):
 
 
 def orthogonalise(x: jax.Array) -> jax.Array:
-    """Brings the singular values of each matrix [..., rows, columns] near 1: U S V^T -> about U V^T.
+    """Bring the singular values of each matrix [..., rows, columns] near 1: U S V^T -> about U V^T.
 
     X = X / |X|, then five times X = a X + (b A + c A^2) X with A = X X^T (Newton-Schulz; Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). 0 stays 0.
@@ -288,7 +288,7 @@ def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Computes in float32, with float32 state and updates, whatever the dtype of parameters and gradients."""
+    """Compute in float32, with float32 state and update, whatever the dtype of parameters and gradients."""
     inner = optax.with_extra_args_support(inner)
 
     def cast(tree: PyTree) -> PyTree:
@@ -304,7 +304,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformationExtraArgs:
-    """The whole update rule, for `optax.apply_updates`.
+    """Return the whole update rule, for `optax.apply_updates`.
 
     - adamw: M / (sqrt(V) + epsilon), both bias-corrected (Loshchilov & Hutter 2019, arXiv:1711.05101).
     - sgd: the gradient, or with beta1 the trace T = beta1 T + G. With beta1, clip_norm and weight_decay 0 a step is exactly

@@ -52,7 +52,7 @@ class RecomputeCheck:
         self._steps.begin_at(first)
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        """The step; compares first where it is due.
+        """Return the step; compares first where it is due.
 
         Raises:
           NumbersError: the two differ.

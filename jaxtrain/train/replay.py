@@ -51,7 +51,9 @@ class ReplayedLayout:
         return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
 
     def batch(self, data: Data, steps_before: int) -> PyTree:
-        """What the step with so many steps before it trains on, as global arrays; batches that the run left out are not."""
+        """Return what the step with so many steps before it trains on, as global arrays; batches that the run left out are
+        not.
+        """
         number = self.rollbacks.batch(steps_before)
         size = self.config.train.global_batch_size
         rows = owned_rows(self.sharding, (size, self.config.data.sequence_length))
@@ -75,19 +77,19 @@ class ReplayedLayout:
         return state, first
 
     def take(self, other: ReplayedLayout, state: PyTree) -> PyTree:
-        """A state of the other layout, bit for bit, in this one."""
+        """Return a state of the other layout, bit for bit, in this one."""
         canonical = other.canonical.from_state(state)
         return self.canonical.to_state(
             jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical.abstract)
         )
 
     def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:
-        """What the step comes to."""
+        """Return what the step comes to."""
         return make_layer_moments(self.config, self.mesh, self.backend)(state["params"], batch)
 
 
 def recorded(config: Config, step: int) -> dict[str, float]:
-    """Loss and gradient norm of a step as the run logged them.
+    """Return the loss and gradient norm of a step as the run logged them.
 
     Raises:
       UsageError: it logged no row for that step; names the nearest that it did.
@@ -105,7 +107,7 @@ def recorded(config: Config, step: int) -> dict[str, float]:
 
 
 def with_record(found: LayerMoments, record: dict[str, float]) -> list[Difference]:
-    """Loss and gradient norm against the record."""
+    """Return the loss and gradient norm against the record."""
     return [
         Difference("the loss", relative(found.loss, record["loss"]), f"{found.loss:.6g}, recorded {record['loss']:.6g}"),
         Difference(

@@ -64,7 +64,7 @@ class Rollbacks:
         return ranges
 
     def batch(self, steps_before: int) -> int:
-        """The number of the batch that the step with so many steps before it trains on."""
+        """Return the number of the batch that the step with so many steps before it trains on."""
         number = steps_before
         for first, last in self.left_out():
             if number >= first:
@@ -84,7 +84,7 @@ class Rollbacks:
 
     @classmethod
     def from_plain(cls, plain: Sequence[dict[str, Any]]) -> Rollbacks:
-        """What `to_plain` gave."""
+        """Return what `to_plain` gave."""
         return cls([Rollback(**entry) for entry in plain])
 
     def to_json(self) -> str:
@@ -93,7 +93,7 @@ class Rollbacks:
 
     @classmethod
     def load(cls, run_dir: Path) -> Rollbacks:
-        """What run_dir holds, as process 0 sees it: file systems show changes to hosts at different times.
+        """Return what run_dir holds, as process 0 sees it: file systems show changes to hosts at different times.
 
         Raises:
           ExplainedError: the file holds something else.

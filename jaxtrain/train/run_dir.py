@@ -28,7 +28,7 @@ LEAST_CACHE_BYTES = 64 << 20
 
 
 def make_run_dir(directory: Path) -> None:
-    """Creates run_dir and sees whether it can be written.
+    """Create run_dir and see whether it can be written.
 
     Raises:
       ExplainedError: it cannot.
@@ -45,7 +45,7 @@ def make_run_dir(directory: Path) -> None:
 
 @contextlib.contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
-    """Keeps other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
+    """Keep other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
 
     Raises:
       ExplainedError: another process is training there; says which, where the lock does.

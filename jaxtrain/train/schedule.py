@@ -49,7 +49,7 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
 
 
 def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) -> Hyperparameters:
-    """The inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_learning_rate`."""
+    """Return the inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_learning_rate`."""
     warmup = warmup_steps(config, total_steps)
     decay = total_steps - warmup
     if config.schedule == "warmup_stable_decay":
@@ -60,7 +60,7 @@ def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) ->
 
 
 def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: Any = jnp) -> Any:
-    """The rate of step s = 0, 1, ... by the formulas of `make_learning_rate`, float32.
+    """Return the rate of step s = 0, 1, ... by the formulas of `make_learning_rate`, float32.
 
     Args:
       step: optimizer steps taken before it, int32.
@@ -84,7 +84,7 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: A
 
 
 def make_learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
-    """The learning rate of step s = 0, 1, ..., a float32 scalar, as a function on the host.
+    """Return the learning rate of step s = 0, 1, ..., a float32 scalar, as a function on the host.
 
     With n = s + 1, peak p, T = total_steps, warm-up w = min(warmup_steps, T // 2) and final share f, the rate is p n / w for
     n <= w: the first step is taken at p / w, never at 0, and step w - 1 at p. After that:

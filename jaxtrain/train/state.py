@@ -36,12 +36,12 @@ PATHS_OF_STACKED = "layers"
 
 
 def make_stacking(config: Config) -> Stacking:
-    """How a resolved config lays its layers onto stages."""
+    """Return how a resolved config lays its layers onto stages."""
     return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
 
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:
-    """The parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh.
+    """Return the parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh.
 
     Args:
       seed: `seed_words`, where they are an input of the program; None for those of train.seed.
@@ -52,7 +52,7 @@ def initial_params(config: Config, seed: Any = None) -> PyTree:
 
 
 def _replica_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
-    """What one replica trains, at step 0."""
+    """Return what one replica trains, at step 0."""
     params = initial_params(config, seed)
     return {"params": params, "optimizer": optimizer.init(params)}
 
@@ -63,7 +63,7 @@ def _replica_shapes(config: Config, optimizer: optax.GradientTransformation) -> 
 
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
-    """The state at step 0; all replicas begin alike. `seed` is that of `initial_params`."""
+    """Return the state at step 0; all replicas begin alike. `seed` is that of `initial_params`."""
     state, replicas = _replica_state(config, optimizer, seed), config.mesh.replica
     kept = sync.initial_state(config.sync, state["params"], replicas)
     if config.sync.replicas_differ:
@@ -72,7 +72,7 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation, seed:
 
 
 def _if_any(record: PyTree) -> PyTree:
-    """What the guard adds to a state; nothing where it has nothing to remember."""
+    """Return what the guard adds to a state; nothing where it has nothing to remember."""
     return {"guard": record} if record else {}
 
 
@@ -81,7 +81,7 @@ def _path(key_path: tuple) -> tuple[str, ...]:
 
 
 def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple[str, ...], tuple[Dims, tuple]]) -> Dims:
-    """Logical dims of one leaf of the optimizer state.
+    """Return the logical dims of one leaf of the optimizer state.
 
     A leaf of a parameter's path and shape is sharded like it. Another leaf that belongs to a stacked parameter keeps the
     stacking dims (its other dims are small: Adafactor's rows and columns). The rest, counts, are whole everywhere.
@@ -98,7 +98,7 @@ def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple
 
 
 def params_dims(config: Config) -> PyTree:
-    """Logical dims of the parameters as the state holds them: with a leading "replica" where replicas differ."""
+    """Return the logical dims of the parameters as the state holds them: with a leading "replica" where replicas differ."""
     return _of_each_replica(config, decoder.parameter_dims(config.model))
 
 
@@ -107,7 +107,7 @@ def _of_each_replica(config: Config, dims: PyTree) -> PyTree:
 
 
 def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
-    """Logical dims of every leaf of the state."""
+    """Return the logical dims of every leaf of the state."""
     abstract = _replica_shapes(config, optimizer)
     params = decoder.parameter_dims(config.model)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dims)[0]
@@ -121,12 +121,12 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
 
 
 def state_shardings(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
-    """The NamedSharding of every leaf of the state."""
+    """Return the NamedSharding of every leaf of the state."""
     return named(mesh, state_dims(config, optimizer))
 
 
 def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
-    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    """Return the shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda: initial_state(config, optimizer))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -137,7 +137,7 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
 
 @settled()
 def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
-    """The state at step 0, born sharded: no device ever holds more than its share."""
+    """Return the state at step 0, born sharded: no device ever holds more than its share."""
     shardings = state_shardings(config, mesh, optimizer)
     options = options_of_rare_programs(mesh.devices.flat[0].platform)
     born = jax.jit(
@@ -163,8 +163,9 @@ def _canonical_leaf_dims(dims: Dims) -> Dims:
 
 
 def _canonical_spec(dims: Dims, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Sharding of a canonical leaf: the layers over pipe where they divide (else whole), the rest as in memory where it
-    divides (a vocabulary without its padding may not)."""
+    """Return the sharding of a canonical leaf: the layers over pipe where they divide (else whole), the rest as in memory where
+    it divides (a vocabulary without its padding may not).
+    """
     axes = [("pipe" if name == "layer" else RULES[name]) for name in dims]
     fits = [a if isinstance(a, str) and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)]
     return PartitionSpec(*fits)
@@ -189,12 +190,12 @@ def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Ar
 
 
 def to_canonical(config: Config, tree: PyTree, dims: PyTree) -> PyTree:
-    """Layers as [num_layers, ...], vocabulary without padding, whatever the leaves' shardings."""
+    """Return the layers as [num_layers, ...], vocabulary without padding, whatever the leaves' shardings."""
     return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, value), dims, tree, is_leaf=is_dims)
 
 
 def check_same_replicas(saved: Mapping[str, Any], config: Config, directory: Any) -> None:
-    """Sees whether a checkpoint's replicas are those of this run, where replicas hold something of their own.
+    """See whether a checkpoint's replicas are those of this run, where replicas hold something of their own.
 
     Any other mesh will do, but parameters, moments, queued gradients and residuals of R replicas do not say what R' others
     would hold. (An exchange that ends makes parameters alike, but not moments.)
@@ -254,11 +255,11 @@ class Canonical:
         self._from = jax.tree.map(functools.partial(jitted, _from_canonical_leaf), self._dims, abstract, is_leaf=is_dims)
 
     def from_state(self, state: PyTree) -> PyTree:
-        """The canonical form of a state, which stays as it is."""
+        """Return the canonical form of a state, which stays as it is."""
         return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, _without_record(state))
 
     def to_state(self, canonical: PyTree, record: Mapping[str, Any] | None = None) -> PyTree:
-        """The state of a canonical form, which is freed leaf by leaf.
+        """Return the state of a canonical form, which is freed leaf by leaf.
 
         Args:
           record: of the guard, as `step_acceptance.record_to_plain` gives it; None for that of step 0.

@@ -44,7 +44,7 @@ def local_sums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def copied_over(dims: Dims, mesh: Mesh) -> tuple[str, ...]:
-    """The axes above 1 along which devices hold the same shard of an array with these dims."""
+    """Return the axes above 1 along which devices hold the same shard of an array with these dims."""
     sharding = {axis for name in dims for axis in _flat(RULES[name])}
     return tuple(axis for axis in MESH_AXES if axis not in sharding and mesh.shape[axis] > 1)
 
@@ -54,7 +54,7 @@ def _flat(axes: Any) -> tuple[str, ...]:
 
 
 def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, jax.Array]]:
-    """The jitted state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": uint32 [devices, leaves, 2]}.
+    """Return the jitted state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": uint32 [devices, leaves, 2]}.
 
     The first two count devices, and are whole everywhere; sums stay where they were made.
     """
@@ -132,7 +132,7 @@ class StateCheck(Hook):
         self(step, state)
 
     def __call__(self, step: int, state: PyTree) -> None:
-        """Looks at the state after `step`.
+        """Look at the state after `step`.
 
         Raises:
           NumbersError: some of it is not finite, or copies differ and guard.copies is stop.
@@ -186,7 +186,7 @@ def _some(names: list[str], kind: str) -> str:
 
 
 def describe_device(mesh: Mesh, index: int) -> str:
-    """A device by its place in the mesh: "device 5 of process 1 (data=1, tensor=1)"."""
+    """Return a device by its place in the mesh: "device 5 of process 1 (data=1, tensor=1)"."""
     device = mesh.devices.flat[index]
     place = zip(mesh.axis_names, np.unravel_index(index, mesh.devices.shape), strict=True)
     words = ", ".join(f"{axis}={at}" for axis, at in place if mesh.shape[axis] > 1)

@@ -65,24 +65,24 @@ Step = Any  # a jitted function: called, or lowered
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
-    """The arrays of a batch, each int32 [global_batch_size, sequence_length]."""
+    """Return the arrays of a batch, each int32 [global_batch_size, sequence_length]."""
     masks = ("segments",) if config.data.mask_documents else ()
     return ("tokens", "targets", "positions", *masks)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of each array of a batch."""
+    """Return the sharding of each array of a batch."""
     return named(mesh, BATCH_DIMS)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch."""
+    """Return the shapes of a batch."""
     shape = (config.train.global_batch_size, config.data.sequence_length)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for name in batch_names(config)}
 
 
 def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
-    """The model of a resolved config, on this mesh's kind of device."""
+    """Return the model of a resolved config, on this mesh's kind of device."""
     platform = mesh.devices.flat[0].platform
     experts = choose_expert_backend(platform)
     # The pipeline puts layers into branches, where XLA:CPU's permutes go wrong.
@@ -162,7 +162,7 @@ def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
 
 
 def abstract_arguments(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, PyTree, PyTree]:
-    """Shapes of (state, batch, numbers), the arguments of a train step."""
+    """Return the shapes of (state, batch, numbers), the arguments of a train step."""
     numbers = jax.tree.map(
         lambda n: jax.ShapeDtypeStruct(n.shape, n.dtype, sharding=replicated(mesh)), hyperparameters(config.optimizer, 1)
     )
@@ -170,7 +170,7 @@ def abstract_arguments(config: Config, mesh: Mesh, optimizer: optax.GradientTran
 
 
 def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
-    """The step's third argument: `hyperparameters` of this config on every device, once for all steps."""
+    """Return the step's third argument: `hyperparameters` of this config on every device, once for all steps."""
     numbers, whole = hyperparameters(config.optimizer, config.train.steps, config.train.seed), replicated(mesh)
     return jax.tree.map(lambda n: jax.make_array_from_callback(n.shape, whole, lambda index: np.asarray(n)[index]), numbers)
 
@@ -201,7 +201,7 @@ def make_train_step(
     backend: str,
     exchange: ReplicaExchange = ReplicaExchange(),  # noqa: B008, it is frozen
 ) -> Step:
-    """The jitted (state, batch, numbers) -> (state, metrics); the state is donated.
+    """Return the jitted (state, batch, numbers) -> (state, metrics); the state is donated.
 
     The numbers are `Hyperparameters` (`place_numbers`): no learning rate and no count of steps is part of the program, so runs
     that differ in nothing else share it.
@@ -312,7 +312,7 @@ class TrainSteps:
 
 
 def read_metrics(metrics: PyTree) -> dict[str, float]:
-    """The scalar metrics of a step on the host.
+    """Return the scalar metrics of a step on the host.
 
     Of metrics [replica], what the replicas say of which this process holds a part: losses weighted by targets, the sum of
     targets, and the mean of the rest.
@@ -332,7 +332,7 @@ def read_metrics(metrics: PyTree) -> dict[str, float]:
 
 
 def _own_replicas(value: Any) -> np.ndarray:
-    """A metric as far as this process holds it, each replica once."""
+    """Return a metric as far as this process holds it, each replica once."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     shards = {str(shard.index): np.asarray(shard.data) for shard in value.addressable_shards}
@@ -341,7 +341,9 @@ def _own_replicas(value: Any) -> np.ndarray:
 
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """The jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of targets."""
+    """Return the jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of
+    targets.
+    """
     model = make_decoder(config, mesh, backend)
     functions = model.loss_functions()
     microbatches, held = config.train.microbatches, params_dims(config)
@@ -356,7 +358,9 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """The jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after position."""
+    """Return the jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after
+    position.
+    """
     model = make_decoder(config, mesh, backend)
     functions = model.logits_functions()
     schedule, held = forward_only(config.mesh.pipe, config.pipeline.chunks, 1), params_dims(config)
@@ -378,7 +382,7 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
 
 
 def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """What the choices of attention depend on, but for the length."""
+    """Return what the choices of attention depend on, but for the length."""
     model, device = config.model, mesh.devices.flat[0]
     latent = model.latent_attention
     return {
@@ -393,7 +397,7 @@ def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """How attention reaches the keys of other devices along `context`, and why."""
+    """Return how attention reaches the keys of other devices along `context`, and why."""
     return choose_context_attention(
         config.sharding.context_attention,
         context=config.mesh.context,
@@ -406,7 +410,7 @@ def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
 
 
 def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """The attention backend for this mesh's devices, and why; with a context axis also what goes on along it, and why.
+    """Return the attention backend for this mesh's devices, and why; with a context axis also what goes on along it, and why.
 
     Raises:
       ExplainedError: the config asks for one that cannot work here.

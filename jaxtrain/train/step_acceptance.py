@@ -31,7 +31,7 @@ WATCHED = ("loss", "grad_norm")
 
 
 def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
-    """What is remembered, before the first step; nothing where the step does not classify itself.
+    """Return what is remembered, before the first step; nothing where the step does not classify itself.
 
     skipped: steps that were not applied, int32. With spikes watched also good: steps that were, int32, and loss and grad_norm,
     float32 [spike_window], of the newest of them: step number g of them (from 0) is in place g mod spike_window.
@@ -46,12 +46,12 @@ def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
 
 
 def record_dims(guard: GuardConfig) -> dict[str, tuple[str, ...]]:
-    """Logical dims of the record: it is whole on every device."""
+    """Return the logical dims of the record: it is whole on every device."""
     return {name: ("norm",) * value.ndim for name, value in jax.eval_shape(lambda: initial_record(guard)).items()}
 
 
 def deviations(window: jax.Array, good: jax.Array, x: jax.Array) -> jax.Array:
-    """How many robust standard deviations x is above the median of the window; 0 before the window is half full.
+    """Return how many robust standard deviations x is above the median of the window; 0 before the window is half full.
 
     Args:
       window: float32 [W], of which the first min(good, W) places are filled.
@@ -107,7 +107,7 @@ def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping
 
 
 def _over_replicas(metrics: Mapping[str, jax.Array], name: str) -> jax.Array:
-    """A loss of the whole global batch."""
+    """Return a loss of the whole global batch."""
     value, targets = metrics[name], metrics["targets"]
     return value if value.ndim == 0 else jnp.sum(value * targets) / jnp.maximum(jnp.sum(targets), 1)
 
@@ -117,7 +117,7 @@ def _over_replicas(metrics: Mapping[str, jax.Array], name: str) -> jax.Array:
 
 
 def record_to_plain(record: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The record as JSON holds it, exactly, windows oldest first."""
+    """Return the record as JSON holds it, exactly, windows oldest first."""
     plain: dict[str, Any] = {name: int(np.asarray(value)) for name, value in record.items() if value.ndim == 0}
     for name in WATCHED:
         if name in record:
@@ -128,7 +128,9 @@ def record_to_plain(record: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def record_from_plain(guard: GuardConfig, plain: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """The record that `record_to_plain` wrote, as this guard holds it; what it did not write is as before the first step."""
+    """Return the record that `record_to_plain` wrote, as this guard holds it; what it did not write is as before the first
+    step.
+    """
     shapes = jax.eval_shape(lambda: initial_record(guard))
     record = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
     for name, value in record.items():

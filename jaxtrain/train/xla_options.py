@@ -110,12 +110,14 @@ DETERMINISTIC = (
 
 
 def moves_activations(config: Config) -> bool:
-    """Whether layers send activations between devices, so that parts of a microbatch take turns."""
+    """Return whether layers send activations between devices, so that parts of a microbatch take turns."""
     return config.mesh.tensor > 1 or config.mesh.expert > 1
 
 
 def layers_per_iteration(config: Config, platform: str) -> int:
-    """How many layers one iteration of the layer scan runs: one layer's last transfers travel behind the next one's matmuls."""
+    """Return how many layers one iteration of the layer scan runs: one layer's last transfers travel behind the next one's
+    matmuls.
+    """
     return LAYERS_PER_ITERATION if moves_activations(config) and _is_gpu(platform) else 1
 
 
@@ -124,14 +126,14 @@ def _is_gpu(platform: str) -> bool:
 
 
 def default_options(config: Config, platform: str) -> dict[str, Value]:
-    """The table's values for a layout; nothing on other platforms than NVIDIA's."""
+    """Return the table's values for a layout; nothing on other platforms than NVIDIA's."""
     if not _is_gpu(platform):
         return {}
     return {option.name: option.activations if moves_activations(config) else option.weights for option in TABLE}
 
 
 def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
-    """What `train.deterministic` asks of XLA; nothing on other platforms than NVIDIA's, where nothing depends on timing.
+    """Return what `train.deterministic` asks of XLA; nothing on other platforms than NVIDIA's, where nothing depends on timing.
 
     Of the GPU's kernels, those that add up with atomics differ from run to run: scatters (the embedding's gradient), some
     matmuls, cuDNN's attention backward (XLA sets its `force_deterministic` by the first two options). And which kernel is the
@@ -148,7 +150,7 @@ def options_of_rare_programs(platform: str) -> dict[str, Value]:
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
-    """What `train.xla_options` says: "name=value" each, true and false and numbers as such.
+    """Return what `train.xla_options` says: "name=value" each, true and false and numbers as such.
 
     Raises:
       ExplainedError: an entry without a name or a value; a validated config has none.
@@ -157,7 +159,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
 
 
 def compile_with_options(lowered: Any, defaults: Mapping[str, Value], asked: Mapping[str, Value]) -> Any:
-    """Compiles. A default that this XLA does not know is left out, with a line on stderr; what was asked for must be known.
+    """Compile. A default that this XLA does not know is left out, with a line on stderr; what was asked for must be known.
 
     Raises:
       ExplainedError: XLA does not know an option that was asked for, or not with that value.

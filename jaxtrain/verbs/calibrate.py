@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(chip: Chip) -> None:
-    """Prints what was found, with what it is worth."""
+    """Print what was found, with what it is worth."""
     from rich.table import Table
 
     from jaxtrain.measure.operations import REPETITIONS

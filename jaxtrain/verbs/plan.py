@@ -136,7 +136,7 @@ def explain(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
 
 
 def check_flags(flags: PlanFlags) -> None:
-    """Raises UsageError for flags that are out of range or do not go together."""
+    """Raise UsageError for flags that are out of range or do not go together."""
     for name, least in (("hosts", 1), ("devices_per_host", 1), ("verify", 0), ("steps", 1)):
         value = getattr(flags, name)
         if value is not None and value < least:

@@ -99,7 +99,7 @@ def other_config(config: Config, against: str) -> Config:
 
 
 def show(replayed: Replayed) -> None:
-    """Prints what was compared: all of it, or where it is long the parts that differ and those before."""
+    """Print what was compared: all of it, or where it is long the parts that differ and those before."""
     from rich.table import Table
 
     from jaxtrain.text import open_console
@@ -123,7 +123,7 @@ def show(replayed: Replayed) -> None:
 
 
 def verdict(found: Sequence[Difference], tolerance: float) -> str:
-    """One line: the first that differs, in the order in which a step is computed."""
+    """Return one line: the first that differs, in the order in which a step is computed."""
     wrong = [each for each in found if each.difference > tolerance]
     if not wrong:
         return f"the same: no more than {max(each.difference for each in found):.2g} apart (tolerance {tolerance:.2g})"
