@@ -24,11 +24,11 @@ class ModelParts:
     of every array, and says its collectives itself. README "Your own layer" is an example.
     """
 
-    attention: Callable[..., Any] | None = None
+    attention: type | None = None
     """Called as `attention(x_BLD, packing, plan)`, gives x_BLD with the block added."""
-    mlp: Callable[..., Any] | None = None
+    mlp: type | None = None
     """Called as `mlp(x_BLD)`, gives x_BLD with the block added."""
-    layer: Callable[..., Any] | None = None
+    layer: type | None = None
     """Both: called as `layer(x_BLD, packing, plan, experts)`, gives x_BLD, or (x_BLD, auxiliary loss, sums to report)."""
 
 

@@ -22,14 +22,13 @@ from jaxtrain.config import Config, DataSource
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
-from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.clock import StepClock, StepWork, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.hooks import Logging
 from jaxtrain.train.loop import Hook, Loop
-from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import create_state
 from jaxtrain.train.step import batch_names, batch_sharding, choose_attention, compile_train_step, place_numbers
 
@@ -53,7 +52,7 @@ class Bench:
     def __init__(self, config: Config):
         self.config, self.mesh = config, make_mesh(config.mesh)
         self.backend, self.why = choose_attention(config, self.mesh)
-        optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+        optimizer = optimizer_of(config)
         self.data, self.sharding = open_data(config), batch_sharding(self.mesh)
         started = time.perf_counter()
         self.program = compile_train_step(config, self.mesh, optimizer, self.backend)

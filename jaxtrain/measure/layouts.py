@@ -36,7 +36,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.balance import step_biases
-from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import create_state, make_stacking, to_canonical
@@ -223,7 +223,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
     dims, layers = parameter_dims(config.model), make_stacking(config).layer_numbers()
     seed = jnp.asarray(seed_words(config.train.seed))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, dims)
+    optimizer = optimizer_of(config)
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = state["params"], state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)

@@ -14,14 +14,14 @@ from flax import nnx
 from jax import lax
 
 from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.models.layers import EmbeddingAndHead, Layer, rms_norm
-from jaxtrain.models.packing import Packing
+from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, rms_norm, run_layer
 from jaxtrain.models.parameters import held_dtype
+from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.attention_order import find_place
 from jaxtrain.ops.expert_dispatch import ExpertBackend
-from jaxtrain.ops.losses import IGNORED, cross_entropy, mask_padded_vocabulary
+from jaxtrain.ops.losses import IGNORED, mask_padded_vocabulary, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.parallel.turns import reduce_behind_next, take_turns
@@ -71,8 +71,8 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     """
     outer = dict(_dims(EmbeddingAndHead, config))
     if config.first_dense_layers:
-        outer["first_layers"] = _under(("layer",), _dims(Layer, _dense(config)))
-    return {"outer": outer, "layers": _under(lead, _dims(Layer, config))}
+        outer["first_layers"] = _under(("layer",), _dims(*layer_kind(_dense(config))))
+    return {"outer": outer, "layers": _under(lead, _dims(*layer_kind(config)))}
 
 
 def canonical_dims(config: ModelConfig) -> PyTree:
@@ -105,7 +105,7 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
     first = config.first_dense_layers
 
     def layer(number: jax.Array) -> PyTree:
-        weights = build(Layer, config, jax.random.fold_in(layers_key, first + number))
+        weights = build(*layer_kind(config), jax.random.fold_in(layers_key, first + number))
         return jax.tree.map(lambda w: jnp.where(number >= 0, w, 0), weights)
 
     stacked = layer
@@ -115,7 +115,7 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
         clear_padding, _dims(EmbeddingAndHead, config), build(EmbeddingAndHead, config, outer_key), is_leaf=is_dims
     )
     if first:
-        dense = jax.vmap(lambda number: build(Layer, _dense(config), jax.random.fold_in(layers_key, number)))
+        dense = jax.vmap(lambda number: build(*layer_kind(_dense(config)), jax.random.fold_in(layers_key, number)))
         outer["first_layers"] = dense(jnp.arange(first))
     return {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}
 
@@ -198,10 +198,9 @@ class Decoder:
     def _layer(
         self, config: ModelConfig, microbatch: PyTree
     ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
-        """Return one layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) ->
-        (x of each part, auxiliary loss, sums to report, the clock).
-        """
-        dims, merge = _dims(Layer, config), _merge(Layer, config)
+        """One layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) -> (x of
+        each part, auxiliary loss, sums to report, the clock)."""
+        dims, merge = _dims(*layer_kind(config)), _merge(*layer_kind(config))
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
@@ -210,7 +209,7 @@ class Decoder:
             xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array
         ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
             apply, packings = merge(self._gathered(weights, dims)), cut_rows(packing, len(xs))
-            parts = [apply(x, own, self.attention, self.experts) for x, own in zip(xs, packings, strict=True)]
+            parts = [run_layer(apply, x, own, self.attention, self.experts) for x, own in zip(xs, packings, strict=True)]
             results, clock = take_turns(parts, clock)
             ys, auxiliary, reports = zip(*results, strict=True)
             return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
@@ -275,15 +274,18 @@ class Decoder:
 
         return head
 
-    def loss_functions(self) -> Functions:
-        """For training and validation. A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks)
-        segments, as `share_out` gives them, and a float32 scalar `scale`, by which its summed loss is multiplied."""
+    def loss_functions(self, objective: Objective = PRETRAIN) -> Functions:
+        """For training, and for validation with the objective of pretraining.
+
+        A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks) segments, as `share_out` gives them,
+        the float32 inputs of the objective, and a float32 scalar `scale`, by which its summed loss is multiplied.
+        """
         head = self._head()
 
         def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             with jax.named_scope("loss"):
                 x, head_DV = head(weights, x)
-                terms: Any = cross_entropy(
+                terms: Any = token_losses(
                     x,
                     head_DV,
                     microbatch["targets"],
@@ -291,6 +293,8 @@ class Decoder:
                     self.config.vocab_size,
                     self.train.loss_chunk,
                     self.train.z_loss,
+                    objective.loss,
+                    {name: microbatch[name] for name in objective.inputs},
                 )
             total, likelihood = terms
             return total, {"loss": likelihood, "total_loss": lax.stop_gradient(total)}

@@ -6,7 +6,9 @@ the residual stream is this device's slice over `tensor` (sequence sharding), an
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,23 +92,45 @@ class Layer(nnx.Module):
     """Attention, then MLP or mixture of experts, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention = LatentAttention(config, rngs) if config.latent_attention else Attention(config, rngs)
+        own = LatentAttention if config.latent_attention else Attention
+        self.attention = (config.parts.attention or own)(config, rngs)
         if config.moe:
             self.moe = MoE(config, rngs)
         else:
-            self.mlp = MLP(config, rngs)
+            self.mlp = (config.parts.mlp or MLP)(config, rngs)
 
     def __call__(
         self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan, experts: ExpertBackend
     ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x, this device's share of the auxiliary losses, sums to report)"""
-        x_BLD = yield from scoped("attention_block", self.attention(x_BLD, packing, plan))
+        x_BLD = yield from scoped("attention_block", as_turn(self.attention, x_BLD, packing, plan))
         if not hasattr(self, "moe"):
-            x_BLD = yield from scoped("mlp_block", self.mlp(x_BLD))
+            x_BLD = yield from scoped("mlp_block", as_turn(self.mlp, x_BLD))
             return x_BLD, vary(jnp.zeros(())), {}
         counted = vary(jnp.zeros(packing.positions.shape, bool)) if packing.counted is None else packing.counted
         scale = vary(jnp.zeros(())) if packing.scale is None else packing.scale
         return (yield from scoped("moe_block", self.moe(x_BLD, counted, scale, experts)))
+
+
+def layer_kind(config: ModelConfig) -> tuple[type[nnx.Module], ModelConfig]:
+    """Return (the class of the decoder's layers, its config)."""
+    return config.parts.layer or Layer, config
+
+
+def as_turn(block: Any, x_BLD: jax.Array, *arguments: Any) -> Turn[Any]:
+    """Run a block that takes turns (`parallel/turns.py`), or a plain function, which a part computes at one place."""
+    if inspect.isgeneratorfunction(type(block).__call__):
+        return (yield from block(x_BLD, *arguments))
+    result = block((yield x_BLD), *arguments)
+    for _ in range(3):  # a block has four places
+        result = yield result
+    return result
+
+
+def run_layer(layer: Any, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan, experts: ExpertBackend) -> Turn[Any]:
+    """Run a layer of either kind: (x, this device's share of the auxiliary losses, sums to report)."""
+    result = yield from as_turn(layer, x_BLD, packing, plan, experts)
+    return result if isinstance(result, tuple) else (result, vary(jnp.zeros(())), {})
 
 
 class EmbeddingAndHead(nnx.Module):

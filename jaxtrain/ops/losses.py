@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,10 @@ from jax import lax
 
 from jaxtrain.sharding import all_gather, reduce_scatter, sum_over, vary
 
+Inputs = Mapping[str, jax.Array]
+"""Named per-token floats, [B, L] each."""
+TokenLoss = Callable[[jax.Array, Inputs], jax.Array]
+"""(log p of the target, inputs) -> the token's loss; elementwise."""
 IGNORED = -1  # target of a position that carries no loss
 MASKED_LOGIT = -1e30
 
@@ -26,17 +32,20 @@ def mask_padded_vocabulary(logits: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(start + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED_LOGIT)
 
 
-def _chunked(x: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """x [n, B, c, D] and targets [n, B, tensor * c]: the positions that are gathered together in each of n chunks."""
+def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tuple[jax.Array, jax.Array, Inputs]:
+    """x [n, B, c, D], targets and inputs [n, B, tensor * c]: the positions that are gathered together in each of n chunks."""
     batch, length, width = x.shape
     tensor = lax.axis_size("tensor")
     count = math.ceil(length / max(1, min(chunk // tensor, length)))
     size = math.ceil(length / count)
     padding = count * size - length
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, size, width)
-    targets = jnp.pad(targets.reshape(batch, tensor, length), ((0, 0), (0, 0), (0, padding)), constant_values=IGNORED)
-    targets = targets.reshape(batch, tensor, count, size)
-    return x.transpose(1, 0, 2, 3), targets.transpose(2, 0, 1, 3).reshape(count, batch, tensor * size)
+
+    def per_token(values: jax.Array, beyond: int) -> jax.Array:
+        values = jnp.pad(values.reshape(batch, tensor, length), ((0, 0), (0, 0), (0, padding)), constant_values=beyond)
+        return values.reshape(batch, tensor, count, size).transpose(2, 0, 1, 3).reshape(count, batch, tensor * size)
+
+    return x.transpose(1, 0, 2, 3), per_token(targets, IGNORED), {name: per_token(v, 0) for name, v in inputs.items()}
 
 
 def _log_partition(logits: jax.Array) -> jax.Array:
@@ -54,10 +63,21 @@ def _chunk_terms(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: 
     return x, logits, _log_partition(logits), ids == targets[..., None]
 
 
-def _chunk_sums(logits: jax.Array, log_z: jax.Array, one_hot: jax.Array, counted: jax.Array, z_loss: float) -> jax.Array:
-    """[sum of negative log likelihood, sum of z_loss * (log Z)^2] of one chunk, equal on all devices along tensor."""
-    target_logit = sum_over(jnp.where(one_hot, logits, 0.0).sum(-1), ("tensor",))
-    return jnp.stack([jnp.sum((log_z - target_logit) * counted), z_loss * jnp.sum(jnp.square(log_z) * counted)])
+def _log_probs(logits: jax.Array, log_z: jax.Array, one_hot: jax.Array) -> jax.Array:
+    """log p of the targets, equal on all devices along tensor."""
+    return sum_over(jnp.where(one_hot, logits, 0.0).sum(-1), ("tensor",)) - log_z
+
+
+def _chunk_sums(log_probs: jax.Array, losses: jax.Array, log_z: jax.Array, counted: jax.Array, z_loss: float) -> jax.Array:
+    """[sum of losses, sum of z_loss * (log Z)^2, sum of -log p] of one chunk, equal on all devices along tensor."""
+    z_term = z_loss * jnp.sum(jnp.square(log_z) * counted)
+    return jnp.stack([jnp.sum(jnp.where(counted, losses, 0)), z_term, -jnp.sum(log_probs * counted)])
+
+
+def negative_log_likelihood(log_probs: jax.Array, inputs: Inputs) -> jax.Array:
+    """-log p: the loss of pretraining."""
+    del inputs
+    return -log_probs
 
 
 def _share(sums: jax.Array) -> jax.Array:
@@ -65,16 +85,25 @@ def _share(sums: jax.Array) -> jax.Array:
     return jnp.where(lax.axis_index("tensor") == 0, sums, jnp.zeros_like(sums))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def cross_entropy(
-    x: jax.Array, head: jax.Array, targets: jax.Array, scale: jax.Array, vocab_size: int, chunk: int, z_loss: float
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def token_losses(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    scale: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    z_loss: float,
+    loss: TokenLoss = negative_log_likelihood,
+    inputs: Inputs | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """scale * sum_t [-log p(target_t) + z_loss * (log Z_t)^2], with log p = logit_target - log Z, logits = x W.
+    """scale * sum_t [loss(log p_t, inputs_t) + z_loss * (log Z_t)^2], with log p_t = logit_target - log Z_t, logits = x W.
 
     The sum runs over positions whose target is not -1; a global token-weighted mean takes scale = 1 / (targets in the global
     batch). The z term is PaLM's (Chowdhery et al. 2022, section 5). Softmax and sums are float32. The gradients are made
     together with the loss, chunk by chunk, so the head costs three matmuls and no logits are kept or recomputed:
-    d logits = scale * (softmax * (1 + 2 z_loss log Z) - one_hot).
+    d logits = scale * (softmax * (2 z_loss log Z - g) + g one_hot), with g = d loss / d log p, which is -1 for the loss of
+    pretraining, -log p: then this is the cross-entropy.
 
     Args:
       x: [B, L/tensor, D], hidden states, this device's slice of the length.
@@ -84,49 +113,71 @@ def cross_entropy(
       vocab_size: ids from here on are padding of the table.
       chunk: positions whose logits exist at one time.
       z_loss: weight of (log Z)^2.
+      loss: of a token; the default is -log p.
+      inputs: float32 [B, L] each, the whole length; no gradient goes into them.
 
     Returns:
-      (the loss, its first term alone): this device's share, to be summed over all mesh axes.
+      (the sum, the same sum of -log p alone): this device's share, to be summed over all mesh axes.
     """
-    xs = _chunked(x, targets, chunk)
+    xs = _chunked(x, targets, inputs or {}, chunk)
 
     def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, None]:
-        x, targets = chunk_inputs
+        x, targets, inputs = chunk_inputs
         _, logits, log_z, one_hot = _chunk_terms(x, head, targets, vocab_size)
-        return total + vary(_share(_chunk_sums(logits, log_z, one_hot, targets != IGNORED, z_loss))), None
+        log_probs = _log_probs(logits, log_z, one_hot)
+        sums = _chunk_sums(log_probs, loss(log_probs, inputs), log_z, targets != IGNORED, z_loss)
+        return total + vary(_share(sums)), None
 
-    total, _ = lax.scan(step, vary(jnp.zeros(2)), xs)
-    return scale * total.sum(), scale * total[0]
+    total, _ = lax.scan(step, vary(jnp.zeros(3)), xs)
+    return scale * (total[0] + total[1]), scale * total[2]
 
 
-def _cross_entropy_forward(
-    x: jax.Array, head: jax.Array, targets: jax.Array, scale: jax.Array, vocab_size: int, chunk: int, z_loss: float
+def _token_losses_forward(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    scale: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    z_loss: float,
+    loss: TokenLoss,
+    inputs: Inputs | None,
 ) -> tuple:
     length = x.shape[1]
 
     def step(carry: tuple, chunk_inputs: tuple) -> tuple[tuple, jax.Array]:
         total, d_head = carry
-        x, targets = chunk_inputs
+        x, targets, inputs = chunk_inputs
         counted = targets != IGNORED
         x, logits, log_z, one_hot = _chunk_terms(x, head, targets, vocab_size)
+        log_probs = _log_probs(logits, log_z, one_hot)
+        losses, pull = jax.vjp(lambda log_probs: loss(log_probs, inputs), log_probs)
+        g = jnp.where(counted, pull(jnp.ones_like(losses))[0], 0)[..., None]
         softmax = jnp.exp(logits - log_z[..., None])
-        d_logits = (softmax * (1 + 2 * z_loss * log_z[..., None]) - one_hot) * (counted * scale)[..., None]
+        d_logits = (softmax * (2 * z_loss * log_z[..., None] - g) + g * one_hot) * (counted * scale)[..., None]
         d_logits = d_logits.astype(x.dtype)
         d_head = d_head + jnp.einsum("BLD,BLV->DV", x, d_logits, preferred_element_type=jnp.float32)
         dx = reduce_scatter(jnp.einsum("BLV,DV->BLD", d_logits, head), "tensor", dim=1)
-        return (total + vary(_share(_chunk_sums(logits, log_z, one_hot, counted, z_loss))), d_head), dx
+        return (total + vary(_share(_chunk_sums(log_probs, losses, log_z, counted, z_loss))), d_head), dx
 
-    start = vary((jnp.zeros(2), jnp.zeros(head.shape, jnp.float32)))
-    (total, d_head), dx = lax.scan(step, start, _chunked(x, targets, chunk))
+    start = vary((jnp.zeros(3), jnp.zeros(head.shape, jnp.float32)))
+    (total, d_head), dx = lax.scan(step, start, _chunked(x, targets, inputs or {}, chunk))
     dx = dx.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, x.shape[2])[:, :length]
-    return (scale * total.sum(), scale * total[0]), (dx, d_head.astype(head.dtype), targets, scale)
+    return (scale * (total[0] + total[1]), scale * total[2]), (dx, d_head.astype(head.dtype), scale, inputs)
 
 
-def _cross_entropy_backward(vocab_size: int, chunk: int, z_loss: float, kept: tuple, cotangents: tuple) -> tuple:
-    """Return the cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
-    dx, d_head, _, scale = kept
+def _token_losses_backward(
+    vocab_size: int, chunk: int, z_loss: float, loss: TokenLoss, kept: tuple, cotangents: tuple
+) -> tuple[Any, ...]:
+    """The cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
+    dx, d_head, scale, inputs = kept
     factor = cotangents[0]
-    return dx * factor.astype(dx.dtype), d_head * factor.astype(d_head.dtype), None, jnp.zeros_like(scale)
+    return (
+        dx * factor.astype(dx.dtype),
+        d_head * factor.astype(d_head.dtype),
+        None,
+        *jax.tree.map(jnp.zeros_like, (scale, inputs)),
+    )
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)

@@ -190,13 +190,12 @@ def compile_for(
       ExplainedError: as `make_devices`; or the config's attention cannot run on that chip.
     """
     from jaxtrain.mesh import make_mesh
-    from jaxtrain.models.decoder import parameter_dims
     from jaxtrain.parallel.sync import ReplicaExchange
-    from jaxtrain.train.optimizer import make_optimizer
+    from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.step import choose_attention, compile_train_step
 
     mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    optimizer = optimizer_of(config)
     with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability):
         backend, why = choose_attention(config, mesh)
         program = compile_train_step(config, mesh, optimizer, backend, options, exchange or ReplicaExchange())

@@ -247,7 +247,7 @@ def embedding_work(config: Config, chip: Roofline) -> tuple[Seconds, Seconds]:
 
 
 def loss_work(config: Config, chip: Roofline) -> Seconds:
-    """The head and the loss with their gradients, of one microbatch (`ops.losses.cross_entropy`): three matmuls a chunk of
+    """The head and the loss with their gradients, of one microbatch (`ops.losses.token_losses`): three matmuls a chunk of
     positions; float32 logits are written and read thrice; the head's float32 gradient is read and written for every chunk."""
     model, rows, positions = config.model, microbatch_rows(config), loss_positions(config)
     chunks = max(1, positions // max(1, config.train.loss_chunk))

@@ -172,13 +172,12 @@ def _with_fake(estimate: Estimate) -> Estimate:
 def _compile_here(config: Config) -> dict[str, float]:
     """Compiles a config's step for this process' CPU devices."""
     from jaxtrain.mesh import make_mesh
-    from jaxtrain.models.decoder import parameter_dims
-    from jaxtrain.program.hlo import matmul_flops
-    from jaxtrain.train.optimizer import make_optimizer
+    from jaxtrain.planner.hlo import matmul_flops
+    from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.step import choose_attention, compile_train_step
 
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    optimizer = optimizer_of(config)
     program = compile_train_step(config, mesh, optimizer, choose_attention(config, mesh)[0])
     return {
         "argument_bytes": program.memory_analysis().argument_size_in_bytes,

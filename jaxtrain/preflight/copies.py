@@ -22,13 +22,12 @@ BLOCK = 2**20
 
 
 def snapshot_bytes(site: Site) -> int:
-    """Return the bytes of one snapshot of this process: every different part of the state that its devices hold."""
-    from jaxtrain.models.decoder import parameter_dims
-    from jaxtrain.train.optimizer import make_optimizer
+    """Bytes of one snapshot of this process: every different part of the state that its devices hold."""
+    from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.state import abstract_state
 
     config = site.config
-    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    optimizer = optimizer_of(config)
     total = 0
     for leaf in jax.tree.leaves(abstract_state(config, site.mesh, optimizer)):
         places = {repr(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}

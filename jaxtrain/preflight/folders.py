@@ -118,12 +118,11 @@ def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]
 
 
 def checkpoint_bytes(site: Site) -> int:
-    """Return the bytes of the arrays of one checkpoint."""
-    from jaxtrain.models.decoder import parameter_dims
-    from jaxtrain.train.optimizer import make_optimizer
+    """Bytes of the arrays of one checkpoint."""
+    from jaxtrain.train.optimizer import optimizer_of
 
     config = site.config
-    optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    optimizer = optimizer_of(config)
     abstract = Canonical(config, site.mesh, optimizer).abstract
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 

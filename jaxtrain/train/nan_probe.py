@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config, ModelConfig, SyncConfig
 from jaxtrain.jax_private import user_frame
 from jaxtrain.models.decoder import STACKED, Decoder, parameter_dims
+from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
 from jaxtrain.train.state import make_stacking
@@ -151,8 +152,8 @@ class WatchedDecoder(Decoder):
 
         return jax.checkpoint(layer, prevent_cse=False)
 
-    def loss_functions(self) -> Functions:
-        functions = super().loss_functions()
+    def loss_functions(self, objective: Objective = PRETRAIN) -> Functions:
+        functions = super().loss_functions(objective)
         watched = Watched(functions.loss)
         self.labels["loss"] = watched.labels
 

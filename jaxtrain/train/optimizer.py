@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxtrain.config import OptimizerConfig
+from jaxtrain.config import Config, OptimizerConfig
 from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import Dims, is_dims
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
@@ -301,6 +302,13 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.update(cast(gradients), state, cast(params), **numbers)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
+    if config.parts.optimizer is not None:
+        return in_float32(config.parts.optimizer)
+    return make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformationExtraArgs:

@@ -17,11 +17,10 @@ from jaxtrain.config import Config
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import UsageError
 from jaxtrain.mesh import describe_mesh, make_mesh
-from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
-from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run import metadata
 from jaxtrain.train.state import Canonical, create_state
@@ -41,7 +40,7 @@ class ReplayedLayout:
                 f"compression={config.sync.compression} sums them apart"
             )
         self.config, self.mesh = config, make_mesh(config.mesh)
-        self.optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+        self.optimizer = optimizer_of(config)
         self.backend, _ = choose_attention(config, self.mesh)
         self.sharding = batch_sharding(self.mesh)
         self.canonical = Canonical(config, self.mesh, self.optimizer)

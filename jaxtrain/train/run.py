@@ -25,7 +25,6 @@ from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.generate import sample
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
-from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.processes import LONG_SECONDS
@@ -44,7 +43,7 @@ from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.hooks import HeartbeatHook, Logging, Profiling, Retrying, Saving, Snapshots, StopOnSignal, Validation
 from jaxtrain.train.loop import Hook, Loop
 from jaxtrain.train.nan_probe import NanProbe
-from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
@@ -104,7 +103,7 @@ class Run:
         self.mesh = make_mesh(config.mesh)
         self.chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
         self.backend, why = choose_attention(config, self.mesh)
-        self.optimizer = make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+        self.optimizer = optimizer_of(config)
         self.sharding = batch_sharding(self.mesh)
         count = num_parameters(config.model)
         progress.say(f"run        {config.name} in {self.directory}")

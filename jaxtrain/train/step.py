@@ -15,6 +15,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.numerics import settled
+from jaxtrain.objectives import objective_of
 from jaxtrain.ops.attention import choose_backend
 from jaxtrain.ops.attention_context import AttentionPlan, choose_context_attention
 from jaxtrain.ops.attention_order import IN_PIECES, share_out
@@ -65,9 +66,9 @@ Step = Any  # a jitted function: called, or lowered
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
-    """Return the arrays of a batch, each int32 [global_batch_size, sequence_length]."""
+    """The arrays of a batch, each [global_batch_size, sequence_length]: int32, and float32 inputs of the objective."""
     masks = ("segments",) if config.data.mask_documents else ()
-    return ("tokens", "targets", "positions", *masks)
+    return ("tokens", "targets", "positions", *masks, *objective_of(config).inputs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -76,9 +77,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes of a batch."""
-    shape = (config.train.global_batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh)) for name in batch_names(config)}
+    """Shapes of a batch."""
+    shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
+    dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
 def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
@@ -125,7 +127,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
       model: one that reports more than that of `make_decoder`, which is the default.
     """
     model = model or make_decoder(config, mesh, backend)
-    functions = model.loss_functions()
+    functions = model.loss_functions(objective_of(config))
     schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     dims, held = decoder.parameter_dims(config.model), params_dims(config)
     apart: Dims = ("replica",) if config.sync.sums_apart else ()
