@@ -68,6 +68,8 @@ def digests(*parts: Parts | ModelParts) -> dict[str, str]:
 def _digest(part: Any) -> str:
     """Return the name of a part and a hash of its source; the name alone where there is no source (a transform of optax)."""
     named = part if hasattr(part, "__qualname__") else getattr(part, "loss", type(part))
+    if isinstance(part, tuple):  # optax's: the class says nothing of the transform
+        return type(part).__name__
     try:
         source = f" {_short(inspect.getsource(named).encode())}"
     except (OSError, TypeError):

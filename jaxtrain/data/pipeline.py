@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtrain.config import Config, DataSource
 from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.order import Order
 from jaxtrain.data.packing import Batch, pack
@@ -51,6 +52,8 @@ def open_data(config: Config) -> Data:
     Raises DataError or ConfigError, each with one clear line, for data that is missing, broken, empty, too short for one
     sequence, or beyond the model's vocabulary.
     """
+    if config.parts.documents is not None:
+        config = with_documents_kept(config, config.parts.documents)
     data = config.data
     cache_dir = user_path(data.cache_dir)
     corpora = {

@@ -21,16 +21,14 @@ import numpy as np
 from jaxtrain.config import Config, DataSource
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.hardware import resolve_chip
-from jaxtrain.mesh import describe_mesh, make_mesh
+from jaxtrain.mesh import describe_mesh
 from jaxtrain.telemetry.clock import StepClock, StepWork, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
-from jaxtrain.train.feed import owned_rows, to_global
-from jaxtrain.train.hooks import Logging
-from jaxtrain.train.loop import Hook, Loop
-from jaxtrain.train.optimizer import optimizer_of
-from jaxtrain.train.state import create_state
-from jaxtrain.train.step import batch_names, batch_sharding, choose_attention, compile_train_step, place_numbers
+from jaxtrain.train.hooks import Logging, Telemetry, multiples
+from jaxtrain.train.loop import Hook, Hooks, Loop
+from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.step import compile_train_step, place_numbers
 
 WARM_UP_STEPS = 3
 MOST_STEPS_PER_ROUND = 20
@@ -46,18 +44,16 @@ def bench_config(config: Config) -> Config:
     return dataclasses.replace(config, train=train, data=data)
 
 
-class Bench:
+class Bench(Prepared):
     """The compiled step of a valid config with a state to run it on."""
 
     def __init__(self, config: Config):
-        self.config, self.mesh = config, make_mesh(config.mesh)
-        self.backend, self.why = choose_attention(config, self.mesh)
-        optimizer = optimizer_of(config)
-        self.data, self.sharding = open_data(config), batch_sharding(self.mesh)
+        super().__init__(config)
+        self.data = open_data(config)
         started = time.perf_counter()
-        self.program = compile_train_step(config, self.mesh, optimizer, self.backend)
+        self.program = compile_train_step(config, self.mesh, self.optimizer, self.backend)
         self.compile_seconds = time.perf_counter() - started
-        self.state, self.numbers = create_state(config, self.mesh, optimizer), place_numbers(config, self.mesh)
+        self.state, self.numbers = self.create_state(), place_numbers(config, self.mesh)
         chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
         self.work = StepWork.of(config, self.mesh.devices.size, chip)
 
@@ -65,18 +61,9 @@ class Bench:
         """(state, metrics) of a step."""
         return self.program(state, batch, self.numbers)
 
-    @property
-    def rows(self) -> slice:
-        """This process's rows of a batch."""
-        return owned_rows(self.sharding, (self.config.train.global_batch_size, self.config.data.sequence_length))
-
-    def place(self, batch: Any) -> PyTree:
-        """Return a host batch of this process's rows as global arrays."""
-        return to_global(batch, self.rows, self.config.train.global_batch_size, batch_names(self.config), self.sharding)
-
     def bare_steps(self, count: int) -> list[float]:
-        """Return the seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
-        batch = self.place(self.data.train_batch(0, self.rows))
+        """Seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
+        batch = self.place(self.data.train_batch(0, self.rows()))
         jax.block_until_ready(batch)
         seconds, last, before = [], None, time.perf_counter()
         for _ in range(count + 1):
@@ -104,9 +91,11 @@ class Bench:
 
         stopwatch = Stopwatch()
         clock = StepClock(self.work, count + 1)
-        with MetricsLog(directory) as log, self.data.train_batches(0, self.rows) as batches:
+        with MetricsLog(directory) as log, self.data.train_batches(0, self.rows()) as batches:
             progress = PlainProgress(count + 1, io.StringIO())
-            hooks = [stopwatch, Logging(log, progress, clock, lambda _: 0.0, self.config.train.log_every, 1, count + 1)]
+            hooks, due = Hooks(), multiples(self.config.train.log_every, 1, count + 1)
+            hooks.add(stopwatch)
+            hooks.add(Logging(Telemetry(log, progress, clock), due))
             next_batch: Callable[[], PyTree] = lambda: self.place(next(batches))  # noqa: E731
             loop = Loop(self.step, next_batch, jax.block_until_ready, hooks, self.state, 0, count + 1)
             loop.run()

@@ -17,11 +17,13 @@ def held_dtype(dims: Dims, dtype: str) -> str:
     return "float32" if dims[-1] in ("norm", "router") else dtype
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str) -> nnx.Param:
-    """Return a parameter with its logical dims: normal with this standard deviation, or ones where std is None.
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str = "float32") -> nnx.Param:
+    """Declare a parameter: normal with this standard deviation, or ones where std is None.
 
     Args:
-      dtype: of `model.param_dtype`; `held_dtype` says for which parameters it holds.
+      dims: the logical name of each dim (`sharding.RULES`), which says what shards it: "embed" fsdp; "heads", "kv_heads" and
+        "mlp" tensor; "head_dim", "rank" and "norm" nothing.
+      dtype: `model.param_dtype`; `held_dtype` says for which parameters it holds.
     """
     key = rngs.params()
     value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)

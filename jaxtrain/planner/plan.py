@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
-from jaxtrain.config.rules import validate
+from jaxtrain.config_rules import validate
+from jaxtrain.hardware import load_chip
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.search import Objective, search
@@ -22,6 +23,25 @@ def check_model(config: Config) -> None:
     mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
     train, sync = dataclasses.replace(config.train, microbatches=1), dataclasses.replace(config.sync, mode="every_step")
     validate(dataclasses.replace(config, mesh=mesh, train=train, sync=sync, pipeline=PipelineConfig()), 1)
+
+
+def plan(
+    config: Config,
+    hardware: str = "h100-sxm",
+    hosts: int = 1,
+    devices_per_host: int = 8,
+    objective: Objective = "time",
+    verified: int | None = 0,
+) -> Plan:
+    """Return the best layouts of a config on `hosts` of `devices_per_host` chips each (`make_plan`).
+
+    Args:
+      hardware: a chip by name, or a chip file.
+
+    Raises:
+      ExplainedError: there is no such chip.
+    """
+    return make_plan(config, Cluster(load_chip(hardware), hosts, devices_per_host), objective, verified)
 
 
 def make_plan(

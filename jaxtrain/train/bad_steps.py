@@ -55,9 +55,6 @@ class BadSteps(Hook):
         self._diagnose = diagnose
         self._bad: dict[str, float] | None = None
 
-    def wants(self, step: int) -> bool:
-        return self._diagnose is not None
-
     def metrics_read(self, step: int, metrics: PyTree) -> None:
         values = read_metrics({name: metrics[name] for name in _READ if name in metrics})
         kind = kind_of(values)

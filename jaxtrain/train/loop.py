@@ -5,15 +5,20 @@ Metrics are read one step late, so the device always has the next step to work o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 PyTree = Any
+Due = Callable[[int], bool]
+"""Whether something is to happen after this step, counted from 1."""
 
 
 class Hook:
     """What may happen around a step. Every method may be left out."""
+
+    every: int = 0
+    """Steps between two calls of `after_step`, where `Hooks.add` is not told otherwise; 0 for no call."""
 
     def before_step(self, step: int, state: PyTree) -> None:
         """Step number `step` (from 1) is about to be dispatched; `state` may still be being computed."""
@@ -21,16 +26,47 @@ class Hook:
     def metrics_read(self, step: int, metrics: PyTree) -> None:
         """Step `step` is done, and these are its metrics, on the host or cheap to fetch."""
 
-    def wants(self, step: int) -> bool:
-        """Whether `after_step` must be called for this step; the loop then waits for the step's own metrics first."""
-        return False
-
     def after_step(self, step: int, state: PyTree) -> None:
-        """Step `step` is done and its metrics have been read; only called where `wants` says so."""
+        """Step `step` is done and its metrics have been read: the loop waits for them. Do not keep `state`: it is donated."""
 
     def stop_reason(self) -> str | None:
         """Why the run should end now, or None."""
         return None
+
+    def close(self) -> None:
+        """The loop has ended, or an error has ended it."""
+
+
+class Hooks:
+    """The hooks of a loop, in the order in which they are told."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[Hook, Due]] = []
+
+    def add(self, hook: Hook | Callable[[int, PyTree], None], every: int | Due | None = None) -> None:
+        """Register a hook, or a function as the `after_step` of one.
+
+        Args:
+          every: steps between two calls of `after_step`, or a function that says for each step whether it is due; None for
+            `hook.every`, and for a function for every step.
+        """
+        if not isinstance(hook, Hook):
+            function, hook, every = hook, Hook(), 1 if every is None else every
+            hook.after_step = function  # type: ignore[method-assign]
+        due = hook.every if every is None else every
+        self._all.append((hook, due if callable(due) else lambda step: due > 0 and step % due == 0))
+
+    def due(self, step: int) -> list[Hook]:
+        """Return the hooks whose `after_step` is to be called."""
+        return [hook for hook, is_due in self._all if is_due(step)]
+
+    def close(self) -> None:
+        """Close them all, the last one first."""
+        for hook in reversed(list(self)):
+            hook.close()
+
+    def __iter__(self) -> Iterator[Hook]:
+        return (hook for hook, _ in self._all)
 
 
 @dataclass
@@ -46,7 +82,7 @@ class Loop:
     step_function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     next_batch: Callable[[], PyTree]
     wait: Callable[[PyTree], PyTree]
-    hooks: Sequence[Hook]
+    hooks: Hooks
     state: PyTree
     step: int
     last_step: int
@@ -61,11 +97,11 @@ class Loop:
             self.state, metrics = self.step_function(self.state, batch)
             self.step += 1
             unread.append((self.step, metrics))
-            wanting = [hook for hook in self.hooks if hook.wants(self.step)]
-            self._read(unread, keep=0 if wanting or self.step == self.last_step else 1)
-            for hook in wanting:
+            due = self.hooks.due(self.step)
+            self._read(unread, keep=0 if due or self.step == self.last_step else 1)
+            for hook in due:
                 hook.after_step(self.step, self.state)
-            reason = next(self._reasons(), None)
+            reason = next((reason for hook in self.hooks if (reason := hook.stop_reason())), None)
             if reason:
                 self._read(unread, keep=0)
                 return reason
@@ -78,6 +114,3 @@ class Loop:
             metrics = self.wait(metrics)
             for hook in self.hooks:
                 hook.metrics_read(step, metrics)
-
-    def _reasons(self) -> Iterator[str]:
-        return (reason for hook in self.hooks if (reason := hook.stop_reason()))

@@ -16,22 +16,19 @@ from jaxtrain.checkpoint import check_same_run, committed_steps, read_metadata, 
 from jaxtrain.config import Config
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import UsageError
-from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
-from jaxtrain.train.optimizer import optimizer_of
+from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
-from jaxtrain.train.run import metadata
-from jaxtrain.train.state import Canonical, create_state
-from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding, choose_attention
+from jaxtrain.train.step import TrainSteps
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 PyTree = Any
 
 
-class ReplayedLayout:
-    """A config made ready on a mesh."""
+class ReplayedLayout(Prepared):
+    """A config made ready on a mesh, to compute a step of its run again."""
 
     def __init__(self, config: Config):
         if config.sync.sums_apart:
@@ -39,24 +36,12 @@ class ReplayedLayout:
                 f"replay computes steps of replicas that are summed together; sync.mode={config.sync.mode} with "
                 f"compression={config.sync.compression} sums them apart"
             )
-        self.config, self.mesh = config, make_mesh(config.mesh)
-        self.optimizer = optimizer_of(config)
-        self.backend, _ = choose_attention(config, self.mesh)
-        self.sharding = batch_sharding(self.mesh)
-        self.canonical = Canonical(config, self.mesh, self.optimizer)
-        self.rollbacks = Rollbacks.load(config.directory)
-
-    def __str__(self) -> str:
-        return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
+        super().__init__(config)
+        self.canonical_form, self.rollbacks = self.canonical(), Rollbacks.load(config.directory)
 
     def batch(self, data: Data, steps_before: int) -> PyTree:
-        """Return what the step with so many steps before it trains on, as global arrays; batches that the run left out are
-        not.
-        """
-        number = self.rollbacks.batch(steps_before)
-        size = self.config.train.global_batch_size
-        rows = owned_rows(self.sharding, (size, self.config.data.sequence_length))
-        return to_global(data.train_batch(number, rows), rows, size, batch_names(self.config), self.sharding)
+        """What the step with so many steps before it trains on, as global arrays; batches that the run left out are not."""
+        return self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows()))
 
     def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:
         """(the state that the step began with, the step of the checkpoint that it was computed from)."""
@@ -65,9 +50,9 @@ class ReplayedLayout:
         if first:
             saved = read_metadata(folder, first)
             check_same_run(saved, metadata(self.config, data, {}), folder)
-            state = self.canonical.to_state(restore(folder, first, self.canonical.abstract), saved.get("guard"))
+            state = self.canonical_form.to_state(restore(folder, first, self.canonical_form.abstract), saved.get("guard"))
         else:
-            state = create_state(self.config, self.mesh, self.optimizer)
+            state = self.create_state()
         if first < step - 1:
             steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, step - 1)
             for number in range(first, step - 1):
@@ -76,10 +61,10 @@ class ReplayedLayout:
         return state, first
 
     def take(self, other: ReplayedLayout, state: PyTree) -> PyTree:
-        """Return a state of the other layout, bit for bit, in this one."""
-        canonical = other.canonical.from_state(state)
-        return self.canonical.to_state(
-            jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical.abstract)
+        """A state of the other layout, bit for bit, in this one."""
+        canonical = other.canonical_form.from_state(state)
+        return self.canonical_form.to_state(
+            jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical_form.abstract)
         )
 
     def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:

@@ -113,7 +113,7 @@ def odd_ones_out(sums: np.ndarray, axes: tuple[str, ...], shape: dict[str, int])
 
 
 class StateCheck(Hook):
-    """Checks the state every guard.copies_every steps, and whenever it is called; twice at one step costs nothing.
+    """Checks the state where it is due, and whenever it is called; twice at one step costs nothing.
 
     A state that is not finite always ends the run: it must not be saved over a good one.
     """
@@ -123,10 +123,6 @@ class StateCheck(Hook):
         self._rollbacks = rollbacks
         self._check = make_check(mesh, self._dims)
         self._passed = -1
-
-    def wants(self, step: int) -> bool:
-        every = self._config.guard.copies_every
-        return bool(every) and step % every == 0
 
     def after_step(self, step: int, state: PyTree) -> None:
         self(step, state)

@@ -65,10 +65,14 @@ _BATCH_AXES = (*BATCH_AXES, "context")
 Step = Any  # a jitted function: called, or lowered
 
 
+def token_names(config: Config) -> tuple[str, ...]:
+    """The arrays of a batch that the model reads, each int32 [global_batch_size, sequence_length]."""
+    return ("tokens", "targets", "positions", *(("segments",) if config.data.mask_documents else ()))
+
+
 def batch_names(config: Config) -> tuple[str, ...]:
-    """The arrays of a batch, each [global_batch_size, sequence_length]: int32, and float32 inputs of the objective."""
-    masks = ("segments",) if config.data.mask_documents else ()
-    return ("tokens", "targets", "positions", *masks, *objective_of(config).inputs)
+    """The arrays of a batch to train on: `token_names`, and the objective's float32 inputs of the same shape."""
+    return (*token_names(config), *objective_of(config).inputs)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -378,7 +382,7 @@ def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
 def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs: PartitionSpec) -> Step:
     """jit of a read-only region over (params, batch, *extra)."""
     dims = params_dims(config)
-    rows = specs(dict.fromkeys(batch_names(config), BATCH_DIMS))
+    rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True)
     return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)
 

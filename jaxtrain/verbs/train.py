@@ -51,8 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     from jaxtrain.planner.memory_check import ask_for_memory
     from jaxtrain.telemetry.heartbeat import Heartbeat
     from jaxtrain.telemetry.progress import open_progress
-    from jaxtrain.train.hooks import StopOnSignal
-    from jaxtrain.train.run import Run
+    from jaxtrain.train.stop import StopOnSignal
+    from jaxtrain.train.trainer import Trainer
 
     set_aside = settle()
     place = distributed.start(line.config.distributed)
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str]) -> int:
             for note in notes:
                 progress.say(note)
             ask_for_memory(config, place.local_processes if place else 1, progress.say)
-            run = Run(config, progress, stop)
-            with memory_explained(config, run.backend):
-                return run.train()
+            trainer = Trainer(config)
+            with memory_explained(config, trainer.prepared.backend):
+                return trainer.train(progress, stop).exit_code
 
 
 def origins(line: CommandLine[TrainFlags], resolved: Config) -> list[str]:

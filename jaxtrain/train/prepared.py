@@ -1,0 +1,54 @@
+"""A config made ready on a mesh: what training, replay and measuring all begin with. No state, no data, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.config import Config
+from jaxtrain.mesh import describe_mesh, make_mesh
+from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.optimizer import optimizer_of
+from jaxtrain.train.state import Canonical, create_state
+from jaxtrain.train.step import batch_names, batch_sharding, choose_attention
+
+PyTree = Any
+
+
+class Prepared:
+    """Mesh, attention backend, optimizer and sharding of batches of a valid config.
+
+    Raises:
+      ExplainedError: the attention backend that the config asks for cannot be had here.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.mesh = config, make_mesh(config.mesh)
+        self.backend, self.why_backend = choose_attention(config, self.mesh)
+        self.optimizer = optimizer_of(config)
+        self.sharding = batch_sharding(self.mesh)
+
+    def __str__(self) -> str:
+        return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
+
+    def rows(self, num_rows: int | None = None) -> slice:
+        """Return which rows of a batch, by default a global one, this process's devices hold."""
+        num_rows = self.config.train.global_batch_size if num_rows is None else num_rows
+        return owned_rows(self.sharding, (num_rows, self.config.data.sequence_length))
+
+    def place(self, batch: Mapping[str, np.ndarray], num_rows: int | None = None) -> dict[str, jax.Array]:
+        """Return global arrays of a batch of which this process gives its `rows`; what no step reads is left out."""
+        num_rows = self.config.train.global_batch_size if num_rows is None else num_rows
+        names = tuple(name for name in batch_names(self.config) if name in batch)
+        return to_global(batch, self.rows(num_rows), num_rows, names, self.sharding)
+
+    def create_state(self) -> PyTree:
+        """Return the state at step 0, born sharded."""
+        return create_state(self.config, self.mesh, self.optimizer)
+
+    def canonical(self) -> Canonical:
+        """Return the conversions between the state in memory and the form in which it is saved."""
+        return Canonical(self.config, self.mesh, self.optimizer)

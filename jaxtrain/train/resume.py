@@ -1,0 +1,153 @@
+"""What a run goes on from: a snapshot, a checkpoint or the initial state; and the way back to one after a bad step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint import Checkpoints, check_same_run
+from jaxtrain.checkpoint.fast import FastTier
+from jaxtrain.config import Config, to_plain
+from jaxtrain.data.pipeline import Data
+from jaxtrain.errors import CheckpointError
+from jaxtrain.files import ReplacedFiles
+from jaxtrain.parts import digests
+from jaxtrain.telemetry.flops import num_parameters
+from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.bad_steps import RollBack
+from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
+from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.state import abstract_state, check_same_replicas
+from jaxtrain.train.step_acceptance import record_to_plain
+
+PyTree = Any
+
+
+def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, Any]:
+    """Return what a checkpoint says about the run that it belongs to, and the `program` that saved it (`about_program`)."""
+    return {
+        "program": program,
+        "config": to_plain(config),
+        "parts": digests(config.parts, config.model.parts),
+        "data_fingerprint": data.fingerprint,
+        "num_parameters": num_parameters(config.model).total,
+        "validation_bytes": data.validation_bytes,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+    }
+
+
+class Resume:
+    """Where a run begins, and what its checkpoints say of it.
+
+    Args:
+      checkpoints: None where the run saves nothing.
+      fast: None where it takes no snapshots.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        now: dict[str, Any],
+        checkpoints: Checkpoints | None,
+        fast: FastTier | None,
+        progress: Progress,
+    ):
+        self._prepared, self._now, self._checkpoints, self._fast = prepared, now, checkpoints, fast
+        self._config, self._progress = prepared.config, progress
+        self._directory = prepared.config.directory
+        self.canonical = prepared.canonical()
+        self.rollbacks = Rollbacks()
+        self.restored: dict[str, Any] = {}
+        """Metadata of the checkpoint or snapshot that was restored; empty for a fresh state."""
+
+    def begin(self) -> tuple[PyTree, int]:
+        """Return the state to train on and the steps it has seen.
+
+        Raises:
+          CheckpointError: what is saved is of another run, or none can be restored.
+        """
+        notes: list[str] = []
+        with self._progress.during("restoring"):
+            self.rollbacks = Rollbacks.load(self._directory)
+            found = snapshot = self._newest_snapshot(notes)
+            if snapshot is None and self._checkpoints:
+                found = self._checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))
+        state, step = self._state_of(found) if snapshot is None else (snapshot[1], snapshot[0])
+        if found is not None:
+            self._progress.advance(step)
+            where = "" if snapshot is None else f", a snapshot in {self._config.checkpoint.fast_dir}"
+            self._progress.say(f"resume     from step {step}{where}" + "".join(f"\n           changed: {n}" for n in notes))
+        for first, last in self.rollbacks.left_out():
+            self._progress.say(f"left out   batches {first} to {last}, by {ROLLBACKS_FILE}")
+        return state, step
+
+    def roll_back(self, why: RollBack, files: ReplacedFiles) -> tuple[PyTree, int, dict[str, Any]]:
+        """Return (state, step) of the newest checkpoint, to go on from without the batches left out now, and a row to log."""
+        assert self._checkpoints is not None, "config_rules asks for checkpoints"
+        with self._progress.during("rolling back"):
+            self._checkpoints.set_aside_after(why.step - 1, f"rolled back: {why.reason}")
+            found = self._checkpoints.return_to_newest(self.canonical.abstract, self._acceptance([]))
+            state, step = self._state_of(found)
+            if self._fast is not None:
+                self._fast.clear()  # else a restart would go on from after the return
+            rollback = self.rollbacks.add(why.step, step, why.reason, why.batches)
+            if jax.process_index() == 0:  # the next checkpoint's metadata has them too
+                files.write(self._directory / ROLLBACKS_FILE, self.rollbacks.to_json(), durable=True)
+        left_out = f", without batches {rollback.first_batch} to {rollback.last_batch} from now on" if why.batches else ""
+        self._progress.advance(step)
+        self._progress.say(f"rollback   step {why.step}: {why.reason}; back to step {step}{left_out}")
+        row = {"step": step, "bad_step": why.reason, "policy": "rollback", "rolled_back_from": why.step}
+        return state, step, row | {"first_batch": rollback.first_batch, "last_batch": rollback.last_batch}
+
+    def describe(self, state: PyTree, validated: dict[str, Any]) -> dict[str, Any]:
+        """Return the metadata of a checkpoint of this state; `validated` is the newest validation."""
+        guard = record_to_plain(state.get("guard", {}))
+        return self._now | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
+
+    def reached_before(self, step: int) -> str | None:
+        """Return why the run has nothing left at `step`, where it stopped for its validation loss and may not go below it."""
+        saved, limit = self.restored.get("validation", {}), self._config.train.stop_at_validation_loss
+        if saved.get("step") != step or not 0 < saved["validation_loss"] <= limit:
+            return None
+        return (
+            f"validation loss {saved['validation_loss']:.4f} had reached train.stop_at_validation_loss={limit} at step {step}; "
+            "a lower one trains on, 0 to train.steps"
+        )
+
+    def _acceptance(self, notes: list[str]) -> Callable[[int, dict[str, Any]], None]:
+        """Return a check of checkpoints by their metadata, which it remembers; what has changed since goes into `notes`."""
+        directory = self._directory / "checkpoints"
+
+        def accept(step: int, saved: dict[str, Any]) -> None:
+            last = self._config.train.steps
+            notes[:] = check_same_run(saved, self._now, directory)
+            check_same_replicas(saved.get("config", {}), self._config, directory)
+            if step > last:
+                raise CheckpointError(
+                    f"{directory} already holds step {step}, beyond train.steps={last}; "
+                    f"use --train.steps={step} or more, or another --run_dir"
+                )
+            self.restored = saved
+
+        return accept
+
+    def _state_of(self, found: tuple[int, PyTree] | None) -> tuple[PyTree, int]:
+        """Return the state to train on and its step, from a restored checkpoint, or fresh where there is none."""
+        if found is None:
+            with self._progress.during("initialising"):
+                return self._prepared.create_state(), 0
+        saved = Rollbacks.from_plain(self.restored.get("rollbacks", []))
+        if len(saved) > len(self.rollbacks):  # the folder was moved without the file
+            self.rollbacks = saved
+        return self.canonical.to_state(found[1], self.restored.get("guard")), found[0]
+
+    def _newest_snapshot(self, notes: list[str]) -> tuple[int, PyTree] | None:
+        """Return (step, state) of a snapshot that is newer than every checkpoint, where all processes hold one."""
+        if self._fast is None or self._checkpoints is None:
+            return None
+        abstract = abstract_state(self._config, self._prepared.mesh, self._prepared.optimizer)
+        return self._fast.restore(self._checkpoints.step_to_resume() or 0, abstract, self._acceptance(notes))

@@ -1,0 +1,282 @@
+"""`Trainer`: a training run as an object, in a notebook or a script. The command `jaxtrain train` is a caller like any other.
+
+    trainer = Trainer(load_config("quickstart"))
+    trainer.train()
+    plt.plot(trainer.metrics["step"], trainer.metrics["loss"])
+
+Constructing one touches no device, no file, no signal handler and no global state; devices come with the first use of `state`,
+`step`, `train` and the like. Several may live in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, read_metadata, restore
+from jaxtrain.config import Config
+from jaxtrain.config_rules import validate
+from jaxtrain.data.pipeline import Data, open_data
+from jaxtrain.errors import CheckpointError, ExplainedError
+from jaxtrain.mesh import count_devices
+from jaxtrain.numerics import settled
+from jaxtrain.objectives import Objective, objective_of
+from jaxtrain.ops.losses import TokenLoss
+from jaxtrain.parts import ModelParts
+from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.telemetry.progress import Progress, open_progress
+from jaxtrain.train.evaluation import Evaluation, continue_text
+from jaxtrain.train.loop import Hook
+from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.resume import metadata
+from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.run import Ended, Run
+from jaxtrain.train.run_dir import make_run_dir, only_run_in
+from jaxtrain.train.state_check import StateCheck
+from jaxtrain.train.step import TrainSteps, batch_names, read_metrics
+from jaxtrain.train.step_acceptance import record_to_plain
+from jaxtrain.train.stop import StopOnSignal
+
+PyTree = Any
+
+
+class Trainer:
+    """Trains what a config says, on the devices at hand.
+
+    Args:
+      config: `Config`, e.g. of `load_config("quickstart")`.
+      model: attention, MLP or layer of your own, in place of the decoder's.
+      objective: what is minimised: `Objective`, or a function (log p of each target [B, L], {}) -> loss [B, L].
+      optimizer: an optax transform, the whole update rule, in place of config section `optimizer`.
+      hooks: told of each step (`Hook`).
+      documents: a function that gives the texts to train on, in place of data.sources: the same ones every time and on every
+        host, in the same order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: ModelParts | None = None,
+        objective: Objective | TokenLoss | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        hooks: Iterable[Hook] = (),
+        documents: Callable[[], Iterable[str]] | None = None,
+    ):
+        given = {"objective": objective, "optimizer": optimizer, "hooks": tuple(hooks), "documents": documents}
+        parts = replace(config.parts, **{name: part for name, part in given.items() if part not in (None, ())})
+        if model is not None:
+            config = replace(config, model=replace(config.model, parts=model))
+        self.config: Config = replace(config, parts=parts)
+        """As given, with the parts in it; `prepared.config` is the one that the devices here resolve it to."""
+        self._state: PyTree = None
+        self._step = 0
+        self._steps: TrainSteps | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._saved: int | None = None  # the step of the state that the newest checkpoint holds too
+        self._rollbacks = Rollbacks()
+
+    def __repr__(self) -> str:
+        return f"Trainer({self.config.name!r}, step {self._step} of {self.config.train.steps})"
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the arrays on the devices. Nothing is saved; files and locks are held only while a method runs."""
+        if self._state is not None:
+            jax.tree.map(lambda leaf: leaf.delete(), self._state)
+        self._state, self._steps = None, None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What it is made of, when it is first asked for
+
+    @functools.cached_property
+    def prepared(self) -> Prepared:
+        """The config on the mesh of the devices at hand.
+
+        Raises:
+          ConfigError: the config cannot work here; names every field.
+        """
+        return Prepared(validate(self.config, count_devices()))
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """Training and validation batches. Text is tokenized at first use, and kept in data.cache_dir.
+
+        Raises:
+          DataError: data is missing, broken or too short.
+        """
+        return open_data(self.prepared.config)
+
+    @property
+    def state(self) -> PyTree:
+        """The training state, {"params", "optimizer", "sync", "step"}, in sharded arrays: that of step 0 at first.
+
+        `step` and `train` donate it, so take a copy of what you keep.
+        """
+        if self._state is None:
+            with settled():
+                self._state = self.prepared.create_state()
+        return self._state
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that `state` has seen."""
+        return self._step
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Logged rows as columns, ready for a plot: float64, one value a row that has it.
+
+        Columns of a training row (`loss`, `grad_norm`, `tokens_per_second` ...) go with `step`, those of a validation row
+        (`validation_loss`, `validation_bits_per_byte`) with `validation_step`. Of `train`, and of calls of `step`.
+        """
+        path = self.config.directory / "metrics.jsonl"
+        rows = {(row["step"], "loss" in row): row for row in [*(read_rows(path) if path.exists() else []), *self._rows]}
+        training = [row for _, row in sorted(rows.items()) if "loss" in row]
+        validation = [row for _, row in sorted(rows.items()) if "validation_loss" in row]
+        scored = {"validation_step": _column(validation, "step")}
+        scored |= {name: _column(validation, name) for name in ("validation_loss", "validation_bits_per_byte")}
+        names = dict.fromkeys(name for row in training for name, value in row.items() if isinstance(value, int | float))
+        return {name: _column(training, name) for name in names} | scored
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What it does
+
+    def train(self, progress: Progress | None = None, stop: StopOnSignal | None = None) -> Ended:
+        """Train to train.steps, from this trainer's state or, where it has none yet, the newest checkpoint in run_dir.
+
+        Writes run_dir: checkpoints, metrics.jsonl, log.txt, loss.png. Ctrl-C raises KeyboardInterrupt, and what was trained
+        since the last checkpoint is lost; the command's handling of signals is `stop`.
+
+        Args:
+          progress: where it is shown; by default a bar on a terminal, else a line for each logged row.
+          stop: entered by the caller.
+
+        Raises:
+          ExplainedError: data, folder, checkpoint or numbers are not as they must be; says what to do.
+        """
+        if objective_of(self.config).inputs:
+            names = ", ".join(objective_of(self.config).inputs)
+            raise ExplainedError(f"the objective wants {names} of each token, which data.sources do not give; use step(batch)")
+        held, self._state, self._steps = (self._state, self._step) if self._state is not None else None, None, None
+        with progress or open_progress(self.config.train.steps, process_index=jax.process_index()) as shown:
+            run = Run(self.prepared, lambda: self.data, shown, stop)
+            try:
+                return run.train(held)
+            finally:
+                if run.state is not None:
+                    self._state, self._step = run.state, int(run.state["step"])
+                    self._saved = self._step if run.checkpoints else None
+                self._rows.clear()
+
+    @settled()
+    def step(self, batch: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
+        """Take one optimizer step, and return its metrics: loss in nats a token, total_loss, grad_norm, targets.
+
+        Args:
+          batch: arrays [global_batch_size, sequence_length] of this process's rows: int32 tokens, targets (-1 for no loss),
+            positions and, with data.mask_documents, segments; float32 inputs of the objective. None for the data's next one.
+
+        Raises:
+          ExplainedError: an array is missing.
+        """
+        if batch is None:
+            batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
+        missing = [name for name in batch_names(self.config) if name not in batch]
+        if missing:
+            raise ExplainedError(f"the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
+        state, prepared = self.state, self.prepared
+        if self._steps is None:
+            last = max(prepared.config.train.steps, self._step + 1)
+            self._steps = TrainSteps(prepared.config, prepared.mesh, prepared.optimizer, prepared.backend, self._step, last)
+        self._state, metrics = self._steps(state, prepared.place(batch))
+        self._step += 1
+        values = read_metrics(metrics)
+        self._rows.append({"step": self._step, **values})
+        return values
+
+    @settled()
+    def evaluate(self, batches: int = 0) -> dict[str, float | None]:
+        """Return `validation_loss`, in nats a held-out token, and `validation_bits_per_byte`.
+
+        Args:
+          batches: validation batches to score; 0 for all.
+
+        Raises:
+          ExplainedError: nothing is held out.
+        """
+        evaluation = Evaluation(self.prepared, self.data, batches)
+        if not evaluation.batches:
+            raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
+        loss = evaluation(self.state["params"])
+        found = {"validation_loss": loss, "validation_bits_per_byte": self.data.bits_per_byte(loss)}
+        self._rows.append({"step": self._step, **found})
+        return found
+
+    @settled()
+    def sample(self, prompt: str, num_tokens: int = 64) -> str:
+        """Return a continuation of a text. Slow: a whole forward pass for every token."""
+        ids = np.asarray(self.data.tokenizer.encode(prompt), np.int32)
+        if not ids.size:
+            raise ExplainedError("the prompt is empty; give some text")
+        made = continue_text(self.prepared, self.state["params"], ids, num_tokens)
+        return self.data.tokenizer.decode(made.tolist())
+
+    @settled()
+    def save(self) -> int:
+        """Save the state in run_dir/checkpoints, wait until it is committed, and return its step.
+
+        Raises:
+          ExplainedError: it cannot be saved, is not finite, or another process trains in run_dir.
+        """
+        prepared, config = self.prepared, self.prepared.config
+        if self._saved == self._step:
+            return self._step
+        StateCheck(config, prepared.mesh, prepared.optimizer, self._rollbacks)(self._step, self.state)
+        make_run_dir(config.directory)
+        with only_run_in(config.directory), Checkpoints(config.directory / "checkpoints", config.checkpoint) as checkpoints:
+            guard = record_to_plain(self.state.get("guard", {}))
+            described = metadata(config, self.data, {}) | {"rollbacks": self._rollbacks.to_plain(), "guard": guard}
+            described["validation"] = {}
+            checkpoints.save(self._step, prepared.canonical().from_state(self.state), described, wait=True)
+        self._saved = self._step
+        return self._step
+
+    @settled()
+    def restore(self, step: int | None = None) -> int:
+        """Take the state of a checkpoint in run_dir, the newest where none is named, on whatever mesh; return its step.
+
+        Raises:
+          CheckpointError: there is none, or it is of another run.
+        """
+        folder = self.prepared.config.directory / "checkpoints"
+        steps = sorted(committed_steps(folder))
+        if not steps or (step is not None and step not in steps):
+            held = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+            raise CheckpointError(f"{folder} holds {held}{'' if step is None else f', not step {step}'}")
+        step = steps[-1] if step is None else step
+        saved = read_metadata(folder, step)
+        check_same_run(saved, metadata(self.prepared.config, self.data, {}), folder)
+        canonical = self.prepared.canonical()
+        self.close()
+        self._state = canonical.to_state(restore(folder, step, canonical.abstract), saved.get("guard"))
+        self._rollbacks = Rollbacks.from_plain(saved.get("rollbacks", []))
+        self._step = self._saved = step
+        return step
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """Return the values of a name in the rows that hold a number there; NaN where a row does not."""
+    numbers = (row.get(name) for row in rows)
+    return np.array([value if isinstance(value, int | float) else np.nan for value in numbers], np.float64)
