@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtrain.checkpoint import Checkpoints
     from jaxtrain.config import Config
-    from jaxtrain.config_file import load_config
-    from jaxtrain.config_rules import validate
+    from jaxtrain.config.loading import load_config
+    from jaxtrain.config.rules import validate
     from jaxtrain.errors import ExplainedError
     from jaxtrain.models.parameters import parameter
     from jaxtrain.objectives import Objective
@@ -48,10 +48,10 @@ _HOMES = {
     "ModelParts": "parts",
     "Objective": "objectives",
     "Trainer": "train.trainer",
-    "load_config": "config_file",
+    "load_config": "config.loading",
     "parameter": "models.parameters",
     "plan": "planner.plan",
-    "validate": "config_rules",
+    "validate": "config.rules",
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxtrain.config import Config, DataSource
 from jaxtrain.errors import DataError
-from jaxtrain.paths import user_path
+from jaxtrain.files import user_path
 
 
 def with_documents_kept(config: Config, documents: Callable[[], Iterable[str]]) -> Config:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.hardware import load_chip
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster

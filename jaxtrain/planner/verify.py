@@ -172,7 +172,7 @@ def _with_fake(estimate: Estimate) -> Estimate:
 def _compile_here(config: Config) -> dict[str, float]:
     """Compiles a config's step for this process' CPU devices."""
     from jaxtrain.mesh import make_mesh
-    from jaxtrain.planner.hlo import matmul_flops
+    from jaxtrain.program.hlo import matmul_flops
     from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.step import choose_attention, compile_train_step
 

@@ -22,7 +22,7 @@ BLOCK = 2**20
 
 
 def snapshot_bytes(site: Site) -> int:
-    """Bytes of one snapshot of this process: every different part of the state that its devices hold."""
+    """Return the bytes of one snapshot of this process: every different part of the state that its devices hold."""
     from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.state import abstract_state
 

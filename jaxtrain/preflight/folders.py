@@ -118,7 +118,7 @@ def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]
 
 
 def checkpoint_bytes(site: Site) -> int:
-    """Bytes of the arrays of one checkpoint."""
+    """Return the bytes of the arrays of one checkpoint."""
     from jaxtrain.train.optimizer import optimizer_of
 
     config = site.config

@@ -21,13 +21,12 @@ from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import to_json, to_plain
 from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
-from jaxtrain.files import AppendedFile, ReplacedFiles
+from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
 from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.parts import digests
-from jaxtrain.paths import user_path
 from jaxtrain.processes import LONG_SECONDS
 from jaxtrain.telemetry.clock import StepClock, StepWork
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter

@@ -21,7 +21,7 @@ import optax
 
 from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, read_metadata, restore
 from jaxtrain.config import Config
-from jaxtrain.config_rules import validate
+from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.mesh import count_devices
