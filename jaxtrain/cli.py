@@ -39,7 +39,7 @@ class Verb(NamedTuple):
     verb that writes files goes on, and says nothing."""
     unwinds: bool = True
     """See `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a request to
-    save (`train.hooks.StopOnSignal`)."""
+    save (`train.stop.StopOnSignal`)."""
     joins: bool = False
     """It runs as several processes where the environment says so."""
 

@@ -21,8 +21,8 @@ from jaxtrain.measure import bench
 from jaxtrain.telemetry.clock import StepClock
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
-from jaxtrain.train.hooks import Logging
-from jaxtrain.train.loop import Loop
+from jaxtrain.train.hooks import Logging, Telemetry, multiples
+from jaxtrain.train.loop import Hooks, Loop
 
 STEPS, STEP_SECONDS = 200, 0.05
 
@@ -49,9 +49,10 @@ def main() -> None:
     arguments = ["--config=configs/quickstart.py", "--train.log_every=10"]
     work = bench.Bench(validate(bench.bench_config(parse_config(arguments)), 1))
     device = Device()
-    with MetricsLog(Path(tempfile.mkdtemp())) as log, work.data.train_batches(0, work.rows) as batches:
+    with MetricsLog(Path(tempfile.mkdtemp())) as log, work.data.train_batches(0, work.rows()) as batches:
         progress, clock = PlainProgress(STEPS, io.StringIO()), StepClock(work.work, STEPS)
-        hooks = [Logging(log, progress, clock, lambda _: 0.0, 10, 1, STEPS)]
+        hooks = Hooks()
+        hooks.add(Logging(Telemetry(log, progress, clock), multiples(10, 1, STEPS)))
         loop = Loop(device.step, lambda: work.place(next(batches)), device.wait, hooks, None, 0, STEPS)
         started = time.perf_counter()
         loop.run()

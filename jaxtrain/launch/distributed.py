@@ -240,7 +240,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
     processes.limit_seconds = config.phase_seconds or processes.LONG_SECONDS
     if place is None:
         return None
-    jax.config.update("jax_enable_preemption_service", False)  # signals are ours, see train.hooks.StopOnSignal
+    jax.config.update("jax_enable_preemption_service", False)  # signals are ours, see train.stop.StopOnSignal
     try:
         jax.distributed.initialize(
             place.coordinator,

@@ -111,7 +111,7 @@ class Faults:
         """Wraps what tells of steps and what hands out batches."""
         from jaxtrain.data.pipeline import Data
         from jaxtrain.telemetry.heartbeat import Heartbeat
-        from jaxtrain.train.hooks import StopOnSignal
+        from jaxtrain.train.stop import StopOnSignal
 
         tell, batches, enter = Heartbeat.step, Data.train_batches, StopOnSignal.__enter__
 

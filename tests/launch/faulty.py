@@ -32,9 +32,9 @@ def at_validate():
 
 
 def at_data():
-    from jaxtrain.train import run
+    from jaxtrain.train import trainer
 
-    run.open_data = refuse
+    trainer.open_data = refuse
 
 
 def at_restore():
@@ -56,9 +56,9 @@ def at_first_step():
 
 
 def unforeseen():
-    from jaxtrain.train import run
+    from jaxtrain.train import trainer
 
-    run.open_data = lambda config: 1 / 0
+    trainer.open_data = lambda config: 1 / 0
 
 
 def tokenizer():
@@ -111,15 +111,15 @@ def hang_in_save():
 
     def init(hook, *arguments, **named):
         real(hook, *arguments, **named)
-        hook._check = lambda *_: time.sleep(1000)
+        hook._save = lambda *_: time.sleep(1000)
 
     Saving.__init__ = init
 
 
 def killed():
-    from jaxtrain.train import run
+    from jaxtrain.train import trainer
 
-    run.open_data = lambda config: os.kill(os.getpid(), signal.SIGKILL)
+    trainer.open_data = lambda config: os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,17 @@ from jaxtrain.config import (
     TrainConfig,
 )
 from jaxtrain.config.rules import validate
+from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, NumbersError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train import run as run_module
 from jaxtrain.train.bad_steps import BadSteps, RollBack
-from jaxtrain.train.hooks import StopOnSignal
+from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rollbacks import Rollback, Rollbacks
 from jaxtrain.train.run import Run
 from jaxtrain.train.state_check import StateCheck
+from jaxtrain.train.stop import StopOnSignal
 from tests.train.poison import NAN, SPIKE, poisonable
 
 STEPS, ROWS = 20, 16
@@ -98,7 +100,7 @@ def base(tmp_path_factory):
 def run(config, folder, nan=(), spike=(), stop_at=0, batch_of=None):
     """A run that is ready, of whose batches some are poisoned."""
     config = validate(replace(config, run_dir=f"{config.run_dir}_{folder}"), 8)
-    made = Run(config, Said(), StopAt(stop_at))
+    made = Run(Prepared(config), lambda: open_data(config), Said(), StopAt(stop_at))
     healthy = made.data.train_batch
 
     def train_batch(number, rows):
@@ -136,12 +138,12 @@ def test_bad_batches_are_skipped_and_a_resume_on_another_mesh_skips_the_same(bas
     """A NaN in step 6, a spike in step 16; interrupted after step 10, when the spike's window is in the checkpoint alone."""
     bad = {"nan": (5,), "spike": (15,)}
     whole = run(base, "whole", **bad)
-    assert whole.train() == EXIT_DONE
+    assert whole.train().exit_code == EXIT_DONE
     first = run(base, "parts", stop_at=10, **bad)
-    assert first.train() == EXIT_STOPPED
+    assert first.train().exit_code == EXIT_STOPPED
     piped = replace(base, mesh=MeshConfig(pipe=2, data=2, fsdp=1, tensor=2), train=replace(base.train, microbatches=2))
     second = run(piped, "parts", **bad)
-    assert second.train() == EXIT_DONE
+    assert second.train().exit_code == EXIT_DONE
     for made in (whole, second):
         rows = rows_of(made, "bad_step")
         assert [(row["step"], row["batch"], row["first_sample"], row["last_sample"], row["policy"]) for row in rows] == [
@@ -178,9 +180,9 @@ def test_a_rollback_gives_the_losses_of_a_run_without_the_batches(base):
     config = replace(base, guard=guard, checkpoint=replace(base.checkpoint, resume="never"))
     bad = {"nan": (1, 8), "spike": (19,)}
     rolled = run(config, "rolled", **bad)
-    assert rolled.train() == EXIT_DONE
+    assert rolled.train().exit_code == EXIT_DONE
     truth = run(base, "truth", batch_of=without((0, 1, 7, 8, 18, 19)))
-    assert truth.train() == EXIT_DONE
+    assert truth.train().exit_code == EXIT_DONE
     np.testing.assert_array_equal(losses(rolled), losses(truth))
     listed = json.loads((rolled.directory / "rollbacks.json").read_text())
     names = ("bad_step", "back_to", "first_batch", "last_batch")
@@ -191,11 +193,11 @@ def test_a_rollback_gives_the_losses_of_a_run_without_the_batches(base):
 
     config = replace(config, checkpoint=base.checkpoint)
     first = run(config, "again", stop_at=9, **bad)
-    assert first.train() == EXIT_STOPPED
+    assert first.train().exit_code == EXIT_STOPPED
     (first.directory / "rollbacks.json").unlink()  # it is in the checkpoint too
     piped = replace(config, mesh=MeshConfig(pipe=2, data=2, fsdp=1, tensor=2), train=replace(config.train, microbatches=2))
     second = run(piped, "again", **bad)
-    assert second.train() == EXIT_DONE
+    assert second.train().exit_code == EXIT_DONE
     np.testing.assert_allclose(losses(second), losses(truth), rtol=1e-5)
 
 
@@ -217,7 +219,7 @@ def test_a_copy_that_differs_is_rolled_back_and_nothing_is_left_out(base, monkey
     monkeypatch.setattr(run_module, "StateCheck", Struck)
     config = replace(base, guard=replace(base.guard, copies="rollback"), train=replace(base.train, steps=9))
     made = run(config, "struck")
-    assert made.train() == EXIT_DONE
+    assert made.train().exit_code == EXIT_DONE
     (line,) = told(made, "rollback")
     assert "device 2 of process 0 (data=1, fsdp=0): params/outer/table; back to step 4" in line
     assert json.loads((made.directory / "rollbacks.json").read_text())[0]["back_to"] == 4

@@ -12,7 +12,8 @@ import pytest
 from jaxtrain.errors import CheckpointError, Stopped
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.progress import Progress
-from jaxtrain.train.hooks import Logging, Saving, StopOnSignal, Validation, describe_lost
+from jaxtrain.train.hooks import Logging, Saving, Telemetry, Validation, multiples
+from jaxtrain.train.stop import StopOnSignal, describe_lost
 
 
 class Said(Progress):
@@ -113,7 +114,7 @@ def test_without_being_entered_it_leaves_signals_alone():
 HANGING = """
 import ctypes, signal, sys
 from jaxtrain.telemetry.progress import PlainProgress
-from jaxtrain.train.hooks import StopOnSignal
+from jaxtrain.train.stop import StopOnSignal
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -171,7 +172,7 @@ def test_what_is_lost_is_said_in_numbers(saved, step, words):
 def test_rows_are_a_function_of_the_step_alone():
     """Whether a process begins at 0 or in between: the first step, every multiple, and the last."""
     log, said = Log(), Said()
-    logging = Logging(log, said, Clock(), lambda step: step / 100, 10, 1, 25)
+    logging = Logging(Telemetry(log, said, Clock()), multiples(10, 1, 25), lambda step: step / 100)
     for step in range(1, 26):
         logging.metrics_read(step, {"loss": float(step), "grad_norm": 1.0, "targets": 3.0 if step != 2 else 6.0})
     assert [row["step"] for row in log.rows] == [1, 10, 20, 25]
@@ -187,7 +188,7 @@ def test_rows_are_a_function_of_the_step_alone():
 
 def test_a_step_that_is_not_finite_does_not_spoil_the_mean():
     log = Log()
-    logging = Logging(log, Said(), Clock(), lambda step: 0.0, 5, 1, 10)
+    logging = Logging(Telemetry(log, Said(), Clock()), multiples(5, 1, 10))
     for step in range(1, 11):
         logging.metrics_read(step, {"loss": float("nan") if step in (4, 6, 7, 8, 9, 10) else step, "grad_norm": 1.0})
     assert [row["loss_mean"] for row in log.rows] == [1.0, (2 + 3 + 5) / 3, None]
@@ -203,7 +204,11 @@ def test_rows_hold_the_energy_where_it_is_measured():
             return Meter.read
 
     log = Log()
-    logging = Logging(log, Said(), Clock(), lambda step: 0.0, 5, 1, 10, EnergyLog(Meter(), tokens_per_step=10, last_step=10))
+    logging = Logging(
+        Telemetry(log, Said(), Clock()),
+        multiples(5, 1, 10),
+        energy=EnergyLog(Meter(), tokens_per_step=10, last_step=10),
+    )
     for step in range(1, 11):
         logging.metrics_read(step, {"loss": 2.0, "grad_norm": 1.0})
     assert [row["joules_per_token"] for row in log.rows] == [100 / 10, 100 / 40, 100 / 50]
@@ -213,30 +218,23 @@ def test_rows_hold_the_energy_where_it_is_measured():
 # --- validation
 
 
-def validation(losses, stop_at=0.0, every=10, last=25):
+def validation(losses, stop_at=0.0):
     losses = iter(losses)
-    return Validation(
-        lambda params: next(losses),
-        lambda loss: loss / 2,
-        Log(),
-        Said(),
-        Clock(),
-        every=every,
-        last_step=last,
-        stop_at_loss=stop_at,
-    )
+    return Validation(Telemetry(Log(), Said(), Clock()), lambda params: next(losses), lambda loss: loss / 2, stop_at)
 
 
-def test_validation_wants_every_multiple_and_the_last_step():
-    hook = validation([])
-    assert [step for step in range(1, 26) if hook.wants(step)] == [10, 20, 25]
+def test_multiples_and_other_steps_are_due():
+    assert [step for step in range(1, 26) if multiples(10, 25)(step)] == [10, 20, 25]
+    assert [step for step in range(1, 26) if multiples(0, 1)(step)] == [1]
 
 
 def test_validation_writes_its_row():
     hook = validation([3.0])
     hook.after_step(10, {"params": None})
-    assert hook._log.rows == hook._progress.rows == [{"step": 10, "validation_loss": 3.0, "validation_bits_per_byte": 1.5}]
-    assert hook._clock.pauses == 1
+    telemetry = hook._telemetry
+    row = {"step": 10, "validation_loss": 3.0, "validation_bits_per_byte": 1.5}
+    assert telemetry.log.rows == telemetry.progress.rows == [row]
+    assert telemetry.clock.pauses == 1
 
 
 @pytest.mark.parametrize(
@@ -273,10 +271,16 @@ class FailingCheckpoints:
         self.saved.append((step, state, wait))
 
 
+def saving(checkpoints, said, stop_on_failure=False):
+    def save(step, state, wait):
+        checkpoints.save(step, f"canonical {state}", {}, wait)
+
+    return Saving(Telemetry(Log(), said, Clock()), checkpoints, save, stop_on_failure)
+
+
 def test_a_save_that_failed_is_told_and_the_next_one_is_made():
     checkpoints, said = FailingCheckpoints(), Said()
-    hook = Saving(checkpoints, lambda state: f"canonical {state}", lambda state: {}, said, Clock(), 10, lambda *_: None)
-    assert [step for step in range(1, 31) if hook.wants(step)] == [10, 20, 30]
+    hook = saving(checkpoints, said)
     hook.after_step(10, "a")
     checkpoints.failure = CheckpointError("step 10: disk full")
     hook.after_step(20, "b")
@@ -287,9 +291,7 @@ def test_a_save_that_failed_is_told_and_the_next_one_is_made():
 
 def test_a_save_that_failed_ends_the_run_where_the_config_says_so():
     checkpoints = FailingCheckpoints()
-    hook = Saving(
-        checkpoints, lambda state: state, lambda state: {}, Said(), Clock(), 10, lambda *_: None, stop_on_failure=True
-    )
+    hook = saving(checkpoints, Said(), stop_on_failure=True)
     hook.after_step(10, "a")
     checkpoints.failure = CheckpointError("step 10: disk full")
     with pytest.raises(CheckpointError, match="step 10"):
@@ -298,6 +300,6 @@ def test_a_save_that_failed_ends_the_run_where_the_config_says_so():
 
 
 def test_a_save_that_cannot_be_made_ends_the_run():
-    hook = Saving(FailingCheckpoints(always=True), lambda state: state, lambda state: {}, Said(), Clock(), 10, lambda *_: None)
+    hook = saving(FailingCheckpoints(always=True), Said())
     with pytest.raises(CheckpointError, match="step 10"):
         hook.after_step(10, "a")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxtrain.train.loop import Hook, Loop
+from jaxtrain.train.loop import Hook, Hooks, Loop
 
 
 class Recorder(Hook):
@@ -19,9 +19,6 @@ class Recorder(Hook):
     def metrics_read(self, step, metrics):
         assert metrics == {"loss": 10.0 * step}
         self.events.append(f"{self.name} read {step}")
-
-    def wants(self, step):
-        return step in self.wanted
 
     def after_step(self, step, state):
         assert state == step
@@ -44,7 +41,10 @@ def make_loop(events, hooks, last_step, first_step=0):
         events.append(f"wait {metrics['loss'] / 10:.0f}")
         return metrics
 
-    return Loop(step_function, lambda: next(batches), wait, hooks, first_step, first_step, last_step)
+    registered = Hooks()
+    for hook in hooks:
+        registered.add(hook, every=lambda step, hook=hook: step in hook.wanted)
+    return Loop(step_function, lambda: next(batches), wait, registered, first_step, first_step, last_step)
 
 
 def only(events, *kinds):
@@ -101,3 +101,25 @@ def test_a_resumed_loop_goes_on_from_its_step(first):
     assert loop.step == 7
     assert only(events, "dispatch") == [f"dispatch {n}" for n in range(first + 1, 8)]
     assert only(events, "wait") == [f"wait {n}" for n in range(first + 1, 8)]
+
+
+def test_how_often_a_hook_is_due():
+    """By its own `every`, by that of `add`, and a function at every step; closed the last one first."""
+
+    class Own(Hook):
+        every = 3
+
+    told, hooks, own, given, silent = [], Hooks(), Own(), Own(), Hook()
+    for name, hook in (("own", own), ("given", given), ("silent", silent)):
+        hook.close = lambda name=name: told.append(name)
+    hooks.add(own)
+    hooks.add(given, every=4)
+    hooks.add(silent)
+    hooks.add(lambda step, state: told.append(step), every=2)
+    hooks.add(lambda step, state: None)
+    assert [hook for hook in hooks.due(12)][:2] == [own, given]
+    assert [len(hooks.due(step)) for step in (1, 2, 3, 4, 12)] == [1, 2, 2, 3, 4]
+    assert silent not in hooks.due(12)
+    hooks.due(2)[0].after_step(2, None)
+    hooks.close()
+    assert told == [2, "silent", "given", "own"]

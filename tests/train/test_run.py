@@ -22,13 +22,15 @@ from jaxtrain.config import (
     TrainConfig,
 )
 from jaxtrain.config.rules import validate
+from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
-from jaxtrain.train.hooks import StopOnSignal
+from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.run import Run
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in
 from jaxtrain.train.step import make_evaluation_step
+from jaxtrain.train.stop import StopOnSignal
 
 WORDS = ["alpha ", "beta ", "gamma\n", "été ", "0 1 2 "]
 STEPS, FIRST_STOP, SECOND_STOP = 45, 5, 25
@@ -56,21 +58,31 @@ class StopAt(StopOnSignal):
             self.received = signal.SIGTERM
 
 
-class RecordingRun(Run):
-    """Remembers the token ids of every global batch, in order, and the parameters at the end."""
+class Recorded(Prepared):
+    """Remembers the token ids of every global batch, in order."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, config):
+        super().__init__(config)
         self.batches = []
 
-    def _sample(self, params):
-        self.final_params = params
-        super()._sample(params)
-
-    def _place(self, batch, num_rows):
-        placed = super()._place(batch, num_rows)
+    def place(self, batch, num_rows=None):
+        placed = super().place(batch, num_rows)
         self.batches.append(np.asarray(placed["tokens"]))
         return placed
+
+
+class RecordingRun(Run):
+    """A run by itself, of which `train` returns the exit code."""
+
+    def __init__(self, config, progress, stop=None):
+        super().__init__(Recorded(config), lambda: open_data(config), progress, stop)
+
+    @property
+    def batches(self):
+        return self.prepared.batches
+
+    def train(self):
+        return super().train().exit_code
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +204,8 @@ def test_replicas_that_differ_resume_bit_by_bit_with_an_exchange_on_its_way(base
         sync=SyncConfig(mode="diloco", every=3, overlap=1),
         train=replace(base.train, steps=5, validate_every=5, sample_tokens=2),
     )
-    whole = Run(validate(replace(config, run_dir=config.run_dir + "_whole"), 8), Said())
-    parts = [Run(validate(config, 8), Said(), StopAt(3)), Run(validate(config, 8), Said())]
+    whole = RecordingRun(validate(replace(config, run_dir=config.run_dir + "_whole"), 8), Said())
+    parts = [RecordingRun(validate(config, 8), Said(), StopAt(3)), RecordingRun(validate(config, 8), Said())]
     assert [run.train() for run in (whole, *parts)] == [EXIT_DONE, EXIT_STOPPED, EXIT_DONE]
     rows, resumed = ([r for r in read_rows(run.directory / "metrics.jsonl")] for run in (whole, parts[0]))
     for name in ("loss", "grad_norm", "validation_loss", "exchanged_bytes"):
@@ -203,7 +215,7 @@ def test_replicas_that_differ_resume_bit_by_bit_with_an_exchange_on_its_way(base
     assert any(line.startswith("replicas   diloco: a device sends") for line in whole.progress.lines)
     other = replace(config, mesh=MeshConfig(replica=4, fsdp=2))
     with pytest.raises(ExplainedError, match="mesh.replica: 2 -> 4"):
-        Run(validate(other, 8), Said()).train()
+        RecordingRun(validate(other, 8), Said()).train()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +227,7 @@ def refusal(config):
     path = config.directory / "config.json"
     before = path.read_bytes()
     with pytest.raises(ExplainedError) as caught:
-        Run(validate(config, 8), Said()).train()
+        RecordingRun(validate(config, 8), Said()).train()
     assert path.read_bytes() == before
     return str(caught.value)
 
@@ -260,7 +272,7 @@ def test_resume_never_refuses_a_folder_with_checkpoints(interrupted):
 def test_resume_required_needs_a_checkpoint(base, tmp_path):
     config = replace(base, run_dir=str(tmp_path), checkpoint=replace(base.checkpoint, resume="required"))
     with pytest.raises(ExplainedError, match="--checkpoint.resume=required, but .* holds no checkpoint"):
-        Run(validate(config, 8), Said()).train()
+        RecordingRun(validate(config, 8), Said()).train()
     assert not (tmp_path / "config.json").exists()
 
 
@@ -318,7 +330,7 @@ def test_a_run_that_ended_at_its_threshold_has_nothing_left(base, uninterrupted)
     """Started again it trains no step, whatever its mesh; a lower threshold, and none, train on."""
     reached = replace(base, run_dir=base.run_dir + "_reached")
     train = replace(base.train, validate_every=3, stop_at_validation_loss=100.0)
-    assert Run(validate(replace(reached, train=train), 8), Said()).train() == EXIT_DONE
+    assert RecordingRun(validate(replace(reached, train=train), 8), Said()).train() == EXIT_DONE
     again = RecordingRun(validate(replace(other_layout(reached), train=replace(train, microbatches=2)), 8), Said())
     assert again.train() == EXIT_DONE
     assert again.batches == []
@@ -326,7 +338,9 @@ def test_a_run_that_ended_at_its_threshold_has_nothing_left(base, uninterrupted)
     assert "had reached train.stop_at_validation_loss=100.0 at step 3" in done
     for threshold, last in ((1e-9, 6), (0.0, 9)):
         further = replace(train, stop_at_validation_loss=threshold, steps=last)
-        run = Run(validate(replace(reached, train=further, optimizer=replace(base.optimizer, warmup_steps=1)), 8), Said())
+        run = RecordingRun(
+            validate(replace(reached, train=further, optimizer=replace(base.optimizer, warmup_steps=1)), 8), Said()
+        )
         assert run.train() == EXIT_DONE
         assert len(losses_of(run)) == last
 
@@ -340,10 +354,10 @@ def test_validation_is_the_mean_over_all_held_out_targets(ended_early):
     run, _ = ended_early
     logged = read_rows(run.directory / "metrics.jsonl")[-1]
     size, sums = run.config.train.global_batch_size, []
-    step = make_evaluation_step(run.config, run.mesh, run.backend)
+    step = make_evaluation_step(run.config, run.mesh, run.prepared.backend)
     for i in range(run.data.num_validation_batches(size)):
         batch = run.data.validation_batch(i, slice(0, size), size)
-        sums.append(jax.device_get(step(run.final_params, run._place(batch, size))))
+        sums.append(jax.device_get(step(run.state["params"], run.prepared.place(batch, size))))
     assert sum(s["targets"] for s in sums) == run.data.validation_tokens
     assert len({float(s["targets"]) for s in sums}) > 1
     mean = sum(float(s["loss"]) for s in sums) / run.data.validation_tokens
@@ -371,7 +385,7 @@ def test_without_checkpoints_nothing_is_saved_and_a_stop_says_so(ended_early, ba
     run, _ = ended_early
     assert not (run.directory / "checkpoints").exists()
     said = Said()
-    stopped = Run(replace(run.config, run_dir=base.run_dir + "_unsaved"), said, StopAt(2))
+    stopped = RecordingRun(replace(run.config, run_dir=base.run_dir + "_unsaved"), said, StopAt(2))
     assert stopped.train() == 128 + 15
     assert any(line.startswith("stopped    after step 2; nothing is saved") for line in said.lines)
 
