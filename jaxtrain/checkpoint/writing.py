@@ -253,7 +253,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Mapping[str, Any], wait: bool = False) -> None:
         """Save `state` as `step`; return once it is copied to host memory, so that its buffers may be donated.
 
-        Checksums are computed after the copy, beside training (`tests/save_blocking.py` measures how long a save blocks).
+        Checksums are computed after the copy, beside training (`tests/measure/save_blocking.py` says how long a save blocks).
         A step that this run has already saved or restored is not written again. With `wait`, or
         `checkpoint.asynchronous=False`, return when the step is committed.
 

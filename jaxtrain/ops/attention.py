@@ -24,7 +24,7 @@ from jaxtrain.ops.attention_mask import Rule, own_segments, visible_BLS
 BACKENDS = ("reference", "blockwise", "cudnn")
 # Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens): float32
 # 0.99 at length 128, 0.91 at 256, 0.52 at 512, 0.39 at 1024, 0.48 at 2048; bfloat16 1.26, 1.03, 0.55, 0.50, 0.37.
-# Printed by `PYTHONPATH=. python tests/blockwise_time.py`.
+# Printed by `python -m tests.measure.blockwise_time`.
 BLOCKWISE_FROM_LENGTH = 512
 
 

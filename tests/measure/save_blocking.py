@@ -1,6 +1,6 @@
 """How long a save in the background keeps training waiting, and how long the same save takes when it is waited for.
 
-    PYTHONPATH=. .venv/bin/python tests/save_blocking.py            # 400 MB, 8 fake devices, all replicated twice
+    .venv/bin/python -m tests.measure.save_blocking  # 400 MB, 8 fake devices, all replicated twice
 
 The parameters of both are made anew before every save, as a step does. Prints the medians, and their quotient; the issue
 asks for less than 5%.

@@ -1,6 +1,6 @@
 """Forward and backward of blockwise attention over reference, by length: the figures behind BLOCKWISE_FROM_LENGTH.
 
-PYTHONPATH=. .venv/bin/python tests/blockwise_time.py
+.venv/bin/python -m tests.measure.blockwise_time
 """
 
 from __future__ import annotations

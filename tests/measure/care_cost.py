@@ -1,7 +1,7 @@
 """What a run pays for being careful: each kind of care against a bare step of the same config, in turn in one process.
 
-    PYTHONPATH=. .venv/bin/python tests/care_cost.py                                       # the quickstart, one device
-    PYTHONPATH=. .venv/bin/python tests/care_cost.py --config=configs/1b.py --mesh.fsdp=8  # any config, on GPUs
+    .venv/bin/python -m tests.measure.care_cost                                            # the quickstart, one device
+    .venv/bin/python -m tests.measure.care_cost --config=configs/1b.py --mesh.fsdp=8  # any config, on GPUs
 
 Steps with guard.non_finite=skip (the update is decided on the device) and on GPUs with train.deterministic are whole programs
 of their own, so their price is a ratio of steps. A comparison of copies (guard.copies, before every save) and a snapshot of

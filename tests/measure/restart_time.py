@@ -1,6 +1,6 @@
 """How long a run of four processes stands still when one of them is killed: from SIGKILL to the end of the next step.
 
-    PYTHONPATH=. .venv/bin/python tests/faults/restart_time.py
+    .venv/bin/python -m tests.measure.restart_time
 
 Kills each rank in turn, process 0 (the coordinator) last, in one supervised run of the tests' tiny model with a warm
 compilation cache. Nearly all of it is the start of four Pythons; the load of the machine is printed with it.

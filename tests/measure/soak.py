@@ -1,6 +1,6 @@
 """Thousands of steps of the quickstart with a random fault about every fifty: the same parameters as without, bit for bit.
 
-    PYTHONPATH=. .venv/bin/python tests/faults/soak.py --steps=2000 --folder=runs/soak
+    .venv/bin/python -m tests.measure.soak --steps=2000 --folder=runs/soak
 
 runs it without faults, then with them (two processes of one fake device under the supervisor), and compares the losses, every
 token id and every array of the last checkpoint. Prints what befell it and the goodput; exit code 0 if all is equal. The same
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED
 from tests.faults.runs import Faulty
-from tests.faults.soaked import EVERY
+from tests.measure.soaked import EVERY
 
-CONFIG = "--config=tests/faults/soaked.py"
+CONFIG = "--config=tests/measure/soaked.py"
 LAUNCHER = ("--processes=2", "--devices_per_process=1")
 LEFT_ALONE = (EXIT_STOPPED, -9)  # how the supervisor ends where one process was told to stop, or itself was killed
 

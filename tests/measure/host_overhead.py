@@ -1,4 +1,4 @@
-"""What the host adds to a step of 50 ms on a device that is elsewhere: `python tests/host_overhead.py`.
+"""What the host adds to a step of 50 ms on a device that is elsewhere: `python -m tests.measure.host_overhead`.
 
 The step is a wait, so that the loop, its data and its log files do not compete with it for this machine's cores, as they do on
 CPU. Everything else is the quickstart's: batches read and placed, metrics logged every 10 steps.
