@@ -479,7 +479,7 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path, state):
 @pytest.mark.parametrize("name", ["run[1]", "run*", "run?"])
 def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
     """It merges no files there: the save would look well and could not be read."""
-    with pytest.raises(CheckpointError, match=r"Orbax takes \*, \? and \[ in the name of a folder.*give another --run_dir"):
+    with pytest.raises(CheckpointError, match="wildcards.*give another --run_dir"):
         Checkpoints(tmp_path / name / "checkpoints", CONFIG)
     assert not (tmp_path / name).exists()
 
@@ -607,7 +607,7 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
         save(4)
         checkpoints.wait()
     except LostSave as error:
-        assert ("given up: in process 1, " if rank == 0 else "OSError: a fault of the test's") in str(error), error
+        assert ("in process 1, OSError" if rank == 0 else "OSError: a fault of the test's") in str(error), error
     else:
         raise AssertionError("a save without the sums of process 1 counts here")
     print("right", flush=True)

@@ -1,4 +1,4 @@
-"""Reads gzip, bzip2, xz and zstd files as what is in them, known by their first bytes and not by their names."""
+"""Read gzip, bzip2, xz and zstd files decompressed; a file's kind is known by its first bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtrain.errors import DataError
 
 BLOCK_BYTES = 1 << 16
 HEAD_BYTES = 8192
-# zstd: a frame, or a frame to be skipped, with which those of several threads begin.
+# zstd: a frame, or a skippable frame, with which multi-threaded zstd files begin.
 FIRST_BYTES = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", re.DOTALL),
@@ -28,15 +28,15 @@ SHORTEST = 8  # bytes: no compressed file is shorter
 
 
 def compression_of(head: bytes) -> str | None:
-    """Return which of FIRST_BYTES a file that begins with `head` is; None for any other."""
+    """Return the entry of FIRST_BYTES that a file beginning with `head` matches, or None."""
     return next((name for name, pattern in FIRST_BYTES.items() if pattern.match(head)), None)
 
 
 def open_content(path: Path) -> io.BufferedReader:
-    """Open a file for reading, decompressed as it is read where it is compressed: all of its members, one after the other.
+    """Open a file for reading; a compressed file is decompressed as it is read, all of its members in order.
 
-    A file with the name of a compressed one, but other contents, is read as it is. Raises OSError; DataError, here or while
-    reading, where the file is cut short or damaged.
+    A file with a compressed file's suffix but other content is read as it is. Raises OSError; DataError, here or while reading,
+    where the file is cut short or damaged.
     """
     file = path.open("rb")
     try:
@@ -69,7 +69,7 @@ class _Member(Protocol):
 
 
 class _GzipMember:
-    """A gzip member with the interface of the others. zlib checks length and checksum at its end."""
+    """A gzip member with the interface of `_Member`. zlib checks length and checksum at its end."""
 
     def __init__(self):
         self._member = zlib.decompressobj(wbits=31)
@@ -97,9 +97,9 @@ NEW_MEMBER: dict[str, Callable[[], _Member]] = {
 
 
 class _Members(io.RawIOBase):
-    """The contents of a gzip, bzip2 or xz file.
+    """The content of a gzip, bzip2 or xz file.
 
-    Unlike those of the standard library it does not take damage in a later member for the end of the file.
+    Unlike the standard library's readers, it does not take damage in a later member for the end of the file.
     """
 
     def __init__(self, file: BinaryIO, path: Path, kind: str):
@@ -113,7 +113,7 @@ class _Members(io.RawIOBase):
         try:
             content = self._read(len(buffer))
         except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk; bz2 says OSError without a number
+            if isinstance(error, OSError) and error.errno is not None:  # a disk error; bz2 raises OSError without a number
                 raise
             raise _damaged(self._path, self._kind, self._file, error) from error
         buffer[: len(content)] = content
@@ -134,7 +134,7 @@ class _Members(io.RawIOBase):
                 return content
 
     def _next_member(self) -> bytes:
-        """Return what follows the member that has ended and the zeros after it; nothing at the end of the file."""
+        """Return what follows the finished member and its zero padding; empty at the end of the file."""
         rest = self._member.unused_data.lstrip(b"\0")
         while not rest and (block := self._file.read(BLOCK_BYTES)):
             rest = block.lstrip(b"\0")

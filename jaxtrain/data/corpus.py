@@ -1,4 +1,4 @@
-"""A corpus: the documents of one source, each labelled as training or held out."""
+"""A corpus: the documents of one source, each labelled as training or held-out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxtrain.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or a part of a long one, that is not empty. `file` is the index of its file; `held_out` tells its side."""
+    """A non-empty document, or part of a long one. `file` is the index of its file."""
 
     text: str
     file: int
@@ -27,7 +27,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source: a file each, or a row each of a kind in ROW_KINDS."""
+    """The documents of one source: one per file, or one per row for a kind in ROW_KINDS."""
 
     source: DataSource
     name: str
@@ -37,13 +37,12 @@ class Corpus:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that decides which documents there are and on which side; no absolute path is in it."""
+        """Hash of all that decides which documents there are and on which side; holds no absolute path."""
         field = self.source.text_field if self.source.kind in ROW_KINDS else ""
         return short_hash([self.hashes, self.source.kind, field, self.split_rule, self.source.max_bad_rows])
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of each file."""
         return [file.path.stat().st_size for file in self.files]
 
     @property
@@ -52,10 +51,10 @@ class Corpus:
         return split_rule(self.validation_fraction)
 
     def documents(self, title: str, bad_rows: BadRows | None = None) -> Iterator[Document]:
-        """Yield the parts of all documents in order (see `split_document`), while a progress bar called `title` shows the bytes
+        """Yield the parts of all documents in order (see `split_document`), with a progress bar named `title` over the bytes
         read.
 
-        Rows that are left out are counted in `bad_rows`. Raises DataError where a file is not what it should be.
+        Bad rows are counted in `bad_rows`. Raises DataError where a file is missing, damaged or of another kind.
         """
         parts = (
             Document(part, i, is_held_out)
@@ -65,7 +64,7 @@ class Corpus:
         yield from _with_progress(parts, self.sizes, title)
 
     def _texts(self, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
-        """(index of the file, text) of every document that is not empty."""
+        """Yield (index of the file, text) of every non-empty document."""
         bad_rows = bad_rows or BadRows(self.source.max_bad_rows)
         for i, file in enumerate(self.files):
             for text in read_documents(self.source.kind, file.path, self.source.text_field, bad_rows):
@@ -74,7 +73,7 @@ class Corpus:
 
 
 def open_corpus(source: DataSource, name: str, validation_fraction: float, cache_dir: Path) -> Corpus:
-    """List and hashes the files of a source of text; `name` is how to call it in errors ("data.sources.0").
+    """List and hash the files of a source of text; `name` is its name in errors ("data.sources.0").
 
     Raises DataError where a glob matches nothing or a file cannot be read.
     """
@@ -85,7 +84,7 @@ def open_corpus(source: DataSource, name: str, validation_fraction: float, cache
 
 
 def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: str) -> Iterator[Document]:
-    """Yield the same documents, while a bar shows the share of the files' bytes that has been read."""
+    """Yield the same documents, with a progress bar over the files' bytes."""
     with progress(title, sum(sizes)) as advance:
         current, shown = 0, 0
         for document in documents:
@@ -99,8 +98,8 @@ def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: s
 
 
 def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[str]:
-    """Yield the texts to train a tokenizer on: every k-th training document, with k so that about `largest_sample` bytes
-    come.
+    """Yield the texts to train a tokenizer on: every k-th training document, k such that they sum to about `largest_sample`
+    bytes.
     """
     total = sum(sum(corpus.sizes) for corpus in corpora)
     stride = max(1, -(-total // largest_sample))
@@ -111,12 +110,12 @@ def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[s
 
 
 def training_key(corpora: Sequence[Corpus]) -> str:
-    """Hash that changes whenever the documents that a tokenizer is trained on may."""
+    """Return a hash that changes whenever the documents that a tokenizer is trained on may change."""
     return short_hash([corpus.key for corpus in corpora])
 
 
 def check_sides(corpus: Corpus, training_documents: int, validation_documents: int) -> None:
-    """Raise DataError where there is nothing to train on."""
+    """Raise DataError if there is no training document."""
     if training_documents:
         return
     total = f"{len(corpus.files)} file{'s' if len(corpus.files) > 1 else ''}"

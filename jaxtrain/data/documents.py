@@ -1,4 +1,4 @@
-"""Reads the documents in one file, for each kind of source. Every fault is a DataError that says where it is."""
+"""Read the documents in one file, for each kind of source. Every fault is a DataError with its place."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from jaxtrain.errors import DataError, nearest
 
 ROWS_AT_ONCE = 1024
 BYTE_ORDER_MARK = "\ufeff"
-ALL_BAD_ROWS = 1000  # where this many come first and none is good, the source is not what the configuration says
+ALL_BAD_ROWS = 1000  # if the first this many rows are all bad, the configured kind or field is wrong
 
 Reader = Callable[[Path, str], Iterator[str | DataError]]
-"""(file, name of the text's field) to the text, or the fault, of each row in turn. Faults of the whole file are raised."""
+"""(file, name of the text field) -> the text or the fault of each row in order. Faults of the whole file are raised."""
 
 
 @dataclass
 class BadRows:
-    """Counts the rows of a source that are left out for a fault of theirs."""
+    """Counts the bad rows of a source, which are left out."""
 
     largest_share: float = 0.0
-    """Of all rows; 0 lets the first bad one stop the reading."""
+    """Largest tolerated share of bad rows; 0: the first bad row raises."""
     rows: int = 0
-    """Read so far, the bad ones among them."""
+    """Rows read so far, bad ones included."""
     count: int = 0
     first: str = ""
-    """What is wrong with the first one, and where; empty where there is none."""
+    """Fault and place of the first bad row; empty if there is none."""
 
     def leave_out(self, fault: DataError) -> None:
-        """Count a bad row. Raises its fault where none may be left out, and a DataError where no row at all is good."""
+        """Count a bad row. Raises its fault if no bad rows are tolerated; DataError if the first ALL_BAD_ROWS rows are all
+        bad.
+        """
         if not self.largest_share:
             raise fault
         self.first = self.first or str(fault)[:300]
@@ -45,7 +47,7 @@ class BadRows:
             raise DataError(f"each of the first {ALL_BAD_ROWS:,} rows is bad; the first: {self.first}") from fault
 
     def check(self, name: str) -> None:
-        """Raise a DataError where the share of bad rows in the source called `name` is above the largest."""
+        """Raise DataError if the share of bad rows in the source `name` is above the largest."""
         if self.count > self.largest_share * self.rows:
             raise DataError(
                 f"{name}: {self.count:,} of {self.rows:,} rows are bad, more than max_bad_rows={self.largest_share:g} of them; "
@@ -54,10 +56,10 @@ class BadRows:
 
 
 def read_documents(kind: str, path: Path, text_field: str, bad_rows: BadRows | None = None) -> Iterator[str]:
-    """Yield the documents of a file in order, empty ones too (so that a document's number is its row's number).
+    """Yield the documents of a file in order, empty ones included (so that a document's number is its row's number).
 
-    A bad row counts as an empty one where `bad_rows` lets it be left out. Raises DataError with the file, and the byte, line
-    or row, of whatever is wrong.
+    A bad row counts as an empty document where `bad_rows` tolerates it. Raises DataError with the file and the byte, line or
+    row.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     try:
@@ -72,7 +74,7 @@ def read_documents(kind: str, path: Path, text_field: str, bad_rows: BadRows | N
 
 
 def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
-    """`content` as text. Raises DataError with the byte where it stops being UTF-8, counted from `offset`."""
+    """Return `content` as text. Raises DataError with the byte where it stops being UTF-8, counted from `offset`."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -88,7 +90,7 @@ def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[Any]:
-    """A file of text, decompressed. Raises DataError where it holds something else, which it names."""
+    """Open a text file, decompressed. Raises DataError that names its kind if it is not text."""
     with open_content(path) as file:
         if what := what_it_is(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
             raise DataError(f"{path}: is {what}")
@@ -101,7 +103,7 @@ def _read_text(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _named(value: Any) -> str:
-    """Return what to call a value that is no text."""
+    """Return a name, for errors, of a value that is not text."""
     if isinstance(value, UnicodeDecodeError):
         return f"broken UTF-8 (byte {value.start} of it)"
     return "null" if value is None else f"a {type(value).__name__}"
@@ -137,9 +139,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
 
 
 def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
-    """Return the text field of a line of JSON that begins at byte `offset`. A mark of byte order is left where files were
-    joined.
-    """
+    """Return the text field of a JSON line that starts at byte `offset`. Joined files leave a byte order mark inside."""
     text = _decode_utf8(line, where, offset).lstrip(BYTE_ORDER_MARK)
     try:
         row = json.loads(text) if text.strip() else {text_field: ""}
@@ -171,7 +171,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
 
 
 def _values(column: Any) -> list[Any]:
-    """Return the values of a column; in the place of a text that is not UTF-8, the error."""
+    """Return the values of a column; for a text that is not UTF-8, the error in its place."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -192,7 +192,7 @@ def _read_array_record(path: Path, text_field: str) -> Iterator[str | DataError]
         for start in range(0, count, ROWS_AT_ONCE):
             try:
                 records = reader.read(range(start, min(start + ROWS_AT_ONCE, count)))
-            except Exception as error:  # the library raises whatever its C++ status says
+            except Exception as error:  # the library's exception class depends on its C++ status
                 raise _broken(path, "ArrayRecord", error) from error
             for number, record in enumerate(records, start):
                 try:
@@ -207,7 +207,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
     try:
         reader = module.ArrayRecordReader(str(path))
         if not reader.ok():
-            reader.close()  # a broken file looks empty; only closing it says why
+            reader.close()  # a broken file looks empty; only closing it reports why
     except Exception as error:
         raise _broken(path, "ArrayRecord", error) from error
     try:
@@ -218,9 +218,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
 
 
 def _broken(path: Path, kind: str, error: Exception) -> DataError:
-    """Return the error to raise for a file that is not a whole one of `kind`; it names what the file is instead, if it
-    knows.
-    """
+    """Return the error for a file that is not a whole one of `kind`; names its true kind if known."""
     with path.open("rb") as file:
         what = what_it_is(file.read(HEAD_BYTES))
     if what and kind not in what:

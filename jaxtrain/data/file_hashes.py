@@ -15,26 +15,25 @@ from jaxtrain.errors import DataError
 from jaxtrain.files import replace_file
 
 READ_BYTES = 1 << 22
-# A file changed again within the clock's grain keeps its time stamp, so a stamp younger than this proves nothing yet.
+# A file changed twice within the clock's resolution keeps its time stamp, so a younger stamp than this proves nothing.
 SETTLED_SECONDS = 2.0
 
 
 def short_hash(value: object) -> str:
-    """32 hexadecimal digits of the SHA-256 of a JSON value, equal for equal values."""
+    """Return 32 hexadecimal digits of the SHA-256 of a JSON value, equal for equal values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """Return the error to raise where reading `path` failed."""
+    """Return the error for a failed read of `path`."""
     return DataError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def file_hashes(paths: Sequence[Path], cache_dir: Path, title: str) -> list[str]:
-    """SHA-256 of the contents of each file, in hexadecimal.
+    """Return the SHA-256 of each file's content, in hexadecimal.
 
-    Contents are read only where the file's size, inode or modification time is not the one noted in
-    `cache_dir/hashes`. Failing to write the note is no error: the next run reads again. Raises DataError for a
-    file that cannot be read.
+    A file is read only if its size, inode or modification time differs from the record in `cache_dir/hashes`. A record that
+    cannot be written is no error: the next run reads the file again. Raises DataError for a file that cannot be read.
     """
     note_path = cache_dir / "hashes" / f"{short_hash([str(path.absolute()) for path in paths])}.json"
     noted = _read_note(note_path)

@@ -1,4 +1,4 @@
-"""Names what a file is by its first bytes, where it is something that is not text."""
+"""Recognise by its first bytes a file that is not text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtrain.data.compressed import compression_of
 _UNPACK = "unpack it"
 _DECOMPRESS = "decompress it, or use gzip, bzip2, xz or zstd"
 _EXTRACT = "extract its text first"
-# What a file begins with, what it then is, and what to do about it.
+# (first bytes, kind, way out)
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", "convert it: iconv -f utf-32 -t utf-8"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text", "convert it: iconv -f utf-16 -t utf-8"),
@@ -44,16 +44,15 @@ LARGEST_SHARE_OF_NULS = 0.1
 
 
 def known_kind(head: bytes) -> str | None:
-    """Return what a file is that begins with `head`, and what to do about it, where it begins like none of text."""
+    """Return the kind of a file that begins with `head` and the way out; None if it is not a known kind."""
     if kind := compression_of(head):
         return f"{kind}-compressed; decompress it once"
     return next((f"{name}; {way_out}" for pattern, name, way_out in _PATTERNS if pattern.match(head)), None)
 
 
 def what_it_is(head: bytes) -> str | None:
-    """Return what `known_kind` does, or which text without a mark; None where it may be UTF-8 text.
-
-    UTF-16 and UTF-32 without a mark are known by where their zero bytes are.
+    """Return `known_kind`, or UTF-16 or UTF-32 without a byte order mark, recognised by its zero bytes; None for possible
+    UTF-8.
     """
     if kind := known_kind(head):
         return kind

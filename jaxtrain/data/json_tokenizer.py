@@ -1,4 +1,4 @@
-"""A HuggingFace `tokenizer.json` as a tokenizer whose separator no text can spell; and the training of one."""
+"""Read a HuggingFace `tokenizer.json` such that no text can spell the separator; train one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtrain.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# The usual names of the token that ends a document, then of the one that begins it, best first.
+# Usual names of the token that ends a document, then of the one that begins it, most preferred first.
 SEPARATOR_NAMES = (
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -35,13 +35,12 @@ class JsonTokenizer:
     tokenizer_config.json beside the file; the other SEPARATOR_NAMES, ends before beginnings. An added token is preferred to
     a piece of the model, and both to the token for unknown characters.
 
-    Control tokens (those called special, and the separator) that are spelled out in the text are encoded as the plain text
-    that they are, so a document cannot hold its own end. Nothing is added, cut off, padded or left to chance (dropout),
-    whatever the file asks for.
+    Control tokens (special tokens and the separator) spelled out in a text are encoded as plain text, so a document cannot
+    contain its own end. Nothing is added, truncated, padded or random (dropout), whatever the file asks for.
     """
 
     def __init__(self, content: str, where: str, eos_name: str | None = None):
-        """Read `content`, that of the file named `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
+        """Read `content`, the text of the file `where`; `eos_name` is the eos_token of a tokenizer_config.json beside it.
 
         Raises DataError for broken content, or where no token can serve as the separator.
         """
@@ -52,17 +51,17 @@ class JsonTokenizer:
         try:
             description = json.loads(content)
             if what := _another_file(description):
-                raise DataError(f"{where}: is {what}, and no tokenizer.json, which is often beside it")
+                raise DataError(f"{where}: is not a tokenizer.json but {what}; look for tokenizer.json in the same folder")
             separator = _separator_name(description, eos_name)
             separator = _hide_control_tokens(description, separator) if separator else ""
             self._backend = Backend.from_str(json.dumps(description))
-        except BaseException as error:  # the library raises bare Exception, and panics of its own that are not even that
+        except BaseException as error:  # the library raises bare Exception, and panics that derive only from BaseException
             if isinstance(error, DataError):
                 raise
             why = reason(error)
             raise DataError(f"{where}: not a tokenizer.json that tokenizers {version} reads ({why})") from error
         if not separator:
-            raise DataError(f"{where}: has no token to put between documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
+            raise DataError(f"{where}: has no token to separate documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
         self._backend.encode_special_tokens = True
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -74,7 +73,7 @@ class JsonTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return `encode` of each text, on all cores. Raises DataError where the library fails on one."""
+        """Encode each text, on all cores. Raises DataError where the library fails on one."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except BaseException as error:
@@ -88,7 +87,7 @@ class JsonTokenizer:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what a tokenizer's library says; an interrupt, or an exit, is raised again."""
+    """Return the first line of a tokenizer library's error; raise an interrupt or exit again."""
     if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
         raise error
     words = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -96,7 +95,7 @@ def reason(error: BaseException) -> str:
 
 
 def failed_encoding(where: str, texts: Sequence[str], encode: Callable[[str], object], error: BaseException) -> DataError:
-    """Return the error to raise where a tokenizer's library fails on a batch; it names the first text `encode` fails on."""
+    """Return the error for a batch on which a tokenizer's library failed; names the first text that `encode` fails on."""
     why, which = reason(error), f"a batch of {len(texts)} texts"
     for text in texts:
         try:
@@ -108,7 +107,7 @@ def failed_encoding(where: str, texts: Sequence[str], encode: Callable[[str], ob
 
 
 def _another_file(description: Any) -> str:
-    """Return what JSON that lies about near a tokenizer.json is; nothing where it may be one."""
+    """Return which file the JSON is that often lies beside a tokenizer.json; empty where it may be a tokenizer.json."""
     if not isinstance(description, dict):
         return f"a JSON {type(description).__name__}"
     if isinstance(description.get("model"), dict):
@@ -125,20 +124,20 @@ def _another_file(description: Any) -> str:
 
 
 def _pieces(model: dict[str, Any]) -> set[str]:
-    """Return the vocabulary of the model itself; Unigram lists [piece, score], the others map pieces to ids."""
+    """Return the model's own vocabulary; Unigram lists [piece, score], the others map pieces to ids."""
     vocabulary = model["vocab"]
     return set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """Return the piece that stands for what the model does not know, if it has one."""
+    """Return the piece for characters unknown to the model, if it has one."""
     if model.get("unk_id") is not None:
         return model["vocab"][model["unk_id"]][0]
     return model.get("unk_token")
 
 
 def _separator_name(description: dict[str, Any], eos_name: str | None) -> str | None:
-    """Return the token to put between documents, by the rule that JsonTokenizer states; None where there is none."""
+    """Return the separator's name by the rule of JsonTokenizer, or None."""
     names = [*SEPARATOR_NAMES[:2], *([eos_name] if eos_name else []), *SEPARATOR_NAMES[2:]]
     added = {token["content"] for token in description.get("added_tokens") or []}
     pieces, unknown = _pieces(description["model"]), _unknown(description["model"])
@@ -149,9 +148,9 @@ def _separator_name(description: dict[str, Any], eos_name: str | None) -> str | 
 def _hide_control_tokens(description: dict[str, Any], separator: str) -> str:
     """Give every control token a name that no text holds, in place, and return that of the separator.
 
-    The library passes over special added tokens where they are spelled out (encode_special_tokens), but not over others, and
-    a model finds what is in its own vocabulary: the </s> of T5 is a piece of score 0, which no other spelling can beat. What
-    a token is called is of no matter to its id, so under another name it is out of reach for every kind of model.
+    The library ignores special added tokens that are spelled out (encode_special_tokens), but no others, and a model finds
+    the pieces of its own vocabulary: the </s> of T5 is a piece of score 0, which no other spelling can beat. An id does not
+    depend on its token's name, so under another name no kind of model can reach it.
     """
     model, tokens = description["model"], description.get("added_tokens") or []
     secret = secrets.token_hex(16)  # not a function of the file, or a text could hold it
@@ -169,7 +168,7 @@ def _hide_control_tokens(description: dict[str, Any], separator: str) -> str:
 
 
 def _rename_pieces(model: dict[str, Any], names: dict[str, str]) -> None:
-    """Rename pieces of the model's own vocabulary, and drop the merges of a BPE that would make them or use them."""
+    """Rename pieces of the model's own vocabulary; drop the BPE merges that make or use them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}

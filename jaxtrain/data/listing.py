@@ -1,4 +1,4 @@
-"""Finds the files of a source, and gives each a name that is the same on every machine."""
+"""Find the files of a source, and give each a name that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SourceFile:
 
 
 def list_stdlib() -> list[SourceFile]:
-    """Return the running Python's own standard library: every .py file outside tests and site-packages, sorted by name."""
+    """List the running Python's standard library: every .py file outside tests and site-packages, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):
@@ -41,7 +41,7 @@ def list_stdlib() -> list[SourceFile]:
 
 
 def _is_utf8(path: Path) -> bool:
-    """Return some Python versions ship a source file in another encoding; it is left out, being nobody's mistake."""
+    """Return whether a file is UTF-8: some Python versions ship a source file in another encoding, which is left out."""
     try:
         path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
@@ -50,12 +50,12 @@ def _is_utf8(path: Path) -> bool:
 
 
 def list_files(patterns: str, flag: str, in_folder: Sequence[str] = ()) -> list[SourceFile]:
-    """List the files that comma-separated globs name, each once: in the order of the globs, then sorted by name.
+    """List the files that comma-separated globs match, each once: in the order of the globs, then sorted by name.
 
-    What exists under the very name given is meant literally, commas and wildcards included: a whole path, and the leading
-    folders of a glob. A folder stands for its files that match the first of the globs `in_folder` that any does. `flag` is how
-    to call the patterns in errors ("data.sources.0.path"). Raises DataError where a glob matches no file, saying how far its
-    path does exist, and for a link that leads nowhere.
+    A name that exists exactly as given is taken literally, commas and wildcards included: a whole path, and the leading folders
+    of a glob. A folder stands for its files that match the first glob of `in_folder` that matches any. `flag` is the patterns'
+    name in errors ("data.sources.0.path"). Raises DataError for a glob without a match, with the part of its path that exists,
+    and for a dangling link.
     """
     files, seen = [], set()
     for pattern in split_patterns(patterns):
@@ -77,7 +77,7 @@ def list_files(patterns: str, flag: str, in_folder: Sequence[str] = ()) -> list[
 
 
 def split_patterns(patterns: str) -> list[str]:
-    """Cut at the commas, but not inside the name of something that exists; drops spaces around a piece likewise."""
+    """Split at the commas, and strip spaces around a piece, but not inside the name of something that exists."""
     pieces, found = patterns.split(","), []
     while pieces:
         taken = next((n for n in _joinable(pieces) if _are_named(",".join(pieces[:n]))), 0)
@@ -87,20 +87,22 @@ def split_patterns(patterns: str) -> list[str]:
 
 
 def _joinable(pieces: list[str]) -> range:
-    """Return how many pieces may make one path, the most first: no path is longer than LONGEST_PATH."""
+    """Return how many pieces may form one path, descending: no path is longer than LONGEST_PATH."""
     lengths = accumulate(len(piece) + 1 for piece in pieces)
     return range(sum(1 for _ in takewhile(lambda length: length <= LONGEST_PATH, lengths)), 0, -1)
 
 
 def _are_named(path: str) -> bool:
-    """Return whether the commas and spaces of a path are in the names of files or folders that exist."""
+    """Return whether the commas and spaces of a path belong to existing files or folders."""
     last = max(path.rfind(","), path.rfind(" "))
     end = path.find("/", last)
     return last < 0 or os.path.lexists(user_path(path if end < 0 else path[:end]))
 
 
 def _is_file(path: str) -> bool:
-    """Return whether a match is a file, not a folder. Raises DataError for what cannot be looked at: data would go missing."""
+    """Return whether a match is a file, not a folder. Raises DataError if it cannot be examined, since skipping it would lose
+    data.
+    """
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -112,9 +114,8 @@ def _is_file(path: str) -> bool:
 
 
 def _fixed_root(path: Path) -> tuple[Path, str]:
-    """Return the leading part of a pattern that exists under its very name or has no wildcard, and the rest, which is a glob.
-
-    The rest is empty where the whole pattern exists.
+    """(leading part that exists literally or has no wildcard, remaining glob) of a pattern; the glob is empty if all of it
+    exists.
     """
     parts = path.parts
     exists = next((n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n]))), 0)

@@ -1,4 +1,4 @@
-"""Files as read-only arrays in memory, without keeping them open."""
+"""Map files into memory as read-only arrays, without keeping them open."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def map_array(path: Path, dtype: np.dtype | type, count: int, offset: int = 0) -> np.ndarray:
-    """Map `count` elements of a file, `offset` bytes after its start: a read-only array, [count].
+    """Map `count` elements of a file, from byte `offset`, as a read-only array [count].
 
-    Python's own mmap keeps a descriptor for as long as it lives, of which a process may have 1,024; this keeps none, and what
-    was mapped stays readable when the file is removed. Raises DataError where the file cannot be mapped or is too short.
+    Python's own mmap holds a file descriptor while it lives, and a process may have only 1,024; this holds none, and a mapped
+    file stays readable after it is removed. Raises DataError where the file cannot be mapped or is too short.
     """
     dtype = np.dtype(dtype)
     length = offset + count * dtype.itemsize
@@ -51,7 +51,7 @@ def map_array(path: Path, dtype: np.dtype | type, count: int, offset: int = 0) -
             ) from error
         raise unreadable(path, error) from error
     memory = (ctypes.c_char * length).from_address(address)
-    weakref.finalize(memory, _libc.munmap, address, length).atexit = False  # threads may still read at the exit
+    weakref.finalize(memory, _libc.munmap, address, length).atexit = False  # threads may still read at exit
     array = np.frombuffer(memoryview(memory), dtype, count, offset)
     array.flags.writeable = False
     return array

@@ -1,4 +1,4 @@
-"""Packages that only some sources need."""
+"""Import packages that only some sources need."""
 
 from __future__ import annotations
 

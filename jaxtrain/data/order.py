@@ -1,4 +1,4 @@
-"""The order in which training sequences come: an endless, shuffled, weighted mixture with random access."""
+"""The order of training sequences: an endless, shuffled, weighted mixture with random access."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 FEW_WINDOWS = 1024
-"""Fewer than this are shuffled by sorting random numbers. Grain's shuffle walks a cycle of 2^16 numbers whatever the count:
-of two windows it takes 11 ms an element, of a thousand 65 us, of many 24 us."""
+"""Below this count windows are shuffled by sorting random numbers. Grain's shuffle walks a cycle of 2^16 numbers whatever the
+count: 11 ms per element for two windows, 65 us for a thousand, 24 us for many."""
 
 
 def shuffle_seed(seed: int, source: int) -> int:
     """Return the seed of one source's shuffle, in [0, 2^32).
 
-    Hashed, because grain adds the epoch to it: with the bare seed, epoch 1 of seed 0 would be epoch 0 of seed 1.
+    It is hashed because grain adds the epoch to it: with the bare seed, epoch 1 of seed 0 would be epoch 0 of seed 1.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {source}".encode(), digest_size=4).digest(), "big")
 
@@ -26,12 +26,12 @@ def shuffle_seed(seed: int, source: int) -> int:
 class Order:
     """Element n of the mixture, for any n >= 0: (index of the source, index of the window in it).
 
-    Each source gives all its windows once an epoch, shuffled anew each time. The sources take turns so that the shares of
-    any stretch follow the weights (to within 1%, grain's rounding), with no randomness in whose turn it is.
+    Each source gives all its windows once per epoch, shuffled anew each time. Sources alternate deterministically so that the
+    shares in any stretch follow the weights (to within 1%, grain's rounding).
     """
 
     def __init__(self, window_counts: Sequence[int], weights: Sequence[float], seed: int):
-        """`window_counts` and `weights` have an entry for each source; counts are at least 1, weights above 0."""
+        """Take one entry of `window_counts` (at least 1) and of `weights` (above 0) for each source."""
         import grain
 
         def turns(source: int) -> Any:
@@ -50,7 +50,7 @@ class Order:
 
 
 def _shuffle(count: int, seed: int) -> Callable[[int], int]:
-    """From a place in a source's endless sequence to the window that stands there."""
+    """Return a function from a position in a source's endless sequence to the window at that position."""
     if count < FEW_WINDOWS:
         return lambda place: _few_shuffled(count, seed, place)
     import grain
@@ -67,6 +67,6 @@ def _few_shuffled(count: int, seed: int, place: int) -> int:
 
 @lru_cache(maxsize=64)
 def _epochs(count: int, seed: int, block: int, at_once: int) -> np.ndarray:
-    """Return the orders of epochs block * at_once and following, [at_once, count]: those that sort random 64-bit numbers."""
+    """Return the orders of epochs block * at_once and following, [at_once, count], as the argsort of random 64-bit numbers."""
     numbers = np.random.Philox(key=np.array([seed, block], np.uint64)).random_raw(at_once * count)
     return numbers.reshape(at_once, count).argsort(axis=1, kind="stable")

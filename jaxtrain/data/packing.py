@@ -1,4 +1,4 @@
-"""Cuts a token stream into sequences, and marks where its documents begin.
+"""Cut a token stream into sequences, and mark where its documents begin.
 
 Shapes: R rows (sequences), L length of a sequence.
 """
@@ -17,17 +17,17 @@ NO_TARGET = -1
 
 
 def num_full_windows(num_tokens: int, length: int) -> int:
-    """Return the windows of `length` inputs, each with the token that follows, that a stream of `num_tokens` fills."""
+    """Return how many windows of `length` inputs, each with its next token, a stream of `num_tokens` fills."""
     return max(0, num_tokens - 1) // length
 
 
 def num_padded_windows(num_tokens: int, length: int) -> int:
-    """Return the windows that hold every target of a stream, the last one padded."""
+    """Return how many windows hold every target of a stream, the last one padded."""
     return -(-max(0, num_tokens - 1) // length)
 
 
 def read_window(stream: np.ndarray | JoinedTokens, index: int, out: np.ndarray) -> int:
-    """Copy stream[index*L : index*L + L + 1] into `out`, [L + 1], and gives how many tokens there were."""
+    """Copy stream[index*L : index*L + L + 1] into `out`, [L + 1], and return the number of tokens copied."""
     length = len(out) - 1
     window = stream[index * length : index * length + length + 1]
     out[: len(window)] = window
@@ -37,9 +37,9 @@ def read_window(stream: np.ndarray | JoinedTokens, index: int, out: np.ndarray) 
 def pack(windows: np.ndarray, sizes: np.ndarray, separators: np.ndarray, mask_documents: bool) -> Batch:
     """Return a batch from windows of a stream.
 
-    windows: [R, L + 1] ids. sizes: [R], how many of a row's ids are real; the others become padding (tokens and segments 0,
-    targets -1). separators: [R], the id that begins a new document in that row, itself included; what comes before the first
-    one is a document too. Without `mask_documents` a row is one document: segments 1 and positions 0 to L-1.
+    windows: [R, L + 1] ids. sizes: [R], how many ids of a row are real; the others become padding (tokens and segments 0,
+    targets -1). separators: [R], the id that begins a new document in that row and belongs to it; what precedes the first
+    separator is a document too. Without `mask_documents` a row is one document: segments 1 and positions 0 to L-1.
     """
     rows, length = windows.shape[0], windows.shape[1] - 1
     tokens, targets = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)  # copies: the two overlap

@@ -1,4 +1,4 @@
-"""From a config to batches. Batch n is a pure function of (fingerprint, seed, batch size, n), on any number of hosts."""
+"""Build batches from a config. Batch n is a pure function of (fingerprint, seed, batch size, n), on any number of hosts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPT_SEARCH_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class OpenSource:
-    """One source of the mixture, ready to read. `identity` is what it adds to the fingerprint."""
+    """One source of the mixture, ready to read. `identity` is its part of the fingerprint."""
 
     words: str
     weight: float
@@ -47,10 +47,10 @@ class OpenSource:
 
 
 def open_data(config: Config) -> Data:
-    """Open, and at first use tokenizes, everything that config.data names, and check all of it on the host.
+    """Open (and at first use tokenize) all sources of config.data, and check all of it on the host.
 
-    Raises DataError or ConfigError, each with one clear line, for data that is missing, broken, empty, too short for one
-    sequence, or beyond the model's vocabulary.
+    Raises DataError or ConfigError, with one clear line, for data that is missing, broken, empty, too short for one sequence,
+    or beyond the model's vocabulary.
     """
     if config.parts.documents is not None:
         config = with_documents_kept(config, config.parts.documents)
@@ -81,7 +81,7 @@ def open_data(config: Config) -> Data:
 
 
 def _check_split_rules(sources: Sequence[OpenSource]) -> None:
-    """Raise DataError where what one source holds out could be trained on in another."""
+    """Raise DataError if what one source holds out could be trained on in another."""
     rules = [(rule, i) for i, source in enumerate(sources) for rule in sorted(source.split_rules)]
     other = next(((rule, i) for rule, i in rules if rule != rules[0][0]), None)
     if other is None or not any(source.validation.count for source in sources):
@@ -94,9 +94,9 @@ def _check_split_rules(sources: Sequence[OpenSource]) -> None:
 
 
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
-    """Return the tokenizer that data.tokenizer names, trained on the corpora's training documents if it is bpe:SIZE.
+    """Return the tokenizer named by data.tokenizer, trained on the corpora's training documents if it is bpe:SIZE.
 
-    Raises DataError where it is missing or broken, or there is no text to train it on.
+    Raises DataError if it is missing or broken, or there is no text to train it on.
     """
     name = config.data.tokenizer
     if name == NO_TOKENIZER or all(source.kind == "synthetic" for source in config.data.sources):
@@ -113,7 +113,7 @@ def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -
 def _open_tokens(
     source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> OpenSource:
-    """Return a source of text, by way of the cache, or of tokens."""
+    """Open a source of text (through the cache) or of tokens."""
     name, data, length = f"data.sources.{index}", config.data, config.data.sequence_length
     if corpus is None:
         train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
@@ -143,7 +143,7 @@ def _open_tokens(
 
 
 def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
-    """Random tokens. They are held out only where nothing else is, so that bits per byte stay those of the text."""
+    """Open a source of random tokens, held out only if no other source is, so that bits per byte describe the text."""
     vocab_size, length, seed = config.model.vocab_size, config.data.sequence_length, config.train.seed
     held_out = SYNTHETIC_VALIDATION_WINDOWS if with_validation and config.data.validation_fraction > 0 else 0
     seed = int(short_hash([seed, index])[:16], 16)
@@ -166,24 +166,24 @@ class Data:
 
     tokenizer: Tokenizer
     vocab_size: int
-    """Ids of the tokenizer; of the model where the sources are ids without one."""
+    """Vocabulary size of the tokenizer; of the model if the sources are ids without a tokenizer."""
     fingerprint: str
-    """Hash of the sources' contents and weights, the split, the tokenizer, sequence_length and mask_documents: not of
-    the seed, nor of paths."""
+    """Hash of the sources' contents and weights, the split, the tokenizer, sequence_length and mask_documents; neither the
+    seed nor paths are in it."""
     description: str
     """One line for a person."""
     tokens_per_epoch: int
-    """Training targets in all the sources, each counted once."""
+    """Training targets in all sources, each counted once."""
     validation_tokens: int
-    """Held-out targets: what the validation batches score, all together."""
+    """Held-out targets in all validation batches."""
     validation_bytes: int
     """UTF-8 bytes of the held-out documents, without separators; 0 where unknown."""
     gzip_bits_per_byte: float | None
-    """8 x bytes of gzip -9 of the held-out documents joined, over their own bytes; None where the text is not at hand.
-    Of more than 64 MiB a source, the first 64 MiB."""
+    """8 x bytes of gzip -9 of the joined held-out documents / their own bytes; None if the text is not available. Only the
+    first 64 MiB of a source are measured."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[OpenSource]):
-        """Take what `open_data` opened and checked."""
+        """Keep what `open_data` has opened and checked."""
         data = config.data
         self._config, self._sources = config, sources
         self._train = [source.train for source in sources]
@@ -210,7 +210,7 @@ class Data:
     def train_batch(self, step: int, rows: slice) -> Batch:
         """Return the rows `rows` (of 0 to train.global_batch_size - 1) of batch `step`: elements step*B + row of the mixture.
 
-        A pure function: whoever asks, for whatever rows, gets the same ones.
+        It is a pure function: any caller gets the same rows.
         """
         batch_size = self._config.train.global_batch_size
         picks = [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
@@ -221,13 +221,13 @@ class Data:
     ) -> Prefetcher[Batch]:
         """Iterate over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
 
-        data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with`.
+        data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with` block.
         """
         data = self._config.data
         return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, max(1, data.workers))
 
     def num_validation_batches(self, batch_size: int) -> int:
-        """Return the batches of `batch_size` rows that hold all the held-out tokens; 0 where nothing is held out."""
+        """Return how many batches of `batch_size` rows hold all held-out tokens."""
         return math.ceil(int(self._validation_ends[-1]) / batch_size)
 
     def validation_batch(self, index: int, rows: slice, batch_size: int) -> Batch:
@@ -244,14 +244,15 @@ class Data:
         return self._read(self._validation, picks)
 
     def bits_per_byte(self, mean_loss: float) -> float | None:
-        """mean_loss (nats a token, over all held-out tokens) x tokens / bytes / ln 2; None where the bytes are unknown."""
+        """mean_loss (nats per token, over all held-out tokens) x tokens / bytes / ln 2; None if the bytes are unknown."""
         if not self.validation_bytes:
             return None
         return mean_loss * self.validation_tokens / self.validation_bytes / math.log(2)
 
     def sample_prompt(self, num_tokens: int) -> np.ndarray:
-        """Return the first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long (of any stretch of
-        held-out text, or of training text, where there is none); fewer only where the data has fewer.
+        """Return the first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long.
+
+        If there is none: of any held-out text, else of training text; fewer ids only if the data has fewer.
         """
         for source in self._sources:
             for part in source.validation_parts:
@@ -262,7 +263,7 @@ class Data:
         return window[:num_tokens]
 
     def _read(self, sources: Sequence[Windows], picks: Sequence[tuple[int, int] | None]) -> Batch:
-        """Return the batch of the picked (source, window) pairs; None gives a row of padding."""
+        """Return the batch of the given (source, window) pairs; None gives a row of padding."""
         windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
@@ -272,7 +273,7 @@ class Data:
                 sizes[row] = source.read(pick[1], windows[row])
                 separators[row] = source.separator
         limit = self._config.model.vocab_size
-        if windows.size and not 0 <= windows.min() <= windows.max() < limit:  # all were looked at when the data was opened
+        if windows.size and not 0 <= windows.min() <= windows.max() < limit:  # the ids were checked when the data was opened
             raise DataError(
                 f"token id {windows.min() if windows.min() < 0 else windows.max()} is outside model.vocab_size={limit}: "
                 "the token files were changed while this run was reading them; put them back, and start it again"
@@ -281,7 +282,7 @@ class Data:
 
 
 def _document_start(ids: np.ndarray, separator: int, length: int) -> int:
-    """Return where the first document of at least `length` ids begins (its separator); 0 where there is none."""
+    """Return the position of the first document of at least `length` ids (its separator); 0 if there is none."""
     starts = np.flatnonzero(ids == separator)
     long_enough = np.flatnonzero(np.diff(starts) > length)
     return int(starts[long_enough[0]]) if long_enough.size else 0

@@ -1,4 +1,4 @@
-"""Makes batches ready ahead of the step, in threads that end with the iterator."""
+"""Make batches ahead of the step, in threads that end with the iterator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over make(first), make(first + 1), ... without end, in order, `depth` of them made ahead.
+    """Iterates over make(first), make(first + 1), ... without end, in order, with `depth` results made ahead.
 
-    An error in `make` is raised by the `next` that would have given its result, and closes the iterator. `close` (or
-    the end of a `with` block) returns when no thread is left.
+    An error in `make` is raised by the `next` that would have given its result, and closes the iterator. `close` (or the end of
+    a `with` block) returns when no thread is left.
     """
 
     def __init__(self, make: Callable[[int], T], first: int, depth: int, threads: int):
-        """Start making at once. `depth` and `threads` are at least 1; `make` must be safe to call from several threads."""
+        """Start the threads. `depth` and `threads` are at least 1; `make` must be safe to call from several threads."""
         self._make, self._next_index = make, first
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="jaxtrain-data")
         self._pending: deque[Future[T]] = deque()
@@ -46,7 +46,7 @@ class Prefetcher(Generic[T]):
         return result
 
     def close(self) -> None:
-        """Drop what is not consumed, and wait for the threads to end. May be called again."""
+        """Drop the remaining results, and wait for the threads to end. May be called again."""
         self._closed = True
         self._pending.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)

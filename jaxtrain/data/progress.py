@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-QUIET_SECONDS = 1.0  # work shorter than this prints nothing where lines stay
+QUIET_SECONDS = 1.0  # shorter work prints nothing, unless on a terminal
 LINE_SECONDS = 10.0
 
 Advance = Callable[[int], None]
 
 
 def readable_bytes(count: int) -> str:
-    """Return a number of bytes in the unit that suits it: "11.6 MB" (powers of 1000)."""
+    """Return a number of bytes in a fitting unit: "11.6 MB" (powers of 1000)."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -25,7 +25,7 @@ def readable_bytes(count: int) -> str:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Show how many of `total` bytes are done, on standard error; yields the function to call with each further amount."""
+    """Show on standard error how many of `total` bytes are done; yield the function to call with each further amount."""
     with _live(title, total) if sys.stderr.isatty() else _lines(title, total) as advance:
         yield advance
 

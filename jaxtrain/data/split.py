@@ -1,7 +1,7 @@
-"""Which text is held out for validation: a function of each document's own content, and of nothing else.
+"""Decide which text is held out for validation, by each document's own content alone.
 
-A document stays on its side when files come, go or are renamed, and two copies of it are on the same side, in whatever files
-and sources they stand. So no held-out document is trained on, whatever is mixed with it.
+A document stays on its side when files are added, removed or renamed, and two copies of it are on the same side, whatever files
+and sources they are in. So no held-out document is trained on, whatever is mixed with it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 SPLIT_RULE = "content-2"  # part of every cache key: change it whenever a rule below changes
 LONG_DOCUMENT = 100_000
-"""Characters (ids, of a document in a token file) beyond which a document is split itself."""
+"""Characters (or ids, in a token file) beyond which a document is itself split."""
 LINE_SEARCH = 10_000
-"""Characters before the place of the cut in which a line end is looked for."""
+"""Characters before the cut that are searched for a line end."""
 
 
 def split_rule(fraction: float) -> str:
-    """Return the names the rule and its fraction: what is held out by one rule may be trained on by another."""
+    """Return the name of the rule with its fraction: text held out by one rule may be trained on by another."""
     return f"{SPLIT_RULE} at {fraction:g}"
 
 
@@ -28,10 +28,10 @@ def hash_share(content: bytes) -> float:
 
 
 def split_document(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
-    """Yield the parts of a document in order, none of them empty, each with whether it is held out.
+    """Yield the non-empty parts of a document in order, each with whether it is held out.
 
-    A document of up to LONG_DOCUMENT characters is one part, held out where hash_share of its UTF-8 bytes < fraction. The last
-    `fraction` of a longer one is held out, cut at a line end: a lone book or corpus in one file has both sides.
+    A document of up to LONG_DOCUMENT characters is one part, held out if hash_share of its UTF-8 bytes < fraction. Of a longer
+    one the last `fraction` is held out, cut at a line end, so that a single book or corpus in one file has both sides.
     """
     if len(text) <= LONG_DOCUMENT or fraction <= 0:
         parts = [(text, hash_share(text.encode()) < fraction)]
@@ -43,7 +43,5 @@ def split_document(text: str, fraction: float) -> Iterator[tuple[str, bool]]:
 
 
 def held_out_start(length: int, fraction: float) -> int:
-    """Return where the held-out end of a long document begins: after round(length * (1 - fraction)) of its characters or
-    ids.
-    """
+    """Return where the held-out end of a long document begins: after round(length * (1 - fraction)) characters or ids."""
     return round(length * (1 - fraction))

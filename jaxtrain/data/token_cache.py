@@ -1,4 +1,4 @@
-"""Tokenizes a corpus once, into a folder of the cache that several processes may want at the same time."""
+"""Tokenize a corpus once, into a cache folder that several processes may want at the same time."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, Tok
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 
-BATCH_CHARACTERS = 1 << 21  # text handed to the tokenizer at once: enough for its threads, little for memory
+BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: enough for its threads, little for memory
 LARGEST_TRAINING_SAMPLE = 100_000_000
 ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class SplitStreams:
-    """The two sides of a source."""
+    """The training and the held-out stream of a source."""
 
     train: TokenStream
     validation: TokenStream
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
-    """Return the error to raise where the cache cannot be written."""
+    """Return the error for a cache that cannot be written."""
     return DataError(f"data.cache_dir: cannot write {path} ({error.strerror or error}); name another with --data.cache_dir")
 
 
@@ -41,8 +41,8 @@ def unwritable(path: Path, error: OSError) -> DataError:
 def locked(path: Path) -> Iterator[None]:
     """Hold `path` as a lock between the processes of a host; the system frees it when the holder dies.
 
-    Where the file system knows no locks there is none: work may then be done twice, but results are renamed into place whole,
-    so nothing breaks. Raises DataError where the lock file cannot be made.
+    On a file system without locks there is none: work may be done twice, but results are renamed into place whole, so nothing
+    breaks. Raises DataError where the lock file cannot be made.
     """
     import fcntl
 
@@ -61,7 +61,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A new folder that becomes `target`, in one rename, when the block ends well, and vanishes when it does not.
+    """Make a temporary folder; rename it to `target` when the block succeeds, remove it when it fails.
 
     A folder already at `target` is replaced. Raises OSError.
     """
@@ -85,7 +85,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _rename_unless_present(temporary: Path, target: Path) -> None:
-    """Another host, whose lock we cannot see, may have put the same contents there first; then ours are not needed."""
+    """Rename, unless another host, whose lock is not visible here, has put the same content there first."""
     try:
         temporary.rename(target)
     except OSError:
@@ -94,7 +94,7 @@ def _rename_unless_present(temporary: Path, target: Path) -> None:
 
 
 def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path) -> dict[str, StreamMetadata]:
-    """Tokenize a corpus into folder/train.bin and folder/validation.bin with their JSON files, under a progress bar.
+    """Tokenize a corpus into folder/train.bin and folder/validation.bin with their JSON files, with a progress bar.
 
     Raises DataError for bad documents or an empty corpus, OSError where writing fails.
     """
@@ -130,7 +130,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> SplitStreams:
-    """Return the token streams of a corpus, from the cache if they are there and whole, else tokenized now.
+    """Return the token streams of a corpus: from the cache if whole, else tokenized now.
 
     Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
     """
@@ -156,7 +156,7 @@ def _open_both(folder: Path, cache_dir: Path) -> SplitStreams:
 
 
 def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
-    """Return what is in the cache is made again where it is damaged: the documents are at hand."""
+    """Return the cached streams, or None if they are missing or damaged: the documents can be tokenized again."""
     if not folder.is_dir():
         return None
     try:
@@ -166,9 +166,9 @@ def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
 
 
 def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Path) -> tuple[JsonTokenizer, Path]:
-    """Return a byte-level BPE of at most `vocab_size` ids, trained on the training documents only; and its tokenizer.json.
+    """Return a byte-level BPE of at most `vocab_size` ids, trained on the training documents only, and its tokenizer.json.
 
-    Kept in cache_dir/tokenizers, trained again where the documents changed. Raises DataError like `cached_streams`.
+    It is kept in cache_dir/tokenizers and trained again if the documents change. Raises DataError like `cached_streams`.
     """
     key = short_hash([training_key(corpora), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
     folder = cache_dir / "tokenizers" / key

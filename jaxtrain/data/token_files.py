@@ -1,4 +1,4 @@
-"""Opens sources that are tokens already: .bin files made by `jaxtrain tokenize`, and .npy arrays."""
+"""Open sources that are already tokens: .bin files made by `jaxtrain tokenize`, and .npy arrays."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def open_token_files(
 ) -> tuple[list[TokenPart], list[TokenPart]]:
     """Open the training parts and the held-out parts of a source of kind tokens.
 
-    Held out are the files that say so (split=validation in the JSON of a .bin, validation*.npy or val*.npy), those beside a
-    file that is named among them. Where there are none, each file is split by `token_split`. Raises DataError for damaged
-    files, ids beyond the model's or the tokenizer's vocabulary, and ids made by another tokenizer than `tokenizer`.
+    Held-out files say so (split=validation in the JSON of a .bin, validation*.npy or val*.npy) and are named, or lie beside a
+    named file. If there are none, each file is split by `token_split`. Raises DataError for damaged files, ids beyond the
+    model's or the tokenizer's vocabulary, and ids made by another tokenizer than `tokenizer`.
     """
     data = config.data
     files = [_open_file(file, source, tokenizer, config, cache_dir) for file in _list(source.path, f"{name}.path")]
@@ -73,7 +73,7 @@ def open_token_files(
 
 
 def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
-    """Return the held-out files in the folders of those that were named, but for folders of which one is among these."""
+    """Return the held-out files in the folders of the named files, except folders of which one is named already."""
     with_own = {file.path.parent for file in files if file.split == VALIDATION}
     folders = {(file.path.parent, file.path.suffix): None for file in files if file.path.parent not in with_own}
     return [
@@ -85,16 +85,14 @@ def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    """Return which side a file is for: a .bin says so in its JSON file, an .npy by its name. A .bin without JSON is none of
-    ours.
-    """
+    """Return which side a file is for: the JSON of a .bin says so, and the name of an .npy; empty for a .bin without JSON."""
     if path.suffix == ".npy":
         return VALIDATION if HELD_OUT_NAME.fullmatch(path.stem) else "train"
     return read_metadata(path).split if path.with_suffix(".json").exists() else ""
 
 
 def _list(patterns: str, flag: str) -> list[SourceFile]:
-    """Return the token files of globs or folders, without the JSON files beside them."""
+    """List the token files of globs or folders, without the JSON files beside them."""
     files = [file for file in list_files(patterns, flag, ("*.bin", "*.npy")) if file.path.suffix != ".json"]
     if not files:
         raise DataError(f"{flag}={patterns}: matches no .bin and no .npy file")
@@ -123,7 +121,7 @@ def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, confi
         raise DataError(
             f"{path}: {path.with_suffix('.json').name} says separator={separator}, but the source {source.separator}"
         )
-    # What it says of its largest id is not believed: the file may come from anywhere.
+    # Its stated largest id is not trusted: the file may come from anywhere.
     return _TokenFile(name, path, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
 
 
@@ -131,7 +129,7 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it knows neither pickles nor archives
         dtype, shape, offset = array.dtype, array.shape, array.offset
-        del array  # it holds a descriptor
+        del array  # it holds a file descriptor
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a broken header raises errors of many classes, tokenize.TokenError among them
@@ -144,10 +142,10 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
 
 
 def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> None:
-    """Make sure that every id is in the vocabulary: on a device an id beyond the table would clamp without a word.
+    """Check that every id is in the vocabulary: on a device an id beyond the table would clamp silently.
 
-    Ids are read only where nothing vouches for them already. Raises DataError with the first bad id, its place, and the
-    vocabulary that would do.
+    Ids are read only if not verified before. Raises DataError with the first bad id, its position, and the vocabulary that
+    would hold it.
     """
     tokens, limit = part.tokens, min(tokenizer.vocab_size, config.model.vocab_size)
     assert isinstance(tokens, np.ndarray), "ids are checked before they are split"
@@ -165,13 +163,13 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
             vocabulary = f"the {tokenizer.vocab_size} ids of data.tokenizer={config.data.tokenizer}"
             way_out = "name the tokenizer that made it, or --data.tokenizer=none"
         raise DataError(f"{name}: token id {value} at position {first} is outside {vocabulary}; {way_out}")
-    with suppress(OSError):  # the note only saves time
+    with suppress(OSError):  # the record only saves time
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
 
 
 def _first_outside(tokens: np.ndarray, limit: int, title: str) -> tuple[int, int]:
-    """(place of the first id outside [0, limit), or -1; the largest id)."""
+    """(position of the first id outside [0, limit) or -1, largest id)."""
     first, largest = -1, -1
     with progress(title, tokens.nbytes) as advance:
         for start in range(0, len(tokens), SCAN_TOKENS):

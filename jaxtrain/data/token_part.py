@@ -1,4 +1,4 @@
-"""Stretches of ids that are cut into windows by themselves."""
+"""Stretches of ids, each cut into windows by itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtrain.data.token_stream import TokenStream
 
 
 class JoinedTokens:
-    """Spans of an array of ids, one after the other, without a copy: it has a length and can be sliced."""
+    """Spans of an array of ids, joined without a copy; has a length and can be sliced."""
 
     def __init__(self, tokens: np.ndarray, spans: np.ndarray):
-        """`spans`: [n, 2], the first index of each and the one after its last."""
+        """Take `spans`, [n, 2]: the first index of each and the one after its last."""
         self._tokens, self._spans = tokens, spans
         self._ends = np.cumsum(spans[:, 1] - spans[:, 0])
 
@@ -26,7 +26,7 @@ class JoinedTokens:
         pieces = []
         first = np.searchsorted(self._ends, start, side="right")
         for (begin, end), joined_end in zip(self._spans[first:], self._ends[first:], strict=True):
-            offset = joined_end - end  # of a place in the whole from its place in the array
+            offset = joined_end - end  # index in the joined ids - index in the array
             if begin + offset >= stop:
                 break
             pieces.append(self._tokens[max(begin, start - offset) : min(end, stop - offset)])
@@ -37,8 +37,8 @@ class JoinedTokens:
 class TokenPart:
     """A stretch of ids, [count], that is cut into windows by itself.
 
-    `largest_id` is -1 where the ids were never looked at. `utf8_bytes`, `gzip_bytes` and `gzip_input_bytes` are those of
-    the text that the ids came from; 0 where unknown. `split_rule` is that of the text (see `split`), empty where unknown.
+    `largest_id` is -1 if the ids were never checked. `utf8_bytes`, `gzip_bytes` and `gzip_input_bytes` describe the text that
+    the ids came from (0: unknown), as does `split_rule` (see `split`; empty: unknown).
     """
 
     tokens: np.ndarray | JoinedTokens

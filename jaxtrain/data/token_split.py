@@ -1,7 +1,7 @@
-"""Splits token files that have no held-out file of their own: by document where a separator tells them apart, else at the end.
+"""Split token files without a held-out file: by document if a separator tells them apart, else at the end.
 
-The first rule looks at one document alone (see `split`), so copies are on one side. The second looks at one file alone: ids
-without separators do not say where a document is, and a copy of some of them in another file is not seen.
+The first rule depends on one document alone (see `split`), so copies are on one side. The second depends on one file alone: ids
+without separators do not show where a document is, and a copy of some of them in another file goes undetected.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jaxtrain.files import replacing
 
 SCAN_TOKENS = 1 << 22
 Span = tuple[int, int, bool]
-"""First id, the one after the last, and whether they are held out."""
+"""(first index, index after the last, whether held out)."""
 
 
 def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_dir: Path) -> tuple[TokenPart, TokenPart]:
     """Return the training part and the held-out part of a file's ids; either may be empty.
 
-    `title` is shown while the documents are hashed, which happens once: the outcome is noted in `cache_dir`.
+    `title` names the progress bar while the documents are hashed, which happens once: the result is kept in `cache_dir`.
     """
     tokens = part.tokens
     assert isinstance(tokens, np.ndarray), "a file is split once"
@@ -48,14 +48,14 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
 
 
 def _of_part(part: TokenPart, tokens: np.ndarray | JoinedTokens, which: str) -> TokenPart:
-    """Return some ids of a part, with a fingerprint of their own. How many bytes of text they stand for is not known."""
+    """Return some ids of a part, with their own fingerprint and an unknown number of text bytes."""
     return dataclasses.replace(
         part, tokens=tokens, sha256=f"{part.sha256}:{which}", utf8_bytes=0, gzip_bytes=0, gzip_input_bytes=0
     )
 
 
 def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
-    """Return where the separators are, ascending."""
+    """Return the positions of the separators, ascending."""
     places = [
         start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)
     ]
@@ -63,7 +63,9 @@ def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
 
 
 def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
-    """Yield the spans of all documents, each with the separator before it: whole by the hash of the ids, or a long one cut."""
+    """Yield the span of every document with the separator before it: whole, by the hash of its ids, or a long one cut in
+    two.
+    """
     firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
     with progress(title, tokens.nbytes) as advance:
         for first, end in zip(firsts, [*firsts[1:], len(tokens)], strict=True):
@@ -75,13 +77,13 @@ def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, tit
             else:
                 cut = first + 1 + held_out_start(ids.size, fraction)
                 yield begin, cut, False
-                yield begin, first + 1, True  # the separator begins the held-out part too
+                yield begin, first + 1, True  # the held-out part begins with the separator too
                 yield cut, end, True
             advance(ids.nbytes)
 
 
 def _merged(spans: Iterator[Span]) -> Iterator[Span]:
-    """Join spans of one side that follow one another."""
+    """Join adjacent spans of the same side."""
     last: Span | None = None
     for span in spans:
         if last is not None and last[1:] == (span[0], span[2]):
@@ -103,8 +105,8 @@ def _joined(tokens: np.ndarray, spans: np.ndarray, separator_at: int) -> JoinedT
 def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
     """Hold out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
 
-    So that of many small files the share held out is the fraction. The sides share one token, a target on one and an input on
-    the other.
+    So the share held out of many small files is `fraction`. The two sides share one token: a target on one, an input on the
+    other.
     """
     windows = num_full_windows(len(part.tokens), length)
     whole, rest = divmod(windows * fraction, 1)
@@ -124,7 +126,7 @@ def _read_note(path: Path) -> np.ndarray | None:
 
 
 def _write_note(path: Path, spans: np.ndarray) -> None:
-    with suppress(OSError):  # the note only saves time
+    with suppress(OSError):  # the record only saves time
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside, beside.open("wb") as file:
             np.save(file, spans)

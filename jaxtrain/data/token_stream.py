@@ -1,7 +1,7 @@
-"""A token stream on disk: one flat file of ids, and a small JSON file beside it that says what they are.
+"""A token stream on disk: one flat file of ids, and a small JSON file beside it that describes them.
 
-Documents are joined as [separator, a1..an, separator, b1..bm, separator]: every token, and every closing separator, is
-then predicted exactly once when the stream is cut into windows that share one token.
+Documents are joined as [separator, a1..an, separator, b1..bm, separator]: every token, and every closing separator, is then
+predicted exactly once when the stream is cut into windows that share one token.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
 
 FORMAT = "jaxtrain-tokens-1"
-GZIP_SAMPLE_BYTES = 1 << 26  # gzip -9 reads some 20 MB/s: beyond this much text its ratio is known well enough
+GZIP_SAMPLE_BYTES = 1 << 26  # gzip -9 reads about 20 MB/s, and this much text determines its ratio well enough
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 
 
 @dataclass(frozen=True)
 class StreamMetadata:
-    """What the JSON file beside a token stream says."""
+    """The content of the JSON file beside a token stream."""
 
     format: str
     split: str
     """"train" or "validation"."""
     dtype: str
-    """uint16 where the vocabulary fits, else uint32; little-endian."""
+    """uint16 if the vocabulary fits, else uint32; little-endian."""
     count: int
-    """Tokens in the stream, separators among them."""
+    """Tokens in the stream, separators included."""
     largest_id: int
-    """The largest id in the stream; -1 in an empty one."""
+    """Largest id in the stream; -1 if it is empty."""
     vocab_size: int
-    """Ids of the tokenizer."""
+    """Number of the tokenizer's ids."""
     tokenizer: str
-    """How the tokenizer was named when the stream was made."""
+    """Name of the tokenizer that made the stream."""
     tokenizer_fingerprint: str
     separator: int
-    """The id between documents; -1 for none."""
+    """The id between documents; -1: none."""
     documents: int
     utf8_bytes: int
-    """Bytes of the documents' text; 0 where unknown."""
+    """Bytes of the documents' text; 0: unknown."""
     gzip_bytes: int
-    """What gzip -9 makes of the first gzip_input_bytes of the documents, joined; 0 where it was not measured."""
+    """Bytes of gzip -9 of the first gzip_input_bytes of the joined documents; 0: not measured."""
     gzip_input_bytes: int
     sha256: str
-    """Of the whole .bin file."""
+    """SHA-256 of the whole .bin file."""
     split_rule: str = ""
-    """How the documents were split (see `split.split_rule`); empty in files made before the rule was noted."""
+    """How the documents were split (see `split.split_rule`); empty in older files, which lack it."""
     rows: int = 0
-    """Rows that were read for both splits together, the bad ones among them; 0 in files made before rows were counted."""
+    """Rows read for both splits together, bad ones included; 0 in older files, which lack it."""
     bad_rows: int = 0
-    """How many of them were left out."""
+    """How many of the rows were left out."""
     first_bad_row: str = ""
-    """What was wrong with the first, and where."""
+    """Fault and place of the first bad row."""
 
     @property
     def bad_rows_in_words(self) -> str:
-        """How many rows were left out of the source, and the first of them; empty where none was."""
+        """Count and first fault of the rows left out; empty if none was."""
         return f"{self.bad_rows:,} of {self.rows:,} rows, the first: {self.first_bad_row}" if self.bad_rows else ""
 
 
@@ -79,7 +79,7 @@ class TokenStream:
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted: all but the first."""
+        """Number of predicted tokens: all but the first."""
         return max(0, len(self.tokens) - 1)
 
 
@@ -89,10 +89,10 @@ def stream_dtype(vocab_size: int) -> str:
 
 
 class StreamWriter:
-    """Writes one stream, document by document; `close` writes the closing separator and the JSON file."""
+    """Writes one stream, document by document. `close` adds the closing separator and the JSON file."""
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str, split_rule: str = ""):
-        """Open `path` (a .bin) for writing; measures gzip only for split="validation". Raises OSError."""
+        """Open `path` (a .bin) for writing; gzip is measured only for split="validation". Raises OSError."""
         self._path, self._split, self._split_rule = path, split, split_rule
         self._tokenizer, self._tokenizer_name = tokenizer, tokenizer_name
         self._dtype = stream_dtype(tokenizer.vocab_size)
@@ -103,7 +103,7 @@ class StreamWriter:
         self._file = path.open("wb")
 
     def append(self, text: str, ids: np.ndarray) -> None:
-        """Add one document: its text, only measured, and its ids, [length].
+        """Add one document: its ids, [length]; its text is only measured.
 
         Raises OSError; DataError where the separator is among the ids.
         """
@@ -132,7 +132,7 @@ class StreamWriter:
         self._largest = max(self._largest, int(ids.max()))
 
     def close(self, bad_rows: BadRows | None = None) -> StreamMetadata:
-        """End the stream, and write its JSON file, which names the source's `bad_rows` too. Raises OSError."""
+        """End the stream, and write its JSON file, with the source's `bad_rows`. Raises OSError."""
         bad_rows = bad_rows or BadRows()
         if self._documents:
             self._write(np.array([self._tokenizer.separator]))
@@ -170,13 +170,13 @@ class StreamWriter:
 
 
 def read_metadata(path: Path) -> StreamMetadata:
-    """Return the JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
+    """Read the JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
     json_path = path.with_suffix(".json")
     try:
         content = json.loads(json_path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(
-            f"{path}: no {json_path.name} beside it, which says what its bytes are; make both with "
+            f"{path}: no {json_path.name} beside it, which describes its bytes; make both with "
             f"`jaxtrain tokenize`, or save the ids as .npy"
         ) from error
     except OSError as error:
@@ -199,10 +199,10 @@ def read_metadata(path: Path) -> StreamMetadata:
 
 
 def open_stream(path: Path, cache_dir: Path) -> TokenStream:
-    """Open a .bin file that has its JSON file beside it, and make sure that it is whole.
+    """Open a .bin file with its JSON file beside it, and check that it is whole.
 
-    The checksum is computed again only where size or modification time changed since it was last seen to be right. Raises
-    DataError where the file is missing, cut short or altered.
+    The checksum is computed again only if size or modification time changed since it last matched. Raises DataError where the
+    file is missing, cut short or altered.
     """
     metadata = read_metadata(path)
     expected = metadata.count * np.dtype(DTYPES[metadata.dtype]).itemsize

@@ -1,4 +1,4 @@
-"""Turns text into token files once, for runs to read: the verb `jaxtrain tokenize`."""
+"""Turn text into token files once, for runs to read: the verb `jaxtrain tokenize`."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """What to read, how to tokenize it, and where to write."""
+    """Input, tokenizer and output of `jaxtrain tokenize`."""
 
     output: str
     """New folder for train.bin, validation.bin, their .json files, and a copy of the tokenizer."""
     input: str = ""
     """Files to read, as a glob ("books/**/*.jsonl"); several globs are separated by commas. Not needed for kind=stdlib."""
     kind: TextKind = "text"
-    """stdlib: the running Python's own source code. text: a document a file. jsonl, parquet: a document a row.
-    array_record: one UTF-8 document a record."""
+    """stdlib: the running Python's own source code. text: one document per file. jsonl, parquet: one document per row.
+    array_record: one UTF-8 document per record."""
     tokenizer: str = "byte"
     """byte; bpe:SIZE (trained on the training part); a tokenizer.json; or a SentencePiece .model."""
     text_field: str = "text"
-    """Which field of a JSONL or Parquet row holds the text."""
+    """Field of a JSONL or Parquet row that holds the text."""
     max_bad_rows: float = 0.0
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""
     validation_fraction: float = 0.05
-    """Share of the documents that is held out for validation, each by the hash of its own text; of a document of more than
-    100,000 characters, the end."""
+    """Share of the documents that is held out for validation, chosen by the hash of their text; of a document of more than
+    100,000 characters, its end."""
     cache_dir: str = "~/.cache/jaxtrain/data"
-    """Where a bpe:SIZE tokenizer is kept between runs."""
+    """Folder that keeps a bpe:SIZE tokenizer between runs."""
 
 
 def find_problems(config: TokenizeConfig) -> list[str]:
-    """Return everything that is wrong with the flags, one line each."""
+    """Return all problems of the flags, one line each."""
     problems = []
     if config.kind != "stdlib" and not config.input:
         problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
     if not 0 <= config.validation_fraction < 1:
-        problems.append(f"--validation_fraction={config.validation_fraction} is a share: at least 0 and below 1")
+        problems.append(f"--validation_fraction={config.validation_fraction} must be a share: at least 0 and below 1")
     for field in ("input", "output", "tokenizer", "cache_dir"):
         problems += remote_problems(f"--{field}", getattr(config, field))
     problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
@@ -65,7 +65,7 @@ def find_problems(config: TokenizeConfig) -> list[str]:
 
 
 def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
-    """Write config.output, whole or not at all, and give what its two JSON files say.
+    """Write config.output, whole or not at all, and return the content of its two JSON files.
 
     Raises ConfigError for flags that cannot work, DataError for bad input or a folder that cannot be written.
     """
@@ -74,7 +74,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
         raise ConfigError(problems, "on the command line")
     output, cache_dir = user_path(config.output).absolute(), user_path(config.cache_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"--output={config.output}: there is something already; name a new folder")
+        raise DataError(f"--output={config.output}: it exists already; name a new folder")
     source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field, max_bad_rows=config.max_bad_rows)
     corpus = open_corpus(source, "--input", config.validation_fraction, cache_dir)
     tokenizer, original = _open_tokenizer(config.tokenizer, corpus, cache_dir)
@@ -98,7 +98,7 @@ def _open_tokenizer(name: str, corpus: Corpus, cache_dir: Path) -> tuple[Tokeniz
 
 
 def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
-    """Return what was written, and the flags that train on it."""
+    """Return a description of the written files, and the flags that train on them."""
     lines = []
     for split, data in written.items():
         ratio = f", {data.utf8_bytes / data.count:.2f} bytes a token" if data.count else ""

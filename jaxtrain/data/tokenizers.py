@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, each with one separator id that stands between documents."""
+"""Tokenizers: from text to token ids and back, each with one separator id between documents."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the separator among them: every id is below it."""
+        """Number of ids, the separator included: every id is below it."""
         ...
 
     @property
     def separator(self) -> int:
-        """The id put before, between and after documents; -1 where there is none."""
+        """The id before, between and after documents; -1: none."""
         ...
 
     @property
@@ -42,15 +42,15 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text, [length], without any separator."""
+        """Return the ids of the text, [length], without any separator."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, over several cores where the tokenizer can."""
+        """Encode each text, on several cores where the tokenizer can."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids. Separators and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
+        """Return the text of the ids. Separators and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
         ...
 
 
@@ -62,21 +62,18 @@ class ByteTokenizer:
     fingerprint = "byte-1"
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of the text, [length] uint8."""
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the bytes as text; separators are left out and broken UTF-8 becomes U+FFFD."""
         array = np.asarray(ids)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class IdTokenizer:
-    """No tokenizer at all, for sources that are token ids already: shows ids as numbers and encodes nothing."""
+    """No tokenizer, for sources that are already token ids: shows ids as numbers and encodes nothing."""
 
     separator = -1
     fingerprint = NO_TOKENIZER
@@ -85,7 +82,7 @@ class IdTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> np.ndarray:
-        """Raise DataError: there is nothing to turn text into ids with."""
+        """Raise DataError: there is no tokenizer to encode text with."""
         raise DataError(f"data.tokenizer=none cannot turn text into tokens; {KINDS_THAT_WORK}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -101,7 +98,9 @@ class SentencePieceTokenizer:
     """A SentencePiece `.model`. Text is normalised as the model says, so decoding need not give back every character."""
 
     def __init__(self, content: bytes, where: str):
-        """`content` of the file named `where`. Raises DataError for broken content, or without an eos or bos piece."""
+        """Read `content`, the bytes of the file `where`. Raises DataError for broken content, or without an eos or bos
+        piece.
+        """
         library = require("sentencepiece", where)
         if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", content):
             raise DataError(f"{where}: is a vocabulary of tiktoken; use the tokenizer.json of the same model")
@@ -115,7 +114,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{where}: not a SentencePiece model (it has no pieces)")
         marks = [i for i in (self._backend.eos_id(), self._backend.bos_id()) if i >= 0]
         if not marks:
-            raise DataError(f"{where}: has no token to put between documents; train it with an eos or a bos piece")
+            raise DataError(f"{where}: has no token to separate documents; train it with an eos or a bos piece")
         self.separator = int(marks[0])
         self.fingerprint = hashlib.sha256(b"sentencepiece-1 " + content).hexdigest()[:32]
 
@@ -127,7 +126,6 @@ class SentencePieceTokenizer:
             raise failed_encoding(self._where, [text], self._backend.encode, error) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -136,7 +134,7 @@ class SentencePieceTokenizer:
 
 
 def tokenizer_file(name: str) -> Path:
-    """Return the file that data.tokenizer=`name` means; a folder means the tokenizer file inside it. Raises DataError."""
+    """Return the file that data.tokenizer=`name` means; for a folder, the tokenizer file in it. Raises DataError."""
     path = user_path(name)
     if path.is_dir():
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
@@ -152,7 +150,7 @@ def tokenizer_file(name: str) -> Path:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that needs no training: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with one.
+    """Load a tokenizer that needs no training: `byte`, a `tokenizer.json`, a SentencePiece `.model`, or a folder with one.
 
     Raises DataError where there is no such file or it is broken.
     """
@@ -164,7 +162,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     except OSError as error:
         raise unreadable(path, error) from error
     if what := known_kind(content[:HEAD_BYTES]):
-        raise DataError(f"{path}: is no tokenizer but {what}")
+        raise DataError(f"{path}: is not a tokenizer but {what}")
     if path.suffix == ".model":
         return SentencePieceTokenizer(content, str(path))
     if path.suffix != ".json":
@@ -177,7 +175,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _eos_name(path: Path) -> str | None:
-    """Return the eos_token that a tokenizer_config.json names, as a string or as an object with its content."""
+    """Return the eos_token of a tokenizer_config.json, given there as a string or as an object with `content`."""
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""Sources as numbered windows of ids: cut from token streams, or made up."""
+"""Sources as numbered windows of ids: cut from token streams, or synthetic."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ SYNTHETIC_VALIDATION_WINDOWS = 64
 
 
 class Windows(Protocol):
-    """Numbered windows of L + 1 ids, neighbours sharing one."""
+    """Numbered windows of L + 1 ids; neighbours share one id."""
 
     @property
     def count(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         ...
 
     @property
     def num_targets(self) -> int:
-        """How many tokens they predict."""
+        """Number of tokens that the windows predict."""
         ...
 
     @property
     def separator(self) -> int:
-        """The id that begins a document; -1 for none."""
+        """The id that begins a document; -1: none."""
         ...
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Copy window `index` into `out`, [L + 1], and give how many ids it has."""
+        """Copy window `index` into `out`, [L + 1], and return how many ids it has."""
         ...
 
 
@@ -41,7 +41,7 @@ class StreamWindows:
     """The windows of several parts, one part after the other; a window never reaches into the next part."""
 
     def __init__(self, parts: Sequence[TokenPart], length: int, padded: bool):
-        """`padded`: keep each part's last, incomplete window, so that every token is predicted once; else drop it."""
+        """Keep each part's last, incomplete window if `padded`, so that every token is predicted once; else drop it."""
         count_of = num_padded_windows if padded else num_full_windows
         counts = [count_of(len(part.tokens), length) for part in parts]
         targets = [max(0, len(part.tokens) - 1) for part in parts]
@@ -52,24 +52,22 @@ class StreamWindows:
         self.separator = parts[0].separator if parts else -1
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Copy window `index` into `out`, [L + 1], and give how many ids it has."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[part - 1]) if part else 0
         return read_window(self._parts[part].tokens, index - first, out)
 
 
 class SyntheticWindows:
-    """Uniformly random ids, a pure function of (seed, index of the window)."""
+    """Uniformly random ids, a pure function of (seed, window index)."""
 
     separator = -1
 
     def __init__(self, seed: int, vocab_size: int, length: int, first: int, count: int):
-        """Windows first to first + count - 1 of the endless sequence that `seed` names."""
+        """Take windows first to first + count - 1 of the endless sequence of `seed`."""
         self._seed, self._vocab_size, self._first = seed, vocab_size, first
         self.count, self.num_targets = count, count * length
 
     def read(self, index: int, out: np.ndarray) -> int:
-        """Fill `out`, [L + 1], with window `index`, and give L + 1."""
         key = np.array([self._seed % 2**64, self._first + index], dtype=np.uint64)
         out[:] = np.random.Generator(np.random.Philox(key=key)).integers(0, self._vocab_size, len(out))
         return len(out)

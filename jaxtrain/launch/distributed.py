@@ -1,21 +1,17 @@
-"""Joins the processes of a run, whatever started them, and ends each of them so that the others learn of it at once.
+"""Join the processes of a run, whatever started them, and end each such that its peers learn of it at once.
 
-JAX's own runtime is the engine. What is added: the place of this process among the others is found without asking JAX, which
-under SLURM and Open MPI would give every process one GPU, also where it is the only process of a node; the timeouts are short;
-and a process that fails ends with `os._exit`, because JAX's exit handler otherwise waits for peers that will not come (97 to
-300 s by default, measured). Before that it posts its reason, on which the watchdog of every peer ends that peer too.
+JAX's distributed runtime does the work. Added here: this process's place among the others is found without JAX, which under
+SLURM and Open MPI would give every process one GPU even if it is the only process of a node; timeouts are short; and a process
+that fails ends with `os._exit`, because JAX's exit handler would wait 97 to 300 s (measured) for peers that will not come.
+Before that it posts its reason to the key-value store, on which every peer's watchdog ends that peer too.
 
-| exit code | meaning | its peers end with |
-|---|---|---|
-| 0 | done | 0 |
-| 1, 2 | an error explained in one message, wrong usage: starting again would end the same way | the same code |
-| 70 | an unforeseen error, or this process hangs | 75 |
-| 75 | another process was lost or hangs; nothing is wrong here | 75 |
-| 76 | stopped by a signal after saving: start the same command again | 76 |
-| 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM before training began, or at the second request | 75 |
+| exit code | meaning | its peers end with | |---|---|---| | 0 | done | 0 | | 1, 2 | an error explained in one message, wrong
+usage: a restart would end the same way | the same code | | 70 | an unforeseen error, or this process hangs | 75 | | 75 |
+another process was lost or hangs; no fault of this one | 75 | | 76 | stopped by a signal after saving: start the same command
+again | 76 | | 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM before training began, or at the second request | 75 |
 
-Whoever restarts a run (the supervisor, a script of `launch`) starts it again on 70, 75 and death by a signal, in whatever order
-the processes end, and lets it be on 1 and 2: so the peers of a process that refuses repeat its code.
+Whatever restarts a run (the supervisor, a script of `launch`) does so on 70, 75 and death by a signal, in whatever order the
+processes end, and not on 1 and 2: therefore the peers of a process that refuses repeat its code.
 """
 
 from __future__ import annotations
@@ -48,7 +44,7 @@ from jaxtrain.errors import (
     PeerMissing,
 )
 
-PARENT = "JAXTRAIN_PARENT"  # process number of the supervisor, where its death is to end this process
+PARENT = "JAXTRAIN_PARENT"  # the supervisor's process id, set if its death is to end this process
 _PORTS = 61440, 4096  # first, and how many: as JAX's own SLURM support, above what Linux hands out by itself
 _JOIN_SECONDS = 60
 _PEER_WORDS = re.compile(
@@ -60,36 +56,36 @@ _PEER_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those of the run."""
+    """This process's place among the processes of the run."""
 
     starter: str
-    """What started it, in words."""
+    """Name of what started it."""
     coordinator: str
-    """host:port at which process 0 is reached."""
+    """host:port of process 0."""
     processes: int
     process: int
     local_processes: int
-    """Processes of the run on this host."""
+    """Number of the run's processes on this host."""
     local_process: int
-    """Which of them this is."""
+    """This process's index among them."""
     bound: bool = False
-    """Whether the starter shows this process its own GPUs only."""
+    """Whether only this process's own GPUs are visible to it."""
 
 
 def find_place(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """This process's place as the flags say, else JAXTRAIN_* (our supervisor, Kubernetes, Ray), SLURM, or Open MPI 4 and 5.
+    """Return this process's place from the flags, JAXTRAIN_* (our supervisor, Kubernetes, Ray), SLURM, or Open MPI 4 and 5.
 
-    None for a lone process: nothing says that there are others.
+    None for a single process.
 
     Raises:
-      ConfigError: what says so is incomplete or contradicts itself.
+      ConfigError: the source is incomplete or contradicts itself.
     """
     return _explicit(config, environ) or _slurm(config, environ) or _open_mpi(config, environ)
 
 
 def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Return the flags over JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or an indexed Kubernetes Job's
-    index).
+    """Return the place given by flags, else by JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or by the index
+    of an indexed Kubernetes Job).
     """
     coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
     count = config.processes or _number(environ, "JAXTRAIN_PROCESSES", 0)
@@ -116,7 +112,7 @@ def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | 
 
 
 def _slurm(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Return a task of an srun step; process 0 is on the first node of the step."""
+    """Return the place of a task in an srun step; process 0 is on the first node of the step."""
     if "SLURM_PROCID" not in environ or _number(environ, "SLURM_NTASKS", 1) <= 1:
         return None
     job = _number(environ, "SLURM_JOB_ID", 0)
@@ -137,12 +133,12 @@ def _slurm(config: DistributedConfig, environ: Mapping[str, str]) -> Place | Non
 
 
 def _open_mpi(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Return a rank of mpirun. On one host the coordinator is the loopback; else mpi4py tells, or Open MPI 4's own address."""
+    """Return the place of an mpirun rank. On one host the coordinator is the loopback; else mpi4py or Open MPI 4 gives it."""
     size, rank = _number(environ, "OMPI_COMM_WORLD_SIZE", 1), _number(environ, "OMPI_COMM_WORLD_RANK", 0)
     if size <= 1:
         return None
     local = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", size)
-    # One job, one port: Open MPI 4 numbers its jobs, Open MPI 5 (PMIx) names them.
+    # One port per job: Open MPI 4 numbers its jobs, Open MPI 5 (PMIx) names them.
     port = _port(sum(map(ord, environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", "")))))
     coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
     if not coordinator and local == size:
@@ -162,7 +158,7 @@ def _host_of_rank_0(environ: Mapping[str, str]) -> str:
             return address.group(1)
         raise ConfigError(
             [
-                "Open MPI does not say where rank 0 is: pip install mpi4py, or pass it on, "
+                "Open MPI does not give rank 0's address: pip install mpi4py, or pass it, "
                 f"e.g. mpirun -x JAXTRAIN_COORDINATOR=$(hostname):{_PORTS[0]} ..."
             ]
         ) from None
@@ -177,7 +173,7 @@ def first_node(nodes: str) -> str:
 
 
 def expand_tasks(tasks: str) -> list[int]:
-    """Return the tasks of each node, of SLURM's short form: [2, 2, 2, 1] of "2(x3),1"."""
+    """Expand SLURM's short form of the tasks per node: "2(x3),1" -> [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in tasks.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -188,7 +184,7 @@ def expand_tasks(tasks: str) -> list[int]:
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """NVIDIA GPUs that this process may use, without waking a driver."""
+    """Count the NVIDIA GPUs that this process may use, without loading a driver."""
     if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return 0
     if "CUDA_VISIBLE_DEVICES" in environ:
@@ -222,10 +218,10 @@ def local_device_ids(place: Place, gpus: int, environ: Mapping[str, str]) -> lis
 
 
 def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -> Place | None:
-    """Join the other processes, before jax looks at any device. None for a lone process.
+    """Join the other processes before jax looks at any device. Return None for a single process.
 
     Raises:
-      PeerMissing: the others did not.
+      PeerMissing: the others did not join.
       ConfigError: as `find_place` and `local_device_ids`.
     """
     import jax
@@ -250,9 +246,9 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
             cluster_detection_method="deactivate",
             initialization_timeout=config.start_timeout_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            shutdown_timeout_seconds=300,  # of an orderly end only: process 0 may still be drawing and sampling
+            shutdown_timeout_seconds=300,  # for an orderly end only: process 0 may still be drawing and sampling
             coordinator_bind_address=environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-            or place.coordinator,  # else it listens on every network of the host, and asks nobody who he is
+            or place.coordinator,  # else it listens on every network interface, unauthenticated
         )
     except Exception as error:
         raise PeerMissing(
@@ -264,10 +260,10 @@ def start(config: DistributedConfig, environ: Mapping[str, str] | None = None) -
 
 
 def _stop_without_parent(parent: int) -> None:
-    """When the supervisor dies the run saves and stops, instead of going on unwatched.
+    """Make the run save and stop when the supervisor dies, instead of going on unwatched.
 
-    A thread looks, because Linux's own signal for this (PR_SET_PDEATHSIG) comes once for each thread that the supervisor had.
-    The signal is SIGHUP, which never insists: the supervisor may have passed a signal on before it died.
+    A thread polls, because Linux's own signal for this (PR_SET_PDEATHSIG) comes once for each thread that the supervisor had.
+    It sends SIGHUP, which never forces an immediate exit: the supervisor may have passed a signal on before it died.
     """
 
     def watch() -> None:
@@ -292,10 +288,10 @@ def describe(place: Place) -> str:
 
 
 def run_and_exit(work: Callable[[], int], joins: bool = True) -> NoReturn:
-    """End the process with the exit code of `work`; with an error at once, and its peers with it.
+    """Run `work` and end the process with its exit code; on an error at once, together with its peers.
 
     Args:
-      joins: whether `work` is one of several processes where the environment says so.
+      joins: whether `work` is one of several processes if the environment says so.
     """
     try:
         code = work()
@@ -320,7 +316,7 @@ def run_and_exit(work: Callable[[], int], joins: bool = True) -> NoReturn:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End a process of several, from any thread, so that no peer is aborted by jax's runtime on its account."""
+    """End one of several processes, from any thread, such that jax's runtime aborts no peer."""
     code = _for_starter(code)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -330,14 +326,14 @@ def end_at_once(code: int) -> NoReturn:
 
 
 def blame(failure: processes.Failure) -> str:
-    """Return the line that says which process has ended the run, and why."""
+    """Return the line that names the process that ended the run, and its reason."""
     return f"process {failure.process} of {processes.count()} ended the run (exit code {failure.code}): {failure.reason}"
 
 
 def _end_together(code: int) -> int:
-    """Wait for all processes at the end of the run, which no error ends: the exit code.
+    """Wait for all processes at the end of a run without error; return the exit code.
 
-    Process 0 may still copy to a mirror, which takes long; the watchdog sees whether it lives.
+    Process 0 may still upload to a mirror, which takes long; the watchdog checks that it is alive.
     """
     try:
         processes.barrier("end", processes.LONG_SECONDS)
@@ -350,8 +346,8 @@ def _end_together(code: int) -> int:
 
 
 def _join_to_refuse(code: int) -> None:
-    """Join the peers of a process that refuses its command line or config before it knows them, so that they learn of it."""
-    with contextlib.suppress(Exception):  # the reason is on the screen; a peer that cannot be told ends by its own limit
+    """Join the peers just to tell them that this process refuses its command line or config."""
+    with contextlib.suppress(Exception):  # the reason is printed; a peer that cannot be reached ends at its own time limit
         config = DistributedConfig(start_timeout_seconds=_JOIN_SECONDS)
         if find_place(config, os.environ) is not None:
             start(config)
@@ -360,15 +356,17 @@ def _join_to_refuse(code: int) -> None:
 
 
 def _for_starter(code: int) -> int:
-    """Return the code to end with, once this process's own is where scripts of srun and mpirun look for it.
+    """Return the exit code for srun and mpirun, which end the other processes on any code but 0.
 
-    Both end the others on any code but 0, perhaps while they still save: so a stop ends with 0 there.
+    The true code goes into JAXTRAIN_EXIT_CODES for their scripts; a stop then ends with 0, as peers may still be saving.
     """
     return EXIT_DONE if _leave_word(code) and code == EXIT_STOPPED else code
 
 
 def _leave_word(code: object) -> bool:
-    """Write this process's exit code into JAXTRAIN_EXIT_CODES: srun and mpirun tell only one of all. True if it is there."""
+    """Write this process's exit code into JAXTRAIN_EXIT_CODES, as srun and mpirun report only one of all; return whether it is
+    set.
+    """
     folder = os.environ.get("JAXTRAIN_EXIT_CODES")
     if folder:
         with contextlib.suppress(OSError):
@@ -377,11 +375,11 @@ def _leave_word(code: object) -> bool:
 
 
 def _blame(error: BaseException) -> int:
-    """Say in one line whose fault it was, and tell the peers; the traceback of a fault of our own comes first."""
+    """Print in one line which process failed, and tell the peers; a traceback precedes it if the error is unforeseen."""
     who, first = f"process {processes.own_index()} of {processes.count()}", (str(error).strip() or "no message").splitlines()[0]
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and _PEER_WORDS.search(str(error)):
         failure = _reported()
-        if failure is not None:  # what the peer said before it ended
+        if failure is not None:  # the peer posted it before it ended
             print(f"error: {blame(failure)}", file=sys.stderr)
             return failure.code if failure.code in (EXIT_ERROR, EXIT_USAGE) else EXIT_PEER
         print(f"error: {who} lost another process: {first}", file=sys.stderr)
@@ -394,7 +392,7 @@ def _blame(error: BaseException) -> int:
 
 
 def _reported() -> processes.Failure | None:
-    with contextlib.suppress(Exception):  # the store is gone
+    with contextlib.suppress(Exception):  # the key-value store is gone
         return processes.reported()
     return None
 

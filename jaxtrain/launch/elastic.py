@@ -1,4 +1,4 @@
-"""Which mesh a run goes on with when it has fewer devices, or more again: the same global batch and model, another layout.
+"""Choose the mesh for a run that resumes on fewer or more devices: same global batch and model, another layout.
 
 The layout never changes the result, so this is only a question of memory and speed. Imports no jax.
 """
@@ -49,7 +49,7 @@ def mesh_flags(before: Config, after: Config) -> list[str]:
 
 
 def _with_mesh(config: Config, mesh: MeshConfig) -> Config:
-    """Return the config on another mesh, with microbatches so many that a device's share of one is no larger than before."""
+    """Return the config on another mesh, with enough microbatches that a device's share of one is no larger than before."""
     batch, train = config.train.global_batch_size, config.train
     rows = max(1, batch // (max(config.mesh.batch_shards, 1) * train.microbatches))
     per_shard = batch // mesh.batch_shards
@@ -59,7 +59,7 @@ def _with_mesh(config: Config, mesh: MeshConfig) -> Config:
 
 
 def _meshes(config: Config, devices: int) -> Iterator[MeshConfig]:
-    """Meshes over that many devices whose axes divide what they were; fsdp and data may take what others leave."""
+    """Yield the meshes over that many devices whose axes divide the old ones; fsdp and data may take what the others leave."""
     now = config.mesh
     free = ("data", "fsdp")
     options = []
@@ -85,10 +85,10 @@ def _nearness(before: MeshConfig, after: MeshConfig) -> tuple[float, ...]:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Return the mesh of "data=2,fsdp=2"; axes left out are 1.
+    """Parse a mesh such as "data=2,fsdp=2"; axes left out are 1.
 
     Raises:
-      ConfigError: it is not of that form.
+      ConfigError: it has another form.
     """
     try:
         sizes = {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}

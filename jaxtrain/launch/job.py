@@ -1,7 +1,7 @@
-"""What every starter of a run needs to know: how many hosts, how many devices each, which command, which environment.
+"""What every starter of a run needs: number of hosts, devices of each, command, environment.
 
-Imports no jax. A `Job` is made from the run's own config and checked for that many devices, so that a layout that cannot work
-is refused here and not after an hour in a queue.
+Imports no jax. A `Job` is made from the run's own config and checked for that many devices, so that an impossible layout is
+refused here and not after an hour in a queue.
 """
 
 from __future__ import annotations
@@ -23,59 +23,59 @@ class JobFlags:
     """Flags of every starter, before `--`."""
 
     hosts: int = 0
-    """Hosts, one process on each; 0 for as many as the config's mesh needs."""
+    """Number of hosts, each with one process; 0: as many as the config's mesh needs."""
     devices_per_host: int = 8
-    """GPUs of each host, all of them driven by its one process."""
+    """GPUs of each host, all driven by its one process."""
     cpu: bool = False
-    """Fake CPU devices instead of GPUs: to try all this where there is none."""
+    """Use fake CPU devices instead of GPUs, to try a launch without GPUs."""
     env: tuple[str, ...] = ()
-    """Environment of every process: NAME=value, or NAME alone for a value that is not to stand in the script."""
+    """Environment variables of every process: NAME=value, or NAME alone to keep the value out of the script."""
     python: str = ".venv/bin/python"
-    """The Python of every host, from `directory`."""
+    """Python interpreter on every host, relative to `directory`."""
     directory: str = ""
-    """The folder of this repository on every host; empty for the one that the job starts in."""
+    """Folder of this repository on every host; empty: the folder that the job starts in."""
     restarts: int = 20
-    """How often a run that was lost is started again, before a person has to look."""
+    """Number of restarts after a failure."""
     dry_run: bool = False
     """Print the script or manifest instead of submitting it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, ready to be started on its hosts."""
+    """A run, ready to start on its hosts."""
 
     config: Config
     hosts: int
     devices_per_host: int
     command: tuple[str, ...]
-    """One process of it, the same on every host."""
+    """Command of one process, the same on every host."""
     environment: dict[str, str]
-    """Variables to set."""
+    """Environment variables to set."""
     passed_on: tuple[str, ...]
-    """Variables whose value only the submitter's environment, or a secret store, knows."""
+    """Variables whose values come from the submitter's environment or a secret store."""
     made_by: str
-    """The command line that made this, for a comment."""
+    """The command line that made this, for a comment in the script."""
 
     @property
     def folder(self) -> str:
-        """Where launchers keep their notes, beside the run's checkpoints."""
+        """Folder of the launchers' files, beside the run's checkpoints."""
         return str(self.config.directory / "launch")
 
     @property
     def label(self) -> str:
-        """The run's name in letters that no script or queue minds."""
+        """The run's name in characters that are safe in scripts and queues."""
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", self.config.name) or "run"
 
     @property
     def headline(self) -> str:
-        """One line for the script's head."""
+        """One line for the head of the script."""
         hosts = f"{self.hosts} host{'s' * (self.hosts > 1)} of {self.devices_per_host}"
         kind = "fake CPU devices" if "JAXTRAIN_CPU_DEVICES" in self.environment else "GPUs"
         return f"{self.label} on {hosts} {kind}, one process a host."
 
 
 def make_job(config: Config, flags: JobFlags, of_run: Sequence[str], made_by: str) -> Job:
-    """Return the job of a config and its command line `of_run`.
+    """Return the job of a config and its run's command line `of_run`.
 
     Raises:
       ConfigError: the flags contradict the mesh or one another, or the config is not valid on that many devices.
@@ -96,7 +96,7 @@ def make_job(config: Config, flags: JobFlags, of_run: Sequence[str], made_by: st
 
 
 def _hosts_of_mesh(config: Config, per_host: int) -> int:
-    """Return the hosts that the mesh fills.
+    """Return the number of hosts that the mesh fills.
 
     Raises:
       ConfigError: it has an axis of -1, or does not fill whole hosts.
@@ -117,16 +117,16 @@ def _hosts_of_mesh(config: Config, per_host: int) -> int:
 
 
 def _split_environment(variables: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
-    """(values to set, names to pass on, problems)"""
+    """(values to set, names to pass on, problems)."""
     values: dict[str, str] = {}
     names: list[str] = []
     problems: list[str] = []
     for variable in variables:
         name, equals, value = variable.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            problems.append(f"--env={variable!r}: {name!r} is no name of a variable; write NAME=value or NAME")
+            problems.append(f"--env={variable!r}: {name!r} is not a variable name; write NAME=value or NAME")
         elif equals and _SECRET.search(name):
-            problems.append(f"--env={name}=...: a secret would stand in the script; give the name alone, --env {name}")
+            problems.append(f"--env={name}=...: the script would contain a secret; give the name alone, --env {name}")
         elif equals:
             values[name] = value
         else:
@@ -135,7 +135,7 @@ def _split_environment(variables: Sequence[str]) -> tuple[dict[str, str], tuple[
 
 
 def check_shared(job: Job, mount: str, where: str) -> None:
-    """Refuse a run directory that does not outlive a host.
+    """Refuse a run directory that would be lost with a host.
 
     Raises:
       ConfigError: it is not inside `mount`.

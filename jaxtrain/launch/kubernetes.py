@@ -1,11 +1,11 @@
-"""A run on Kubernetes: an indexed Job, or a JobSet where its controller (0.10 or newer) is installed.
+"""Start a run on Kubernetes: an indexed Job, or a JobSet if its controller (0.10 or newer) is installed.
 
-Both are a headless service that gives pod 0 a name, and pods that know their index. They differ in what follows a loss: the Job
-starts each pod again as it ends, and counts every pod against --restarts x hosts; the JobSet starts all again at once. In both,
-1 and 2 (errors that starting again would not mend) fail the run, and 76 (saved after a signal) and evictions are not counted.
-No API call is made from the pods, and the manifests are text: no yaml package is needed.
+Both are a headless service that gives pod 0 a name, and pods that know their index. They differ after a loss: the Job restarts
+each pod as it ends, and counts every pod against --restarts x hosts; the JobSet restarts all pods at once. In both, 1 and 2
+(errors that a restart would not mend) fail the run, and 76 (saved after a signal) and evictions are not counted. The pods make
+no API call, and the manifests are text: no yaml package is needed.
 
-Never run on a cluster: the manifests were checked offline, and their environment is executed by tests.
+Never run on a cluster: the manifests were checked offline, and tests execute their environment.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jaxtrain.errors import EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ConfigError
 from jaxtrain.launch.job import Job, JobFlags, check_shared
 from jaxtrain.launch.shell import comment
 
-_LONGEST_NAME = 48  # leaves room in a host name's 63 letters for what the controllers add: -train-0-999
-_REFUSED, _SAVED = 0, 1  # the rules of the pods' failure policy, by place: the JobSet finds them in the words of the Job
+_LONGEST_NAME = 48  # of a host name's 63 letters; controllers append e.g. -train-0-999
+_REFUSED, _SAVED = 0, 1  # indices of the rules in the pods' failure policy: the JobSet finds them in the Job's message
 _EVICTED = 2
 
 
@@ -31,34 +31,34 @@ class KubernetesFlags(JobFlags):
     """Flags of `launch kubernetes`."""
 
     image: str = ""
-    """Image with jaxtrain and jax[cuda13] in it. Its working directory is --directory, or its own."""
+    """Image with jaxtrain and jax[cuda13]. Its working directory is --directory, or the image's."""
     python: str = "python"
-    """The image's Python."""
+    """Python interpreter of the image."""
     kind: Literal["job", "jobset"] = "job"
-    """job needs nothing installed; jobset starts all pods again together."""
+    """job needs no controller; jobset restarts all pods together."""
     namespace: str = ""
-    """Namespace; empty for kubectl's."""
+    """Namespace; empty: kubectl's current one."""
     claim: str = "runs"
-    """A PersistentVolumeClaim that all hosts can write at once (ReadWriteMany): checkpoints outlive pods there."""
+    """PersistentVolumeClaim for checkpoints, which all hosts can write at once (ReadWriteMany)."""
     mount: str = "/runs"
-    """Where the claim is mounted; run_dir must be inside."""
+    """Mount point of the claim; run_dir must be inside."""
     secret: str = "jaxtrain"
-    """The Secret whose keys --env NAME names."""
+    """Secret that holds the values of --env NAME."""
     gpu_resource: str = "nvidia.com/gpu"
-    """What the cluster calls a GPU."""
+    """The cluster's resource name for a GPU."""
     shared_memory_gib: int = 16
-    """/dev/shm of each pod: NCCL's processes need more than the 64 MiB of the default."""
+    """GiB of /dev/shm in each pod: NCCL needs more than Kubernetes' 64 MiB."""
     save_seconds: int = 300
-    """An evicted pod has so long to save."""
+    """Seconds that an evicted pod has to save."""
     port: int = 8476
-    """Port of process 0."""
+    """TCP port of process 0."""
 
 
 def render(job: Job, flags: KubernetesFlags) -> str:
     """Return the manifest.
 
     Raises:
-      ConfigError: there is no image, run_dir is lost with its pod, or a name is none for Kubernetes.
+      ConfigError: there is no image, run_dir is lost with its pod, or a name is invalid in Kubernetes.
     """
     _check(flags)
     check_shared(job, flags.mount, "unless it is in the mounted claim")
@@ -80,10 +80,10 @@ def render(job: Job, flags: KubernetesFlags) -> str:
 
 
 def name_of(run: str) -> str:
-    """Return a run's name as Kubernetes allows it: small letters, digits and dashes.
+    """Return a run's name as Kubernetes allows it: lower-case letters, digits and dashes.
 
     Raises:
-      ConfigError: nothing such is left of it, or it is too long.
+      ConfigError: nothing is left of it, or it is too long.
     """
     name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     name = f"run-{name}" if name[:1].isdigit() else name  # the name of a service begins with a letter
@@ -97,7 +97,7 @@ def _pod(job: Job, flags: KubernetesFlags, environment: dict[str, str]) -> str:
         return f"- name: {name}\n  valueFrom:\n    {source}\n"
 
     variables = "".join(f"- name: {name}\n  value: {_text(value)}\n" for name, value in environment.items())
-    # Process 0 listens on its pod's address alone, which it must not wait for the cluster's name service to tell.
+    # Process 0 listens only on its pod's address, and must not wait until DNS resolves it.
     variables += value_from("POD_IP", "fieldRef: {fieldPath: status.podIP}")
     variables += f'- name: JAX_COORDINATOR_BIND_ADDRESS\n  value: "$(POD_IP):{flags.port}"\n'
     for name in job.passed_on:
@@ -174,7 +174,7 @@ def _check(flags: KubernetesFlags) -> None:
     for field in ("namespace", "claim", "secret"):
         value = getattr(flags, field)
         if value and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", value):
-            problems.append(f"--{field}={value!r} is no name for Kubernetes: small letters, digits, dashes")
+            problems.append(f"--{field}={value!r} is not a valid Kubernetes name: lower-case letters, digits, dashes")
     if not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+", flags.gpu_resource):
         problems.append(f"--gpu_resource={flags.gpu_resource!r} must be like nvidia.com/gpu")
     if not flags.mount.startswith("/"):
@@ -190,11 +190,11 @@ def _check(flags: KubernetesFlags) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# YAML, as far as it is needed: every text is a JSON text, which YAML reads as it is
+# As much YAML as is needed: every string is a JSON string, which is valid YAML
 
 
 def _text(value: str) -> str:
-    """Return a quoted text; $( is what Kubernetes would put another variable for."""
+    """Return a quoted string; Kubernetes would expand $( as a variable."""
     return json.dumps(value.replace("$(", "$$("))
 
 
@@ -203,5 +203,5 @@ def _in(block: str, by: int) -> str:
 
 
 def _item(block: str) -> str:
-    """Return a block as an item of a list."""
+    """Return a block as a list item."""
     return "- " + _in(block, 2)[2:]

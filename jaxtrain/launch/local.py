@@ -1,4 +1,4 @@
-"""A run as several processes of this machine: trained under the supervisor, or checked before it starts."""
+"""Run several processes on this machine: train under the supervisor, or run preflight checks."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ class LaunchFlags:
     """Flags of the launcher, before `--`."""
 
     processes: int = 1
-    """Processes to start."""
+    """Number of processes."""
     devices_per_process: int = 0
-    """Fake CPU devices of each process; 0 to share out the GPUs of this machine."""
+    """Fake CPU devices of each process; 0: divide this machine's GPUs among the processes."""
     processes_file: str = ""
-    """A file with the number of processes that can run now. Where it changes, the run saves and goes on with that many."""
+    """File with the number of processes that can run now. When it changes, the run saves and resumes with that many."""
     fallback_mesh: tuple[str, ...] = ()
     """Meshes to try first when there are fewer devices, e.g. "data=2,fsdp=2"."""
     restarts: int = 10
-    """Failures in a row without a further step, after which the launcher gives up."""
+    """Failures in a row without a new step, after which the launcher gives up."""
     stop_seconds: float = 120.0
-    """After a signal the run has so long to save."""
+    """Seconds that the run has to save after a signal."""
     preflight: bool = False
-    """Do not train: let the processes check whether the run would work here."""
+    """Do not train: check in all processes whether the run would work here."""
 
 
 class Size:
-    """How many processes the next generation has."""
+    """Number of processes in the next generation."""
 
     def __init__(self, flags: LaunchFlags):
         self._flags, self._last = flags, flags.processes
 
     def __call__(self) -> int:
-        """Return the number in processes_file, as far as it can be read and is one; else --processes."""
+        """Return the number in processes_file if it can be read, else --processes."""
         if self._flags.processes_file:
             try:
                 number = int(user_path(self._flags.processes_file).read_text(encoding="utf-8"))
                 self._last = number if number >= 1 else self._last
             except (OSError, ValueError):
-                pass  # it is being written
+                pass  # the file is just being written
         return self._last
 
 
@@ -60,7 +60,7 @@ def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], o
     """Keep a run going to its end; return its exit code.
 
     Args:
-      of_run: its command line, which `config` is of.
+      of_run: the command line that gave `config`.
 
     Raises:
       ConfigError: the config does not fit the devices.
@@ -79,7 +79,7 @@ def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], o
 
 
 def preflight(config: Config, flags: LaunchFlags, of_run: Sequence[str]) -> int:
-    """Run the checks as so many processes, once. Their logs are kept where something went wrong.
+    """Run the checks once in that many processes. Their logs are kept if a check failed.
 
     Raises:
       ConfigError: the config does not fit the devices.

@@ -1,8 +1,8 @@
-"""A run under Open MPI 4 or 5: one mpirun, with one rank a host, and a loop around it, because mpirun restarts nothing.
+"""Start a run under Open MPI 4 or 5: one mpirun with one rank per host, in a loop, because mpirun restarts nothing.
 
-Both versions take the same options as far as they are used here. SIGTERM to mpirun would end the ranks within a second; SIGUSR1
-it passes on, and that means "save and stop" to a run. A signal to the script is therefore turned into that one. The ranks' own
-exit codes are read from JAXTRAIN_EXIT_CODES: mpirun's is 1 or that of a rank it has killed.
+Both versions take the options used here. SIGTERM to mpirun would end the ranks within a second; it forwards SIGUSR1, on which a
+run saves and stops. A signal to the script is therefore turned into SIGUSR1. The ranks' own exit codes are read from
+JAXTRAIN_EXIT_CODES: mpirun's is 1 or that of a rank that it killed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class MpiFlags(JobFlags):
     """Flags of `launch mpi`."""
 
     host_names: tuple[str, ...] = ("localhost",)
-    """The hosts, in the order of their ranks."""
+    """Host names, in the order of their ranks."""
     port: int = 61440
-    """A TCP port of the first host, and as many after it as there are restarts, at which the processes find one another."""
+    """First TCP port on the first host, at which the processes join; every restart uses the next one."""
     options: tuple[str, ...] = ()
-    """Further options of mpirun, as they are, e.g. "--mca oob_tcp_if_include eth0"."""
+    """Further mpirun options, passed unchanged, e.g. "--mca oob_tcp_if_include eth0"."""
 
 
 def render(job: Job, flags: MpiFlags) -> str:
     """Return the shell script.
 
     Raises:
-      ConfigError: the host names are not as many as the hosts, or the ports are not among a host's.
+      ConfigError: there are not as many host names as hosts, or the ports are outside 1024 to 65535.
     """
     _check(job, flags)
     names = list(flags.host_names)

@@ -1,10 +1,10 @@
-"""A run inside a Ray cluster: one actor a host, and in it the same process of `jaxtrain train` as everywhere else.
+"""Start a run in a Ray cluster: one actor per host, which runs the same `jaxtrain train` process as every other starter.
 
-Ray places the hosts and tells when one is gone; each process learns its place from JAXTRAIN_* as under our own supervisor, and
+Ray places the hosts and reports a lost one; each process learns its place from JAXTRAIN_* as under our own supervisor, and
 JAX's runtime does the rest. `launch ray` submits this module as a Ray job. Ray is imported only here, and only when it runs.
 
-Why not Ray Train: its JAX backend passes no timeouts on, so that the loss of a host takes 30 s to be seen, and nothing to the
-process about which exit codes mean "start again".
+Why not Ray Train: its JAX backend passes no timeouts on, so that a lost host is noticed only after 30 s, and does not tell the
+process which exit codes mean "start again".
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class RayFlags(JobFlags):
     """Flags of `launch ray`."""
 
     address: str = ""
-    """The cluster's job server, e.g. http://head:8265; empty for what RAY_ADDRESS says."""
+    """The cluster's job server, e.g. http://head:8265; empty: RAY_ADDRESS."""
 
 
 class HostLost(Exception):
-    """A host, or Ray's own process on it, is gone."""
+    """A host, or Ray's process on it, is gone."""
 
 
 def render(job: Job, flags: RayFlags) -> str:
@@ -64,7 +64,7 @@ exec ray job submit {shlex.join(words)}{" " * bool(words)}-- \\
 
 
 def environment_of(index: int, count: int, address: str) -> dict[str, str]:
-    """Return what the process of host `index` is told: its place, and `address` (host:port) of process 0."""
+    """Return the environment of the process on host `index`: its place, and the `address` (host:port) of process 0."""
     return {
         "JAXTRAIN_COORDINATOR": address,
         "JAXTRAIN_PROCESSES": str(count),
@@ -75,13 +75,13 @@ def environment_of(index: int, count: int, address: str) -> dict[str, str]:
 
 
 class Host:
-    """The actor of one host: it starts the process there, passes a signal on, and tells how it ended."""
+    """The actor of one host: starts the process there, passes a signal on, and returns its exit code."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
     def address(self) -> str:
-        """host:port for process 0: this host as Ray reaches it, and a port that is free now."""
+        """Return host:port for process 0: this host as Ray reaches it, and a port that is free now."""
         import socket
 
         import ray  # type: ignore[import-not-found]
@@ -91,7 +91,7 @@ class Host:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def train(self, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> int:
-        """Run the process to its end, and give its exit code."""
+        """Run the process to its end; return its exit code."""
         self._process = subprocess.Popen(list(command), cwd=directory, env=os.environ | dict(environment))
         return self._process.wait()
 
@@ -102,7 +102,7 @@ class Host:
 
 
 def run_once(ray: Any, hosts: Sequence[Any], command: Sequence[str], directory: str) -> list[int]:
-    """Return one life of all processes: their exit codes. They end by themselves when one is lost.
+    """Run all processes until they end, which they do by themselves when one is lost; return their exit codes.
 
     Raises:
       HostLost: an actor did not survive its process.
@@ -119,7 +119,9 @@ def run_once(ray: Any, hosts: Sequence[Any], command: Sequence[str], directory: 
 
 
 def summarise(codes: Sequence[int]) -> int:
-    """Return one exit code of all: what nobody can mend first, then done or stopped if all are, else a loss."""
+    """Return one exit code for all: first an error that a restart would not mend, then done or stopped if all are, else a
+    loss.
+    """
     for code in (EXIT_USAGE, EXIT_ERROR):
         if code in codes:
             return code
@@ -129,7 +131,7 @@ def summarise(codes: Sequence[int]) -> int:
 
 
 def run(ray: Any, hosts: int, gpus: int, restarts: int, command: Sequence[str], pause: float = 10.0) -> int:
-    """Keep the run going on that many hosts of the cluster; returns its exit code."""
+    """Keep the run going on that many hosts of the cluster; return its exit code."""
     group = ray.util.placement_group([{"CPU": 1, **({"GPU": gpus} if gpus else {})}] * hosts, strategy="STRICT_SPREAD")
     ray.get(group.ready())
     actors: list[Any] = []
@@ -141,7 +143,7 @@ def run(ray: Any, hosts: int, gpus: int, restarts: int, command: Sequence[str], 
             actor.stop.remote()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)  # for good: this process does nothing else
+        signal.signal(number, stop)  # never restored: this process does nothing else
     for turn in range(restarts + 1):
         actors[:] = [_place(ray, group, index, gpus) for index in range(hosts)]
         try:
@@ -166,7 +168,7 @@ def _place(ray: Any, group: Any, index: int, gpus: int) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """HOSTS GPUS RESTARTS COMMAND...: made by `render`, inside the cluster."""
+    """Parse HOSTS GPUS RESTARTS COMMAND..., as written by `render`, and run inside the cluster."""
     import ray  # type: ignore[import-not-found]
     import ray.util.scheduling_strategies  # type: ignore[import-not-found]  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Pieces of shell that the scripts of several starters share."""
+"""Shell fragments that several starters' scripts share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxtrain.launch.job import Job
 
 
 def comment(job: Job) -> str:
-    """Return what the script runs, and the command that made it."""
+    """Return comment lines: what the script runs, and the command that made it."""
     return f"# {job.headline} Made by\n#   {job.made_by}"
 
 
 def exports(job: Job) -> str:
-    """`export NAME=value` lines; variables that are passed on must be there already."""
+    """Return `export NAME=value` lines; variables that are passed on must be set already."""
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()]
     lines += [f': "${{{name}:?is to be passed on, but is not set}}"\nexport {name}\n' for name in job.passed_on]
     return "".join(lines)
 
 
 def command_lines(job: Job, indent: int, end: str = "") -> str:
-    """Return the command of one process, broken into lines as shell does."""
+    """Return the command of one process, broken into shell lines."""
     lines: list[str] = []
     for word in map(shlex.quote, job.command):
         if lines and len(lines[-1]) + len(word) < 110:
@@ -33,7 +33,9 @@ def command_lines(job: Job, indent: int, end: str = "") -> str:
 
 
 def exit_code_lines(indent: int = 0) -> str:
-    """Make $code that of the run, and end the script where it is done, or where starting again would end the same way."""
+    """Return lines that set $code to the run's exit code, and end the script if it is done or a restart would end the same
+    way.
+    """
     text = f"""\
 ended_with() {{ grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; }} # whether a process did
 ended_with {EXIT_STOPPED} && code={EXIT_STOPPED} # saved after a signal

@@ -1,9 +1,9 @@
-"""A run under SLURM: one batch script that puts itself back into the queue until the run is done.
+"""Start a run under SLURM: one batch script that requeues itself until the run is done.
 
-One task a node drives all its GPUs. SLURM signals the processes before the time limit, they save and end with 76, and the
-script asks for another turn; so it does after any loss (75, 70, a signal), as often as --restarts allows. Errors that starting
-again would not mend (1, 2) end the job. Which it was is read from what the processes leave in JAXTRAIN_EXIT_CODES, because
-srun tells only the highest exit code, often that of a process which srun itself ended on account of another.
+One task per node drives all its GPUs. SLURM signals the processes before the time limit, they save and end with 76, and the
+script requeues itself; so it does after any loss (75, 70, a signal), at most --restarts times. Errors that a restart would not
+mend (1, 2) end the job. The codes are read from JAXTRAIN_EXIT_CODES, because srun returns only the highest exit code, often
+that of a process which srun itself ended because of another.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ class SlurmFlags(JobFlags):
     """Flags of `launch slurm`."""
 
     time: str = "1-00:00:00"
-    """Time limit of one turn, as SLURM writes it: minutes, hours:minutes:seconds or days-hours:minutes:seconds."""
+    """Time limit of one job in SLURM's form: minutes, hours:minutes:seconds or days-hours:minutes:seconds."""
     save_seconds: int = 300
-    """So long before the time limit the processes are told to save; SLURM may be a minute early."""
+    """Seconds before the time limit at which the processes are told to save; SLURM may be a minute early."""
     partition: str = ""
-    """Partition; empty for the cluster's default."""
+    """Partition; empty: the cluster's default."""
     account: str = ""
-    """Account; empty for the user's default."""
+    """Account; empty: the user's default."""
     options: tuple[str, ...] = ()
-    """Further options of sbatch, without the dashes, e.g. "qos=high" "constraint=h200"."""
+    """Further sbatch options, without the dashes, e.g. "qos=high" "constraint=h200"."""
 
 
 def render(job: Job, flags: SlurmFlags) -> str:
     """Return the batch script.
 
     Raises:
-      ConfigError: the time limit is not SLURM's form, or leaves no time to train before the signal.
+      ConfigError: the time limit is not in SLURM's form, or leaves no time to train before the signal.
     """
     _check(flags)
     whole = [] if flags.cpu else [f"gpus-per-node={job.devices_per_host}", "exclusive", "mem=0"]
@@ -88,7 +88,7 @@ def _check(flags: SlurmFlags) -> None:
     problems = [f"--options={text!r}: write it without dashes and blanks, e.g. qos=high" for text in wrong]
     for name in ("partition", "account", "directory"):
         if re.search(r"\s", getattr(flags, name)):
-            problems.append(f"--{name}={getattr(flags, name)!r}: a blank would end it")
+            problems.append(f"--{name}={getattr(flags, name)!r} must not contain blanks")
     limit = seconds(flags.time)
     if limit is None:
         problems.append(f"--time={flags.time!r}: write minutes, hours:minutes:seconds or days-hours:minutes:seconds")
@@ -102,9 +102,7 @@ def _check(flags: SlurmFlags) -> None:
 
 
 def seconds(time: str) -> int | None:
-    """Return the seconds of a time limit in one of SLURM's six forms, e.g. 90 (minutes), 1:30:00, 1-12; None where it is none
-    of them.
-    """
+    """Return the seconds of a time limit in one of SLURM's six forms, e.g. 90 (minutes), 1:30:00, 1-12; None in any other."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None

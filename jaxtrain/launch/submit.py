@@ -1,7 +1,7 @@
-"""`jaxtrain launch slurm|mpi|kubernetes|ray [flags] -- --config=...`: a run's script, complete, submitted or printed.
+"""`jaxtrain launch slurm|mpi|kubernetes|ray [flags] -- --config=...`: submit or print the complete script of a run.
 
-Each starter has a file of its own, which knows its flags and its text. What they share is in `job`: the number of hosts comes
-from the config's mesh, and the config is checked for that many devices before anything is submitted.
+Each starter has its own file with its flags and its text. They share `job`: the number of hosts comes from the config's mesh,
+and the config is checked for that many devices before anything is submitted.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from jaxtrain.launch.job import Job, JobFlags, make_job
 
 @dataclass(frozen=True)
 class Starter:
-    """Something that starts runs."""
+    """A way to start runs."""
 
     flags: type[JobFlags]
     render: Callable[[Job, Any], str]
-    """The script or manifest."""
+    """Returns the script or manifest."""
     needs: str
-    """The program that must be there."""
+    """The program that must be installed."""
     takes: tuple[str, ...] = ()
-    """The command that reads it from its standard input; empty where it is run as a shell script."""
+    """The command that reads the text from standard input; empty: run it as a shell script."""
 
 
 STARTERS = {
@@ -43,7 +43,7 @@ STARTERS = {
 
 
 def render(name: str, flags: JobFlags, config: Config, own: Sequence[str], of_run: Sequence[str]) -> str:
-    """Return the script or manifest of a run, with the command line that made it in its head.
+    """Return the script or manifest of a run, with the command line that made it at its head.
 
     Raises:
       ConfigError: the flags, or the config on that many devices, cannot work.
@@ -54,7 +54,7 @@ def render(name: str, flags: JobFlags, config: Config, own: Sequence[str], of_ru
 
 
 def submit(name: str, script: str) -> int:
-    """Hand the script to its starter, and return the exit code of that; a shell script takes this process's place.
+    """Pass the script to its starter and return the starter's exit code; a shell script replaces this process.
 
     Raises:
       ExplainedError: the starter's program is not on this machine.
@@ -62,7 +62,7 @@ def submit(name: str, script: str) -> int:
     starter = STARTERS[name]
     if shutil.which(starter.needs) is None:
         raise ExplainedError(
-            f"{starter.needs} is not on this machine: run this where it is, or print the script with --dry_run"
+            f"{starter.needs} is not on this machine: run this where it is installed, or print the script with --dry_run"
         )
     if not starter.takes:
         sys.stdout.flush()

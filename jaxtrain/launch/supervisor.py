@@ -1,11 +1,11 @@
-"""Keeps a run of several processes on one machine going: starts them, sees them end, says whose fault it was, restarts.
+"""Keep a run of several processes on one machine going: start them, detect their end and its cause, restart.
 
-Imports no jax, so nothing that breaks jax breaks it. A *generation* is one life of all the processes: they start together, on a
-fresh port, and where one is lost all end, because a collective needs every one of them.
+Imports no jax, so that a failure of jax cannot break it. A *generation* is one life of all the processes: they start together,
+on a fresh port, and when one is lost all end, because a collective needs every one of them.
 
-Who is to blame is decided by what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first
-to end by itself with anything but "I lost a peer" (75, JAX's abort, -6, or a line that blames a peer). A step that hangs is the
-business of the watchdog in every process (`launch.watchdog`); the supervisor watches that the watchdogs themselves answer.
+The culprit is found from what the processes did, in this order: one that the kernel shows as stopped (SIGSTOP); the first to
+end by itself with anything but "I lost a peer" (75, JAX's abort, -6, or a line that blames a peer). The watchdog in every
+process (`launch.watchdog`) detects a step that hangs; the supervisor checks that the watchdogs answer.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from jaxtrain.telemetry.run_log import stamped
 POLL_SECONDS = 0.05
 _NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
 _STACK = re.compile(r"^ *@ +0x[0-9a-f]+|^\*\*\* Check failure stack trace")
-"""Of jax's client where it aborts: in the log of the process, and nobody's business on the screen."""
-_UNSTARTED = (128 + signal.SIGTERM, -signal.SIGTERM)  # of a process that was asked to end before it trained
-_ABORT = -signal.SIGABRT  # jax's client, when the coordination service tells it that a task is lost
+"""Stack lines of jax's client when it aborts: kept in the process's log, not shown on the screen."""
+_UNSTARTED = (128 + signal.SIGTERM, -signal.SIGTERM)  # a process that was asked to end before it trained
+_ABORT = -signal.SIGABRT  # jax's client aborts when the coordination service reports a lost task
 Kind = Literal["done", "stopped", "refused", "failed", "hung", "resized"]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How patient the supervisor is."""
+    """The supervisor's limits."""
 
     restarts: int = 10
-    """Generations in a row that may fail without a step further than any before; then it gives up."""
+    """Generations in a row that may fail without a new step before the supervisor gives up."""
     backoff_seconds: float = 1.0
-    """Wait before the first restart; doubles with every failure in a row, to at most a minute."""
+    """Seconds before the first restart; doubles with every failure in a row, to at most a minute."""
     silent_seconds: float = 120.0
-    """A watchdog that has not looked for so long has a process that is stopped, or stuck in code that lets no thread run."""
+    """Seconds without a check of its watchdog after which a process counts as stopped, or stuck in code that holds the GIL."""
     start_seconds: float = 1800.0
-    """Until its watchdog first looks, a process may take so long."""
+    """Seconds that a process may take until its watchdog's first check."""
     grace_seconds: float = 3.0
-    """After the first process is lost, the others have so long to say what they saw."""
+    """Seconds that the others have to report after the first process is lost."""
     stop_seconds: float = 120.0
-    """After a signal, the run has so long to save and end."""
+    """Seconds that the run has to save and end after a signal."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Ending:
 
     kind: Kind
     words: str
-    """Who and why, in one line."""
+    """The process and its reason, in one line."""
     exit_code: int = EXIT_ERROR
     culprit: int | None = None
-    """The process to blame."""
+    """Index of the process that caused it."""
 
 
 @dataclass
@@ -79,21 +79,20 @@ class Worker:
     index: int
     process: subprocess.Popen
     heartbeat: Path
-    """Memory that it writes and the supervisor reads: on a full disk a process that lives must not look like one that hangs."""
+    """File in memory, written by the process: on a full disk a live process must not look like one that hangs."""
     log: Path
     stacks: Path
     said: deque[str] = field(default_factory=lambda: deque(maxlen=1000))
-    """The newest lines of its output."""
+    """Newest lines of its output."""
     doing: Doing = field(default_factory=Doing)
     since: float = 0.0
-    """When it last said something new."""
+    """Time of its last new heartbeat."""
     stepped: float = 0.0
-    """When its last step was done."""
+    """Time of its last completed step."""
     ended: float | None = None
 
     @property
     def name(self) -> str:
-        """In words."""
         return f"process {self.index}"
 
     def is_frozen(self) -> bool:
@@ -103,33 +102,33 @@ class Worker:
         return False
 
     def last_words(self) -> str:
-        """Return the last line of its log that says "error", or its last line."""
+        """Return the last line of its log that begins with "error:", else its last line."""
         lines = [line for line in tuple(self.said) if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
-        return (errors or lines or ["it said nothing"])[-1][:300]
+        return (errors or lines or ["no output"])[-1][:300]
 
     def blames_a_peer(self) -> bool:
-        """Return whether it ended on account of another process: by its exit code, or by its last line."""
+        """Return whether it ended because of another process: by its exit code, or by its last line."""
         named = re.match(r"error: process (\d+) of \d+ (ended the run|is at step)", self.last_words())
         return self.process.returncode in (EXIT_PEER, _ABORT) or (named is not None and int(named[1]) != self.index)
 
 
 @dataclass
 class Goodput:
-    """Which part of the wall time made steps that lasted."""
+    """Productive step time as a share of wall time."""
 
     started: float
     furthest: int = 0
     productive: float = 0.0
-    """Seconds of steps that were further than any before."""
+    """Seconds of steps beyond all earlier ones."""
     repeated: float = 0.0
-    """Seconds of steps done before, since the last checkpoint, and lost."""
+    """Seconds of steps computed again because they came after the last checkpoint."""
     before: float = 0.0
-    """Seconds that earlier supervisors of this run have watched it."""
+    """Seconds of earlier supervisors of this run."""
 
     @classmethod
     def go_on(cls, events: Path, now: float) -> Goodput:
-        """As the last supervisor of this run wrote it down; afresh where there was none."""
+        """Return the figures as the run's last supervisor wrote them to `events`; new ones if there was none."""
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             last = json.loads(events.read_text(encoding="utf-8").splitlines()[-1])
             return cls(now, last["furthest"], last["productive"], last["repeated"], last["seconds"])
@@ -140,7 +139,7 @@ class Goodput:
         return self.before + now - self.started
 
     def step(self, done: int, seconds: float) -> None:
-        """A step is done, `seconds` after the one before it in the same generation."""
+        """Count a step that is done, `seconds` after the one before it in the same generation."""
         if done > self.furthest:
             self.productive += seconds
         else:
@@ -148,7 +147,7 @@ class Goodput:
         self.furthest = max(self.furthest, done)
 
     def share(self, now: float) -> float:
-        """Productive step time over wall time."""
+        """productive step time / wall time."""
         return self.productive / max(self.seconds(now), 1e-9)
 
 
@@ -156,11 +155,11 @@ class Supervisor:
     """Runs `command` as several processes until it is done, refused, or fails too often.
 
     Args:
-      command: of one process.
-      size: () -> how many processes the next generation has; where it changes, the run saves and goes on in that size.
-      environment: (index, processes) -> what a process's environment has beside the supervisor's own.
-      extra: (processes) -> arguments for a generation of that size, beside those of `command`: a mesh that fits it.
-      folder: for logs, heartbeats and events.jsonl.
+      command: the command of one process.
+      size: () -> number of processes in the next generation; when it changes, the run saves and resumes with that many.
+      environment: (index, processes) -> a process's environment variables beside the supervisor's own.
+      extra: (processes) -> further arguments for a generation of that size: a mesh that fits it.
+      folder: folder for logs, heartbeats and events.jsonl.
       say: prints a line.
     """
 
@@ -187,7 +186,7 @@ class Supervisor:
         self.goodput = Goodput.go_on(folder / "events.jsonl", time.monotonic())
 
     def run(self) -> int:
-        """Run to the end; returns the exit code (see `launch.distributed`)."""
+        """Run to the end; return the exit code (see `launch.distributed`)."""
         failures, furthest = 0, self.goodput.furthest
         with Watch(self._hear):
             while True:
@@ -230,7 +229,7 @@ class Supervisor:
 
     def _start(self, count: int) -> list[Worker]:
         folder = self._folder / f"generation-{self.generation}"
-        with contextlib.suppress(OSError):  # on a full disk: logs wait in memory, stacks go to the logs
+        with contextlib.suppress(OSError):  # on a full disk logs stay in memory, and stacks go to the logs
             folder.mkdir(parents=True, exist_ok=True)
         coordinator = f"127.0.0.1:{free_port()}"
         self._record("start", processes=count, coordinator=coordinator)
@@ -258,7 +257,7 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(memory,),
-                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we pass it on once
+                start_new_session=True,  # Ctrl-C reaches only the supervisor, which passes it on once
             )
             workers.append(Worker(index, process, heartbeat, log, stacks, since=time.monotonic()))
             assert process.stdout is not None
@@ -267,7 +266,9 @@ class Supervisor:
         return workers
 
     def _collect(self, pipe: IO[bytes], worker: Worker, aloud: bool) -> None:
-        """Copy a process's output into its log, and process 0's to ours too; it must go on reading, or the process waits."""
+        """Copy a process's output into its log, and process 0's to the screen too. It must keep reading, or the process
+        blocks.
+        """
         with pipe, contextlib.closing(AppendedFile(worker.log, self._tell, keep=lambda path: 0)) as log:
             log.begin()
             for line in pipe:
@@ -312,14 +313,14 @@ class Supervisor:
                     self.goodput.step(step, seconds)
             elif worker.index == 0 and doing.done:
                 self.goodput.furthest = max(self.goodput.furthest, doing.done)
-            if doing.done != worker.doing.done or doing.phase:  # a phase is no part of a step's time
+            if doing.done != worker.doing.done or doing.phase:  # a phase does not count as step time
                 worker.stepped = now
             worker.doing, worker.since = doing, now
         if worker.ended is None and worker.process.poll() is not None:
             worker.ended = now
 
     def _end_at_once(self, workers: list[Worker]) -> Ending:
-        """Let the processes say which steps are lost, before they are killed."""
+        """Let the processes report which steps are lost, then kill them."""
         for worker in workers:
             worker.process.send_signal(signal.SIGTERM)
         self._give_grace(workers)
@@ -333,7 +334,7 @@ class Supervisor:
                 self._look(worker, time.monotonic())
 
     def _ending(self, workers: list[Worker]) -> Ending:
-        """Wait a moment for what the others have to say, then find the first cause."""
+        """Wait a moment for the other processes' reports, then find the first cause."""
         codes = {worker.process.returncode for worker in workers}
         if codes == {EXIT_DONE}:
             return Ending("done", "done", EXIT_DONE)
@@ -356,7 +357,7 @@ class Supervisor:
         )
 
     def _find_silent(self, workers: list[Worker], now: float) -> Ending | None:
-        """Return the end of a generation in which a watchdog has not looked for too long; asks that process for its stacks."""
+        """Return the ending if a watchdog has not checked for too long; that process is asked for its stacks."""
         for worker in workers:
             limit = self._policy.silent_seconds if worker.doing.ticks or worker.doing.dispatched else self._policy.start_seconds
             if worker.ended is None and now - worker.since > limit:
@@ -397,7 +398,7 @@ class Supervisor:
         self._events.append((json.dumps(row) + "\n").encode())
 
     def _sleep(self, seconds: float) -> bool:
-        """Wait; True where a signal came."""
+        """Sleep; return True if a signal came."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self._signal is None:
             time.sleep(min(POLL_SECONDS, seconds))
@@ -409,7 +410,7 @@ class Supervisor:
 
 
 def how(code: int) -> str:
-    """Return an exit code in words."""
+    """Describe an exit code in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -418,13 +419,13 @@ def how(code: int) -> str:
 
 
 def last_generation(folder: Path) -> int:
-    """Return the newest that wrote its logs there, 0 for none: a supervisor started again writes over nothing."""
+    """Return the newest generation with logs in `folder`, 0 for none, so that a restarted supervisor overwrites nothing."""
     names = (path.name.rpartition("-")[2] for path in folder.glob("generation-*"))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback that nobody listens on."""
+    """Return a free TCP port of the loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,18 +1,16 @@
-"""A thread in every process that ends it where it, or a peer that it waits for, does not move any more or has ended the run.
+"""A thread in every process that ends it if it, or a peer that it waits for, hangs or has ended the run.
 
-Heartbeats of JAX's runtime come from C++, so a process that is stuck is alive to all its peers for ever, and a process that
-refuses leaves them waiting. The thread looks once a second. It publishes how far this process is in the key-value store. Where
-nothing has moved for longer than its limit it compares that with its peers, names the one that is behind, writes the stacks of
-all threads, and posts a failure; and where it finds the failure of a peer it ends this process with one line.
+Heartbeats of JAX's runtime come from C++, so a stuck process looks alive to its peers for ever, and a process that refuses
+leaves them waiting. The thread checks once a second. It publishes this process's position in the key-value store. If nothing
+has moved for longer than its limit, it compares positions with the peers, names the one that is behind, writes the stacks of
+all threads, and posts a failure; if it finds a peer's failure, it ends this process with one line.
 
-| what does not move | limit |
-|---|---|
-| a step | distributed.hang_seconds, or 20 times the usual step |
-| the first step, and whatever keeps the steps waiting: saving, restoring, validating, a barrier | distributed.phase_seconds |
-| reading data, compiling, copies from and to a mirror | a day |
+| what does not move | limit | |---|---| | a step | distributed.hang_seconds, or 20 times the usual step | | the first step, and
+whatever steps wait for: saving, restoring, validating, a barrier | distributed.phase_seconds | | reading data, compiling,
+copies from and to a mirror | a day |
 
-Who waits for a peer waits as long as that peer may take. Time counts only as the thread sees it pass: a machine or a process
-that was suspended has not hung.
+A process waits for a peer as long as that peer's own limit. Only time that the thread itself sees pass is counted: a machine or
+process that was suspended has not hung.
 """
 
 from __future__ import annotations
@@ -38,40 +36,39 @@ from jaxtrain.telemetry.heartbeat import Heartbeat, innermost
 
 POLL_SECONDS = 1.0
 USUAL_STEPS = 20
-"""A step may take that many times the median of the last hundred."""
+"""A step may take this many times the median of the last hundred."""
 LONG_PHASES = ("reading data", "compiling", "opening checkpoints", "ending", "preflight", "replaying")
-"""How they begin. Opening checkpoints may fetch one from a mirror; checks of preflight have a limit of their own."""
+"""First words of the long phases. Opening checkpoints may download one; preflight checks have their own limit."""
 FOLDER = "stacks"
-"""In run_dir."""
+"""Folder for stacks in run_dir."""
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a process is; of two that wait for one another the lower one is behind."""
+    """A process's progress; of two that wait for each other, the lower one is behind."""
 
     dispatched: int = 0
-    """The newest step that was begun."""
+    """Newest dispatched step."""
     done: int = 0
-    """The newest step whose metrics were read."""
+    """Newest step whose metrics have been read."""
     collectives: int = 0
-    """Barriers and exchanges of the host that were entered."""
+    """Number of host barriers and exchanges entered."""
     phase: str = "starting"
-    """What keeps the steps waiting; empty while it trains."""
+    """The work that steps wait for; empty while training."""
 
     def is_behind(self, other: Position) -> bool:
-        """Return whether the other process may wait for this one."""
         return astuple(self)[:3] < astuple(other)[:3]
 
     def __str__(self) -> str:
         return f"at step {self.dispatched}" + (f", {self.phase}" if self.phase else "")
 
     def encode(self) -> str:
-        """Return it as text for the key-value store."""
+        """Return the text for the key-value store."""
         return f"{self.dispatched} {self.done} {self.collectives} {self.phase}"
 
     @classmethod
     def decode(cls, text: str) -> Position:
-        """Return what `encode` was given."""
+        """Parse the text of `encode`."""
         dispatched, done, collectives, phase = text.split(" ", 3)
         return cls(int(dispatched), int(done), int(collectives), phase)
 
@@ -81,7 +78,7 @@ class Stall:
 
     Args:
       config: the limits.
-      process: this one.
+      process: this process's index.
     """
 
     def __init__(self, config: DistributedConfig, process: int):
@@ -91,7 +88,7 @@ class Stall:
         self._behind: dict[int, Position] | None = None
 
     def limit(self, position: Position) -> float:
-        """Return the seconds that a process may stay at a position; infinite where the config says 0."""
+        """Return the seconds that a process may stay at a position; infinite if the config says 0."""
         if position.phase.startswith(LONG_PHASES):
             return LONG_SECONDS
         if position.phase or position.done == 0 or position.done == position.dispatched:
@@ -100,11 +97,11 @@ class Stall:
         return max(self._config.hang_seconds, usual) if self._config.hang_seconds else float("inf")
 
     def see(self, position: Position, seconds: float, peers: Callable[[], dict[int, Position]]) -> Failure | None:
-        """Return a failure where this process, or one that it waits for, has not moved for longer than its limit.
+        """Return a failure if this process, or one that it waits for, has not moved for longer than its limit.
 
         Args:
-          position: of this process.
-          seconds: since the last call.
+          position: this process's position.
+          seconds: time since the last call.
           peers: () -> newest positions of all processes; called rarely, and not while this process moves.
         """
         self._age += seconds
@@ -121,7 +118,7 @@ class Stall:
         self._since_comparison = 0.0
         others = {process: other for process, other in peers().items() if process != self._process}
         behind = {process: other for process, other in others.items() if other.is_behind(position)}
-        if self._behind is not None and behind != self._behind:  # a peer moved
+        if self._behind is not None and behind != self._behind:  # a peer has moved
             self._age = limit / 4
         self._behind = behind
         allowed = max([limit, *map(self.limit, behind.values())])
@@ -140,12 +137,12 @@ class Stall:
 
 
 class Watchdog:
-    """The thread. Start it once the process has joined its peers.
+    """The watchdog thread. Start it after the process has joined its peers.
 
     Args:
       config: limits, and run_dir, which gets the stacks.
-      heartbeat: what the process does.
-      before_exit: puts the terminal in order before the process ends.
+      heartbeat: the process's record of its progress.
+      before_exit: restores the terminal before the process ends.
     """
 
     def __init__(self, config: Config, heartbeat: Heartbeat, before_exit: Callable[[], None] = lambda: None):
@@ -163,11 +160,11 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self.before_exit = lambda: None
-        if not processes.are_several():  # else it watches until all processes have ended
+        if not processes.are_several():  # with several, it runs until all processes have ended
             self._stopping.set()
 
     def _stop(self) -> None:
-        """Let the thread end before the interpreter does: Python would unwind it through jax's C++, which aborts."""
+        """End the thread before the interpreter exits: Python would unwind it through jax's C++, which aborts."""
         self._stopping.set()
         self._thread.join(10 * POLL_SECONDS)
 
@@ -181,7 +178,7 @@ class Watchdog:
                 self._end(failure)
 
     def look(self, seconds: float) -> Failure | None:
-        """Look once, `seconds` after the last time: the failure that ends this process, its own or a peer's."""
+        """Check once, `seconds` after the last time; return the failure, own or a peer's, that ends this process."""
         self.heartbeat.tick()
         doing = self.heartbeat.doing
         position = Position(doing.dispatched, doing.done, processes.collectives_entered(), doing.phase)
@@ -193,7 +190,7 @@ class Watchdog:
                 found = processes.reported() or found
             elif processes.are_several():
                 found = processes.reported()
-        except RuntimeError:  # the store is gone, and so is process 0: jax's runtime ends this process
+        except RuntimeError:  # the key-value store and process 0 are gone: jax's runtime ends this process
             return None
         # A process that has announced its own failure ends by itself.
         return None if processes.announced() is not None and not (found and found.hang) else found
@@ -205,7 +202,7 @@ class Watchdog:
             self._published = text
 
     def _end(self, failure: Failure) -> None:
-        timer = threading.Timer(10.0, os._exit, [code_for(failure)])  # where the terminal is what hangs
+        timer = threading.Timer(10.0, os._exit, [code_for(failure)])  # in case the terminal hangs
         timer.daemon = True
         timer.start()
         self.before_exit()
@@ -229,9 +226,9 @@ class Watchdog:
 
 
 def code_for(failure: Failure) -> int:
-    """Return the exit code of a process that ends on a failure.
+    """Return the exit code of a process that ends because of a failure.
 
-    It is a peer's own where that is 1 or 2, since a restart would end so again, or where a signal ended it.
+    It is the peer's own code if that is 1 or 2, since a restart would end the same way, or if a signal ended the peer.
     """
     if failure.process == processes.own_index() or failure.code in (EXIT_ERROR, EXIT_USAGE) or failure.code > 128:
         return failure.code
@@ -239,7 +236,7 @@ def code_for(failure: Failure) -> int:
 
 
 def words_for(failure: Failure, where: str, stacks: Path) -> str:
-    """Return the line that a process prints when it ends on a failure."""
+    """Return the line that a process prints when it ends because of a failure."""
     if failure.hang:
         own = failure.process == processes.own_index() and where
         return f"{failure.reason}{f' ({where})' if own else ''}; stacks in {stacks}"

@@ -1,1 +1,1 @@
-"""What the devices at hand do: a benchmark of the train step, the figures of a chip, and that no layout changes a result."""
+"""Measurements on the devices at hand: a benchmark of the train step, a chip's figures, and that no layout changes a result."""

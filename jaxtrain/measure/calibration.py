@@ -1,4 +1,4 @@
-"""What the devices at hand do, as a chip that the planner reckons with.
+"""Measure the devices at hand as a chip for the planner.
 
 Matmul rates by size and dtype, the bandwidth of a copy, attention, and collectives over groups of devices inside a host and
 between hosts: each warmed up, repeated, and given as a median with its spread.
@@ -22,8 +22,8 @@ from jaxtrain.measure.operations import Findings
 
 
 def as_chip(base: Chip, found: Findings) -> Chip:
-    """Return the chip with what was measured on it, as shares of what it states; where it states nothing, the best that was
-    measured takes that place.
+    """Return the chip with the measurements as shares of its stated figures; an unstated figure becomes the best
+    measurement.
     """
     rates = {d: [(e, 2 * e**3 / s.seconds, s.spread) for e, s in samples] for d, samples in found.matmul.items()}
     best = {dtype: max(rate for _, rate, _ in of) for dtype, of in rates.items() if base.matmul_peak(dtype) is None}
@@ -72,12 +72,12 @@ def about_here() -> dict[str, Any]:
 
 
 def calibrate(chip: str, seconds: float, say: Callable[[str], None]) -> Chip:
-    """Measure all that a chip file holds, with the other processes of the job.
+    """Measure all that a chip file holds, together with the other processes of the job.
 
     Args:
-      chip: whose figures the measured ones are shares of, by name or as a chip file; auto asks the device.
-      seconds: the most that the repetitions of one operation may take, about.
-      say: takes a line for each operation.
+      chip: its stated figures are the base of the measured shares; a name, a chip file, or auto for the device's own kind.
+      seconds: approximate limit for the repetitions of one operation.
+      say: called with a line for each operation.
     """
     base = resolve_chip(chip, jax.devices()[0].device_kind, "--chip")
     if base.memory_bytes is None:

@@ -1,4 +1,4 @@
-"""Proof that the layout does not change the result: any layout of a config is compared with one device, in float32.
+"""Prove that the layout does not change the result: compare any layout of a config with one device, in float32.
 
 Compared are the initial parameters, bit by bit, the first loss and gradients, and the losses of a few optimizer steps.
 """
@@ -45,7 +45,7 @@ from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradi
 BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
 LAYOUTS_A_TASK = 2
 MOST_TRIES = 100
-"""Rounds of draws without a valid layout, after which none is expected."""
+"""Rounds of draws without a valid layout after which the search ends."""
 BASE = Config(
     model=ModelConfig(
         num_layers=4,
@@ -70,11 +70,11 @@ BASE = Config(
 
 
 Choose = Callable[[Sequence[Any]], Any]
-"""Takes one of the options: hypothesis in tests, so that a failure shrinks to earlier options; chance in long runs."""
+"""Picks one option: hypothesis in tests, so that a failure shrinks to earlier options; a random generator in long runs."""
 
 
 def draw_mixture(choose: Choose) -> MoEConfig:
-    """Return a mixture of eight experts, of any kind."""
+    """Draw a mixture of eight experts, of any kind."""
     groups = choose((1, 4))
     return MoEConfig(
         num_experts=8,
@@ -94,7 +94,7 @@ def draw_mixture(choose: Choose) -> MoEConfig:
 
 
 def draw_model(choose: Choose) -> ModelConfig:
-    """Return any kind of decoder, tiny."""
+    """Draw a tiny decoder of any kind."""
     moe = draw_mixture(choose) if choose((False, True)) else None
     latent = choose((None, None, LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)))
     return replace(
@@ -112,12 +112,12 @@ def draw_model(choose: Choose) -> ModelConfig:
 
 
 def draw_task(choose: Choose) -> Config:
-    """Return what is trained, on one device."""
+    """Draw a config for one device."""
     return replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
 
 
 def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
-    """Return any layout of it over this many devices, a power of two, that keeps replicas in step; it may be invalid."""
+    """Draw a layout of the task over `devices` (a power of two) that keeps replicas in step; it may be invalid."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(devices.bit_length() - 1):
         sizes[choose(MESH_AXES)] *= 2
@@ -135,10 +135,10 @@ def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
 
 
 def draw_configs(choose: Choose, devices: int, task: Config | None = None) -> list[Config]:
-    """Return valid layouts of one task, mostly `LAYOUTS_A_TASK`: they share the run on one device, which costs as much as one.
+    """Draw valid layouts of one task, mostly `LAYOUTS_A_TASK`: they share the one-device run, which costs as much as one.
 
     Args:
-      task: what is trained; drawn where None.
+      task: the one-device config; drawn if None.
     """
     task = task or draw_task(choose)
     drawn = (draw_layout(task, choose, devices) for _ in range(10 * LAYOUTS_A_TASK))
@@ -146,7 +146,7 @@ def draw_configs(choose: Choose, devices: int, task: Config | None = None) -> li
 
 
 def random_configs(draws: int, devices: int, seed: int, task: Config | None = None) -> Iterator[Config]:
-    """Return as many valid configs by chance alone (hypothesis likes to repeat itself).
+    """Yield `draws` valid configs from a plain random generator (hypothesis tends to repeat itself).
 
     Raises:
       ExplainedError: hardly any layout of the task is valid.
@@ -166,7 +166,7 @@ def random_configs(draws: int, devices: int, seed: int, task: Config | None = No
 
 
 def as_task(config: Config) -> Config:
-    """Return what a config trains, on one device, in float32 and by the attention that says the formula."""
+    """Return the config on one device, in float32, with reference attention."""
     return replace(
         config,
         model=replace(config.model, dtype="float32", attention="reference"),
@@ -179,7 +179,7 @@ def as_task(config: Config) -> Config:
 
 
 def on_one_device(config: Config) -> Config:
-    """Return the truth for a config: one device, one microbatch, nothing recomputed, attention as the formula says."""
+    """Return the config to compare with: one device, one microbatch, no recomputation, reference attention."""
     return replace(
         config,
         model=replace(config.model, attention="reference"),
@@ -192,7 +192,7 @@ def on_one_device(config: Config) -> Config:
 
 @functools.cache
 def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = VOCAB) -> dict[str, np.ndarray]:
-    """Return a packed batch with ragged documents, unequal numbers of targets a row, and some rows all padding."""
+    """Return a packed batch with ragged documents, unequal numbers of targets per row, and some rows all padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     segments = np.cumsum(rng.random((rows, length)) < 0.2, axis=1).astype(np.int32) + 1
@@ -211,7 +211,7 @@ def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = V
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a layout computes, in canonical form on the host."""
+    """The results of a layout, in canonical form on the host."""
 
     params: Any
     losses: list[float]
@@ -219,7 +219,7 @@ class Outcome:
 
 
 def run(config: Config, steps: int = STEPS) -> Outcome:
-    """Initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
+    """Return initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
     dims, layers = parameter_dims(config.model), make_stacking(config).layer_numbers()
     seed = jnp.asarray(seed_words(config.train.seed))
@@ -251,7 +251,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
 
 @functools.lru_cache(maxsize=64)
 def truth(config: Config, steps: int = STEPS) -> Outcome:
-    """`run` of `on_one_device`, once for all the layouts that share it."""
+    """Return `run` of `on_one_device`, cached for all layouts that share it."""
     return run(config, steps)
 
 
@@ -266,7 +266,7 @@ class Errors:
 
     @property
     def problem(self) -> str | None:
-        """What breaks the law, if anything does."""
+        """Which result differs from one device's, or None."""
         limits = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-5}
         over = [
             f"{name} is off by {getattr(self, name):.1e}" for name, most in limits.items() if not getattr(self, name) <= most
@@ -275,13 +275,13 @@ class Errors:
 
 
 def _distance(truth: np.ndarray, got: np.ndarray) -> float:
-    """Return the norm of the difference over the norm; a leaf without gradient has to stay without."""
+    """||truth - got|| / ||truth||; ||got|| for a zero `truth`."""
     size = float(np.linalg.norm(truth))
     return float(np.linalg.norm(truth - got)) / (size or 1.0)
 
 
 def compare(config: Config, steps: int = STEPS) -> Errors:
-    """Return the relative errors: of the first loss, of the worst gradient leaf (norm of difference over norm), of the worst
+    """Return the relative errors of the first loss, of the worst gradient leaf (norm of difference / norm), of the worst
     loss.
     """
     exact, got = truth(on_one_device(config), steps), run(config, steps)
@@ -292,5 +292,5 @@ def compare(config: Config, steps: int = STEPS) -> Errors:
 
 
 def axes_of(config: Config) -> str:
-    """Return the axes above 1, in words."""
+    """Return the names of the axes above 1."""
     return " x ".join(axis for axis in MESH_AXES if getattr(config.mesh, axis) > 1)

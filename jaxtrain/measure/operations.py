@@ -1,6 +1,6 @@
-"""Measures the devices at hand: matmuls, copies, attention, collectives, power. `jaxtrain.calibrate` makes a chip file of it.
+"""Measure the devices at hand: matmuls, copies, attention, collectives, power. `measure.calibration` makes a chip of them.
 
-Each operation is warmed up, repeated, and given as a median with its spread; sizes double until time or memory is up.
+Each operation is warmed up, repeated, and given as a median with its spread; sizes double until time or memory is used up.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ DTYPES = ("bfloat16", "float32")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 REPETITIONS = 7
 CHAINED = 8
-"""Operations in one program, each on the result of the one before, so that dispatching counts for an eighth."""
+"""Operations per program, each on the result of the one before, so that only an eighth of the dispatch time counts."""
 FIRST_MATMUL, LARGEST_MATMUL = 256, 16384
 FIRST_COPY, LARGEST_COPY = 2**22, 2**30
 FIRST_LENGTH, LARGEST_LENGTH = 512, 16384
 HEADS, HEAD_DIM = 16, 128
 SMALL, FIRST_MESSAGE, LARGEST_MESSAGE = 2**10, 2**16, 2**28
-"""Bytes that a device holds before a collective: to see its latency, and its bandwidth, eight times as many each time."""
+"""Bytes on a device before a collective: a small message shows latency; for bandwidth, sizes grow eightfold."""
 IDLE_SECONDS = 2.0
 Array = Any
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one operation, and what the figure is worth."""
+    """Seconds of one operation, and their spread."""
 
     seconds: float
     """Median of the repetitions."""
@@ -46,18 +46,18 @@ class Stopwatch:
     """Times compiled programs on the devices; every process of a run makes the same calls.
 
     Args:
-      seconds: the most that the repetitions of one operation may take together, about.
+      seconds: approximate limit for all repetitions of one operation.
     """
 
     def __init__(self, seconds: float):
         import jax
 
         self.seconds = seconds
-        # Fake devices share one pool of threads: programs under way at once take them from one another, and wait for ever.
+        # Fake devices share one thread pool: concurrent programs take threads from each other and deadlock.
         self._waits = jax.local_devices()[0].platform == "cpu"
 
     def __call__(self, program: Callable[..., Array], *arguments: Array, chained: int = CHAINED) -> Sample:
-        """Of one of the `chained` operations in `program`: warmed up, then REPETITIONS times, several calls in a row each."""
+        """Time one of the `chained` operations in `program`: warmed up, then REPETITIONS times, several calls in a row each."""
         import jax
 
         self._once(program, *arguments)  # compiles
@@ -75,7 +75,7 @@ class Stopwatch:
         return Sample(median, (max(runs) - min(runs)) / median)
 
     def goes_on(self, sample: Sample, needs: int, chained: int = CHAINED) -> bool:
-        """Return whether there is time for a larger operation, and memory: a quarter of the device's holds `needs` bytes."""
+        """Return whether there is time for a larger operation, and memory: `needs` bytes must fit a quarter of the device's."""
         quick = sample.seconds * chained * REPETITIONS < self.seconds / 2
         return bool(agreed(quick and needs < memory_bytes() // 4))
 
@@ -88,7 +88,7 @@ class Stopwatch:
 
 
 def agreed(value: int) -> int:
-    """Return what process 0 says: all must make the same calls, or a collective would wait for ever."""
+    """Return process 0's value: all processes must make the same calls, or a collective would wait for ever."""
     import jax
 
     if jax.process_count() == 1:
@@ -99,7 +99,7 @@ def agreed(value: int) -> int:
 
 
 def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """x -> operation(operation(... x)), CHAINED times, in one program: written out, since a loop copies what it carries."""
+    """x -> operation(operation(... x)), CHAINED times, in one program; unrolled, since a loop copies its carry."""
 
     def chained(x: Array) -> Array:
         for _ in range(CHAINED):
@@ -110,7 +110,7 @@ def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def random_normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
-    """Return the numbers as a model has them: zeros would draw less power, and so run at a higher clock."""
+    """Return random numbers as in a model: zeros would draw less power, and so run at a higher clock."""
     import jax
 
     return scale * jax.random.normal(jax.random.key(0), shape, dtype)
@@ -136,7 +136,7 @@ def measure_copy(watch: Stopwatch, largest: int = LARGEST_COPY) -> tuple[int, Sa
     import jax
 
     size = min(FIRST_COPY, largest)
-    program = jax.jit(lambda x: x + 1.0)  # alone: XLA makes one pass of several
+    program = jax.jit(lambda x: x + 1.0)  # not chained: XLA would fuse several into one pass
     while True:
         sample = watch(program, random_normal((size // 4,), "float32"), chained=1)
         if size >= largest or not watch.goes_on(sample, 4 * size, chained=1):
@@ -174,16 +174,16 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
 
 
 def attention_flops(length: int) -> float:
-    """Return two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the
+    """FLOPs of two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the
     diagonal.
     """
     return 7 * length**2 * HEAD_DIM * HEADS
 
 
 def collective(kind: str, size: int) -> Callable[[Array], Array]:
-    """Return the collective over the axis "group" of `size` devices, from a device's x to something of x's shape, for `chain`.
+    """Return the collective over the axis "group" of `size` devices, from a device's x to an array of x's shape, for `chain`.
 
-    What comes back is cut or repeated to that shape in a way that XLA does not see through.
+    The result is cut or repeated to that shape in a way that XLA cannot optimise away.
     """
     import jax
     import jax.numpy as jnp
@@ -199,7 +199,7 @@ def collective(kind: str, size: int) -> Callable[[Array], Array]:
 
 
 def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
-    """Return a mesh ("other", "group") of all devices: groups of `size` neighbours of a host (link), or one of each host
+    """Return a mesh ("other", "group") of all devices: groups of `size` neighbours in a host (link), or of one per host
     (nic).
     """
     import numpy as np
@@ -210,7 +210,7 @@ def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
 
 
 def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, largest: int = LARGEST_MESSAGE) -> CollectiveRate:
-    """Return the latency and bandwidth of one collective, all groups at work at once, as in training.
+    """Return the latency and bandwidth of one collective, with all groups active at once, as in training.
 
     bandwidth = bytes that a device sends / (time of the largest message - time of the smallest).
     """
@@ -224,7 +224,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
     program = jax.jit(operation)
 
     def take(held: int) -> Sample:
-        numbers = max(held // 4 // size, 1) * size  # a device's, in equal parts for each of the group
+        numbers = max(held // 4 // size, 1) * size  # per device, in equal parts for each device of the group
         ones = jax.jit(lambda: jnp.ones(numbers * mesh.size), out_shardings=NamedSharding(mesh, spec))()
         return watch(program, ones)
 
@@ -234,7 +234,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
         held = min(8 * held, largest)
         sample = take(held)
     payload = held * size if kind == "all-gather" else held
-    seconds = max(sample.seconds - small.seconds, sample.seconds / 2)  # noise, where a message is too small to tell
+    seconds = max(sample.seconds - small.seconds, sample.seconds / 2)  # the difference may be noise if the message is small
     return CollectiveRate(
         over="nic" if over == "nic" else "link",
         kind=kind,
@@ -246,7 +246,7 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
 
 def measure_collectives(watch: Stopwatch, largest: int = LARGEST_MESSAGE, kinds: Sequence[str] = KINDS) -> list[CollectiveRate]:
-    """Return every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
+    """Measure every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
     import jax
 
     devices, local, processes = jax.devices(), jax.local_device_count(), jax.process_count()
@@ -257,9 +257,9 @@ def measure_collectives(watch: Stopwatch, largest: int = LARGEST_MESSAGE, kinds:
 
 
 def latencies(rates: Sequence[CollectiveRate], over: str) -> tuple[float, float] | None:
-    """(seconds to begin, seconds a step) of rings: least squares of latency = begin + step (devices - 1), neither below 0.
+    """(seconds to begin, seconds per step) of rings: least squares of latency = begin + step (devices - 1), neither below 0.
 
-    From all-gathers and reduce-scatters. With groups of one size only, all of it is put on the steps. None without any.
+    From all-gathers and reduce-scatters. If all groups have one size, all latency counts as steps. None without measurements.
     """
     points = [(r.devices - 1, r.latency) for r in rates if r.over == over and r.kind in ("all-gather", "reduce-scatter")]
     if not points:
@@ -273,7 +273,7 @@ def latencies(rates: Sequence[CollectiveRate], over: str) -> tuple[float, float]
 
 
 def bandwidth_of(rates: Sequence[CollectiveRate], over: str) -> float | None:
-    """Bytes/s that FSDP's traffic reaches: the mean of all-gather and reduce-scatter over the largest group; None without."""
+    """Return the bytes/s of FSDP's traffic: the mean of all-gather and reduce-scatter over the largest group, or None."""
     of = [r for r in rates if r.over == over and r.kind in ("all-gather", "reduce-scatter")]
     largest = max((r.devices for r in of), default=0)
     return statistics.mean(r.bandwidth for r in of if r.devices == largest) if of else None
@@ -281,18 +281,18 @@ def bandwidth_of(rates: Sequence[CollectiveRate], over: str) -> float | None:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was measured, in seconds, bytes and watts."""
+    """All measurements, in seconds, bytes and watts."""
 
     matmul: dict[str, list[tuple[int, Sample]]]
     copy: tuple[int, Sample]
     attention: list[tuple[int, str, Sample]]
     collectives: list[CollectiveRate]
     watts: tuple[float, float] | None = None
-    """Of one device: idle, at work."""
+    """Watts of one device: (idle, at work)."""
 
 
 def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
-    """Return everything, one after the other; `say` hears what is under way."""
+    """Measure everything in sequence; `say` is called with the name of the current measurement."""
     matmul = {}
     for dtype in DTYPES:
         say(f"matmuls in {dtype}")
@@ -308,9 +308,7 @@ def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
 
 
 def measure_watts(edge: int) -> tuple[float, float] | None:
-    """Return the watts of this process's first device (idle, in bfloat16 matmuls of that edge); None where nothing measures
-    them.
-    """
+    """Return the watts of this process's first device (idle, in bfloat16 matmuls of that edge); None without a meter."""
     import jax
 
     device = jax.local_devices()[0]
@@ -333,14 +331,14 @@ def measure_watts(edge: int) -> tuple[float, float] | None:
 
 
 def is_simulated() -> bool:
-    """Return whether the devices are several made of one CPU, by XLA's flag: they share its cores."""
+    """Return whether the devices are several made of one CPU by XLA's flag; they share its cores."""
     import jax
 
     return jax.local_devices()[0].platform == "cpu" and jax.local_device_count() > 1
 
 
 def memory_bytes() -> int:
-    """Return the memory of one device: what jax may take of it; of a CPU, its share of the host's memory."""
+    """Return the memory of one device that jax may use; for a CPU device, its share of the host's memory."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -33,8 +33,8 @@ class LatentAttention(nnx.Module):
     the turned part of the key is one for all heads. With query_rank=0 c_q is h itself. RoPE pairs a head's halves, as
     everywhere in this model, where DeepSeek's own checkpoints pair neighbours (their columns are permuted on conversion).
 
-    The latents are made where the sequence is sharded over `tensor`, and gathered in one piece: Q + C + R numbers a token, and
-    not D. Then each device projects up to its own heads.
+    The latents are computed on the sequence shards of `tensor` and gathered together: Q + C + R numbers per token instead of
+    D. Then each device projects up to its own heads.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -59,12 +59,12 @@ class LatentAttention(nnx.Module):
 
     @property
     def latent(self) -> LatentAttentionConfig:
-        """The part of the config that this block is about."""
+        """The block's own part of the config."""
         assert self.config.latent_attention is not None
         return self.config.latent_attention
 
     def _latents(self, x_BLD: jax.Array) -> list[jax.Array]:
-        """Over the whole length: what queries are projected from, the latent of keys and values, the key's part for RoPE."""
+        """Return over the whole length: the queries' latent, the latent of keys and values, the key's part for RoPE."""
         epsilon = self.config.norm_epsilon
         h_BLD = rms_norm(x_BLD, self.norm[...], epsilon)
         c_BLC = rms_norm(jnp.einsum("BLD,DC->BLC", h_BLD, self.kv_down[...]), self.kv_norm[...], epsilon)

@@ -3,8 +3,8 @@
 Shape letters: B batch, L length, T tokens (B L), D embed, E experts, K experts of a token, F an expert's width, S slots.
 Inside the manual region E is this device's share over `expert`, F its share over `tensor`, and L its share over `context`.
 
-As in the MLP block, tokens are gathered over `tensor`, and every device along it dispatches the same ones: each moves whole
-rows along `expert`, so those bytes are spent `tensor` times. With experts that fit one device tensor=1 is best.
+As in the MLP block, tokens are gathered over `tensor`, and every device along it dispatches the same ones: each sends whole
+rows along `expert`, so those bytes are sent `tensor` times. If the experts fit one device, tensor=1 is best.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MoE(nnx.Module):
 
     @property
     def moe(self) -> MoEConfig:
-        """The part of the config that this block is about."""
+        """The block's own part of the config."""
         assert self.config.moe is not None
         return self.config.moe
 
@@ -102,8 +102,8 @@ class MoE(nnx.Module):
     def _route(
         self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
     ) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
-        """Return each device along tensor scores its own slice: float32 matmuls are slow, a token's E scores little to send."""
-        moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's float32 is else TF32, which ties experts that are apart
+        """Score this device's own slice along tensor: float32 matmuls are slow, and a token's E scores are cheap to send."""
+        moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's default, TF32, would tie different scores
         own32, w32 = own_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         scored_BLE = jnp.einsum("BLD,DE->BLE", own32, w32, precision=highest)
         logits_BLE = checkpoint_name(all_gather(scored_BLE, "tensor", dim=1), "router")
@@ -120,7 +120,7 @@ class MoE(nnx.Module):
         return dispatch_capacity(h_TD, experts_TK, moe.num_experts, group, moe.capacity_factor)
 
     def _expert_matmul(self, dispatched: Dispatched, backend: ExpertBackend) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """(dispatched rows, a weight of every expert) -> each row times the weight of its expert"""
+        """Return (dispatched rows, a weight of every expert) -> each row times its expert's weight."""
         sizes = dispatched.group_sizes
 
         def matmul(x: jax.Array, w_EDF: jax.Array) -> jax.Array:

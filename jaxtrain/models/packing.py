@@ -1,4 +1,4 @@
-"""What layers know of the tokens in a microbatch."""
+"""The layers' view of the tokens in a microbatch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import jax
 
 
 class Packing(NamedTuple):
-    """What a layer needs to know of a microbatch, beside its activations."""
+    """A microbatch's facts for a layer, beside its activations."""
 
     positions: jax.Array
-    """int32 [B, L], position inside its document, from 0, of this device's tokens."""
+    """int32 [B, L], position of this device's tokens in their documents, from 0."""
     segments: jax.Array | None
-    """int32 [B, whole length], number of its document, 0 for padding, of all tokens along `context`, in the order in which its
-    devices hold them (`share_out`); None when attention may cross documents."""
+    """int32 [B, whole length], document numbers (0: padding) of all tokens along `context`, in the devices' order
+    (`share_out`); None if attention may cross documents."""
     counted: jax.Array | None
-    """bool [B, L], whether a position carries a loss; None where there is no loss (sampling)."""
+    """bool [B, L], whether a position carries a loss; None without a loss (sampling)."""
     scale: jax.Array | None
     """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""

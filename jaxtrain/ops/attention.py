@@ -1,10 +1,10 @@
-"""Causal grouped-query attention softmax(Q K^T / sqrt(d_k)) V behind one function, and the choice of what computes it.
+"""Causal grouped-query attention softmax(Q K^T / sqrt(d_k)) V behind one function, and the choice of its backend.
 
-All of it are local calls on a device's own heads and sequences, inside the manual region: no collective.
+Everything here is a local call on a device's own heads and sequences, inside the manual region: no collective.
 
 `reference` is the formula, and the oracle for the others. `blockwise` (attention_blockwise.py) needs O(length) memory and
-runs anywhere. `cudnn` (attention_cudnn.py) is NVIDIA's fused kernel. Where a sequence is shared out over devices,
-attention_context.py joins their work.
+runs anywhere. `cudnn` (attention_cudnn.py) is NVIDIA's fused kernel. For a sequence that is sharded over devices see
+attention_context.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def reference_attention(
 
 
 def check_shapes(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array) -> None:
-    """Raise ValueError where queries, keys and values do not fit together."""
+    """Raise ValueError if queries, keys and values do not fit together."""
     q, k, v = q_BLHN.shape, k_BLKN.shape, v_BLKM.shape
     if q[:2] != k[:2] or q[3] != k[3] or k[:3] != v[:3] or q[2] % k[2]:
         raise ValueError(f"attention: queries {q}, keys {k} and values {v} do not fit")
@@ -67,21 +67,21 @@ def attention(
     """Causal grouped-query self-attention: softmax(Q K^T / sqrt(N)) V over the keys that each query sees.
 
     Token l sees token s when 0 <= l - s, with a window l - s < window, by index in the sequence, and both have the same segment
-    number. Padding (segment 0) sees padding only: its rows are finite and mean nothing. No repeated key or value is ever
-    materialised. Values may be of another width M than queries and keys.
+    number. Padding (segment 0) sees only padding: its rows are finite and meaningless. Repeated keys and values are never
+    materialised. Values may have another width M than queries and keys.
 
-    What the backward pass needs, and what a remat policy that saves `residual_name` then spares: `reference` keeps the
-    [B, H, L, L] weights, so the scores are computed again whatever is saved by name; `blockwise` keeps the output and the
-    logsumexp, both named, and computes nothing of its forward pass again; `cudnn` keeps the same, but out of reach of names:
-    save CUDNN_FORWARD_PRIMITIVE too, or the kernel runs forward once more.
+    Under a remat policy that saves `residual_name`: `reference` keeps the [B, H, L, L] weights, so the scores are recomputed
+    whatever is saved by name; `blockwise` keeps the output and the logsumexp, both named, and recomputes nothing of its
+    forward pass; `cudnn` keeps the same, but names do not reach into it: save CUDNN_FORWARD_PRIMITIVE too, or the forward
+    kernel runs once more.
 
     Args:
       q_BLHN: queries, H a multiple of K.
       k_BLKN, v_BLKM: keys and values.
-      backend: what `choose_backend` chose: reference, blockwise or cudnn.
+      backend: the result of `choose_backend`: reference, blockwise or cudnn.
       window: tokens that a token sees, itself and those before it; 0 for all.
       segments_BL: int32 document numbers, 0 for padding; None for one document.
-      residual_name: name put on what the backward pass needs; give it here, and name the output nowhere else.
+      residual_name: name of the residuals of the backward pass; do not name the output elsewhere.
 
     Returns:
       [B, L, H, M] in the dtype of the queries.
@@ -103,7 +103,7 @@ def attention(
 def choose_backend(
     requested: str, *, platform: str, dtype: Any, head_dim: int, sequence_length: int, **facts: Any
 ) -> tuple[str, str]:
-    """Return the attention backend to use, and why, in a line for the log.
+    """Return the attention backend and the reason, in a line for the log.
 
     `auto` takes cudnn where it can be used, else blockwise from length BLOCKWISE_FROM_LENGTH on, else reference.
 
@@ -112,7 +112,7 @@ def choose_backend(
       platform, dtype, head_dim, sequence_length, facts: the arguments of `cudnn_obstacle`.
 
     Raises:
-      ExplainedError: an explicit request cannot work; the message says why and what would.
+      ExplainedError: an explicit request cannot work; the message gives the reason and the alternatives.
     """
     obstacle = cudnn_obstacle(platform=platform, dtype=dtype, head_dim=head_dim, sequence_length=sequence_length, **facts)
     if requested == "cudnn" and obstacle:

@@ -1,10 +1,10 @@
 """Causal grouped-query attention in memory that grows with the length, not with its square.
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691) in plain JAX: the score matrix is cut into blocks, only the blocks that the
-causal mask and the window leave are computed, and each is folded into a running (output, logsumexp) pair. The backward pass
-keeps nothing but that pair and recomputes the probabilities block by block. `block_attention`, `merge_blocks` and
-`block_gradients` take any mask and know no scan; `blocks_forward` and `blocks_gradients` are the scans over the blocks of a
-piece of queries and a piece of keys, from which ring attention is built too.
+FlashAttention-2 (Dao 2023, arXiv:2307.08691) in plain JAX: the score matrix is cut into blocks, only those visible under the
+causal mask and the window are computed, and each is folded into a running (output, logsumexp) pair. The backward pass
+keeps only that pair and recomputes the probabilities block by block. `block_attention`, `merge_blocks` and
+`block_gradients` take any mask, without a scan; `blocks_forward` and `blocks_gradients` scan over the blocks of a
+piece of queries and a piece of keys; ring attention uses them too.
 
 Shape letters: B batch, L query length, S key length, H query heads, K kv heads, N width of a query or key head, M of a value
 head; here also G = H // K query heads that share a kv head, n blocks in a piece, Q and S positions in a query block and a key
@@ -26,12 +26,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
 from jaxtrain.sharding import vary, varying_axes
 
-MASKED = -1e30  # a logit that counts as minus infinity, yet is finite: differences of two of them are 0, not NaN
+MASKED = -1e30  # a finite logit that acts as minus infinity: the difference of two is 0, not NaN
 LARGEST_BLOCK = 512
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-    """Return the dtype of logits, softmax and sums: float32, or float64 where the inputs are."""
+    """Return the dtype of logits, softmax and sums: float32, or float64 for float64 inputs."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -51,11 +51,11 @@ def block_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the attention of a block of queries over a block of keys.
 
-    Computes o = softmax(Q K^T / sqrt(N)) V over the visible keys of this block, and the logsumexp of the logits, which is
-    what `merge_blocks` needs to join it with other blocks.
+    o = softmax(Q K^T / sqrt(N)) V over the visible keys of this block, and the logsumexp of the logits, with which
+    `merge_blocks` joins it with other blocks.
 
     Args:
-      visible: bool, broadcastable to [B, K, G, Q, S]; None where every query sees every key.
+      visible: bool, broadcastable to [B, K, G, Q, S]; None if every query sees every key.
 
     Returns:
       o_BKGQM and logsumexp_BKGQ, float32. A row that sees no key of this block has a logsumexp near -1e30, and a finite
@@ -89,7 +89,7 @@ def block_gradients(
     delta_BKGQ: jax.Array,
     visible: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what one block of queries and one block of keys add to the gradients (arXiv:2307.08691, algorithm 2).
+    """Return the contribution of one block of queries and one block of keys to the gradients (arXiv:2307.08691, algorithm 2).
 
     P = exp(Q K^T / sqrt(N) - logsumexp), dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K / sqrt(N),
     dK = dS^T Q / sqrt(N).
@@ -118,10 +118,10 @@ def block_gradients(
 
 
 def block_pairs(num_blocks: int, block: int, rule: Rule) -> np.ndarray:
-    """Return the (query block, key block) pairs of which the rule leaves something to see, int32 [pairs, 2].
+    """Return the (query block, key block) pairs in which the rule leaves a visible key, int32 [pairs, 2].
 
-    A query block after the other, so that it stays in cache while its keys pass. For a causal rule that is the lower triangle,
-    n (n + 1) / 2 pairs, less those that lie wholly before the window.
+    Ordered by query block, so that it stays in cache while its keys pass. For a causal rule that is the lower triangle, n (n +
+    1) / 2 pairs, less those that lie wholly before the window.
     """
 
     def within(i: int, j: int) -> bool:
@@ -132,7 +132,7 @@ def block_pairs(num_blocks: int, block: int, rule: Rule) -> np.ndarray:
 
 
 def pick_block_size(length: int) -> int:
-    """Return the block size for a sequence: at most 512, and at least four blocks where the length allows it.
+    """Return the block size for a sequence: at most 512, and at least four blocks if the length allows it.
 
     n blocks compute (n + 1) / 2n of the full square of scores, so four blocks cost 62%, and eight 56%.
     """
@@ -142,7 +142,7 @@ def pick_block_size(length: int) -> int:
 
 
 def _to_blocks(x: jax.Array, block: int, groups: int | None = None) -> jax.Array:
-    """[B, L, heads, N] -> [n, B, K, (G,) block, N]; [B, L] -> [n, B, block]. The last block is filled up with zeros."""
+    """[B, L, heads, N] -> [n, B, K, (G,) block, N]; [B, L] -> [n, B, block]. The last block is padded with zeros."""
     batch, length = x.shape[:2]
     num_blocks = math.ceil(length / block)
     x = jnp.pad(x, [(0, 0), (0, num_blocks * block - length)] + [(0, 0)] * (x.ndim - 2))
@@ -174,7 +174,7 @@ def _add_at(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _filled(shape: tuple[int, ...], value: float, like: jax.Array) -> jax.Array:
-    """Return a scan carry to begin with: of the accumulator's dtype, and varying over the mesh axes that `like` varies over."""
+    """Return an initial scan carry, of the accumulator's dtype, varying over the mesh axes that `like` varies over."""
     return vary(jnp.full(shape, value, accumulator_dtype(like.dtype)), tuple(sorted(varying_axes(like))))
 
 
@@ -190,7 +190,7 @@ class _Sight(NamedTuple):
         """Return which keys of block j the queries of block i see, [B or 1, 1, 1, Q, S]; None for all."""
         parts = (None if part is None else _at(part, at) for part, at in zip(self.mask_nBQ, (i, j, i, j), strict=True))
         seen_BQS = visible_BLS(self.rule, Mask(*parts), self.block, self.block)
-        if self.length % self.block:  # the last block is filled up
+        if self.length % self.block:  # the last block is padded
             exists = (j * self.block + jnp.arange(self.block) < self.length)[None, None]
             seen_BQS = exists if seen_BQS is None else seen_BQS & exists
         return None if seen_BQS is None else seen_BQS[:, None, None]
@@ -204,14 +204,14 @@ def _sight(rule: Rule, mask: Mask, length: int, block: int) -> _Sight:
 
 
 def _alike(*trees: Any) -> Any:
-    """Return everything typed as varying over the mesh axes that any of it varies over."""
+    """Return the trees typed as varying over all mesh axes that any leaf varies over."""
     return vary(trees, tuple(sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(trees))))))
 
 
 def blocks_forward(
     q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule, block: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the attention of a piece of queries over a piece of as many keys, block by block.
+    """Return the attention of a piece of queries over an equally long piece of keys, block by block.
 
     Returns:
       o_BLHM and logsumexp_BLH, float32, as `block_attention`.
@@ -245,7 +245,7 @@ def blocks_gradients(
     rule: Rule,
     block: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a piece of queries and a piece of as many keys add to the gradients, block by block (`block_gradients`).
+    """Return the contribution of a piece of queries and an equally long piece of keys to the gradients, by `block_gradients`.
 
     Args:
       o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.
@@ -281,19 +281,19 @@ def blocks_gradients(
 
 
 def no_second_derivative(*_: Any) -> tuple[Any, Any]:
-    """Stand for the derivative of what is already a derivative rule."""
+    """Raise NotImplementedError, in place of the derivative of a derivative rule."""
     raise NotImplementedError("blockwise and context attention have no second derivative; use the reference backend")
 
 
 def opaque(function: Any, static: tuple[int, ...]) -> Any:
-    """`function` as one call to a remat policy: one that saves matmuls would otherwise save every score block, O(L^2)."""
+    """Make `function` one call to a remat policy: one that saves matmuls would otherwise save every score block, O(L^2)."""
     call = jax.custom_vjp(function, nondiff_argnums=static)
     call.defvjp(no_second_derivative, no_second_derivative)
     return call
 
 
 def name_residuals(name: str | None, o: jax.Array, logsumexp: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Put `name`, by which a remat policy may keep them, on what the backward pass needs beside its inputs."""
+    """Name the residuals of the backward pass, so that a remat policy may keep them."""
     return (o, logsumexp) if name is None else (checkpoint_name(o, name), checkpoint_name(logsumexp, name))
 
 

@@ -1,17 +1,17 @@
-"""Attention over a sequence that is shared out over the devices of the `context` axis.
+"""Attention over a sequence that is sharded over the devices of the `context` axis.
 
 Three kinds, the same result:
 
-- `ring` (Liu et al. 2023, arXiv:2310.01889): keys and values go round the devices; every device folds each block that passes
-  into a running (output, logsumexp). The next block is on its way while this one is computed.
-- `gather`: the same fold over blocks that come all at once, by one all_gather of keys and values. Holds the whole length.
+- `ring` (Liu et al. 2023, arXiv:2310.01889): keys and values go round the devices; every device folds each block into a
+  running (output, logsumexp). The next block is transferred while this one is computed.
+- `gather`: the same fold over blocks from one all_gather of keys and values. Holds the whole length.
 - `ulysses` (Jacobs et al. 2023, arXiv:2309.14509): all_to_all exchanges heads for sequence, each device attends over whole
   sequences with its share of the heads, and all_to_all exchanges back.
 
 Ring and gather work in zigzag order (attention_order.py): device c holds lo = piece c and hi = piece 2C - 1 - c. On its own
-[lo, hi] attention is causal by local index. Of another device j it needs two whole pieces and nothing in part: hi sees lo_j
-always, and either lo sees lo_j (j < c) or hi sees hi_j (j > c). Which of the two is a choice of operands of one shape, so every
-device does the same work and no conditional is traced. Both go as one attention with twice the batch.
+[lo, hi] attention is causal by local index. Of another device j it needs two whole pieces: hi always sees lo_j, and either lo
+sees lo_j (j < c) or hi sees hi_j (j > c). Which of the two is a choice of operands of one shape, so every device does the same
+work and no conditional is traced. Both are computed as one attention with twice the batch.
 
 Shape letters as everywhere, L a device's share of the sequence; P = L / 2 a piece; M the width of a value head.
 """
@@ -41,52 +41,51 @@ from jaxtrain.sharding import all_gather, all_to_all, reduce_scatter, shift, shi
 
 PyTree = Any
 KINDS = ("ring", "gather", "ulysses")
-# FLOP that a GPU does in the time in which it receives a byte: H100, 989 TFLOP/s dense bf16, of which a fused kernel reaches
-# some 65%, over 450 GB/s of NVLink in one direction (NVIDIA H100 datasheet).
+# FLOPs of a GPU per byte received: H100, 989 TFLOP/s dense bf16, of which a fused kernel reaches about 65%, over 450 GB/s of
+# NVLink in one direction (NVIDIA H100 datasheet).
 RING_HIDES_FROM = 1400
 
 
 class AttentionPlan(NamedTuple):
-    """How attention is computed, chosen before anything is traced."""
+    """The chosen attention, fixed before tracing."""
 
     backend: str
-    """What computes a piece, or with ulysses a whole sequence: reference, blockwise or cudnn."""
+    """Backend of a piece, or with ulysses of a whole sequence: reference, blockwise or cudnn."""
     kind: str = "ring"
-    """How the keys of other devices along `context` are reached: ring, gather or ulysses."""
+    """How keys of other devices along `context` are reached: ring, gather or ulysses."""
     window: int = 0
     """Tokens that a token sees, itself and those before it; 0 for all."""
     permutes: bool = True
-    """Whether the ring may move by ppermute where it is traced; else by `shift_in_group`, to the same end."""
+    """Whether the ring may use ppermute where it is traced; else it uses `shift_in_group`, with the same result."""
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
-    """Return the steps s at which some device needs the block of the device s places before it; 0 is its own, and not among
-    them.
+    """Return the steps s > 0 at which some device needs the block of the device s places before it.
 
-    The pieces that meet at step s lie at least min(s, C - s) apart, so their nearest tokens (min(s, C - s) - 1) P + 1; a window
-    that reaches less far leaves out the step, its work and its transfer, on all devices.
+    The pieces that meet at step s lie at least min(s, C - s) apart, so their nearest tokens (min(s, C - s) - 1) P + 1; a
+    shorter window omits the step, its work and its transfer, on all devices.
     """
     reach = math.ceil((window - 1) / piece) if window else context
     return tuple(s for s in range(1, context) if min(s, context - s) <= reach)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two pieces of another device that this one needs
+# The two pieces that this device needs of another
 
 
 class _Meeting(NamedTuple):
-    """This device and another one, whose keys it sees."""
+    """This device, and another one whose keys it sees."""
 
     here: jax.Array
     there: jax.Array
 
     def queries(self, x_BL: jax.Array) -> jax.Array:
-        """[2B, P]: hi, then lo where the other device comes before this one, else hi."""
+        """Return [2B, P]: hi, then lo if the other device comes before this one, else hi."""
         lo, hi = jnp.split(x_BL, 2, axis=1)
         return jnp.concatenate([hi, jnp.where(self.there < self.here, lo, hi)])
 
     def keys(self, x_BL: jax.Array) -> jax.Array:
-        """[2B, P]: lo, then lo where the other device comes before this one, else hi."""
+        """Return [2B, P]: lo, then lo if the other device comes before this one, else hi."""
         lo, hi = jnp.split(x_BL, 2, axis=1)
         return jnp.concatenate([lo, jnp.where(self.there < self.here, lo, hi)])
 
@@ -119,12 +118,12 @@ def _meet(step: Any) -> _Meeting:
 
 
 def _of_device(x: jax.Array | None, device: jax.Array, length: int) -> jax.Array | None:
-    """Return a device's share of an array that holds dim 1 whole."""
+    """Return a device's share of an array whose dim 1 is whole."""
     return None if x is None else lax.dynamic_slice_in_dim(x, device * length, length, axis=1)
 
 
 def _mask(meeting: _Meeting, shape: tuple[int, ...], segments_BL: jax.Array | None, window: int) -> Mask:
-    """Return the mask of this device's queries and the other's keys, whole shares. Places are needed for a window only."""
+    """Return the mask of this device's queries and the other's keys, whole shares. Only a window needs their places."""
     context, length = lax.axis_size("context"), shape[1]
     places = [jnp.broadcast_to(places_L(d, context, length), shape[:2]) if window else None for d in meeting]
     return Mask(*places, *(_of_device(segments_BL, device, length) for device in meeting))
@@ -136,7 +135,7 @@ def _mask_of_pieces(meeting: _Meeting, mask: Mask) -> Mask:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How the blocks of the other devices come by
+# Transfers of the other devices' blocks
 
 Move = Callable[[jax.Array, str, int], jax.Array]
 Begin = Callable[[], PyTree]
@@ -156,9 +155,9 @@ def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _send(move: Move, tree: PyTree, by: int) -> PyTree:
-    """Send all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time hide behind compute.
+    """Send all leaves [B, L, K, W] `by` places on, as one array: XLA:GPU lets only one permute at a time overlap with compute.
 
-    Leaves of different dtypes (keys and values, and the sums of their gradients) travel as bits.
+    Leaves of different dtypes (keys and values, and the sums of their gradients) are sent as bits.
     """
     leaves, structure = jax.tree.flatten(tree)
     if not by or not leaves:
@@ -178,11 +177,11 @@ def _send(move: Move, tree: PyTree, by: int) -> PyTree:
 def _go_round(
     move: Move, blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit
 ) -> tuple[PyTree, PyTree]:
-    """carry = begin(); then visit(carry, step, blocks of that step) -> (carry, what to add to those blocks' sums), in turn.
+    """carry = begin(); then visit(carry, step, blocks of that step) -> (carry, addends to those blocks' sums), step by step.
 
     Blocks travel from device to device. Their sums follow one step behind, since a visit takes until the next transfer to add
-    to them, and come home in the end. A transfer is always issued before the visit that it can hide behind. Runs of steps with
-    the same transfers are a scan.
+    to them, and return to their device at the end. A transfer is always issued before the visit that it can overlap with. Runs
+    of steps with the same transfers are a scan.
     """
     onward = [later - earlier for earlier, later in itertools.pairwise(steps)] + [0]
     into = [0, *onward[:-1]] if jax.tree.leaves(sums) else [0] * len(steps)
@@ -205,7 +204,7 @@ def _go_round(
 
 
 def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
-    """`_go_round` with all blocks gathered at once, and all sums reduce-scattered at once in the blocks' dtype."""
+    """Do `_go_round` with all blocks gathered at once, and all sums reduce-scattered at once in the blocks' dtype."""
     context, here = lax.axis_size("context"), lax.axis_index("context")
     whole = jax.tree.map(lambda x: all_gather(x, "context", dim=1), blocks)
     whole_sums = jax.tree.map(lambda x: jnp.concatenate([x] * context, axis=1), sums)
@@ -225,13 +224,13 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: 
     (whole_sums, carry), _ = lax.scan(one, (whole_sums, begin()), jnp.asarray(steps))
     if not jax.tree.leaves(sums):
         return carry, sums
-    # Partial sums are rounded to the compute dtype before they are added up, like those that tensor parallelism scatters.
+    # Partial sums are rounded to the compute dtype before they are added, like those that tensor parallelism scatters.
     scattered = jax.tree.map(lambda x, y: reduce_scatter(x.astype(y.dtype), "context", dim=1), whole_sums, blocks)
     return carry, jax.tree.map(lambda x, y: x.astype(y.dtype), scattered, sums)
 
 
 def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
-    """Visit every other device's blocks that the window leaves, by the plan's kind: (carry, sums of this device's blocks)."""
+    """Visit every other device's blocks within the window, by the plan's kind; return (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
     steps = needed_steps(lax.axis_size("context"), piece, plan.window)
     go = _take_from_all
@@ -247,7 +246,7 @@ def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, vis
 def _forward(
     q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None, plan: AttentionPlan
 ) -> tuple[jax.Array, jax.Array]:
-    """o_BLHM in the queries' dtype and logsumexp_BLH float32, over the whole sequence."""
+    """Return o_BLHM in the queries' dtype and logsumexp_BLH float32, over the whole sequence."""
     shape = q_BLHN.shape
 
     def visit(so_far: tuple[jax.Array, jax.Array], step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[PyTree, tuple]:
@@ -266,7 +265,7 @@ def _forward(
 
 
 def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
-    """Return the keys and values come by once more, and float32 sums of their gradients with them."""
+    """Return the gradients. Keys and values are transferred once more, together with the float32 sums of their gradients."""
     del name
     q, k, v, segments, o, logsumexp = residuals
 
@@ -280,8 +279,8 @@ def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...],
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x.dtype)), (q, k, v))
     dq, dkv = _others(plan, (k, v), zeros[1:], lambda: zeros[0], visit)
-    # Last, so that the sums' way home has something to hide behind; they are twice as large as the first block's keys and
-    # values, which have not.
+    # Last, so that the sums' return overlaps with it; they are twice as large as the first block's keys and values, whose
+    # transfer overlaps with nothing.
     own = _mask(_meet(0), q.shape, segments, plan.window)
     mine = piece_gradients(q, k, v, o, logsumexp, do_BLHM, own, Rule(True, plan.window), plan.backend)
     gradients = jax.tree.map(lambda x, y, z: (x + y).astype(z.dtype), mine, (dq, *dkv), (q, k, v))
@@ -320,8 +319,8 @@ def context_attention(
     """`attention` over the whole sequence, of which this device holds L tokens in the order of `share_out(batch, plan.kind)`.
 
     Inside the manual region. With `context` of size 1 it is `attention`. With ring and gather the backward pass needs the
-    queries, keys, values, output and logsumexp of this device, and has the others' keys and values come again: no remat policy
-    can keep them. Collectives over `context` in a layer, with steps = C - 1 or fewer (`needed_steps`):
+    queries, keys, values, output and logsumexp of this device, and transfers the others' keys and values again: no remat
+    policy can keep them. Collectives over `context` in a layer, with steps = C - 1 or fewer (`needed_steps`):
 
     - ring: as many ppermutes of keys and values together, forward and again backward, and as many of their float32 gradients;
       backward all but the first and the last carry both.
@@ -331,9 +330,9 @@ def context_attention(
 
     Args:
       q_BLHN: this device's queries; k_BLKN, v_BLKM its keys and values. Positions are already in them.
-      plan: as `choose_context_attention` and `choose_backend` chose; ulysses needs K divisible by the axis' size.
+      plan: from `choose_context_attention` and `choose_backend`; ulysses needs K divisible by the axis's size.
       segments_BL: int32 document numbers of the WHOLE sequence in the devices' order, as `share_out` gives them.
-      residual_name: name put on what the backward pass needs, output and logsumexp.
+      residual_name: name of the backward pass's residuals, output and logsumexp.
 
     Returns:
       [B, L, H, M] in the dtype of the queries.
@@ -373,23 +372,23 @@ def choose_context_attention(
     backend: str = "auto",
     **facts: Any,
 ) -> tuple[str, str]:
-    """Return the kind of context attention to use, and why, in a line for the log.
+    """Return the kind of context attention and the reason, in a line for the log.
 
-    `auto` takes the ring, whose transfers hide behind its compute: in a step a device receives 2P keys and values and computes
-    2P^2 scores a query head, in bf16 P H / K FLOP a byte. It takes ulysses where the heads allow it and the pieces are so short
-    that transfers would show, or where cuDNN could be used on whole sequences, but not on pieces. It never takes gather, which
-    holds keys and values of the whole length.
+    `auto` takes the ring, whose transfers overlap with its compute: in a step a device receives 2P keys and values and
+    computes 2P^2 scores per query head, in bf16 P H / K FLOPs per byte. It takes ulysses if the heads allow it and either the
+    pieces are so short that transfers would be exposed, or cuDNN could be used on whole sequences but not on pieces. It never
+    takes gather, which holds keys and values of the whole length.
 
     Args:
       requested: auto, ring, gather or ulysses (`sharding.context_attention`).
       context: size of the axis.
-      heads, kv_heads: on a device, after tensor parallelism.
-      sequence_length: of a whole sequence.
-      backend: the backend that is asked for (`model.attention`).
+      heads, kv_heads: per device, after tensor parallelism.
+      sequence_length: length of a whole sequence.
+      backend: the requested backend (`model.attention`).
       facts: the other arguments of `cudnn_obstacle`.
 
     Raises:
-      ExplainedError: the kind is unknown, or ulysses is asked for and the heads do not allow it.
+      ExplainedError: the kind is unknown, or ulysses was requested and the heads do not allow it.
     """
     if requested not in ("auto", *KINDS):
         raise ExplainedError(f"sharding.context_attention={requested!r}: {nearest(requested, ('auto', *KINDS))}")

@@ -1,4 +1,4 @@
-"""NVIDIA's fused attention kernels (cuDNN) by way of JAX: whole sequences, and the pieces of one; and when they can be used."""
+"""NVIDIA's fused attention kernels (cuDNN) through JAX, on whole sequences and on pieces of one, and their limits."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
 
 LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
-# The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` spares the
-# backward pass a second forward kernel; names cannot reach inside, because the kernel's vjp rule is JAX's own.
+# The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` avoids a
+# second forward kernel in the backward pass; names cannot reach inside, because the kernel's vjp rule is JAX's own.
 CUDNN_FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 
 def _one_width(*arrays: jax.Array) -> list[jax.Array]:
-    """Fill up the last dim with zeros to the widest: cuDNN wants one width, and zeros change neither scores nor sums."""
+    """Pad the last dim with zeros to the widest: cuDNN needs one width, and zeros change neither scores nor sums."""
     width = max(x.shape[-1] for x in arrays)
     return [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in arrays]
 
 
 def _dense_mask(mask: Mask, rule: Rule, queries: int, keys: int) -> jax.Array | None:
-    """Return what cuDNN does not know itself (segments, places in the sequence), as bool [B, 1, L, S]."""
+    """Return the masks that cuDNN lacks (segments, places in the sequence) as bool [B, 1, L, S]."""
     knows_window = rule.causal and mask.q_index is None
     told = Rule(causal=False, window=0 if knows_window else rule.window)
     seen = visible_BLS(told, mask, queries, keys)
@@ -34,10 +34,10 @@ def _dense_mask(mask: Mask, rule: Rule, queries: int, keys: int) -> jax.Array | 
 def cudnn_attention(
     q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, window: int = 0
 ) -> jax.Array:
-    """cuDNN's fused attention (`jax.nn.dot_product_attention`): O(length) memory without segments. [B, L, H, M].
+    """Run cuDNN's fused attention (`jax.nn.dot_product_attention`): O(length) memory without segments; [B, L, H, M].
 
-    Segments go in as a dense mask [B, 1, L, L], which cuDNN takes as a bias of 2 L^2 bytes a sequence. The window is cuDNN's
-    own. Where values are not as wide as queries and keys, the narrower are filled up with zeros.
+    Segments become a dense mask [B, 1, L, L], which cuDNN takes as a bias of 2 L^2 bytes per sequence. The window is cuDNN's
+    own. If values are not as wide as queries and keys, the narrower are padded with zeros.
     """
     q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
     length = q.shape[1]
@@ -61,7 +61,7 @@ def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str
         "scale": 1 / math.sqrt(head_dim),
         "seed": 42,
         "dropout_rate": 0.0,
-        "variadic_args": (has_mask, False),  # (there is a bias, its gradient is wanted)
+        "variadic_args": (has_mask, False),  # (has a bias, needs its gradient)
         "mask_type": library.MaskType.CAUSAL if rule.causal else library.MaskType.NO_MASK,
         "layout": library.AttentionLayout.BTNH.value,
         "sliding_window_length": rule.window if rule.window and rule.causal and mask.q_index is None else None,
@@ -69,7 +69,7 @@ def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str
 
 
 def _operands(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: Rule) -> list[jax.Array]:
-    """Queries, keys, values and the mask as a bias, then the six operands of packed and paged layouts, which are not used."""
+    """Return queries, keys, values and the mask as a bias, then the six unused operands of packed and paged layouts."""
     library = fused_attention()
     unused = jnp.zeros(0, q.dtype)
     dense = _dense_mask(mask, rule, q.shape[1], k.shape[1])
@@ -81,7 +81,7 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
     """Return the attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
 
     `jax.nn.dot_product_attention(return_residual=True)` would round the logsumexp to the queries' dtype, and its derivative
-    knows nothing of other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the
+    ignores other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the
     same in jax 0.10.2 and 0.11.1). cuDNN's softmax statistics are max + log(sum(exp(logit - max))) of the scaled logits, the
     natural logsumexp (arXiv:2307.08691, section 3.1.1).
 
@@ -89,7 +89,7 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
       o_BLHM in the queries' dtype and logsumexp_BLH float32.
     """
     library = fused_attention()
-    library.check_cudnn_version()  # raises where the library is missing
+    library.check_cudnn_version()  # raises if the library is missing
     q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
     operands = _operands(q, k, v, mask, rule)
     settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
@@ -107,9 +107,9 @@ def cudnn_piece_gradients(
     mask: Mask,
     rule: Rule,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what a piece of queries and a piece of keys add to the gradients, by cuDNN's backward kernel.
+    """Return the contribution of a piece of queries and a piece of keys to the gradients, by cuDNN's backward kernel.
 
-    The kernel computes P = exp(Q K^T / sqrt(N) - logsumexp) and dS = P * (dO V^T - sum(dO * O)) from what it is given. With
+    The kernel computes P = exp(Q K^T / sqrt(N) - logsumexp) and dS = P * (dO V^T - sum(dO * O)) from its inputs. With
     output and logsumexp over all keys that is the share of this piece, as in `block_gradients`.
 
     Returns:
@@ -142,14 +142,14 @@ def cudnn_obstacle(
     and our own on the size of the dense mask, which documents need, and a window where the sequence comes in pieces.
 
     Args:
-      platform: of the devices: cpu, gpu, cuda, tpu.
+      platform: the devices': cpu, gpu, cuda, tpu.
       dtype: compute dtype of queries, keys and values.
-      sequence_length: of the longest run of tokens that one kernel sees: with `in_pieces`, a device's share.
+      sequence_length: the longest run of tokens in one kernel: with `in_pieces`, a device's share.
       masks_documents: whether segments are given.
-      value_dim: width of a value head where it is not head_dim.
-      window: of sliding-window attention; 0 for none.
-      in_pieces: attention goes piece by piece over the devices of the context axis (ring, gather).
-      compute_capability: of the GPU, e.g. 9.0 (Hopper); it only widens the range of head_dim.
+      value_dim: width of a value head if it is not head_dim.
+      window: sliding-window attention's; 0 for none.
+      in_pieces: whether attention goes piece by piece over the devices of the context axis (ring, gather).
+      compute_capability: the GPU's, e.g. 9.0 (Hopper); it only widens the range of head_dim.
     """
     largest_head = 256 if compute_capability >= 9.0 else 128
     width = max(head_dim, value_dim or 0)

@@ -1,4 +1,4 @@
-"""Which keys a query sees: the mask of a piece of queries and a piece of keys, said by numbers and not by an [L, S] array.
+"""The mask of a piece of queries and a piece of keys, given by numbers and not by an [L, S] array.
 
 A piece is any run of a sequence. A whole sequence attending to itself is the one-piece case; ring attention has many.
 """
@@ -14,23 +14,23 @@ import jax.numpy as jnp
 
 
 class Rule(NamedTuple):
-    """What is known when the program is traced, and may leave out whole blocks."""
+    """The part of the mask known at trace time; it may exclude whole blocks."""
 
     causal: bool = True
-    """Queries and keys are the same positions in the same, ascending order, and a query sees no later one. False: every key
-    stands before every query."""
+    """Queries and keys are the same positions in ascending order, and a query sees no later one. False: every key precedes
+    every query."""
     window: int = 0
     """A query sees this many tokens, itself and those before it; 0 for all."""
 
 
 class Mask(NamedTuple):
-    """What is known when the program runs: int32 [B, L] of the queries and [B, S] of the keys. None restricts nothing."""
+    """The part known at run time: int32 [B, L] of the queries and [B, S] of the keys. None restricts nothing."""
 
     q_index: jax.Array | None = None
-    """Place in the sequence; None for 0, 1, 2 and so on. Needed where a window meets pieces that lie apart."""
+    """Position in the sequence; None for 0, 1, 2, ... Needed for a window over pieces that lie apart."""
     k_index: jax.Array | None = None
     q_segments: jax.Array | None = None
-    """Number of the document; a query sees keys of its own number only."""
+    """Document number; a query sees only keys of its own number."""
     k_segments: jax.Array | None = None
 
 
@@ -40,7 +40,7 @@ def own_segments(segments_BL: jax.Array | None) -> Mask:
 
 
 def visible_BLS(rule: Rule, mask: Mask, queries: int, keys: int) -> jax.Array | None:
-    """Bool [B or 1, L, S], true where the query sees the key; None where every query sees every key.
+    """Return bool [B or 1, L, S], true where the query sees the key; None if every query sees every key.
 
     causal: k_index <= q_index. window: q_index - k_index < window. segments: equal.
     """

@@ -1,10 +1,10 @@
-"""Which tokens of a sequence a device of the `context` axis holds, and how a batch is brought into that order.
+"""The order in which the devices of the `context` axis hold a sequence's tokens, and how a batch is brought into it.
 
-The batch arrives in contiguous shares. Ulysses leaves them so. Ring and gather want the zigzag order: the sequence is cut into
-2C pieces, C the size of the axis, and device c holds pieces c and 2C - 1 - c, one after the other. A causal query in piece p
-sees p + 1/2 pieces, so a device's two pieces see 2C together, whichever device it is: equal work. (Contiguous shares would give
-the last device nearly twice the mean.) The order is that of Megatron-LM's and of "Striped Attention"'s (arXiv:2311.09431)
-load balance; here whole pieces stay contiguous, so that fused kernels can work on them.
+The batch arrives in contiguous shares. Ulysses leaves them so. Ring and gather use the zigzag order: the sequence is cut into
+2C pieces, C the size of the axis, and device c holds pieces c and 2C - 1 - c, in this order. A causal query in piece p sees p +
+1/2 pieces, so a device's two pieces see 2C together, on every device: equal work. (Contiguous shares would give the last device
+nearly twice the mean.) The order is that of Megatron-LM's and of "Striped Attention"'s (arXiv:2311.09431) load balance; here
+whole pieces stay contiguous, so that fused kernels can work on them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def zigzag_pieces(device: Any, context: int) -> tuple[Any, Any]:
 
 
 def zigzag_order(context: int) -> np.ndarray:
-    """Return the pieces in the order in which the devices hold them, int32 [2C]."""
+    """Return the pieces in the devices' order, int32 [2C]."""
     return np.array([piece for device in range(context) for piece in zigzag_pieces(device, context)], np.int32)
 
 
 def places_L(device: Any, context: int, length: int) -> jax.Array:
-    """Return where in the sequence each of the `length` tokens of a device stands, in zigzag order: int32 [length]."""
+    """Return the sequence index of each of a device's `length` tokens in zigzag order, int32 [length]."""
     piece, within = length // 2, jnp.arange(length // 2, dtype=jnp.int32)
     return jnp.concatenate([piece * p + within for p in zigzag_pieces(device, context)])
 
 
 def find_place(place: jax.Array, kind: str, length: int, context: int) -> tuple[jax.Array, jax.Array]:
-    """Return the device that holds a place of the sequence, and its index among the `length` tokens there."""
+    """Return the device that holds a sequence index, and the token's index among the `length` tokens there."""
     if kind not in IN_PIECES:
         return place // length, place % length
     piece, within = place // (length // 2), place % (length // 2)
@@ -47,16 +47,16 @@ def find_place(place: jax.Array, kind: str, length: int, context: int) -> tuple[
 
 
 def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
-    """This device's tokens of a batch, in the order that a kind of context attention wants, inside the manual region.
+    """Return this device's tokens of a batch in the order of a kind of context attention, inside the manual region.
 
-    For ring and gather one all_gather over `context` of all arrays together, then a slice; for ulysses the tokens stay where
-    they are, and only segments are gathered.
+    For ring and gather one all_gather over `context` of all arrays together, then a slice; for ulysses the tokens stay
+    in place, and only segments are gathered.
 
     Args:
       batch: int32 arrays [B, L / C], this device's contiguous share.
 
     Returns:
-      The same names, [B, L / C]; but `segments`, where given, is [B, L], of the whole sequence in the devices' order.
+      The same names, [B, L / C]; but `segments`, if given, is [B, L], of the whole sequence in the devices' order.
     """
     context, names = lax.axis_size("context"), list(batch)
     if context == 1:

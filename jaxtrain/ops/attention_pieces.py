@@ -1,4 +1,4 @@
-"""Attention of one piece of queries over one piece of keys, and its gradients, by any backend: what context attention folds.
+"""Attention of one piece of queries over one piece of keys, and its gradients, by any backend, for context attention.
 
 Both pieces have the same length L. The output and the logsumexp of a piece are merged with those of others (`merge_blocks`);
 the gradients of a piece need the output and the logsumexp over all pieces.
@@ -14,14 +14,14 @@ from jaxtrain.ops.attention_mask import Mask, Rule
 
 
 def _block(backend: str, length: int) -> int | None:
-    """Return the reference holds all L^2 scores: one block."""
+    """Return the block size: one block for reference, which holds all L^2 scores; else None for the default."""
     return length if backend == "reference" else None
 
 
 def piece_attention(
     q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: Mask, rule: Rule, backend: str
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(Q K^T / sqrt(N)) V over the keys of this piece that the mask and the rule leave.
+    """softmax(Q K^T / sqrt(N)) V over the keys of this piece that the mask and the rule leave visible.
 
     Args:
       backend: reference, blockwise or cudnn.
@@ -46,7 +46,7 @@ def piece_gradients(
     rule: Rule,
     backend: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what this piece adds to dQ, dK and dV, float32 (arXiv:2307.08691, algorithm 2).
+    """Return the contribution of this piece to dQ, dK and dV, float32 (arXiv:2307.08691, algorithm 2).
 
     Args:
       o_BLHM, logsumexp_BLH: over all keys that the query sees, in this piece or not.

@@ -1,8 +1,8 @@
-"""Brings tokens to their experts and back: sorted and dropless, or into a fixed room for each expert.
+"""Bring tokens to their experts and back: sorted and dropless, or with a fixed capacity per expert.
 
 Shape letters: T tokens of this device, K experts of a token, E experts, D width, S slots (rows that experts work on), P devices
-along `expert`. A token's k-th choice is row t K + k. Where rows go is integer bookkeeping (`row_of_slot`, `slot_of_row`, -1
-for nowhere), so moving them is a gather whose transpose is a gather too: no scatter, and sums in an order of their own.
+along `expert`. A token's k-th choice is row t K + k. Destinations are integer indices (`row_of_slot`, `slot_of_row`, -1 for
+none), so moving rows is a gather whose transpose is a gather too: no scatter, and a fixed order of sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtrain.sharding import all_gather, all_to_all, vary
 
 
 class ExpertBackend(NamedTuple):
-    """How a platform moves and multiplies tokens. Every choice gives the same result."""
+    """How to move and multiply tokens on a platform. Every choice gives the same result."""
 
     ragged: bool
     """Whether dropless tokens move by `ragged_all_to_all`, else by `all_to_all` of padded slots."""
@@ -30,23 +30,25 @@ class ExpertBackend(NamedTuple):
 
 
 def choose_expert_backend(platform: str) -> ExpertBackend:
-    """XLA's CPU backend has no `ragged_all_to_all`; only on GPUs are `grouped_matmul`'s kernels worth their padding."""
+    """Return the platform's backend: CPU lacks `ragged_all_to_all`; only on GPUs are `grouped_matmul`'s kernels worth
+    padding.
+    """
     return ExpertBackend(ragged=platform != "cpu", tile=KERNEL_TILE if platform in ("gpu", "cuda") else 1)
 
 
 class Dispatched(NamedTuple):
-    """Tokens where their experts are."""
+    """Tokens on the devices of their experts."""
 
     rows: jax.Array
     """dropless: [S, D], sorted by expert. capacity: [E/expert, S, D]. Unused slots are zero."""
     group_sizes: jax.Array | None
-    """dropless: slots of each expert, int32 [E/expert]; slots beyond their sum belong to none. capacity: None."""
+    """dropless: slots of each expert, int32 [E/expert]; slots beyond their sum are unused. capacity: None."""
     back: Callable[[jax.Array], jax.Array]
-    """What the experts made of `rows` -> [T, K, D], zero for dropped rows."""
+    """The experts' outputs for `rows` -> [T, K, D], zero for dropped rows."""
     kept_TK: jax.Array
-    """bool, whether the row has found room."""
+    """bool, whether the row was not dropped."""
     expected_rows: int
-    """How many slots hold a row, if every expert gets as many."""
+    """Number of slots that hold a row, if all experts get equally many."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def _gather_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def take_rows(x_RD: jax.Array, index_S: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """x[index], zero where the index is -1; `inverse_R` says for each row of x which result holds it (at most one), or -1."""
+    """x[index], zero where the index is -1; `inverse_R` gives for each row of x the one result that holds it, or -1."""
     return _gather_rows(x_RD, index_S)
 
 
@@ -91,14 +93,14 @@ spread_tokens.defvjp(lambda x, row, slot: (_spread(x, row, slot), slot), _spread
 
 def combine(rows_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
     """sum_k weights_k rows_k, [T, D], added in float32 in order of choice, whatever the layout."""
-    # Not an einsum: a GPU would do that in TF32.
+    # Not an einsum: a GPU would compute it in TF32.
     return (rows_TKD.astype(jnp.float32) * weights_TK[..., None]).sum(1).astype(rows_TKD.dtype)
 
 
 def _map_segments(source_starts: jax.Array, target_starts: jax.Array, sizes: jax.Array, length: int) -> jax.Array:
-    """For each of `length` places of the target the place in the source that belongs there, or -1.
+    """Return for each of `length` target positions the source position that belongs there, or -1.
 
-    Segment i lies at target_starts[i] (ascending) and source_starts[i] and has sizes[i] places.
+    Segment i begins at target_starts[i] (ascending) and source_starts[i] and has sizes[i] positions.
     """
     places = jnp.arange(length, dtype=jnp.int32)
     segment = jnp.searchsorted(target_starts, places, side="right").astype(jnp.int32) - 1
@@ -107,7 +109,7 @@ def _map_segments(source_starts: jax.Array, target_starts: jax.Array, sizes: jax
 
 
 def _starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
-    """Sum of all sizes before each."""
+    """Return the exclusive cumulative sum of the sizes."""
     return jnp.cumsum(sizes, axis) - sizes
 
 
@@ -116,7 +118,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _sort(keys_R: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the row of each sorted place, the sorted place of each row); equal keys stay in order."""
+    """(the row at each sorted place, the sorted place of each row); equal keys keep their order."""
     order = jnp.argsort(keys_R, stable=True).astype(jnp.int32)
     places = vary(jnp.arange(keys_R.shape[0], dtype=jnp.int32))
     return order, jnp.zeros_like(places).at[order].set(places, unique_indices=True)
@@ -138,24 +140,24 @@ class RowExchange(NamedTuple):
     """Where the rows for each device begin here."""
     send_sizes: jax.Array
     landing_starts: jax.Array
-    """Where they will begin there."""
+    """Where those rows will begin on that device."""
     receive_starts: jax.Array
     """Where the rows from each device will begin here."""
     receive_sizes: jax.Array
     origin_starts: jax.Array
-    """Where they begin there."""
+    """Where those rows begin on that device."""
 
     def reversed(self) -> RowExchange:
-        """Return the way back."""
+        """Return the reverse exchange."""
         return RowExchange(*self[3:], *self[:3])
 
 
 def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
-    """Return each device's rows are sorted by device they go to; received ones are sorted by device they come from.
+    """Return the exchange: rows to send are sorted by receiving device; received rows by sending device.
 
     Args:
       counts_PPE: rows from device (first dim) to device (second dim) for each of its experts.
-      me: this device's place.
+      me: this device's index.
     """
     sizes = counts_PPE.sum(-1)
     at_source, at_target = _starts(sizes, 1), _starts(sizes, 0)
@@ -163,7 +165,7 @@ def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
 
 
 def _exchange_padded(rows: jax.Array, plan: RowExchange, length: int, room: int) -> jax.Array:
-    """Return what `ragged_all_to_all` does, by an `all_to_all` of `room` slots for each pair of devices."""
+    """Emulate `ragged_all_to_all` by an `all_to_all` of `room` slots for each pair of devices."""
     slots = jnp.arange(plan.send_sizes.shape[0], dtype=jnp.int32) * room
     packed = _gather_rows(rows, _map_segments(plan.send_starts, slots, plan.send_sizes, room * slots.shape[0]))
     received = all_to_all(packed, "expert", dim=0)
@@ -180,12 +182,12 @@ def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowEx
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def exchange(length: int, room: int, ragged: bool, rows_RD: jax.Array, plan: RowExchange) -> jax.Array:
-    """Send rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the way back.
+    """Send rows along `expert`: [length, D], rows of all devices in order, then zeros. Its transpose is the reverse exchange.
 
     Args:
-      length: rows that may arrive at most.
-      room: rows that one device may send to one other at most.
-      ragged: by `lax.ragged_all_to_all`, which sends only the rows that there are, where XLA has it (GPU, TPU). Else by
+      length: largest number of rows that may arrive.
+      room: largest number of rows from one device to one other.
+      ragged: use `lax.ragged_all_to_all`, which sends only real rows, where XLA has it (GPU, TPU). Else
         an `all_to_all` of padded slots, with the same result.
     """
     return _exchange(length, room, ragged, rows_RD, plan)
@@ -214,12 +216,12 @@ def _padded_groups(sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]
 
 
 def _padded_length(rows: int, groups: int, tile: int) -> int:
-    """Return the slots that are enough for any split of the rows into groups of whole tiles."""
+    """Return a number of slots that suffices for any split of the rows into groups of whole tiles."""
     return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile
 
 
 def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int) -> Dispatched:
-    """`dispatch_dropless` where all experts are here."""
+    """Do `dispatch_dropless` with all experts on this device."""
     tokens, k = experts_TK.shape
     order, place = _sort(experts_TK.reshape(-1))
     sorted_starts = _starts(counts_E)
@@ -236,7 +238,7 @@ def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, 
 
 
 def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int, ragged: bool) -> Dispatched:
-    """`dispatch_dropless` where experts are shared out: sort by expert, send, sort what has come by expert again."""
+    """Do `dispatch_dropless` with sharded experts: sort by expert, send, sort the received rows by expert again."""
     tokens, k = experts_TK.shape
     devices, me = lax.axis_size("expert"), lax.axis_index("expert")
     local = counts_E.shape[0] // devices
@@ -247,7 +249,7 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
     sent = spread_tokens(x_TD, order, place.reshape(tokens, k))
     received = exchange(devices * room, room, ragged, sent, plan)
 
-    # What has come lies by device, then expert; the experts want it by expert, then device.
+    # Received rows are ordered by device, then expert; the experts need them by expert, then device.
     counts_PE = counts_PPE[:, me]
     starts, sizes = _padded_groups(counts_PE.sum(0), tile)
     in_received = _starts(_flat(counts_PE)).reshape(devices, local)
@@ -265,9 +267,9 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
 
 
 def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, tile: int, ragged: bool) -> Dispatched:
-    """Return every token reaches all its experts: rows sorted by expert, and within an expert by device, token and choice.
+    """Send every token to all its experts: rows sorted by expert, and within an expert by device, token and choice.
 
-    Along `expert` counts are exchanged first, then rows, into a buffer for the worst case: P T min(K, E / P) rows, when every
+    Along `expert` counts are exchanged first, then rows, into a buffer for the worst case: P T min(K, E / P) rows, if every
     token of every device comes here. With one device it is T K rows, and nothing is sent.
 
     Args:
@@ -285,14 +287,12 @@ def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, 
 
 
 def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
-    """Return the rows that an expert takes of a group of tokens: ceil(factor * group * K / E), and never more than there are
-    tokens.
-    """
+    """Return an expert's capacity for a group of tokens: min(group, ceil(factor * group * K / E))."""
     return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
 
 
 def _places_in_experts(experts_CK: jax.Array, num_experts: int, room: int) -> tuple[jax.Array, jax.Array]:
-    """For one group of tokens: (row [E, room] of each place of each expert, place [C, K] of each row, -1 where dropped).
+    """(row [E, room] of each place of each expert, place [C, K] of each row or -1 if dropped), for one group of tokens.
 
     First choices are placed before second choices, and so on, each in token order (GShard, arXiv:2006.16668, algorithm 1).
     """

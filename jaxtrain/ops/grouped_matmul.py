@@ -1,11 +1,11 @@
-"""Rows times the matrix of the group that they belong to, for mixtures of experts.
+"""Multiply rows by the matrix of their group, for mixtures of experts.
 
 Shape letters: S rows, sorted by group, E groups, D and F widths.
 
-XLA's GPU backend makes one dense matmul of `lax.ragged_dot`: every row, masked, by every group's matrix, so E times the FLOPs,
-from an operand E times as large; and it computes the rows that belong to no group too. So for GPUs there are Pallas (Triton)
-kernels here. Groups are padded to whole tiles, a tile belongs to one group, and tiles beyond the last group cost nothing but
-the zeros that are written for them: at most E (tile - 1) rows are computed in vain.
+XLA's GPU backend turns `lax.ragged_dot` into one dense matmul: every row, masked, by every group's matrix, so E times the
+FLOPs, from an operand E times as large; and it computes rows without a group too. So there are Pallas (Triton) kernels for GPUs
+here. Groups are padded to whole tiles, a tile belongs to one group, and tiles beyond the last group cost only the writing of
+zeros: at most E (tile - 1) rows are computed in vain.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
 KERNEL_TILE = 128
-_BLOCK = 128  # columns of a result that one program makes
-_DEPTH = 64  # how much of the dim that is summed over is loaded at a time
-_TILES_TOGETHER = 8  # tiles whose programs are neighbours, so that they find the matrix's columns in the cache
-_NARROWEST = 16  # a tensor core's
+_BLOCK = 128  # result columns of one program
+_DEPTH = 64  # elements of the summed dim that are loaded at a time
+_TILES_TOGETHER = 8  # tiles with adjacent programs, which share the matrix's columns in the cache
+_NARROWEST = 16  # smallest width of a tensor core
 EXPECTED_ROWS = "expected_rows"
-"""The attribute of a kernel's call in the compiled program that says how many rows it is expected to multiply."""
+"""Attribute of a kernel's call in the compiled program: the number of rows it is expected to multiply."""
 
 Refs = Any
 
@@ -40,7 +40,7 @@ def _kernels_fit(x_SD: jax.Array, w_EDF: jax.Array, tile: int) -> bool:
 
 
 class How(NamedTuple):
-    """What a kernel is told beside its operands."""
+    """A kernel's static arguments."""
 
     expected_rows: int
     interpret: bool
@@ -69,7 +69,7 @@ def _place(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax
 
 
 def _rows_times_matrices(tile: int, turned: bool, how: How, x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """y_s = x_s w_e; with `turned` the matrices are [E, F, D]."""
+    """y_s = x_s w_e; with `turned` the matrices are transposed, [E, F, D]."""
     tiles, width, depth = x_SD.shape[0] // tile, w_EDF.shape[1 if turned else 2], x_SD.shape[1]
     block, step = math.gcd(width, _BLOCK), math.gcd(depth, _DEPTH)
     ends = jnp.cumsum(sizes_E // tile)
@@ -149,13 +149,13 @@ def grouped_matmul(
 ) -> jax.Array:
     """y_s = x_s w_e for the rows s of group e, [S, F], summed in float32; rows beyond the last group are zero.
 
-    Kernels where `tile` asks for them and widths and dtype allow; else `lax.ragged_dot`, with the same result.
+    Kernels if `tile` is KERNEL_TILE and widths and dtype allow; else `lax.ragged_dot`, with the same result.
 
     Args:
       sizes_E: rows of each group, multiples of `tile`.
-      tile: KERNEL_TILE for the kernels, which S must be a multiple of too; 1 where groups have any size.
-      expected_rows: how many of the S rows will belong to a group, where that is known, else S. It changes no result: who reads
-        the compiled program counts the kernels' FLOPs by it (`program.hlo`).
+      tile: KERNEL_TILE for the kernels, which must divide S too; 1 for groups of any size.
+      expected_rows: how many of the S rows will belong to a group; None: S. It changes no result: `program.hlo` counts the
+        kernels' FLOPs by it.
       interpret: run the kernels without a GPU, slowly.
     """
     if not _kernels_fit(x_SD, w_EDF, tile):

@@ -1,10 +1,9 @@
-"""The mean over a mesh axis of slow links, moved in few bytes: blockwise quantised, accumulated in float32.
+"""Compute the mean over a mesh axis of slow links in few bytes: blockwise quantised, accumulated in float32.
 
 A leaf of n numbers is cut into one chunk for each of the R devices along the axis. Every device quantises its chunks and sends
-each to its owner (`all_to_all`); the owner sums what it got in float32, quantises the mean, and sends that to all
-(`all_gather`). Everyone decodes the same bytes, so results are equal to the last bit. What travels is uint8, with the float32
-scales of the blocks in it, because XLA's CPU backend would widen bfloat16 and float8 collectives, and one message is less
-latency than two.
+each to its owner (`all_to_all`); the owner sums them in float32, quantises the mean, and sends it to all (`all_gather`). All
+devices decode the same bytes, so results are equal to the last bit. The messages are uint8, with the float32 scales of the
+blocks inside, because XLA's CPU backend would widen bfloat16 and float8 collectives, and one message has less latency than two.
 
 A block of values x_1..x_b with a = max |x_i| becomes
 
@@ -15,9 +14,9 @@ A block of values x_1..x_b with a = max |x_i| becomes
 each within float32 rounding. So with e(x) that bound, a mean m of x_1..x_R comes out within mean_r e(x_r) + e(m'), where m' is
 the mean of what was decoded. A block that holds an inf or a NaN comes out as NaN.
 
-Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) keeps what was lost, and adds it the next time:
-each device its own x - decode(encode(x)), and the owner of a chunk besides R times what its second quantisation lost, which is
-that loss again once the next mean divides it by R. So residuals have the shape of the leaf, and nothing is lost in the sum:
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) keeps the error and adds it the next time:
+each device its own x - decode(encode(x)), and the owner of a chunk also R times the error of its second quantisation, which the
+next mean divides by R again. So residuals have the shape of the leaf, and the sum loses nothing:
 over any number of exchanges, sum of results = sum of exact means - mean over the devices of the last residual.
 """
 
@@ -41,27 +40,27 @@ PyTree = Any
 LARGEST = {"int8": 127.0, "float8": 448.0}
 _SMALLEST_SCALE = 2.0**-126
 _SCALE_BYTES = 4
-# On a GPU, what goes over slow links has a stream of its own, and a place of its own in the scheduler's count of transfers that
-# may be under way: else no such transfer spans a loop over layers whose own gathers use that count up.
+# On a GPU, transfers over slow links get a separate stream, with a separate limit of transfers in flight: otherwise none of
+# them could span a loop over layers, whose own gathers use up the common limit.
 OWN_STREAM = {"_xla_gpu_collective_stream": "p2p"}
 
 
 @dataclass(frozen=True)
 class Reduce:
-    """How means over a mesh axis travel."""
+    """The mean over a mesh axis, and its compression."""
 
     axis: str
     """The mesh axis."""
     compression: Compression = "none"
-    """What a number travels as; "none" is a plain float32 sum."""
+    """Format of a number in transfer; "none" is a plain float32 sum."""
     block: int = 256
     """Numbers that share a scale."""
 
     def wire_bytes(self, size: int, devices: int) -> float:
         """Return the bytes that one device sends for a leaf of `size` numbers (its own shard) over `devices` along the axis.
 
-        2 (R - 1) / R of the leaf, for reduce-scatter and all-gather (a ring all-reduce is both): 4 bytes a number, or 2, or 1 +
-        4 / block, padded to whole blocks on each device.
+        2 (R - 1) / R of the leaf, for reduce-scatter and all-gather (a ring all-reduce is both), in 4 bytes per number, or 2,
+        or 1 + 4 / block, padded to whole blocks on each device.
         """
         if self.compression == "none":
             return 2 * (devices - 1) / devices * 4 * size
@@ -70,14 +69,14 @@ class Reduce:
         return 2 * (devices - 1) * self._blocks(size, devices) * (number * self.block + scale)
 
     def _blocks(self, size: int, devices: int) -> int:
-        """Blocks of one chunk."""
+        """Return the number of blocks of one chunk."""
         return math.ceil(size / (devices * self.block))
 
     def mean(self, tree: PyTree, residual: PyTree | None = None) -> tuple[PyTree, PyTree | None]:
-        """(mean of every float32 leaf over the axis, what compression lost). Inside the manual region.
+        """(mean of every float32 leaf over the axis, compression error). Inside the manual region.
 
-        The mean is typed as equal along the axis. Leaves of `residual` have the shapes of `tree`; without it, there is no
-        error feedback, and None is returned.
+        The mean is typed as equal along the axis. Leaves of `residual` have the shapes of `tree`; without it, there is no error
+        feedback, and None is returned.
         """
         leaves, structure = jax.tree.flatten(tree)
         kept = [None] * len(leaves) if residual is None else structure.flatten_up_to(residual)
@@ -90,7 +89,7 @@ class Reduce:
         return structure.unflatten(means), None if residual is None else structure.unflatten(lost)
 
     def _plain_means(self, values: list[jax.Array]) -> list[jax.Array]:
-        """Return one vector travels for each set of axes along which types say that leaves vary."""
+        """Return the means, by one vector for each set of axes along which leaves are typed as varying."""
         means = dict(enumerate(values))
         for axes in dict.fromkeys(varying_axes(x) for x in values):
             members = [i for i, x in enumerate(values) if varying_axes(x) == axes]
@@ -100,7 +99,7 @@ class Reduce:
         return list(means.values())
 
     def _quantised_means(self, values: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(means, what each lost)"""
+        """(means, errors)."""
         devices, number = lax.axis_size(self.axis), lax.axis_index(self.axis)
         chunks = [self._chunks(vary(x, (self.axis,)), devices) for x in values]
         sent = [encode(x, self.compression) for x in chunks]
@@ -117,16 +116,16 @@ class Reduce:
         return means, lost
 
     def _chunks(self, x: jax.Array, devices: int) -> jax.Array:
-        """[devices, blocks, block], the end filled with zeros."""
+        """Return [devices, blocks, block], padded with zeros."""
         blocks = self._blocks(x.size, devices)
         return jnp.pad(x.reshape(-1), (0, devices * blocks * self.block - x.size)).reshape(devices, blocks, self.block)
 
 
 def joined(move: Callable[[jax.Array], jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
-    """`move` of every array, as one transfer: of vectors, or of arrays [devices, ...] of which a whole row goes together.
+    """Apply `move` to all arrays as one transfer: of vectors, or of arrays [devices, ...] whose rows go together.
 
-    One transfer can stay under way through a loop over layers, where many cannot; XLA would join them too, but forgets the
-    stream then.
+    One transfer can stay in flight through a loop over layers, where many cannot; XLA would join them too, but then forgets the
+    stream.
     """
     rows = [x if x.ndim == 1 else x.reshape(len(x), -1) for x in arrays]
     with set_xla_metadata(**OWN_STREAM):
@@ -150,7 +149,7 @@ def encode(x: jax.Array, compression: str) -> jax.Array:
 
 
 def decode(data: jax.Array, compression: str) -> jax.Array:
-    """uint8 [..., bytes] -> float32 [..., block]"""
+    """uint8 [..., bytes] -> float32 [..., block]."""
     if compression == "bfloat16":
         return _from_bytes(data, jnp.bfloat16).astype(jnp.float32)
     numbers, scale = data[..., :-_SCALE_BYTES], data[..., -_SCALE_BYTES:]

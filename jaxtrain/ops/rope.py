@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE), in HuggingFace's layout so that Llama weights fit as they are."""
+"""Rotary position embedding (RoPE) in HuggingFace's layout, so that Llama weights fit unchanged."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 
 
 def rope(x_BLHN: jax.Array, positions_BL: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Turns each pair (x_i, x_{i + N/2}) of a head by the angle position * frequency_i.
+    """Rotate each pair (x_i, x_{i + N/2}) of a head by the angle position * frequency_i.
 
     out_i = x_i cos - x_{i + N/2} sin, out_{i + N/2} = x_{i + N/2} cos + x_i sin: `apply_rotary_pos_emb` with
     `rotate_half` of transformers/models/llama/modeling_llama.py. (Meta's own checkpoints pair neighbours instead, and are
-    permuted on conversion.) The dot product of a turned query and a turned key depends on the distance of their positions
-    only. Angles, sines and cosines and the turning itself are float32.
+    permuted on conversion.) The dot product of a rotated query and a rotated key depends only on the distance of their
+    positions. Angles, sines, cosines and the rotation are float32.
 
     Args:
       x_BLHN: queries or keys, N even.

@@ -1,7 +1,7 @@
-"""Which experts a token goes through, with what weights, and the losses that keep the router in balance.
+"""Choose a token's experts and their weights; compute the losses that keep the router balanced.
 
-Everything here is float32. Shape letters: B sequences, L this device's positions of each (a share over `context`), E experts,
-K experts of a token.
+Everything here is float32. Shape letters: B sequences, L this device's positions of each (a share over `context`), E experts, K
+experts of a token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jaxtrain.sharding import once, sum_over
 
 
 class Routing(NamedTuple):
-    """What the router decided."""
+    """The router's decision."""
 
     experts_BLK: jax.Array
     """int32: the experts of each token, best first; equal scores go to the lower number, on every layout."""
     weights_BLK: jax.Array
-    """Their weights in the token's output."""
+    """The weights of these experts in the token's output."""
     affinities_BLE: jax.Array
     """Scores normalised over the experts, for the balance loss."""
 
@@ -40,14 +40,14 @@ def _closed_experts_masked(choice_BLE: jax.Array, moe: MoEConfig) -> jax.Array:
 
 
 def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
-    """Return the top k of softmax or sigmoid scores s; the choice is made by s + bias, the weights are those of s alone.
+    """Return the top k of softmax or sigmoid scores s: chosen by s + bias, weighted by s alone.
 
     weights = weight_scale * s_e / (sum of the chosen s, if normalize_weights). With groups only the experts of the token's
     best groups are open (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). No gradient goes through the choice or to the bias.
 
     Args:
       logits_BLE: float32.
-      bias_E: float32; None for none.
+      bias_E: float32, or None.
     """
     if moe.router == "softmax":
         scores = affinities = jax.nn.softmax(logits_BLE, axis=-1)

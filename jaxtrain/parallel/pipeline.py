@@ -1,10 +1,10 @@
-"""One executor that runs any schedule table, inside the manual region. It knows no model.
+"""One executor that runs any schedule table inside the manual region; it knows no model.
 
 Gradient accumulation is this executor with one stage: F and B of a microbatch then share a tick, and nothing is stored.
 
-The backward honours the remat policy instead of recomputing the stage: F takes `jax.vjp` and keeps only those residuals that
-are not (by identity) parameters; B puts the closure together again. Parameters come as two trees of one structure, master and
-compute (see `sharding.gather_weight`); gradients are those of master, accumulated in float32, not yet reduced over devices.
+The backward honours the remat policy instead of recomputing the stage: F takes `jax.vjp` and stores only those residuals that
+are not (by identity) parameters; B rebuilds the closure. Parameters come as two trees of one structure, master and compute (see
+`sharding.gather_weight`); gradients are those of master, accumulated in float32, not yet reduced over devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtrain.sharding import shift, vary, varying_axes
 
 PyTree = Any
 Weights = tuple[PyTree, PyTree]
-"""(master, compute)"""
+"""(master, compute)."""
 
 
 class Functions(NamedTuple):
@@ -49,20 +49,20 @@ class Parameters(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What one call of `loss_and_gradients` has made, all of it this device's share: not yet summed over devices."""
+    """The result of `loss_and_gradients`: this device's share, not yet summed over devices."""
 
     sums: PyTree
-    """What the loss reports."""
+    """The sums that the loss reports."""
     auxiliary: jax.Array
     """The layers' auxiliary losses, float32 scalar."""
     reports: PyTree
-    """What the layers report, [chunks, layers_per_part, ...]."""
+    """The sums that the layers report, [chunks, layers_per_part, ...]."""
     gradients: Parameters
-    """Of the master parameters, float32."""
+    """Gradients of the master parameters, float32."""
 
 
 def _index(tree: PyTree, i: jax.Array | int) -> PyTree:
-    """Return the leaf [i, ...] of every leaf; a leading dim of 1 needs no lookup."""
+    """Return tree[i], leaf by leaf; a leading dim of 1 needs no lookup."""
     return jax.tree.map(lambda a: a[0] if a.shape[0] == 1 else lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
 
@@ -86,24 +86,24 @@ def _add_at(tree: PyTree, values: PyTree, i: jax.Array) -> PyTree:
 
 
 def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
-    """Return the zeros like the leaves, with a leading dim of `slots` where given, typed as varying over all mesh axes."""
+    """Return zeros like the leaves, with a leading dim of `slots` if given, typed as varying over all mesh axes."""
     lead = () if slots is None else (slots,)
     return jax.tree.map(lambda a: vary(jnp.zeros(lead + a.shape, dtype or a.dtype)), tree)
 
 
 def _when(pattern: str, predicate: jax.Array, do: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
-    """`do()` where the predicate holds, without a conditional where the table says that it always does.
+    """Return `do()` where the predicate holds, without a conditional where the table says that it always does.
 
-    Buffers must not go through a conditional: XLA copies what a branch only hands on (seen in the CUDA program: the whole
-    ring of residuals, twice a tick). So a branch returns what it computed, or zeros, and the buffers are written outside.
+    Buffers must not go through a conditional: XLA copies what a branch only hands on (seen in the CUDA program: the whole ring
+    of residuals, twice a tick). So a branch returns what it computed, or zeros, and the buffers are written outside.
     """
     return do() if pattern == "all" else lax.cond(predicate, do, otherwise)
 
 
 class _Residuals:
-    """Takes a part's vjp closure apart and puts it together again.
+    """Takes a part's vjp closure apart and rebuilds it.
 
-    Leaves that are parameters (by identity) are left out when stored, and taken from the parameters when put together.
+    Leaves that are parameters (by identity) are not stored, and are taken from the parameters when rebuilt.
     """
 
     def __init__(self, functions: Functions):
@@ -112,7 +112,7 @@ class _Residuals:
         self.parameter_of: list[int | None] = []
 
     def forward(self, layers: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple:
-        """(y, (auxiliary loss, sums to report), what must be stored until the backward)"""
+        """(y, (auxiliary loss, sums to report), residuals to store until the backward)."""
 
         def part(layers: Weights, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
             y, auxiliary, reports = self.functions.layers(layers, x, microbatch, chunk)
@@ -134,7 +134,7 @@ class _Residuals:
 
 
 class _Shapes(NamedTuple):
-    """Abstract values: of a boundary activation, of the sums to report, of what layers report, of what F stores for B."""
+    """Abstract values: a boundary activation, the loss's sums, the layers' sums, the residuals that F stores for B."""
 
     x: Any
     sums: Any
@@ -144,7 +144,7 @@ class _Shapes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the ticks of one call share."""
+    """Constants shared by the ticks of one call."""
 
     functions: Functions
     schedule: Schedule
@@ -171,12 +171,12 @@ class _Pass:
 
     @property
     def ends(self) -> str:
-        """Whether "all" parts are the first and the last one (one stage, one chunk) or only "some"."""
+        """ "all" if every part is both the first and the last one (one stage, one chunk), else "some"."""
         return "all" if self.schedule.parts == 1 else "some"
 
 
 def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> jax.Array:
-    """Return the input of this tick's F: the embedded tokens on part 0, else what the part before has sent."""
+    """Return the input of this tick's F: the embedded tokens on part 0, else the activation from the part before."""
     return _when(
         run.ends,
         run.is_first(row["forward_chunk"]),
@@ -186,20 +186,20 @@ def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> 
 
 
 def _loss_pass(run: _Pass, y: jax.Array, microbatch: PyTree) -> tuple[PyTree, PyTree, jax.Array]:
-    """(sums to report, gradients of the outer parameters, gradient of y)"""
+    """(sums to report, gradients of the outer parameters, gradient of y)."""
     master, compute = run.outer
 
     def loss(master: PyTree, y: jax.Array) -> tuple[jax.Array, PyTree]:
         return run.functions.loss((master, compute), y, microbatch)
 
     value, closure, sums = jax.vjp(loss, master, y, has_aux=True)
-    # A gradient that is zero whatever the input comes typed as equal everywhere: hence the `vary` here and elsewhere.
+    # A gradient that is always zero is typed as equal on all devices: hence the `vary` here and elsewhere.
     outer, dy = closure(vary(jnp.ones((), value.dtype), tuple(varying_axes(value))))
     return vary((sums, outer, dy))
 
 
 def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
-    """(gradients of one part's layers, of the outer parameters through the embedding on part 0, of the part's input)"""
+    """(gradients of one part's layers, of the outer parameters through the embedding on part 0, of the part's input)."""
     chunk, microbatch = row["backward_chunk"], _index(run.microbatches, row["backward_microbatch"])
     layers, dx = run.residuals.backward(run.layers(chunk), stored, gradient)
     master, compute = run.outer
@@ -212,7 +212,7 @@ def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax
 
 
 def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
-    """Return one stage, one chunk, B in the tick of its F: nothing waits, so nothing is stored."""
+    """Run one stage and one chunk, B in the tick of its F, so that nothing is stored."""
     microbatch = _index(run.microbatches, row["forward_microbatch"])
     x = vary(run.functions.embed(run.outer, microbatch))
     y, reports, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
@@ -227,7 +227,7 @@ def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
 
 
 def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dict, jax.Array]:
-    """F of this tick, and the loss after the last part; returns what goes to the next part too."""
+    """Run F of this tick, and the loss after the last part; return also the activation for the next part."""
     idle = _zeros((run.shapes.sums, run.master.outer, run.shapes.x))
 
     def forward() -> tuple:
@@ -237,7 +237,7 @@ def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dic
         return y, reports, stored, _when(run.ends, run.is_last(chunk), lambda: _loss_pass(run, y, microbatch), lambda: idle)
 
     doing = row["forward_microbatch"] != IDLE
-    # An idle stage writes back what its slot holds, so that no slot is spent on it (dynamic indices clamp to the last slot).
+    # An idle stage rewrites its slot's own value, which needs no extra slot (dynamic indices clamp to the last slot).
     nothing = _zeros(run.shapes.reports)
     y, reports, stored, (sums, outer, dy) = _when(
         pattern, doing, forward, lambda: (idle[2], nothing, _index(carry["residual"], row["residual_write"]), idle)
@@ -252,7 +252,7 @@ def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dic
 
 
 def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dict, jax.Array]:
-    """B of this tick; returns what goes back to the part before too."""
+    """Run B of this tick; return also the gradient for the part before."""
 
     def backward() -> tuple:
         stored = _index(carry["residual"], row["residual_read"])
@@ -268,7 +268,7 @@ def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[di
 
 
 def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
-    """F, send on, B, send back."""
+    """Run F, send the activation on, run B, send the gradient back."""
     arrived = None
     if patterns.forward != "no":
         carry, y = _forward_tick(run, patterns.forward, carry, row)

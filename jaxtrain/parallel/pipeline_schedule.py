@@ -1,12 +1,12 @@
-"""Pipeline schedules as tables, and the checker that proves a table runs. Numpy only.
+"""Pipeline schedules as tables, and the checker that proves that a table runs. Numpy only.
 
-Time is cut into ticks that all stages share. In a tick a stage does at most one forward (F) and then at most one backward
-(B) of one microbatch through one chunk; after them boundary activations go one stage on and their gradients one stage
-back. The layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages.
+Time is cut into ticks that all stages share. In a tick a stage does at most one forward (F) and then at most one backward (B)
+of one microbatch through one chunk; then boundary activations go to the next stage and their gradients to the previous one. The
+layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages.
 
-Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al.
-2021b). In lock-step, F of microbatch m at tick m + i and B at m + 2(S-1) - i on stage i takes exactly the ideal 1F1B time,
-because warm-up ticks hold only F and drain ticks only B; the price is that stage i holds up to 2(S-1-i)+1 microbatches.
+Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al. 2021b).
+In lock-step, F of microbatch m at tick m + i and B at m + 2(S-1) - i on stage i takes exactly the ideal 1F1B time, because
+warm-up ticks hold only F and drain ticks only B; the price is that stage i holds up to 2(S-1-i)+1 microbatches.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 IDLE = -1
-# Order of events inside a tick, used to place buffer lifetimes on one time line.
+# Order of events inside a tick, to place buffer lifetimes on one time line.
 _FORWARD, _BACKWARD, _EXCHANGE, _PHASES = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of work. Each array is int32 [ticks, stages]; IDLE (-1) where a stage has nothing to do."""
+    """A table of work. Each array is int32 [ticks, stages]; IDLE (-1) where a stage is idle."""
 
     stages: int
     chunks: int
@@ -40,28 +40,28 @@ class Schedule:
 
     @property
     def parts(self) -> int:
-        """Into how many parts the layer stack is cut."""
+        """Number of parts of the layer stack."""
         return self.stages * self.chunks
 
 
 @dataclass(frozen=True)
 class ScheduleCost:
-    """What a table costs."""
+    """The cost of a table."""
 
     ticks: int
     bubble_fraction: float
-    """Share of the stages' time spent waiting: B takes twice as long as F, a tick as long as its slowest stage."""
+    """Share of the stages' time spent idle: B takes twice as long as F, a tick as long as its slowest stage."""
     live_parts: list[int] = field(default_factory=list)
-    """For each stage the largest number of (microbatch, chunk) whose activations it holds at one time."""
+    """For each stage, the largest number of (microbatch, chunk) whose activations it holds at one time."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where each value waits. Int32 [ticks, stages]; a write of `count` goes to a slot that nobody reads.
+    """The buffer slot of each value, int32 [ticks, stages]; slot `count` is written but never read.
 
     activation: boundary activations received, from the exchange of the sender's tick until the F that takes them.
     gradient: boundary gradients, from the exchange (or from the loss, on the last part) until the B that takes them.
-    residual: what F leaves for B.
+    residual: the residuals that F stores for B.
     """
 
     activation_count: int
@@ -89,7 +89,7 @@ def _table(stages: int, chunks: int, microbatches: int, forward: dict, backward:
 
 
 def _units(stages: int, chunks: int, microbatches: int) -> Iterable[tuple[int, int, int, int]]:
-    """(stage, microbatch, chunk, group start): microbatches go in groups of `stages`, each group through all chunks."""
+    """Yield (stage, microbatch, chunk, group start): microbatches go in groups of `stages`, each group through all chunks."""
     for stage in range(stages):
         for microbatch in range(microbatches):
             for chunk in range(chunks):
@@ -97,10 +97,10 @@ def _units(stages: int, chunks: int, microbatches: int) -> Iterable[tuple[int, i
 
 
 def interleaved(stages: int, chunks: int, microbatches: int) -> Schedule:
-    """Interleaved 1F1B; with one chunk it is 1F1B. Bubble (S-1)/(kM+S-1) for M a multiple of S, in units of a chunk's pass.
+    """Return interleaved 1F1B, which with one chunk is 1F1B. Bubble (S-1)/(kM+S-1) for M a multiple of S, in passes of a chunk.
 
-    F of microbatch gS+r through chunk c runs on stage i at tick gSk + cS + r + i; B mirrors it, chunks from last to first,
-    and starts on the last stage in the tick of the first microbatch's last F.
+    F of microbatch gS+r through chunk c runs on stage i at tick gSk + cS + r + i; B mirrors it, chunks from last to first, and
+    starts on the last stage in the tick of the first microbatch's last F.
     """
     forward, backward = {}, {}
     for stage, microbatch, chunk, start in _units(stages, chunks, microbatches):
@@ -111,13 +111,13 @@ def interleaved(stages: int, chunks: int, microbatches: int) -> Schedule:
 
 
 def one_f_one_b(stages: int, chunks: int, microbatches: int) -> Schedule:
-    """1F1B: a stage's backward of a microbatch starts as soon as its gradient arrives, so few activations are held."""
+    """Return 1F1B: a stage's backward of a microbatch starts as soon as its gradient arrives, so few activations are held."""
     _one_chunk("1f1b", chunks)
     return interleaved(stages, 1, microbatches)
 
 
 def gpipe(stages: int, chunks: int, microbatches: int) -> Schedule:
-    """GPipe: all forwards, then all backwards; every microbatch's activations are held in between."""
+    """Return GPipe: all forwards, then all backwards; every microbatch's activations are held in between."""
     _one_chunk("gpipe", chunks)
     forward = {(i, m, 0): m + i for i in range(stages) for m in range(microbatches)}
     turn = stages + microbatches - 1
@@ -140,14 +140,18 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
 
 
 def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:
-    """Return the named schedule, checked. A new one is a function in SCHEDULES that returns a table."""
+    """Return the named schedule, checked. To add one, add to SCHEDULES a function that returns a table."""
     schedule = SCHEDULES[name](stages, chunks, microbatches)
     check(schedule)
     return schedule
 
 
 def _ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int, int], int]:
-    """{(stage, microbatch, chunk): tick} of one kind of pass; a pass done twice is an error."""
+    """{(stage, microbatch, chunk): tick} of one kind of pass.
+
+    Raises:
+      ValueError: a pass is done twice.
+    """
     found: dict[tuple[int, int, int], int] = {}
     for tick, stage in zip(*np.nonzero(microbatch != IDLE), strict=True):
         key = (int(stage), int(microbatch[tick, stage]), int(chunk[tick, stage]))
@@ -160,19 +164,19 @@ def _ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int,
 
 
 def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[int, int] | None:
-    """(stage, chunk) of the part `step` places on, or None past either end."""
+    """(stage, chunk) of the part `step` positions on, or None past either end."""
     part = chunk * schedule.stages + stage + step
     return (part % schedule.stages, part // schedule.stages) if 0 <= part < schedule.parts else None
 
 
 def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
-    """Prove that a table runs, and say what it costs.
+    """Prove that a table runs, and return its cost.
 
-    Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings what
-    it needs (which is all that a lock-step table needs to be free of deadlock).
+    Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings its
+    input (which is all that a lock-step table needs to be free of deadlock).
 
     Raises:
-      ValueError: naming the pass that cannot run.
+      ValueError: a pass cannot run; names it.
     """
     f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
     b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
@@ -209,14 +213,14 @@ def bubble_fraction(schedule: Schedule, forward_cost: float = 1.0, backward_cost
 
 
 def live_parts(schedule: Schedule) -> list[int]:
-    """For each stage the largest number of (microbatch, chunk) between their F and their B."""
+    """Return for each stage the largest number of (microbatch, chunk) between their F and their B."""
     forward = (schedule.forward_microbatch != IDLE).astype(int)
     backward = (schedule.backward_microbatch != IDLE).astype(int)
     return (np.cumsum(forward, 0) - np.cumsum(backward, 0) + backward).max(0).tolist()
 
 
 def allocate_slots(schedule: Schedule) -> Slots:
-    """Give every waiting value a slot, as few slots as its lifetimes allow (interval colouring, stage by stage)."""
+    """Give every stored value a slot, with as few slots as the lifetimes allow (interval colouring, stage by stage)."""
     f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
     b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
     shape = schedule.forward_microbatch.shape
@@ -250,8 +254,9 @@ def allocate_slots(schedule: Schedule) -> Slots:
 
 
 def count_slots(schedule: Schedule) -> tuple[int, int, int]:
-    """Return how many slots `allocate_slots` needs for (activations, gradients, residuals), without saying which: the most
-    lifetimes that overlap on any stage. For planners, which ask for many tables.
+    """Return the number of slots of `allocate_slots` for (activations, gradients, residuals), without the allocation.
+
+    It is the largest number of overlapping lifetimes on any stage. The planner calls it for many tables.
     """
     f = _tick_of_each(schedule, schedule.forward_microbatch, schedule.forward_chunk) * _PHASES
     b = _tick_of_each(schedule, schedule.backward_microbatch, schedule.backward_chunk) * _PHASES
@@ -267,7 +272,7 @@ def count_slots(schedule: Schedule) -> tuple[int, int, int]:
 
 
 def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """Int [chunks, stages, microbatches]: the tick of each pass of one kind."""
+    """Return the tick of each pass of one kind, int [chunks, stages, microbatches]."""
     ticks = np.zeros((schedule.chunks, schedule.stages, schedule.microbatches), np.int64)
     tick, stage = np.nonzero(microbatch != IDLE)
     ticks[chunk[tick, stage], stage, microbatch[tick, stage]] = tick
@@ -275,17 +280,17 @@ def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray)
 
 
 def _overlap(writes: np.ndarray, reads: np.ndarray) -> int:
-    """Return the most of the lifetimes [write, read] that hold one moment; a slot that is read is free only after that."""
+    """Return the maximum number of overlapping intervals [write, read]; a slot is free only after its read."""
     begun, ended = np.sort(writes, axis=None), np.sort(reads, axis=None)
     alive = np.searchsorted(begun, begun, "right") - np.searchsorted(ended, begun, "left")
     return int(alive.max(initial=0))
 
 
 def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return the slots for (stage, write time, read time): their number, and the slots written and read as [phase, tick,
+    """Return for (stage, write time, read time): the number of slots, and the slots written and read as [phase, tick,
     stage].
     """
-    free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which it is free, slot)
+    free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which the slot is free, slot)
     placed, count = [], 0
     for stage, write, read in sorted(lifetimes):
         slots = free.setdefault(stage, [])
@@ -303,7 +308,7 @@ def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tu
 
 @dataclass(frozen=True)
 class TickRun:
-    """Ticks [start, stop) in which each kind of pass is done by "no", "some" or "all" stages in every tick."""
+    """Ticks [start, stop), in each of which "no", "some" or "all" stages do each kind of pass."""
 
     start: int
     stop: int
@@ -319,8 +324,8 @@ def _pattern(busy: np.ndarray) -> str:
 def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
     """Cut the table into at most `most` runs of like ticks.
 
-    The executor traces a run once, and traces a conditional only for a pass that "some" do, so the steady state has none.
-    Neighbours are joined where that turns the fewest passes into conditional ones: every run is compiled for itself.
+    The executor traces a run once, with a conditional only for a pass that "some" stages do, so the steady state has none.
+    Adjacent runs are joined where that adds the fewest conditional passes, since every run is compiled separately.
     """
     forward, backward = schedule.forward_microbatch != IDLE, schedule.backward_microbatch != IDLE
 

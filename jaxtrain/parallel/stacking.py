@@ -1,8 +1,8 @@
-"""How the layers lie in memory: stacked as [chunk, stage, layer of the part, ...], canonically as [num_layers, ...].
+"""The order of layers in memory: stacked as [chunk, stage, layer of the part, ...], canonically as [num_layers, ...].
 
-Part p = chunk * stages + stage holds consecutive layers, so an even cut is a plain reshape of the canonical order. Where
-layers do not divide, some parts hold one layer less and an empty slot (zeros) at their end, which the executor skips: the
-last part first, then the first one, and so on inward, because those also do the loss and the embedding.
+Part p = chunk * stages + stage holds consecutive layers, so an even cut is a plain reshape of the canonical order. If layers do
+not divide, some parts hold one layer less and an empty slot (zeros) at their end, which the executor skips: the last part
+first, then the first one, and so on inward, because those also do the loss and the embedding.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Stacking:
 
     @property
     def layers_per_part(self) -> int:
-        """Slots of a part."""
+        """Number of slots of a part."""
         return math.ceil(self.num_layers / (self.stages * self.chunks))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[chunks, stages, layers_per_part]"""
+        """[chunks, stages, layers_per_part]."""
         return self.chunks, self.stages, self.layers_per_part
 
     @property
@@ -42,7 +42,7 @@ class Stacking:
         return math.prod(self.shape) == self.num_layers
 
     def counts(self) -> np.ndarray:
-        """Return the layers in each part, int32 [chunks, stages]."""
+        """Return the number of layers in each part, int32 [chunks, stages]."""
         parts = self.stages * self.chunks
         empty = parts * self.layers_per_part - self.num_layers
         outermost_first = sorted(range(parts), key=lambda part: (min(part, parts - 1 - part), -part))
@@ -51,12 +51,12 @@ class Stacking:
         return counts.reshape(self.chunks, self.stages)
 
     def layer_slots(self) -> np.ndarray:
-        """For each layer its slot in the flattened [chunks * stages * layers_per_part], int32 [num_layers]."""
+        """Return each layer's slot in the flattened [chunks * stages * layers_per_part], int32 [num_layers]."""
         held = np.arange(self.layers_per_part) < self.counts()[..., None]
         return np.flatnonzero(held).astype(np.int32)
 
     def layer_numbers(self) -> np.ndarray:
-        """Return the number of the layer in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty one."""
+        """Return the layer number in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty slot."""
         numbers = np.full(math.prod(self.shape), -1, np.int32)
         numbers[self.layer_slots()] = np.arange(self.num_layers)
         return numbers.reshape(self.shape)
@@ -69,6 +69,6 @@ class Stacking:
         return canonical.reshape(*self.shape, *canonical.shape[1:])
 
     def unstack(self, stacked: jax.Array) -> jax.Array:
-        """[chunks, stages, layers_per_part, ...] -> [num_layers, ...]"""
+        """[chunks, stages, layers_per_part, ...] -> [num_layers, ...]."""
         flat = stacked.reshape(-1, *stacked.shape[3:])
         return flat if self.is_even else flat[self.layer_slots()]

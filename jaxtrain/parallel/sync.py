@@ -1,4 +1,4 @@
-"""How replicas keep together: which step exchanges what over the axis `replica`, and what is done with it. It knows no model.
+"""Synchronise replicas: which step exchanges what over the axis `replica`, and how the result is used. It knows no model.
 
     every_step   mean gradients in every step (synchronous SGD, the default).
     local        replicas train alone; every H steps they go on from the mean of their parameters (local SGD; Stich 2019,
@@ -13,30 +13,30 @@ Fragments (Streaming DiLoCo; Douillard et al. 2025, arXiv:2501.18512). The layer
 l in fragment l mod F, and all that is no layer of the stack is with fragment 0. Fragment f is exchanged after the steps n = f
 H / F (mod H), each on its own every H steps, so the links carry 1/F at a time.
 
-Overlap. With `overlap` tau > 0 an exchange that begins after step n sets A - P_r aside; it travels in tau equal pieces, one
-behind the work of each of the steps n + 1 .. n + tau, since a piece depends on nothing that its step computes. After step n +
-tau the replicas take the new anchor in: P_r = mixing P_r + (1 - mixing) A (the paper's alpha). Without overlap P_r = A.
+Overlap. With `overlap` tau > 0 an exchange that begins after step n sets A - P_r aside; it is sent in tau equal pieces, one
+during each of the steps n + 1 .. n + tau, since a piece depends on nothing that its step computes. After step n +
+tau the replicas apply the new anchor: P_r = mixing P_r + (1 - mixing) A (the paper's alpha). Without overlap P_r = A.
 
 `delayed` and the parameter server. In asynchronous SGD (Dean et al. 2012; Li et al. 2014) a worker pulls parameters, computes
 a gradient and pushes it, while others do the same: the gradient that the server applies at its step n was taken at the
 parameters of step n - s, the staleness s varying from push to push; stale-synchronous SGD (Ho et al. 2013) keeps s <= tau.
-Here s is tau for every gradient and every replica: the worst case of that bound, on which its convergence proofs rest, made
-the rule. It costs the same overlap (the exchange has a whole step's compute to hide behind) but no server, no race and no
-luck: a run can be repeated bit for bit. Given up is that a slow replica may lag: all take a step in the time of the slowest.
+Here s is tau for every gradient and every replica: always the worst case of that bound, on which its convergence proofs rest.
+The overlap is the same (the exchange has a whole step's compute to hide behind), without server or races: a run can be
+repeated bit for bit. The price is that no replica may lag: all take a step in the time of the slowest.
 The first `delay` steps apply nothing, the gradients of the last `delay` are never applied, and delay 0 *is* every_step.
 
-Compression (`ops/quantised_reduce.py`) can be put on any of them: on gradients, and for local and diloco on A - P_r.
+Compression (`ops/quantised_reduce.py`) applies to any of them: to gradients, and for local and diloco to A - P_r.
 
-How a late exchange hides. What it sends is in the state, so its transfer starts with the step; `await_with` keeps XLA from
+How a late exchange overlaps. Its payload is in the state, so its transfer starts with the step; `await_with` keeps XLA from
 using the result before the step's own work is done; all leaves travel as one vector (one transfer spans a loop over layers,
-many cannot), on a stream of their own (`ops/quantised_reduce.py`). 7b compiled for 8 replicas of 8 H100s with delay 1: 5.5 GiB
-a step are under way from before the first layer to after the last. Compressed, an exchange is two transfers, and the second
-has the first to wait for: it hides only behind what XLA's schedule leaves of the step then. A small model in int8, compiled for
-2 replicas of 8 H100s: all of the first hidden, of the second 40% (delayed) and nothing (diloco). Without `overlap` local and
-diloco wait, once in `every` steps.
+many cannot), on a separate stream (`ops/quantised_reduce.py`). 7b compiled for 8 replicas of 8 H100s with delay 1: 5.5 GiB
+per step are in flight from before the first layer to after the last. Compressed, an exchange is two transfers, and the second
+waits for the first: it overlaps only with what XLA's schedule leaves of the step then. A small model in int8, compiled for
+2 replicas of 8 H100s: the first is hidden entirely, the second to 40% (delayed) or not at all (diloco). Without `overlap` local
+and diloco wait, once in `every` steps.
 
 A step with an exchange is another compiled program than one without, because a conditional would copy the state: `exchange_at`
-says which program step n is.
+tells which program step n is.
 """
 
 from __future__ import annotations
@@ -63,25 +63,25 @@ class Piece:
 
     fragment: int
     index: int
-    """Which of the equal pieces, from 0."""
+    """Index among the equal pieces, from 0."""
 
 
 @dataclass(frozen=True)
 class ReplicaExchange:
-    """What one step does between replicas; equal ones are the same compiled program."""
+    """One step's actions between replicas; equal values share a compiled program."""
 
     applies: bool = True
-    """The optimizer takes its step. Not in the first steps of `delayed`, whose gradients are still in the queue."""
+    """Whether the optimizer takes its step: not in the first steps of `delayed`, whose gradients are still in the queue."""
     begins: int | None = None
     """The fragment whose distance from the anchor is set aside after this step."""
     travels: tuple[Piece, ...] = ()
-    """What goes over the links during this step (overlap 0: after it)."""
+    """The pieces sent during this step (overlap 0: after it)."""
     ends: int | None = None
-    """The fragment whose new anchor replicas take in after this step."""
+    """The fragment whose new anchor replicas apply after this step."""
 
 
 def exchange_at(sync: SyncConfig, step: int) -> ReplicaExchange:
-    """Return what step number `step` (from 1) does."""
+    """Return the actions of step number `step` (from 1)."""
     if not sync.replicas_differ:
         return ReplicaExchange(applies=step > sync.queued)
 
@@ -104,7 +104,7 @@ def couples(sync: SyncConfig, step: int) -> bool:
 
 
 def make_reduce(sync: SyncConfig) -> Reduce:
-    """Return how means over replicas travel."""
+    """Return the reduction for means over replicas."""
     return Reduce(AXIS, sync.compression, sync.compression_block)
 
 
@@ -137,11 +137,11 @@ def state_dims(sync: SyncConfig, dims: PyTree) -> PyTree:
 
 
 def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
-    """Return what the algorithm keeps, before the first step; all of it float32.
+    """Return the algorithm's state before the first step; all float32.
 
     anchor: the last common parameters. momentum: the outer optimizer's. outgoing: distances from the anchor that are set aside.
-    queue, queued_targets: gradients that wait, [replicas, delay, ...], and how many targets each is the mean over. residual:
-    what compression lost, [replicas, ...].
+    queue, queued_targets: queued gradients, [replicas, delay, ...], and the number of targets that each is the mean over.
+    residual: what compression lost, [replicas, ...].
     """
 
     def zeros(*lead: int) -> PyTree:
@@ -159,16 +159,16 @@ def initial_state(sync: SyncConfig, params: PyTree, replicas: int) -> PyTree:
 
 
 def await_with(late: PyTree, work: PyTree) -> tuple[PyTree, PyTree]:
-    """Return both as they are, but not before both are there.
+    """Identity behind one barrier, so that XLA cannot use `late` before `work` is done.
 
-    What an exchange brings is wanted when the step's work is done. XLA does not see that: it would fuse the use of `late` with
-    other readers of the parameters at the start of the step (their cast to the compute dtype), and wait there.
+    Otherwise XLA would fuse the use of `late` with other readers of the parameters at the start of the step (their cast to the
+    compute dtype), and wait for the exchange there.
     """
     return lax.optimization_barrier((late, work))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gradients: every_step with compression, and delayed. Inside the manual region; leaves are this device's own.
+# Gradients: every_step with compression, and delayed. Inside the manual region; leaves are this device's shards.
 
 
 def mean_gradients(sync: SyncConfig, gradients: PyTree, targets: jax.Array, state: PyTree) -> tuple[PyTree, PyTree]:
@@ -189,7 +189,7 @@ def mean_gradients(sync: SyncConfig, gradients: PyTree, targets: jax.Array, stat
 def queue_gradients(
     sync: SyncConfig, step: jax.Array, gradients: PyTree, targets: jax.Array, state: PyTree
 ) -> tuple[PyTree, jax.Array, PyTree]:
-    """(gradients of `delay` steps ago, their targets, state with the new ones in their place); `step` counts from 0."""
+    """(gradients of `delay` steps ago, their targets, state with the new ones in their slot); `step` counts from 0."""
     slot = step % sync.delay
     old, old_targets = jax.tree.map(
         lambda queue: lax.dynamic_index_in_dim(queue, slot, keepdims=False), (state["queue"], state["queued_targets"])
@@ -203,12 +203,12 @@ def queue_gradients(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parameters: local and diloco. Inside the manual region; leaves are this device's own.
+# Parameters: local and diloco. Inside the manual region; leaves are this device's shards.
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a fragment as a place in trees of the parameters' structure."""
+    """Selects a piece of a fragment in trees of the parameters' structure."""
 
     dims: PyTree
     fragment: int
@@ -217,7 +217,7 @@ class _Part:
     pieces: int = 1
 
     def take(self, tree: PyTree) -> PyTree:
-        """Return the piece of each leaf as a vector; None for a leaf that has no share in the fragment."""
+        """Return the piece of each leaf as a vector; None for a leaf outside the fragment."""
 
         def leaf(dims: Dims, value: jax.Array) -> jax.Array | None:
             if not self._has_share(dims):
@@ -228,7 +228,7 @@ class _Part:
         return jax.tree.map(leaf, self.dims, tree, is_leaf=is_dims)
 
     def put(self, tree: PyTree, values: PyTree) -> PyTree:
-        """Return the tree with what `take` would find replaced."""
+        """Return the tree with the values of `take` replaced."""
 
         def leaf(dims: Dims, value: jax.Array, new: jax.Array | None) -> jax.Array:
             if new is None:
@@ -265,10 +265,10 @@ class _Part:
 def exchange_parameters(
     sync: SyncConfig, exchange: ReplicaExchange, dims: PyTree, params: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree, list[tuple[PyTree, PyTree]]]:
-    """(params, state) after a step whose optimizer left `params`: each replica's own, the anchor of the state common to all.
+    """(params, state, distances) after a step whose optimizer left `params`: one per replica; the anchor is common to all.
 
-    Third, for each piece that travelled, how far replicas were apart: the sums of (P_r - mean P)^2 and of (mean P)^2 over each
-    leaf's part in the piece, on this device; None for a leaf that has none.
+    Distances: for each piece sent, the sums of (P_r - mean P)^2 and of (mean P)^2 over each leaf's part in the piece, on this
+    device; None for a leaf without part in it.
 
     Args:
       dims: logical dims of the parameters; leaves with a dim "stage" are stacked, and their dim "layer" is cut into fragments.
@@ -292,14 +292,16 @@ def exchange_parameters(
 
 
 def _begin(part: _Part, params: PyTree, state: PyTree) -> PyTree:
-    """Set the distance from the anchor aside."""
+    """Set aside the distance from the anchor."""
     away = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), part.take(state["anchor"]), part.take(params))
-    outgoing = state.get("outgoing", jax.tree.map(jnp.zeros_like, state["anchor"]))  # without overlap it lives in one step
+    outgoing = state.get(
+        "outgoing", jax.tree.map(jnp.zeros_like, state["anchor"])
+    )  # without overlap it lives for one step only
     return state | {"outgoing": part.put(vary(outgoing, (AXIS,)), away)}
 
 
 def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, tuple[PyTree, PyTree]]:
-    """Average a piece of what is set aside over replicas, and take the outer optimizer's step with it."""
+    """Average a piece of the outgoing distances over replicas, and take the outer optimizer's step with it."""
     learning_rate, momentum = sync.outer
     residual = part.take(state["residual"]) if "residual" in state else None
     away, old = part.take(state["outgoing"]), part.take(state["anchor"])
@@ -308,7 +310,7 @@ def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tup
         state = state | {"residual": part.put(state["residual"], residual)}
     if sync.overlap:
         gradient, params = await_with(gradient, params)
-    # away = A - P_r and gradient = A - mean P, but for what compression lost.
+    # away = A - P_r and gradient = A - mean P, up to compression errors.
     spread = (
         jax.tree.map(lambda d, g: jnp.sum(jnp.square(d - g)), away, gradient),
         jax.tree.map(lambda a, g: jnp.sum(jnp.square(a - g)), old, gradient),
@@ -323,7 +325,7 @@ def _travel(sync: SyncConfig, part: _Part, params: PyTree, state: PyTree) -> tup
 
 
 def _end(part: _Part, mixing: float, params: PyTree, anchor: PyTree) -> PyTree:
-    """Take the new anchor in: mixing * params + (1 - mixing) * anchor."""
+    """params = mixing * params + (1 - mixing) * anchor."""
 
     def leaf(own: jax.Array, common: jax.Array) -> jax.Array:
         mixed = mixing * own.astype(jnp.float32) + (1 - mixing) * common if mixing else vary(common, (AXIS,))
@@ -340,7 +342,7 @@ def exchanged_bytes(sync: SyncConfig, exchange: ReplicaExchange, dims: PyTree, s
     """Return the bytes of gradients or parameters that one device sends to other replicas per step, by `Reduce`'s formula.
 
     Args:
-      shards: how many numbers of each leaf a device holds, or anything with such leaves' shapes.
+      shards: leaves whose sizes are a device's shares of the parameters.
     """
     reduce = make_reduce(sync)
     if not sync.replicas_differ:

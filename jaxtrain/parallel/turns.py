@@ -1,21 +1,21 @@
-"""Two parts of a microbatch take turns: while one part's bytes travel, the other part's matmuls run.
+"""Interleave two parts of a microbatch: while one part's transfers are in flight, the other part's matmuls run.
 
-A transfer before or after a matmul (tensor parallelism's gathers and scatters, the experts' exchange) leaves a device idle as
-long as everything that it could compute waits for that transfer. The rows of a microbatch do not depend on each other: cut into
-two parts, each part's transfers have the other part's matmuls to travel behind (Wang et al. 2024, Domino, arXiv:2409.15241).
+A transfer before or after a matmul (tensor parallelism's gathers and scatters, the experts' exchange) leaves a device idle if
+everything that it could compute waits for that transfer. The rows of a microbatch do not depend on each other: cut into
+two parts, each part's transfers overlap with the other part's matmuls (Wang et al. 2024, Domino, arXiv:2409.15241).
 
 XLA's scheduler does not find that order by itself: it runs two equal parts in step, transfers together and then matmuls
-together. So the order is said here. A block of a layer is a generator that stops at four places, and gets back what it hands
-out there:
+together. So the order is imposed here. A block of a layer is a generator that yields at four places, and is sent back the
+value that it yielded:
 
-    x = yield x            what the block before it has made, added up: its transfer has landed
-    h = yield gather(x)    what its first matmuls read: its transfer has arrived
+    x = yield x            the sum of the block before: its transfer is complete
+    h = yield gather(x)    the input of its first matmuls: its transfer is complete
     q = yield h @ w        about half of its matmuls are done
-    y = yield ...          what its last matmul made, or (where the backward pass would not need that) reads
+    y = yield ...          its last matmul's result, or (where the backward pass would not need that) its input
 
-The parts run half a block apart, and at each place they meet: an `optimization_barrier` over what both hold. So the transfers
+The parts run half a block apart, with an `optimization_barrier` over both parts' values at each place. So the transfers
 between two stretches of one part's matmuls lie beside the halves of one stretch of the other's. The transpose of a barrier is a
-barrier: the backward pass keeps the same turns, in reverse.
+barrier: the backward pass keeps the same order, reversed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Turn = Generator[Any, Any, Result]
 
 
 def alone(part: Turn[Result]) -> Result:
-    """Run one part with nobody to take turns with."""
+    """Run one part without interleaving."""
     return _finish(part, None)
 
 
 def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
-    """Yield the part, with every stretch of it under a `jax.named_scope`, which must not be held while the other part runs."""
+    """Run the part with every stretch under a `jax.named_scope`, which must not stay active while the other part runs."""
     value = None
     while True:
         with jax.named_scope(name):
@@ -49,10 +49,10 @@ def scoped(name: str, part: Turn[Result]) -> Turn[Result]:
 
 
 def take_turns(parts: Sequence[Turn[Result]], clock: jax.Array) -> tuple[list[Result], jax.Array]:
-    """Run one part, or two of the same kind half a block apart; returns their results, and the clock.
+    """Run one part, or two of the same kind half a block apart; return their results and the clock.
 
-    The clock is a scalar that goes through the barriers at both ends: so the first part of the next call comes in turn with the
-    second part of this one. (XLA drops from a barrier what nobody uses behind it: an order needs a value that goes on.)
+    The clock is a scalar that goes through the barriers at both ends, so that the first part of the next call interleaves with
+    the second part of this one. (XLA drops an unused value from a barrier: an order needs a value that is used later.)
     """
     if len(parts) == 1:
         return [alone(parts[0])], clock
@@ -64,7 +64,7 @@ def take_turns(parts: Sequence[Turn[Result]], clock: jax.Array) -> tuple[list[Re
         try:
             a = first.send(a)
         except StopIteration as end:
-            # What follows the first part's result comes after half of the second's last matmuls.
+            # Work that uses the first part's result starts after half of the second part's last matmuls.
             result, b = lax.optimization_barrier((end.value, second.send(b)))
             b, clock = lax.optimization_barrier((second.send(b), clock))
             return [result, _finish(second, b)], clock
@@ -83,15 +83,15 @@ def _finish(part: Turn[Result], value: Any) -> Result:
 def reduce_behind_next(
     xs: tuple[jax.Array, ...], reduced: jax.Array, master: Any
 ) -> tuple[tuple[jax.Array, ...], jax.Array, Any]:
-    """(xs, reduced, master) as they are; in the backward pass a layer's gradients are reduced behind the next layer's matmuls.
+    """Identity; in the backward pass a layer's gradients are reduced during the next layer's matmuls.
 
-    Left to itself, XLA reduces the gradients of all layers of an iteration at its end, where nothing is left to compute. The
-    gradient of `reduced`, a scalar that every layer hands on, is held until those of the layer's weights are there; and with it
-    the last part's gradient at the end of the layer before it.
+    Left to itself, XLA reduces the gradients of all layers of an iteration at its end, where no computation is left to overlap.
+    The gradient of `reduced`, a scalar that every layer passes on, waits for those of the layer's weights, and with it the last
+    part's gradient at the end of the layer before.
 
     Args:
       xs: the input of each part of a layer.
-      reduced: any scalar, handed from layer to layer.
+      reduced: any scalar, passed from layer to layer.
       master: the layer's weights, whose gradients are reduced.
     """
     reduced, master = _gradients_together(reduced, master)
@@ -101,7 +101,7 @@ def reduce_behind_next(
 
 @jax.custom_vjp
 def _gradients_together(scalar: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
-    """Return both as they are; none of their gradients before all are there."""
+    """Identity; the backward puts both gradients behind one optimization_barrier."""
     return scalar, weights
 
 

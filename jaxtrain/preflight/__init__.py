@@ -1,1 +1,1 @@
-"""Whether a run would work here, found out in half a minute: software, clocks, folders, devices, links, memory, data."""
+"""Check in half a minute whether a run would work here: software, clocks, folders, devices, links, memory, data."""

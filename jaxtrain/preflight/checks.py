@@ -1,7 +1,7 @@
-"""What a check is: each process looks, all hear what all have seen, and each comes to the same findings.
+"""A check: each process looks, all exchange what they saw, and each comes to the same findings.
 
-`look` runs in every process and gives plain values; what it raises is told as a finding of that process. `judge` sees nothing
-but what all have seen, so that every process comes to the same exit code, and tests can hand it any fault.
+`look` runs in every process and returns plain values; its exceptions become findings of that process. `judge` sees only what
+all processes have seen, so that every process comes to the same exit code, and tests can pass it any fault.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ class Finding:
 
     check: str
     state: State
-    """failed: the run would fail, or train on other than it should. warning: it would run, but slower or less safely."""
+    """failed: the run would fail or train wrongly. warning: it would run, but slower or less safely."""
     words: str
     values: dict[str, Any] = field(default_factory=dict)
-    """Figures, for --json."""
+    """Figures for --json."""
 
 
 @dataclass
 class Site:
-    """What the checks look at."""
+    """The subject of the checks."""
 
     config: Config
-    """Resolved, once the devices are counted."""
+    """Resolved after the devices are counted."""
     hosts: list[str] = field(default_factory=list)
     """Host name of each process."""
     mesh: Any = None
     token: str = ""
-    """In the names of the files that this preflight writes."""
+    """Part of the names of the files that this preflight writes."""
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    """What must be undone at the end."""
+    """Clean-up at the end."""
 
     def name(self, process: int) -> str:
-        """Return a process in words; a lone one is "this process"."""
+        """Return a process's name for messages; a single one is "this process"."""
         return f"process {process} on {self.hosts[process]}" if len(self.hosts) > 1 else "this process"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question to every process, and how its answers are read."""
+    """A question to every process, and the judgement of the answers."""
 
     name: str
     look: Callable[[Site], Any]
-    """What this process sees, as JSON can hold it. May raise."""
+    """Returns what this process sees, as JSON values. May raise."""
     judge: Callable[[Site, list[Any]], list[Finding]]
-    """What it means that the processes have seen this, by process."""
+    """Returns the findings from what each process has seen."""
 
 
 def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | None = None) -> list[Finding]:
-    """Look, tells, hears, judges. A process that cannot look is a failed check."""
+    """Look, exchange, judge. A process that cannot look is a failed check."""
     if heartbeat is not None:
         heartbeat.phase(f"preflight: {check.name}")
     with limited(check.name, patience):
@@ -84,17 +84,17 @@ def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | 
 
 @contextlib.contextmanager
 def limited(what: str, seconds: float) -> Iterator[None]:
-    """End this process, saying why, where the block takes longer: what hangs in a collective cannot be broken off."""
+    """End this process with a message if the block takes longer: a hang in a collective cannot be interrupted."""
 
     def end() -> None:
         print(
-            f"error: preflight: {what!r} has not come back within {seconds:.0f} s; --patience gives it longer",
+            f"error: preflight: {what!r} did not end within {seconds:.0f} s; allow more with --patience",
             file=sys.stderr,
             flush=True,
         )
         os._exit(EXIT_FAULT)
 
-    timer = threading.Timer(seconds + 15, end)  # later than `exchange`, which can say who is missing
+    timer = threading.Timer(seconds + 15, end)  # later than `exchange`, which can name the missing process
     timer.daemon = True
     timer.start()
     try:
@@ -104,7 +104,7 @@ def limited(what: str, seconds: float) -> Iterator[None]:
 
 
 def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
-    """(what most say, {index: value} of those that say something else); of equally many, the first counts."""
+    """(the most frequent value, {index: value} of the others); among equally frequent ones the first counts."""
     keys = [repr(value) for value in values]
     common = max(dict.fromkeys(keys), key=lambda key: Counter(keys)[key])
     return values[keys.index(common)], {i: value for i, value in enumerate(values) if keys[i] != common}
@@ -120,11 +120,11 @@ def _shortened(lines: list[str], most: int = 8) -> list[str]:
 
 
 class Elapsed:
-    """Seconds since it was made."""
+    """Measures the seconds since its creation."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
 
     def __call__(self) -> float:
-        """Return those seconds."""
+        """Return the seconds since its creation."""
         return time.perf_counter() - self._started

@@ -1,4 +1,4 @@
-"""The data: every process can read it, reads the same, and gets its rows of the first batch."""
+"""Check that every process can read the data, reads the same, and gets its rows of the first batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtrain.train.step import batch_sharding
 
 
 def look_at_data(site: Site) -> dict[str, Any]:
-    """Open it (which checks every token) and read this process's rows of the first batch."""
+    """Open the data (which checks every token) and read this process's rows of the first batch."""
     config, clock = site.config, Elapsed()
     data = open_data(config)
     opened = clock()
@@ -22,7 +22,7 @@ def look_at_data(site: Site) -> dict[str, Any]:
 
 
 def judge_data(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
-    """Return all must have opened the same data: each would otherwise train on rows of its own order."""
+    """Compare the processes' data: with different data each would train on rows in its own order."""
     common, others = odd_ones([facts["fingerprint"] for facts in seen])
     if others:
         lines = [
@@ -35,5 +35,5 @@ def judge_data(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
 
 
 def checks() -> list[Check]:
-    """One."""
+    """Return the single data check."""
     return [Check("data", look_at_data, judge_data)]

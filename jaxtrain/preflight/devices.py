@@ -1,4 +1,4 @@
-"""The devices: matmuls that come out right on each, as fast as on the others, and enough memory."""
+"""Check the devices: correct matmuls on each, as fast as on the others, and enough memory."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from jaxtrain.text import readable_size
 from jaxtrain.train.step import choose_attention
 
 EDGE = {"cpu": 128}
-"""Edge of the matmul that is compared with numpy's, number by number."""
+"""Edge of the matmul that is compared with numpy's, element by element."""
 LARGE_EDGE = {"cpu": 256}
-"""Edge of those in a row whose last result is compared between devices, and which are timed."""
+"""Edge of the timed matmul chain, whose last result is compared between devices."""
 EDGE_ELSEWHERE, LARGE_EDGE_ELSEWHERE = 1024, 4096
 DTYPES = ("bfloat16", "float32")
 IN_A_ROW = 8
 REPETITIONS = 5
 SLOW = {"cpu": 3.0}
-"""A device that takes so many times the median is named; fake devices share cores, and take turns."""
+"""A device that takes this many times the median is reported; fake devices share cores."""
 SLOW_ELSEWHERE = 1.25
 FULL = 0.9
-"""Share of the memory above which an estimate that is right to 10% may be wrong about whether it fits."""
+"""Share of the memory above which an estimate with 10% error cannot tell whether the run fits."""
 
 
 def integers(edge: int, seed: int) -> np.ndarray:
-    """[edge, edge] of -4 .. 4: products and sums of them are exact in bfloat16, TF32 and float32, in any order."""
+    """Return random [edge, edge] of -4 .. 4: their products and sums are exact in bfloat16, TF32 and float32, in any order."""
     return np.random.default_rng(seed).integers(-4, 5, (edge, edge), dtype=np.int8)
 
 
@@ -59,7 +59,7 @@ def product_on(device: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def wrong_numbers(device: Any, edge: int) -> str:
-    """Return how a matmul on this device differs from numpy's; empty where it does not."""
+    """Return how a matmul on this device differs from numpy's; empty if it does not."""
     a, b = integers(edge, 0), integers(edge, 1)
     right = (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
     for dtype in DTYPES:
@@ -72,7 +72,7 @@ def wrong_numbers(device: Any, edge: int) -> str:
 
 
 def timed_chain(device: Any, edge: int) -> tuple[float, list[int]]:
-    """(seconds of a matmul, in the best of the repetitions; what each of them came to)."""
+    """(seconds of a matmul in the best repetition, checksum of each repetition)."""
     operands = [jax.device_put(integers(edge, seed).astype("bfloat16"), device) for seed in (2, 3)]
     program = jax.jit(product_chain)
     sums, seconds = [int(program(*operands))], []
@@ -85,7 +85,7 @@ def timed_chain(device: Any, edge: int) -> tuple[float, list[int]]:
 
 
 def look_at_devices(site: Site) -> list[dict[str, Any]]:
-    """Of each device of this process: what is wrong with its numbers, how long it takes."""
+    """Return for each device of this process its wrong numbers and its seconds."""
     rows = []
     for device in jax.local_devices():
         small, large = (EDGE.get(device.platform, EDGE_ELSEWHERE), LARGE_EDGE.get(device.platform, LARGE_EDGE_ELSEWHERE))
@@ -96,7 +96,7 @@ def look_at_devices(site: Site) -> list[dict[str, Any]]:
 
 
 def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]:
-    """Return the names devices that compute wrongly, are of another kind, or are slow."""
+    """Report devices that compute wrongly, are of another kind, or are slow."""
     rows = [(process, facts) for process, of in enumerate(seen) for facts in of]
     name = lambda process, facts: f"device {facts['device']} of {site.name(process)}"  # noqa: E731
     findings = [
@@ -107,7 +107,7 @@ def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]
     kind, others = odd_ones([facts["kind"] for _, facts in rows])
     for i, other in others.items():
         findings.append(Finding("matmul", "warning", f"{name(*rows[i])} is a {other}, most are {kind}"))
-    median = statistics.median_low(facts["seconds"] for _, facts in rows)  # of two hosts, the faster is the measure
+    median = statistics.median_low(facts["seconds"] for _, facts in rows)  # of two hosts, compare with the faster
     for process, facts in rows:
         times = facts["seconds"] / median
         if times > SLOW.get(facts["platform"], SLOW_ELSEWHERE):
@@ -121,7 +121,7 @@ def judge_devices(site: Site, seen: list[list[dict[str, Any]]]) -> list[Finding]
 
 
 def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) -> str:
-    """Return how a device's results differ from one another, or from what most devices have."""
+    """Return how a device's results differ from one another, or from those of most devices; empty if they do not."""
     if len(set(sums)) > 1:
         return f"{len(sums)} runs of the same {IN_A_ROW} matmuls of edge {edge} came to {len(set(sums))} different results"
     most = Counter(facts["sums"][0] for _, facts in rows).most_common(1)[0][0]
@@ -129,8 +129,8 @@ def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) 
 
 
 def look_at_memory(site: Site) -> dict[str, Any]:
-    """Return the memory of a device of this process (of a CPU: its share of what the host has left), and how many devices there
-    are.
+    """Return the memory of a device of this process (a CPU device: its share of the host's free memory), and the device
+    count.
     """
     of_host = jax.local_devices()[0].platform == "cpu"
     free = available_bytes() if of_host else None
@@ -139,7 +139,7 @@ def look_at_memory(site: Site) -> dict[str, Any]:
 
 
 def judge_memory(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
-    """Of the device with the least; of CPU devices, the host's memory over all that share it."""
+    """Judge the device with the least memory; CPU devices share the host's."""
     backend, _ = choose_attention(site.config, site.mesh)
     needed = estimate_memory(site.config, backend).total
     held = []
@@ -157,5 +157,5 @@ def judge_memory(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
 
 
 def checks() -> list[Check]:
-    """Return the numbers and speed, then memory."""
+    """Return the checks of numbers and speed, then of memory."""
     return [Check("matmul", look_at_devices, judge_devices), Check("memory", look_at_memory, judge_memory)]

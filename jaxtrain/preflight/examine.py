@@ -1,4 +1,4 @@
-"""Carries out all checks of a run before it starts. Trains nothing, and leaves nothing behind."""
+"""Carry out all checks of a run before it starts. Trains nothing, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jaxtrain.telemetry.heartbeat import Heartbeat
 
 
 def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None) -> tuple[Site, list[Finding]]:
-    """Carry out all checks. What would hang or mislead after a failure is skipped.
+    """Carry out all checks; return the site and the findings. Checks that would hang or mislead after a failure are skipped.
 
     Args:
-      patience: seconds that one check may take.
+      patience: limit in seconds for one check.
 
     Raises:
       ConfigError: the config does not fit the devices.
@@ -52,14 +52,14 @@ def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None)
 
 
 def where(site: Site) -> str:
-    """Return the mesh and the processes, in words."""
+    """Describe the mesh and the processes."""
     mesh = describe_mesh(site.mesh) if site.mesh is not None else "no mesh"
     processes = f"{len(site.hosts)} processes on {len(set(site.hosts))} host(s)" if len(site.hosts) > 1 else "one process"
     return f"{mesh}, {processes}"
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """Return one line."""
+    """Return the result in one line."""
     failed = sorted({finding.check for finding in findings if finding.state == "failed"})
     warned = sorted({finding.check for finding in findings if finding.state == "warning"})
     if failed:

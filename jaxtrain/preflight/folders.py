@@ -1,5 +1,6 @@
-"""The run's folder and that of its checkpoints: written, flushed and read back by every process, the same folder for all, and
-large enough."""
+"""Check the run's folder and its checkpoint folder: every process can write, flush and read back, all see the same folder, and
+there is enough space.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ from jaxtrain.train.state import Canonical
 BLOCK = 2**20
 """Bytes that each process writes."""
 SEEN_WITHIN = 5.0
-"""Seconds that a network file system may take to show one host what another has written."""
+"""Seconds that a network file system may take to show one host another host's file."""
 NEIGHBOURS = 64
-"""Other processes whose files a process looks for, at most."""
+"""Largest number of other processes whose files a process looks for."""
 
 
 def folders(config: Config) -> list[Path]:
-    """Return what a run of this config writes into."""
+    """Return the folders that a run of this config writes into."""
     return [config.directory, *([config.directory / "checkpoints"] if config.checkpoint.every else [])]
 
 
@@ -41,9 +42,9 @@ def _block(token: str, process: int) -> bytes:
 
 
 def look_at_writing(site: Site) -> dict[str, float]:
-    """Write, flushes to the disk and read back a file of its own in each folder."""
-    # Before the exchange, which waits for all: no process has made a folder yet, so each that finds one missing removes it,
-    # and the last to remove its file succeeds.
+    """Write a file, flush it to disk and read it back in each folder; return the seconds."""
+    # Before the exchange, which is a barrier: each process that finds a folder missing removes it afterwards, and the last
+    # one to remove its file succeeds.
     missing = [path for folder in folders(site.config) for path in (folder, *folder.parents) if not path.exists()]
     site.closing.callback(_forget, missing)
     token = site.token = exchange("preflight token", os.urandom(6).hex(), 60.0)[0]
@@ -59,7 +60,7 @@ def look_at_writing(site: Site) -> dict[str, float]:
                 os.fsync(file.fileno())
             seconds[str(folder)] = clock()
             if path.read_bytes() != _block(token, process):
-                raise OSError(0, "what was written is not what is read back", str(path))
+                raise OSError(0, "the data read back differs from the data written", str(path))
         except OSError as error:
             why = error.strerror or str(error)
             raise OSError(f"{folder} cannot be written: {why} ({error.filename}); give another --run_dir") from None
@@ -67,14 +68,14 @@ def look_at_writing(site: Site) -> dict[str, float]:
 
 
 def _forget(made: list[Path]) -> None:
-    """Remove the folders that were made for the probe, the deepest first, as far as nobody has used them since."""
+    """Remove the folders made for the probe, the deepest first, if still empty."""
     for path in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def judge_writing(site: Site, seen: list[dict[str, float]]) -> list[Finding]:
-    """Return all have written; says how long the slowest took."""
+    """Report ok with the time of the slowest process; a failed write has already raised."""
     findings = []
     for folder in map(str, folders(site.config)):
         slowest = max(facts[folder] for facts in seen)
@@ -84,7 +85,7 @@ def judge_writing(site: Site, seen: list[dict[str, float]]) -> list[Finding]:
 
 
 def look_at_sharing(site: Site) -> dict[str, list[int]]:
-    """Whose files this process cannot read, by folder: those of process 0 and of the processes after this one."""
+    """{folder: processes whose file this process cannot read}, of process 0 and the processes after this one."""
     count, own = len(site.hosts), jax.process_index()
     others = sorted({0, *((own + i) % count for i in range(1, min(count, NEIGHBOURS)))} - {own})
     until, missing = time.monotonic() + SEEN_WITHIN, {}
@@ -105,7 +106,7 @@ def _can_read(folder: Path, token: str, process: int, until: float) -> bool:
 
 
 def judge_sharing(site: Site, seen: list[dict[str, list[int]]]) -> list[Finding]:
-    """Return a folder that is not the same for all would hold a part of each checkpoint on each host."""
+    """Report folders that are not shared: each host would hold only a part of each checkpoint."""
     findings = []
     for folder in map(str, folders(site.config)):
         blind = {process: facts[folder] for process, facts in enumerate(seen) if facts[folder]}
@@ -128,8 +129,8 @@ def checkpoint_bytes(site: Site) -> int:
 
 
 def checkpoints_to_come(config: Config, present: int) -> int:
-    """Return how many more checkpoints than now the folder will hold at its fullest: `keep`, one that is being written, and the
-    multiples of `keep_every`.
+    """Return how many checkpoints the folder will gain at its fullest: `keep`, one being written, and the multiples of
+    `keep_every`.
     """
     checkpoint, steps = config.checkpoint, config.train.steps
     written = -(-steps // checkpoint.every)
@@ -138,7 +139,7 @@ def checkpoints_to_come(config: Config, present: int) -> int:
 
 
 def look_at_space(site: Site) -> dict[str, int]:
-    """Free bytes, and those that checkpoints will take."""
+    """Return the free bytes, and the bytes of the checkpoints to come."""
     folder = folders(site.config)[-1]
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     one = checkpoint_bytes(site) if site.config.checkpoint.every else 0
@@ -147,7 +148,7 @@ def look_at_space(site: Site) -> dict[str, int]:
 
 
 def judge_space(site: Site, seen: list[dict[str, int]]) -> list[Finding]:
-    """Of the process that sees the least."""
+    """Judge the process that sees the least space."""
     process = min(range(len(seen)), key=lambda i: seen[i]["free"])
     facts = seen[process]
     if not facts["checkpoint"]:
@@ -164,7 +165,7 @@ def judge_space(site: Site, seen: list[dict[str, int]]) -> list[Finding]:
 
 
 def checks() -> list[Check]:
-    """In order: the second finds what the first has written."""
+    """Return the checks in order: the second finds the files of the first."""
     return [
         Check("folders", look_at_writing, judge_writing),
         Check("shared folder", look_at_sharing, judge_sharing),

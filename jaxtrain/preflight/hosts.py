@@ -1,4 +1,4 @@
-"""The hosts: the same software and the same config everywhere, and clocks that agree."""
+"""Check the hosts: the same software and config everywhere, and clocks that agree."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
 from jaxtrain.processes import exchange
 
 MORE_PACKAGES = ("jaxtrain", "tensorstore")
-"""Beside those that a run compares."""
+"""Packages compared beside those that a run itself compares."""
 MAY_DIFFER = ("python", "driver")
-"""Versions that need not be the same for a run to work."""
+"""Versions that may differ without breaking a run."""
 SKEW_SECONDS = 1.0
 ROUNDS = 3
 now = time.time
 
 
 def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Version of NVIDIA's kernel driver, or "none"."""
+    """Return the version of NVIDIA's kernel driver, or "none"."""
     try:
         found = re.search(r"Module.*?\s(\d+\.[\d.]+)\s", version_file.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -33,13 +33,13 @@ def nvidia_driver(version_file: Path = Path("/proc/driver/nvidia/version")) -> s
 
 
 def look_at_software(site: Site) -> dict[str, str]:
-    """Versions of everything that must be the same in all processes, and the host's name."""
+    """Return the versions that must be the same in all processes, and the host's name."""
     more = {name: agreement.version_of(name) for name in MORE_PACKAGES} | {"python": platform.python_version()}
     return {"host": socket.gethostname(), "driver": nvidia_driver(), **agreement.software_facts(), **more}
 
 
 def judge_software(site: Site, seen: list[dict[str, str]]) -> list[Finding]:
-    """Return the names who has other versions than most. From here on the site knows its hosts."""
+    """Report processes whose versions differ from most; from here on the site knows its hosts."""
     site.hosts = [facts["host"] for facts in seen]
     findings = []
     for name in seen[0]:
@@ -67,14 +67,14 @@ def look_at_config(site: Site) -> list[str]:
 
 
 def judge_config(site: Site, seen: list[list[str]]) -> list[Finding]:
-    """Return every difference is a failure: the processes would not train the same model, or wait for one another for ever."""
+    """Report every difference as a failure: the processes would train different models, or wait for one another for ever."""
     problems, count = seen[0], len(seen)
     words = "one process" if count == 1 else f"the same in all {count} processes"
     return [Finding("config", "failed", problem) for problem in problems] or [Finding("config", "ok", words)]
 
 
 def look_at_clock(site: Site) -> list[float]:
-    """This host's time, a moment after process 0 has said "now", a few times."""
+    """Return this host's time just after a signal from process 0, for several rounds."""
     times = []
     for number in range(ROUNDS):
         exchange(f"preflight clock {number}", None, 60.0)
@@ -83,7 +83,7 @@ def look_at_clock(site: Site) -> list[float]:
 
 
 def judge_clocks(site: Site, seen: list[list[float]]) -> list[Finding]:
-    """Skew against the median host, in the round where it is smallest: a word that arrives late looks like a late clock."""
+    """Report the skew against the median host, in the round where it is smallest: a late message looks like a late clock."""
     rounds = [[times[i] - statistics.median(other[i] for other in seen) for times in seen] for i in range(ROUNDS)]
     skews = [min((round_[process] for round_ in rounds), key=abs) for process in range(len(seen))]
     values = {"skew_seconds": skews}
@@ -100,7 +100,7 @@ def judge_clocks(site: Site, seen: list[list[float]]) -> list[Finding]:
 
 
 def checks() -> list[Check]:
-    """In the order in which they are carried out; the first gives the hosts their names."""
+    """Return the checks in their order; the first gives the hosts their names."""
     return [
         Check("software", look_at_software, judge_software),
         Check("config", look_at_config, judge_config),

@@ -1,4 +1,4 @@
-"""The links: every mesh axis runs its collectives, with numbers whose result is known, and is timed."""
+"""Check the links: run and time every mesh axis's collectives, on numbers whose result is known."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MESSAGE_ELSEWHERE = 2**25
 REPETITIONS = 5
 PRIME = 251
 SLOW = 0.25
-"""Share of the link's figure below which a bandwidth is worth a warning."""
+"""Share of the link's stated bandwidth below which a warning is given."""
 _SPEC = PartitionSpec(("other", "group"))
 
 
 def groups_of(mesh: Mesh, axis: str) -> Mesh:
-    """Return the same devices as ("other", "group"): the groups that talk along an axis, in the axis' order."""
+    """Return the same devices as mesh ("other", "group"): the groups that communicate along an axis, in the axis's order."""
     table = np.moveaxis(mesh.devices, MESH_AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
     return Mesh(table, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
 
 
 def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """Return the collectives of the model code over "group", on a device's [n] numbers."""
+    """Return the model code's collectives over "group", on a device's [n] numbers."""
     ring = [(i, (i + 1) % size) for i in range(size)]
     return {
         "all-gather": lambda x: lax.all_gather(x, "group", tiled=True),
@@ -46,14 +46,14 @@ def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
 
 
 def numbers(place: int, count: int) -> np.ndarray:
-    """Return what the device at a place of the groups gives, [count] float32: whole numbers below 251, so that sums are
+    """Return the input of the device at `place` in its group, [count] float32: whole numbers below 251, so that sums are
     exact.
     """
     return ((np.arange(count) + 31 * place) % PRIME).astype(np.float32)
 
 
 def expected(kind: str, size: int, place: int, count: int) -> np.ndarray:
-    """Return what the device at a place gets, by numpy."""
+    """Return the result of the device at `place`, computed by numpy."""
     group, rank = divmod(place, size)
     x = np.stack([numbers(group * size + member, count) for member in range(size)])
     return {
@@ -66,11 +66,11 @@ def expected(kind: str, size: int, place: int, count: int) -> np.ndarray:
 
 
 def run_collective(mesh: Mesh, kind: str, held: int) -> tuple[float, dict[str, str]]:
-    """(seconds, in the best of the repetitions; what is wrong on each device of this process where something is).
+    """(seconds of the best repetition, {device of this process: what is wrong}).
 
     Args:
-      mesh: of `groups_of`; all groups are at work at once, as in training.
-      held: numbers that a device holds before.
+      mesh: from `groups_of`; all groups are active at once, as in training.
+      held: numbers on a device before the collective.
     """
     size, sharding = mesh.shape["group"], NamedSharding(mesh, _SPEC)
     places = {device: place for place, device in enumerate(mesh.devices.flat)}
@@ -101,7 +101,7 @@ def run_collective(mesh: Mesh, kind: str, held: int) -> tuple[float, dict[str, s
 
 
 def look_along(axis: str, site: Site) -> dict[str, dict[str, Any]]:
-    """Return every collective along an axis: what a device sends, how long it takes, and what is wrong."""
+    """Return for every collective along an axis: bytes sent per device, seconds, and what is wrong."""
     mesh, rows = groups_of(site.mesh, axis), {}
     size = mesh.shape["group"]
     message = MESSAGE.get(mesh.devices.flat[0].platform, MESSAGE_ELSEWHERE) // 4
@@ -114,7 +114,7 @@ def look_along(axis: str, site: Site) -> dict[str, dict[str, Any]]:
 
 
 def judge_along(axis: str, site: Site, seen: list[dict[str, dict[str, Any]]]) -> list[Finding]:
-    """Return the names the devices that got wrong numbers; bandwidth is that of the slowest process."""
+    """Report devices that got wrong numbers, and the bandwidth of the slowest process."""
     check, findings, bandwidths = f"axis {axis}", [], {}
     for kind in seen[0]:
         for process, facts in enumerate(seen):
@@ -144,7 +144,7 @@ def _group_of(site: Site, axis: str, device: int) -> str:
 
 
 def _link(site: Site, axis: str) -> tuple[float | None, str]:
-    """Bytes/s that the chip's maker states for what an axis travels over, and its name."""
+    """(stated bytes/s of the link that an axis uses, its name)."""
     chip = resolve_chip(site.config.telemetry.hardware, site.mesh.devices.flat[0].device_kind)
     hosts = [{site.hosts[device.process_index] for device in group} for group in groups_of(site.mesh, axis).devices]
     crosses = any(len(names) > 1 for names in hosts)
@@ -152,7 +152,7 @@ def _link(site: Site, axis: str) -> tuple[float | None, str]:
 
 
 def checks(site: Site) -> list[Check]:
-    """Return one for each axis of the mesh with more than one device."""
+    """Return one check for each mesh axis with more than one device."""
     return [
         Check(f"axis {axis}", functools.partial(look_along, axis), functools.partial(judge_along, axis))
         for axis in MESH_AXES

@@ -1,1 +1,1 @@
-"""What a run tells about itself: FLOPs, clocks, metrics files, the progress bar, plots and profiles."""
+"""Report on a run: FLOPs, clocks, metrics files, the progress bar, plots and profiles."""

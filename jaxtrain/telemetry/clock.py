@@ -1,8 +1,8 @@
-"""Times, throughput and memory of a run, measured without making the device wait.
+"""Measure times, throughput and memory of a run without making the device wait.
 
-The loop calls `start` just before the first step and `step_done` once for every step whose metrics it has read. Since
-metrics are read one step late, the time between two such calls is the time of one step in steady state, whatever the
-device and the host overlap.
+The loop calls `start` just before the first step and `step_done` once for every step whose metrics it has read. Since metrics
+are read one step late, the time between two such calls is the time of one step in steady state, whatever the device and the
+host overlap.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from jaxtrain.telemetry.flops import mfu, model_flops_per_token
 
 T = TypeVar("T")
 Row = dict[str, float | int | str | None]
-"""A logged row: names as in metrics.jsonl."""
+"""A logged row, under the names of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step does, for turning seconds into throughput."""
+    """The work of one step, to turn seconds into throughput."""
 
     tokens_per_step: int
-    """Tokens in the global batch, padding included: what the devices compute."""
+    """Tokens in the global batch, padding included."""
     num_devices: int
     """Devices that share the step."""
     flops_per_token_full: int
-    """Model FLOPs a token with the full attention square (see flops.py)."""
+    """Model FLOPs per token with the full attention square (see flops.py)."""
     flops_per_token_causal: int
-    """Model FLOPs a token with half of it."""
+    """Model FLOPs per token with half of the attention square."""
     peak_flops: float | None
     """Peak matmul FLOP/s of one device in the compute dtype; None if unknown."""
 
@@ -55,7 +55,7 @@ class StepWork:
         )
 
     def throughput(self, tokens_per_second: float) -> Row:
-        """Return the row's throughput: tokens/s over all devices; TFLOP/s per device and MFU in both attention conventions."""
+        """Return a row with tokens/s over all devices, and TFLOP/s per device and MFU in both attention conventions."""
         per_device = tokens_per_second / self.num_devices
         full, causal = per_device * self.flops_per_token_full, per_device * self.flops_per_token_causal
         return {
@@ -95,12 +95,14 @@ class StepClock:
         self.start()
 
     def start(self) -> None:
-        """Steps are timed from here: call it after compilation, just before the first step."""
+        """Start timing steps: call it after compilation, just before the first step."""
         self._started = self._last = self._now()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around taking the next batch: counted as data wait, and in the step's time too, since the loop stands still."""
+        """Count the block, which takes the next batch, as data wait. It is part of the step's time too, since the loop
+        waits.
+        """
         before = self._now()
         try:
             yield
@@ -108,9 +110,7 @@ class StepClock:
             self._window_data_wait += self._now() - before
 
     def timed_as_waiting(self, function: Callable[..., T]) -> Callable[..., T]:
-        """Return the function that dispatches a step, or waits for its results; what is left of a step is the host's own
-        work.
-        """
+        """Wrap a function that dispatches a step or waits for its results; the rest of a step's time is the host's own work."""
 
         def timed(*arguments: Any) -> T:
             before = self._now()
@@ -123,7 +123,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around validation, checkpoints and the like: left out of step times and throughput, not out of elapsed and ETA."""
+        """Leave the block (validation, checkpoints) out of step times and throughput, not out of elapsed time and ETA."""
         before = self._now()
         try:
             yield
@@ -131,17 +131,17 @@ class StepClock:
             self._pause += self._now() - before
 
     def step_done(self, step: int) -> None:
-        """One more step is known to be done. Costs a microsecond."""
+        """Record that one more step is done. Costs a microsecond."""
         now = self._now()
         self._steps_seconds.append(max(now - self._last - self._pause, 0.0))
         self._last, self._pause, self._step = now, 0.0, step
 
     def window(self) -> Row:
-        """Return the row's timings since the last call, and starts a new window.
+        """Return the timings since the last call as a row, and start a new window.
 
-        step_seconds is the median step, step_seconds_mean the mean one; data_wait_seconds and device_wait_seconds are mean
-        waits a step. Throughput (see `StepWork`) is over the whole window, waits included, pauses excluded. eta_seconds goes by
-        the mean over the whole run so far, pauses included. A window without a step has None throughout.
+        step_seconds is the median step, step_seconds_mean the mean; data_wait_seconds and device_wait_seconds are mean waits
+        per step. Throughput (see `StepWork`) is over the whole window, waits included, pauses excluded. eta_seconds uses the
+        mean over the whole run so far, pauses included. A window without a step has None throughout.
         """
         seconds, count = sum(self._steps_seconds), len(self._steps_seconds)
         row: Row = {
@@ -161,13 +161,11 @@ class StepClock:
         return row
 
     def elapsed_seconds(self) -> float:
-        """Return the seconds of training since `start`, and before the run was resumed."""
+        """Return the seconds of training since `start`, plus those before the run was resumed."""
         return self._elapsed_before + self._now() - self._started
 
     def eta_seconds(self) -> float | None:
-        """Return the seconds left: the steps left times the mean seconds a step of this process, everything included. None at
-        first.
-        """
+        """steps left x mean seconds per step of this process, pauses included; None before the first step."""
         done = self._step - self._start_step
         if done <= 0:
             return None
@@ -175,11 +173,9 @@ class StepClock:
 
 
 def memory_row(devices: Sequence[Any] | None = None) -> Row:
-    """Return the peak memory in bytes: `device_memory_bytes`, the most that any of the jax `devices` (by default all local
-    ones) has had in use so far.
+    """Return `device_memory_bytes`, the largest peak memory of the jax `devices` (by default all local ones).
 
-    Where the device keeps no such record (CPU) that is None, and `host_memory_bytes` is the peak resident memory of this
-    process instead.
+    It is None where the device keeps no such record (CPU); `host_memory_bytes` is then this process's peak resident memory.
     """
     stats = [device.memory_stats() for device in (jax.local_devices() if devices is None else devices)]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
@@ -189,6 +185,6 @@ def memory_row(devices: Sequence[Any] | None = None) -> Row:
 
 
 def host_memory_peak() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
+    """Return this process's peak resident memory in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,13 +1,13 @@
-"""Energy that a run takes, as the machine measures it: NVML on NVIDIA GPUs, RAPL on CPUs, nothing where neither is readable.
+"""Measure a run's energy: NVML on NVIDIA GPUs, RAPL on CPUs, nothing where neither is readable.
 
     joules_per_token = joules between two rows / (steps between them * tokens of a step)
     energy_kwh       = joules so far / 3.6e6, before and after interruptions
     energy_kwh_at_end = energy_kwh + mean joules a step of this process * steps left / 3.6e6
 
-All that happens between two rows counts: validation, saving and waiting too. On a GPU machine the hosts' CPUs, fans and network
-do not count, and on a CPU machine everything else that runs on its CPUs does.
+Everything between two rows counts: validation, saving and waiting too. On a GPU machine the hosts' CPUs, fans and network
+do not count; on a CPU machine everything else that runs on its CPUs does.
 
-Process 0 reads its own devices and takes all others to draw as much: nothing is sent for it, and a step waits for nothing. A
+Process 0 reads its own devices and assumes that all others draw as much: nothing is communicated, and no step waits. A
 reading costs less than a millisecond; it is taken where a row is logged, and every POLL_SECONDS.
 """
 
@@ -24,39 +24,39 @@ from jaxtrain.errors import ExplainedError
 
 JOULES_PER_KWH = 3.6e6
 POLL_SECONDS = 10.0
-"""RAPL's counters begin again after some hundred kilojoules (20 minutes at 200 W), and power is to be summed up finely."""
+"""RAPL's counters wrap after some hundred kilojoules (20 minutes at 200 W), and a sum of power needs frequent readings."""
 POWERCAP = Path("/sys/class/powercap")
 Row = dict[str, float | int | str | None]
 
 
 class Unreadable(Exception):
-    """No meter of this kind can be read here; the message says why."""
+    """No meter of this kind can be read here; the message gives the reason."""
 
 
 class Meter(Protocol):
-    """Something that counts joules."""
+    """A counter of joules."""
 
     description: str
-    """What is counted, for the log."""
+    """What the meter counts, for the log."""
     devices: int
-    """Of jax's devices, how many it counts; 0 if what it counts is the host's."""
+    """Number of jax devices that it counts; 0 if it counts the host."""
 
     def joules(self) -> float:
-        """Joules since the meter was opened; call it at least every POLL_SECONDS or so.
+        """Return the joules since the meter was opened; call it about every POLL_SECONDS at least.
 
         Raises:
-          Unreadable: it was readable once, and is no longer.
+          Unreadable: the meter can no longer be read.
         """
         ...
 
 
 class NvmlMeter:
-    """NVIDIA GPUs through NVML: their own energy counters (Volta and newer), or the mean power between readings times the time.
+    """NVIDIA GPUs through NVML: their own energy counters (Volta and newer), or mean power between readings x time.
 
     Args:
       nvml: the module `pynvml`, from the package nvidia-ml-py.
-      ordinals: the GPUs of this process, as CUDA numbers them.
-      environment: where CUDA_VISIBLE_DEVICES stands: NVML numbers all GPUs of the machine.
+      ordinals: CUDA's numbers of this process's GPUs.
+      environment: holds CUDA_VISIBLE_DEVICES: NVML numbers all GPUs of the machine.
       now: a monotonic clock, in seconds.
 
     Raises:
@@ -85,7 +85,6 @@ class NvmlMeter:
         self.description = f"NVML, {how} of {self.devices} GPU{'s' if self.devices > 1 else ''}"
 
     def joules(self) -> float:
-        """Return the joules of all GPUs since the meter was opened."""
         try:
             value, now = self._read(), self._now()
         except self._nvml.NVMLError as error:
@@ -97,7 +96,7 @@ class NvmlMeter:
         return self._sum
 
     def _read(self) -> float:
-        """Return the joules, or watts without counters; NVML speaks in thousandths."""
+        """Return the sum over all GPUs, in joules, or in watts where there are no counters; NVML counts in thousandths."""
         read = self._nvml.nvmlDeviceGetTotalEnergyConsumption if self._counts else self._nvml.nvmlDeviceGetPowerUsage
         return sum(read(handle) for handle in self._handles) / 1000
 
@@ -117,12 +116,12 @@ class NvmlMeter:
 
 
 class RaplMeter:
-    """CPU packages and their DRAM through RAPL (Intel, and AMD since Zen), as Linux shows it in files.
+    """CPU packages and their DRAM through RAPL (Intel, and AMD since Zen), read from Linux's powercap files.
 
-    A counter begins again after `max_energy_range_uj`; between two readings it may do so once.
+    A counter wraps at `max_energy_range_uj`; it may do so once between two readings.
 
     Args:
-      folder: where Linux keeps its powercap zones.
+      folder: Linux's powercap zones.
 
     Raises:
       Unreadable: there are none, or only root may read them (the rule since CVE-2020-8694).
@@ -144,7 +143,6 @@ class RaplMeter:
         self.description = f"RAPL, {packages} CPU package{'s' if packages > 1 else ''} with all that runs on this host"
 
     def joules(self) -> float:
-        """Return the joules of all packages since the meter was opened."""
         try:
             for zone, before in self._last.items():
                 now = _microjoules(zone)
@@ -160,7 +158,9 @@ def _microjoules(zone: Path) -> int:
 
 
 def _is_counted(zone: Path) -> bool:
-    """Packages, and the DRAM beside each; a core's or a GPU's share is in its package, and `psys` holds packages once more."""
+    """Return whether a zone is a package or its DRAM: a package includes its cores and GPU, and `psys` counts packages
+    twice.
+    """
     try:
         name = (zone / "name").read_text(encoding="utf-8").strip()
     except OSError:
@@ -169,15 +169,15 @@ def _is_counted(zone: Path) -> bool:
 
 
 def open_meter(wanted: str, platform: str, ordinals: Sequence[int]) -> tuple[Meter | None, str]:
-    """(the meter that fits, or None; in words which, or why none).
+    """(the fitting meter or None, a description of it or of why there is none).
 
     Args:
       wanted: `telemetry.energy`: auto, nvml, rapl or none.
-      platform: of jax's devices: gpu, cuda, cpu, tpu.
-      ordinals: this process's GPUs, as CUDA numbers them.
+      platform: platform of jax's devices: gpu, cuda, cpu, tpu.
+      ordinals: CUDA's numbers of this process's GPUs.
 
     Raises:
-      ExplainedError: nvml or rapl is asked for, and cannot be read.
+      ExplainedError: nvml or rapl was requested and cannot be read.
     """
     kinds = {"gpu": "nvml", "cuda": "nvml", "cpu": "rapl"}
     kind = kinds.get(platform, "none") if wanted == "auto" else wanted
@@ -201,15 +201,15 @@ def _pynvml() -> Any:
 
 
 class EnergyLog:
-    """What a meter says, as figures of a row.
+    """Turns a meter's readings into a row's figures.
 
     Args:
       meter: counts joules; None gives rows without figures.
       tokens_per_step: tokens of the global batch.
       last_step: the last step of the run.
-      device_count: jax's devices over all processes, all taken to draw what this process's do.
+      device_count: jax's devices over all processes, each assumed to draw as much as this process's.
       start_step: the step that the run resumed from.
-      kwh_before: what the run had taken before it was resumed.
+      kwh_before: energy of the run before it was resumed.
       now: a monotonic clock, in seconds.
     """
 
@@ -230,19 +230,19 @@ class EnergyLog:
         self.start()
 
     def start(self) -> None:
-        """Counts from here: call it after compilation, just before the first step."""
+        """Start counting: call it after compilation, just before the first step."""
         self._step = self._start_step
         self._polled = self._row_at = self._now()
         self._zero = self._row_joules = 0.0
         self._zero = self._row_joules = self._joules()
 
     def poll(self) -> None:
-        """Read the meter if that was not done for a while. Costs a microsecond otherwise."""
+        """Read the meter if the last reading is older than POLL_SECONDS. Costs a microsecond otherwise."""
         if self._meter is not None and self._now() - self._polled > POLL_SECONDS:
             self._joules()
 
     def row(self, step: int) -> Row:
-        """watts (mean since the last row), joules_per_token, energy_kwh and energy_kwh_at_end; nothing without a meter."""
+        """Return watts (mean since the last row), joules_per_token, energy_kwh and energy_kwh_at_end; empty without a meter."""
         joules, now = self._joules(), self._now()
         if self._meter is None:
             return {}
@@ -258,7 +258,9 @@ class EnergyLog:
         }
 
     def _joules(self) -> float:
-        """Of all devices, since the meter was opened. A meter that fails is given up: training matters more."""
+        """Return the joules of all devices since the meter was opened. A meter that fails is dropped, so that training goes
+        on.
+        """
         if self._meter is None:
             return 0.0
         self._polled = self._now()

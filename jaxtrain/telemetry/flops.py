@@ -48,12 +48,12 @@ from typing import Literal
 from jaxtrain.config import ModelConfig
 
 Convention = Literal["full", "causal"]
-"""How attention's FLOPs are counted: over the whole square, or over half of it."""
+"""Whether attention's FLOPs count the whole square or half of it."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters, without the rows that only pad the vocabulary."""
+    """Numbers of parameters, without the rows that pad the vocabulary."""
 
     embedding: int
     """The embedding table, V D."""
@@ -64,18 +64,17 @@ class ParameterCount:
     final_norm: int
     """The scale of the last RMSNorm, D."""
     matmul: int
-    """Parameters that a token is multiplied by: the layers' projections and the (tied or untied) output projection."""
+    """Parameters in a token's matmuls: the layers' projections and the (tied or untied) output projection."""
     idle: int
-    """Parameters of the experts that a token does not go through; 0 for a dense model."""
+    """Parameters of the experts that a token does not use; 0 for a dense model."""
 
     @property
     def total(self) -> int:
-        """All parameters."""
         return self.embedding + self.output + self.layers + self.final_norm
 
     @property
     def active(self) -> int:
-        """The parameters that a token meets: all but those of the experts that it does not go through."""
+        """All parameters but those of the experts that a token does not use."""
         return self.total - self.idle
 
     @property
@@ -96,7 +95,7 @@ def _attention_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def num_parameters(model: ModelConfig) -> ParameterCount:
-    """Return the parameters of the decoder (formulas above)."""
+    """Count the parameters of the decoder (formulas above)."""
     width, moe, dense_layers = model.embed_dim, model.moe, model.num_layers
     attention, attention_norms = _attention_parameters(model)
     projections = idle = biases = 0
@@ -118,27 +117,25 @@ def num_parameters(model: ModelConfig) -> ParameterCount:
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
-    """Return the FLOPs of QK^T and PV a token, forward and backward, all layers (formula above)."""
+    """Return the FLOPs of QK^T and PV per token, forward and backward, all layers (formula above)."""
     latent, length = model.latent_attention, sequence_length
     widths = model.head_dim + latent.rope_dim + latent.value_dim if latent else 2 * model.head_dim
     window = min(model.sliding_window or length, length)
-    pairs = 2 * window * length - window**2  # of a query and a key it sees, twice as many: the "full" square without a window
+    pairs = 2 * window * length - window**2  # twice the (query, visible key) pairs: the full square without a window
     per_sequence = model.num_layers * 6 * pairs * model.num_heads * widths
     return per_sequence // ({"full": 1, "causal": 2}[convention] * length)
 
 
 def model_flops_per_token(model: ModelConfig, sequence_length: int, convention: Convention) -> int:
-    """Return the model FLOPs of a training step a token: 6 P_matmul + attention (formulas above)."""
+    """Return the model FLOPs of a training step per token: 6 P_matmul + attention (formulas above)."""
     return 6 * num_parameters(model).matmul + attention_flops_per_token(model, sequence_length, convention)
 
 
 def model_flops_per_step(model: ModelConfig, sequence_length: int, global_batch_size: int, convention: Convention) -> int:
-    """Return the model FLOPs of a whole training step over all devices: tokens in the global batch times FLOPs a token."""
+    """Return the model FLOPs of a training step over all devices: tokens in the global batch x FLOPs per token."""
     return global_batch_size * sequence_length * model_flops_per_token(model, sequence_length, convention)
 
 
 def mfu(flops_per_second_per_device: float, peak_flops: float | None) -> float | None:
-    """Return the model FLOPs utilisation: the share of the chip's peak FLOP/s that went into model FLOPs. None if the peak is
-    unknown.
-    """
+    """model FLOP/s per device / the chip's peak FLOP/s; None if the peak is unknown."""
     return None if peak_flops is None else flops_per_second_per_device / peak_flops

@@ -1,7 +1,7 @@
-"""Record what a process does right now, for `launch.watchdog`, a thread of the process that reads it once a second.
+"""Record what a process is doing, for `launch.watchdog`, a thread of the process that reads it once a second.
 
-JAX's own heartbeats come from a thread of their own, so a process that is stuck in Python seems alive to its peers for ever
-(measured: over 119 s, then killed). A supervisor that names a file in JAXTRAIN_HEARTBEAT finds the record there, one line, with
+JAX's own heartbeats come from a separate thread, so a process that is stuck in Python seems alive to its peers for ever
+(measured: over 119 s, then killed). A supervisor names a file in JAXTRAIN_HEARTBEAT and finds the record there, one line, with
 the number of times that the watchdog has read it, and so sees whether the process still answers. On SIGUSR2 a process writes
 the stacks of all its threads beside that file.
 """
@@ -20,29 +20,29 @@ from typing import IO
 
 VARIABLE = "JAXTRAIN_HEARTBEAT"
 STACKS_VARIABLE = "JAXTRAIN_STACKS"
-"""Names the file for stacks; without it that beside the heartbeat (`stacks_beside`)."""
+"""Names the file for stacks; the default lies beside the heartbeat (`stacks_beside`)."""
 _WIDTH = 96
 
 
 @dataclass(frozen=True)
 class Doing:
-    """What a process was doing when it last said so."""
+    """A process's last record of its progress."""
 
     dispatched: int = 0
-    """The newest step that was begun."""
+    """Newest dispatched step."""
     done: int = 0
-    """The newest step whose metrics are there."""
+    """Newest step whose metrics have been read."""
     phase: str = "starting"
-    """What keeps the steps waiting ("compiling", "saving"); empty while it trains."""
+    """The work that steps wait for ("compiling", "saving"); empty while training."""
     ticks: int = 0
-    """How often the watchdog has looked."""
+    """Number of the watchdog's checks."""
 
 
 class Heartbeat:
-    """Records what this process does.
+    """Records what this process is doing.
 
     Args:
-      path: of a file for a supervisor, or None.
+      path: file for a supervisor, or None.
     """
 
     def __init__(self, path: Path | None = None):
@@ -62,17 +62,17 @@ class Heartbeat:
         return cls(Path(path) if path else None)
 
     def step(self, dispatched: int | None = None, done: int | None = None) -> None:
-        """Record that a step was begun, or is done; either way no phase keeps the steps waiting any more."""
+        """Record that a step was dispatched, or is done; either ends the phase."""
         now = self.doing
         dispatched, done = now.dispatched if dispatched is None else dispatched, now.done if done is None else done
         self._write(replace(now, dispatched=dispatched, done=done, phase=""))
 
     def phase(self, words: str) -> None:
-        """Record that something keeps the steps waiting; empty when it is over."""
+        """Record the work that steps wait for; empty when it is over."""
         self._write(replace(self.doing, phase=words))
 
     def tick(self) -> None:
-        """Record that the watchdog looked; from its thread."""
+        """Record one check of the watchdog; called from its thread."""
         self._ticks += 1
         self._write(None)
 
@@ -85,7 +85,7 @@ class Heartbeat:
 
 
 def read_heartbeat(path: Path) -> Doing:
-    """Return what the process of that file last said; a fresh `Doing` where it has not begun to."""
+    """Return the last record in that file; a fresh `Doing` before the first."""
     try:
         dispatched, done, ticks, phase = path.read_text(encoding="utf-8", errors="replace").split(" ", 3)
         return Doing(int(dispatched), int(done), phase.strip(), int(ticks))
@@ -94,7 +94,7 @@ def read_heartbeat(path: Path) -> Doing:
 
 
 def open_stacks(heartbeat: Path) -> IO[str]:
-    """Return the file for this process's stacks; standard error where it cannot be made, as on a full disk."""
+    """Open the file for this process's stacks; standard error if it cannot be made, as on a full disk."""
     try:
         path = os.environ.get(STACKS_VARIABLE) or stacks_beside(heartbeat)
         return open(path, "w", encoding="utf-8")  # noqa: SIM115, for the life of the process
@@ -103,13 +103,14 @@ def open_stacks(heartbeat: Path) -> IO[str]:
 
 
 def stacks_beside(path: Path) -> Path:
-    """Return where a process with that heartbeat writes its stacks."""
+    """Return the file into which a process with that heartbeat writes its stacks."""
     return path.with_suffix(".stacks")
 
 
 def innermost(stacks: Path) -> str:
-    """Return where the main thread of a process is, by the stacks that it wrote: "train/loop.py:75 in _read", the innermost
-    call of this package, or of whatever runs where there is none. Empty where nothing was written (a frozen process cannot).
+    """Return the main thread's innermost call of this package in a stacks file: "train/loop.py:75 in _read".
+
+    Without one, return the innermost call of any code; empty if nothing was written (a frozen process cannot).
     """
     try:
         threads = stacks.read_text(encoding="utf-8", errors="replace").split("\n\n")

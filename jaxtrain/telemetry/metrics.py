@@ -1,9 +1,9 @@
-"""What a run writes down: metrics.jsonl and TensorBoard always, Weights & Biases where asked for.
+"""Log a run's metrics: metrics.jsonl and TensorBoard always, Weights & Biases if configured.
 
-metrics.jsonl has one JSON object a line. Every row has `time` (seconds since 1970, UTC) and `step`. A training row has `loss`
+metrics.jsonl has one JSON object per line. Every row has `time` (seconds since 1970, UTC) and `step`. A training row has `loss`
 (of that step alone), `loss_mean`, `grad_norm`, `learning_rate` and the timings of clock.py; a validation row has
-`validation_loss, validation_bits_per_byte`. JSON has no NaN or infinity: such a value is null, and the row's `not_finite` says
-which it was ({"loss": "nan"}).
+`validation_loss, validation_bits_per_byte`. JSON has no NaN or infinity: such a value is null, and the row's `not_finite` names
+it ({"loss": "nan"}).
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Writer(Protocol):
     """Takes rows of plain Python values."""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Records a row; `row["step"]` is its step."""
+        """Write a row; `row["step"]` is its step."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Flush and close."""
 
 
 class MetricsLog:
-    """Everything a run logs, through one `write`. Process 0 writes; on the others every call does nothing.
+    """Writes a run's rows to all its logs. Process 0 writes; on the others every call does nothing.
 
     Args:
       run_dir: the run's folder.
-      start_step: the step that the run goes on from; 0 for a new run. What an earlier process logged beyond it is dropped,
-        since those steps will be logged again.
+      start_step: the step that the run resumes from; 0 for a new run. An earlier process's later rows are dropped, since
+        those steps will be logged again.
       process_index: `jax.process_index()`.
       wandb_project: Weights & Biases project; empty for none.
       name: name of the run, for Weights & Biases.
       config: the resolved config as plain data, for TensorBoard's hyperparameters and Weights & Biases.
-      say: takes a line where a file cannot be written, and where it can again: a run goes on without its logs.
+      say: called with a line when a file cannot be written, and when it can again: a run goes on without its logs.
 
     Raises:
       ExplainedError: wandb or its key is missing, or wandb does not start.
@@ -63,13 +63,13 @@ class MetricsLog:
         if process_index != 0:
             return
         run_dir = Path(run_dir)
-        # Weights & Biases first: if it cannot start, nothing of an earlier run has been dropped yet.
+        # Weights & Biases first: if it cannot start, no row of an earlier run has been dropped yet.
         weights_and_biases = [WandbWriter(run_dir, wandb_project, name, config, say)] if wandb_project else []
         tensorboard = TensorBoardWriter(run_dir, start_step, config, say)
         self._writers = [JsonLinesWriter(run_dir, start_step, say), tensorboard, *weights_and_biases]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Log one row with a `step`, and the `time` of the clock. Values: numbers (also numpy's and jax's), strings, None."""
+        """Log one row with a `step`; adds the `time`. Values: numbers (also numpy's and jax's), strings, None."""
         if not self._writers:
             return
         plain = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in row.items()}}
@@ -77,7 +77,7 @@ class MetricsLog:
             writer.write(plain)
 
     def close(self) -> None:
-        """Flushes and closes all writers. Safe to call twice."""
+        """Flush and close all writers. Safe to call twice."""
         writers, self._writers = self._writers, []
         for writer in writers:
             writer.close()
@@ -90,12 +90,12 @@ class MetricsLog:
 
 
 def _plain(value: Any) -> Any:
-    """numpy and jax scalars as Python numbers."""
+    """Return numpy and jax scalars as Python numbers."""
     return value.item() if hasattr(value, "item") else value
 
 
 def to_json_line(row: Mapping[str, Any]) -> str:
-    """Return the row as one line of valid JSON: numbers that are not finite become null and are named in `not_finite`."""
+    """Return the row as one line of valid JSON: non-finite numbers become null and are named in `not_finite`."""
     not_finite = {key: str(value) for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     if not_finite:
         row = {**row, **dict.fromkeys(not_finite), "not_finite": not_finite}
@@ -103,9 +103,7 @@ def to_json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a metrics.jsonl. A line that a killed process left unfinished is passed over; no file gives no
-    rows.
-    """
+    """Return all rows of a metrics.jsonl, without a line that a killed process left unfinished; [] without a file."""
     if not Path(path).exists():
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -121,7 +119,9 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
 
 
 def size_up_to(path: Path, step: int) -> int:
-    """Return the bytes of a metrics.jsonl up to its first row beyond `step`, or to an unfinished line; 0 if `step` is 0."""
+    """Return the bytes of a metrics.jsonl before its first row beyond `step`, or before an unfinished line; 0 if `step` is
+    0.
+    """
     size = 0
     with open(path, "rb") as file:
         for line in file if step > 0 else ():
@@ -133,9 +133,9 @@ def size_up_to(path: Path, step: int) -> int:
 
 
 class JsonLinesWriter:
-    """Writes run_dir/metrics.jsonl: each row goes out in one append, so a reader never sees half a line of a live run.
+    """Writes run_dir/metrics.jsonl, each row in one append, so that a reader never sees half a line of a live run.
 
-    The rows of an earlier process beyond `start_step` are cut off: those steps will be logged again.
+    An earlier process's rows beyond `start_step` are cut off: those steps will be logged again.
     """
 
     def __init__(self, run_dir: Path, start_step: int, say: Say):
@@ -150,7 +150,7 @@ class JsonLinesWriter:
 
 
 class WandbWriter:
-    """Weights & Biases. The run's id is kept in run_dir, so that a resumed run goes on under it."""
+    """Writes to Weights & Biases. The run's id is kept in run_dir, so that a resumed run continues it."""
 
     def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any] | None, say: Say):
         check_wandb(project)
@@ -167,12 +167,12 @@ class WandbWriter:
             self._run = wandb.init(
                 project=project, name=name, dir=str(run_dir), id=identity, resume="allow", config=dict(config or {})
             )
-        except OSError as error:  # a disk that takes no file of wandb's must not end a run that was restarted on it
+        except OSError as error:  # a full disk must not end a run that was restarted on it
             say(f"warning    Weights & Biases did not start: {error}; the run goes on without it")
             return
         except Exception as error:  # wandb's own errors come in many classes, none of them stable
             raise ExplainedError(f"Weights & Biases did not start: {error}; or leave telemetry.wandb_project empty") from error
-        # Its own step counter may not go back, but a resumed run does: so `step` is a value, and the x axis of all others.
+        # wandb's step counter may not go back, but a resumed run does: so `step` is a value, and the x axis of all others.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ class WandbWriter:
         self._attempt("finish")
 
     def _attempt(self, call: str, *arguments: Any) -> None:
-        """Call a method of the run; what wandb raises is told once, whatever its class."""
+        """Call a method of the wandb run; an exception of any class is reported once."""
 
         def work() -> None:
             try:
@@ -199,7 +199,7 @@ class WandbWriter:
 
 
 def check_wandb(project: str) -> None:
-    """See that Weights & Biases can be started, before anything that takes long; nothing is asked for an empty project.
+    """Check, before anything slow, that Weights & Biases can start; an empty project needs no check.
 
     Raises:
       ExplainedError: the package or its key is missing.
@@ -220,7 +220,7 @@ def check_wandb(project: str) -> None:
 
 
 def _has_wandb_key() -> bool:
-    """Return whether wandb.init will find a key, or need none; without one it would stop and ask on the terminal."""
+    """Return whether wandb.init finds a key or needs none; without one it would prompt on the terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     import netrc

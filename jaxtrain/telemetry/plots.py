@@ -1,4 +1,4 @@
-"""Pictures: of a run (loss.png, drawn from metrics.jsonl), and of several runs in one (`jaxtrain plot`)."""
+"""Draw a run's losses (loss.png, from metrics.jsonl), or those of several runs in one picture (`jaxtrain plot`)."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ STYLE: dict[Any, Any] = {
 def plot_losses(
     metrics_jsonl: Path, png_path: Path, title: str = "", baselines: Mapping[str, float] | None = None, dots_per_inch: int = 150
 ) -> bool:
-    """Draws training loss (nats a token), learning rate, and validation (bits a byte) over steps into a PNG.
+    """Draw training loss (nats per token), learning rate, and validation (bits per byte) over steps into a PNG.
 
     Args:
       metrics_jsonl: the run's metrics.
-      png_path: the picture; replaced in one move.
-      title: stands above it.
-      baselines: horizontal lines on the validation panel, in bits a byte, e.g. {"gzip -9": 2.02}.
+      png_path: the picture; replaced atomically.
+      title: drawn above it.
+      baselines: horizontal lines on the validation panel, in bits per byte, e.g. {"gzip -9": 2.02}.
       dots_per_inch: the picture is 11 x 4.6 inches, or 6.8 x 4.6 without validation.
 
-    Returns False, and draws nothing, while there is no training loss to show.
+    Returns False, and draws nothing, if there is no training loss yet.
     """
     rows = read_rows(metrics_jsonl)
     steps, losses = column(rows, "loss")
@@ -68,10 +68,10 @@ def plot_losses(
 
 
 def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", dots_per_inch: int = 150) -> None:
-    """Draws the smoothed training losses and the held-out losses (nats a token) of several runs over steps into a PNG.
+    """Draw several runs' smoothed training losses and held-out losses (nats per token) over steps into a PNG.
 
     Args:
-      runs: each run's metrics.jsonl, under the name that the legend gives it.
+      runs: {name in the legend: its metrics.jsonl}.
     """
 
     def draw(figure: Figure) -> None:
@@ -92,13 +92,13 @@ def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", d
 
 
 def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: str, dots_per_inch: int) -> None:
-    """A picture `width` x 4.6 inches; the file is replaced in one move."""
+    """Draw a picture of `width` x 4.6 inches and replace the file atomically."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # A Figure of our own, not pyplot's: no window system is looked for, and no global state is touched.
+    # A Figure of our own, not pyplot's, which would look for a window system and change global state.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
         FigureCanvasAgg(figure)
@@ -106,33 +106,35 @@ def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: s
         if title:
             figure.suptitle(literal(title), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
         with replacing(png_path) as beside, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in other letters has boxes, no warning
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from font"
+            )  # letters without a glyph become boxes, without a warning
             figure.savefig(beside, dpi=dots_per_inch, format="png")
 
 
 def literal(text: str) -> str:
-    """Return user text as matplotlib draws it, to be passed to matplotlib: a dollar begins no formula there."""
+    """Return text that matplotlib draws as it is: a dollar sign does not start a formula."""
     return printable(text).replace("$", r"\$")
 
 
 def column(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of all rows that have a number under `key`; null (not finite) is left out."""
+    """(steps, values) of all rows with a number under `key`; null (not finite) is left out."""
     pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Return the line fitted around each value under Gaussian weights of standard deviation `width` (in values), at that value.
+    """Return at each value the line fitted around it with Gaussian weights of standard deviation `width` (in values).
 
     With w the weights and d the distances: (sum w d^2 sum w y - sum w d sum w d y) / (sum w sum w d^2 - (sum w d)^2). In the
-    middle that is the weighted mean; at both ends, where a mean bends towards the side that has values, it goes straight on.
+    middle that is the weighted mean; at both ends, where a mean bends towards the side that has values, it continues straight.
     """
     distance = np.arange(-int(3 * width), int(3 * width) + 1)
     weight = np.exp(-0.5 * (distance / width) ** 2)
     middle = slice(len(distance) // 2, len(distance) // 2 + len(values))
     ones = np.ones(len(values))
-    # np.convolve turns the kernel round, and with it the sign of odd distances.
+    # np.convolve reverses the kernel, and with it the sign of odd distances.
     w, wd, wdd = (np.convolve(ones, weight * (-distance) ** power)[middle] for power in range(3))
     wy, wdy = (np.convolve(values, weight * (-distance) ** power)[middle] for power in range(2))
     below = w * wdd - wd**2
@@ -180,7 +182,7 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
             label="held-out text",
             zorder=4,
         )
-    # From the first loss down, all is shown; of what is above it, one value in a hundred may be a spike that is cut off.
+    # Everything below the first loss is shown; above it, the highest 1% of values may be cut off as spikes.
     visible = np.concatenate([losses[:1], [np.quantile(losses, 0.99)], held_out])
     low, high = min(losses.min(), visible.min()), visible.max()
     margin = 0.06 * (high - low) or 0.1
@@ -191,7 +193,7 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
 def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     steps, bits = column(rows, "validation_bits_per_byte")
     axes.plot(steps, bits, "-o", color=VALIDATION, linewidth=2.0, markersize=5.5, markeredgecolor="white", zorder=3)
-    beside = (0, -17) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # off the line that leads to the point
+    beside = (0, -17) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # away from the line to the point
     axes.annotate(
         f"{bits[-1]:.3f}",
         (steps[-1], bits[-1]),

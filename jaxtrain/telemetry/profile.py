@@ -1,4 +1,4 @@
-"""A profiler window: traces the steps FIRST to LAST into run_dir/profile, for XProf and Perfetto.
+"""Trace the steps FIRST to LAST into run_dir/profile, for XProf and Perfetto.
 
 Only files are written. Nothing listens on a port: no profiler server, and no Perfetto link (which would serve one).
 """
@@ -21,7 +21,7 @@ def parse_window(profile: str) -> tuple[int, int] | None:
     """(FIRST, LAST) from "FIRST:LAST", both inclusive; None from the empty string.
 
     Raises:
-      ConfigError: it is something else, or LAST is before FIRST.
+      ConfigError: it has another form, or LAST is before FIRST.
     """
     if not profile:
         return None
@@ -37,22 +37,22 @@ def parse_window(profile: str) -> tuple[int, int] | None:
 class ProfileWindow:
     """Traces the steps of telemetry.profile on process 0; does nothing on the others or without a window.
 
-    A run resumed inside the window traces what is left of it; `close` ends a trace that the run ended in.
+    A run resumed inside the window traces the rest of it; `close` ends a trace that is still open at the end of the run.
     """
 
     def __init__(self, profile: str, run_dir: Path, process_index: int = 0, say: Say = log_warning):
         self._say = say
         self._window = parse_window(profile) if process_index == 0 else None
         self.directory = Path(run_dir) / "profile"
-        """Where the trace is written, each time in a folder of its own below plugins/profile."""
+        """Folder of the traces, each in a folder of its own below plugins/profile."""
         self.tracing = False
-        """Whether a trace is being taken now."""
+        """Whether a trace is open."""
 
     def on_step(self, step: int, in_flight: Any = None) -> bool:
-        """Call just before step number `step` is dispatched. True if this call has written a trace.
+        """Start or stop the trace; call it just before `step` is dispatched. Return whether this call has written a trace.
 
-        `in_flight` is what the previous steps are still computing (the state, or their metrics): it is waited for where the
-        window opens and closes, and only there, so that the trace holds whole steps.
+        `in_flight` is what the previous steps are still computing (the state, or their metrics). It is waited for only where
+        the window opens and closes, so that the trace holds whole steps.
         """
         if self._window is None:
             return False
@@ -65,7 +65,7 @@ class ProfileWindow:
         return False
 
     def close(self, in_flight: Any = None) -> bool:
-        """End the trace, if one is being taken; return whether one was written. Safe to call twice, and after an exception."""
+        """End an open trace; return whether one was written. Safe to call twice, and after an exception."""
         if not self.tracing:
             return False
         self.tracing = False
@@ -78,15 +78,15 @@ class ProfileWindow:
 
     def _start(self) -> None:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every Python call as an event: slows the steps and drowns the trace
+        options.python_tracer_level = 0  # tracing every Python call slows the steps and hides the other events
         start = functools.partial(jax.profiler.start_trace, create_perfetto_trace=True, profiler_options=options)
         self.tracing = self._attempt(lambda: start(str(self.directory)))
 
     def _attempt(self, work: Callable[[], None]) -> bool:
-        """Start or stop the trace; return whether that worked. Where it did not, say so, and try no other."""
+        """Start or stop the trace; return whether that worked. After a failure, report it and trace no more."""
         try:
             work()
-        except (OSError, RuntimeError) as error:  # of Python, or of XLA's writer
+        except (OSError, RuntimeError) as error:  # OSError from Python, RuntimeError from XLA's writer
             self._window = None
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._say(f"warning    no profile in {self.directory}: {why}; the run goes on")

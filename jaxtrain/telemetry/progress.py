@@ -1,9 +1,9 @@
-"""How a run looks while it runs: a live bar on a terminal, a greppable line a logged row anywhere else.
+"""Show a run while it runs: a live bar on a terminal, one greppable line per logged row elsewhere.
 
     step 100/1000 | loss 2.345 | 12,345 tokens/s | data wait 0.3% | grad norm 0.81 | lr 3.00e-04 | ETA 1m 04s
 
-All forms have the same four calls (`Progress`). `advance` only stores a number, so it may be called on every step: the live
-bar draws itself four times a second from a thread of its own, whatever the loop does.
+All forms have the interface of `Progress`. `advance` only stores a number, so it may be called on every step: the live
+bar redraws itself four times a second from its own thread.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ UNKNOWN = "?"
 
 
 class Progress:
-    """Shows nothing: what processes other than 0 get, and the form that the others fill in.
+    """Shows nothing: the base class, and the form of processes other than 0.
 
-    The run outlives its listener: where the terminal, or the program at the other end of the pipe, has gone, nothing is shown
-    and nothing fails.
+    When the terminal, or the program at the other end of the pipe, is gone, nothing is shown and nothing fails.
     """
 
     status = ""
-    """What is being done while no step is; see `during`."""
+    """The work that steps wait for; see `during`."""
     heartbeat: Heartbeat | None = None
-    """Who is told of it outside this process."""
+    """Gets the status too, for the watchdog and the supervisor."""
     log: RunLog | None = None
-    """The file that keeps what is said, with logged rows."""
+    """The file that keeps messages and logged rows."""
     total_steps = 0
     """The last step of the run."""
 
     @contextmanager
     def during(self, words: str) -> Iterator[None]:
-        """Around whatever keeps the steps waiting ("compiling"): the live form says so in place of the ETA."""
+        """Show `words` ("compiling") in place of the ETA while the block runs, which steps wait for."""
         before = self.status
         self.now(words)
         try:
@@ -55,20 +54,20 @@ class Progress:
             self.now(before)
 
     def now(self, words: str) -> None:
-        """Say what keeps the steps waiting from now on; empty while nothing does."""
+        """Set the work that steps wait for from now on; empty for none."""
         self.status = words
         if self.heartbeat is not None:
             self.heartbeat.phase(words)
 
     def advance(self, step: int) -> None:
-        """Step number `step` is done."""
+        """Record that step number `step` is done."""
 
     def update(self, row: Mapping[str, Any]) -> None:
-        """Keep and show a row that was logged (training or validation, with the names of metrics.jsonl)."""
+        """Log and show a training or validation row, with the names of metrics.jsonl."""
         self.say(describe(row, self.total_steps))
 
     def say(self, text: str) -> None:
-        """Keep a message in the log, and print it, above the bar where there is one."""
+        """Log a message, and print it (above the bar, if there is one)."""
         if self.log is not None:
             self.log.write(text)
         self._show(text)
@@ -77,7 +76,7 @@ class Progress:
         """Print a message."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was. Safe to call twice."""
+        """Restore the terminal. Safe to call twice."""
 
     def __enter__(self) -> Progress:
         return self
@@ -87,8 +86,7 @@ class Progress:
 
 
 def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0, stream: IO[str] | None = None) -> Progress:
-    """Return the form that fits: live if `stream` (standard output) is a UTF-8 terminal that can move its cursor, else plain
-    lines.
+    """Return the live form if `stream` (standard output) is a UTF-8 terminal that can move its cursor, else plain lines.
 
     Processes other than 0 show nothing.
     """
@@ -96,7 +94,9 @@ def open_progress(total_steps: int, start_step: int = 0, process_index: int = 0,
         return Progress()
     target: IO[str] = stream or sys.stdout
     console = Console(file=target, highlight=False)
-    if target.isatty() and not console.is_dumb_terminal and console.encoding.startswith("utf"):  # whose bars are no ASCII
+    if (
+        target.isatty() and not console.is_dumb_terminal and console.encoding.startswith("utf")
+    ):  # the bar's characters are not ASCII
         return LiveProgress(total_steps, start_step, console)
     return PlainProgress(total_steps, target)
 
@@ -123,12 +123,12 @@ class LiveProgress(Progress):
         self.total_steps, self._step, self._console = total_steps, start_step, console
         self._training: Mapping[str, Any] = {}
         self._validation: Mapping[str, Any] = {}
-        # Live also sends print() and stderr above the bar, and its thread is what draws.
+        # Live also prints stdout and stderr above the bar, which its thread draws.
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=REFRESHES_PER_SECOND, vertical_overflow="crop"
         )
         self._live.start()
-        atexit.register(self.close)  # a hidden cursor must not survive us, even if the loop never gets to close
+        atexit.register(self.close)  # restore the cursor even if the loop never calls close
 
     def advance(self, step: int) -> None:
         self._step = step
@@ -143,10 +143,10 @@ class LiveProgress(Progress):
                 self.log.write(describe(row, self.total_steps))
 
     def _show(self, text: str) -> None:
-        # As Text, since square brackets in a path or a message are not markup.
+        # As Text, because square brackets in a path or a message are not markup.
         try:
             self._console.print(Text(printable(text)), soft_wrap=True)
-        except (OSError, SystemExit):  # rich makes a SystemExit of a broken pipe
+        except (OSError, SystemExit):  # rich turns a broken pipe into SystemExit
             discard(self._console.file)
 
     def close(self) -> None:
@@ -175,7 +175,6 @@ class LiveProgress(Progress):
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:
-    """Return whether this is a validation row."""
     return "validation_loss" in row
 
 
@@ -185,7 +184,7 @@ def describe(row: Mapping[str, Any], total_steps: int) -> str:
 
 
 def figures_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the row's figures in words, most important first; what is missing or unknown (None) is left out."""
+    """Return the row's figures as texts, most important first, without missing or unknown (None) ones."""
     parts: list[str] = []
 
     def add(key: str, words: str, scale: float = 1.0) -> None:
@@ -216,9 +215,7 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def fill(parts: list[str], width: int) -> list[str]:
-    """Return the parts joined by " · " into as few lines of at most `width` columns as hold them in order, none of them
-    broken.
-    """
+    """Join the parts with " · " in order into as few lines of at most `width` columns as possible, breaking none."""
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]} · {part}" if lines else part

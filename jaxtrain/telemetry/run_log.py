@@ -1,4 +1,4 @@
-"""run_dir/log.txt: what process 0 of a run says, with the time, appended over restarts; and which program said it."""
+"""run_dir/log.txt: the messages of process 0 with their time, appended over restarts, and the program that wrote them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from jaxtrain.errors import Stopped
 from jaxtrain.files import AppendedFile, Say
 
 PATIENCE_SECONDS = 5.0
-"""Git may take so long on a network file system; then its answer is done without."""
+"""Time limit of a git call, which can hang on a network file system."""
 
 
 def stamped(text: str) -> str:
-    """Return a line with the local time before it: "2026-11-28 16:52:56 done"."""
+    """Return a line with the local time in front: "2026-11-28 16:52:56 done"."""
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
 
 
 class RunLog(logging.Handler):
-    """Appends lines to run_dir/log.txt, and while it is entered as a context manager, warnings of the package's loggers.
+    """Appends lines to run_dir/log.txt and, while entered as a context manager, warnings of the package's loggers.
 
-    Lines written before it is entered wait: the folder may turn out to be another run's.
+    Lines written before it is entered are held back: the folder may turn out to be another run's.
 
     Args:
       run_dir: the run's folder.
-      say: takes a line when the file cannot be written, and when it can again.
+      say: called with a line when the file cannot be written, and when it can again.
     """
 
     def __init__(self, run_dir: Path, say: Say):
@@ -50,7 +50,7 @@ class RunLog(logging.Handler):
             self._waiting.append(line)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a warning, and show it where Python would have shown it without this handler."""
+        """Append a warning, and show it as Python would without this handler."""
         self.write(f"{record.levelname.lower():<10} {record.getMessage()}")
         if not logging.root.handlers and logging.lastResort is not None:
             logging.lastResort.handle(record)
@@ -71,7 +71,7 @@ class RunLog(logging.Handler):
 
 
 def about_program() -> dict[str, str]:
-    """Return what identifies this start of the program: versions, git commit, host, command line, time with its zone."""
+    """Return the identity of this start of the program: versions, git commit, host, command line, time with its zone."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "jaxtrain": importlib.metadata.version("jaxtrain"),
@@ -83,14 +83,14 @@ def about_program() -> dict[str, str]:
 
 
 def describe_program(about: dict[str, str]) -> str:
-    """Return it in one line."""
+    """Return that identity in one line."""
     git = f" ({about['git']})" if about["git"] else ""
     software = f"jaxtrain {about['jaxtrain']}{git}, python {about['python']}"
     return f"{software}, on {about['host']} at {about['time']}: {about['command']}"
 
 
 def git_commit(checkout: Path) -> str:
-    """Return the commit of a checkout, "-dirty" after it where tracked files differ; "" where there is none, or no git."""
+    """Return a checkout's commit, with "-dirty" if tracked files differ; "" without a repository or git."""
     if not (checkout / ".git").exists():
         return ""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -102,5 +102,5 @@ def git_commit(checkout: Path) -> str:
 
 
 def without_passwords(command: str) -> str:
-    """Return the command with user and password left out of URLs, which is where a flag can hold a secret."""
+    """Remove user and password from URLs, where a flag may hold a secret."""
     return re.sub(r"://[^/@\s]+@", "://***@", command)

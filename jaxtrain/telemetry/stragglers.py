@@ -1,10 +1,10 @@
-"""Name the process that the others wait for.
+"""Name the straggler: the process that the others wait for.
 
-A collective lets all processes step at the same pace, so a step time does not tell who sets it. What differs is what each does
-with that time: a process that is late spends it at work of its own (reading data, Python, a busy host) and finds its step done
-when it asks for it, while the others wait. Each process puts its two figures into the key-value store whenever a row is logged;
-process 0 reads what is there, and nobody waits for anybody. A device that is slow keeps its own host waiting like all others:
-of that, `jaxtrain preflight` tells.
+A collective makes all processes step at the same pace, so step times do not show which one is slow. Their waiting times do: a
+late process spends its time on the host (reading data, Python, a busy CPU) and finds its step done when it asks for it, while
+the others wait. Each process posts its two figures to the key-value store whenever a row is logged; process 0 reads what is
+there, and no process waits for another. A slow device keeps its own host waiting like all others; `jaxtrain preflight` finds
+it.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from jaxtrain.processes import read_folder, tell
 
 FOLDER = "stragglers"
 SHARE = 0.1
-"""Share of a step that the others must wait for a process before it is named."""
+"""Smallest share of a step that the others wait for a process that is named."""
 LITTLE_WAIT = 0.2
-"""Share of a step beyond which a process waits itself, so that what it does is hidden behind the devices' work."""
+"""Share of a step beyond which a process waits itself: its host work is then hidden behind the devices' work."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one process, in seconds a step, means since its last row."""
+    """One process's seconds per step, means since its last row."""
 
     step: int
-    """The newest step among them."""
+    """Newest step counted."""
     host: str
     step_seconds: float
     waiting: float
-    """In the dispatch of steps and for their results: the devices' work, and other processes."""
+    """Waiting in dispatch and for results: for the devices and other processes."""
     data: float
-    """For the next batch."""
+    """Waiting for the next batch."""
 
     @property
     def own(self) -> float:
-        """At work of its own."""
+        """Working on the host: the rest of the step."""
         return max(self.step_seconds - self.waiting, 0.0)
 
 
 def crossing_axes(mesh: Mesh, process: int) -> list[str]:
-    """Return the axes along which devices of a process talk with those of others."""
+    """Return the axes along which a process's devices communicate with other processes' devices."""
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     held = owners == process
     return [
         axis
         for dim, axis in enumerate(mesh.axis_names)
-        if (held.any(axis=dim) & ~held.all(axis=dim)).any()  # some of a group are its own, and some are not
+        if (held.any(axis=dim) & ~held.all(axis=dim)).any()  # a group with devices of this process and of others
     ]
 
 
 def find_straggler(figures: Mapping[int, Figures]) -> tuple[int, float] | None:
-    """(process, seconds a step that the others wait for it), or None where nobody is waited for."""
+    """(process, seconds per step that the others wait for it), or None if there is no straggler."""
     if len(figures) < 2:
         return None
     slowest = max(figures, key=lambda process: figures[process].own)
@@ -71,7 +71,7 @@ def find_straggler(figures: Mapping[int, Figures]) -> tuple[int, float] | None:
 
 
 def describe(figures: Mapping[int, Figures], process: int, late: float, axes: list[str]) -> str:
-    """Whom the others wait for, how long, and what it does in that time."""
+    """Describe whom the others wait for, how long, and what it does in that time."""
     its = figures[process]
     data = statistics.median(other.data for i, other in figures.items() if i != process)
     what = (
@@ -85,12 +85,12 @@ def describe(figures: Mapping[int, Figures], process: int, late: float, axes: li
 
 
 class Stragglers:
-    """Posts what this process waits for, and in process 0 names the process that all others wait for.
+    """Posts this process's waiting times; in process 0, names the straggler.
 
     Args:
-      process: this one.
-      count: of all.
-      say: prints a line; called where somebody new is waited for.
+      process: this process's index.
+      count: number of processes.
+      say: prints a line; called when the straggler changes.
     """
 
     def __init__(self, process: int, count: int, mesh: Mesh, say: Callable[[str], None]):
@@ -98,10 +98,10 @@ class Stragglers:
         self._named: int | None = None
 
     def row(self, step: int, timings: Mapping[str, Any]) -> dict[str, float | int | str | None]:
-        """Return what a logged row says of the processes' paces; nothing where there is one only.
+        """Return the logged row's figures on the processes' paces; empty for a single process.
 
-        `own_seconds_median` and `own_seconds_max` are over the processes; `straggler_process` is the one the others wait for,
-        `straggler_seconds` how long, a step; both None where nobody is.
+        `own_seconds_median` and `own_seconds_max` are over the processes; `straggler_process` is the one that the others wait
+        for and `straggler_seconds` how long per step; both None without a straggler.
 
         Args:
           timings: `StepClock.window`'s row.

@@ -1,8 +1,8 @@
-"""TensorBoard event files, written record by record: run_dir/tensorboard.
+"""Write TensorBoard event files record by record: run_dir/tensorboard.
 
-A record is what TFRecord files hold: 8 bytes of length, its masked CRC-32C, a serialized `Event`, its masked CRC-32C. The
-records are made with tensorboardX, and written without it: its writer has a thread that ends with the first full disk, after
-which every further event waits for ever.
+A record is that of TFRecord files: 8 bytes of length, its masked CRC-32C, a serialized `Event`, its masked CRC-32C.
+tensorboardX makes the records but does not write them: its writer has a thread that dies on the first full disk, after which
+every further event blocks for ever.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jaxtrain.files import AppendedFile, Say
 TRAIN = ("loss", "loss_mean", "total_loss", "grad_norm", "learning_rate", "tokens", "targets", "skipped_steps")
 MOE = ("balance_", "router_", "expert_", "dropped_")
 METRICS = ("validation/loss", "validation/bits_per_byte", "train/loss_mean")
-"""What the table of hyperparameters shows beside them."""
+"""Metrics in the table of hyperparameters."""
 
 
 def tag_of(name: str) -> str:
-    """Return the TensorBoard tag of a row's number: its group, and the name within it."""
+    """Return the TensorBoard tag of a row's number: group/name."""
     if name.startswith("validation_"):
         return f"validation/{name.removeprefix('validation_')}"
     if name in TRAIN or name.endswith("_deviations"):
@@ -34,19 +34,19 @@ def tag_of(name: str) -> str:
 
 
 class TensorBoardWriter:
-    """Writes every finite number of a row as a scalar, under the tag that `tag_of` says.
+    """Writes every finite number of a row as a scalar, under the tag of `tag_of`.
 
     Args:
       run_dir: the run's folder.
-      start_step: the step that the run goes on from; TensorBoard forgets what an earlier process logged beyond it.
+      start_step: the step that the run resumes from; TensorBoard drops an earlier process's later events.
       config: the resolved config as plain data, shown as hyperparameters.
-      say: takes a line when the file cannot be written, and when it can again.
+      say: called with a line when the file cannot be written, and when it can again.
     """
 
     def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any] | None, say: Say):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-        # The clock's nanoseconds, since two processes may begin a file within the same second.
+        # In nanoseconds, because two processes may begin a file within the same second.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self._file = AppendedFile(run_dir / "tensorboard" / name, say)
         purge = start_step + 1 if start_step else 0
@@ -69,7 +69,7 @@ class TensorBoardWriter:
         self._write(Event(wall_time=row.get("time") or time.time(), step=row["step"], summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Write what could not be written so far."""
+        """Write what is still held back."""
         self._file.close()
 
     def _write(self, event: Any) -> None:
@@ -81,7 +81,7 @@ class TensorBoardWriter:
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the summaries that make TensorBoard's table of hyperparameters: every field of the config by its dotted name."""
+    """Return the summaries of TensorBoard's table of hyperparameters: every config field by its dotted name."""
     from tensorboardX.summary import hparams
 
     fields = dict(_fields(config, ""))
@@ -89,7 +89,7 @@ def _hyperparameters(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _fields(value: Any, name: str) -> list[tuple[str, Any]]:
-    """Return (dotted name, plain value) of everything below `value`; None is left out, and a list's items have numbers."""
+    """Return (dotted name, plain value) of everything below `value`; None is left out, and list items are numbered."""
     if isinstance(value, Mapping):
         return [field for key, inner in value.items() for field in _fields(inner, f"{name}.{key}" if name else str(key))]
     if isinstance(value, (list, tuple)):

@@ -84,7 +84,7 @@ def test_tokenizer_json_from_a_file_or_its_folder(tmp_path):
     changed["added_tokens"][0]["content"] = "<|done|>"
     changed["model"]["vocab"]["<|done|>"] = changed["model"]["vocab"].pop("<|endoftext|>")
     path.write_text(json.dumps(changed))
-    with pytest.raises(DataError, match="no token to put between documents"):
+    with pytest.raises(DataError, match="no token to separate documents"):
         load_tokenizer(str(path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|done|>"}}))
     assert load_tokenizer(str(path)).separator == 0
@@ -106,11 +106,11 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed():
         ("missing.json", None, "no such file"),
         ("broken.json", b"{", "not a tokenizer.json"),
         ("binary.json", b"\xff", "byte 0 is not UTF-8"),
-        ("wide.json", BPE.encode("utf-16"), "is no tokenizer but UTF-16 text; convert it"),
-        ("pickled.json", pickle.dumps({"vocab": {}}), "is no tokenizer but a Python pickle"),
+        ("wide.json", BPE.encode("utf-16"), "is not a tokenizer but UTF-16 text; convert it"),
+        ("pickled.json", pickle.dumps({"vocab": {}}), "a Python pickle"),
         ("pointer.json", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, .* git lfs pull"),
         ("list.json", b"[1]", "is a JSON list"),
-        ("settings.json", b'{"tokenizer_class": "X"}', "is a tokenizer_config.json, and no tokenizer.json"),
+        ("settings.json", b'{"tokenizer_class": "X"}', "a tokenizer_config.json"),
         ("config.json", b'{"model_type": "llama"}', "is the config.json of a model"),
         ("vocab.json", b'{"a": 0, "b": 1}', "is a vocab.json"),
         ("tekken.json", b'{"config": {}, "vocab": [{"rank": 0}]}', "is a tekken.json"),
@@ -122,7 +122,7 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed():
         ("broken.model", b"nonsense", "not a SentencePiece model"),
         ("empty.model", b"", "not a SentencePiece model"),
         ("tiktoken.model", b"IQ== 0\nIg== 1\n", "is a vocabulary of tiktoken; use the tokenizer.json"),
-        ("weights.model", b"PK\x03\x04", "is no tokenizer but a zip archive"),
+        ("weights.model", b"PK\x03\x04", "a zip archive"),
         ("words.txt", b"a", "unknown kind of file"),
     ],
 )

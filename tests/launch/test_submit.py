@@ -412,7 +412,7 @@ def test_ray_job_carries_the_environment_to_every_host(stage, capsys):
         (["mpi", *HOSTS, "--host_names", "a", "b;reboot", *RUN], "'b;reboot' is no name of a host"),
         (["mpi", *HOSTS, "--host_names", "a", "b", "--port=65530", *RUN], "--port=65530"),
         (["mpi", *HOSTS, "--env", "WANDB_API_KEY=1234", *RUN], "give the name alone"),
-        (["mpi", *HOSTS, "--env", "A B=1", *RUN], "no name of a variable"),
+        (["mpi", *HOSTS, "--env", "A B=1", *RUN], "A B"),
         (["kubernetes", *HOSTS, *IN_CLAIM], "--image"),
         (["kubernetes", *POD, *RUN], "use --run_dir=/runs/quickstart"),
         (["kubernetes", *POD, "--claim=A_B", *IN_CLAIM], "--claim='A_B'"),
