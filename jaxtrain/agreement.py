@@ -1,6 +1,6 @@
-"""What all processes of a run must have in common, compared with process 0 before the first step.
+"""Compare with process 0, before the first step, all that the processes of a run must have in common.
 
-Processes that differ would train on different data, or compute different programs and wait in XLA for one another. So each
+Processes that differ would train on different data, or compile different programs and wait in XLA for one another. So each
 compares what it found for itself: the config and the software before any device is touched, the data once it is open, and each
 lowered program before it is compiled. All processes raise the same error, which names a process and both values.
 """
@@ -28,19 +28,19 @@ from jaxtrain.parts import digests
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "orbax-checkpoint")
 CODE = "code of jaxtrain"
-"""Name of a fact."""
+"""Name of the fact that holds `code_digest`."""
 OF_ONE_PROCESS = ("distributed.process_id",)
 """Fields of the config that may differ."""
 VARIABLES = ("NVIDIA_TF32_OVERRIDE", "NCCL_ALGO", "NCCL_PROTO", "LIBTPU_INIT_ARGS")
-"""Variables that change numbers or what travels, beside jax's and XLA's flags."""
+"""Environment variables that change numbers or transfers, beside jax's and XLA's flags."""
 SHOWN = 8
-"""Differences that one message names."""
+"""Largest number of differences in one message."""
 _LOCAL_JAX_FLAG = re.compile(
     r"visible_devices|num_cpu_devices|mock|cache|_dir$|_to$|_path|_file|log|dump|traceback|color|profil|address|preemption"
 )
 _LOCAL_XLA_FLAG = re.compile(r"^--(xla_dump|xla_force_host_platform_device_count)|_(dir|file|path)(=|$)")
-_NAME = re.compile(r"%\w+(:\d+)?")  # of a value in a lowered program: numbered, so one value more renames all after it
-_LONGEST_PROGRAM = 2_000_000  # bytes, compressed, that go through the key-value store
+_NAME = re.compile(r"%\w+(:\d+)?")  # a value in a lowered program; values are numbered, so one more renames all after it
+_LONGEST_PROGRAM = 2_000_000  # compressed bytes sent through the key-value store
 
 
 def check_start(config: Config) -> None:
@@ -63,7 +63,7 @@ def config_facts(config: Config) -> dict[str, Any]:
 
 @functools.cache
 def code_digest() -> str:
-    """Return a hash of the source files of this package: two checkouts may both call themselves 0.1.0."""
+    """Return a hash of this package's source files: two checkouts may have the same version."""
     root = Path(jaxtrain.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -102,10 +102,10 @@ def xla_flags(environ: Mapping[str, str]) -> str:
 
 
 def compare(name: str, facts: Mapping[str, Any], way_out: str, seconds: float) -> None:
-    """Compare facts of this process with those of process 0. `name` serves once.
+    """Compare facts of this process with those of process 0. Each `name` can be used once.
 
     Raises:
-      PeersDiffer: some process differs, in all processes; names it, its first differences and both values.
+      PeersDiffer: in all processes, if one differs; names it, its first differences and both values.
       PeerMissing: a process did not come in time.
     """
     if not processes.are_several():
@@ -131,7 +131,7 @@ def differences(first: Mapping[str, Any], mine: Mapping[str, Any], process: int)
 
 
 def shortened(lines: list[str], most: int = SHOWN) -> list[str]:
-    """Return at most that many lines, and a last one that counts the rest."""
+    """Return at most `most` lines, and a last one that counts the rest."""
     return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
 
 
@@ -164,7 +164,7 @@ def compare_program(name: str, lowered: Any) -> None:
 
 
 def first_difference(first: str, mine: str) -> str:
-    """Return the number of the first line that differs beyond names of values, with both forms from where they differ."""
+    """Return the number of the first line that differs beyond names of values, with both texts from where they differ."""
     ours, theirs = ([_NAME.sub("%", line) for line in text.splitlines()] for text in (mine, first))
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     pair = [lines[at] if at < len(lines) else "" for lines in (ours, theirs)]

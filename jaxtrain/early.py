@@ -1,9 +1,10 @@
-"""Ctrl-C in a program's first milliseconds. A verb imports this in its first line, before `cli`, which takes over from it.
+"""Handle Ctrl-C in a program's first milliseconds. A verb imports this in its first line, before `cli`, which takes over.
 
-Importing it takes the signals, so nothing else may. The handler does not raise, since whoever imports may catch everything.
+Importing it installs signal handlers, so nothing else may import it. The handler does not raise, since an importing module may
+catch everything.
 """
 
-# What the module `signal` wraps, without the milliseconds that its enums take.
+# The module that `signal` wraps, without the milliseconds that its enums take.
 import _signal  # pyright: ignore[reportMissingImports]
 import os
 

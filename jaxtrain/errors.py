@@ -1,7 +1,7 @@
-"""The errors a person can mend, and the exit codes a script can rely on.
+"""The errors that a user can fix, and the exit codes that a script can rely on.
 
-An `ExplainedError` carries the whole explanation in its message: what is wrong, where, with its numbers, and what would
-work. `main` prints that message alone, without a traceback. Any other exception is a fault of ours and keeps its traceback.
+The message of an `ExplainedError` is the whole explanation: what is wrong, where, with its numbers, and what would
+work. `main` prints that message alone, without a traceback. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_FAULT = 70  # an unforeseen error in one process of several, or a process that hangs: traceback or stacks are in the log
-EXIT_PEER = 75  # another process of the run was lost or hangs; nothing is wrong with this one
-EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to go on
-EXIT_UNREAD = 141  # what a verb prints is read by nobody any more (`| head`); as coreutils, 128 + SIGPIPE
+EXIT_PEER = 75  # another process of the run was lost or hangs; no fault of this one
+EXIT_STOPPED = 76  # stopped by a signal after saving: run the same command again to resume
+EXIT_UNREAD = 141  # the reader of standard output is gone (`| head`): 128 + SIGPIPE, as in coreutils
 
 
 class ExplainedError(Exception):
-    """An error whose message alone tells a person what is wrong and what would work."""
+    """An error whose message alone tells what is wrong and what would work."""
 
     exit_code = EXIT_ERROR
 
 
 class UsageError(ExplainedError):
-    """A flag of a verb's own is wrong, or does not go with another."""
+    """A verb's own flag is wrong, or conflicts with another."""
 
     exit_code = EXIT_USAGE
 
@@ -52,11 +52,11 @@ class CheckpointError(ExplainedError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint does not hold what was saved; an older one may."""
+    """A checkpoint differs from what was saved; an older one may be intact."""
 
 
 class LostSave(ExplainedError):
-    """One of several processes could not do its part of a save; all must start again, from the checkpoint before."""
+    """One of several processes could not do its part of a save; all must restart from the previous checkpoint."""
 
     exit_code = EXIT_FAULT
 
@@ -68,7 +68,7 @@ class PeerMissing(ExplainedError):
 
 
 class PeersDiffer(ExplainedError):
-    """Processes of one run do not have in common what they must. `problems` lists the differences, one line each."""
+    """Processes of one run differ in something that must be equal. `problems` lists the differences, one line each."""
 
     exit_code = EXIT_USAGE
 
@@ -78,15 +78,15 @@ class PeersDiffer(ExplainedError):
 
 
 class NumbersError(ExplainedError):
-    """Numbers have gone wrong: a loss, gradients, parameters or a device's copy of them cannot be gone on with."""
+    """A loss, gradients, parameters or a device's copy of them are wrong, so that the run cannot go on."""
 
 
 class ProgramError(ExplainedError, ValueError):
-    """The text of a compiled program does not hang together, or has something in it that our readers do not know."""
+    """The text of a compiled program is inconsistent, or has something that our readers do not know."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal broke a verb off; the message is the signal's name."""
+    """A signal interrupted a verb; the message is the signal's name."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -94,13 +94,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end where nothing is lost by ending at once: before or after the training loop."""
+    """A signal asked the run to end before or after the training loop, where ending at once loses nothing."""
 
     exit_code = EXIT_STOPPED
 
 
 def nearest(name: str, options: Iterable[object]) -> str:
-    """Return the words that list `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
+    """Return a hint that lists `options`, the one most like `name` first: "did you mean 'adamw'? one of: adamw, sgd"."""
     options = [str(option) for option in options]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)

@@ -1,7 +1,7 @@
-"""Files: what the path that a person wrote means, how one is replaced, and what happens where one cannot be written.
+"""Interpret a path from the user, replace files atomically, and tolerate files that cannot be written.
 
-A run goes on without any of them. Where the disk is full, over quota, read-only or away, the run says so once for each file,
-keeps in memory what the file lacks, tries again with every further write, and says once when the file has it.
+A run goes on without any of them. If the disk is full, over quota, read-only or away, the run warns once per file, keeps the
+missing records in memory, tries again at every further write, and reports once when the file is complete.
 """
 
 from __future__ import annotations
@@ -17,35 +17,33 @@ from pathlib import Path
 from jaxtrain.errors import UsageError
 
 MOST_RECORDS, MOST_BYTES = 100_000, 64 << 20
-"""Records and bytes of one file that are kept in memory while it cannot be written; beyond that the oldest are dropped."""
+"""Records and bytes of one file that are kept in memory while it cannot be written; then the oldest are dropped."""
 
 Say = Callable[[str], None]
 
 
 def log_warning(text: str) -> None:
-    """Log a line of a run as a warning: where no display shows it."""
+    """Log a line of a run as a warning, for use without a display."""
     logging.getLogger(__name__).warning("%s", text.removeprefix("warning    "))
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path, with a leading ~ or ~user as a home folder unless something of that very name is in the working
-    directory.
-    """
+    """Return the path, with a leading ~ or ~user expanded unless the working directory has an entry of that very name."""
     name = os.fspath(path)
     return Path(name if os.path.lexists(name.partition("/")[0]) else os.path.expanduser(name))
 
 
 @contextlib.contextmanager
 def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
-    """Yield a path beside `path` to write; where the block ends well it takes the place of `path`, else it vanishes.
+    """Yield a path beside `path` to write; it replaces `path` if the block succeeds, and is removed if it fails.
 
-    A reader, and a crash at any moment, sees the old file or the new one, whole. A link stays a link, to the new content.
+    A reader, and a crash at any moment, sees the whole old file or the whole new one. A link stays a link, to the new content.
 
     Args:
-      durable: flush the new file to the disk before it takes the place, so that it also survives a power cut.
+      durable: flush the new file to disk before the replacement, so that it also survives a power cut.
 
     Raises:
-      OSError: it cannot be written; `path` is as it was.
+      OSError: it cannot be written; `path` is unchanged.
     """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
@@ -61,10 +59,10 @@ def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
 
 
 def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = False) -> None:
-    """Give `path` a new content in one move (see `replacing`). What is no regular file, as /dev/stdout, is written to.
+    """Replace the content of `path` atomically (see `replacing`). Anything but a regular file, as /dev/stdout, is written to.
 
     Raises:
-      OSError: it cannot be written; `path` is as it was.
+      OSError: it cannot be written; `path` is unchanged.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if os.path.exists(path) and not os.path.isfile(path):
@@ -75,14 +73,14 @@ def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = 
 
 
 def check_output(flag: str, path: str, overwrite: bool = False) -> None:
-    """Check that a file can be written and replaces none, before the work that it is to hold.
+    """Check, before the work, that an output file can be written and does not exist yet.
 
     Args:
-      flag: that names the file, for the message.
-      overwrite: whether a file that is there may be replaced: the verb's flag --overwrite.
+      flag: the flag that names the file, for the message.
+      overwrite: whether an existing file may be replaced: the verb's flag --overwrite.
 
     Raises:
-      UsageError: it cannot, or it is there; names the flag.
+      UsageError: it cannot, or exists; names the flag.
     """
     file = user_path(path)
     if file.is_file() and not overwrite:
@@ -99,16 +97,16 @@ def check_output(flag: str, path: str, overwrite: bool = False) -> None:
 
 
 def whole_lines(path: Path) -> int:
-    """Return the bytes of a file up to its last line end: a process that was killed may have left half a line."""
+    """Return the bytes of a file up to its last line end: a killed process may have left half a line."""
     return path.read_bytes().rfind(b"\n") + 1
 
 
 class Tolerance:
-    """Says once that something cannot be written, and once that it can again.
+    """Reports once that something cannot be written, and once that it can again.
 
     Args:
-      what: is written, for the messages.
-      say: takes a line.
+      what: the thing written, for messages.
+      say: called with a line.
     """
 
     def __init__(self, what: object, say: Say):
@@ -117,10 +115,10 @@ class Tolerance:
         """Whether the newest attempt failed."""
 
     def attempt(self, work: Callable[[], None], kept: str = "") -> bool:
-        """Do the work; return whether it succeeded. An OSError is told, unless the attempt before failed too.
+        """Do the work; return whether it succeeded. An OSError is reported, unless the previous attempt failed too.
 
         Args:
-          kept: what becomes of what was to be written, for the message.
+          kept: what happens to the unwritten data, for the message.
         """
         try:
             work()
@@ -137,12 +135,12 @@ class Tolerance:
 
 
 class AppendedFile:
-    """A file that records are appended to, each whole or not at all; what cannot be written waits in memory. One writer a file.
+    """A file with appended records, each whole or not at all; unwritten ones are kept in memory. It has one writer.
 
     Args:
       path: the file; its folder is made when it is first written.
-      say: takes a line when it cannot be written, and when it can again.
-      keep: how many bytes of what is there already count; the rest is cut off when the file is opened.
+      say: called with a line when it cannot be written, and when it can again.
+      keep: bytes of the existing content to keep; the rest is cut off when the file is opened.
     """
 
     def __init__(self, path: Path, say: Say, keep: Callable[[Path], int] = whole_lines):
@@ -154,10 +152,10 @@ class AppendedFile:
         self._lock = threading.RLock()
         self._descriptor: int | None = None
         self._size: int | None = None
-        """Bytes of the file that are known to be whole records; None before it was first opened."""
+        """Bytes of whole records in the file; None before it was first opened."""
 
     def append(self, record: bytes) -> None:
-        """Write the record, and before it whatever could not be written so far."""
+        """Write the record, after all records that could not be written so far."""
         with self._lock:
             self._pending.append(record)
             self._pending_bytes += len(record)
@@ -167,17 +165,17 @@ class AppendedFile:
             self.flush()
 
     def begin(self) -> None:
-        """Cut off now what does not count of what is there, before there is a record to write."""
+        """Cut the existing content to `keep` bytes now, before there is a record to write."""
         with self._lock:
             self._tolerance.attempt(self._open, "what it lacks is kept in memory")
 
     def flush(self) -> bool:
-        """Write what waits; return whether nothing waits any more."""
+        """Write the pending records; return whether none is left."""
         with self._lock:
             return not self._pending or self._tolerance.attempt(self._write_pending, "what it lacks is kept in memory")
 
     def close(self) -> None:
-        """Try once more to write what waits, and say what is lost for good. Safe to call twice."""
+        """Try once more to write the pending records, and report what is lost. Safe to call twice."""
         self.flush()
         if self._pending or self._dropped:
             self._say(f"warning    {self.path} lacks {len(self._pending) + self._dropped} records that could not be written")
@@ -193,7 +191,7 @@ class AppendedFile:
             self._pending_bytes -= len(self._pending.popleft())
 
     def _open(self) -> None:
-        """Open the file, and cut off what does not count of what is there."""
+        """Open the file, and cut the existing content to `keep` bytes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._size is None:
             self._size = self._keep(self.path) if self.path.exists() else 0
@@ -208,12 +206,12 @@ class AppendedFile:
         self._size, self._descriptor = min(there, self._size), descriptor
 
     def _write(self, record: bytes) -> None:
-        """Append one record; where that fails the file is cut back to where it was, and opened anew for the next attempt."""
+        """Append one record; on failure the file is cut back, and reopened for the next attempt."""
         assert self._descriptor is not None
         assert self._size is not None
         rest = memoryview(record)
         try:
-            while rest:  # a full disk or a signal can cut a write short
+            while rest:  # a full disk or a signal can shorten a write
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
             with contextlib.suppress(OSError):
@@ -230,10 +228,10 @@ class AppendedFile:
 
 
 class ReplacedFiles:
-    """Files that are written whole. The newest content of one that cannot be written waits in memory for `retry`.
+    """Files that are written whole. The newest content of one that cannot be written is kept for `retry`.
 
     Args:
-      say: takes a line when a file cannot be written, and when it can again.
+      say: called with a line when a file cannot be written, and when it can again.
     """
 
     def __init__(self, say: Say):
@@ -242,12 +240,12 @@ class ReplacedFiles:
         self._pending: dict[Path, tuple[str | bytes, bool]] = {}
 
     def write(self, path: Path, content: str | bytes, durable: bool = False) -> bool:
-        """Give the file its content (see `replace_file`); return whether it has it."""
+        """Replace the file's content (see `replace_file`); return whether that succeeded."""
         self._pending[path] = content, durable
         return self._attempt(path)
 
     def retry(self) -> None:
-        """Try again what could not be written. Costs nothing where there is nothing."""
+        """Try again to write pending files; free if there are none."""
         for path in tuple(self._pending):
             self._attempt(path)
 

@@ -1,4 +1,4 @@
-"""Sampling from the model being trained, on the mesh that it is trained on."""
+"""Sample from the model being trained, on its mesh."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtrain.config import Config
 
 
 def draw(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
-    """Return one id from softmax(logits / temperature); the likeliest one at temperature 0."""
+    """Return one id from softmax(logits / temperature); the most likely one at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / temperature
@@ -27,8 +27,8 @@ def sample(
 ) -> np.ndarray:
     """Continue `prompt` by `num_tokens` ids, seeded by train.seed.
 
-    Every token costs a forward pass over a whole sequence: no cache of keys and values, so it is for a look at the model, on
-    any mesh, not for serving. The context is the last sequence_length tokens.
+    Every token costs a forward pass over a whole sequence, without a cache of keys and values: meant for a look at the model,
+    on any mesh, not for serving. The context is the last sequence_length tokens.
 
     Args:
       next_logits: (batch of one row, index of the last token) -> logits [vocab_size].

@@ -1,4 +1,4 @@
-"""How much memory of the host this process may still take, as Linux says it."""
+"""Measure how much memory of the host this process may still take, according to Linux."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _fields(file: Path, unit: int = 1) -> dict[str, int]:
-    """{name: number} of a file of "name number" lines; empty where it cannot be read."""
+    """{name: number} of a file of "name number" lines; empty if it cannot be read."""
     with contextlib.suppress(OSError):
         return {
             name: unit * int(number)
@@ -38,17 +38,16 @@ def _of_host(root: Path) -> Iterator[int]:
 
 
 def _number(file: Path) -> int | None:
-    """Return the number in a file; None for "max", and where it cannot be read."""
+    """Return the number in a file; None for "max", and if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return int(file.read_text(encoding="utf-8"))
     return None
 
 
 def _of_groups(root: Path) -> Iterator[int]:
-    """Yield what each control group above this process leaves: its limit less what it holds and cannot give back (versions 2
-    and 1).
+    """Yield each enclosing control group's limit less its unreclaimable memory (versions 1 and 2).
 
-    In a container the path may be that of the host, and the root of the mount is then this process's group.
+    In a container the path may be the host's; the root of the mount is then this process's group.
     """
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():

@@ -1,7 +1,7 @@
-"""The parts of jax that it does not promise to keep: no other file of this package imports `jax._src`.
+"""The unstable parts of jax: no other file of this package imports `jax._src`.
 
-jax is imported inside the functions, so that importing this module starts nothing. `tests/test_jax_private.py` holds what is
-relied on, for jax 0.10.2 to 0.12.
+jax is imported inside the functions, so that importing this module starts nothing. `tests/test_jax_private.py` checks them for
+jax 0.10.2 to 0.12.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def user_frame(traceback: Any) -> Any | None:
 
 
 def fused_attention() -> Any:
-    """Return the module with jax's cuDNN primitives (jax/_src/cudnn/fused_attention_stablehlo.py).
+    """Return the module of jax's cuDNN primitives (jax/_src/cudnn/fused_attention_stablehlo.py).
 
-    `jax.nn.dot_product_attention(implementation="cudnn")` is the public way to them. It rounds the logsumexp to the queries'
-    dtype, and knows no gradient of a piece of attention.
+    `jax.nn.dot_product_attention(implementation="cudnn")` is their public interface. It rounds the logsumexp to the queries'
+    dtype, and has no gradient for a piece of attention.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 

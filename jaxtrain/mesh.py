@@ -1,4 +1,4 @@
-"""Builds the named device mesh, and lays its axes onto hosts so that the axes that talk most stay inside a host."""
+"""Build the named device mesh, with its axes laid onto hosts so that the axes with most traffic stay inside a host."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxtrain.config import MESH_AXES, MeshConfig
 from jaxtrain.errors import ConfigError, ExplainedError
 
 MEMORY_FRACTION = "0.93"
-"""Share of a GPU's memory that jax takes. The rest is for CUDA, NCCL and cuBLAS: `planner.estimates.Cluster.reserved_bytes`."""
+"""Share of a GPU's memory that jax takes; CUDA, NCCL and cuBLAS need the rest (`planner.estimates.Cluster.reserved_bytes`)."""
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 @contextlib.contextmanager
 def _quiet_without_driver() -> Iterator[None]:
-    """Keep jax from logging a traceback where its CUDA plugin is on a host without NVIDIA's driver (extra `plan`)."""
+    """Suppress the traceback that jax logs if its CUDA plugin (extra `plan`) is on a host without NVIDIA's driver."""
 
     def has_more_to_say(record: logging.LogRecord) -> bool:
         return NVIDIA_DRIVER.exists() or not record.getMessage().startswith("Jax plugin configuration error")
@@ -40,12 +40,12 @@ def _quiet_without_driver() -> Iterator[None]:
 
 
 def count_devices() -> int:
-    """Return how many devices jax finds, over all processes. The first call wakes them.
+    """Return jax's number of devices over all processes. The first call initialises them.
 
     Raises:
-      ExplainedError: none, or not of the kind that JAX_PLATFORMS asks for.
+      ExplainedError: none, or not of the kind that JAX_PLATFORMS requests.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)  # jax would keep to 0.75
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)  # jax's default is 0.75
     try:
         with _quiet_without_driver():
             return jax.device_count()
@@ -64,7 +64,7 @@ def split_over_hosts(shape: Sequence[int], devices_per_host: int) -> tuple[tuple
     The last axis (tensor) fills a host first, then the one before it: the order of MESH_AXES is the order of traffic.
 
     Raises:
-      ConfigError: where the axes do not fill a host evenly.
+      ConfigError: the axes do not fill a host evenly.
     """
     inside, left = [], devices_per_host
     for size in reversed(shape):

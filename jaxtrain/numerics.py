@@ -1,7 +1,7 @@
-"""jax's flags that change numbers: what jaxtrain computes is a function of config and data, whatever the environment says.
+"""Control jax's flags that change numbers, so that results depend on config and data, not on the environment.
 
 A flag comes from the environment (JAX_ENABLE_X64=1), from a config file's own code, or from a program that uses jaxtrain as a
-library. `NEEDED` says what each must be: a command sets them for good (`settle`), the library while it computes (`settled`).
+library. `NEEDED` holds the value of each: a command sets them for good (`settle`), the library while it computes (`settled`).
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ COMPARED = (
     "jax_threefry_gpu_kernel_lowering",
     "jax_use_magma",
 )
-"""Flags of how programs are made and compiled: they may change a rounding, never a formula or a random bit. They are left as
-they are, and must be the same in all processes of a run."""
+"""Flags of compilation: they may change a rounding, never a formula or a random bit. They are not set here, but must be the
+same in all processes of a run."""
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 """Environment variables of the same kind."""
 _NOT_IEEE = re.compile(r"(xla_[cg]pu_(?:enable_fast_math|ftz))(?:=(\S*))?")
 
 
 def number_flags() -> dict[str, str]:
-    """Return every setting from outside the config that can change a number, by name, for processes to compare."""
+    """Return {name: value} of every setting outside the config that can change a number, for processes to compare."""
     flags = {name: str(_value(name)) for name in (*NEEDED, *COMPARED) if name in jax.config.values}
     return flags | {name: os.environ.get(name, "") for name in VARIABLES}
 
 
 def set_aside() -> list[str]:
-    """Return "name=value" of each flag that is not as `NEEDED`.
+    """Return "name=value" of each flag that differs from `NEEDED`.
 
     Raises:
-      UsageError: XLA_FLAGS ask for arithmetic that is not IEEE 754's, which can no longer be undone.
+      UsageError: XLA_FLAGS request arithmetic other than IEEE 754's, which can no longer be undone.
     """
     for name, value in _NOT_IEEE.findall(os.environ.get("XLA_FLAGS", "")):
         if value.lower() not in ("false", "0"):
@@ -69,10 +69,10 @@ def set_aside() -> list[str]:
 
 
 def settle() -> list[str]:
-    """Set every flag as `NEEDED`, for good; return `set_aside` as it was before.
+    """Set every flag as `NEEDED`, for good; return the earlier `set_aside`.
 
     Raises:
-      UsageError: as `set_aside`, or the caller is inside a jax context that keeps a flag, such as `jax.enable_x64()`.
+      UsageError: as `set_aside`, or the caller is inside a jax context that fixes a flag, such as `jax.enable_x64()`.
     """
     changed = set_aside()
     for flag in changed:
@@ -86,7 +86,7 @@ def settle() -> list[str]:
 
 @contextlib.contextmanager
 def settled() -> Iterator[list[str]]:
-    """Set every flag as `NEEDED` while the block (or the decorated function) runs; give `set_aside` as it was before.
+    """Set every flag as `NEEDED` during the block (or the decorated function); yield the earlier `set_aside`.
 
     Raises:
       UsageError: as `set_aside`.
@@ -102,6 +102,6 @@ def settled() -> Iterator[list[str]]:
 
 
 def _value(name: str) -> Any:
-    """Return a flag's value, an enum's as its word."""
+    """Return a flag's value; for an enum, its name."""
     value = getattr(jax.config, name, jax.config.values.get(name))
     return getattr(value, "value", value)

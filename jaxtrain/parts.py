@@ -1,8 +1,8 @@
-"""Parts of a run that are plugged in: values and callables, which no flag and no JSON can hold.
+"""The plugged-in parts of a run: values and callables, which no flag and no JSON can hold.
 
-They travel in the config (`Config.parts`, `ModelConfig.parts`), so that everything that takes a config sees them: the trainer,
+They are fields of the config (`Config.parts`, `ModelConfig.parts`), so that everything that takes a config sees them: trainer,
 planner, layouts, preflight and replay. `Trainer(config, objective=...)` puts them there; so does `get_trainer(config)` of a
-config file. Of a part a checkpoint keeps the name and a hash of its source (`digests`).
+config file. A checkpoint keeps each part's name and a hash of its source (`digests`).
 """
 
 from __future__ import annotations

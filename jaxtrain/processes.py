@@ -1,9 +1,9 @@
-"""The processes of a run and what they tell one another without any device: the key-value store and barriers of JAX's runtime.
+"""Communicate between the processes of a run without devices: the key-value store and barriers of JAX's runtime.
 
-Process 0 hosts the store. A lone process has none: its `post` succeeds, its `look` finds nothing, its barriers are passed.
+Process 0 hosts the store. A single process has none: its `post` succeeds, its `look` finds nothing, its barriers return.
 
 Collectives here (`barrier`, `exchange`, `from_first`) must be entered by all processes in the same order, like XLA's. Unlike
-XLA's they have a time limit, and the error names who is missing.
+XLA's they have a time limit, and the error names the missing process.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jaxtrain.jax_private import distributed_state
 _PREFIX = "jaxtrain/"
 _FAILURE = "failure"
 LEAVE_SECONDS = 2.5
-"""How long process 0 waits for its peers to end before it does: jax aborts whoever still runs when the store is gone."""
+"""Seconds that process 0 waits for its peers to end first: jax aborts processes that still run when the store is gone."""
 EXIT_GRACE_SECONDS = 0.5
-"""From the last word of a process to its end."""
+"""Seconds from a process's last message to its end."""
 LONG_SECONDS = 24 * 3600.0
-"""Limit of what may take hours: reading data for the first time, compiling, the last copies to a store."""
+"""Time limit for work that may take hours: reading data for the first time, compiling, the last uploads to a store."""
 limit_seconds = 1800.0
 """Default limit of a collective; `launch.distributed.start` sets it to distributed.phase_seconds."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ends the run, for its peers."""
+    """A process's reason to end the run, for its peers."""
 
     process: int
     code: int
@@ -40,25 +40,25 @@ class Failure:
     reason: str
     """One line."""
     hang: bool = False
-    """It did not end by itself: a watchdog found that it does not move."""
+    """Whether a watchdog found that it hangs."""
 
 
 class _Own:
-    """What this process has done so far."""
+    """This process's state."""
 
     collectives = 0
-    """Collectives of the host that it entered."""
+    """Number of host collectives entered."""
     deleted = 0
-    """Up to this one their keys are deleted."""
+    """Number of collectives whose keys are deleted."""
     failure: Failure | None = None
-    """What it announced."""
+    """The announced failure."""
 
 
 _own = _Own()
 
 
 def _state() -> Any | None:
-    """jax's record of the processes; None before jax is imported, where there can be no other process."""
+    """Return jax's record of the processes; None before jax is imported, when there can be no other process."""
     return distributed_state() if "jax" in sys.modules else None
 
 
@@ -73,19 +73,19 @@ def are_several() -> bool:
 
 
 def own_index() -> int:
-    """This process's number, from 0. Unlike jax.process_index it wakes no device."""
+    """Return this process's index, from 0. Unlike jax.process_index it initialises no device."""
     state = _state()
     return 0 if state is None else int(state.process_id or 0)
 
 
 def count() -> int:
-    """Return how many processes the run has. Unlike jax.process_count it wakes no device."""
+    """Return the number of processes. Unlike jax.process_count it initialises no device."""
     state = _state()
     return 1 if state is None else int(state.num_processes or 1)
 
 
 def collectives_entered() -> int:
-    """Return how many collectives this process has entered: of two processes the one with fewer is behind."""
+    """Return the number of collectives that this process has entered: of two processes the one with fewer is behind."""
     return _own.collectives
 
 
@@ -94,7 +94,7 @@ def collectives_entered() -> int:
 
 
 def post(key: str, value: str) -> bool:
-    """Set a key for good; False where it is set already."""
+    """Set a key for good; return False if it is already set."""
     client = _client()
     if client is None:
         return True
@@ -108,7 +108,7 @@ def post(key: str, value: str) -> bool:
 
 
 def look(key: str) -> str | None:
-    """Return the value of a key, or None where it is not set."""
+    """Return the value of a key, or None if it is not set."""
     client = _client()
     if client is None:
         return None
@@ -121,14 +121,14 @@ def look(key: str) -> str | None:
 
 
 def tell(key: str, value: str) -> None:
-    """Set a key, in place of its earlier value."""
+    """Set a key, replacing its earlier value."""
     client = _client()
     if client is not None:
         client.key_value_set(_PREFIX + key, value, allow_overwrite=True)
 
 
 def read_folder(folder: str) -> dict[str, str]:
-    """Return all keys under "folder/" that are set, by what follows the slash."""
+    """{name after the slash: value} of all keys under "folder/"."""
     client = _client()
     if client is None:
         return {}
@@ -137,7 +137,7 @@ def read_folder(folder: str) -> dict[str, str]:
 
 
 def wait_for(key: str, seconds: float, process: int = 0) -> str:
-    """Return the value of a key that `process` sets, once it is set.
+    """Wait until `process` has set a key; return its value.
 
     Raises:
       PeerMissing: it was not set in time.
@@ -157,10 +157,10 @@ def wait_for(key: str, seconds: float, process: int = 0) -> str:
 
 
 def barrier(name: str, seconds: float) -> None:
-    """Return once all processes have entered the barrier of that name, which serves once.
+    """Wait until all processes have entered the barrier. Each name can be used once.
 
     Raises:
-      PeerMissing: some did not in time; names them.
+      PeerMissing: a process did not come in time; names it.
     """
     if are_several():
         _enter()
@@ -168,12 +168,12 @@ def barrier(name: str, seconds: float) -> None:
 
 
 def exchange(name: str, value: Any, seconds: float) -> list[Any]:
-    """Return every process's value under a name that serves once, by process, as JSON gives it back.
+    """Return every process's value, by process, after a round trip through JSON. Each name can be used once.
 
-    Process 0 gathers and hands out, so that n processes send O(n) messages.
+    Process 0 gathers and distributes, so that n processes send O(n) messages.
 
     Raises:
-      PeerMissing: a process was not there in time; names it.
+      PeerMissing: a process did not come in time; names it.
     """
     if not are_several():
         return [json.loads(json.dumps(value))]
@@ -186,19 +186,19 @@ def exchange(name: str, value: Any, seconds: float) -> list[Any]:
 
 
 def exchange_next(value: Any, seconds: float | None = None) -> list[Any]:
-    """`exchange` without a name: all processes make the same calls of this kind and of `from_first` in the same order."""
+    """Do `exchange` without a name: all processes make the same calls of this and of `from_first` in the same order."""
     name = f"collective/{_own.collectives + 1}"
     values = exchange(name, value, limit_seconds if seconds is None else seconds)
     if are_several() and own_index() == 0:
-        _delete_before(_own.collectives)  # all have entered this one, and so have read those before
+        _delete_before(_own.collectives)  # all have entered this one, so all have read the earlier ones
     return values
 
 
 def from_first(value: Any, seconds: float | None = None) -> Any:
-    """Return process 0's value in all processes, as JSON gives it back.
+    """Return process 0's value in all processes, after a round trip through JSON.
 
     Raises:
-      PeerMissing: process 0 was not there in time.
+      PeerMissing: process 0 did not come in time.
     """
     if not are_several():
         return value
@@ -251,18 +251,20 @@ def name_processes(processes: list[int], most: int = 8) -> str:
 
 
 def announce(code: int, reason: str) -> None:
-    """Tell the peers that this process ends the run, and why; `launch.watchdog` of each then ends it. The first one counts."""
+    """Tell the peers that this process ends the run, and why; their `launch.watchdog` then ends them. Only the first call
+    counts.
+    """
     _own.failure = _own.failure or Failure(own_index(), code, " ".join(reason.split())[:600])
     report(_own.failure)
 
 
 def announced() -> Failure | None:
-    """Return what this process has announced."""
+    """Return this process's announced failure."""
     return _own.failure
 
 
 def report(failure: Failure) -> None:
-    """Post a failure, unless another one was posted before. A store that is gone is no error here."""
+    """Post a failure, unless one is posted already. A store that is gone is no error here."""
     if are_several():
         with contextlib.suppress(Exception):
             post(_FAILURE, json.dumps(asdict(failure)))
@@ -275,10 +277,10 @@ def reported() -> Failure | None:
 
 
 def leave(seconds: float = LEAVE_SECONDS) -> None:
-    """Say that this process ends early; process 0, which hosts the store, waits up to `seconds` for its peers to say so."""
+    """Post that this process ends early; process 0, which hosts the store, waits up to `seconds` for its peers' posts."""
     if not are_several():
         return
-    with contextlib.suppress(Exception):  # a store that is gone
+    with contextlib.suppress(Exception):  # the store may be gone
         post(f"left/{own_index()}", "")
         until = time.monotonic() + seconds
         while own_index() == 0 and time.monotonic() < until:

@@ -1,12 +1,12 @@
-"""Safetensors files: arrays by name, and nothing in them that could run. Every header is checked before a byte of data is read.
+"""Safetensors files: arrays by name, without executable content. Every header is checked before a byte of data is read.
 
 The format (github.com/huggingface/safetensors): 8 bytes, the header's length as a little-endian integer; the header, a JSON
 object {name: {"dtype", "shape", "data_offsets": [begin, end]}}, and under "__metadata__" strings by string; then the arrays'
-bytes, little-endian and row-major, one right after the other, at those offsets.
+bytes, little-endian and row-major, contiguous, at those offsets.
 
-A file is refused where any of this does not hold to the byte: a header that is longer than the file or than 100 MB, keys given
-twice, an unknown dtype, a shape that does not fill its span, arrays that overlap, leave holes, or end elsewhere than the file.
-(A reader that trusts shapes hands out memory that belongs to others.)
+A file is refused if any of this does not hold exactly: a header longer than the file or than 100 MB, duplicate keys, an unknown
+dtype, a shape that does not fill its span, arrays that overlap, leave holes, or end elsewhere than the file. (A reader that
+trusts shapes may return unrelated memory.)
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ class SafetensorsError(ExplainedError):
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Where one array lies."""
+    """The position of one array."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     begin: int
-    """Of its bytes, from the start of the file."""
+    """Offset of its first byte from the start of the file."""
     end: int
 
 
 class Safetensors:
-    """A file whose header has been checked: arrays by name, each read when it is asked for.
+    """A file with a checked header: arrays by name, each read on access.
 
     Raises:
-      SafetensorsError: the file is not what the format says; tells what is wrong with it.
+      SafetensorsError: the file violates the format; says how.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -107,10 +107,10 @@ class Safetensors:
 
 
 def write_safetensors(path: os.PathLike | str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file that is there whole, on the disk, or not at all.
+    """Write a file atomically and durably.
 
     Raises:
-      ValueError: a dtype that the format does not have, or a name that is taken.
+      ValueError: a dtype that the format does not have, or a reserved name.
       OSError: it cannot be written.
     """
     header: dict[str, Any] = {METADATA: dict(metadata)}
@@ -129,11 +129,11 @@ def write_safetensors(path: os.PathLike | str, arrays: Mapping[str, np.ndarray],
 
 
 class _Refused(Exception):
-    """What is wrong with a file."""
+    """The fault of a file."""
 
 
 def _parse(first: bytes, read: Any, size: int) -> tuple[dict[str, StoredArray], dict[str, str]]:
-    """(entries in the order of their bytes, metadata) of a file of that size, of which 8 bytes have been read."""
+    """(entries in the order of their bytes, metadata) of a file of `size` bytes, of which the first 8 are read."""
     if len(first) < 8:
         raise _Refused(f"it has {size} bytes, and the header's length alone takes 8")
     length = int.from_bytes(first, "little")
@@ -177,7 +177,7 @@ def _header(text: bytes, length: int) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any) -> StoredArray:
-    """Return what the header says of one array, checked; offsets from the start of the data."""
+    """Return the header's entry of one array, checked; offsets from the start of the data."""
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"{_short(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -196,7 +196,7 @@ def _entry(name: str, value: Any) -> StoredArray:
 
 
 def _are_counts(value: Any) -> bool:
-    """Return whether it is a list of whole numbers from 0 that an address can be."""
+    """Return whether it is a list of whole numbers from 0 below 2^63."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 

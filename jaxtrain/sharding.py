@@ -1,7 +1,7 @@
-"""One table from logical dims to mesh axes, and the named collectives that the model code speaks.
+"""One table from logical dims to mesh axes, and the named collectives of the model code.
 
-Inside the manual region every array is a device's own shard, and typed as varying over every mesh axis (`vary`), so
-nothing is summed behind the reader's back: what must be summed is summed by a call that names its axis.
+Inside the manual region every array is a device's own shard, and typed as varying over every mesh axis (`vary`), so that no sum
+is inserted automatically: every sum is a call that names its axis.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     "experts": "expert",
     "router": None,
-    "replica": "replica",  # leading dim of what each replica has its own of
+    "replica": "replica",  # leading dim of arrays that differ between replicas
     "delay": None,
     "latent": "fsdp",
     "rank": None,
@@ -47,7 +47,7 @@ Dims = tuple[str, ...]
 
 
 def is_dims(value: Any) -> bool:
-    """Return whether `value` is one leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty
+    """Return whether `value` is a leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty
     NamedTuples).
     """
     return type(value) is tuple and all(isinstance(name, str) for name in value)
@@ -59,7 +59,6 @@ def spec(dims: Dims) -> PartitionSpec:
 
 
 def specs(dims_tree: Any) -> Any:
-    """`spec` of every leaf of a tree of dims."""
     return jax.tree.map(spec, dims_tree, is_leaf=is_dims)
 
 
@@ -69,7 +68,7 @@ def named(mesh: Mesh, dims_tree: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the same value on every device."""
+    """Return the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -78,12 +77,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """Return the mesh axes over which the type of `x` says that devices hold different values."""
+    """Return the mesh axes over which `x` is typed as varying."""
     return jax.typeof(x).manual_axis_type.varying
 
 
 def vary(tree: Any, axes: Sequence[str] = MESH_AXES) -> Any:
-    """Types every leaf as varying over `axes`. Moves no bytes; stops autodiff from inserting a sum over them."""
+    """Type every leaf as varying over `axes`. Moves no bytes; stops autodiff from inserting a sum over them."""
 
     def leaf(x: Any) -> Any:
         missing = tuple(axis for axis in axes if axis not in varying_axes(x))
@@ -103,35 +102,36 @@ def all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 
 def reduce_scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Sum over a mesh axis and leaves each device its own slice of dim `dim`. Its transpose is `all_gather`."""
+    """Sum over a mesh axis and leave each device its own slice of dim `dim`. Its transpose is `all_gather`."""
     return x if lax.axis_size(axis) == 1 else lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
 def all_to_all(x: jax.Array, axis: str, dim: int, to_dim: int | None = None) -> jax.Array:
-    """Cut dim `dim` into one part for each device along a mesh axis, and join the parts that come from each along `to_dim` (by
-    default `dim` again). Its transpose has the two dims changed.
+    """Cut dim `dim` into one part per device along a mesh axis, and join the received parts along `to_dim` (by default `dim`).
+
+    Its transpose swaps the two dims.
     """
     to_dim = dim if to_dim is None else to_dim
     return x if lax.axis_size(axis) == 1 else lax.all_to_all(x, axis, split_axis=dim, concat_axis=to_dim, tiled=True)
 
 
 def once(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """Counts what all devices along `axes` hold alike once: whole on the first of them, zero on the others."""
+    """Keep the replicated value on index 0 of `axes`, zero elsewhere, so that a later psum counts it once."""
     first = functools.reduce(operator.and_, (lax.axis_index(axis) == 0 for axis in axes))
     return jnp.where(first, x, jnp.zeros_like(x))
 
 
 def shift(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """Send `x` to the device `by` places on along a mesh axis, round the ring."""
+    """Send `x` to the device `by` places on along a mesh axis, as a ring."""
     size = lax.axis_size(axis)
     return x if size == 1 else lax.ppermute(x, axis, [(i, (i + by) % size) for i in range(size)])
 
 
 def shift_in_group(x: jax.Array, axis: str, by: int) -> jax.Array:
-    """`shift` by an all_gather along the axis, which keeps to the axis' own group of devices.
+    """Do `shift` by an all_gather along the axis, which involves only the axis's own group of devices.
 
-    XLA:CPU lets all devices of the mesh meet at a permute, so that one in a branch that other pipeline stages do not take meets
-    another permute there, and hands out its data. On a GPU a permute meets its own ring only
+    On XLA:CPU all devices of the mesh take part in a permute, so that one in a branch that other pipeline stages do not take is
+    paired with another permute there and returns its data. On a GPU a permute involves only its own ring
     (`train/xla_options.py`).
     """
     size = lax.axis_size(axis)
@@ -158,12 +158,12 @@ def _scatter_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
 
 
 def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[Any, Any]:
-    """(master, compute) as the layers get them, at the start of a step; see `sharding.zero` in the config.
+    """(master, compute) for the layers, prepared at the start of a step; see `sharding.zero` in the config.
 
-    Level 3 leaves compute as it is, in shards. Levels 1 and 2 gather it, whole over fsdp.
+    Level 3 leaves compute in shards. Levels 1 and 2 gather it over fsdp.
 
-    A gradient has the shape and dtype of what it is taken of, and those of a microbatch are float32, at level 1 whole over
-    fsdp. So float32 zeros of the gradient's shape stand in for a master that differs. Nothing reads them, so XLA drops them.
+    A gradient has the shape and dtype of its primal, and a microbatch's are float32, at level 1 whole over fsdp. So a master
+    that differs is replaced by float32 zeros of the gradient's shape. They are never read, so XLA drops them.
     """
 
     def gradient_like(dims: Dims, shard: jax.Array) -> jax.Array:
@@ -179,17 +179,17 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
 
 
 def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
-    """Return the whole weight (over fsdp) in compute dtype, from what `gather_once` made of this device's shard.
+    """Return the whole weight (over fsdp) in compute dtype, from `gather_once`'s version of this device's shard.
 
     `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and no
     cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
-    reduce-scattered over fsdp (but for ZeRO level 1), and cast to master's dtype, float32.
+    reduce-scattered over fsdp (except at ZeRO level 1), and cast to master's dtype, float32.
     """
 
     def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
         return _gather_over_fsdp(dims, compute) if zero == 3 else compute
 
-    # Not the differentiable call itself: a remat policy would be asked about that, and never see the all_gather inside.
+    # Not the differentiable call itself: a remat policy would see only that call, not the all_gather inside.
     def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
         return gather(master, compute), None
 
@@ -206,7 +206,7 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
 
 
 def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
-    """`gather_weight` of every leaf of a tree."""
+    """Apply `gather_weight` to every leaf of a tree."""
 
     def leaf(dims: Dims, master: jax.Array, compute: jax.Array) -> jax.Array:
         return gather_weight(master, compute, dims, reduce_dtype, zero)
@@ -217,8 +217,8 @@ def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str,
 def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3, but: Sequence[str] = ()) -> Any:
     """Sum each gradient leaf over every mesh axis that does not shard it, in `reduce_dtype`; not over the axes `but`.
 
-    Leaves arrive already reduce-scattered over fsdp (`gather_weight`), but for ZeRO level 1, which does it here, once; what is
-    left is `data`, and for a leaf that is whole on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the
+    Leaves are already reduce-scattered over fsdp (`gather_weight`), except at ZeRO level 1, which does it here, once. The rest
+    is `data`, and for a leaf that is whole on an axis (norms over tensor and fsdp, the embedding over pipe) the sum of the
     devices' shares.
     """
 
@@ -235,7 +235,7 @@ def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: in
 
 
 def shard_count(dims: Dims, mesh: Mesh) -> int:
-    """Into how many different shards an array with these dims is cut."""
+    """Return the number of distinct shards of an array with these dims."""
     axes = [RULES[name] for name in dims]
     flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
     return math.prod(mesh.shape[axis] for axis in flat)

@@ -1,9 +1,9 @@
-"""Signals that ask a program to end, heard in a thread of their own, and never swallowed.
+"""Receive signals that ask a program to end in a separate thread, such that none is swallowed.
 
 Python runs a signal's handler in the main thread, and only when that thread next runs bytecode: not while it compiles, connects
-to its peers or waits in a collective for one that is dead. And the KeyboardInterrupt that Python's own handler raises is lost
-where a library catches everything while it is imported (seen: 5 of 38 starts trained on after Ctrl-C). So the handlers here do
-nothing or little; the signal's number goes through a pipe to a thread, which decides.
+to its peers or waits in a collective for one that is dead. And the KeyboardInterrupt of Python's own handler is lost if a
+library catches everything during its import (seen: 5 of 38 starts trained on after Ctrl-C). So the handlers here do little or
+nothing; the signal's number goes through a pipe to a thread, which decides.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import Any, Literal, NoReturn
 
 Request = Literal["stop", "same", "at once"]
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""SIGUSR1 is what SLURM is asked to send before a time limit; SIGHUP says that the terminal, or our supervisor, has gone."""
+"""SLURM is told to send SIGUSR1 before a time limit; SIGHUP comes when the terminal, or our supervisor, is gone."""
 SAME_REQUEST_SECONDS = 1.0
 _LOOK_SECONDS = 0.02
 
 
 @dataclass
 class Requests:
-    """Tells a person's second request from an echo of the first.
+    """Distinguishes a second request from an echo of the first.
 
     One request arrives as several signals: a closing terminal sends SIGHUP from the kernel and from the shell, Ctrl-C reaches a
-    whole process group and is passed on by whoever started it. So signals less than a second after the one before belong to the
-    same request, and SIGHUP never insists.
+    whole process group and is also passed on by the starter. So signals less than a second after the previous one belong to the
+    same request, and SIGHUP is never a second request.
     """
 
     newest: float | None = None
-    """When the signal before came, by a monotonic clock."""
+    """Time of the previous signal, by a monotonic clock."""
 
     def hear(self, number: int, earliest: float, latest: float) -> Request:
-        """Return what a signal means that came between two times: the first is a "stop", one that insists an "at once"."""
+        """Return the meaning of a signal that came between two times: the first is a "stop", a second request an "at once"."""
         before, self.newest = self.newest, latest
         if before is None:
             return "stop"
@@ -47,21 +47,21 @@ class Requests:
 
 
 _watches: list[Watch] = []
-"""Those that are entered; the last one hears."""
+"""The entered watches; the last one receives the signals."""
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Keep a signal from what it does by default."""
+    """Replace a signal's default action."""
 
 
 class Watch:
-    """Hears signals as long as it is entered, by the main thread; then whoever heard them before does so again.
+    """Receives signals while it is entered (by the main thread); afterwards the previous watch does so again.
 
-    SIGHUP is left alone where it is ignored, as under nohup.
+    SIGHUP is not handled if it is ignored, as under nohup.
 
     Args:
-      hear: called in the watching thread with each signal; it must not block, or the next is not heard.
-      in_main_thread: Python's own handler, called in the main thread when that comes to it.
+      hear: called in the watching thread with each signal; it must not block, or the next is missed.
+      in_main_thread: Python's own handler, called in the main thread when that runs bytecode.
     """
 
     def __init__(
@@ -94,11 +94,12 @@ class Watch:
         self._thread.join(1.0)
         _watches.remove(self)
         if _watches and self._requests.newest is not None:
-            _watches[-1]._requests.newest = self._requests.newest  # an echo that comes only now is an echo all the same
+            _watches[-1]._requests.newest = self._requests.newest  # a later echo is recognised there
 
     def _listen(self, reading: int) -> None:
-        """Read the pipe. After the first signal it also notes when the pipe was last empty: this thread may be kept from
-        running, and two signals that it finds together came at any time since then.
+        """Read the pipe. After the first signal also record when the pipe was last empty.
+
+        This thread may be delayed, and two signals that it finds together may have come at any time since then.
         """
         requests, quiet, poll = self._requests, 0.0, select.poll()
         poll.register(reading, select.POLLIN)
@@ -110,13 +111,13 @@ class Watch:
                 byte = pipe.read(1)
                 if not byte:
                     return
-                if byte[0] in self._handlers_before:  # signals of other people come through the same pipe
+                if byte[0] in self._handlers_before:  # other signals come through the same pipe
                     self._hear(byte[0], requests.hear(byte[0], quiet, time.monotonic()))
 
 
 def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
-    """End the process without unwinding, after `last_words`, which have a second: the terminal may be what hangs."""
-    with contextlib.suppress(RuntimeError):  # no thread starts while Python itself ends
+    """End the process without unwinding, after `last_words`, which has a second, as the terminal may hang."""
+    with contextlib.suppress(RuntimeError):  # no thread can start while Python itself ends
         timer = threading.Timer(1.0, os._exit, [exit_code])
         timer.daemon = True
         timer.start()
@@ -126,5 +127,5 @@ def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Write a line to standard error, past Python's own streams, of which the main thread may hold the lock."""
+    """Write a line to standard error, bypassing Python's own streams, whose lock the main thread may hold."""
     os.write(2, f"{line}\n".encode())

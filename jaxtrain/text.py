@@ -1,7 +1,7 @@
-"""Standard output and error that take any text and outlive their reader; one console for tables; user text made printable.
+"""Standard output and error that accept any text and survive a closed reader; one console for tables; printable user text.
 
-Text that a person wrote, a file name or a model's sample may hold anything: bytes that are no UTF-8 (Python's lone surrogates),
-control characters, square brackets that `rich` takes for markup. The terminal may be ASCII, and it may be closed at any moment.
+User text, a file name or a model's sample may hold anything: bytes that are not UTF-8 (Python's lone surrogates), control
+characters, square brackets that `rich` takes for markup. The terminal may be ASCII, and may be closed at any moment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtrain.errors import EXIT_UNREAD, ExplainedError
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET)
-"""What writing to a pipe, a terminal or a socket without its other end fails with."""
+"""Errors of writing to a pipe, a terminal or a socket whose other end is closed."""
 
 
 def printable(text: str) -> str:
@@ -27,9 +27,7 @@ def printable(text: str) -> str:
 
 
 def readable_size(size: float) -> str:
-    """Return the bytes of memory or of a checkpoint in the power of 1024 that suits them, in three digits: "12.3 GiB", "1.50
-    MiB".
-    """
+    """Return a number of bytes in its power of 1024, in three digits: "12.3 GiB", "1.50 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
             break
@@ -44,7 +42,7 @@ def show(text: str) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether the text can be written as UTF-8; a file name that is made of other bytes cannot."""
+    """Return whether the text can be written as UTF-8; a file name of other bytes cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -52,7 +50,7 @@ def open_console(width: int) -> Any:
     """Return a rich console on standard output that takes every string literally: no markup, no emoji codes, no highlighting.
 
     Args:
-      width: columns where standard output is no terminal, and COLUMNS does not say how wide it is.
+      width: columns if standard output is no terminal and COLUMNS is not set.
     """
     from rich.console import Console
     from rich.text import Text
@@ -66,15 +64,15 @@ def open_console(width: int) -> Any:
 
 
 def make_streams_safe(answers_on_stdout: bool) -> None:
-    """Replaces sys.stdout and sys.stderr by streams that raise neither for a character nor for a reader that has gone.
+    """Replace sys.stdout and sys.stderr by streams that raise neither for a character nor for a closed reader.
 
-    A character that the stream's encoding lacks is written as an escape. Where the reader of a pipe or the terminal has gone,
-    what is written goes nowhere from then on; but a program whose product is what it prints ends when nobody reads it.
+    A character that the stream's encoding lacks is written as an escape. After the reader of a pipe or the terminal is gone,
+    output is discarded; but a program whose result is its output ends then.
 
     Args:
-      answers_on_stdout: end with EXIT_UNREAD where the reader of standard output has gone (SystemExit in the writing thread).
+      answers_on_stdout: end with EXIT_UNREAD if the reader of standard output is gone (SystemExit in the writing thread).
     """
-    for descriptor in range(3):  # one that is closed would be given to the next file opened, and text be written into that
+    for descriptor in range(3):  # a closed one would be reused by the next file opened, and text be written into that
         try:
             os.fstat(descriptor)
         except OSError:
@@ -94,7 +92,7 @@ def _safe(stream: TextIO | None, descriptor: int, is_answer: bool) -> io.TextIOW
 
 
 class _Outlet(io.FileIO):
-    """A descriptor whose writes fail only where the bytes are the answer that a person waits for."""
+    """A descriptor whose writes fail only if the bytes are the program's result."""
 
     def __init__(self, descriptor: int, is_answer: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -111,11 +109,11 @@ class _Outlet(io.FileIO):
             elif self._is_answer:
                 discard(self)
                 raise ExplainedError(f"standard output cannot be written: {error.strerror}") from error
-            return len(data)  # a log on a full disk: what is written later may find room again
+            return len(data)  # a log on a full disk: later lines may fit again
 
 
 def discard(stream: IO[Any]) -> None:
-    """Let what is written to a stream that nobody reads any more go nowhere, so that it fails no further, not even at exit."""
+    """Redirect a stream without reader to nowhere, so that it fails no more, not even at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

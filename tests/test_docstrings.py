@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,10 @@ LONGER_FILES = {"config/fields.py": 640}  # mostly fields and their help texts
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 CLASSES = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-METHODS = {node.name: {item.name for item in node.body if isinstance(item, ast.FunctionDef)} for node in CLASSES}
+METHODS = {
+    node.name: {item.name for item in node.body if isinstance(item, ast.FunctionDef) and not item.decorator_list}
+    for node in CLASSES
+}
 BASES = {node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases] for node in CLASSES}
 DOCUMENTED_METHODS = {
     (node.name, item.name)
@@ -43,6 +47,45 @@ def public(body: list[ast.stmt], inside: str = "") -> Iterator[tuple[str, Defini
                 yield from public(node.body, f"{inside}{node.name}.")
 
 
+def is_property(node: Definition) -> bool:
+    """Return whether the definition is a property, which reads as an attribute: a noun describes it."""
+    return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def speaks_for_itself(node: Definition) -> bool:
+    """Return whether name and type may say it all: a property, or a method or function that only returns one expression."""
+    return not isinstance(node, ast.ClassDef) and (is_property(node) or [*map(type, node.body)] == [ast.Return])
+
+
+def begins_badly(docstring: str) -> bool:
+    """Return whether a function's docstring begins neither with a verb in the imperative nor with a formula."""
+    first, line = docstring.split()[0], docstring.splitlines()[0]
+    return first not in VERBS if re.fullmatch(r"[A-Z][a-z-]+[,.;:]?", first) else not re.search(r"[][(){}=<>|/*+^`\"]", line)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_function_is_documented_by_an_imperative_or_a_formula(name: str):
+    functions = [
+        n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and not is_property(n)
+    ]
+    documented = [(n, ast.get_docstring(n)) for n in functions]
+    bad = [f"{name}:{n.lineno} {n.name}: {text.splitlines()[0]}" for n, text in documented if text and begins_badly(text)]
+    assert bad == [], "begin with a verb of VERBS (add yours there if it is one), or with a formula"
+
+
+def test_the_law_of_docstrings_can_be_broken():
+    noun_fragments = (
+        "The mean loss.",
+        "Of one device.",
+        "Where it lies.",
+        "Returns the loss.",
+        "Bytes of a leaf.",
+        "uint32 words.",
+    )
+    assert all(begins_badly(text) for text in noun_fragments)
+    assert not any(begins_badly(text) for text in ("Return the mean loss.", "x / sum(x).", "(params, state) after a step."))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_everything_public_is_documented(name: str):
     tree = TREES[name]
@@ -51,7 +94,7 @@ def test_everything_public_is_documented(name: str):
     silent = []
     for path, node in public(tree.body):
         owner, _, method = path.rpartition(".")
-        if not ast.get_docstring(node) and not inherits_docstring(owner, method):
+        if not ast.get_docstring(node) and not inherits_docstring(owner, method) and not speaks_for_itself(node):
             silent.append(f"{name}:{node.lineno} {path}")
     assert silent == []
 

@@ -1,4 +1,4 @@
-"""The command line of every verb: what it takes, how it is read, and its --help."""
+"""The command line of every verb: its flags, their parsing, and --help."""
 
 from jaxtrain.command.parsing import CommandLine, flag_names, parse, parse_config, wanted_help
 from jaxtrain.command.usage import NoFlags, Usage

@@ -23,31 +23,31 @@ from jaxtrain.config.names import hints_of, nested, section_kind
 from jaxtrain.errors import UsageError, nearest
 
 COLUMN = 34
-"""Where the texts begin."""
+"""Column at which the texts begin."""
 WIDTH = 128
 KINDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{True,False}"}
 RUN = "run"
-"""Section of the fields that are in no section of the config."""
+"""Section of the fields of `Config` itself."""
 
 
 class Section(NamedTuple):
     """Fields of one dataclass of the config."""
 
     name: str
-    """Dotted, as its fields begin; "run" for those of Config itself."""
+    """Dotted prefix of its fields; "run" for those of Config itself."""
     kind: type
     here: Any
-    """The part of the config that is shown; None where that has none."""
+    """The part of the config that is shown, or None."""
     fields: list[str]
 
     @property
     def prefix(self) -> str:
-        """What stands before a field's name in its flag."""
+        """Prefix of a field's name in its flag."""
         return "" if self.name == RUN else f"{self.name}."
 
 
 def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
-    """Print how a verb is used, with the values of a config; or one section of the config alone.
+    """Print a verb's usage with the values of a config, or one section of the config.
 
     Raises:
       UsageError: there is no such section.
@@ -73,14 +73,14 @@ def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
 
 
 def print_list(usage: str, about: str, items: Mapping[str, str]) -> None:
-    """Print how a command is used, what it does, and the words that it takes, one line each."""
+    """Print a command's usage, its description, and its words, one line each."""
     width = max(map(len, items))
     lines = [f"  {name:<{width}}  {words}" for name, words in items.items()]
     print("\n\n".join([f"usage: {usage}", _filled(about), "\n".join(lines)]))
 
 
 def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Section]:
-    """Yield the sections of a config, those of parts that are None too; a tuple of dataclasses has one, for its first."""
+    """Yield the sections of a config, also those that are None; a tuple of dataclasses has one, for its first item."""
     plain, inner = [], []
     for field, hint in hints_of(kind).items():
         is_many = get_origin(hint) is tuple
@@ -139,7 +139,7 @@ def _own_text(usage: Usage[Any], field: dataclasses.Field[Any]) -> str:
 
 
 def kind_of(hint: Any, own: bool = False) -> str:
-    """Return what stands for a flag's value: INT, FLOAT, TEXT, the choices, or several of them."""
+    """Return the placeholder of a flag's value: INT, FLOAT, TEXT, the choices, or several of them."""
     if get_origin(hint) is UnionType:
         (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
     if get_origin(hint) is tuple:
@@ -159,7 +159,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _row(flag: str, text: str) -> str:
-    """Return a flag and its text beside it; below it where the flag is long."""
+    """Return a flag with its text beside it, or below it if the flag is long."""
     lines = textwrap.wrap(text, _width() - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
     first = f"  {flag:<{COLUMN - 4}}  {lines[0]}" if len(flag) <= COLUMN - 4 else f"  {flag}\n{' ' * COLUMN}{lines[0]}"
     return "\n".join([first.rstrip(), *(" " * COLUMN + line for line in lines[1:])])

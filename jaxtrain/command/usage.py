@@ -1,4 +1,4 @@
-"""What a verb takes on its command line."""
+"""The description of a verb's command line."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class NoFlags:
 
 @dataclasses.dataclass(frozen=True)
 class Usage(Generic[Flags]):
-    """What a verb takes on its command line."""
+    """The command line of a verb."""
 
     verb: str
-    """Its name, which stands after `jaxtrain`."""
+    """Its name, after `jaxtrain`."""
     about: str
-    """What it does, for --help."""
+    """Its description, for --help."""
     own: type[Flags]
-    """A dataclass whose fields are the verb's flags. A bool is set by its bare name, `--json`; a tuple is added to by each
-    further value, commas and all."""
+    """A dataclass whose fields are the verb's flags. A bool is set by its bare name, `--json`; each further value is added to
+    a tuple, commas included."""
     words: tuple[str, ...] = ()
-    """Those of them that are given in this order without their names; a tuple takes the rest."""
+    """The fields given by position, in this order; a tuple takes the rest."""
     config: Literal["needed", "taken", "none"] = "needed"
-    """Whether it takes --config and the fields of a config, and must be given it."""
+    """Whether it takes or needs --config and the fields of a config."""
 
     def word(self, name: str) -> str:
-        """Return how a flag of the verb's own is shown."""
+        """Return the text of a flag in usage lines."""
         return name.upper() if name in self.words else f"--{name}"

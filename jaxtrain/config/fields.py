@@ -1,7 +1,7 @@
-"""The configuration: nested dataclasses, one meaning a field.
+"""The configuration: nested dataclasses, one meaning per field.
 
 `loading.py` reads it from a file, `command/parsing.py` from flags. Imports neither jax nor anything else that is slow, so that
-a typo is answered in a moment. Every field is a typed command-line flag (`--mesh.fsdp=8`), and the string below a field is its
+a typo is reported at once. Every field is a typed command-line flag (`--mesh.fsdp=8`), and the string below a field is its
 help text.
 """
 
@@ -50,13 +50,13 @@ class RopeScaling:
     """Llama-3.1's stretching of the RoPE wavelengths beyond the length that the model was first trained on."""
 
     factor: float = 8.0
-    """How many times longer the context becomes; wavelengths beyond the old context are stretched by it."""
+    """Factor by which the context grows; wavelengths beyond the old context are stretched by it."""
     low_frequency_factor: float = 1.0
     """Wavelengths above original_length / this are stretched fully."""
     high_frequency_factor: float = 4.0
-    """Wavelengths below original_length / this are left as they are."""
+    """Wavelengths below original_length / this are unchanged."""
     original_length: int = 8192
-    """The context, in tokens, that the unstretched model was trained on."""
+    """Context of the unstretched model, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,52 +72,53 @@ class LatentAttentionConfig:
     kv_rank: int = 512
     """Width of the latent of keys and values."""
     rope_dim: int = 64
-    """Width of the part of a query and key head that RoPE turns; even."""
+    """Width of the part of a query and key head that RoPE rotates; even."""
     value_dim: int = 128
     """Width of a value head."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts in place of the MLP: every token goes through the few SwiGLU experts that its router picks.
+    """Mixture of experts in place of the MLP: every token goes through a few SwiGLU experts chosen by the router.
 
     All auxiliary losses are means over the tokens that carry a loss, taken sequence by sequence, so neither microbatches nor
     the mesh can change them.
     """
 
     num_experts: int = 8
-    """Routed experts."""
+    """Number of routed experts."""
     experts_per_token: int = 2
-    """Routed experts that a token goes through (top-k)."""
+    """Routed experts per token (top-k)."""
     mlp_dim: int = 1024
     """Hidden width of one expert."""
     shared_experts: int = 0
     """Experts that every token goes through, beside the routed ones; they are one MLP of shared_experts x mlp_dim."""
     first_dense_layers: int = 0
-    """Layers at the start that keep a dense MLP (of model.mlp_dim). With a pipeline they belong to the first stage."""
+    """Number of first layers with a dense MLP (of model.mlp_dim). With a pipeline they belong to the first stage."""
     router: Router = "softmax"
-    """How router logits become scores, before the top-k is taken."""
+    """Function from router logits to scores, before the top-k."""
     normalize_weights: bool = True
     """Divide the scores of a token's experts by their sum."""
     weight_scale: float = 1.0
     """Factor on the weights of the routed experts (DeepSeek-V3: 2.5)."""
     groups: int = 1
-    """Experts are in this many equal groups; only groups_per_token of them are open to a token (node-limited routing)."""
+    """Number of equal groups of experts; only groups_per_token of them are open to a token (node-limited routing)."""
     groups_per_token: int = 1
-    """Groups whose experts a token may take: those with the largest sum of their two best scores."""
+    """Groups open to a token: those with the largest sum of their two best scores."""
     balance_loss: float = 0.01
-    """Weight of the load-balance loss E/k sum_e f_e P_e of each sequence; 0 for none."""
+    """Weight of the load-balance loss E/k sum_e f_e P_e of each sequence; 0: none."""
     router_z_loss: float = 0.0
-    """Weight of the mean of logsumexp(router logits)^2; 0 for none."""
+    """Weight of the mean of logsumexp(router logits)^2; 0: none."""
     bias_update_rate: float = 0.0
-    """Auxiliary-loss-free balance: every step an expert's bias, which only the choice of experts sees, goes this far up where
-    its load is below the mean, down where above; 0 for no bias."""
+    """Auxiliary-loss-free balance: every step an expert's bias, used only to choose experts, rises by this if its load is
+    below the mean, and falls if above; 0: no bias."""
     dispatch: Dispatch = "dropless"
-    """dropless: every token reaches its experts. capacity: an expert takes so many tokens of a group, and drops the rest."""
+    """dropless: every token reaches its experts. capacity: an expert takes a fixed number of a group's tokens and drops the
+    rest."""
     capacity_factor: float = 1.25
-    """capacity only: room of an expert, relative to an even spread of a group's tokens."""
+    """capacity only: tokens per expert, relative to an even spread of a group's tokens."""
     capacity_group: int = 0
-    """capacity only: consecutive tokens of a sequence that share the experts' room; 0 for the whole sequence."""
+    """capacity only: number of consecutive tokens in a group; 0: the whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,13 @@ class ModelConfig:
     """The decoder: causal grouped-query attention softmax(QK^T/sqrt(d_k))V with RoPE, RMSNorm and SwiGLU."""
 
     num_layers: int = 4
-    """Decoder layers."""
+    """Number of decoder layers."""
     embed_dim: int = 256
     """Width of the residual stream."""
     num_heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     num_kv_heads: int = 4
-    """Key and value heads; must divide num_heads (grouped-query attention)."""
+    """Number of key and value heads; must divide num_heads (grouped-query attention)."""
     head_dim: int = 64
     """Width of one head, d_k of the attention formula; even, for RoPE."""
     mlp_dim: int = 1024
@@ -149,7 +150,7 @@ class ModelConfig:
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE."""
     sliding_window: int = 0
-    """Tokens that a query sees, itself and those before it; 0 for all of them."""
+    """Tokens that a query sees, itself and those before it; 0: all."""
     latent_attention: LatentAttentionConfig | None = None
     """Multi-head latent attention; None for grouped-query attention."""
     moe: MoEConfig | None = None
@@ -157,12 +158,12 @@ class ModelConfig:
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
     param_dtype: DType = "float32"
-    """Dtype in which matrices are kept; norms, routers and biases are float32, and so are the optimizer's moments. bfloat16 is
-    updated by stochastic rounding, the same on every mesh."""
+    """Dtype of stored matrices; norms, routers, biases and the optimizer's moments are float32. bfloat16 is updated by
+    stochastic rounding, the same on every mesh."""
     attention: AttentionBackend = "auto"
-    """Attention backend; auto takes the fastest that the device and the mask allow, and the log says which."""
+    """Attention backend; auto: the fastest that the device and the mask allow (see the log)."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream get it over sqrt(2 num_layers)."""
+    """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for projections into the residual stream."""
     parts: ModelParts = field(default=ModelParts(), repr=False)
 
     @property
@@ -183,10 +184,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. The product must equal the number of devices; one axis may be -1 (whatever is left)."""
+    """Devices along each mesh axis. Their product must be the number of devices; one axis may be -1 (the remaining ones)."""
 
     replica: int = 1
-    """Whole training replicas on slow links; how they keep together is `sync`."""
+    """Whole training replicas on slow links, synchronised as section `sync` says."""
     pipe: int = 1
     """Pipeline stages: layers are cut into stages."""
     data: int = 1
@@ -194,9 +195,9 @@ class MeshConfig:
     fsdp: int = -1
     """Data parallelism with sharded parameters, gradients and optimizer state."""
     expert: int = 1
-    """Expert parallelism: experts are shared out; outside of them a further axis of data parallelism."""
+    """Expert parallelism: shards the experts; outside them a further axis of data parallelism."""
     context: int = 1
-    """Context parallelism: the sequence is shared out, inside attention too."""
+    """Context parallelism: shards the sequence, inside attention too."""
     tensor: int = 1
     """Tensor parallelism over heads, MLP width and vocabulary, with the sequence sharded between blocks."""
 
@@ -207,28 +208,28 @@ class MeshConfig:
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts the global batch is cut."""
+        """Number of shards of the global batch."""
         return self.replica * self.data * self.fsdp * self.expert
 
 
 @dataclass(frozen=True)
 class ShardingConfig:
-    """What the mesh axes do where there is a choice. Nothing here changes a result."""
+    """Choices for the mesh axes. None of them changes a result."""
 
     zero: ZeroLevel = 3
     """What `fsdp` shards (Rajbhandari et al. 2020). 1: master weights and optimizer state; weights are gathered and gradients
     reduced once a step. 2: gradients too, reduced in every microbatch. 3: the weights too, gathered layer by layer."""
     context_attention: ContextAttention = "auto"
-    """How attention reaches the keys of other devices along `context`. ring: they come round one device at a time; gather:
-    all at once; ulysses: heads are exchanged for sequence. auto chooses, and the log says why."""
+    """How attention reaches the keys of other devices along `context`. ring: one device at a time; gather: all at once;
+    ulysses: heads are exchanged for sequence; auto: chosen by size (see the log)."""
     take_turns: bool = True
-    """With tensor or expert above 1, and an even number of sequences in a device's share of a microbatch: compute the layers on
-    two halves of them in turns, so that one half's transfers travel behind the other half's matmuls."""
+    """Interleave two halves of a device's sequences, so that one half's transfers overlap with the other half's matmuls. Needs
+    tensor or expert above 1, and an even number of sequences per device in a microbatch."""
 
 
 @dataclass(frozen=True)
 class SyncConfig:
-    """How replicas (mesh axis `replica`) keep together."""
+    """Synchronisation of the replicas (mesh axis `replica`)."""
 
     mode: SyncMode = "every_step"
     """every_step: gradients are averaged in every step. local: parameters are averaged every `every` steps. diloco: as local,
@@ -240,28 +241,28 @@ class SyncConfig:
     outer_momentum: float = 0.9
     """diloco: momentum of the outer Nesterov step."""
     fragments: int = 1
-    """local, diloco: the layers are exchanged in this many interleaved fragments, in turn, each every `every` steps."""
+    """local, diloco: number of interleaved fragments of the layers, exchanged one after another, each every `every` steps."""
     delay: int = 1
     """delayed: steps between a gradient and its use (tau). 0 is every_step."""
     overlap: int = 0
-    """local, diloco: steps for which an exchange may travel behind the inner steps before its result is used."""
+    """local, diloco: inner steps that an exchange overlaps with before its result is used."""
     mixing: float = 0.5
-    """overlap above 0: share of its own parameters that a replica keeps as a late result arrives (Streaming DiLoCo's alpha)."""
+    """overlap above 0: share of its own parameters that a replica keeps when a late result arrives (Streaming DiLoCo)."""
     compression: Compression = "none"
-    """What travels between replicas: float32, or this dtype (int8 and float8 with one float32 scale per block)."""
+    """Dtype of transfers between replicas; none: float32. int8 and float8 have one float32 scale per block."""
     compression_block: int = 256
-    """Numbers that share a scale."""
+    """Numbers per scale."""
     error_feedback: bool = False
-    """Add what compression lost to the next exchange."""
+    """Add the compression error to the next exchange."""
 
     @property
     def replicas_differ(self) -> bool:
-        """Whether each replica has parameters and optimizer state of its own."""
+        """Whether each replica has its own parameters and optimizer state."""
         return self.mode in ("local", "diloco")
 
     @property
     def queued(self) -> int:
-        """Steps for which gradients wait before they are averaged and applied; 0 but for delayed."""
+        """Steps that gradients are queued before they are averaged and applied; 0 except for delayed."""
         return self.delay if self.mode == "delayed" else 0
 
     @property
@@ -277,12 +278,12 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the work of the pipeline stages is ordered in time."""
+    """The order of the pipeline stages' work in time."""
 
     schedule: ScheduleName = "1f1b"
     """Order of forward and backward work over the stages."""
     chunks: int = 1
-    """Parts of the layer stack that each stage holds; more than 1 needs schedule=interleaved."""
+    """Number of parts of the layer stack per stage; more than 1 needs schedule=interleaved."""
 
 
 @dataclass(frozen=True)
@@ -290,44 +291,44 @@ class DataSource:
     """One source of documents."""
 
     kind: SourceKind = "stdlib"
-    """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document a row. tokens: .bin or .npy
-    made by `jaxtrain tokenize`. array_record: one UTF-8 document a record. synthetic: random tokens."""
+    """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document per row. tokens: .bin made by
+    `jaxtrain tokenize`, or .npy. array_record: one UTF-8 document per record. synthetic: random tokens."""
     path: str = ""
     """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text and jsonl may be compressed:
     gzip, bzip2, xz, zstd."""
     text_field: str = "text"
-    """Which field of a JSONL or Parquet row holds the text."""
+    """Field of a JSONL or Parquet row that holds the text."""
     max_bad_rows: float = 0.0
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""
     separator: int = -1
-    """tokens of others, as .npy, only: the id with which each document begins; -1: the ids are one stream."""
+    """Only for .npy tokens: the id with which each document begins; -1: the ids are one stream."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on. Batch n is a pure function of the data, train.seed and n."""
+    """The training data. Batch n is a pure function of the data, train.seed and n."""
 
     sources: tuple[DataSource, ...] = (DataSource(),)
     """The mixture; flags are --data.sources.0.kind and so on."""
     tokenizer: str = "byte"
     """byte; bpe:SIZE (a byte-level BPE trained on the data at first use); a tokenizer.json; a SentencePiece .model; or none,
-    where every source is token ids already."""
+    if every source is token ids already."""
     sequence_length: int = 256
     """Tokens in a sequence."""
     mask_documents: bool = True
-    """Keep attention inside a document, and restart positions with it, where several are packed into a sequence."""
+    """Restrict attention to the document, and restart positions with it, if several are packed into a sequence."""
     validation_fraction: float = 0.05
-    """Share of the documents that is held out, each by the hash of its own text, so that copies are never on both sides; of a
-    document of more than 100,000 characters, the end. Few documents may have none held out."""
+    """Share of the documents that is held out, chosen by the hash of their text, so that copies are never on both sides; of a
+    document of more than 100,000 characters, its end. With few documents none may be held out."""
     prefetch: int = 4
-    """Batches made ready ahead of the step."""
+    """Number of batches made ahead of the step."""
     workers: int = 0
-    """Threads that read ahead; 0 reads in the loop's own prefetch thread."""
+    """Number of threads that make batches; 0: one."""
     cache_dir: str = "~/.cache/jaxtrain/data"
-    """Where tokenized text and trained tokenizers are kept between runs."""
+    """Folder that keeps tokenized text and trained tokenizers between runs."""
 
 
 @dataclass(frozen=True)
@@ -341,9 +342,9 @@ class OptimizerConfig:
     schedule: LearningRateSchedule = "cosine"
     """Learning rate over steps, after warm-up."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; at most half of train.steps, so that a short trial run needs no other number."""
+    """Steps of linear warm-up; capped at half of train.steps, for short trial runs."""
     decay_fraction: float = 0.2
-    """warmup_stable_decay only: the last share of the steps over which the rate falls; at least one, none of warm-up."""
+    """warmup_stable_decay only: last share of the steps, over which the rate falls; at least one step, outside warm-up."""
     final_lr_fraction: float = 0.1
     """Learning rate at the last step as a share of the peak (cosine, warmup_stable_decay)."""
     beta1: float = 0.9
@@ -360,7 +361,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how large, how exact."""
+    """Length, size and precision of the training."""
 
     steps: int = 1000
     """Optimizer steps in the whole run."""
@@ -369,89 +370,88 @@ class TrainConfig:
     global_batch_size: int = 32
     """Sequences per step over all devices."""
     microbatches: int = 1
-    """Parts into which a step's batch is cut (gradient accumulation; with a pipeline, what fills it)."""
+    """Number of parts of a step's batch (gradient accumulation; a pipeline needs several)."""
     log_every: int = 10
     """Steps between two logged rows."""
     validate_every: int = 100
-    """Steps between two validations; 0 for none. The last step always validates unless it is 0."""
+    """Steps between two validations; 0: none. Above 0, the last step validates too."""
     validate_batches: int = 0
-    """Batches of global_batch_size in a validation; 0 for all the held-out data."""
+    """Batches of global_batch_size in a validation; 0: all held-out data."""
     stop_at_validation_loss: float = 0.0
-    """Stop when the validation loss (nats a token) reaches this; 0 for never."""
+    """Validation loss (nats per token) at which the run stops; 0: never."""
     remat: RematPolicy = "full"
-    """What the backward pass recomputes. none: nothing; dots: all but matmuls; named: all but remat_save; full: each layer."""
+    """Recomputation in the backward pass. none: nothing; dots: all but matmuls; named: all but remat_save; full: each layer."""
     remat_save: tuple[str, ...] = ("attention",)
-    """remat=named only: activations that are kept."""
+    """remat=named only: names of the activations to keep."""
     reduce_dtype: DType = "float32"
     """Dtype in which gradients are summed over devices."""
     z_loss: float = 0.0
-    """Weight of log(Z)^2 in the loss, which keeps logits from drifting; 0 for none."""
+    """Weight of log(Z)^2 in the loss, which keeps logits from drifting; 0: none."""
     loss_chunk: int = 512
     """Tokens of a sequence whose logits exist at one time."""
     sample_tokens: int = 0
-    """Tokens to sample from the trained model at the end of the run, from held-out text; 0 for none."""
+    """Tokens to sample from the trained model at the end of the run, from held-out text; 0: none."""
     deterministic: bool = False
-    """Two runs on the same mesh give the same bits, on GPUs too: XLA and cuDNN keep to kernels that add up in one order, and
-    choose none by timing it. Slower there."""
+    """Make two runs on the same mesh equal bit for bit on GPUs too: XLA and cuDNN use only kernels that sum in a fixed order,
+    not chosen by timing. Slower on GPUs."""
     xla_options: tuple[str, ...] = ()
     """Options for XLA over those of train/xla_options.py, each as name=value."""
     compilation_cache: str = "~/.cache/jaxtrain/compilation"
-    """Folder of the persistent compilation cache; empty for none."""
+    """Folder of the persistent compilation cache; empty: none."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run."""
+    """Checkpoints of a run."""
 
     every: int = 1000
-    """Steps between two checkpoints; the last step is always saved. 0 saves nothing at all."""
+    """Steps between two checkpoints; the last step is always saved. 0: save nothing."""
     keep: int = 3
-    """How many of the newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     resume: ResumeMode = "auto"
-    """auto: go on from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one."""
+    """auto: resume from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one."""
     asynchronous: bool = True
-    """Write while training goes on."""
+    """Write checkpoints while training goes on."""
     on_failure: SaveFailurePolicy = "retry"
-    """A save that fails, when the next one begins. retry: it is told, and the run goes on; the last one must succeed. stop: the
-    run ends."""
+    """Reaction to a failed save when the next one begins. retry: warn and go on, but the last save must succeed. stop: end the
+    run."""
     mirror: str = ""
-    """URL in an object store (s3://, gs://, whatever fsspec knows): committed checkpoints are copied there behind training, and
-    a run whose folder holds none goes on from there; empty for no copies."""
+    """URL in an object store (s3://, gs://, any that fsspec knows): committed checkpoints are uploaded there in the background,
+    and a run whose folder holds none resumes from there; empty: none."""
     fast_every: int = 0
-    """Steps between two snapshots in fast_dir, from which a run goes on whose processes died and whose hosts did not; 0 for
-    none."""
+    """Steps between two snapshots in fast_dir, from which a run resumes if its processes died but its hosts did not; 0: none."""
     fast_dir: str = "/dev/shm"
-    """Folder for snapshots in each host's own memory or on its own disk; two of them at a time."""
+    """Folder for snapshots in each host's own memory or on its own disk; holds two at a time."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What is done about numbers that go wrong. off: nothing. stop: end the run. skip: leave parameters and optimizer as they
-    are. rollback: go back to the newest checkpoint and leave the batch out."""
+    """Reaction to numbers that go wrong. off: nothing. stop: end the run. skip: leave parameters and optimizer unchanged.
+    rollback: go back to the newest checkpoint and leave the batch out."""
 
     non_finite: BadStepPolicy = "stop"
-    """A step whose loss or gradient norm is not finite."""
+    """Reaction to a step whose loss or gradient norm is not finite."""
     spike: BadStepPolicy = "off"
-    """A step whose loss or gradient norm is far above that of the good steps before it."""
+    """Reaction to a step whose loss or gradient norm is far above that of the good steps before it."""
     spike_deviations: float = 6.0
-    """How far: (x - median) / (1.4826 median absolute deviation) over the window."""
+    """Threshold of a spike: (x - median) / (1.4826 median absolute deviation) over the window."""
     spike_window: int = 128
-    """Good steps in the window; nothing is a spike before it is half full."""
+    """Number of good steps in the window; spikes are detected once it is half full."""
     rollback_batches: int = 1
-    """rollback: batches to leave out, the last of which is the bad step's; none from before the checkpoint."""
+    """rollback: number of batches to leave out, ending with the bad step's; none from before the checkpoint."""
     budget: int = 10
-    """Skips and rollbacks in the whole run, after which a bad step stops it."""
+    """Number of skips and rollbacks in the whole run; the next bad step stops it."""
     copies: CopiesPolicy = "stop"
-    """Devices whose copies of the state differ by a bit. They are compared before every save."""
+    """Reaction to devices whose copies of the state differ by a bit. They are compared before every save."""
     copies_every: int = 0
-    """Steps between further comparisons; 0 for none."""
+    """Steps between further comparisons; 0: none."""
     repeat_every: int = 0
-    """Steps between two whose gradients are computed twice more and compared bit for bit; 0 for none. On GPUs it needs
+    """Steps between checks that compute a step's gradients twice more and compare them bit for bit; 0: none. On GPUs it needs
     train.deterministic."""
     debug_nans: bool = False
-    """Compute a step that is not finite again, and name the microbatch, layer and operation that were first; slower."""
+    """Compute a non-finite step again, and name the first bad microbatch, layer and operation; slower."""
 
     @property
     def classifies_steps(self) -> bool:
@@ -461,38 +461,38 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What a run tells."""
+    """Reports of a run."""
 
     wandb_project: str = ""
-    """Weights & Biases project; empty for none. The key comes from the environment."""
+    """Weights & Biases project; empty: none. The key comes from the environment."""
     profile: str = ""
-    """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty for none."""
+    """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty: none."""
     energy: EnergySource = "auto"
-    """What measures the energy: nvml (GPUs), rapl (CPUs), auto for whichever fits and can be read, or none."""
+    """Energy meter: nvml (GPUs), rapl (CPUs), auto (whichever fits and can be read), or none."""
     hardware: str = "auto"
-    """Chip whose peak FLOP/s the MFU is measured against, by name or as a chip file; auto asks the device."""
+    """Chip whose peak FLOP/s the MFU is measured against, by name or as a chip file; auto: the device's own."""
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of a run find one another; under our supervisor, SLURM, Open MPI, Kubernetes and Ray by themselves."""
+    """The processes of a run: address and time limits. Our supervisor, SLURM, Open MPI, Kubernetes and Ray need no flags."""
 
     coordinator: str = ""
-    """host:port at which process 0 is reached; empty for what the starter says."""
+    """host:port of process 0; empty: the starter's."""
     processes: int = 0
-    """Processes in all; 0 for what the starter says."""
+    """Number of processes; 0: the starter's."""
     process_id: int = -1
-    """This process, from 0; -1 for what the starter says."""
+    """Index of this process, from 0; -1: the starter's."""
     heartbeat_seconds: int = 30
-    """A process that has been silent for so long is lost, and all end."""
+    """Seconds without a heartbeat after which a process is lost, and all end."""
     start_timeout_seconds: int = 300
-    """How long processes wait for one another at the start."""
+    """Seconds that processes wait for one another at the start."""
     hang_seconds: int = 300
-    """A step that has not moved for so long has hung, or for 20 times the usual step where that is longer; all processes end
-    and are started again. 0 for never."""
+    """Seconds (at least 20 times the usual step) without progress after which a step has hung; all processes then end and
+    are restarted. 0: never."""
     phase_seconds: int = 1800
-    """The first step, saving, restoring, validating, sampling or waiting for a peer may take so long; 0 for ever. Reading data
-    and compiling may take a day."""
+    """Time limit in seconds of the first step, saving, restoring, validating, sampling or waiting for a peer; 0: none. Reading
+    data and compiling may take a day."""
 
 
 @dataclass(frozen=True)
@@ -502,7 +502,7 @@ class Config:
     name: str = "run"
     """Name of the run."""
     run_dir: str = ""
-    """Where everything the run writes goes; empty for runs/NAME."""
+    """Folder for everything the run writes; empty: runs/NAME."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -519,7 +519,7 @@ class Config:
 
     @property
     def directory(self) -> Path:
-        """run_dir, or runs/NAME where none is given."""
+        """run_dir, or by default runs/NAME."""
         return user_path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
 
@@ -528,40 +528,38 @@ class Config:
 
 
 PARTS = "parts"
-"""The field of `Config` and `ModelConfig` that is no setting: no flag and no JSON holds it."""
+"""The field of `Config` and `ModelConfig` that is not a setting: no flag and no JSON holds it."""
 
 
 def to_plain(part: Any) -> Any:
-    """Return a config, or a section of one, as dicts, without the parts that are plugged in."""
+    """Return a config, or a section of one, as dicts, without the plugged-in parts."""
     if dataclasses.is_dataclass(part):
         return {field.name: to_plain(getattr(part, field.name)) for field in dataclasses.fields(part) if field.name != PARTS}
     return tuple(map(to_plain, part)) if isinstance(part, tuple) else part
 
 
 def to_json(config: Config) -> str:
-    """Return the fully resolved config, as it is written to run_dir/config.json and into every checkpoint."""
+    """Return the fully resolved config as JSON, as in run_dir/config.json and every checkpoint."""
     return json.dumps(to_plain(config), indent=2)
 
 
 def from_json(text: str, like: Config | None = None) -> Config:
-    """Return the config that `to_json` wrote. Builds dataclasses and nothing else; whether the values work, `validate` says.
+    """Return the config that `to_json` wrote. It only builds dataclasses; `validate` checks the values.
 
     Args:
-      like: a config of the same sections, which may be subclasses, and with the parts to plug in; None for `Config()`.
+      like: a config of the same sections, which may be subclasses, and with the parts to plug in; None: `Config()`.
 
     Raises:
-      ConfigError: it is no such text; names the field.
+      ConfigError: the text is no such JSON; names the field.
     """
     try:
         return _from_plain(json.loads(text), Config, "config", like or Config())
-    except (ValueError, RecursionError) as error:  # of json
+    except (ValueError, RecursionError) as error:  # raised by json
         raise ConfigError([f"not the JSON of a config: {error}"]) from error
 
 
 def _from_plain(value: Any, hint: Any, path: str, like: Any = None) -> Any:
-    """Return a JSON value as a field's type wants it: objects become dataclasses, lists tuples; anything else is left as it
-    is.
-    """
+    """Return a JSON value as a field's type: objects become dataclasses, lists tuples; other values are unchanged."""
     if get_origin(hint) is UnionType:  # X | None
         return None if value is None else _from_plain(value, get_args(hint)[0], path, like)
     if get_origin(hint) is tuple and isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Config files: Python with `get_config() -> Config`, found by path or by the name of a shipped one; or JSON that was written.
+"""Load config files: Python with `get_config() -> Config`, by path or by the name of a shipped one; or JSON from a run or plan.
 
 A Python file may import its neighbours, and may define `get_trainer(config) -> Trainer`, whose parts go into the config
-(`jaxtrain.parts`). What a file does wrong is told as `file:line: what`, not as a traceback.
+(`jaxtrain.parts`). An error in a file is reported as `file:line: what`, not as a traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.files import user_path
 
 SHIPPED = Path(__file__).parent.parent.parent / "configs"
-"""Folder of the configs in a checkout. The installed package has none, since configs are there to be read and changed."""
+"""Folder of the configs in a checkout. The installed package has none, since configs are meant to be read and changed."""
 
 
 def find_config(name: str | Path) -> Path:
@@ -54,17 +54,17 @@ def find_config(name: str | Path) -> Path:
 
 
 class ConfigFile(NamedTuple):
-    """What a config file says."""
+    """A read config file."""
 
     path: Path
     config: Config
     get_trainer: Callable[[Config], Any] | None
 
     def plug(self, config: Config) -> Config:
-        """Return the config with the parts that the file's `get_trainer` plugs in for it.
+        """Return the config with the parts that the file's `get_trainer` plugs in.
 
         Raises:
-          ExplainedError: it does not give a Trainer; names file and line.
+          ExplainedError: it does not return a Trainer; names file and line.
         """
         if self.get_trainer is None:
             return config
@@ -87,7 +87,7 @@ def load_config(name: str | Path) -> Config:
 
 
 def read_config(name: str | Path) -> ConfigFile:
-    """Read a config file: run it as the Python code that it is, for `get_config()`, or read its JSON.
+    """Read a config file: run its Python code for `get_config()`, or read its JSON.
 
     Raises:
       ExplainedError: there is no such file, or it does not give a Config; names file and line.
@@ -109,16 +109,16 @@ def read_config(name: str | Path) -> ConfigFile:
         raise ExplainedError(f"--config={where}: get_config() gave a {type(config).__name__}, not a jaxtrain.config.Config")
     get_trainer = getattr(module, "get_trainer", None)
     sections = [config, *(getattr(config, field.name) for field in dataclasses.fields(config))]
-    if any(type(section).__module__ == module.__name__ for section in sections):  # subclasses of ours, with more fields
+    if any(type(section).__module__ == module.__name__ for section in sections):  # subclasses of our sections, with more fields
         config = _of_file(config, path)
     elif get_trainer is None:
-        del sys.modules[module.__name__]  # else Python looks there for the types and the source of what the file defines
+        del sys.modules[module.__name__]  # but keep it for subclasses: Python looks there for their types and source
     return ConfigFile(path, config, get_trainer)
 
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Run code of a config file, its neighbours importable; what it raises is told as `file:line: what`."""
+    """Run code of a config file with its neighbours importable; report its exceptions as `file:line: what`."""
     with neighbours_importable(path.resolve().parent):
         try:
             yield
@@ -165,7 +165,7 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 @contextlib.contextmanager
 def neighbours_importable(folder: Path) -> Iterator[None]:
-    """Let a config import the modules of its folder, as a script could, for as long as the block lasts.
+    """Let a config import the modules of its folder, as a script could, during the block.
 
     Afterwards `sys.path` and `sys.modules` are as before, so that two folders may each have a `base.py`. Names of the standard
     library and of this package keep their meaning.
@@ -196,7 +196,9 @@ def _lines_of(error: BaseException, path: Path) -> list[traceback.FrameSummary]:
 
 
 def describe(error: BaseException, path: Path) -> str:
-    """`file:line: Type: message` of what a config file raised: its own innermost line, or that of the neighbour it imports."""
+    """Return `file:line: Type: message` of a config file's exception: its own innermost line, or that of a neighbour it
+    imports.
+    """
     words = str(error)
     if isinstance(error, SyntaxError) and error.filename:
         where, line, words = Path(error.filename), error.lineno, error.msg

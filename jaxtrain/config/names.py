@@ -1,4 +1,4 @@
-"""Config fields by dotted name: which there are, what their text means, how one is set, and which was meant.
+"""Config fields by dotted name: list, read from text, set, and find the one that was meant.
 
 The command line, sweeps and `--against` read fields here and nowhere else.
 """
@@ -18,7 +18,7 @@ from jaxtrain.config import PARTS, Config
 from jaxtrain.errors import ExplainedError, nearest
 
 LONGEST_NUMBER = 40
-"""Decimal places of a whole number that is read; no field is as large, and 1e999999999 would fill the memory."""
+"""Most decimal places of a whole number: no field is as large, and 1e999999999 would fill the memory."""
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 PEERS = {
     "lr": "optimizer.peak_lr",
@@ -71,7 +71,7 @@ PEERS = {
     "pp": "mesh.pipe",
     "wandb": "telemetry.wandb_project",
 }
-"""What other trainers call our fields."""
+"""Other trainers' names of our fields."""
 
 
 class NoSuchField(ExplainedError):
@@ -80,7 +80,7 @@ class NoSuchField(ExplainedError):
 
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass's fields by name, without the parts that are plugged in: they are no settings."""
+    """Return {name: type} of a dataclass's fields, without plugged-in parts, which are not settings."""
     return {name: hint for name, hint in get_type_hints(kind).items() if name != PARTS}
 
 
@@ -92,12 +92,14 @@ def nested(hint: Any) -> type | None:
 
 
 def section_kind(hint: Any, held: Any = None) -> type | None:
-    """Return the dataclass that a field holds: that of its value, which may be a subclass, else of its type; None if plain."""
+    """Return the dataclass that a field holds: its value's, which may be a subclass, else its type's; None for a plain
+    field.
+    """
     return type(held) if dataclasses.is_dataclass(held) else nested(hint)
 
 
 def field_names(part: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all plain fields, those of optional parts too; one place for each tuple of dataclasses (sources.0).
+    """Yield the dotted names of all plain fields, also of optional parts; one index for each tuple of dataclasses (sources.0).
 
     Args:
       part: a config, whose sections may be subclasses with more fields, or the class of one.
@@ -113,7 +115,7 @@ def field_names(part: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of all plain fields by dotted name, those of every source too; a part that is None is one value."""
+    """Return {dotted name: value} of all plain fields, also of every source; a part that is None is one value."""
     values: dict[str, Any] = {}
     for name in hints_of(type(part)):
         value = getattr(part, name)
@@ -128,7 +130,7 @@ def field_values(part: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def field_hint(name: str, config: Config | None = None) -> Any:
-    """Return the type of a field of a config; of `Config` where there is none at hand.
+    """Return the type of a field of a config, by default of `Config`.
 
     Raises:
       NoSuchField: there is none of that name.
@@ -147,12 +149,12 @@ def field_hint(name: str, config: Config | None = None) -> Any:
 
 
 def set_field(config: Any, name: str, value: Any) -> Any:
-    """Return the config with one field, by its dotted name, replaced.
+    """Return the config with one field, given by its dotted name, replaced.
 
-    A part that is None comes to be with its defaults; a place just behind the end of a tuple of dataclasses does too.
+    A part that is None, and the index after the last of a tuple of dataclasses, are first created with defaults.
 
     Raises:
-      NoSuchField: the place lies farther behind the end.
+      NoSuchField: the index lies further behind the end.
     """
     first, _, rest = name.partition(".")
     if not rest:
@@ -175,13 +177,13 @@ def set_field(config: Any, name: str, value: Any) -> Any:
 
 
 def read_value(text: str, hint: Any) -> Any:
-    """Return what a text means for a field of this type.
+    """Return the value of a text for a field of this type.
 
     Booleans are true, false, 1, 0, yes, no, on or off; whole numbers may be written 1e3, 1000.0 or 1_000; tuples are separated
     by commas; None clears an optional part.
 
     Raises:
-      ExplainedError: nothing; says what it should be.
+      ExplainedError: it is no such value; says what it should be.
     """
     text = text.strip() if hint is not str else text
     if get_origin(hint) is UnionType and text == "None":
@@ -206,7 +208,7 @@ def read_value(text: str, hint: Any) -> Any:
 
 
 def split_items(text: str) -> list[str]:
-    """Return the items of a tuple: parts between commas. Of name=value items, a comma inside a value stays."""
+    """Return the items of a tuple: parts between commas. In name=value items, a comma inside a value stays."""
     separator = r",(?=\s*[\w.]+\s*=)" if "=" in text else ","
     return [item.strip() for item in re.split(separator, text) if item.strip()]
 
@@ -218,7 +220,7 @@ def _read_bool(text: str) -> bool:
 
 
 def _read_number(text: str, kind: type[int] | type[float]) -> float:
-    """Return a whole number in any notation whose value is whole, or a number."""
+    """Read a whole number, in any notation with a whole value, or a float."""
     try:
         if kind is float:
             return float(text)
@@ -235,13 +237,13 @@ def _read_number(text: str, kind: type[int] | type[float]) -> float:
 
 
 def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: bool = True, config: Config | None = None) -> str:
-    """Return the words that lead from a name that is no field to the one that was meant.
+    """Return a hint from a name that is no field to the field that was meant.
 
     Args:
       others: further names that would have been right.
-      dashes: what names are shown with.
+      dashes: prefix of the names shown.
       fields: whether names of fields would have been right.
-      config: whose fields they are; `Config`'s where None.
+      config: the config with these fields; None: `Config`'s.
     """
     names, last = [*others, *(field_names(config or Config) if fields else ())], name.rpartition(".")[2]
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}

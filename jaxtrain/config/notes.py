@@ -1,4 +1,4 @@
-"""Fields that were set and do nothing, because another field would have to be set too: not refused, but told."""
+"""Note fields that are set but have no effect, because another field would have to be set too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtrain.config import Config, MoEConfig
 
 
 class Condition(NamedTuple):
-    """What a field needs to do anything."""
+    """What a field needs to have an effect."""
 
     words: str
     holds: Callable[[Config], bool]
@@ -56,7 +56,7 @@ _CONDITIONS = {
 
 
 def idle_fields(config: Config) -> list[str]:
-    """Return a line for each field that is not as by default and does nothing in this config, whose mesh is resolved."""
+    """Return a line for each non-default field without effect in this config, whose mesh is resolved."""
     lines = []
     for name, condition in _CONDITIONS.items():
         value, default = _value(config, name), _value(_DEFAULTS, name)
@@ -67,7 +67,7 @@ def idle_fields(config: Config) -> list[str]:
 
 
 def _value(config: Any, name: str) -> Any:
-    """Return the value of a field; that of a part that is None is as by default."""
+    """Return the value of a field; in a part that is None, the default."""
     for part in name.split("."):
         config = getattr(MoEConfig() if config is None else config, part)
     return config

@@ -1,4 +1,4 @@
-"""What a valid config is: every rule about fields and their combinations, checked at once, before jax is imported."""
+"""Every rule about fields and their combinations, checked at once, before jax is imported."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from jaxtrain.hardware import load_chip
 
 
 def divisors(number: int) -> list[int]:
-    """Return all divisors of a positive number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _or(numbers: Sequence[int]) -> str:
-    """ "1, 2 or 4" """
+    """Return "1, 2 or 4"."""
     shown = [str(n) for n in numbers]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
 def _nearest_multiples(number: int, unit: int) -> str:
-    """Return the multiples of `unit` next to `number`, as words."""
+    """Describe the multiples of `unit` next to `number`."""
     below, above = number // unit * unit, math.ceil(number / unit) * unit
     return _or([n for n in (below, above) if n > 0])
 
@@ -50,9 +49,9 @@ def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
-    """Fill in the axis that is -1, and list what is wrong with the mesh.
+    """Fill in the axis that is -1, and list the mesh's problems.
 
-    An axis of -1 becomes num_devices over the product of the others.
+    An axis of -1 becomes num_devices / the product of the others.
     """
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     problems = [
@@ -87,20 +86,18 @@ SMALLEST_BPE, LARGEST_BPE = 257, 2**20
 MOST_MICROBATCHES = 2**14
 MOST_THREADS = 1024
 LONGEST_SPIKE_WINDOW = 2**20
-_LARGEST = {"train.seed": 2**63}  # of whole numbers; 2^31 for all others, so that what is computed from them stays in bounds
+_LARGEST = {"train.seed": 2**63}  # limit of whole numbers; 2^31 for all others, so that products stay in bounds
 
 
 def _type_problems(value: Any, path: str = "") -> list[str]:
-    """Return the values whose type or choice is not what the field declares (a config file is Python, and may hold
-    anything).
-    """
+    """Return the values whose type or choice is not the field's (a config file is Python, and may hold anything)."""
     hints = get_type_hints(type(value))
     names = [f.name for f in dataclasses.fields(value)]
     return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
 
 
 def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
-    """`_type_problems` of one field."""
+    """Return the `_type_problems` of one field."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is Literal:
         return [] if value in arguments else [f"{name}={value!r}: {nearest(str(value), arguments)}"]
@@ -118,7 +115,7 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
         return [f"{name} is a whole number of {value.bit_length()} bits; the largest is {_LARGEST.get(name, 2**31) - 1}"]
     if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a finite number"]
-    if hint is float and not abs(value) <= sys.float_info.max:  # not isfinite: a whole number may be too large for a float
+    if hint is float and not abs(value) <= sys.float_info.max:  # isfinite fails for whole numbers too large for a float
         return [
             f"{name}={value if isinstance(value, float) else 'a whole number too large for a float'} is not a finite number"
         ]
@@ -145,12 +142,12 @@ _ABOVE_ZERO = (
 ).split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()
 _DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
-# Divisibility is only judged where these are in range.
+# Divisibility is only checked if these are in range.
 _SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
 
 
 def _range_problems(config: Config, told: Sequence[str] = ()) -> list[str]:
-    """Return the numbers out of range; not those that `told` is about, nor of a section that is none."""
+    """Return the numbers out of range, except those that `told` reports already, and sections that are None."""
 
     def value(path: str) -> Any:
         section, name = path.split(".")
@@ -169,7 +166,7 @@ def _range_problems(config: Config, told: Sequence[str] = ()) -> list[str]:
 
 
 def value_problems(config: Config) -> list[str]:
-    """Return what is wrong with single fields, whatever the others and the devices are."""
+    """Return the problems of single fields, whatever the others and the devices are."""
     problems = _type_problems(config)
     return problems + _range_problems(config, problems)
 
@@ -327,7 +324,7 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
 
 
 def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) -> list[str]:
-    """Of a stack of `layers` cut into `parts`."""
+    """Return the problems of `sync` for a stack of `layers` cut into `parts`."""
     if not sync.replicas_differ:
         return []
     problems = []
@@ -376,7 +373,7 @@ def _guard_problems(config: Config) -> list[str]:
 
 
 def _explained(check: Callable[[], object]) -> list[str]:
-    """Return what a check raises, as a problem."""
+    """Return the error that a check raises as a problem."""
     try:
         check()
     except ExplainedError as error:
@@ -385,7 +382,7 @@ def _explained(check: Callable[[], object]) -> list[str]:
 
 
 def bpe_size_problem(tokenizer: str) -> str:
-    """Return what is wrong with the SIZE of a tokenizer "bpe:SIZE"; empty for nothing, and for other tokenizers."""
+    """Return the problem with the SIZE of a tokenizer "bpe:SIZE"; empty for none, and for other tokenizers."""
     if not tokenizer.startswith("bpe:"):
         return ""
     size = tokenizer[4:]
@@ -405,7 +402,7 @@ def _tokenizer_problems(tokenizer: str, vocab_size: int) -> list[str]:
 
 
 def _idle_problems(config: Config) -> list[str]:
-    """Return what is asked for and could never take place in this run."""
+    """Return the requests that could never take effect in this run."""
     problems, checkpoint, guard, train = [], config.checkpoint, config.guard, config.train
     profile, steps = config.telemetry.profile, train.steps
     window = re.fullmatch(r"(\d{1,18}):(\d{1,18})", profile)
@@ -478,8 +475,8 @@ def _other_problems(config: Config) -> list[str]:
 
 
 def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
-    """Return the config with its mesh resolved for `num_devices`, and everything that is wrong with it, one line each."""
-    if _type_problems(config):  # the rules below compute with the values, so they need right types
+    """Return the config with its mesh resolved for `num_devices`, and all its problems, one line each."""
+    if _type_problems(config):  # the rules below compute with the values and need right types
         return config, value_problems(config)
     range_problems = _range_problems(config)
     mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)

@@ -1,4 +1,4 @@
-"""What must hold for a source of data, whether a run or `jaxtrain tokenize` reads it."""
+"""Rules for a source of data, read by a run or by `jaxtrain tokenize`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COPY = {
 
 
 def remote_problems(name: str, paths: str) -> list[str]:
-    """Return what is wrong with the field called `name` where one of its comma-separated paths is the address of a store."""
+    """Return the problems of field `name` if one of its comma-separated paths is an object store's URL."""
     problems = []
     for path in map(str.strip, paths.split(",")):
         address = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
@@ -32,7 +32,7 @@ def remote_problems(name: str, paths: str) -> list[str]:
 
 
 def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
-    """Return what is wrong with the share of bad rows that the field called `name` allows in a source of `kind`."""
+    """Return the problems of the share of bad rows that field `name` allows in a source of `kind`."""
     if not 0 <= share < 1:
         return [f"{name}={share} is a share: at least 0 and below 1"]
     if share and kind not in ROW_KINDS:
@@ -41,7 +41,7 @@ def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
 
 
 def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[str]:
-    """List what is wrong with the fields of a source; `prefix` stands before their names ("data.sources.0.")."""
+    """List the problems of a source's fields; `prefix` precedes their names ("data.sources.0.")."""
     problems = []
     if source.kind not in ("stdlib", "synthetic") and not source.path:
         problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")

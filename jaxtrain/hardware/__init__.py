@@ -1,4 +1,4 @@
-"""Chips and their links: what their makers state, what was measured on them, and how to name one."""
+"""Chips and their links: their makers' figures, measurements, and how to name one."""
 
 from jaxtrain.hardware.chip import IDLE_SHARE, Calibration, Chip, CollectiveRate, Rate, predicted_watts
 from jaxtrain.hardware.chip_file import ENDINGS, write_chip

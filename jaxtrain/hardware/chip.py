@@ -1,4 +1,4 @@
-"""What is known of one kind of chip: what its maker states, and how much of that was measured on it.
+"""The figures of one kind of chip: its maker's, and the measured share of each.
 
 Units: FLOP/s (a multiply-add is two), bytes, bytes/s, seconds, watts; all decimal (1 GB = 1e9 bytes), as in datasheets.
 """
@@ -14,21 +14,21 @@ DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32":
 PEAK_DTYPES = ("bfloat16", "float16", "float8", "tfloat32", "float32")
 
 IDLE_SHARE = 0.15
-"""Share of its rated power that a waiting GPU draws, where it was not measured: `nvidia-smi` shows 10% on an H100 SXM and 13%
-on an A100 SXM without a process, and 18% on an H200 that holds a model and does nothing."""
+"""Assumed share of its rated power that an idle GPU draws: `nvidia-smi` shows 10% on an H100 SXM and 13% on an A100 SXM
+without a process, and 18% on an idle H200 that holds a model."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How much of the chip's peak one operation of one size reaches."""
+    """The share of the chip's peak that one operation of one size reaches."""
 
     dtype: str
     size: int
-    """Of a matmul, the edge of its cube, (m k n)^(1/3); of attention, the length of the sequence."""
+    """For a matmul (m k n)^(1/3), the edge of its cube; for attention the length of the sequence."""
     fraction: float
     """FLOP/s over the chip's `matmul_peak(dtype)`; over 1 is possible, since peaks are stated for one clock."""
     spread: float = 0.0
-    """(slowest - fastest) / median of the repetitions: what the figure is worth."""
+    """(slowest - fastest) / median of the repetitions."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CollectiveRate:
     """One collective over one group of devices: its time is latency + sent bytes / bandwidth."""
 
     over: Literal["link", "nic"]
-    """link: all devices of the group are in one host; nic: each in another."""
+    """link: all devices of the group are in one host; nic: each is in a different host."""
     kind: str
     """all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute."""
     devices: int
@@ -49,38 +49,38 @@ class CollectiveRate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `jaxtrain calibrate` found, as fractions of what the chip states: a person can write it too."""
+    """Results of `jaxtrain calibrate`, as fractions of the chip's stated figures; may be written by hand."""
 
     matmul: tuple[Rate, ...] = ()
     attention: tuple[Rate, ...] = ()
-    """Forward and backward of causal attention, head_dim 128: 7 L^2 N H FLOPs a sequence, two matmuls forward and five backward
-    over the half of the square that is needed."""
+    """Forward and backward of causal attention, head_dim 128: 7 L^2 N H FLOPs per sequence, two matmuls forward and five
+    backward over half of the square."""
     memory: float | None = None
-    """Bytes/s of a copy (reading and writing) over `memory_bandwidth`."""
+    """Bytes/s of a copy (read and written) / `memory_bandwidth`."""
     link: float | None = None
-    """Bytes/s that a device sends in all-gathers and reduce-scatters over a whole host, over `link_bandwidth`."""
+    """Bytes/s that a device sends in all-gathers and reduce-scatters over a whole host / `link_bandwidth`."""
     nic: float | None = None
-    """The same between hosts, over `nic_bandwidth`."""
+    """The same between hosts / `nic_bandwidth`."""
     collectives: tuple[CollectiveRate, ...] = ()
     device_kind: str = ""
     devices: int = 1
     processes: int = 1
     simulated: bool = False
-    """Fake CPU devices: they share one machine's cores, and their links are its memory. Good to try the verb, no more."""
+    """Whether measured on fake CPU devices, which share one machine's cores and memory: only good to try the verb."""
     noise: float = 0.0
-    """Median spread of all that was measured."""
+    """Median spread of all measurements."""
     software: str = ""
     date: str = ""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator: what its maker says it can do. Fields that are None are not published (or make no sense)."""
+    """One accelerator with its maker's figures. Fields that are None are not published (or not applicable)."""
 
     name: str
     """Short name, as in --telemetry.hardware=h100-sxm."""
     device_kinds: tuple[str, ...]
-    """Exactly what `jax.Device.device_kind` says on this chip."""
+    """The exact values of `jax.Device.device_kind` on this chip."""
     peak_flops: Mapping[str, float]
     """Dense matmul FLOP/s by dtype: bfloat16, float16, float8, tfloat32; float32 is the plain (vector) rate."""
     memory_bytes: int | None = None
@@ -94,22 +94,22 @@ class Chip:
     watts: float | None = None
     """Rated power of the chip or module."""
     idle_watts: float | None = None
-    """Power of a chip that waits, memory in use and clocks up; makers publish none, `jaxtrain.calibrate` measures it."""
+    """Power of an idle chip with memory in use and clocks up; makers publish none, `jaxtrain calibrate` measures it."""
     devices_per_host: int = 8
     """Chips that reach each other over their own links in the maker's reference system: 8 in an HGX host, 72 in a GB200 NVL72
     rack, a pod of TPUs."""
     collective_latency: float | None = None
-    """Seconds that any collective takes to begin."""
+    """Seconds before any collective begins."""
     link_latency: float | None = None
-    """Seconds that each step of a ring adds inside a host, however little it moves; a ring of n has n - 1 steps."""
+    """Seconds that each step of a ring adds inside a host, whatever its size; a ring of n has n - 1 steps."""
     nic_latency: float | None = None
     """The same for a step from one host to the next."""
     source: str = ""
-    """Where the figures are from."""
+    """Source of the figures."""
     based_on: str = ""
-    """Of a chip from a file: the chip of the table that it is a variant of, and that programs are compiled for."""
+    """For a chip from a file: the known chip that it is a variant of, and that programs are compiled for."""
     calibration: Calibration | None = None
-    """What was measured on it; None where nothing was."""
+    """Measurements, or None."""
 
     @property
     def target(self) -> str:
@@ -117,12 +117,11 @@ class Chip:
         return self.based_on or self.name
 
     def peak(self, dtype: str) -> float | None:
-        """Return the peak FLOP/s that the maker states for `dtype` (bfloat16 or bf16, ...), or None where it states none."""
+        """Return the stated peak FLOP/s for `dtype` (bfloat16 or bf16, ...), or None."""
         return self.peak_flops.get(DTYPE_ALIASES.get(dtype, dtype))
 
     def matmul_peak(self, dtype: str) -> float | None:
-        """Return the peak FLOP/s of a matmul with operands of `dtype` as XLA runs it at its default precision, or None if
-        unknown.
+        """Return the peak FLOP/s of a matmul with operands of `dtype` at XLA's default precision, or None if unknown.
 
         A float32 matmul runs in TF32 on NVIDIA tensor cores and in one bfloat16 pass on a TPU, so that is its peak there.
         """
@@ -131,19 +130,19 @@ class Chip:
         return self.peak("tfloat32") or (self.peak("bfloat16") if self.target.startswith("tpu") else self.peak("float32"))
 
     def matmul_fraction(self, dtype: str, m: int, k: int, n: int) -> float | None:
-        """Measured share of `matmul_peak(dtype)` that an [m, k] x [k, n] matmul reaches; None where none was measured.
+        """Return the measured share of `matmul_peak(dtype)` that an [m, k] x [k, n] matmul reaches, or None.
 
-        Between two measured sizes it is a straight line over the logarithm of (m k n)^(1/3); outside, the nearest one's.
+        Linear between two measured sizes in the logarithm of (m k n)^(1/3); outside, that of the nearest size.
         """
         return interpolated(self.calibration.matmul if self.calibration else (), dtype, (m * k * n) ** (1 / 3))
 
     def attention_fraction(self, dtype: str, length: int) -> float | None:
-        """Measured share of `matmul_peak(dtype)` that attention over `length` tokens reaches; None where none was measured."""
+        """Return the measured share of `matmul_peak(dtype)` that attention over `length` tokens reaches, or None."""
         return interpolated(self.calibration.attention if self.calibration else (), dtype, length)
 
 
 def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | None:
-    """Return the fraction at `size`, straight over the logarithm of sizes and constant beyond them; None without rates of
+    """Return the fraction at `size`, linear in the logarithm of sizes and constant beyond them; None without rates of
     `dtype`.
     """
     dtype = DTYPE_ALIASES.get(dtype, dtype)
@@ -158,13 +157,12 @@ def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | No
 
 
 def predicted_watts(chip: Chip, utilisation: float) -> float | None:
-    """Return the mean power of one chip that works for a share `utilisation` of the time and waits for the rest; None without a
-    rating.
+    """P(u) = idle + (rated - idle) u: mean power of a chip that is busy for a share u of the time; None without a rating.
 
-    P(u) = idle + (rated - idle) u, the linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized
-    computer" (ISCA 2007), taken in time: in training the compute phases draw close to the rated power and the waits close to
-    idle (arXiv:2508.14318). "Works" means that kernels run, whatever fraction of the peak they reach: it is 1 - (exposed
-    transfers + bubble) / step, not the MFU. Values beyond 0 and 1 are held to them.
+    The linear model of Fan, Weber and Barroso, "Power provisioning for a warehouse-sized computer" (ISCA 2007), over time: in
+    training the compute phases draw close to the rated power and the waits close to idle (arXiv:2508.14318). "Busy" means that
+    kernels run, whatever fraction of the peak they reach: u is 1 - (exposed transfers + bubble) / step, not the MFU. Values
+    outside [0, 1] are clipped.
 
     It is the chip alone: hosts, NICs, switches and cooling come on top (an 8 x H100 host is rated at 10.2 kW, 1.8 times its
     GPUs, and was measured at 76% of that in training, arXiv:2506.14551).

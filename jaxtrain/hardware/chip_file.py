@@ -1,8 +1,8 @@
-"""A chip of one's own, or a measured one, from a JSON or TOML file: the fields of `Chip`, with a known chip below them.
+"""Read a user's or a measured chip from a JSON or TOML file: the fields of `Chip`, over those of a known chip.
 
     {"name": "my-h100", "based_on": "h100-sxm", "nic_bandwidth": 12.5e9, "devices_per_host": 4}
 
-What the file leaves out is the known chip's, or unknown without `based_on`. `jaxtrain calibrate` writes such files.
+Omitted fields are the known chip's, or unknown without `based_on`. `jaxtrain calibrate` writes such files.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "nic": (0.0, 2.0, "a share of nic_bandwidth, e.g. 0.9"),
     "size": (1, 1e9, "a whole number, e.g. 4096"),
 }
-"""Of each field, what is possible at all: the smallest, the largest, and the unit in words. It catches GB for bytes."""
+"""(smallest, largest possible value, unit) of each field, to catch for example GB given for bytes."""
 
 
 def read_chip(path: str | Path, known: Mapping[str, Chip], flag: str = "--hardware") -> Chip:
-    """Return the chip that a file describes.
+    """Read the chip that a file describes.
 
     Args:
       path: a .json or .toml file.
       known: chips that `based_on` may name.
-      flag: how the file was given, for messages.
+      flag: the flag that named the file, for messages.
 
     Raises:
-      ExplainedError: the file cannot be read; a field is unknown, missing, of the wrong type or not in the unit that it is
-        meant in. The message names the field, what it holds, and what would work.
+      ExplainedError: the file cannot be read; a field is unknown, missing, of the wrong type or not in its unit. The message
+        names the field, its value, and what would work.
     """
     path = Path(path)
     where = f"{flag}={path}"
@@ -65,14 +65,14 @@ def read_chip(path: str | Path, known: Mapping[str, Chip], flag: str = "--hardwa
     values: dict[str, Any] = {"name": path.stem} | _values(Chip, table, where)
     values["peak_flops"] = _peaks(table.get("peak_flops", {}), below, where)
     _check_calibration(values.get("calibration"), where)
-    if below is not None:  # device_kinds stay: the chip at hand is this one
+    if below is not None:  # device_kinds stay, so that the present chip is recognised
         return dataclasses.replace(below, **values)
     values.setdefault("device_kinds", ())
     return Chip(**values)
 
 
 def write_chip(path: str | Path, chip: Chip) -> None:
-    """Write `chip` as a JSON file that `read_chip` reads as the same one; fields that are None or empty are left out.
+    """Write `chip` as a JSON file that `read_chip` reads back; fields that are None or empty are left out.
 
     Raises:
       ExplainedError: the file cannot be written.
@@ -114,7 +114,7 @@ def _based_on(name: Any, known: Mapping[str, Chip], where: str) -> Chip | None:
 
 
 def _values(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the table's entries as values of the dataclass's fields, each checked."""
+    """Return the table's entries as checked values of the dataclass's fields."""
     hints = typing.get_type_hints(cls)
     values = {}
     for name, entry in table.items():

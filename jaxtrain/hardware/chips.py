@@ -1,8 +1,8 @@
-"""Chips and their links: peak FLOP/s, bytes, bytes/s and watts, as their makers state them, and how to name one.
+"""Chips and their links: their makers' peak FLOP/s, bytes, bytes/s and watts, and how to name one.
 
-Every figure is for one chip, at its rated power, dense (no structured sparsity: datasheets that print only the sparse
-figure are halved here). A figure that the maker does not publish is None or absent, and whatever would be computed from
-it is then None as well, never a guess. `chip.Chip` says what each field means, and in what unit.
+Every figure is for one chip, at its rated power, dense (no structured sparsity: datasheets that print only the sparse figure
+are halved here). An unpublished figure is None or absent, and whatever would be computed from it is then None as well, never a
+guess. `chip.Chip` documents each field and its unit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def _tera(**rates: float) -> Mapping[str, float]:
     return MappingProxyType({dtype: rate * TERA for dtype, rate in rates.items()})
 
 
-# What NCCL reckons with when it chooses an algorithm: src/graph/tuning.cc (2.28), rings with the Simple protocol, which
-# carries large messages: 8.4 us to begin, 3.4 us a step over NVLink, 5.7 us over PCIe, 14 us from host to host.
+# NCCL's own model for choosing an algorithm: src/graph/tuning.cc (2.28), rings with the Simple protocol, which
+# carries large messages: 8.4 us to begin, 3.4 us per step over NVLink, 5.7 us over PCIe, 14 us from host to host.
 _NCCL = "; latencies: NCCL 2.28, src/graph/tuning.cc (ring, Simple)"
 _BEGIN, _NVLINK_STEP, _PCIE_STEP, _NIC_STEP = 8.4 * MICRO, 3.4 * MICRO, 5.7 * MICRO, 14.0 * MICRO
 
@@ -236,10 +236,10 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 
 
 def find_chip(name: str, flag: str = "--hardware") -> Chip:
-    """Return the chip of that name; upper case, spaces and underscores are as good as lower case and hyphens ("RTX 4090").
+    """Return the chip of that name; case, spaces, underscores and hyphens do not matter ("RTX 4090").
 
     Raises:
-      ExplainedError: no such chip; the message names the nearest, and the flag that the name was given with.
+      ExplainedError: no such chip; the message names the nearest, and the flag that gave the name.
     """
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     if key not in CHIPS:
@@ -251,7 +251,7 @@ def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
     """Return the chip of that name, or the one that a file describes ("my_chip.json", "measured.toml": see `chip_file.py`).
 
     Raises:
-      ExplainedError: no such chip, no such file, or something in the file is wrong; the message says what would work.
+      ExplainedError: no such chip, no such file, or a mistake in the file; the message says what would work.
     """
     if Path(name_or_path).suffix in ENDINGS:
         return read_chip(user_path(name_or_path), CHIPS, flag)
@@ -259,7 +259,7 @@ def load_chip(name_or_path: str, flag: str = "--hardware") -> Chip:
 
 
 def chip_of_device_kind(device_kind: str) -> Chip | None:
-    """Return the chip that `jax.Device.device_kind` names, or None.
+    """Return the chip with this `jax.Device.device_kind`, or None.
 
     The match is exact: a MIG slice ("NVIDIA H200 MIG 1g.18gb") or a cut-down variant ("RTX 4090 D") is another chip, and an MFU
     against the whole chip's peak would be wrong.

@@ -134,7 +134,7 @@ def _compose(first: jax.Array, then: jax.Array) -> jax.Array:
 
 
 class RowExchange(NamedTuple):
-    """Which rows go where along `expert`, each int32 [P]."""
+    """Starts and sizes of the rows exchanged along `expert`, each int32 [P]."""
 
     send_starts: jax.Array
     """Where the rows for each device begin here."""

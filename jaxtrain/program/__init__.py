@@ -1,1 +1,1 @@
-"""Readers of compiled programs: their text, groups of devices, collectives, and what their instructions take."""
+"""Read compiled programs: their text, groups of devices, collectives, and the cost of their instructions."""

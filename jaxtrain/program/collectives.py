@@ -1,20 +1,19 @@
-"""Every transfer of a compiled program: mesh axis, kind, calls, bytes, and how much of it travels behind compute.
+"""List every transfer of a compiled program: mesh axis, kind, calls, bytes, and how much of it overlaps with compute.
 
-**Bytes**, a device and step. *Payload* is the whole array: what an all-gather ends with, what a reduce-scatter begins with,
-what an all-reduce sums, an all-to-all exchanges (a ragged one, at most: rows that fit both of its buffers), a
-permute sends. *Wire* is what a device sends in a bandwidth-optimal ring
-of n devices (Patarasu & Yuan 2009; NCCL's bus bandwidth):
+**Bytes**, per device and step. *Payload* is the whole array: the output of an all-gather, the input of a reduce-scatter, the
+operand of an all-reduce, all-to-all (of a ragged one at most the rows that fit both of its buffers) or permute. *Wire* is what
+a device sends in a bandwidth-optimal ring of n devices (Patarasu & Yuan 2009; NCCL's bus bandwidth):
 
     all-gather, reduce-scatter, all-to-all   (n-1)/n payload        all-reduce   2 (n-1)/n payload        permute   payload
 
-**Hidden** is what moves while the device computes. The text of a scheduled program is run in order: matmuls take
-FLOPs / peak, nothing else takes time (so compute is never overestimated); a transfer begins at its `-start`, behind those
-still under way on the same kind of link, and takes wire / bandwidth; at its `-done` the device waits. Bytes that move
-during waits are exposed, the others hidden. A transfer that XLA marks as synchronous is waited for at once. The simple
-measure stands beside it: bytes of transfers with any matmul at all between start and done.
+**Hidden** bytes move while the device computes. The text of a scheduled program is run in order: matmuls take
+FLOPs / peak, nothing else takes time (so compute is never overestimated); a transfer begins at its `-start`, after those
+still in flight on the same kind of link, and takes wire / bandwidth; at its `-done` the device waits. Bytes that move
+during waits are exposed, the others hidden. A transfer that XLA marks as synchronous is waited for at once. A simpler
+measure is given too: bytes of transfers with any matmul at all between start and done.
 
 **Links.** A group inside a host has the chip's links. A group of k devices in each of several hosts has k NICs for its ring,
-or the links where those are slower.
+or the links if those are slower.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NO_TIME = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 SHORTEST = 1e-6
-"""Seconds that an instruction takes at least, in a profile for XLA's scheduler."""
+"""Smallest duration of an instruction, in seconds, in a profile for XLA's scheduler."""
 
 
 @dataclass
@@ -56,12 +55,12 @@ class Transfer:
     dtype: str
     group: Group
     source: str
-    """The op_name: which line of the model it comes from."""
+    """The op_name: the model line that it comes from."""
     payload_once: float
     """Bytes of one call."""
     calls: float = 0.0
     seconds: float = 0.0
-    """On the wire."""
+    """Seconds on the wire."""
     hidden_seconds: float = 0.0
     behind_flops: float = 0.0
     """Matmul FLOPs scheduled between start and done, all calls together."""
@@ -91,7 +90,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class CollectiveRow:
-    """What one device moves in a step along one set of mesh axes, by one kind of collective, in one dtype."""
+    """One device's transfers in a step along one set of mesh axes, by one kind of collective, in one dtype."""
 
     axes: str
     kind: str
@@ -127,14 +126,14 @@ def read_collectives(
     """Return every transfer between devices in one run of a compiled program (module docstring).
 
     Args:
-      text: of `compiled.as_text()`.
-      layout: of the mesh that it was compiled for.
-      chip: whose links and peak decide what is hidden; H100 SXM by default.
-      flops_per_second: what matmuls run at; the chip's bfloat16 peak by default.
+      text: `compiled.as_text()`.
+      layout: device order of the mesh that it was compiled for.
+      chip: its links and peak decide what is hidden; H100 SXM by default.
+      flops_per_second: speed of matmuls; the chip's bfloat16 peak by default.
 
     Raises:
-      ProgramError: a loop without trip count, device groups in an unknown form, or a text that does not hang together.
-      ValueError: a chip whose figures are unknown.
+      ProgramError: a loop without trip count, device groups in an unknown form, or an inconsistent text.
+      ValueError: the chip's figures are unknown.
     """
     replay = _replay(text, layout, chip, flops_per_second)
     with understood():
@@ -143,10 +142,10 @@ def read_collectives(
 
 
 def instruction_seconds(text: str, layout: MeshOrder, chip: Chip | None = None) -> dict[str, float]:
-    """Return what each instruction takes, by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others `SHORTEST`.
+    """Return the seconds of each instruction by name: a matmul FLOPs / peak, a transfer wire / bandwidth, all others
+    `SHORTEST`.
 
-    Of what stands for many (loops, calls, conditionals) the parts are listed, not the whole. Arguments and errors are those of
-    `read_collectives`.
+    For loops, calls and conditionals the parts are listed, not the whole. Arguments and errors are those of `read_collectives`.
     """
     replay = _replay(text, layout, chip, None)
     with understood():
@@ -168,7 +167,7 @@ def _replay(text: str, layout: MeshOrder, chip: Chip | None, flops_per_second: f
 
 
 def table(transfers: Sequence[Transfer]) -> list[CollectiveRow]:
-    """Transfers added up by axes, kind and dtype, the largest first."""
+    """Sum the transfers by axes, kind and dtype, the largest first."""
     grouped: dict[tuple[str, str, str], list[Transfer]] = defaultdict(list)
     for transfer in transfers:
         grouped[transfer.group.axes, transfer.kind, transfer.dtype].append(transfer)
@@ -185,7 +184,7 @@ def table(transfers: Sequence[Transfer]) -> list[CollectiveRow]:
 
 @dataclass
 class _Flight:
-    """A transfer under way."""
+    """A transfer in flight."""
 
     transfers: list[Transfer]
     begin: float
@@ -196,17 +195,17 @@ class _Flight:
     exposed: float = 0.0
 
     def shift(self, seconds: float, flops: float) -> None:
-        """Move it to a later time."""
+        """Move the transfer to a later time."""
         self.begin, self.end, self.flops_at_start = self.begin + seconds, self.end + seconds, self.flops_at_start + flops
 
 
 _Value = Any
-"""What a name stands for, as far as it matters: a `_Flight`, a list of values (a tuple), or None."""
+"""The tracked value of a name: a `_Flight`, a list of values (a tuple), or None."""
 
 
 @dataclass
 class _Replay:
-    """Runs computations in the order of their text; of a loop three iterations, the middle one counted often."""
+    """Runs computations in the order of their text; of a loop three iterations, the middle one with weight trips - 2."""
 
     program: Program
     layout: MeshOrder
@@ -222,7 +221,7 @@ class _Replay:
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def run(self, computation: Computation, arguments: list[_Value], weight: float) -> _Value:
-        """Run a computation once, counting everything in it `weight` times; returns its root's value."""
+        """Run a computation once, counting everything in it `weight` times; return its root's value."""
         values: dict[str, _Value] = {}
         for instruction in computation.instructions:
             value = self._step(computation, instruction, values, arguments, weight)
@@ -266,9 +265,7 @@ class _Replay:
         return None
 
     def _loop(self, computation: Computation, loop: Instruction, value: _Value, weight: float) -> _Value:
-        """Return the first iteration, a middle one that counts often, and the last: transfers may begin in one and end in the
-        next.
-        """
+        """Run the first iteration, a middle one with the rest's weight, and the last: transfers may span two iterations."""
         trips, body = self.program.trip_count(computation, loop), self.program.computations[loop.body]
         middle = max(0, trips - 2)
         for times in (min(trips, 1), middle, min(max(0, trips - 1), 1)):
@@ -279,13 +276,13 @@ class _Replay:
             passed, done = (times - 1) * (self.now - before[0]), (times - 1) * (self.flops - before[1])
             self.now, self.flops = self.now + passed, self.flops + done
             for flight in self.under_way:
-                if flight.begin >= before[0]:  # begun in the iteration just run
+                if flight.begin >= before[0]:  # it began in the iteration just run
                     flight.shift(passed, done)
             self.link_free = {crosses: until + passed * (until > before[0]) for crosses, until in self.link_free.items()}
         return value
 
     def _cost(self, name: str) -> tuple[float, float]:
-        """Of a branch: FLOPs, then bytes."""
+        """Return (FLOPs, bytes) of a branch."""
         if name not in self.costs:
             trial = _Replay(
                 self.program, self.layout, self.chip, self.peak, groups=self.groups, moves=self.moves, costs=self.costs
@@ -296,7 +293,7 @@ class _Replay:
         return self.costs[name]
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
-        """Return what an instruction takes: its matmuls, and where it is or begins transfers, those."""
+        """Return the seconds of an instruction: its matmuls, and the transfers that it is or begins."""
         transfers = [t for inside, i in self._collectives(computation, instruction) for t in self._transfers(inside, i)]
         return sum(map(self._on_wire, transfers)) + self.program.instruction_flops(computation, instruction) / self.peak
 
@@ -317,7 +314,7 @@ class _Replay:
         return self.moves[name]
 
     def _collectives(self, computation: Computation, instruction: Instruction) -> list[tuple[Computation, Instruction]]:
-        """Return the collectives that an instruction is, or that lie in the fusion or asynchronous wrapper that it is."""
+        """Return the collectives of an instruction: itself, or those inside the fusion or asynchronous wrapper that it is."""
         if instruction.op.removesuffix("-start") in KINDS:
             return [(computation, instruction)]
         if instruction.op not in ("fusion", "async-start") or not instruction.called:
@@ -328,7 +325,7 @@ class _Replay:
         return [found for i in inside.instructions for found in self._collectives(inside, i)]
 
     def _start(self, outer: Instruction, collectives: list[tuple[Computation, Instruction]], weight: float) -> _Flight | None:
-        """Return a transfer begins, behind those on the same kind of link; without a -start it is waited for at once."""
+        """Begin a transfer, after those on the same kind of link; one without a -start is waited for at once."""
         transfers = [t for computation, i in collectives for t in self._transfers(computation, i)]
         if not transfers:
             return None
@@ -346,7 +343,7 @@ class _Replay:
         return flight
 
     def _wait(self, flight: _Value, weight: float) -> None:
-        """The device waits until the transfer is over; what moves meanwhile is exposed."""
+        """Wait until the transfer is over; the bytes that move meanwhile are exposed."""
         if not isinstance(flight, _Flight) or flight.waited:
             return
         until = max(self.now, flight.end)
@@ -361,7 +358,7 @@ class _Replay:
         self.under_way = [other for other in self.under_way if not other.waited]
 
     def _transfers(self, computation: Computation, instruction: Instruction) -> list[Transfer]:
-        """Return one entry for each dtype of a collective; none if it moves nothing off the device."""
+        """Return one entry for each dtype of a collective; none if no byte leaves the device."""
         kind, group = instruction.op.removesuffix("-start"), self._group(instruction)
         if not group.axes:
             return []
@@ -382,7 +379,7 @@ class _Replay:
 
 
 def bandwidth(group: Group, chip: Chip) -> float:
-    """Bytes/s at which a device takes part in a ring: its links inside a host, else the NICs of the group's devices there."""
+    """Return a device's bytes/s in a ring: its links inside a host, else the NICs of the group's devices in that host."""
     link = chip.link_bandwidth or math.nan
     if not group.crosses_hosts:
         return link
@@ -390,8 +387,8 @@ def bandwidth(group: Group, chip: Chip) -> float:
 
 
 def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -> dict[str, int]:
-    """Return the bytes of the operands, by dtype. Of a ragged all-to-all, whose buffers are for the worst case, what fits both
-    of them.
+    """Return {dtype: bytes} of the operands; for a ragged all-to-all, with worst-case buffers, the bytes that fit both
+    buffers.
     """
     arrays: list[Array] = []
     for name in instruction.operands[: 2 if kind == "ragged-all-to-all" else None]:

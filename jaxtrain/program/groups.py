@@ -1,4 +1,4 @@
-"""The device groups of collectives, in the three forms that XLA writes, and where they lie in the mesh."""
+"""Parse the device groups of collectives, in XLA's three forms, and locate them in the mesh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{([\d,{} ]*)\}")
 
 @dataclass(frozen=True)
 class MeshOrder:
-    """The mesh that a program was compiled for, as the ids in its text see it: id i is the i-th device of the mesh."""
+    """The mesh of a compiled program; id i in its text is the i-th device of the mesh."""
 
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -31,22 +31,22 @@ class MeshOrder:
 
     @property
     def count(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return math.prod(self.sizes)
 
 
 def layout_of(mesh: Any) -> MeshOrder:
-    """Return the layout of a `jax.sharding.Mesh`."""
+    """Return the device order of a `jax.sharding.Mesh`."""
     hosts = tuple(int(device.process_index) for device in mesh.devices.flat)
     return MeshOrder(tuple(mesh.axis_names), tuple(int(n) for n in mesh.devices.shape), hosts)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The devices that take part in one collective, and where they lie in the mesh."""
+    """The devices of one collective, and their place in the mesh."""
 
     axes: str
-    """Mesh axes along which a group varies, "data+expert"; "" if a device talks to nobody but itself."""
+    """Mesh axes along which a group varies, "data+expert"; "" if a device communicates only with itself."""
     size: int
     """Devices in a group (of a permute: along its axes)."""
     crosses_hosts: bool
@@ -66,9 +66,9 @@ def _iota(shape: Sequence[int], transpose: Sequence[int], count: int) -> np.ndar
 
 
 def _groups_by_mesh(match: re.Match[str], count: int) -> np.ndarray:
-    """`mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a','b':(2)4}`: the axes named in braces vary inside a group.
+    """Parse `mesh['a'=8,'b'=8], device_ids=([8,8]T(1,0)) {'a','b':(2)4}`: the axes in braces vary inside a group.
 
-    A part of an axis, 'b':(2)4, is the factor 4 of it that stands behind a factor 2.
+    'b':(2)4 is a part of an axis: its factor 4 after a factor 2.
     """
     names = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
     shape = tuple(names.values())
@@ -103,19 +103,19 @@ def device_groups(attributes: str, count: int) -> np.ndarray | list[list[int]]:
         return _groups_by_mesh(by_mesh, count)
     if listed:
         return [list(_numbers(group)) for group in re.findall(r"\{([\d, ]+)\}", listed.group(1) or "")] or [list(range(count))]
-    raise ProgramError(f"device groups in a form that is not known here: {attributes[:200]}")
+    raise ProgramError(f"device groups in an unknown form: {attributes[:200]}")
 
 
 def locate(groups: Iterable[Sequence[int]] | np.ndarray, layout: MeshOrder) -> Group:
-    """Return where groups (or the pairs of a permute) lie in the mesh.
+    """Return the place of groups (or of the pairs of a permute) in the mesh.
 
     Raises:
-      ProgramError: a group of no device, or of one that the mesh does not have.
+      ProgramError: an empty group, or one with a device outside the mesh.
     """
     hosts = np.array(layout.hosts)
     varies, per_host, crosses = np.zeros(len(layout.sizes), bool), 1, False
     for row in groups:
-        if len(row) == 0 or max(row) >= layout.count:  # a number of 20 digits is none of NumPy's integers
+        if len(row) == 0 or max(row) >= layout.count:  # before NumPy, whose integers cannot hold a number of 20 digits
             raise ProgramError(f"a group of devices {list(row)[:8]}, but the mesh has {layout.count}")
         ids = np.asarray(row)
         places = np.stack(np.unravel_index(ids, layout.sizes))
@@ -134,5 +134,5 @@ def group_of(attributes: str, layout: MeshOrder) -> Group:
         if len(ids) % 2:
             raise ProgramError(f"a permute between an odd number of devices: {pairs.group(1)[:200]}")
         located = locate(list(zip(ids[::2], ids[1::2], strict=True)), layout)
-        return replace(located, per_host=1)  # each device sends for itself
+        return replace(located, per_host=1)  # each device sends by itself
     return locate(device_groups(attributes, layout.count), layout)

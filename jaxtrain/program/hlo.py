@@ -1,8 +1,8 @@
-"""Reads a compiled program's text: its computations, how often its loops run, and the matmul FLOPs that it will execute.
+"""Read a compiled program's text: its computations, the trip counts of its loops, and the matmul FLOPs that it will execute.
 
-`compiled.cost_analysis()` counts the body of a scan once, and answers nothing on a GPU that is not there. Here every `while`
-counts as often as it will run, and a conditional counts as its most expensive branch: the busiest pipeline stage, tick by
-tick. The text of a scheduled program (`is_scheduled=true`) is in the order of its schedule; `program.collectives` reads that.
+`compiled.cost_analysis()` counts the body of a scan once, and returns nothing for a GPU that is not present. Here every `while`
+counts as often as it will run, and a conditional counts as its most expensive branch: the busiest pipeline stage, tick by tick.
+The text of a scheduled program (`is_scheduled=true`) is in the order of its schedule; `program.collectives` reads that.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _LARGEST_COUNTER = 2**63
 
 @contextlib.contextmanager
 def understood() -> Iterator[None]:
-    """Where a program's text is read: names that nothing has, missing parts and endless calls become a `ProgramError`."""
+    """Raise unknown names, missing parts and endless calls in a program's text as `ProgramError`."""
     try:
         yield
     except ProgramError:
         raise
     except (LookupError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ProgramError(f"the program's text does not hang together ({type(error).__name__}: {error})") from error
+        raise ProgramError(f"the program's text is inconsistent ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Array:
     """An array type."""
 
     dtype: str
-    """As HLO writes it: bf16, f32, s32, f8e4m3fn, ..."""
+    """HLO's name: bf16, f32, s32, f8e4m3fn, ..."""
     dims: tuple[int, ...]
 
     @property
@@ -73,9 +73,9 @@ class Instruction:
     result: tuple[Array, ...]
     """The array, or the arrays of the tuple, nested ones flattened."""
     operands: tuple[str, ...]
-    """Names (the text itself of a constant or of a parameter's number)."""
+    """Names; for a constant or a parameter's number, the text itself."""
     attributes: str
-    """What stands behind the operands."""
+    """The text after the operands."""
     is_root: bool
 
     @property
@@ -110,7 +110,7 @@ class Computation:
         return next((i for i in reversed(self.instructions) if i.is_root), self.instructions[-1])
 
     def operand(self, instruction: Instruction, number: int) -> Instruction | None:
-        """Return the instruction that makes an operand, if the text holds it."""
+        """Return the instruction that computes an operand, if the text holds it."""
         return self.by_name.get(instruction.operands[number]) if number < len(instruction.operands) else None
 
 
@@ -124,7 +124,7 @@ def _dims(text: str) -> tuple[int, ...]:
 
 
 def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
-    """(operands, attributes) of what stands behind an instruction's opening parenthesis."""
+    """(operands, attributes) from the text after an instruction's opening parenthesis."""
     parts, depth, start = [], 0, 0
     for match in re.finditer(r"[(){}\[\],]", rest):
         sign, i = match.group(), match.start()
@@ -142,7 +142,7 @@ def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
 
 
 def _operand_name(text: str) -> str:
-    found = _NAME.search(text.strip())  # its type may stand before it
+    found = _NAME.search(text.strip())  # its type may precede it
     return found.group(1) if found else text.strip()
 
 
@@ -155,7 +155,7 @@ class Program:
 
     @functools.cached_property
     def flops(self) -> dict[str, float]:
-        """Matmul FLOPs that one run of each computation executes, by name; those that nothing calls are left out."""
+        """{name: matmul FLOPs of one run} of each computation that is called."""
         done: dict[str, float] = {}
 
         def total(name: str) -> float:
@@ -172,7 +172,7 @@ class Program:
     def instruction_flops(
         self, computation: Computation, instruction: Instruction, total: Callable[[str], float] | None = None
     ) -> float:
-        """Return the matmul FLOPs of one instruction with all that it calls, loop trip counts multiplied in."""
+        """Return the matmul FLOPs of one instruction and all that it calls, multiplied by trip counts."""
         total = total or self.flops.__getitem__
         if instruction.op == "while":
             return self.trip_count(computation, instruction) * total(instruction.body)
@@ -182,12 +182,12 @@ class Program:
         return own + sum(total(name) for name in instruction.called if name in self.computations)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """Return how often a loop runs: as XLA wrote it down, or counted by running the loop's counter.
+        """Return the trip count of a loop as XLA recorded it, or found by running the loop's counter.
 
-        XLA forgets the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
+        XLA drops the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
 
         Raises:
-          ProgramError: neither is there.
+          ProgramError: neither is possible.
         """
         known = _TRIP_COUNT.search(loop.attributes)
         if known:
@@ -200,7 +200,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """Return the program of `compiled.as_text()`.
+    """Parse `compiled.as_text()`.
 
     Raises:
       ProgramError: the text holds no entry computation, or an instruction has no end.
@@ -233,12 +233,12 @@ def _parse(text: str) -> Program:
 def matmul_flops(text: str) -> float:
     """Return the FLOPs of all matmuls that one device executes in one run of the compiled program.
 
-    Counted are dots and ragged dots (wherever they stand, in fusions too), cuBLAS calls, cuDNN's fused attention, and our own
-    kernels of grouped matmuls on the rows that they are expected to multiply (`ops.grouped_matmul`: data decide, empty tiles
-    are skipped). A conditional counts as its most expensive branch.
+    Counted are dots and ragged dots (inside fusions too), cuBLAS calls, cuDNN's fused attention, and our own kernels of grouped
+    matmuls on their expected rows (`ops.grouped_matmul`: the data decide, and empty tiles are skipped). A conditional counts as
+    its most expensive branch.
 
     Raises:
-      ProgramError: a loop whose trip count is neither written down nor can be counted.
+      ProgramError: a loop's trip count is neither recorded nor can be counted.
     """
     program = parse(text)
     with understood():
@@ -275,7 +275,7 @@ def _matmul_flops(computation: Computation, instruction: Instruction, contracted
 
 
 def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
-    """Of rows [S, D] by matrices [E, D, F], or the transposed [S, D] by [S, F] to [E, D, F]: 2 R D F for R expected rows."""
+    """2 R D F for R expected rows: rows [S, D] by matrices [E, D, F], or the transposed [S, D] by [S, F] to [E, D, F]."""
     left, rows = computation.operand(instruction, 0), _EXPECTED_ROWS.search(instruction.attributes)
     if left is None or rows is None:
         raise ProgramError(
@@ -285,10 +285,10 @@ def _grouped_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _attention_flops(computation: Computation, instruction: Instruction, target: str) -> float:
-    """Of cuDNN's fused attention over scores [B, H, L, S] with head dims N of Q and K, M of V.
+    """Return the FLOPs of cuDNN's fused attention over scores [B, H, L, S] with head dims N of Q and K, M of V.
 
-    Forward Q K^T and P V: 2 B H L S (N + M). Backward, with the scores computed again, S = Q K^T, dP = dO V^T, dV, dQ, dK:
-    2 B H L S (3 N + 2 M). Under a causal mask the kernel skips the blocks that are all masked, so half of it counts, as in
+    Forward Q K^T and P V: 2 B H L S (N + M). Backward, with the scores computed again, S = Q K^T, dP = dO V^T, dV, dQ, dK: 2 B
+    H L S (3 N + 2 M). Under a causal mask the kernel skips the blocks that are all masked, so half of it counts, as in
     Megatron-LM; with a sliding window of w, the share w/L - w^2/(2 L^2) of the square (half for w = L).
     """
     query, value = computation.operand(instruction, 0), computation.operand(instruction, 2)
@@ -312,11 +312,11 @@ def _attention_flops(computation: Computation, instruction: Instruction, target:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loops whose trip count XLA did not write down
+# Loops whose trip count XLA did not record
 
 
 class _Unknown(Exception):
-    """A scalar that cannot be computed from the text."""
+    """A scalar that the text does not determine."""
 
 
 _BINARY: dict[str, Callable[[int, int], int]] = {
@@ -342,7 +342,7 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
     """Return the value of an integer scalar.
 
     Args:
-      element: value of an element of the computation's tuple parameter, or of a parameter where `inside` a fusion.
+      element: value of an element of the computation's tuple parameter, or of a parameter if `inside` a fusion.
     """
     instruction = computation.by_name.get(name)
     if instruction is None:
@@ -358,7 +358,7 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
         return value(0)
     if instruction.op in _BINARY:
         made = _BINARY[instruction.op](value(0), value(1))
-        if abs(made) > _LARGEST_COUNTER:  # no machine's counter, and numbers without end take time without end
+        if abs(made) > _LARGEST_COUNTER:  # beyond any counter; ever larger numbers would take ever longer
             raise _Unknown(f"{instruction.op} {name} grows beyond 64 bits")
         return made
     if instruction.op == "compare":
@@ -378,7 +378,7 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
 
 
 def _count_trips(program: Program, computation: Computation, loop: Instruction) -> int:
-    """Run the scalars that the loop's condition reads, and nothing else."""
+    """Run only the scalars that the loop's condition reads; return the number of iterations."""
     start = computation.by_name.get(loop.operands[0])
     if start is None or start.op != "tuple":
         raise _Unknown(f"{loop.operands[0]} is no tuple here")

@@ -1,13 +1,13 @@
-"""Tells XLA's scheduler what instructions take, where it would not estimate that itself.
+"""Give XLA's scheduler the durations of instructions where it would not estimate them itself.
 
-XLA orders matmuls and transfers by how long it thinks that each takes. Its speed-of-light estimator steps aside where a program
-holds a ragged all-to-all (the exchange of dropless experts); what is left counts every kernel and every transfer alike, so that
-a gather of weights over slow links finds no more matmuls to travel behind than one over fast links. Such a program is compiled
-twice: first for the names of its instructions, then with a profile of them, as XLA takes one that was measured (a
-`ProfiledInstructionsProto`, as text). Here it is computed (`program.collectives.instruction_seconds`).
+XLA orders matmuls and transfers by their estimated durations. Its speed-of-light estimator is disabled by a ragged all-to-all
+(the exchange of dropless experts); the fallback counts every kernel and every transfer alike, so that a gather of weights over
+slow links gets no more matmuls to overlap with than one over fast links. Such a program is compiled twice: first for the names
+of its instructions, then with a profile of them in the form of a measured one (a `ProfiledInstructionsProto`, as text). Here it
+is computed (`program.collectives.instruction_seconds`).
 
-A name that the second compilation does not know, and an instruction that the profile does not name, fall back to XLA's own
-guess: a wrong profile makes a slower program, never a wrong one.
+For a name that the second compilation does not know, and an instruction that the profile does not name, XLA uses its own
+estimate: a wrong profile makes a slower program, never a wrong one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from jaxtrain.program.groups import layout_of
 
 FOLDER = "~/.cache/jaxtrain/costs"
 OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
-"""The XLA option that names the profile. A run that sets it (`train.xla_options`) brings a profile of its own."""
+"""The XLA option that names the profile. A run that sets it (`train.xla_options`) uses its own profile."""
 
 
 def needs_costs(config: Config, mesh: Mesh) -> bool:
-    """Return whether XLA would schedule this train step by guesses: dropless experts on several GPUs, of a chip that is
-    known.
-    """
+    """Return whether XLA lacks duration estimates for this train step: dropless experts on several GPUs of a known chip."""
     moe, device = config.model.moe, mesh.devices.flat[0]
     if moe is None or moe.dispatch != "dropless" or config.mesh.expert == 1 or device.platform not in ("gpu", "cuda"):
         return False
@@ -43,16 +41,16 @@ def needs_costs(config: Config, mesh: Mesh) -> bool:
 
 
 def costs_option(compiled: Any, mesh: Mesh) -> dict[str, str]:
-    """Return the XLA option that schedules the program anew by what its instructions take; writes the profile it names."""
+    """Write a profile of the program's instruction durations; return the XLA option that names it."""
     chip = chip_of_device_kind(mesh.devices.flat[0].device_kind)
     return {OPTION: str(write_profile(instruction_seconds(compiled.as_text(), layout_of(mesh), chip)))}
 
 
 def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
-    """Write a ProfiledInstructionsProto as text, and return where.
+    """Write a ProfiledInstructionsProto as text; return its path.
 
-    The name says what is inside: the persistent compilation cache knows a program by its options, and all processes of a host
-    may write at once. Not in a folder that others can write: they could lay a link there.
+    The name is a hash of the content: the persistent compilation cache identifies a program by its options, and all processes
+    of a host may write at once. The folder must not be writable by others, who could put a link there.
     """
     text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
     directory = user_path(folder)
@@ -60,6 +58,6 @@ def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         replace_file(path, text)
-    except OSError as error:  # going on without would give this process another program than its peers
-        raise ExplainedError(f"{path} cannot be written: {error.strerror}; XLA reads there what instructions take") from error
+    except OSError as error:  # without the profile this process would compile another program than its peers
+        raise ExplainedError(f"{path} cannot be written: {error.strerror}; XLA reads instruction durations there") from error
     return path

@@ -1,9 +1,9 @@
-"""Act on a bad step as config section `guard` says: log it with its batch, count it, and go on, go back or stop.
+"""Act on a bad step as config section `guard` says: log it with its batch, count it, and go on, roll back or stop.
 
-The compiled step has already decided whether its update is applied (`step_acceptance.py`), the same in every process; each
-process acts on the step's metrics, so all act alike. Where the step does not classify itself, which is the default, a loss or
-gradient norm that is not finite stops the run one step later at most; nothing is saved in between, since a save reads its own
-step's metrics first.
+The compiled step has already decided whether its update is applied (`step_acceptance.py`), identically in every process; each
+process acts on the step's metrics, so all act alike. If the step does not classify itself, which is the default, a non-finite
+loss or gradient norm stops the run at most one step later; nothing is saved in between, since a save reads its own step's
+metrics first.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _READ = ("loss", "total_loss", "targets", "grad_norm", "bad_step", "skipped_step
 
 
 class RollBack(Exception):
-    """Ends the loop, to go on from an older checkpoint; no error of the run's."""
+    """Ends the loop to resume from an older checkpoint; not an error of the run."""
 
     def __init__(self, step: int, reason: str, batches: int):
         super().__init__(reason)
         self.step, self.reason = step, reason
         self.batches = batches
-        """How many to leave out, of which the last is that of `step`."""
+        """Number of batches to leave out; the last is that of `step`."""
 
 
 class BadSteps(Hook):
-    """Looks at every step's metrics, and does what the policy says of a bad one.
+    """Reads every step's metrics, and applies the policy to a bad step.
 
     Args:
-      diagnose: (state, step) -> words on where the step's numbers first went wrong; None to not look. The loop then waits for
-        every step, and the state that is asked about is that before the step, which was not applied.
+      diagnose: (state, step) -> description of where the step's numbers first went wrong, or None. With it the loop waits for
+        every step; the state is that before the step, which was not applied.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class BadSteps(Hook):
 
 
 def check_budget(config: Config, step: int, used: int, reason: str) -> None:
-    """See whether so many skips and rollbacks are within guard.budget.
+    """Check that the number of skips and rollbacks is within guard.budget.
 
     Raises:
-      NumbersError: they are not.
+      NumbersError: it is not.
     """
     budget = config.guard.budget
     if used > budget:
         raise NumbersError(
-            f"step {step} went wrong: {reason}. It is the {used}. time, and guard.budget={budget}. The rows with bad_step in "
-            f"{config.directory / 'metrics.jsonl'} name them; lower optimizer.peak_lr, or allow more with --guard.budget"
+            f"guard.budget={budget} exceeded: {used} skips and rollbacks; step {step} went wrong: {reason}. The rows with "
+            f"bad_step in {config.directory / 'metrics.jsonl'} name them; lower optimizer.peak_lr, or raise --guard.budget"
         )
 
 
 def kind_of(values: dict[str, float]) -> int:
-    """Return the kind that the step gave itself, else GOOD or NOT_FINITE by its loss and gradient norm."""
+    """Return the step's own classification, else GOOD or NOT_FINITE by its loss and gradient norm."""
     if "bad_step" in values:
         return int(values["bad_step"])
     finite = all(math.isfinite(values[name]) for name in ("loss", "total_loss", "grad_norm"))
@@ -129,7 +129,7 @@ def kind_of(values: dict[str, float]) -> int:
 
 
 def describe(guard: GuardConfig, values: dict[str, float]) -> str:
-    """Return what is wrong with a bad step, in a few words."""
+    """Describe in a few words what is wrong with a bad step."""
     kind = kind_of(values)
     if kind == NOT_FINITE:
         names = [f"{words} is {values[name]:.4g}" for name, words in (("loss", "its loss"), ("grad_norm", "its gradient norm"))]
@@ -142,7 +142,7 @@ def describe(guard: GuardConfig, values: dict[str, float]) -> str:
 
 
 def batch_row(config: Config, batch: int) -> tuple[dict[str, int], str]:
-    """Return which samples of the data's order a batch is made of, for the log and in words."""
+    """(log row, description) of the samples, in the data's order, that a batch consists of."""
     size = config.train.global_batch_size
     first, last = batch * size, (batch + 1) * size - 1
     return {"batch": batch, "first_sample": first, "last_sample": last}, f"batch {batch}, samples {first} to {last}"

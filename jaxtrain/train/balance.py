@@ -1,4 +1,4 @@
-"""What a step makes of the loads that the experts report: metrics, and the auxiliary-loss-free balance of the router."""
+"""Turn the experts' reported loads into metrics, and balance the router without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PyTree = Any
 
 
 def expert_metrics(model: ModelConfig, stacking: Stacking, reports: PyTree) -> dict[str, jax.Array]:
-    """Metrics of a step from its layers' reports, summed over the global batch; nothing for a dense model.
+    """Return metrics of a step from its layers' reports, summed over the global batch; empty for a dense model.
 
     balance_loss (mean over tokens and layers, without its weight; 1 is perfect balance), router_z_loss (likewise),
-    expert_load_max (the busiest expert's load over the mean load of its layer, in the worst layer), with dispatch=capacity
+    expert_load_max (the busiest expert's load / the mean load of its layer, in the worst layer), with dispatch=capacity
     dropped_share (of all choices), and the array expert_load [stacked_layers, num_experts]: counted tokens that chose each.
 
     Args:
@@ -36,10 +36,10 @@ def expert_metrics(model: ModelConfig, stacking: Stacking, reports: PyTree) -> d
 
 
 def step_biases(model: ModelConfig, params: PyTree, reports: PyTree) -> PyTree:
-    """params with every router's bias moved: b_e += rate * sign(mean load - load_e) (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
+    """Move every router's bias in params: b_e += rate * sign(mean load - load_e) (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
 
-    Loads are those of the whole global batch. The bias is a parameter without gradient: clipping, decay and the optimizer
-    leave it as it is, since they make 0 of a gradient that is 0 (and only matrices decay).
+    Loads are those of the whole global batch. The bias is a parameter without gradient: clipping, decay and the optimizer do
+    not change it, since they turn a zero gradient into 0 (and only matrices decay).
     """
     if model.moe is None or not model.moe.bias_update_rate:
         return params

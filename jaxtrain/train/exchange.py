@@ -1,8 +1,8 @@
-"""What of a train step goes between replicas: the shard_maps around `parallel/sync.py`, and their bytes.
+"""The exchanges between replicas in a train step: the shard_maps around `parallel/sync.py`, and their bytes.
 
-They are regions of their own beside that of loss and gradients, and are not checked for what varies along which axis
-(`check_vma`): leaves travel joined in one vector, and what is cut out of it is typed as varying along all the axes along which
-any of them does. Nothing is differentiated here, and the numbers are held to a simulation.
+They are separate regions beside that of loss and gradients, without `check_vma`: leaves are sent joined in one vector, and a
+slice of it is typed as varying along all the axes along which any of them does. Nothing is differentiated here, and a
+simulation checks the numbers.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Region = Any  # a shard_map: called in a jitted step
 
 
 def own(dims_tree: PyTree, tree: PyTree) -> PyTree:
-    """Inside a region: without the leading dim "replica", along which a device holds its own replica's leaf alone."""
+    """Drop the leading dim "replica" of every leaf, inside a region where a device holds only its own replica's leaf."""
     return jax.tree.map(lambda dims, leaf: leaf[0] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
 
 
 def for_each(dims_tree: PyTree, tree: PyTree) -> PyTree:
-    """Return the reverse of `own`."""
+    """Add the leading dim "replica": the inverse of `own`."""
     return jax.tree.map(lambda dims, leaf: leaf[None] if dims[:1] == ("replica",) else leaf, dims_tree, tree, is_leaf=is_dims)
 
 
 def under(lead: Dims, dims_tree: PyTree) -> PyTree:
-    """Return the dims of a tree whose leaves have leading dims more."""
+    """Return the dims of a tree whose leaves have further leading dims."""
     return jax.tree.map(lambda dims: (*lead, *dims), dims_tree, is_leaf=is_dims)
 
 
@@ -68,8 +68,8 @@ def make_gradient_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange
 def make_parameter_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> Region:
     """(params [replica, ...], sync state) -> (params, sync state, metrics [replica]), a shard_map.
 
-    Metrics: replica_divergence, where something travels: |P_r - mean_r P_r| / |mean_r P_r| of each replica's parameters P_r, as
-    far as they travel in this step, as they were when their exchange began. No byte leaves a replica for it.
+    Metrics: replica_divergence, in a step that sends parameters: |P_r - mean_r P_r| / |mean_r P_r| over the part of each
+    replica's parameters P_r that is sent in this step, as of the start of its exchange. It costs no bytes between replicas.
     """
     dims, held = decoder.parameter_dims(config.model), params_dims(config)
     kept = sync.state_dims(config.sync, dims)
@@ -85,7 +85,7 @@ def make_parameter_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchang
 
 
 def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.Array:
-    """Return the root of the one sum of squares over the other, each over all leaves and all devices of this replica."""
+    """sqrt(sum of squares of one tree / that of the other), over all leaves and this replica's devices."""
 
     def whole(dims: Dims, square: jax.Array | None) -> Any:
         axes = tuple(axis for axis in map(RULES.get, dims) if isinstance(axis, str))
@@ -98,9 +98,7 @@ def _divergence(dims_tree: PyTree, spreads: list[tuple[PyTree, PyTree]]) -> jax.
 
 
 def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> float | None:
-    """Return the bytes that a device sends to other replicas in a step with this exchange, by formula; None for a lone
-    replica.
-    """
+    """Return the bytes that a device sends to other replicas in a step with this exchange; None for a single replica."""
     replicas = config.mesh.replica
     if replicas == 1:
         return None
@@ -114,12 +112,10 @@ def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> fl
 
 
 def describe_exchange(config: Config, mesh: Mesh) -> str:
-    """Return one line for the log: how replicas keep together, and what that costs in a step on average; empty for a lone
-    replica.
-    """
+    """Return one line for the log: the sync mode and its mean cost per step; empty for a single replica."""
     if config.mesh.replica == 1:
         return ""
-    period = range(config.sync.every, 2 * config.sync.every)  # beyond the first steps of `delayed` too
+    period = range(config.sync.every, 2 * config.sync.every)  # past the first steps of `delayed`
     if not config.sync.replicas_differ:
         period = range(config.sync.queued + 1, config.sync.queued + 2)
     sent = [exchanged_bytes(config, mesh, sync.exchange_at(config.sync, step)) or 0.0 for step in period]

@@ -1,4 +1,4 @@
-"""From host rows to global arrays: each process reads only the rows that its devices hold."""
+"""Turn host rows into global arrays: each process reads only the rows that its devices hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 
 def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
-    """Return the smallest range of global rows that covers what this process's devices hold of a [B, L] batch."""
+    """Return the smallest range of global rows that covers this process's shards of a [B, L] batch."""
     indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
     bounds = [rows.indices(shape[0])[:2] for rows, _ in indices]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
@@ -20,7 +20,7 @@ def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
 def to_global(
     batch: Mapping[str, np.ndarray], rows: slice, num_rows: int, names: tuple[str, ...], sharding: NamedSharding
 ) -> dict[str, Any]:
-    """Global arrays [num_rows, L] of the named arrays, from this process's rows `rows` of them."""
+    """Return global arrays [num_rows, L] of the named arrays, from this process's rows `rows` of them."""
 
     def place(local: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Sum up what each layer of a step computed, in numbers that do not depend on the layout, to find where two runs differ.
+"""Summarise what each layer of a step computed in numbers that do not depend on the layout, to find where two runs differ.
 
-Of the residual stream before the first layer and after each one, with x[t, d] over all T tokens of the global batch and the
+For the residual stream before the first layer and after each one, with x[t, d] over all T tokens of the global batch and the
 features d, the moments
 
     m1[d] = sum_t x[t, d] / T        m2[d] = sum_t x[t, d]^2 / T
 
-are sums over tokens, so that any cut of the batch, the sequence and the microbatches gives the same ones; of each layer's
-gradients the sum and the sum of squares of every array. They come out of the very step that trains: the layers report them
+are sums over tokens, so that any cut of the batch, the sequence and the microbatches gives the same ones; for each layer's
+gradients the sum and the sum of squares of every array. They come from the very step that trains: the layers report them
 (`Functions.layers`), and the pipeline carries them.
 """
 
@@ -33,19 +33,19 @@ from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any
 SMALL = 1e-4
-"""Share of the whole gradient's norm below which an array's gradient is too small to compare by itself."""
+"""Share of the whole gradient's norm below which an array's gradient is too small to compare alone."""
 
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """What one computation of a step came to, on the host."""
+    """The results of one computation of a step, on the host."""
 
     loss: float
     grad_norm: float
     moments: np.ndarray
-    """[layers + 1, 2, D]: m1 and m2 of the stream into the first layer of the stack, then after each layer."""
+    """[layers + 1, 2, D]: m1 and m2 of the stream before the first layer of the stack, then after each layer."""
     gradients: dict[str, np.ndarray]
-    """Of every array of n numbers by name, (sum / sqrt(n), sum of squares): [2]; [layers, 2] where each layer has one. The
+    """{name: (sum / sqrt(n), sum of squares)} of every array of n numbers: [2], or [layers, 2] if each layer has one. The
     first is at most the root of the second."""
     first_layer: int
     """The number of the first layer of the stack."""
@@ -53,14 +53,14 @@ class LayerMoments:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two computations are apart in one thing."""
+    """The difference of two computations in one quantity."""
 
     what: str
-    """In words: "the embedding", "layer 3", "the loss", "gradients of layer 3"."""
+    """The quantity: "the embedding", "layer 3", "the loss", "gradients of layer 3"."""
     difference: float
     """Relative: of activations to their root mean square, of a gradient to its norm."""
     where: str = ""
-    """Which of its numbers is farthest apart."""
+    """Its number with the largest difference."""
 
 
 def _moments(xs: tuple[jax.Array, ...]) -> jax.Array:
@@ -70,7 +70,7 @@ def _moments(xs: tuple[jax.Array, ...]) -> jax.Array:
 
 
 class LayerMomentsDecoder(Decoder):
-    """A decoder whose layers report the moments of what goes in and what comes out, as "moments"."""
+    """A decoder whose layers report the moments of their inputs and outputs, as "moments"."""
 
     def _layer(self, config: ModelConfig, microbatch: PyTree) -> Callable[..., Any]:
         layer = super()._layer(config, microbatch)
@@ -125,14 +125,16 @@ def make_layer_moments(config: Config, mesh: Mesh, backend: str) -> Callable[[Py
 
 
 def relative(one: float, other: float) -> float:
-    """|a - b| / max(|a|, |b|); infinite where one of them is not a number."""
+    """|a - b| / max(|a|, |b|); infinite if one of them is not a number."""
     if not (np.isfinite(one) and np.isfinite(other)):
         return 0.0 if repr(one) == repr(other) else float("inf")
     return abs(one - other) / max(abs(one), abs(other), 1e-30)
 
 
 def differences(one: LayerMoments, other: LayerMoments) -> list[Difference]:
-    """In the order in which they are computed: embedding, layers, loss, then gradients from the last layer to the first."""
+    """List the differences in order of computation: embedding, layers, loss, then gradients from the last layer to the
+    first.
+    """
     found = [_of_moments(one, other, index) for index in range(len(one.moments))]
     found += [Difference("the loss", relative(one.loss, other.loss))]
     layers = len(one.moments) - 1
@@ -157,7 +159,7 @@ def _of_moments(one: LayerMoments, other: LayerMoments, index: int) -> Differenc
 
 
 def _of_gradients(what: str, one: LayerMoments, other: LayerMoments, names: dict[str, int | None]) -> Difference:
-    """Return the array whose gradients are farthest apart, of those named, in the layer given."""
+    """Return the largest difference among the named arrays' gradients, each in its layer."""
     worst = Difference(what, -1.0)
     for name, layer in names.items():
         (s, q), (t, r) = (

@@ -1,10 +1,10 @@
-"""Find where a step's numbers first went wrong: compute it again by microbatches, and check what each operation gives.
+"""Find where a step's numbers first went wrong: recompute it by microbatches, and check the result of each operation.
 
-An operation is where numbers go wrong if what it gives is not finite and all that it was given is: a masked score of minus
-infinity, which was put there on purpose, is none, nor is anything that a NaN from elsewhere has come through. The layers and
-the loss are traced to jaxprs and evaluated equation by equation beside such flags, inside the one manual region, so it works on
-any mesh and along a pipeline; a collective counts as an operation too. Where all of the forward pass is finite, the gradients
-say how far the backward pass came: it goes from the last layer to the first.
+An operation is the origin if its result is not finite and all its inputs are: a masked score of minus infinity, put there on
+purpose, is none, nor is an operation that passes on a NaN from elsewhere. The layers and the loss are traced to jaxprs and
+evaluated equation by equation beside such flags, inside the one manual region, so it works on any mesh and in a pipeline; a
+collective counts as an operation too. If all of the forward pass is finite, the gradients show how far the backward pass came:
+it goes from the last layer to the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxtrain.train.step import batch_sharding, make_decoder, make_loss_and_grad
 PyTree = Any
 SHOWN = 4  # arrays that one message names
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
-# What gives the same numbers in another place or order.
+# Primitives that only move or reorder numbers.
 _MOVES = frozenset(
     "reshape transpose broadcast_in_dim squeeze slice rev copy name pvary pcast optimization_barrier split expand_dims".split()
 )
@@ -45,14 +45,14 @@ _MOVES = frozenset(
 
 @dataclass
 class Watched:
-    """`function` with counts: call it, inside the manual region, for (result, float32 [operations], 1 where numbers go wrong).
+    """`function` with flags: called inside the manual region, it returns (result, float32 [operations], 1 at an origin).
 
-    The first count is of the inputs: 1 where some is not finite.
+    The first flag is 1 if an input is not finite.
     """
 
     function: Callable[..., Any]
     labels: list[str] = field(default_factory=list)
-    """What each count is of; filled in when it is traced."""
+    """Label of each flag; filled in at tracing."""
 
     def __call__(self, *inputs: Any) -> tuple[Any, jax.Array]:
         closed, shape = jax.make_jaxpr(self.function, return_shape=True)(*inputs)
@@ -94,7 +94,7 @@ class Watched:
 
 
 def _bind(eqn: Any, given: tuple[Any, ...]) -> list[Any]:
-    """Return the operation again, on other values."""
+    """Apply the operation to other values."""
     with eqn.ctx.manager:
         results = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -111,17 +111,17 @@ def _is_float(x: Any) -> bool:
 
 
 def _is_finite(x: Any) -> jax.Array:
-    """Of the whole of this device's array."""
+    """Return whether this device's whole array is finite."""
     return jnp.all(jnp.isfinite(lax.stop_gradient(x))) if _is_float(x) else jnp.bool_(True)
 
 
 def _all(flags: Any) -> jax.Array:
-    """Return whether all hold."""
+    """Return whether all flags hold."""
     return jnp.all(jnp.stack(vary(list(flags)))) if flags else jnp.bool_(True)
 
 
 def _describe(eqn: Any, name: str | None) -> str:
-    """ "mlp_hidden: mul in mlp_block, models/layers.py:112" """
+    """Describe an operation: "mlp_hidden: mul in mlp_block, models/layers.py:112"."""
     frame = user_frame(eqn.source_info.traceback)
     place = f", {'/'.join(Path(frame.file_name).parts[-2:])}:{frame.start_line}" if frame else ""
     scope = str(eqn.source_info.name_stack)
@@ -136,10 +136,10 @@ def _describe(eqn: Any, name: str | None) -> str:
 
 @dataclass(frozen=True)
 class WatchedDecoder(Decoder):
-    """A decoder whose layers and loss report where numbers go wrong, as "origins"."""
+    """A decoder whose layers and loss report the origins of non-finite numbers, as "origins"."""
 
     labels: dict[str, list[str]] = field(default_factory=dict)
-    """By "layer" and "loss", what the origins are of; filled in when it is traced."""
+    """Labels of the origins under "layer" and "loss"; filled in at tracing."""
 
     def _layer(self, config: ModelConfig, microbatch: PyTree) -> Callable[..., Any]:
         watched = Watched(super()._layer(config, microbatch))
@@ -165,10 +165,10 @@ class WatchedDecoder(Decoder):
 
 
 class NanProbe:
-    """Call it with parameters and a batch that were bad together, for words on where that began. All processes call it."""
+    """Called with a step's parameters and batch, describes where they first go wrong. All processes call it."""
 
     def __init__(self, config: Config, mesh: Mesh, backend: str):
-        """`config` must be one whose replicas do not differ."""
+        """Prepare the probe for `config`, whose replicas must not differ."""
         self._microbatches, self._stacking = config.train.microbatches, make_stacking(config)
         size = config.train.global_batch_size // self._microbatches
         self._config = dataclasses.replace(
@@ -182,7 +182,7 @@ class NanProbe:
         self._count = jax.jit(self._wrong_numbers, in_shardings=(named(mesh, self._dims),), out_shardings=replicated(mesh))
 
     def __call__(self, params: PyTree, batch: PyTree) -> str:
-        """Return what was first: parameters, or microbatch, layer and operation, or gradients."""
+        """Return what went wrong first: parameters; or microbatch, layer and operation; or gradients."""
         bad = self._names(jax.tree.map(np.asarray, self._count(params)))
         if bad:
             return f"parameters are not finite before the step: {_some(bad)}"
@@ -222,7 +222,7 @@ class NanProbe:
         return step
 
     def _wrong_numbers(self, tree: PyTree) -> PyTree:
-        """Return how many numbers of each leaf are not finite; of a stacked leaf in each layer, [layers]."""
+        """Count the non-finite numbers of each leaf; of a stacked leaf in each layer, [layers]."""
 
         def leaf(dims: Dims, value: jax.Array) -> jax.Array:
             wrong = ~jnp.isfinite(value)
@@ -233,7 +233,7 @@ class NanProbe:
         return jax.tree.map(leaf, self._dims, tree, is_leaf=is_dims)
 
     def _origin(self, model: WatchedDecoder, found: PyTree) -> str:
-        """Return the words on the first operation of the forward pass; empty where it is finite."""
+        """Describe the first origin in the forward pass; empty if that is finite."""
         first = self._config.model.first_dense_layers
         for layer, origins in enumerate(found["layers"]):
             places = np.flatnonzero(origins)
@@ -245,7 +245,7 @@ class NanProbe:
         return f"the loss, {model.labels['loss'][places[0]]}, gave numbers that are not finite" if places.size else ""
 
     def _gradients(self, counts: PyTree) -> str:
-        """Return the words on the gradients that the backward pass comes to first; empty where all are finite."""
+        """Describe the gradients that the backward pass reaches first; empty if all are finite."""
         head = self._names({"outer": {n: c for n, c in counts["outer"].items() if n in ("head", "norm")}})
         layers = np.stack([np.asarray(leaf) for leaf in jax.tree.leaves(counts["layers"])]).any(0)
         if head:
@@ -261,7 +261,7 @@ class NanProbe:
         return f"the forward pass is finite, and gradients are not: {_some(rest)}" if rest else ""
 
     def _names(self, counts: PyTree) -> list[str]:
-        """Return the arrays with numbers that are not finite, and their layers."""
+        """Return the names and layers of the arrays with non-finite numbers."""
         names = []
         for path, count in jax.tree_util.tree_flatten_with_path(counts)[0]:
             name = "/".join(str(entry.key) for entry in path)

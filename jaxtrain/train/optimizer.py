@@ -4,8 +4,8 @@
 
 A layout never changes an update. Whatever is computed over a whole matrix (Adafactor's factors and norms, Muon's
 orthogonalisation) is computed for each layer alone, however the layers are stacked, and an empty layer slot (all zeros) gets
-the update 0. What a leaf is, is read from its logical dims, never from its name or its sizes. State is float32, also where
-parameters are bfloat16, and so are the updates.
+the update 0. A leaf's role is read from its logical dims, never from its name or sizes. State and updates are float32, even
+if parameters are bfloat16.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ MUON_ITERATIONS = 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a leaf is
+# A leaf's role
 
 
 @dataclass(frozen=True)
 class LeafAxes:
-    """The array axes of a parameter leaf by what they mean."""
+    """The array axes of a parameter leaf by their role."""
 
     layer: tuple[int, ...]
     """Axes of one layer's own parameter: all but the stacking."""
     inputs: tuple[int, ...]
-    """Axes that the matrix product sums over; empty where the leaf is no matrix."""
+    """Axes that the matrix product sums over; empty if the leaf is no matrix."""
     outputs: tuple[int, ...]
-    """The other axes of the matrix; empty where the leaf is no matrix."""
+    """The other axes of the matrix; empty if the leaf is no matrix."""
     in_vocabulary: bool
     """Whether this is an embedding table or an output head."""
 
@@ -58,11 +58,11 @@ class LeafAxes:
 
 
 def leaf_axes(dims: Dims) -> LeafAxes:
-    """Read a leaf's logical dims.
+    """Return the axes of a leaf from its logical dims.
 
-    After the leading stacking dims, "head_dim" belongs to the heads before it; of what is left the last group is the output and
-    all before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is [(H N),
-    D], ("heads", "head_dim") and ("norm",) are vectors.
+    After the leading stacking dims, "head_dim" belongs to the heads before it; of the rest the last group is the output and all
+    before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is [(H N), D],
+    ("heads", "head_dim") and ("norm",) are vectors.
     """
     first = next((i for i, name in enumerate(dims) if name not in BATCH_DIMS), len(dims))
     groups: list[list[int]] = []
@@ -78,7 +78,6 @@ def leaf_axes(dims: Dims) -> LeafAxes:
 
 
 def axes_tree(dims: PyTree) -> PyTree:
-    """`leaf_axes` of every leaf of a tree of dims."""
     return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)
 
 
@@ -87,7 +86,7 @@ def axes_tree(dims: PyTree) -> PyTree:
 
 
 class AdafactorState(NamedTuple):
-    """Second moments. Each tree has the parameters' structure, with `optax.MaskedNode()` where it has nothing to hold."""
+    """Second moments. Each tree has the parameters' structure, with `optax.MaskedNode()` where it holds no array."""
 
     step: jax.Array
     """Steps taken, int32 scalar."""
@@ -100,7 +99,7 @@ class AdafactorState(NamedTuple):
 
 
 def scale_by_adafactor(dims: PyTree, decay: float = 0.8) -> optax.GradientTransformation:
-    """Adafactor's direction, each layer alone (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5).
+    """Return Adafactor's direction, each layer alone (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 and 5).
 
     With b = 1 - t^-decay, t = 1, 2, ..., and G2 = G^2 + 1e-30, for a matrix with inputs i and outputs o
 
@@ -110,8 +109,8 @@ def scale_by_adafactor(dims: PyTree, decay: float = 0.8) -> optax.GradientTransf
     U / max(1, RMS(U)) * max(1e-3, RMS(parameter)), with RMS over one layer's leaf. So `peak_lr` is relative to the size of a
     parameter (the paper uses 1e-2). No first moment: beta1, beta2 and epsilon are not used.
 
-    Unlike `optax.scale_by_factored_rms`, which factors the two largest dims of a leaf where both reach 128, a matrix is what
-    its logical dims say, and is always factored.
+    Unlike `optax.scale_by_factored_rms`, which factors the two largest dims of a leaf if both reach 128, a matrix is given by
+    its logical dims, and is always factored.
     """
     axes = axes_tree(dims)
 
@@ -149,7 +148,7 @@ def _adafactor_leaf(
     if axes.is_matrix:
         row = b * row + (1 - b) * jnp.mean(squared, axes.outputs)
         column = b * column + (1 - b) * jnp.mean(squared, axes.inputs)
-        relative_row = row / jnp.mean(row, axes.inputs, keepdims=True)  # the leading axes of a row are those of the leaf
+        relative_row = row / jnp.mean(row, axes.inputs, keepdims=True)  # a row has the leaf's leading axes
         # Two roots, not the root of a product: both factors may be 1e-30.
         direction = gradient * jnp.expand_dims(relative_row**-0.5, axes.outputs) * jnp.expand_dims(column**-0.5, axes.inputs)
     else:
@@ -207,10 +206,10 @@ def _muon_direction(momentum: jax.Array, axes: LeafAxes) -> jax.Array:
 
 
 def scale_by_muon(axes: PyTree, beta: float) -> optax.GradientTransformation:
-    """Muon's direction for matrices, each layer alone: 0.2 sqrt(max(inputs, outputs)) * orthogonalise(Nesterov momentum).
+    """Return Muon's direction per layer's matrix: 0.2 sqrt(max(inputs, outputs)) * orthogonalise(Nesterov momentum).
 
-    The same numbers as `optax.contrib.muon(consistent_rms=0.2)`: momentum M = beta M + (1 - beta) G, and what is
-    orthogonalised is beta M / (1 - beta^(t+1)) + (1 - beta) G / (1 - beta^t). The factor (Liu et al. 2025, arXiv:2502.16982)
+    The same numbers as `optax.contrib.muon(consistent_rms=0.2)`: momentum M = beta M + (1 - beta) G, and
+    beta M / (1 - beta^(t+1)) + (1 - beta) G / (1 - beta^t) is orthogonalised. The factor (Liu et al. 2025, arXiv:2502.16982)
     gives updates the size of AdamW's, so that one learning rate serves both. Optax's own merges the stacking dims into one,
     which with several chunks makes XLA gather every stage's layers onto every stage; here they stay apart.
 
@@ -236,17 +235,17 @@ def scale_by_muon(axes: PyTree, beta: float) -> optax.GradientTransformation:
 
 
 def _muon_and_adamw(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:
-    """Muon for hidden matrices; embeddings, output head, norms and biases go to Adam."""
+    """Return Muon for hidden matrices, with Adam for embeddings, output head, norms and biases."""
     axes = axes_tree(dims)
     labels = jax.tree.map(lambda a: "muon" if a.is_matrix and not a.in_vocabulary else "adamw", axes)
-    # `optax.partition` hands on a tree with MaskedNode in place of what is not labelled so; the axes must look alike.
+    # `optax.partition` passes a tree with MaskedNode for leaves of another label; the axes must have the same structure.
     hidden = jax.tree.map(lambda a, label: a if label == "muon" else optax.MaskedNode(), axes, labels)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     return optax.partition({"muon": scale_by_muon(hidden, config.beta1), "adamw": adam}, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of it
+# The whole update rule
 
 
 def _direction(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:

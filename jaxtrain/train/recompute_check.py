@@ -1,7 +1,7 @@
-"""Compute gradients twice and compare them bit for bit (guard.repeat_every), to notice a device that sometimes errs.
+"""Compute gradients twice and compare them bit for bit (guard.repeat_every), to detect a device that sometimes errs.
 
 The same compiled program on the same parameters and batch gives the same bits, unless a device errs in one of the two, or the
-program adds up in no fixed order (on GPUs some do). It costs two further steps' compute each time, less the update.
+program sums in no fixed order (on GPUs some do). Each check costs the compute of two further steps, less the update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PyTree = Any
 
 
 class RecomputeCheck:
-    """Train steps, before each guard.repeat_every-th of which its gradients are computed twice and compared."""
+    """Runs train steps; before each guard.repeat_every-th, its gradients are computed twice and compared."""
 
     def __init__(self, config: Config, mesh: Mesh, backend: str, steps: TrainSteps, first: int):
         self._guard, self._mesh, self._steps, self._step = config.guard, mesh, steps, first
@@ -47,16 +47,16 @@ class RecomputeCheck:
         self._differ = jax.jit(lambda a, b: jnp.any(a != b, axis=-1), out_shardings=replicated(mesh))
 
     def begin_at(self, first: int) -> None:
-        """The next step is first + 1."""
+        """Set the next step to first + 1."""
         self._step = first
         self._steps.begin_at(first)
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        """Return the step; compares first where it is due.
+        """Run the step, after a comparison if one is due.
 
         Raises:
-          NumbersError: the two differ.
-          RollBack: likewise, where guard.copies is rollback.
+          NumbersError: the two computations differ.
+          RollBack: likewise, with guard.copies=rollback.
         """
         self._step += 1
         if self._step % self._guard.repeat_every == 0:
@@ -68,7 +68,7 @@ class RecomputeCheck:
         return self._steps(state, batch)
 
     def _tell(self, differ: np.ndarray) -> None:
-        """Of [devices, leaves]."""
+        """Report the differing leaves, [devices, leaves]."""
         devices = np.flatnonzero(differ.any(1))
         leaves = [self._names[i] for i in np.flatnonzero(differ.any(0))]
         if len(devices) == len(differ):
@@ -82,7 +82,7 @@ class RecomputeCheck:
         if self._guard.copies == "rollback":
             raise RollBack(self._step, reason, 0)
         raise NumbersError(
-            f"{reason}. A device computes wrong, or the program does not repeat itself exactly, which on GPUs needs "
+            f"{reason}. A device computes wrongly, or the program is not deterministic, which on GPUs needs "
             "--train.deterministic=True. `jaxtrain preflight` checks the devices; --guard.repeat_every=0 "
-            "compares no more"
+            "turns this check off"
         )

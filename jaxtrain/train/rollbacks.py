@@ -1,8 +1,7 @@
-"""What a run went back for, and which batches it leaves out since: a list that only grows, in run_dir and in every checkpoint.
+"""A run's rollbacks, and the batches left out since: a list that only grows, in run_dir and in every checkpoint.
 
-The position in the data is a function of the step number, so a run that leaves batches out needs one thing more: the map from
-steps to batches, which is the natural numbers without those left out. It is read by all processes, on any mesh, whenever
-the run goes on.
+The position in the data is a function of the step number, so a run that leaves batches out also needs the map from steps to
+batches: the natural numbers without those left out. All processes read it, on any mesh, whenever the run resumes.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ class Rollback:
     bad_step: int
     """The step that was bad, from 1."""
     back_to: int
-    """The step whose state the run went on from."""
+    """The step whose state the run resumed from."""
     reason: str
-    """For a person."""
+    """Explanation for the reader."""
     first_batch: int = 0
     last_batch: int = -1
-    """Batches left out from then on, numbered from 0; none where last is before first."""
+    """Last of the batches left out from then on, numbered from 0; none if last is before first."""
 
 
 def rollbacks_digest(run_dir: Path) -> str:
@@ -45,7 +44,7 @@ def rollbacks_digest(run_dir: Path) -> str:
 
 
 class Rollbacks:
-    """All returns of a run so far, oldest first."""
+    """All rollbacks of a run, oldest first."""
 
     def __init__(self, rollbacks: Sequence[Rollback] = ()):
         self.all = list(rollbacks)
@@ -54,7 +53,7 @@ class Rollbacks:
         return len(self.all)
 
     def left_out(self) -> list[tuple[int, int]]:
-        """Ranges (first, last) of batches left out, ascending and apart."""
+        """Return the disjoint ranges (first, last) of batches left out, ascending."""
         ranges: list[tuple[int, int]] = []
         for first, last in sorted((r.first_batch, r.last_batch) for r in self.all if r.last_batch >= r.first_batch):
             if ranges and first <= ranges[-1][1] + 1:
@@ -64,7 +63,7 @@ class Rollbacks:
         return ranges
 
     def batch(self, steps_before: int) -> int:
-        """Return the number of the batch that the step with so many steps before it trains on."""
+        """Return the batch number of the step that has `steps_before` steps before it."""
         number = steps_before
         for first, last in self.left_out():
             if number >= first:
@@ -72,28 +71,28 @@ class Rollbacks:
         return number
 
     def add(self, bad_step: int, back_to: int, reason: str, batches: int) -> Rollback:
-        """Notes a return, and leaves out the last `batches` of those between the two steps."""
+        """Record a rollback, and leave out the last `batches` of the batches between the two steps."""
         last = self.batch(bad_step - 1)
         first = self.batch(max(bad_step - batches, back_to)) if batches else last + 1
         self.all.append(Rollback(bad_step, back_to, reason, first, last))
         return self.all[-1]
 
     def to_plain(self) -> list[dict[str, Any]]:
-        """As JSON holds it."""
+        """Return JSON values."""
         return [dataclasses.asdict(rollback) for rollback in self.all]
 
     @classmethod
     def from_plain(cls, plain: Sequence[dict[str, Any]]) -> Rollbacks:
-        """Return what `to_plain` gave."""
+        """Return the inverse of `to_plain`."""
         return cls([Rollback(**entry) for entry in plain])
 
     def to_json(self) -> str:
-        """Return what run_dir/rollbacks.json holds."""
+        """Return the text of run_dir/rollbacks.json."""
         return json.dumps(self.to_plain(), indent=1) + "\n"
 
     @classmethod
     def load(cls, run_dir: Path) -> Rollbacks:
-        """Return what run_dir holds, as process 0 sees it: file systems show changes to hosts at different times.
+        """Load the list of run_dir as process 0 sees it, since hosts see changes of a shared file system at different times.
 
         Raises:
           ExplainedError: the file holds something else.

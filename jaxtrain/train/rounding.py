@@ -1,8 +1,8 @@
-"""Updates of bfloat16 parameters by stochastic rounding, so that steps smaller than half a unit in the last place add up.
+"""Update bfloat16 parameters by stochastic rounding, so that updates smaller than half a unit in the last place add up.
 
-bfloat16 keeps 8 bits: a weight of 1 has neighbours 0.004 and 0.008 away, and rounded to nearest an update of 0.001 is none.
+bfloat16 keeps 8 bits: a weight of 1 has neighbours 0.004 and 0.008 away, and rounding to nearest would drop an update of 0.001.
 Rounded up with the probability of the lost share, every update counts in the mean (Gupta et al. 2015, arXiv:1502.02551).
-It costs no memory, where a compensated update would keep a second number for each parameter, as much as float32 does.
+It costs no memory, whereas a compensated update keeps a second number for each parameter, as much as float32 does.
 
 The random bits are a function of train.seed, the step, the leaf, the layer and the element's place in its layer: the same on
 every mesh, after a resume, and on all copies of a parameter.
@@ -28,12 +28,12 @@ STACKED = ("chunk", "stage", "layer")
 def apply_updates(
     params: PyTree, updates: PyTree, dims: PyTree, layer_numbers: np.ndarray, seed: jax.Array, step: jax.Array
 ) -> PyTree:
-    """params + updates: float32 leaves exactly as float32 adds them, bfloat16 leaves rounded at random.
+    """params + updates: float32 leaves added exactly in float32, bfloat16 leaves rounded stochastically.
 
     Args:
       updates: float32.
       dims: logical dims of every leaf.
-      layer_numbers: of the slots of stacked leaves, as `Stacking.layer_numbers`.
+      layer_numbers: `Stacking.layer_numbers` of stacked leaves.
       seed: `seed_words`.
       step: steps taken before this one, int32 scalar.
     """
@@ -54,9 +54,9 @@ def apply_updates(
 
 
 def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """Return bfloat16: of the two neighbours of x the farther from zero with probability |x - nearer| / |farther - nearer|.
+    """Return bfloat16: x's neighbour farther from zero with probability |x - nearer| / |farther - nearer|, else the nearer.
 
-    A number that bfloat16 has stays; so do infinities and NaNs.
+    Numbers that bfloat16 can hold, infinities and NaNs are unchanged.
 
     Args:
       x: float32.
@@ -68,9 +68,9 @@ def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], layer_numbers: np.ndarray) -> jax.Array:
-    """uint32 of this shape: a hash of the key, the layer's number and the place in the layer, so whatever the stacking.
+    """Return uint32 of this shape: a hash of the key, the layer's number and the index in the layer, for any stacking.
 
-    Two rounds of murmur3's finaliser, keyed: a tenth of what threefry computes, from iotas, which shard like the leaf.
+    Two rounds of murmur3's keyed finaliser: a tenth of the work of threefry, from iotas, which shard like the leaf.
     """
     stacking = len(STACKED) if dims[: len(STACKED)] == STACKED else 0
     words = jax.random.key_data(key)
@@ -86,7 +86,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], dims: tuple[str, ...], l
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """murmur3's finaliser (Appleby 2011): every bit of x changes half of the result's."""
+    """Return murmur3's finaliser (Appleby 2011): every bit of x changes half of the result's bits."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

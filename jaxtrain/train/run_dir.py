@@ -1,4 +1,4 @@
-"""The folder of a run and the compilation cache: made, locked, and read for what an earlier process logged."""
+"""Create and lock the folder of a run, set up the compilation cache, and read what an earlier process logged."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from jaxtrain.text import is_utf8, readable_size
 
 LOCK_FILE = ".lock"
 LEAST_CACHE_BYTES = 64 << 20
-"""Less free space than that may not hold the programs of a run."""
+"""Smaller free space may not hold the programs of a run."""
 
 
 def make_run_dir(directory: Path) -> None:
-    """Create run_dir and see whether it can be written.
+    """Create run_dir and check that it can be written.
 
     Raises:
       ExplainedError: it cannot.
@@ -45,10 +45,10 @@ def make_run_dir(directory: Path) -> None:
 
 @contextlib.contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
-    """Keep other runs out of run_dir, as long as it lasts and however it ends; process 0 holds the lock for all of this run.
+    """Lock run_dir against other runs until the block or the process ends; process 0 holds the lock for the whole run.
 
     Raises:
-      ExplainedError: another process is training there; says which, where the lock does.
+      ExplainedError: another process is training there; names it, if the lock file does.
     """
     if jax.process_index() != 0:
         yield
@@ -57,20 +57,20 @@ def only_run_in(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # else a file system without locks
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # other errors: the file system has no locks
                 owner = file.read(200).strip() or "another process"
                 raise ExplainedError(
                     f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
                 ) from error
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
-        with contextlib.suppress(OSError):  # the lock holds without its owner's name
+        with contextlib.suppress(OSError):  # the owner's name is not essential
             file.truncate(0)
             os.pwrite(file.fileno(), owner.encode(), 0)
         yield
 
 
 def use_compilation_cache(config: Config, progress: Progress) -> None:
-    """Turns on jax's persistent compilation cache, so that a restart compiles nothing again."""
+    """Turn on jax's persistent compilation cache, so that a restart compiles nothing again."""
     if not config.train.compilation_cache:
         return
     directory = user_path(config.train.compilation_cache)
@@ -92,9 +92,9 @@ def use_compilation_cache(config: Config, progress: Progress) -> None:
 
 
 def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:
-    """Return the largest number of that name (elapsed_seconds, energy_kwh) that a run had logged up to `step`; 0 if none."""
+    """Return the largest logged value of `name` (elapsed_seconds, energy_kwh) up to `step`; 0 if there is none."""
     try:
         rows = read_rows(metrics_jsonl)
-    except OSError:  # a file beside the checkpoints
+    except OSError:  # metrics.jsonl is not essential
         return 0.0
     return max((row.get(name) or 0.0 for row in rows if row["step"] <= step), default=0.0)

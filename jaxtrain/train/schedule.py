@@ -1,6 +1,6 @@
 """The learning rate over steps, from numbers that are inputs of the compiled step: another rate or length reuses the program.
 
-Of a schedule only its name is part of the program.
+Only a schedule's name is part of the program.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Number = Any
 
 
 class Hyperparameters(NamedTuple):
-    """Numbers of the update rule that a program takes as inputs, float32 scalars but for the seed."""
+    """Numbers of the update rule that are inputs of a program, float32 scalars except the seed."""
 
     peak_lr: Number
     """Largest learning rate."""
     final_lr_fraction: Number
-    """Share of it at the end of a decay."""
+    """Final rate as a share of peak_lr."""
     warmup_steps: Number
-    """Steps of warm-up, `warmup_steps`."""
+    """Number of warm-up steps, `warmup_steps`."""
     decay_start: Number
-    """Steps before the first lower rate."""
+    """Number of steps before the decay."""
     decay_steps: Number
-    """Steps until the lowest rate, at least 1."""
+    """Number of steps of the decay, at least 1."""
     weight_decay: Number
     """Decoupled weight decay."""
     seed: Any
@@ -39,7 +39,7 @@ class Hyperparameters(NamedTuple):
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """uint32 [2]: the upper and the lower 32 bits of a seed of up to 63 bits; the data of its key."""
+    """Return uint32 [2], the upper and the lower 32 bits of a seed of up to 63 bits: the data of its key."""
     return np.array(divmod(seed, 2**32), np.uint32)
 
 
@@ -49,7 +49,7 @@ def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
 
 
 def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) -> Hyperparameters:
-    """Return the inputs of a run of so many optimizer steps, on the host; the formulas are those of `make_learning_rate`."""
+    """Return the program inputs of a run of `total_steps` optimizer steps, on the host; see `make_learning_rate`'s formulas."""
     warmup = warmup_steps(config, total_steps)
     decay = total_steps - warmup
     if config.schedule == "warmup_stable_decay":
@@ -64,7 +64,7 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: A
 
     Args:
       step: optimizer steps taken before it, int32.
-      library: jax.numpy in a program; numpy on the host, where a step is waited for by nothing.
+      library: jax.numpy in a program; numpy on the host, which then waits for no device.
 
     Raises:
       ExplainedError: an unknown schedule.

@@ -1,11 +1,10 @@
-"""The training state: what it holds, how it is sharded, how it begins, and its canonical form for checkpoints.
+"""The training state: content, sharding, initial value, and canonical form for checkpoints.
 
-A state is {"params", "optimizer", "sync", "step"}, with a "guard" where the step classifies itself
-(`train/step_acceptance.py`). Where replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading
-dim "replica"; "sync" is what
-`parallel/sync.py` keeps, mostly nothing. In memory the layers are stacked for the pipeline and the vocabulary is padded; in
-canonical form layers are [num_layers, ...] and the vocabulary is as long as it is, so that it fits every mesh. The guard's
-record is no part of that: it goes beside it, as plain numbers.
+A state is {"params", "optimizer", "sync", "step"}, with a "guard" if the step classifies itself
+(`train/step_acceptance.py`). If replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading
+dim "replica"; "sync" is the state of `parallel/sync.py`, usually empty. In memory the layers are stacked for the pipeline and
+the vocabulary is padded; in canonical form layers are [num_layers, ...] and the vocabulary is not padded, so that it fits every
+mesh. The guard's record is not part of it: it is stored beside it, as plain numbers.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ PATHS_OF_STACKED = "layers"
 
 
 def make_stacking(config: Config) -> Stacking:
-    """Return how a resolved config lays its layers onto stages."""
+    """Return how a resolved config distributes its layers over stages."""
     return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
 
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:
-    """Return the parameters at step 0, stacked. A function of train.seed and the model alone, bit for bit, on every mesh.
+    """Return the stacked parameters at step 0: a function of train.seed and the model alone, bit for bit, on every mesh.
 
     Args:
-      seed: `seed_words`, where they are an input of the program; None for those of train.seed.
+      seed: `seed_words`, if an input of the program; None: those of train.seed.
     """
     words = jnp.asarray(seed_words(config.train.seed) if seed is None else seed)
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
@@ -52,7 +51,7 @@ def initial_params(config: Config, seed: Any = None) -> PyTree:
 
 
 def _replica_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
-    """Return what one replica trains, at step 0."""
+    """Return one replica's parameters and optimizer state at step 0."""
     params = initial_params(config, seed)
     return {"params": params, "optimizer": optimizer.init(params)}
 
@@ -63,7 +62,7 @@ def _replica_shapes(config: Config, optimizer: optax.GradientTransformation) -> 
 
 
 def initial_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
-    """Return the state at step 0; all replicas begin alike. `seed` is that of `initial_params`."""
+    """Return the state at step 0, equal on all replicas. `seed` is that of `initial_params`."""
     state, replicas = _replica_state(config, optimizer, seed), config.mesh.replica
     kept = sync.initial_state(config.sync, state["params"], replicas)
     if config.sync.replicas_differ:
@@ -72,7 +71,7 @@ def initial_state(config: Config, optimizer: optax.GradientTransformation, seed:
 
 
 def _if_any(record: PyTree) -> PyTree:
-    """Return what the guard adds to a state; nothing where it has nothing to remember."""
+    """Return the guard's addition to a state; empty if the guard remembers nothing."""
     return {"guard": record} if record else {}
 
 
@@ -83,8 +82,8 @@ def _path(key_path: tuple) -> tuple[str, ...]:
 def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple[str, ...], tuple[Dims, tuple]]) -> Dims:
     """Return the logical dims of one leaf of the optimizer state.
 
-    A leaf of a parameter's path and shape is sharded like it. Another leaf that belongs to a stacked parameter keeps the
-    stacking dims (its other dims are small: Adafactor's rows and columns). The rest, counts, are whole everywhere.
+    A leaf with a parameter's path and shape is sharded like it. Another leaf that belongs to a stacked parameter keeps the
+    stacking dims (its other dims are small: Adafactor's rows and columns). The rest, counts, are replicated.
     """
     for suffix, (dims, shape) in of_params.items():
         if path[-len(suffix) :] == suffix:
@@ -98,7 +97,7 @@ def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple
 
 
 def params_dims(config: Config) -> PyTree:
-    """Return the logical dims of the parameters as the state holds them: with a leading "replica" where replicas differ."""
+    """Return the logical dims of the state's parameters: with a leading "replica" if replicas differ."""
     return _of_each_replica(config, decoder.parameter_dims(config.model))
 
 
@@ -137,7 +136,7 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
 
 @settled()
 def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
-    """Return the state at step 0, born sharded: no device ever holds more than its share."""
+    """Return the state at step 0, created sharded: no device ever holds more than its share."""
     shardings = state_shardings(config, mesh, optimizer)
     options = options_of_rare_programs(mesh.devices.flat[0].platform)
     born = jax.jit(
@@ -163,8 +162,8 @@ def _canonical_leaf_dims(dims: Dims) -> Dims:
 
 
 def _canonical_spec(dims: Dims, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return the sharding of a canonical leaf: the layers over pipe where they divide (else whole), the rest as in memory where
-    it divides (a vocabulary without its padding may not).
+    """Return the sharding of a canonical leaf: layers over pipe if divisible (else whole), other dims as in memory if divisible
+    (a vocabulary without its padding may not be).
     """
     axes = [("pipe" if name == "layer" else RULES[name]) for name in dims]
     fits = [a if isinstance(a, str) and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True)]
@@ -180,7 +179,7 @@ def _to_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Arra
 
 
 def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Array:
-    """Empty slots and the vocabulary's padding are zero."""
+    """Return the leaf in memory's form; empty slots and the vocabulary's padding are zero."""
     if dims[:1] and dims[0] in _LEADING:
         return jax.vmap(functools.partial(_from_canonical_leaf, config, dims[1:]))(value)
     if dims[:3] == decoder.STACKED:
@@ -190,15 +189,15 @@ def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Ar
 
 
 def to_canonical(config: Config, tree: PyTree, dims: PyTree) -> PyTree:
-    """Return the layers as [num_layers, ...], vocabulary without padding, whatever the leaves' shardings."""
+    """Return the layers as [num_layers, ...] and the vocabulary without padding, whatever the leaves' shardings."""
     return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, value), dims, tree, is_leaf=is_dims)
 
 
 def check_same_replicas(saved: Mapping[str, Any], config: Config, directory: Any) -> None:
-    """See whether a checkpoint's replicas are those of this run, where replicas hold something of their own.
+    """Check that a checkpoint's replicas are those of this run, if replicas have state of their own.
 
-    Any other mesh will do, but parameters, moments, queued gradients and residuals of R replicas do not say what R' others
-    would hold. (An exchange that ends makes parameters alike, but not moments.)
+    Any other mesh will do, but parameters, moments, queued gradients and residuals of R replicas do not determine those of R'
+    others. (An exchange that ends makes parameters alike, but not moments.)
 
     Args:
       saved: the config of the checkpoint, as `dataclasses.asdict` gives it.
@@ -229,7 +228,7 @@ def check_same_replicas(saved: Mapping[str, Any], config: Config, directory: Any
 class Canonical:
     """Compiled conversions between the state in memory and its canonical form, on one mesh.
 
-    They go leaf by leaf, so that what XLA needs to move layers between stages is never more than one leaf's worth.
+    They work leaf by leaf, so that XLA needs temporary memory for moving only one leaf between stages.
     """
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation):
@@ -243,26 +242,26 @@ class Canonical:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         @functools.cache
-        def shared(convert: Any, dims: Dims, sharding: NamedSharding) -> Any:  # a parameter's moments are compiled with it
+        def shared(convert: Any, dims: Dims, sharding: NamedSharding) -> Any:  # one program for a parameter and its moments
             return jax.jit(functools.partial(convert, config, dims), out_shardings=sharding)
 
         def jitted(convert: Any, dims: Dims, target: Any) -> Any:
             return shared(convert, dims, target.sharding)
 
         self.abstract = jax.tree.map(abstract_leaf, self._dims, shapes, is_leaf=is_dims)
-        """What a checkpoint holds, with the shardings in which this mesh reads and writes it."""
+        """The content of a checkpoint, with this mesh's shardings for reading and writing."""
         self._to = jax.tree.map(functools.partial(jitted, _to_canonical_leaf), self._dims, self.abstract, is_leaf=is_dims)
         self._from = jax.tree.map(functools.partial(jitted, _from_canonical_leaf), self._dims, abstract, is_leaf=is_dims)
 
     def from_state(self, state: PyTree) -> PyTree:
-        """Return the canonical form of a state, which stays as it is."""
+        """Return the canonical form of a state, which is left unchanged."""
         return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, _without_record(state))
 
     def to_state(self, canonical: PyTree, record: Mapping[str, Any] | None = None) -> PyTree:
         """Return the state of a canonical form, which is freed leaf by leaf.
 
         Args:
-          record: of the guard, as `step_acceptance.record_to_plain` gives it; None for that of step 0.
+          record: the guard's, as `step_acceptance.record_to_plain` gives it; None: that of step 0.
         """
 
         def leaf(convert: Any, value: jax.Array) -> jax.Array:

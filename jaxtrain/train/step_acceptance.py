@@ -1,13 +1,13 @@
 """Accept or reject a step inside the compiled step, by its loss and gradient norm and those of the good steps before it.
 
-A bad step is not applied: parameters, optimizer and what is kept between replicas stay as they are, bit for bit. The choice is
-a `where` that XLA fuses into the update. It waits for nothing more than the update does, since clipping needs the gradient norm
+A bad step is not applied: parameters, optimizer and the replicas' sync state stay unchanged, bit for bit. The choice is
+a `where` that XLA fuses into the update. It waits for no more than the update does, since clipping needs the gradient norm
 too. The good steps' values are kept in the state, so the decision is a function of state and batch alone: the same in every
 process, on every mesh to rounding, and after a resume.
 
 Only an upward jump is a spike: with m the median of a window of good steps and s = 1.4826 median |x_i - m|, the standard
-deviation where x is normal (Rousseeuw & Croux 1993, section 1), x is one where (x - m) / s is above guard.spike_deviations. A
-few wild steps in the window move neither m nor s, where they would move a mean and a standard deviation.
+deviation for a normal x (Rousseeuw & Croux 1993, section 1), x is a spike if (x - m) / s is above guard.spike_deviations. A
+few outliers in the window move neither m nor s, whereas they would move a mean and a standard deviation.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from jaxtrain.sharding import replicated
 PyTree = Any
 GOOD, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(4)
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-LEAST_SCALE = 1e-3  # of the median: a window of equal numbers must not make a spike of a rounding error
+LEAST_SCALE = 1e-3  # of the median: in a window of equal numbers a rounding error must not be a spike
 WATCHED = ("loss", "grad_norm")
 
 
 def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
-    """Return what is remembered, before the first step; nothing where the step does not classify itself.
+    """Return the record before the first step; empty if the step does not classify itself.
 
-    skipped: steps that were not applied, int32. With spikes watched also good: steps that were, int32, and loss and grad_norm,
-    float32 [spike_window], of the newest of them: step number g of them (from 0) is in place g mod spike_window.
+    skipped: number of steps that were not applied, int32. When watching for spikes also good: number of applied steps, int32,
+    and loss and grad_norm, float32 [spike_window], of the newest of them: good step g (from 0) is at index g mod spike_window.
     """
     if not guard.classifies_steps:
         return {}
@@ -46,7 +46,7 @@ def initial_record(guard: GuardConfig) -> dict[str, jax.Array]:
 
 
 def record_dims(guard: GuardConfig) -> dict[str, tuple[str, ...]]:
-    """Return the logical dims of the record: it is whole on every device."""
+    """Return the logical dims of the record, which is replicated."""
     return {name: ("norm",) * value.ndim for name, value in jax.eval_shape(lambda: initial_record(guard)).items()}
 
 
@@ -54,7 +54,7 @@ def deviations(window: jax.Array, good: jax.Array, x: jax.Array) -> jax.Array:
     """Return how many robust standard deviations x is above the median of the window; 0 before the window is half full.
 
     Args:
-      window: float32 [W], of which the first min(good, W) places are filled.
+      window: float32 [W], of which the first min(good, W) entries are filled.
     """
     count = jnp.minimum(good, window.shape[0])
     middle = _median(window, count)
@@ -64,7 +64,7 @@ def deviations(window: jax.Array, good: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _median(values: jax.Array, count: jax.Array) -> jax.Array:
-    """Of the first `count` values; the mean of the two in the middle where they are even."""
+    """Return the median of the first `count` values; the mean of the middle two if `count` is even."""
     ordered = jnp.sort(jnp.where(jnp.arange(values.shape[0]) < count, values, jnp.inf))
     last = jnp.maximum(count, 1) - 1
     return (ordered[last // 2] + ordered[(last + 1) // 2]) / 2
@@ -91,15 +91,15 @@ def classify(
 
 
 def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping[str, jax.Array]) -> tuple[PyTree, PyTree]:
-    """(state, metrics to add): `new` where the step is good, else `old` with the bad step in its record, in a jitted step.
+    """(state, metrics to add): `new` if the step is good, else `old` with the bad step in its record, in a jitted step.
 
     Args:
-      old: the state that the step began with, with its record under "guard".
-      new: what the step would make of all of it but the record and the step number.
-      metrics: of the step; losses may be [replica], beside targets [replica].
+      old: the state before the step, with its record under "guard".
+      new: the step's result, except the record and the step number.
+      metrics: the step's; losses may be [replica], beside targets [replica].
     """
     loss, grad_norm = _over_replicas(metrics, "loss"), metrics["grad_norm"]
-    # The whole loss may overflow alone, by its z term or an auxiliary loss.
+    # The total loss may overflow alone, by its z term or an auxiliary loss.
     loss = jnp.where(jnp.isfinite(_over_replicas(metrics, "total_loss")), loss, jnp.nan)
     kind, record, more = classify(guard, old["guard"], loss, grad_norm)
     applied = jax.tree.map(lambda n, o: jnp.where(kind == GOOD, n, o), new, {name: old[name] for name in new})
@@ -107,17 +107,17 @@ def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping
 
 
 def _over_replicas(metrics: Mapping[str, jax.Array], name: str) -> jax.Array:
-    """Return a loss of the whole global batch."""
+    """Return a loss over the whole global batch."""
     value, targets = metrics[name], metrics["targets"]
     return value if value.ndim == 0 else jnp.sum(value * targets) / jnp.maximum(jnp.sum(targets), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Between runs: the record travels as plain numbers beside a checkpoint, so that guards can be turned on and off in between
+# Between runs the record is stored as plain numbers beside a checkpoint, so that guards can be turned on and off
 
 
 def record_to_plain(record: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """Return the record as JSON holds it, exactly, windows oldest first."""
+    """Return the record as exact JSON values, windows oldest first."""
     plain: dict[str, Any] = {name: int(np.asarray(value)) for name, value in record.items() if value.ndim == 0}
     for name in WATCHED:
         if name in record:
@@ -128,9 +128,7 @@ def record_to_plain(record: Mapping[str, jax.Array]) -> dict[str, Any]:
 
 
 def record_from_plain(guard: GuardConfig, plain: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the record that `record_to_plain` wrote, as this guard holds it; what it did not write is as before the first
-    step.
-    """
+    """Return this guard's record from `record_to_plain`'s values; missing ones are as before the first step."""
     shapes = jax.eval_shape(lambda: initial_record(guard))
     record = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
     for name, value in record.items():
@@ -144,6 +142,6 @@ def record_from_plain(guard: GuardConfig, plain: Mapping[str, Any], mesh: Mesh) 
         name: jax.make_array_from_callback(value.shape, replicated(mesh), lambda index, value=value: value[index])
         for name, value in record.items()
     }
-    # A copy of its own on each device: on CPU the arrays may lie in numpy's memory, and the step's donation writes there
+    # A separate copy on each device: on CPU the arrays may alias numpy's memory, into which the step's donation would write
     # (seen: the process aborts).
     return jax.jit(lambda record: jax.tree.map(jnp.copy, record), out_shardings=replicated(mesh))(placed)

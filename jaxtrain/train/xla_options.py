@@ -1,13 +1,13 @@
-"""The XLA options of a run on GPUs: one table, what each does and what it gained, and how a run overrides them.
+"""The XLA options of a run on GPUs: one table with each option's effect and gain, and how a run overrides them.
 
-What they gain is read from the schedule of the program compiled for H100s (`planner/`): the share of the bytes that travel
+Gains are read from the schedule of the program compiled for H100s (`planner/`): the share of the bytes that move
 while the device waits. BENCHMARKS.md has the figures. There are two kinds of layout, and what helps one hurts the other:
 
 * **Weights move, activations do not** (`tensor` and `expert` are 1): XLA may take a layer's gathers and scatters into the
   iteration of the scan before or after it.
-* **Activations move** (`tensor` or `expert` above 1): layers take turns (`parallel/turns.py`), four to an iteration, and
-  XLA's pipelining is off: it takes whole chains of recomputed attention along with a gather, and runs 40 of 241 GiB of
-  reduce-scatters twice.
+* **Activations move** (`tensor` or `expert` above 1): two parts of a microbatch interleave (`parallel/turns.py`), four layers
+  to an iteration, and XLA's pipelining is off: it takes whole chains of recomputed attention along with a gather, and runs 40
+  of 241 GiB of reduce-scatters twice.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Option:
 
     name: str
     weights: Value
-    """Its value where only weights move between devices."""
+    """Its value if only weights move between devices."""
     activations: Value
-    """Its value where activations move too."""
+    """Its value if activations move too."""
     why: str
 
 
@@ -106,7 +106,7 @@ DETERMINISTIC = (
     "xla_gpu_exclude_nondeterministic_ops",
     "xla_gpu_enable_scatter_determinism_expander",
 )
-"""The first implies the others by its definition (openxla/xla#12520); they are asked for by name all the same."""
+"""The first implies the others by its definition (openxla/xla#12520); they are set by name all the same."""
 
 
 def moves_activations(config: Config) -> bool:
@@ -126,31 +126,33 @@ def _is_gpu(platform: str) -> bool:
 
 
 def default_options(config: Config, platform: str) -> dict[str, Value]:
-    """Return the table's values for a layout; nothing on other platforms than NVIDIA's."""
+    """Return the table's values for a layout; empty on other platforms than NVIDIA's."""
     if not _is_gpu(platform):
         return {}
     return {option.name: option.activations if moves_activations(config) else option.weights for option in TABLE}
 
 
 def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
-    """Return what `train.deterministic` asks of XLA; nothing on other platforms than NVIDIA's, where nothing depends on timing.
+    """Return the XLA options of `train.deterministic`; empty on other platforms than NVIDIA's, where nothing depends on timing.
 
-    Of the GPU's kernels, those that add up with atomics differ from run to run: scatters (the embedding's gradient), some
-    matmuls, cuDNN's attention backward (XLA sets its `force_deterministic` by the first two options). And which kernel is the
-    fastest is measured at compile time, so that two compilations may choose differently: the first option measures nothing.
+    GPU kernels that add with atomics differ from run to run: scatters (the embedding's gradient), some matmuls, cuDNN's
+    attention backward (XLA sets its `force_deterministic` by the first two options). Also, the fastest kernel is found by
+    measurement at compile time, so that two compilations may choose differently: the first option turns the measurement off.
     """
     return {name: True for name in DETERMINISTIC} if config.train.deterministic and _is_gpu(platform) else {}
 
 
 def options_of_rare_programs(platform: str) -> dict[str, Value]:
-    """Of what runs once, or seldom. On CPU, LLVM's highest level takes four times as long to compile, for the same bits at the
-    same speed; a level that XLA_FLAGS names stands."""
+    """Return compiler options for rarely run programs: on CPU they compile 4x faster, to the same bits at the same speed.
+
+    A level that XLA_FLAGS names takes precedence.
+    """
     level = "xla_backend_optimization_level"
     return {level: 1} if platform == "cpu" and level not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
-    """Return what `train.xla_options` says: "name=value" each, true and false and numbers as such.
+    """Parse `train.xla_options`, "name=value" each, with true, false and numbers as such.
 
     Raises:
       ExplainedError: an entry without a name or a value; a validated config has none.
@@ -159,10 +161,10 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Value]:
 
 
 def compile_with_options(lowered: Any, defaults: Mapping[str, Value], asked: Mapping[str, Value]) -> Any:
-    """Compile. A default that this XLA does not know is left out, with a line on stderr; what was asked for must be known.
+    """Compile. A default that this XLA does not know is dropped with a line on stderr; a requested option must be known.
 
     Raises:
-      ExplainedError: XLA does not know an option that was asked for, or not with that value.
+      ExplainedError: XLA does not know a requested option, or not with that value.
     """
     options = {**defaults, **asked}
     while True:

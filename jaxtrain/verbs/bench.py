@@ -1,4 +1,4 @@
-"""`jaxtrain bench --config=configs/125m.py`: measures the compiled train step, and prints a small table and one JSON line."""
+"""`jaxtrain bench --config=configs/125m.py`: measure the compiled train step; print a small table and one JSON line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     from jaxtrain.mesh import count_devices
     from jaxtrain.planner.memory_check import ask_for_memory
 
-    # No compilation cache here: compile_seconds is that of a first run.
+    # Without the compilation cache, so that compile_seconds is that of a first run.
     config = validate(bench_config(config), count_devices())
     ask_for_memory(config, 1, lambda line: print(line, file=sys.stderr))
     report = Bench(config).report()

@@ -1,7 +1,7 @@
-"""`jaxtrain calibrate --output=chip.json`: measures the devices at hand, for the planner to reckon with.
+"""`jaxtrain calibrate --output=chip.json`: measure the devices at hand, for the planner.
 
-The file that it writes is what `--hardware` takes wherever a chip's name stands: the chip's own figures, and beside them the
-share of each that was reached.
+`--hardware` takes the written file in place of a chip's name. It holds the chip's stated figures and the measured share of
+each.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jaxtrain.text import open_console
 
 @dataclass(frozen=True)
 class CalibrateFlags:
-    """What to measure, and where to write it."""
+    """Flags of `jaxtrain calibrate`."""
 
     output: str = "chip.json"
     """File for the result, .json; give it as --hardware to the planner."""
     overwrite: bool = False
-    """Let --output replace a file that is there."""
+    """Let --output replace an existing file."""
     chip: str = "auto"
-    """The chip whose figures the measured ones are shares of, by name or as a chip file; auto asks the device."""
+    """Chip whose stated figures are the base, by name or as a chip file; auto: the device's own."""
     seconds: float = 0.2
-    """The most that the repetitions of one operation may take, about. More of it: larger sizes, and less noise."""
+    """Approximate limit in seconds for the repetitions of one operation. More allows larger sizes and gives less noise."""
     distributed: bool = False
-    """Join the other processes of the job first, as SLURM, Open MPI or Kubernetes names them, to measure between hosts too."""
+    """Join the job's other processes (SLURM, Open MPI, Kubernetes) first, to measure between hosts too."""
 
 
 USAGE = Usage(
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(chip: Chip) -> None:
-    """Print what was found, with what it is worth."""
+    """Print the measurements with their spread."""
     from rich.table import Table
 
     from jaxtrain.measure.operations import REPETITIONS

@@ -22,10 +22,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class VerifyFlags(Folder):
-    """Which steps to verify."""
+    """Flags of `verify`."""
 
     all: bool = False
-    """Every step, not only one."""
+    """Verify every step, not only one."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Two(Folder):
 
 @dataclass(frozen=True)
 class PruneFlags(Folder):
-    """What to keep."""
+    """Flags of `prune`."""
 
     keep: int
-    """The newest steps to keep."""
+    """Number of newest steps to keep."""
     keep_every: int = 0
-    """Keep multiples of this too."""
+    """Also keep multiples of this; 0: none."""
     set_aside: bool = False
-    """Delete also what was set aside as damaged or rolled back."""
+    """Also delete folders set aside as damaged or rolled back."""
     dry_run: bool = False
-    """Say what would be deleted."""
+    """Print what would be deleted."""
 
 
 def _usage(name: str, about: str, own: type, *words: str) -> Usage:
@@ -64,7 +64,7 @@ USAGES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line says; return the exit code."""
+    """Parse, act; return the exit code."""
     name = arguments[0] if arguments else "--help"
     if name not in USAGES and wanted_help([name]) is not None:
         from jaxtrain.command.help import print_list
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"jaxtrain checkpoint {name}: {nearest(name, USAGES)}")
     flags = parse(USAGES[name], arguments[1:]).own
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a look at a checkpoint must not take a GPU away from a run
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # must not take a GPU away from a run
     from jaxtrain.checkpoint import inspection
 
     if name == "list":

@@ -1,4 +1,4 @@
-"""`jaxtrain configs`: lists the configs that are shipped."""
+"""`jaxtrain configs`: list the shipped configs."""
 
 from __future__ import annotations
 

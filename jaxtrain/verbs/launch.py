@@ -1,8 +1,8 @@
 """`jaxtrain launch --processes=2 --devices_per_process=2 -- --config=configs/quickstart.py`: one run, many processes.
 
-Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all start again from the newest
-checkpoint. What stands behind `--` is the command line of `jaxtrain train`; with --preflight that of `jaxtrain preflight`,
-which those processes then run, once.
+Starts them on this machine, and keeps the run going: a process that dies or hangs is named, and all restart from the newest
+checkpoint. After `--` comes the command line of `jaxtrain train`; with --preflight that of `jaxtrain preflight`,
+which those processes then run once.
 
 `jaxtrain launch slurm|mpi|kubernetes|ray [flags] -- --config=...` submits the run to a cluster instead, or with --dry_run
 prints the script or manifest; `jaxtrain launch slurm --help` lists its flags.
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def submit_to(name: str, arguments: Sequence[str]) -> int:
-    """Submit the run to a cluster, or print what would be submitted.
+    """Submit the run to a cluster, or print its script or manifest.
 
     Raises:
       UsageError: there is no such starter.
@@ -64,7 +64,7 @@ def submit_to(name: str, arguments: Sequence[str]) -> int:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (the launcher's arguments, those of the run).
+    """(the launcher's arguments, the run's arguments).
 
     Raises:
       UsageError: there is no `--` between them.

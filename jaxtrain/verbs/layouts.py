@@ -1,7 +1,7 @@
-"""`jaxtrain layouts --config=mine.py --draws=20`: proof that the layout does not change what a config trains.
+"""`jaxtrain layouts --config=mine.py --draws=20`: prove that the layout does not change what a config trains.
 
 Draws valid layouts over all seven mesh axes of fake devices, and compares each with one device. Without --config it draws tiny
-models of every kind too. A config that fails is printed, to paste.
+models of every kind too. A config that fails is printed as code.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from jaxtrain.measure.layouts import Errors
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""Programs that run for milliseconds take longer to compile: half as long with these flags."""
+"""These flags halve the compile time, which dominates for programs that run for milliseconds."""
 
 
 @dataclass(frozen=True)
 class LayoutsFlags:
-    """How much to try."""
+    """Flags of `jaxtrain layouts`."""
 
     draws: int = 20
-    """Layouts to draw."""
+    """Number of layouts."""
     devices: int = 8
-    """Fake CPU devices: a power of two."""
+    """Number of fake CPU devices, a power of two."""
     seed: int = 0
-    """Of the draws; another one draws others."""
+    """Seed of the draws."""
 
 
 USAGE = Usage(
@@ -47,7 +47,7 @@ USAGE = Usage(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, draw, compare, print; return the exit code: 1 where a layout changes the result."""
+    """Parse, draw, compare, print; return the exit code, 1 if a layout changes the result."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # before a config file imports jax
     line = parse(USAGE, arguments)
     flags = line.own

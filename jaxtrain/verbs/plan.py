@@ -1,7 +1,7 @@
 """`jaxtrain plan --config=configs/70b.py --hardware=h100-sxm --hosts=16`: which mesh, does it fit, what does it cost.
 
-Searches every layout of the config's model and batch on that cluster, none of which needs to be there, compiles the best few
-for its chip, and prints a ranking with its reasons. `--explain` speaks of the config's own layout instead, `--sweep` of a grid.
+Searches every layout of the config's model and batch on that cluster, which need not exist, compiles the best few for its chip,
+and prints a ranking with its reasons. `--explain` describes the config's own layout instead, `--sweep` a grid of layouts.
 
 Exit codes: 0 done, 1 nothing fits or another error explained in one message, 2 wrong usage.
 """
@@ -27,47 +27,47 @@ if TYPE_CHECKING:
     from jaxtrain.planner.estimates import Cluster, Estimate
 
 WIDTH = 180
-"""Columns of the tables where there is no terminal."""
+"""Columns of the tables without a terminal."""
 
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """What to plan for, and what to make of it."""
+    """Flags of `jaxtrain plan`."""
 
     hardware: str = "h100-sxm"
-    """Chip: a name in hardware/chips.py, or a file (.json, .toml) that describes one, as `jaxtrain calibrate` writes it."""
+    """Chip: a name in hardware/chips.py, or a chip file (.json, .toml), as `jaxtrain calibrate` writes it."""
     hosts: int | None = None
-    """Hosts in the cluster; by default 1, with --explain as many as the mesh fills."""
+    """Number of hosts; by default 1, with --explain as many as the mesh fills."""
     devices_per_host: int = 8
-    """Chips in a host, which reach each other over the chip's own links."""
+    """Chips per host, connected by the chip's own links."""
     objective: Literal["time", "energy", "cost"] = "time"
-    """What to rank by: seconds, joules or money a token."""
+    """Quantity to rank by: seconds, joules or money per token."""
     verify: int | None = None
-    """How many of the best to compile for that chip, and rank again by what the program holds and moves; 0 for none. By default
-    5 where this machine can compile for the chip; without that, a number compiles for fake CPU devices (slow, approximate)."""
+    """Number of best layouts to compile for that chip and rank again by the program's memory and traffic; 0: none. By default
+    5 if this machine can compile for the chip; else a number compiles for fake CPU devices (slow, approximate)."""
     explain: bool = False
-    """No search: what each device holds, what each axis moves, and the schedule of the config's own layout."""
+    """No search: print each device's memory, each axis's traffic, and the schedule of the config's own layout."""
     sweep: tuple[str, ...] = ()
     """No search: a grid, FIELD=VALUE,VALUE,... (mesh.tensor=1,2,4,8); several make a product."""
     compile: bool = False
-    """With --explain: what the compiled step moves, each collective beside the closed form. With --sweep: compile every layout
+    """With --explain: compare each collective of the compiled step with the closed form. With --sweep: compile every layout
     instead of estimating it."""
     run: bool = False
     """With --sweep: train every layout for --steps steps, on the devices at hand or, with --hardware=cpu, on fake ones."""
     steps: int = 5
     """With --sweep --run: steps to train."""
     tokens: float = 0
-    """Tokens to train on in all: how long, GPU-hours, kWh."""
+    """Total tokens to train on; prints days, GPU-hours, kWh."""
     days: float = 0
-    """How many tokens so many days give; with --tokens, whether they suffice."""
+    """Days to train; prints the tokens that they give, or with --tokens whether they suffice."""
     price_per_gpu_hour: float = 0
-    """Money for a GPU-hour, in any currency."""
+    """Price of a GPU-hour, in any currency."""
     write: str = ""
-    """Save the best layout as a config file, .py or .json, which `jaxtrain train` runs unchanged."""
+    """File for the best layout as a config, .py or .json, which `jaxtrain train` runs unchanged."""
     html: str = ""
-    """Save the answer as one page with pictures."""
+    """File for the answer as one page with pictures."""
     overwrite: bool = False
-    """Let --write and --html replace a file that is there."""
+    """Let --write and --html replace an existing file."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -119,7 +119,7 @@ def sweep(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
 
 
 def explain(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
-    """Print one layout: what it holds, moves and waits for; with --compile each collective of the compiled step."""
+    """Print one layout's memory, traffic and waits; with --compile each collective of the compiled step."""
     from jaxtrain.planner import compiled_traffic
     from jaxtrain.planner.explain import explain, explain_json
 
@@ -195,7 +195,7 @@ def show(plan: Plan) -> None:
 
 
 def save(plan: Plan, flags: PlanFlags) -> None:
-    """Write the config and the page that were asked for.
+    """Write the requested config and page.
 
     Raises:
       ExplainedError: a file cannot be written.
@@ -218,7 +218,7 @@ def save(plan: Plan, flags: PlanFlags) -> None:
 
 
 def describe(best: Estimate) -> str:
-    """Return the docstring of a written config: what was planned, and what it said."""
+    """Return the docstring of a written config: the planned cluster, and the estimate."""
     from jaxtrain.planner.wording import cluster_words, gib, layout_words, percent, seconds
 
     return (
@@ -229,5 +229,5 @@ def describe(best: Estimate) -> str:
 
 
 def tell(words: str) -> None:
-    """Print a line on what is being done, beside the answer itself."""
+    """Print a progress line to standard error."""
     print(words, file=sys.stderr, flush=True)

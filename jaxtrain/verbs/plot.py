@@ -1,4 +1,4 @@
-"""`jaxtrain plot compared.png runs/one runs/other`: draws the losses of several runs into one picture."""
+"""`jaxtrain plot compared.png runs/one runs/other`: draw the losses of several runs into one picture."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jaxtrain.files import check_output, user_path
 
 @dataclass(frozen=True)
 class PlotFlags:
-    """What to draw, and where."""
+    """Flags of `jaxtrain plot`."""
 
     picture: str
     """PNG file to write."""
     runs: tuple[str, ...]
     """Folders of runs, each with its metrics.jsonl."""
     title: str = ""
-    """Stands above the picture."""
+    """Title of the picture."""
     overwrite: bool = False
-    """Replace a picture that is there."""
+    """Replace an existing picture."""
 
 
 USAGE = Usage(

@@ -1,9 +1,9 @@
-"""`jaxtrain preflight --config=configs/7b.py`: would this run work here? Answered in half a minute, before it starts.
+"""`jaxtrain preflight --config=configs/7b.py`: check in half a minute whether a run would work here.
 
 Runs as the training command does, once a process: alone, under `jaxtrain launch --preflight`, SLURM, Open MPI or any other
 starter.
 
-Exit codes: 0 nothing stands in the way (there may be warnings), 1 something would fail the run, 2 wrong usage, 70 a check hung.
+Exit codes: 0 no failure (there may be warnings), 1 something would fail the run, 2 wrong usage, 70 a check hung.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "
 
 @dataclass(frozen=True)
 class PreflightFlags:
-    """Flags of the verb's own."""
+    """Flags of `jaxtrain preflight`."""
 
     json: bool = False
     """Print JSON instead of a table."""
     patience: float = 120.0
-    """Seconds that one check may take; reading text for the first time tokenizes all of it, and may need more."""
+    """Time limit of one check in seconds; reading text for the first time tokenizes all of it, and may need more."""
 
 
 USAGE = Usage(
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(title: str, findings: Sequence[Finding], verdict: str) -> None:
-    """Print the table and what it comes to."""
+    """Print the table and the verdict."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,9 +1,9 @@
-"""`jaxtrain replay --config=... --step=120`: computes a recorded step again, and says where it comes out otherwise.
+"""`jaxtrain replay --config=... --step=120`: compute a recorded step again, and report where the result differs.
 
-The step is computed on the mesh and in the dtype that the flags say: `--mesh.tensor=2 --model.dtype=float32`; with `--against
+The step is computed on the flags' mesh and dtype: `--mesh.tensor=2 --model.dtype=float32`; with `--against
 "mesh.tensor=2,mesh.data=1"` it is compared with the same step in that layout.
 
-Exit codes: 0 the same within the tolerance, 1 not, or another error explained in one message, 2 wrong usage.
+Exit codes: 0 equal within the tolerance, 1 different, or another error explained in one message, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MOST_SHOWN = 12
 
 @dataclass(frozen=True)
 class ReplayFlags:
-    """What to compute again, and what to compare it with."""
+    """Flags of `jaxtrain replay`."""
 
     step: int
-    """The step, from 1."""
+    """Number of the step, from 1."""
     against: str = ""
-    """Another layout, as flags over the config: "mesh.tensor=2,mesh.data=1,model.dtype=float32". Empty for the record."""
+    """Another layout, as flags over the config: "mesh.tensor=2,mesh.data=1,model.dtype=float32". Empty: the record."""
     tolerance: float = 0.0
-    """Largest relative difference that is none; 0 for 1e-3, or 5e-2 where something is computed in bfloat16."""
+    """Largest relative difference to accept; 0: 1e-3, or 5e-2 if either is computed in bfloat16."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -99,7 +99,7 @@ def other_config(config: Config, against: str) -> Config:
 
 
 def show(replayed: Replayed) -> None:
-    """Print what was compared: all of it, or where it is long the parts that differ and those before."""
+    """Print the comparison: all of it, or if it is long the parts that differ and those before."""
     from rich.table import Table
 
     from jaxtrain.text import open_console
@@ -123,7 +123,7 @@ def show(replayed: Replayed) -> None:
 
 
 def verdict(found: Sequence[Difference], tolerance: float) -> str:
-    """Return one line: the first that differs, in the order in which a step is computed."""
+    """Return one line on the first difference, in the order of computation."""
     wrong = [each for each in found if each.difference > tolerance]
     if not wrong:
         return f"the same: no more than {max(each.difference for each in found):.2g} apart (tolerance {tolerance:.2g})"
