@@ -1,7 +1,7 @@
-"""The command `jaxtrain VERB ...`: which verbs there are, and how each starts and ends (signals, output, errors, exit codes).
+"""The command `jaxtrain VERB ...`: the list of verbs, and their start and end (signals, output, errors, exit codes).
 
-`python -m jaxtrain` imports `early` before this, and this imports a verb only when it is asked for. Ctrl-C ends the program in
-one line and with exit code 130 (128 + the signal's number), whatever is being imported.
+`python -m jaxtrain` imports `early` before this, and a verb is imported only when it is called. Ctrl-C ends the program with
+one line and exit code 130 (128 + the signal's number), whatever is being imported.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Verb(NamedTuple):
     about: str
     """One line."""
     answers_on_stdout: bool = True
-    """What it prints is its product, so it ends, with exit code 141 as coreutils do, where the reader has gone (`| head`). A
-    verb that writes files goes on, and says nothing."""
+    """Whether its output is its result: it then ends with exit code 141, as coreutils do, if the reader is gone (`| head`). A
+    verb that writes files goes on silently."""
     unwinds: bool = True
     """See `Signals`. A training run does not: before its loop there is nothing to clean up, and in it a signal is a request to
     save (`train.stop.StopOnSignal`)."""
     joins: bool = False
-    """It runs as several processes where the environment says so."""
+    """Whether it runs as several processes if the environment says so."""
 
 
 VERBS = {
@@ -64,7 +64,7 @@ def main(*before: str) -> NoReturn:
     """Run the verb that the command line names, and end the process with its exit code.
 
     Args:
-      before: words that stand before those of the command line.
+      before: words put before those of the command line.
     """
     arguments = [*before, *sys.argv[1:]]
     if arguments and arguments[0] in VERBS:
@@ -73,10 +73,10 @@ def main(*before: str) -> NoReturn:
 
 
 def answer_without_verb(arguments: Sequence[str]) -> int:
-    """Print the list of verbs, the version, or what completes the command line in bash.
+    """Print the list of verbs, the version, or the bash completion.
 
     Raises:
-      UsageError: what stands in place of a verb is none.
+      UsageError: the first word is not a verb.
     """
     first = arguments[0] if arguments else "--help"
     if first == "--version":
@@ -100,10 +100,10 @@ def answer_without_verb(arguments: Sequence[str]) -> int:
 
 
 class Signals:
-    """What a signal does to a verb: while it is imported, while it works, and when its exit code is known.
+    """A signal's effect on a verb: during import, during its work, and after its exit code is known.
 
     Args:
-      unwinds: while it works, a signal raises `Interrupted` in the main thread, so that temporary files and child processes are
+      unwinds: during the work a signal raises `Interrupted` in the main thread, so that temporary files and child processes are
         cleaned up; else it ends the process at once.
     """
 
@@ -119,15 +119,15 @@ class Signals:
         return self._raised
 
     def work(self) -> None:
-        """Everything is imported: from now on a signal unwinds."""
+        """Let signals unwind from now on: everything is imported."""
         self._works = self._unwinds
 
     def settle(self, exit_code: int) -> None:
-        """The work is done: whatever comes now, this is how it ended."""
+        """Fix the exit code: the work is done, and later signals do not change it."""
         self._code = exit_code
 
     def hear(self, number: int, request: Request) -> None:
-        """End the process where nothing has to be cleaned up, or where the interrupt has not ended it in time."""
+        """End the process if there is nothing to clean up, or if the interrupt has not ended it in time."""
         if self._code is not None:
             if request == "at once" or (request == "stop" and not are_several()):
                 end_at_once(self._code, _flush)
@@ -139,9 +139,9 @@ class Signals:
             timer.start()
 
     def in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        """Raise `Interrupted`, once."""
+        """Raise `Interrupted` once."""
         if self._works and not self._raised and self._code is None:
-            if _is_importing(frame):  # a library may swallow what is raised in its import, and has nothing to clean up
+            if _is_importing(frame):  # a library may swallow exceptions during its import, and has nothing to clean up
                 self._end(number)
             self._raised = True
             raise Interrupted(number)
@@ -200,7 +200,7 @@ def run(
         signals.work()
         try:
             code = explained(answer)
-        except SystemExit as end:  # of the flags' parser, or of a pipe that nobody reads
+        except SystemExit as end:  # from the flags' parser, or because of a closed pipe
             signals.settle(end.code if isinstance(end.code, int) else EXIT_ERROR)
             raise
         signals.settle(code)
@@ -221,18 +221,18 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def raise_file_limit() -> None:
-    """Let this process and its children open as many files as the system allows them, up to MOST_FILES."""
+    """Raise the limit of open files for this process and its children to what the system allows, at most MOST_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # the system may allow fewer than it says
+        with contextlib.suppress(OSError, ValueError):  # the real limit may be lower than the stated one
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def explained(work: Callable[[], int]) -> int:
-    """Call `work` for an exit code; an ExplainedError, an interrupt or a lack of device memory becomes one message.
+    """Return the exit code of `work`; turn an ExplainedError, an interrupt or a lack of device memory into one message.
 
-    Peers of this process are told why it ends.
+    The peers of this process get the reason too.
     """
     try:
         return work()
@@ -241,7 +241,7 @@ def explained(work: Callable[[], int]) -> int:
         announce(error.exit_code, printable(str(error)))
         return error.exit_code
     except Stopped as stop:
-        print(f"stopped: {stop}; nothing that was saved is lost, and the same command goes on from there", file=sys.stderr)
+        print(f"stopped: {stop}; nothing that was saved is lost, and the same command resumes from there", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt as stop:
         print(f"interrupted by {stop}" if isinstance(stop, Interrupted) else "interrupted", file=sys.stderr)
@@ -275,17 +275,17 @@ def exit_code_of(interrupt: KeyboardInterrupt) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether XLA had no room, when it compiled a program or when it ran it."""
+    """Return whether XLA ran out of memory, compiling a program or running it."""
     return "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, ExplainedError)
 
 
 @contextlib.contextmanager
 def memory_explained(config: Config, backend: str) -> Iterator[None]:
-    """Make of a lack of device memory an error that says what holds how much, and what would fit (`planner/relief.py`).
+    """Turn a lack of device memory into an error that lists the memory's use and what would fit (`planner/relief.py`).
 
     Args:
-      config: valid, its mesh resolved.
-      backend: of attention.
+      config: a valid config with a resolved mesh.
+      backend: the attention backend.
     """
     try:
         yield
@@ -310,6 +310,6 @@ def _flush() -> None:
 
 
 def _ignore_signals() -> None:
-    """Python gives signals back their default effect when it ends, which would replace an exit code that is known."""
+    """Ignore signals at exit: Python restores their default action, which would replace a known exit code."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

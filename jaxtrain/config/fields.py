@@ -421,7 +421,7 @@ class CheckpointConfig:
     """URL in an object store (s3://, gs://, any that fsspec knows): committed checkpoints are uploaded there in the background,
     and a run whose folder holds none resumes from there; empty: none."""
     fast_every: int = 0
-    """Steps between two snapshots in fast_dir, from which a run resumes if its processes died but its hosts did not; 0: none."""
+    """Steps between two snapshots in fast_dir, from which a run resumes if its processes died but not its hosts; 0: none."""
     fast_dir: str = "/dev/shm"
     """Folder for snapshots in each host's own memory or on its own disk; holds two at a time."""
 

@@ -18,6 +18,7 @@ from jaxtrain.hardware import load_chip
 
 
 def divisors(number: int) -> list[int]:
+    """Return all divisors of a positive number, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 

@@ -1,8 +1,8 @@
-"""Measures the compiled train step on the devices at hand.
+"""Measure the compiled train step on the devices at hand.
 
-Data is synthetic, nothing is saved. Bare steps (the compiled program alone, the same batch again and again) and loop steps
-(reading, placing and packing batches, metrics, log files) take turns in one process, so that a noisy machine disturbs both
-alike; the host overhead is the ratio of their means.
+Data is synthetic, and nothing is saved. Bare steps (the compiled program alone, repeated on one batch) and loop steps (reading,
+placing and packing batches, metrics, log files) alternate in one process, so that a noisy machine disturbs both alike; the host
+overhead is the ratio of their means.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class Bench(Prepared):
         self.work = StepWork.of(config, self.mesh.devices.size, chip)
 
     def step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        """(state, metrics) of a step."""
+        """Run one step: (state, metrics)."""
         return self.program(state, batch, self.numbers)
 
     def bare_steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` steps, the next one dispatched before the last one's metrics are waited for."""
+        """Return the seconds of each of `count` steps, each dispatched before the metrics of the one before are waited for."""
         batch = self.place(self.data.train_batch(0, self.rows()))
         jax.block_until_ready(batch)
         seconds, last, before = [], None, time.perf_counter()
@@ -81,7 +81,7 @@ class Bench(Prepared):
         """Return the seconds of each of `count` steps of the training loop with its data, clock, progress and log files."""
 
         class Stopwatch(Hook):
-            """Notes when each step's metrics were there."""
+            """Records when each step's metrics were ready."""
 
             def __init__(self) -> None:
                 self.times = [time.perf_counter()]
@@ -100,11 +100,11 @@ class Bench(Prepared):
             loop = Loop(self.step, next_batch, jax.block_until_ready, hooks, self.state, 0, count + 1)
             loop.run()
         self.state = loop.state
-        # The first step waits for the reader to start, and the last one has nothing behind it.
+        # The first step waits for the reader to start, and no step overlaps the last one.
         return [after - before for before, after in zip(stopwatch.times[1:-1], stopwatch.times[2:], strict=True)]
 
     def report(self) -> dict[str, Any]:
-        """Run bare and loop rounds in turn, and say everything that was measured."""
+        """Run bare and loop rounds alternately; return all measurements."""
         pace = min(self.bare_steps(WARM_UP_STEPS))
         count = max(3, min(MOST_STEPS_PER_ROUND, int(SECONDS_PER_ROUND / pace)))
         bare, loop = [], []
@@ -135,7 +135,7 @@ class Bench(Prepared):
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return the report as lines for a person."""
+    """Return the report as text lines."""
 
     def text(value: Any) -> str:
         return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

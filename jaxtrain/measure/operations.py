@@ -174,8 +174,8 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
 
 
 def attention_flops(length: int) -> float:
-    """FLOPs of two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square below the
-    diagonal.
+    """Return the FLOPs of two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square
+    below the diagonal.
     """
     return 7 * length**2 * HEAD_DIM * HEADS
 

@@ -29,8 +29,8 @@ from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
 STACKED = ("chunk", "stage", "layer")
-# What `remat=dots` keeps beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Tokens are
-# sent, not gathered: keeping them repeats nothing on other devices, and sending them again would cost the slowest link.
+# Kept by `remat=dots` beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Sent tokens,
+# unlike gathered ones, exist on one device only, and sending them again would use the slowest link.
 DOTS_BY_NAME = ("attention", "router", "expert_in", "expert_gate", "expert_up", "expert_out")
 
 
@@ -40,33 +40,33 @@ def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
 
 @functools.lru_cache(maxsize=64)
 def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
-    """Tree of logical dims, as the module declares them; one for all who ask, so not to be changed."""
+    """Return a module's tree of logical dims; it is cached and shared, so do not mutate it."""
     state = nnx.state(_abstract(module, config), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
 
 
 def cut_rows(tree: PyTree, parts: int) -> tuple[PyTree, ...]:
-    """Return the tree cut into equal parts along the first dim of its leaves; scalars go to all."""
+    """Cut the tree into equal parts along the first dim of its leaves; scalars go to all parts."""
     leaves, treedef = jax.tree.flatten(tree)
     cut = [[leaf] * parts if leaf.ndim == 0 else jnp.split(leaf, parts) for leaf in leaves]
     return tuple(treedef.unflatten(part) for part in zip(*cut, strict=True))
 
 
 def _dense(config: ModelConfig) -> ModelConfig:
-    """Return what the first dense layers are made from."""
+    """Return the config of the first dense layers."""
     return replace(config, moe=None)
 
 
 def _under(lead: tuple[str, ...], dims: PyTree) -> PyTree:
-    """Return every leaf with these dims before its own."""
+    """Return the dims with `lead` in front of every leaf's own."""
     return jax.tree.map(lambda own: (*lead, *own), dims, is_leaf=is_dims)
 
 
 def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTree:
     """Return the logical dims of every parameter; the layers' leaves are stacked (`Stacking`).
 
-    The first dense layers of a mixture of experts are unlike the others, so they stand with the embedding, as
+    The first dense layers of a mixture of experts differ from the others, so they are beside the embedding, as
     outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
     """
     outer = dict(_dims(EmbeddingAndHead, config))
@@ -141,10 +141,10 @@ def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], 
 
 
 def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
-    """Return which intermediate results a layer keeps for its backward; None keeps only the layer's input.
+    """Return the policy of which intermediates a layer keeps for its backward; None keeps only the layer's input.
 
-    No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as what comes out
-    of the barriers of `take_turns`), since a policy by name would still keep the value from just before its name.
+    No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as the output of
+    `take_turns`' barriers), since a policy by name would still keep the value from just before its name.
     """
     if train.remat == "full":
         return None
@@ -154,7 +154,7 @@ def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
-        # A name cannot reach into cuDNN's forward kernel, so keeping its result takes the primitive too.
+        # A name cannot reach into cuDNN's forward kernel, so its result is kept by primitive too.
         if primitive.name == CUDNN_FORWARD_PRIMITIVE:
             return "attention" in names
         if train.remat == "dots" and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
@@ -166,27 +166,28 @@ def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The model bound to what the run decides about it."""
+    """The model with the run's choices: attention, experts, layers per iteration."""
 
     config: ModelConfig
     train: TrainConfig
     stacking: Stacking
     attention: AttentionPlan
-    """How attention is computed, chosen."""
+    """The chosen attention."""
     experts: ExpertBackend
-    """How tokens reach their experts, chosen."""
+    """The chosen way for tokens to reach their experts."""
     sharding: ShardingConfig
     layers_at_once: int = 1
-    """Layers in one iteration of the layer scan, at most."""
+    """Largest number of layers in one iteration of the layer scan."""
 
     def _parts(self, x: jax.Array) -> int:
-        """Into how many parts a microbatch's rows are cut, which take turns where layers send activations away."""
+        """Return the number of parts of a microbatch's rows that are interleaved; 2 only if layers send activations."""
         sends = lax.axis_size("tensor") > 1 or lax.axis_size("expert") > 1
         return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
 
     def _unroll(self) -> int:
-        """Return the layers in one iteration: a divisor, with two iterations at least. Layers outside the loop would stand
-        beside their own recomputation, and XLA would take the two for one and keep everything.
+        """Return the layers per iteration: a divisor, with at least two iterations.
+
+        Layers outside a loop would stand beside their own recomputation; XLA would merge the two and keep everything.
         """
         layers = self.stacking.layers_per_part
         fits = [n for n in range(2, self.layers_at_once + 1) if layers % n == 0 and layers >= 2 * n]
@@ -198,8 +199,9 @@ class Decoder:
     def _layer(
         self, config: ModelConfig, microbatch: PyTree
     ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
-        """One layer on this microbatch, under the remat policy: (x of each part, weights, the clock of `take_turns`) -> (x of
-        each part, auxiliary loss, sums to report, the clock)."""
+        """Return one layer on this microbatch under the remat policy: (x of each part, weights, the clock of `take_turns`) ->
+        (x of each part, auxiliary loss, sums to report, the clock).
+        """
         dims, merge = _dims(*layer_kind(config)), _merge(*layer_kind(config))
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
@@ -221,7 +223,7 @@ class Decoder:
 
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
             layer = self._layer(self.config, microbatch)
-            # Not along a pipeline: 405b has 13% of its bytes without a matmul so, and 9% without.
+            # Not in a pipeline: 13% of 405b's bytes would have no matmul to overlap with, against 9%.
             in_order = self._unroll() > 1 and lax.axis_size("pipe") == 1 and not self.config.moe
 
             def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
@@ -230,8 +232,8 @@ class Decoder:
                     xs, reduced, master = reduce_behind_next(xs, reduced, master)
                 ys, more, reports, clock = layer(xs, (master, compute), clock)
                 if not self.stacking.is_even:
-                    # An empty slot's layer runs too, on weights of zero, and is thrown away: its stage would only wait for the
-                    # others, and transfers inside a conditional could not travel behind anything.
+                    # An empty slot's layer runs too, on zero weights, and is discarded: its stage would only wait for the
+                    # others, and transfers inside a conditional could not overlap with anything.
                     held = index < jnp.asarray(counts)[chunk, lax.axis_index("pipe")]
                     keep = lambda new, old: jnp.where(held, new, old)  # noqa: E731
                     ys = jax.tree.map(keep, ys, xs)
@@ -241,19 +243,19 @@ class Decoder:
             slots = (weights, jnp.arange(self.stacking.layers_per_part))
             start = (cut_rows(x, self._parts(x)), *vary([jnp.zeros(())] * 3))
             (xs, auxiliary, clock, _), reports = lax.scan(step, start, slots, unroll=self._unroll())
-            # The clock is zero; unused, it would be dropped from the program, and the order with it.
+            # The clock is zero; if unused, XLA would drop it, and the order with it.
             return jnp.concatenate(xs), auxiliary + clock, reports
 
         return layers
 
     def _outer(self, weights: Weights) -> Any:
-        """Return the outer module with its weights gathered; of those that nobody reads, XLA drops the gather."""
+        """Return the outer module with its weights gathered; XLA drops the gathers of unused ones."""
         dims = _dims(EmbeddingAndHead, self.config)
         master, compute = ({name: tree[name] for name in dims} for tree in weights)
         return _merge(EmbeddingAndHead, self.config)(self._gathered((master, compute), dims))
 
     def _embed(self) -> Callable[[Weights, PyTree], jax.Array]:
-        """Return the embedding, and the first dense layers."""
+        """Return the function of the embedding and the first dense layers."""
 
         def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):
@@ -275,10 +277,10 @@ class Decoder:
         return head
 
     def loss_functions(self, objective: Objective = PRETRAIN) -> Functions:
-        """For training, and for validation with the objective of pretraining.
+        """Return the functions for training, and for validation with the pretraining objective.
 
         A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks) segments, as `share_out` gives them,
-        the float32 inputs of the objective, and a float32 scalar `scale`, by which its summed loss is multiplied.
+        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss.
         """
         head = self._head()
 
@@ -302,7 +304,7 @@ class Decoder:
         return Functions(self._embed(), self._layers(), loss)
 
     def logits_functions(self) -> Functions:
-        """For sampling: reports `logits` [B, V] float32 at the place `position` of the sequence, of one microbatch."""
+        """Return the functions for sampling: `logits` [B, V] float32 at index `position` of the sequence, of one microbatch."""
         head = self._head()
 
         def logits(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:

@@ -82,7 +82,7 @@ class MLP(nnx.Module):
         h_BLD = yield all_gather(rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon), "tensor", dim=1)
         gate_BLF = yield checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.gate[...]), "mlp_gate")
         up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.up[...]), "mlp_up")
-        # Not after the last matmul: the backward pass would compute that again, only to keep the turns.
+        # Not after the last matmul: the backward pass would recompute it only for the barrier.
         hidden_BLF = yield checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
         out_BLD = reduce_scatter(jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...]), "tensor", dim=1)
         return x_BLD + checkpoint_name(out_BLD, "mlp_out")
@@ -102,7 +102,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan, experts: ExpertBackend
     ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
-        """(x, this device's share of the auxiliary losses, sums to report)"""
+        """(x, this device's share of the auxiliary losses, sums to report)."""
         x_BLD = yield from scoped("attention_block", as_turn(self.attention, x_BLD, packing, plan))
         if not hasattr(self, "moe"):
             x_BLD = yield from scoped("mlp_block", as_turn(self.mlp, x_BLD))
@@ -134,7 +134,7 @@ def run_layer(layer: Any, x_BLD: jax.Array, packing: Packing, plan: AttentionPla
 
 
 class EmbeddingAndHead(nnx.Module):
-    """What stands before and after the layers: the embedding table, the final norm and the output head."""
+    """The parts before and after the layers: the embedding table, the final norm and the output head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -154,5 +154,5 @@ class EmbeddingAndHead(nnx.Module):
         return reduce_scatter(x_BLD.astype(dtype), "tensor", dim=1)
 
     def head_DV(self) -> jax.Array:
-        """Return the output projection; with tied embeddings the table, turned."""
+        """Return the output projection; with tied embeddings the transposed table."""
         return self.table[...].T if self.config.tie_embeddings else self.head[...]

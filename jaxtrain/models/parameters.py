@@ -1,4 +1,4 @@
-"""How a module declares a parameter: shape, initializer and logical dims in one place."""
+"""Declare a parameter: shape, initializer and logical dims in one place."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from jaxtrain.sharding import Dims
 
 
 def held_dtype(dims: Dims, dtype: str) -> str:
-    """Return the dtype of a parameter by its logical dims: float32 for norms, routers and biases, else `dtype`.
+    """Return a parameter's dtype by its logical dims: float32 for norms, routers and biases, else `dtype`.
 
-    They are few, and stand around 1 or decide by small differences: bfloat16's steps of 0.8% would be theirs too.
+    Those are few, and lie around 1 or decide by small differences, where bfloat16's steps of 0.8% matter.
     """
     return "float32" if dims[-1] in ("norm", "router") else dtype
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str = "float32") -> nnx.Param:
-    """Declare a parameter: normal with this standard deviation, or ones where std is None.
+    """Return a parameter with its logical dims: normal with this standard deviation, or ones if std is None.
 
     Args:
-      dims: the logical name of each dim (`sharding.RULES`), which says what shards it: "embed" fsdp; "heads", "kv_heads" and
-        "mlp" tensor; "head_dim", "rank" and "norm" nothing.
-      dtype: `model.param_dtype`; `held_dtype` says for which parameters it holds.
+      dtype: `model.param_dtype`; see `held_dtype` for exceptions.
     """
     key = rngs.params()
     value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)

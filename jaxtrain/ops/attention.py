@@ -64,7 +64,7 @@ def attention(
     segments_BL: jax.Array | None = None,
     residual_name: str | None = None,
 ) -> jax.Array:
-    """Causal grouped-query self-attention: softmax(Q K^T / sqrt(N)) V over the keys that each query sees.
+    """softmax(Q K^T / sqrt(N)) V over the keys that each query sees: causal grouped-query self-attention.
 
     Token l sees token s when 0 <= l - s, with a window l - s < window, by index in the sequence, and both have the same segment
     number. Padding (segment 0) sees only padding: its rows are finite and meaningless. Repeated keys and values are never

@@ -27,13 +27,13 @@ def count_targets(targets: jax.Array) -> jax.Array:
 
 
 def mask_padded_vocabulary(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Return the logits [..., V/tensor] with the ids beyond vocab_size (the padding of the table) made impossible."""
+    """Return the logits [..., V/tensor] with the ids from vocab_size on (the table's padding) at MASKED_LOGIT."""
     start = lax.axis_index("tensor") * logits.shape[-1]
     return jnp.where(start + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED_LOGIT)
 
 
 def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tuple[jax.Array, jax.Array, Inputs]:
-    """x [n, B, c, D], targets and inputs [n, B, tensor * c]: the positions that are gathered together in each of n chunks."""
+    """x [n, B, c, D] and targets [n, B, tensor * c]: the positions gathered together in each of n chunks."""
     batch, length, width = x.shape
     tensor = lax.axis_size("tensor")
     count = math.ceil(length / max(1, min(chunk // tensor, length)))
@@ -64,7 +64,7 @@ def _chunk_terms(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: 
 
 
 def _log_probs(logits: jax.Array, log_z: jax.Array, one_hot: jax.Array) -> jax.Array:
-    """log p of the targets, equal on all devices along tensor."""
+    """Return log p of the targets, equal on all devices along tensor."""
     return sum_over(jnp.where(one_hot, logits, 0.0).sum(-1), ("tensor",)) - log_z
 
 
@@ -75,13 +75,13 @@ def _chunk_sums(log_probs: jax.Array, losses: jax.Array, log_z: jax.Array, count
 
 
 def negative_log_likelihood(log_probs: jax.Array, inputs: Inputs) -> jax.Array:
-    """-log p: the loss of pretraining."""
+    """Return -log p, the loss of pretraining."""
     del inputs
     return -log_probs
 
 
 def _share(sums: jax.Array) -> jax.Array:
-    """Counts what all devices along tensor hold alike once: whole on the first, zero on the others."""
+    """Keep the replicated value on tensor index 0, zero elsewhere, so that a later psum counts it once."""
     return jnp.where(lax.axis_index("tensor") == 0, sums, jnp.zeros_like(sums))
 
 
@@ -110,7 +110,7 @@ def token_losses(
       head: [D, V/tensor].
       targets: int [B, L], the whole length; -1 carries no loss.
       scale: float32 scalar.
-      vocab_size: ids from here on are padding of the table.
+      vocab_size: higher ids are padding of the table.
       chunk: positions whose logits exist at one time.
       z_loss: weight of (log Z)^2.
       loss: of a token; the default is -log p.
@@ -169,7 +169,7 @@ def _token_losses_forward(
 def _token_losses_backward(
     vocab_size: int, chunk: int, z_loss: float, loss: TokenLoss, kept: tuple, cotangents: tuple
 ) -> tuple[Any, ...]:
-    """The cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
+    """Return the cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
     dx, d_head, scale, inputs = kept
     factor = cotangents[0]
     return (

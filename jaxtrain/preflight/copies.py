@@ -1,4 +1,4 @@
-"""The other places of a run's state, where the config names some: the folder of snapshots on every host, and the mirror."""
+"""Check the other places of a run's state, if configured: the snapshot folder on every host, and the mirror."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 2**20
 
 
 def snapshot_bytes(site: Site) -> int:
-    """Return the bytes of one snapshot of this process: every different part of the state that its devices hold."""
+    """Return the bytes of one snapshot of this process: every distinct shard of the state on its devices."""
     from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.state import abstract_state
 
@@ -36,7 +36,7 @@ def snapshot_bytes(site: Site) -> int:
 
 
 def look_at_snapshots(site: Site) -> dict[str, Any]:
-    """Write and read back a file of its own; bytes free, and those that this process's snapshots take at their most."""
+    """Write a file and read it back; return the free bytes and the largest size of this process's snapshots."""
     folder = user_path(site.config.checkpoint.fast_dir)
     path, block = folder / f".preflight-{site.token}-{jax.process_index()}", os.urandom(BLOCK)
     try:
@@ -44,14 +44,14 @@ def look_at_snapshots(site: Site) -> dict[str, Any]:
             site.closing.callback(path.unlink, missing_ok=True)
             file.write(block)
         if path.read_bytes() != block:
-            raise OSError("what was written is not what is read back")
+            raise OSError("the data read back differs from the data written")
     except OSError as error:
         return {"problem": error.strerror or str(error)}
     return {"problem": "", "free": shutil.disk_usage(folder).free, "needed": (KEPT + 1) * snapshot_bytes(site)}
 
 
 def judge_snapshots(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
-    """Return the processes of a host share its memory. Snapshots that fail stop no run, so these are warnings."""
+    """Sum over the processes of a host, which share its memory. Failing snapshots stop no run, so these are warnings."""
     folder, findings = site.config.checkpoint.fast_dir, []
     for process, facts in enumerate(seen):
         if facts["problem"]:
@@ -72,7 +72,7 @@ def judge_snapshots(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
 
 
 def look_at_mirror(site: Site) -> float | None:
-    """Process 0 writes an object, reads it back and removes it: seconds."""
+    """Write an object, read it back and remove it in process 0; return the seconds."""
     if jax.process_index() != 0:
         return None
     clock = Elapsed()
@@ -81,12 +81,12 @@ def look_at_mirror(site: Site) -> float | None:
 
 
 def judge_mirror(site: Site, seen: list[float | None]) -> list[Finding]:
-    """It has worked, or the look has raised."""
+    """Report ok; a failed probe has already raised."""
     words = f"{site.config.checkpoint.mirror}: {readable_size(BLOCK)} written, read back and removed in {seen[0]:.3f} s"
     return [Finding("mirror", "ok", words, {"seconds": seen[0]})]
 
 
 def checks(config: Config) -> list[Check]:
-    """Of the places that the config names."""
+    """Return the checks of the configured places."""
     snapshots = [Check("snapshots", look_at_snapshots, judge_snapshots)] if config.checkpoint.fast_every else []
     return snapshots + ([Check("mirror", look_at_mirror, judge_mirror)] if config.checkpoint.mirror else [])

@@ -40,7 +40,7 @@ def integers(edge: int, seed: int) -> np.ndarray:
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b in float32."""
+    """Return a @ b in float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
@@ -54,7 +54,7 @@ def product_chain(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def product_on(device: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b as this device computes it."""
+    """Return a @ b as this device computes it."""
     return np.asarray(jax.jit(product)(jax.device_put(a, device), jax.device_put(b, device)))
 
 

@@ -165,7 +165,7 @@ class StepClock:
         return self._elapsed_before + self._now() - self._started
 
     def eta_seconds(self) -> float | None:
-        """steps left x mean seconds per step of this process, pauses included; None before the first step."""
+        """eta = steps left * mean seconds per step of this process, pauses included; None before the first step."""
         done = self._step - self._start_step
         if done <= 0:
             return None

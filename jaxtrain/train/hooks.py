@@ -40,7 +40,7 @@ class Telemetry:
 
     @contextmanager
     def pause(self, words: str) -> Iterator[None]:
-        """Around what is no part of a step ("saving"): said to the person, and left out of step times."""
+        """Show `words` ("saving") while the block runs, and leave it out of step times."""
         with self.clock.paused(), self.progress.during(words):
             yield
 
@@ -172,7 +172,7 @@ class Saving(Hook):
         self._begin(step, state, wait=False)
 
     def save_now(self, step: int, state: PyTree) -> None:
-        """Saves and waits until it is committed."""
+        """Save, and wait until it is committed."""
         self._begin(step, state, wait=True)
 
     def _begin(self, step: int, state: PyTree, wait: bool) -> None:
@@ -208,7 +208,7 @@ class Profiling(Hook):
             self._say_where()
 
     def close(self) -> None:
-        """Ends a trace that the run ended in."""
+        """End a trace that is still open."""
         if self._window.close():
             self._say_where()
 

@@ -64,7 +64,7 @@ class Difference:
 
 
 def _moments(xs: tuple[jax.Array, ...]) -> jax.Array:
-    """This device's share of the sums over tokens, float32 [2, D]."""
+    """Return this device's share of the sums over tokens, float32 [2, D]."""
     x = lax.stop_gradient(jnp.concatenate(xs)).astype(jnp.float32)
     return jnp.stack([x.sum((0, 1)), jnp.square(x).sum((0, 1))])
 

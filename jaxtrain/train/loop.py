@@ -30,11 +30,11 @@ class Hook:
         """Step `step` is done and its metrics have been read: the loop waits for them. Do not keep `state`: it is donated."""
 
     def stop_reason(self) -> str | None:
-        """Why the run should end now, or None."""
+        """Return why the run should end now, or None."""
         return None
 
     def close(self) -> None:
-        """The loop has ended, or an error has ended it."""
+        """Clean up after the loop, which may have ended with an error."""
 
 
 class Hooks:
@@ -88,7 +88,7 @@ class Loop:
     last_step: int
 
     def run(self) -> str | None:
-        """Runs; returns the reason of a stop before last_step, or None. `state` and `step` are then as trained."""
+        """Run; return the reason of a stop before last_step, or None. `state` and `step` are then as trained."""
         unread: list[tuple[int, PyTree]] = []
         while self.step < self.last_step:
             for hook in self.hooks:
@@ -108,7 +108,7 @@ class Loop:
         return None
 
     def _read(self, unread: list[tuple[int, PyTree]], keep: int) -> None:
-        """Reads all but the newest `keep` metrics."""
+        """Read all but the newest `keep` metrics."""
         while len(unread) > keep:
             step, metrics = unread.pop(0)
             metrics = self.wait(metrics)

@@ -304,7 +304,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
-    """The update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
+    """Return the update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
     if config.parts.optimizer is not None:
         return in_float32(config.parts.optimizer)
     return make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))

@@ -1,8 +1,9 @@
-"""Computes a recorded step again, on any mesh and in any dtype, and compares it with the record or with another layout.
+"""Compute a recorded step again, on any mesh and in any dtype, and compare it with the record or with another layout.
 
-Takes the newest checkpoint before the step (or the initial state), goes on to the step, and computes it once more. Compared are
-loss and gradient norm with the row of metrics.jsonl; or, with another layout, loss, the activations after every layer and the
-gradients of every array with the same step computed in that layout, from the same bits. Reads run_dir, and writes nothing.
+Starts from the newest checkpoint before the step (or the initial state), trains up to the step, and computes it once more.
+Compared are loss and gradient norm with the row of metrics.jsonl; or, with another layout, loss, the activations after every
+layer and the gradients of every array with the same step computed in that layout, from the same bits. Reads run_dir, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class ReplayedLayout(Prepared):
         self.canonical_form, self.rollbacks = self.canonical(), Rollbacks.load(config.directory)
 
     def batch(self, data: Data, steps_before: int) -> PyTree:
-        """What the step with so many steps before it trains on, as global arrays; batches that the run left out are not."""
+        """Return the global arrays of the step that has `steps_before` steps before it, with left-out batches skipped."""
         return self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows()))
 
     def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:
-        """(the state that the step began with, the step of the checkpoint that it was computed from)."""
+        """(the state before the step, the step of the checkpoint that it was computed from)."""
         folder = self.config.directory / "checkpoints"
         first = max((saved for saved in committed_steps(folder) if saved < step), default=0)
         if first:
@@ -61,22 +62,21 @@ class ReplayedLayout(Prepared):
         return state, first
 
     def take(self, other: ReplayedLayout, state: PyTree) -> PyTree:
-        """A state of the other layout, bit for bit, in this one."""
+        """Convert a state of the other layout into this one, bit for bit."""
         canonical = other.canonical_form.from_state(state)
         return self.canonical_form.to_state(
             jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), canonical, self.canonical_form.abstract)
         )
 
     def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:
-        """Return what the step comes to."""
         return make_layer_moments(self.config, self.mesh, self.backend)(state["params"], batch)
 
 
 def recorded(config: Config, step: int) -> dict[str, float]:
-    """Return the loss and gradient norm of a step as the run logged them.
+    """Return the logged loss and gradient norm of a step.
 
     Raises:
-      UsageError: it logged no row for that step; names the nearest that it did.
+      UsageError: the step has no logged row; names the nearest that has.
     """
     rows = {row["step"]: row for row in read_rows(config.directory / "metrics.jsonl") if "loss" in row and "grad_norm" in row}
     if step not in rows:
@@ -91,7 +91,7 @@ def recorded(config: Config, step: int) -> dict[str, float]:
 
 
 def with_record(found: LayerMoments, record: dict[str, float]) -> list[Difference]:
-    """Return the loss and gradient norm against the record."""
+    """Compare the loss and gradient norm with the record."""
     return [
         Difference("the loss", relative(found.loss, record["loss"]), f"{found.loss:.6g}, recorded {record['loss']:.6g}"),
         Difference(
@@ -104,7 +104,7 @@ def with_record(found: LayerMoments, record: dict[str, float]) -> list[Differenc
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step computed again was compared with, and how far apart they are."""
+    """A recomputed step's differences from its record or from another layout."""
 
     title: str
     differences: list[Difference]
@@ -112,7 +112,7 @@ class Replayed:
 
     @property
     def same(self) -> bool:
-        """Whether nothing is farther apart than the tolerance."""
+        """Whether all differences are within the tolerance."""
         return all(each.difference <= self.tolerance for each in self.differences)
 
 
@@ -120,10 +120,10 @@ def replay(config: Config, step: int, against: Config | None = None, tolerance: 
     """Restore, compute, compare.
 
     Args:
-      config: valid, its mesh resolved, as is that of `against`.
-      step: from 1.
-      against: another layout; None for the record.
-      tolerance: largest relative difference that is none; 0 for that of the dtypes (`TOLERANCE`).
+      config: a valid config with a resolved mesh, as `against`.
+      step: step number, from 1.
+      against: another layout; None: compare with the record.
+      tolerance: largest relative difference to accept; 0: that of the dtypes (`TOLERANCE`).
     """
     record = recorded(config, step) if against is None else {}
     layout, other = ReplayedLayout(config), None if against is None else ReplayedLayout(against)

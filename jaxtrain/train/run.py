@@ -143,7 +143,7 @@ class Run:
 
     @settled()
     def train(self, held: tuple[PyTree, int] | None = None) -> Ended:
-        """Trains, saves, draws, samples.
+        """Train, save, draw, sample.
 
         Args:
           held: (state, step) to go on from; None for the newest checkpoint, or a fresh start.
@@ -275,7 +275,7 @@ class Run:
     def _loop(
         self, steps: TrainSteps | RecomputeCheck, first: int, row: dict[str, Any] | None = None
     ) -> tuple[int, str | None] | RollBack:
-        """Runs the loop and saves its end: (the last step, the reason of an early end), or the need to go back.
+        """Run the loop and save its end; return (the last step, the reason of an early end), or the need to go back.
 
         Args:
           row: to log first.
@@ -412,7 +412,7 @@ class Run:
     # The end
 
     def _draw(self) -> None:
-        """loss.png, by process 0."""
+        """Draw loss.png in process 0."""
         if not self._first_process:
             return
         baseline = self.data.gzip_bits_per_byte
@@ -425,7 +425,7 @@ class Run:
             self.progress.say(f"warning    {picture} was not drawn: {type(error).__name__}: {error}")
 
     def _sample(self) -> None:
-        """Shows a continuation of some held-out text."""
+        """Show a continuation of held-out text."""
         config, decode = self.config, self.data.tokenizer.decode
         prompt = self.data.sample_prompt(min(64, config.data.sequence_length // 2))
         with self.progress.during("sampling"):

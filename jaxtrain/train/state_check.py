@@ -1,10 +1,10 @@
 """Check before a save that every number of the state is finite, and that all its copies are the same bit for bit.
 
-A device that computes wrong now and then (silent data corruption) or whose memory loses a bit makes its copy of the parameters
-another one, and what is summed over devices carries that to all. So each device makes checksums of what it holds (those of
-`checkpoint/checksums.py`), and along the axes over which a leaf is replicated (data, replica in step, and any other that
-does not shard it) the lowest is compared with its own: 8 bytes a leaf travel. Only where some differ are all checksums
-fetched, to see who is in the minority.
+A device that sometimes computes wrongly (silent data corruption), or whose memory loses a bit, changes its copy of the
+parameters, and every sum over devices spreads that to all. So each device computes checksums of its shards (those of
+`checkpoint/checksums.py`), and compares them with the minimum along the axes over which a leaf is replicated (data, replica in
+step, and any other that does not shard it): 8 bytes per leaf are sent. Only if some differ are all checksums fetched, to find
+the minority.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OF_EACH_DEVICE = PartitionSpec(MESH_AXES)
 
 
 def local_sums(leaves: list[jax.Array]) -> jax.Array:
-    """uint32 [leaves, 2]: checksums of this device's own shards, inside the manual region."""
+    """Return uint32 [leaves, 2], checksums of this device's own shards, inside the manual region."""
     return vary(jnp.stack([vary(word_sums(leaf)) for leaf in leaves]))
 
 
@@ -56,7 +56,7 @@ def _flat(axes: Any) -> tuple[str, ...]:
 def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, jax.Array]]:
     """Return the jitted state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": uint32 [devices, leaves, 2]}.
 
-    The first two count devices, and are whole everywhere; sums stay where they were made.
+    The first two count devices, and are replicated; sums stay on their devices.
     """
     dims, structure = jax.tree.flatten(dims_tree, is_leaf=is_dims)
     axes_of = [copied_over(own, mesh) for own in dims]
@@ -65,8 +65,7 @@ def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, ja
         leaves = structure.flatten_up_to(state)
         sums = local_sums(leaves)
         lowest = sums
-        # One collective after the other, in the same order everywhere: XLA:CPU's may wait for one another where several are
-        # under way.
+        # One collective at a time, in the same order everywhere: on XLA:CPU concurrent ones may deadlock.
         for axes in dict.fromkeys(filter(None, axes_of)):
             members = np.array([i for i, own in enumerate(axes_of) if own == axes])
             own_sums, lowest = lax.optimization_barrier((sums[members], lowest))
@@ -85,14 +84,14 @@ def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, ja
 
 
 def odd_ones_out(sums: np.ndarray, axes: tuple[str, ...], shape: dict[str, int]) -> tuple[list[int], bool]:
-    """(devices whose copy of one leaf is not what most of its group hold, in mesh order; whether most of each group agree).
+    """(devices whose copy of one leaf differs from most of its group, in mesh order; whether every group has a majority).
 
-    Without a majority in a group, all of it is named.
+    All devices of a group without a majority are named.
 
     Args:
       sums: [devices, 2].
-      axes: along which the leaf is replicated.
-      shape: of the mesh.
+      axes: the axes along which the leaf is replicated.
+      shape: the mesh's.
     """
     places = list(np.ndindex(*shape.values()))
     copied = [list(shape).index(axis) for axis in axes]
@@ -128,10 +127,10 @@ class StateCheck(Hook):
         self(step, state)
 
     def __call__(self, step: int, state: PyTree) -> None:
-        """Look at the state after `step`.
+        """Check the state after `step`.
 
         Raises:
-          NumbersError: some of it is not finite, or copies differ and guard.copies is stop.
+          NumbersError: it is not finite, or copies differ and guard.copies is stop.
           RollBack: copies differ, and guard.copies is rollback.
         """
         if step == self._passed:
@@ -153,9 +152,9 @@ class StateCheck(Hook):
                 check_budget(self._config, step, skipped + len(self._rollbacks) + 1, reason)
                 raise RollBack(step, reason, 0)
             raise NumbersError(
-                f"{reason}\nThey were bit for bit the same once, so a device has computed wrong, or its memory lost a bit. "
-                "Nothing was saved since. Take the device out, see `jaxtrain preflight`, and start again from the "
-                "newest checkpoint; --guard.copies=rollback goes back by itself"
+                f"{reason}\nThey were equal bit for bit before, so a device computed wrongly, or its memory lost a bit. "
+                "Nothing was saved since. Remove the device, see `jaxtrain preflight`, and start again from the "
+                "newest checkpoint; --guard.copies=rollback does so automatically"
             )
         self._passed = step
 
@@ -182,7 +181,7 @@ def _some(names: list[str], kind: str) -> str:
 
 
 def describe_device(mesh: Mesh, index: int) -> str:
-    """Return a device by its place in the mesh: "device 5 of process 1 (data=1, tensor=1)"."""
+    """Describe a device by its place in the mesh: "device 5 of process 1 (data=1, tensor=1)"."""
     device = mesh.devices.flat[index]
     place = zip(mesh.axis_names, np.unravel_index(index, mesh.devices.shape), strict=True)
     words = ", ".join(f"{axis}={at}" for axis, at in place if mesh.shape[axis] > 1)

@@ -1,4 +1,4 @@
-"""The compiled steps: `optimizer(gradients) after shard_map(loss_and_gradients)` in one jit, and its two read-only sisters."""
+"""Compile the steps: `optimizer(gradients) after shard_map(loss_and_gradients)` in one jit, evaluation, and logits."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ Step = Any  # a jitted function: called, or lowered
 
 
 def token_names(config: Config) -> tuple[str, ...]:
-    """The arrays of a batch that the model reads, each int32 [global_batch_size, sequence_length]."""
+    """Return the arrays of a batch that the model reads, each int32 [global_batch_size, sequence_length]."""
     return ("tokens", "targets", "positions", *(("segments",) if config.data.mask_documents else ()))
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
-    """The arrays of a batch to train on: `token_names`, and the objective's float32 inputs of the same shape."""
+    """Return the names of a batch's arrays, each int32 [global_batch_size, sequence_length]."""
     return (*token_names(config), *objective_of(config).inputs)
 
 
@@ -81,17 +81,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch."""
+    """Return the shapes of a batch."""
     shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
     dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
 def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
-    """Return the model of a resolved config, on this mesh's kind of device."""
+    """Return the model of a resolved config on this mesh's kind of device."""
     platform = mesh.devices.flat[0].platform
     experts = choose_expert_backend(platform)
-    # The pipeline puts layers into branches, where XLA:CPU's permutes go wrong.
+    # The pipeline puts layers into branches, where XLA:CPU's permutes are wrong.
     permutes = platform != "cpu" or config.mesh.pipe == 1
     plan = AttentionPlan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
     at_once = layers_per_iteration(config, platform)
@@ -99,12 +99,12 @@ def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
 
 
 def _local_parameters(params: PyTree) -> Parameters:
-    """This device's parameters: its stage's layers, [chunks, layers_per_part, ...]."""
+    """Return this device's parameters: its stage's layers, [chunks, layers_per_part, ...]."""
     return Parameters(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
 
 
 def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
-    """(master, compute)"""
+    """(master, compute) parameters."""
     dims = decoder.parameter_dims(config.model)
     master = vary(params)
     compute = decoder.to_compute(master, dims, config.model.dtype)
@@ -121,14 +121,14 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
     """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
 
     The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
-    every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the answer. Reports are summed
+    every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the result. Reports are summed
     over the global batch, [chunk, stage, layer, ...].
 
-    Where replicas are summed apart (`sync.sums_apart`) all this is so for each replica's own part of the batch: metrics are
-    [replica], gradients [replica, ...], and so are reports where replicas differ. No byte leaves a replica then.
+    If replicas are summed apart (`sync.sums_apart`) all this holds for each replica's own part of the batch: metrics are
+    [replica], gradients [replica, ...], and so are reports if replicas differ. No byte leaves a replica then.
 
     Args:
-      model: one that reports more than that of `make_decoder`, which is the default.
+      model: a decoder with further reports; by default that of `make_decoder`.
     """
     model = model or make_decoder(config, mesh, backend)
     functions = model.loss_functions(objective_of(config))
@@ -182,8 +182,9 @@ def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
 
 
 def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
-    """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), of each replica if
-    they differ."""
+    """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), for each replica if
+    they differ.
+    """
     dims, layers = decoder.parameter_dims(config.model), make_stacking(config).layer_numbers()
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -210,12 +211,12 @@ def make_train_step(
     """Return the jitted (state, batch, numbers) -> (state, metrics); the state is donated.
 
     The numbers are `Hyperparameters` (`place_numbers`): no learning rate and no count of steps is part of the program, so runs
-    that differ in nothing else share it.
+    that differ only in these share it.
 
-    Metrics, float32 scalars: loss (mean negative log likelihood in nats a token), total_loss (with the z term and auxiliary
-    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; where parameters of
-    replicas travel replica_divergence (`make_parameter_exchange`); where the step classifies itself bad_step, skipped_steps
-    and how far loss and grad_norm are from those before (`step_acceptance.classify`). Where replicas are summed apart each has
+    Metrics, float32 scalars: loss (mean negative log likelihood in nats per token), total_loss (with the z term and auxiliary
+    losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; in a step that sends
+    parameters replica_divergence (`make_parameter_exchange`); if the step classifies itself bad_step, skipped_steps
+    and the deviations of loss and grad_norm (`step_acceptance.classify`). If replicas are summed apart each metric has
     a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
 
     Args:
@@ -263,14 +264,14 @@ def compile_train_step(
     options: dict[str, Any] | None = None,
     exchange: ReplicaExchange = ReplicaExchange(),  # noqa: B008, it is frozen
 ) -> Any:
-    """Lowers and compiles a train step, from shapes alone; telemetry and planner read the compiled program.
+    """Lower and compile a train step from shapes alone; telemetry and planner read the compiled program.
 
-    `options` are XLA options over those of `train.xla_options`, which are over the table of `xla_options.py`. What XLA would
-    schedule by guesses is compiled twice (`xla_costs.py`).
+    `options` are XLA options over those of `train.xla_options`, which are over the table of `xla_options.py`. A program for
+    which XLA lacks duration estimates is compiled twice (`xla_costs.py`).
 
     Raises:
       PeersDiffer: processes lowered different programs.
-      ExplainedError: XLA does not take an option that was asked for.
+      ExplainedError: XLA rejects a requested option.
     """
     step = make_train_step(config, mesh, optimizer, backend, exchange)
     lowered = step.lower(*abstract_arguments(config, mesh, optimizer))
@@ -285,9 +286,9 @@ def compile_train_step(
 
 
 class TrainSteps:
-    """The train steps first + 1 .. last, to be called in order: each is the compiled program of what it exchanges.
+    """The train steps first + 1 .. last, to be called in order; each runs the compiled program of its exchange.
 
-    All programs are compiled here, before the run. Most ways to keep replicas together need one, or two.
+    All programs are compiled here, before the run. Most sync modes need one or two.
     """
 
     def __init__(
@@ -299,15 +300,18 @@ class TrainSteps:
         self.programs = {kind: compile_train_step(config, mesh, optimizer, backend, exchange=kind) for kind in kinds}
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
         self.description = describe_exchange(config, mesh)
-        """How replicas keep together; empty for a lone one."""
+        """One line on the exchange between replicas; empty for a single replica."""
 
     def begin_at(self, first: int) -> None:
-        """The next step is first + 1, which is among those that were compiled for."""
+        """Set the next step to first + 1, which must be among the compiled ones."""
         self._step, self._newest_divergence = first, {}
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        """(state, metrics) of the next step. Where there are several replicas, `exchanged_bytes` is among the metrics, and
-        `replica_divergence` as of the newest exchange, so that a log of some steps has it."""
+        """Run the next step: (state, metrics).
+
+        With several replicas, metrics include `exchanged_bytes`, and `replica_divergence` as of the newest exchange, so that a
+        log of only some steps has it.
+        """
         self._step += 1
         kind = sync.exchange_at(self._sync, self._step)
         state, metrics = self.programs[kind](state, batch, self._numbers)
@@ -320,7 +324,7 @@ class TrainSteps:
 def read_metrics(metrics: PyTree) -> dict[str, float]:
     """Return the scalar metrics of a step on the host.
 
-    Of metrics [replica], what the replicas say of which this process holds a part: losses weighted by targets, the sum of
+    Metrics [replica] are combined over the replicas of which this process holds a part: losses weighted by targets, the sum of
     targets, and the mean of the rest.
     """
     values = {name: _own_replicas(value) for name, value in metrics.items()}
@@ -338,7 +342,7 @@ def read_metrics(metrics: PyTree) -> dict[str, float]:
 
 
 def _own_replicas(value: Any) -> np.ndarray:
-    """Return a metric as far as this process holds it, each replica once."""
+    """Return this process's part of a metric, each replica once."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return np.asarray(value)
     shards = {str(shard.index): np.asarray(shard.data) for shard in value.addressable_shards}
@@ -347,9 +351,7 @@ def _own_replicas(value: Any) -> np.ndarray:
 
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """Return the jitted (params, batch) -> {"loss", "targets"}: summed negative log likelihood in nats, and the count of
-    targets.
-    """
+    """Return the jitted (params, batch) -> {"loss": summed negative log likelihood in nats, "targets": their number}."""
     model = make_decoder(config, mesh, backend)
     functions = model.loss_functions()
     microbatches, held = config.train.microbatches, params_dims(config)
@@ -380,7 +382,7 @@ def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 
 def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs: PartitionSpec) -> Step:
-    """jit of a read-only region over (params, batch, *extra)."""
+    """Return the jit of a read-only region over (params, batch, *extra)."""
     dims = params_dims(config)
     rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True)
@@ -388,7 +390,7 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
 
 
 def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return what the choices of attention depend on, but for the length."""
+    """Return the facts that the choice of attention depends on, except the length."""
     model, device = config.model, mesh.devices.flat[0]
     latent = model.latent_attention
     return {
@@ -403,7 +405,7 @@ def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """Return how attention reaches the keys of other devices along `context`, and why."""
+    """Return how attention reaches the keys of other devices along `context`, and the reason."""
     return choose_context_attention(
         config.sharding.context_attention,
         context=config.mesh.context,
@@ -416,10 +418,10 @@ def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
 
 
 def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """Return the attention backend for this mesh's devices, and why; with a context axis also what goes on along it, and why.
+    """Return the attention backend for this mesh's devices and the reason; with a context axis also its kind and the reason.
 
     Raises:
-      ExplainedError: the config asks for one that cannot work here.
+      ExplainedError: the config requests one that cannot work here.
     """
     context, (kind, why_kind) = config.mesh.context, _choose_kind(config, mesh)
     in_pieces = context > 1 and kind in IN_PIECES

@@ -58,7 +58,7 @@ class StopOnSignal(Hook):
 
     @contextmanager
     def breakable(self) -> Iterator[None]:
-        """Around long work that the first signal may break off anywhere."""
+        """Let the first signal interrupt the block, which is long, anywhere."""
         self.check()
         self._breakable = True
         try:
@@ -67,7 +67,7 @@ class StopOnSignal(Hook):
             self._breakable = False
 
     def check(self) -> None:
-        """Raises `Stopped` if there was a signal; of several processes none leaves the others before they agree in the loop."""
+        """Raise `Stopped` if there was a signal; of several processes none leaves the others before they agree in the loop."""
         if self.received is not None and not are_several():
             raise Stopped(f"{self.received.name} received outside the training loop")
 
@@ -75,7 +75,7 @@ class StopOnSignal(Hook):
         self._step = step
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that ended the loop. All processes say the same, and a signal too late for that counts nowhere."""
+        """Return the signal that ended the loop. All processes say the same, and a signal too late for that counts nowhere."""
         said = look("stop") if are_several() else None
         return signal.Signals(int(said.split()[0])) if said else None if are_several() else self.received
 
@@ -85,12 +85,12 @@ class StopOnSignal(Hook):
         return "a signal was received" if self._step >= self._agree() else None
 
     def _agree(self) -> float:
-        """The last step that all processes run; infinite while nobody has heard a signal. Asked between steps.
+        """Return the last step that all processes run; infinite while nobody has heard a signal. Asked between steps.
 
-        The first process that heard posts a step that nobody can have gone beyond, and everybody looks after each dispatch.
-        Let e be the first step that couples all processes and that the one who heard has not dispatched yet; it posts e + 1.
-        Having dispatched a step, the loop waits for the one before it; so who has dispatched e + 1 and looks has seen e done,
-        and e was dispatched after the notice was up.
+        The first process that heard posts a step that nobody can have gone beyond, and everybody looks after each dispatch. Let
+        e be the first step that couples all processes and that the one who heard has not dispatched yet; it posts e + 1. Having
+        dispatched a step, the loop waits for the one before it; so who has dispatched e + 1 and looks has seen e done, and e
+        was dispatched after the notice was up.
         """
         if self._last_step is None:
             if self.received is not None:
@@ -126,7 +126,7 @@ class StopOnSignal(Hook):
 
 
 def describe_lost(saved: int, step: int) -> str:
-    """Says which steps a run loses that ends in step `step`, where `saved` is the newest one saved."""
+    """Say which steps a run loses that ends in step `step`, where `saved` is the newest one saved."""
     if step <= saved:
         return f"step {saved} is saved, and nothing is lost" if saved else "no step was taken"
     return f"steps {saved + 1} to {step} are not saved" if step > saved + 1 else f"step {step} is not saved"
