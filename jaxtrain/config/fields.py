@@ -540,7 +540,8 @@ def to_plain(part: Any) -> Any:
 
 def to_json(config: Config) -> str:
     """Return the fully resolved config as JSON, as in run_dir/config.json and every checkpoint."""
-    return json.dumps(to_plain(config), indent=2)
+    plugged_by = {PARTS: config.parts.file} if config.parts.file else {}  # `loading.written_config` plugs them in again
+    return json.dumps(to_plain(config) | plugged_by, indent=2)
 
 
 def from_json(text: str, like: Config | None = None) -> Config:

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from jaxtrain.config import Config, from_json
+from jaxtrain.config import PARTS, Config, from_json, to_json
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.files import user_path
+from jaxtrain.parts import plugged
 
 SHIPPED = Path(__file__).parent.parent.parent / "configs"
 """Folder of the configs in a checkout. The installed package has none, since configs are meant to be read and changed."""
@@ -94,7 +95,7 @@ def read_config(name: str | Path) -> ConfigFile:
     """
     path = find_config(name)
     if path.suffix == ".json":
-        return ConfigFile(path, _read_json(path), None)
+        return _read_json(path)
     spec = importlib.util.spec_from_file_location(f"jaxtrain_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ExplainedError(f"--config={name}: not a Python file; give one that defines get_config(), such as configs/7b.py")
@@ -130,17 +131,53 @@ def _explained(path: Path) -> Iterator[None]:
             raise ExplainedError(f"--config={describe(error, path)}") from error
 
 
-def _read_json(path: Path) -> Config:
-    """Return the config that a run (config.json) or a plan (--write, --json) wrote."""
+def _read_json(path: Path) -> ConfigFile:
+    """Return what the config says that a run (config.json) or a plan (--write, --json) wrote."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(written, dict) and "best_config" in written:
             written = written["best_config"]
-        return from_json(json.dumps(written))
+        return written_config(json.dumps(written))
     except (OSError, ValueError, RecursionError) as error:
         raise ExplainedError(f"--config={path}: {getattr(error, 'strerror', None) or error}") from error
     except ConfigError as error:
         raise ConfigError([f"--config={path}: {problem}" for problem in error.problems]) from error
+
+
+def written_config(text: str) -> ConfigFile:
+    """Return what the JSON of `to_json` says; the parts are to be plugged in by the config file that it names.
+
+    Raises:
+      ConfigError: it is no such text; names the field.
+      ExplainedError: the config file that plugged in its parts is gone, or no longer works.
+    """
+    written = json.loads(text)
+    file = written.pop(PARTS, "") if isinstance(written, dict) else ""
+    if not file:
+        return ConfigFile(Path(), from_json(text), None)
+    source = read_config(file)
+    return source._replace(config=from_json(json.dumps(written), like=source.config))
+
+
+def config_of(text: str) -> Config:
+    """Return the config of the JSON of `to_json`, with its parts (`written_config`)."""
+    file = written_config(text)
+    return file.plug(file.config)
+
+
+def for_another_process(config: Config) -> str:
+    """Return the JSON from which another process makes the same config, by `config_of`.
+
+    Raises:
+      ExplainedError: parts were plugged in without a file, so that no other process can have them.
+    """
+    held = plugged(config.parts) | plugged(config.model.parts)
+    if held and not config.parts.file:
+        raise ExplainedError(
+            f"{', '.join(held)}: what is plugged in in Python cannot go to another process; put it into a config file that "
+            "defines get_trainer(config), and use load_config of that"
+        )
+    return to_json(config)
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import MESH_AXES, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config import MESH_AXES, PARTS, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.config.source_rules import remote_problems, source_problems
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.hardware import load_chip
@@ -93,7 +93,7 @@ _LARGEST = {"train.seed": 2**63}  # limit of whole numbers; 2^31 for all others,
 def _type_problems(value: Any, path: str = "") -> list[str]:
     """Return the values whose type or choice is not the field's (a config file is Python, and may hold anything)."""
     hints = get_type_hints(type(value))
-    names = [f.name for f in dataclasses.fields(value)]
+    names = [f.name for f in dataclasses.fields(value) if f.name != PARTS]
     return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
 
 
@@ -109,7 +109,7 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
             return [f"{name}={value!r} is not a tuple"]
         return [problem for i, item in enumerate(value) for problem in _field_problems(item, arguments[0], f"{name}.{i}")]
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _type_problems(value, name + ".") if type(value) is hint else [f"{name}={value!r} is not a {hint.__name__}"]
+        return _type_problems(value, name + ".") if isinstance(value, hint) else [f"{name}={value!r} is not a {hint.__name__}"]
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a whole number"]
     if hint is int and abs(value) >= _LARGEST.get(name, 2**31):

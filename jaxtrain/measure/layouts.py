@@ -35,6 +35,7 @@ from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.objectives import objective_of
 from jaxtrain.train.balance import step_biases
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rounding import apply_updates
@@ -157,9 +158,11 @@ def random_configs(draws: int, devices: int, seed: int, task: Config | None = No
         for _ in range(MOST_TRIES):
             if found := draw_configs(chance.choice, devices, task):
                 return found
+        last = draw_layout(task or draw_task(chance.choice), chance.choice, devices)
+        problems = find_problems(last, devices)[1]
         raise ExplainedError(
             f"no layout over {devices} devices that was drawn is valid: give heads, mlp_dim, sequence_length and "
-            "global_batch_size that 2, 4 and 8 divide"
+            f"global_batch_size that 2, 4 and 8 divide; of the last one: {problems[0] if problems else 'nothing'}"
         )
 
     return itertools.islice(itertools.chain.from_iterable(iter(drawn, None)), draws)
@@ -205,6 +208,12 @@ def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = V
     return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "positions": positions, "segments": segments}
 
 
+def _inputs_of(config: Config, name: str) -> np.ndarray:
+    """Return floats from 0.5 to 1.5 for an input of the objective, float32 [B, L]."""
+    shape = (config.train.global_batch_size, config.data.sequence_length)
+    return np.random.default_rng(list(name.encode())).uniform(0.5, 1.5, shape).astype(np.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared
 
@@ -227,6 +236,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = state["params"], state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
+    rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs}
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     region = make_loss_and_gradients(config, mesh, config.model.attention)
     loss_and_gradients = jax.jit(region).lower(params, batch).compile()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jaxtrain.config
-from jaxtrain.config import PARTS, Config, to_json
+from jaxtrain.config import PARTS, Config, to_json, to_plain
 from jaxtrain.config.loading import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file, user_path
@@ -36,10 +36,10 @@ def write_config(config: Config, path: str, docstring: str) -> None:
       ExplainedError: the file cannot be written.
     """
     file = user_path(path)
-    if config.parts.file:
+    if config.parts.file and not path.endswith(".json"):
         raise ExplainedError(
-            f"--write={path}: the config has parts that {config.parts.file} plugs in, which no other file can hold; "
-            "set the layout in that file, or give it as flags"
+            f"--write={path}: the config has parts that {config.parts.file} plugs in, which no other Python file can hold; "
+            "give a name that ends in .json, which names that file"
         )
     if file.suffix not in (".py", ".json"):
         raise ExplainedError(f"--write={path}: a config is a Python or JSON file; give a name that ends in .py or .json")
@@ -47,7 +47,7 @@ def write_config(config: Config, path: str, docstring: str) -> None:
         replace_file(file, to_json(config) + "\n" if file.suffix == ".json" else config_source(config, docstring))
     except OSError as error:
         raise ExplainedError(f"--write={path}: {error.strerror}; give a file in a folder that can be written") from error
-    assert load_config(file) == config, f"{path} does not give the config that was written to it"
+    assert to_plain(load_config(file)) == to_plain(config), f"{path} does not give the config that was written to it"
 
 
 def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain.config import Config, from_json, to_json
+from jaxtrain.config import Config
+from jaxtrain.config.loading import config_of, for_another_process
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
 from jaxtrain.jax_private import backends_are_initialized, fused_attention
@@ -232,7 +233,7 @@ def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_hos
       ExplainedError: what the process said, or how it ended.
     """
     require_plugin()
-    request = json.dumps([to_json(config), chip, devices_per_host])
+    request = json.dumps([for_another_process(config), chip, devices_per_host])
     said = ask("jaxtrain.planner.deviceless", request, f"compiling for {chip}")
     said["rows"] = tuple(CollectiveRow(**row) for row in said["rows"])
     return CompiledStep(**said)
@@ -286,7 +287,7 @@ def answer(make: Callable[[], dict[str, Any]]) -> None:
 def main() -> None:
     """Reads a request of `report_in_subprocess` from standard input, and answers with the report."""
     config, *arguments = json.loads(sys.stdin.read())
-    answer(lambda: dataclasses.asdict(report(from_json(config), *arguments)))
+    answer(lambda: dataclasses.asdict(report(config_of(config), *arguments)))
 
 
 if __name__ == "__main__":

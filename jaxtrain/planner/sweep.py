@@ -17,11 +17,11 @@ from typing import Any, Literal, get_origin
 from rich.table import Table
 
 from jaxtrain.config import Config
+from jaxtrain.config.loading import for_another_process
 from jaxtrain.config.names import NoSuchField, field_hint, read_value, set_field
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.planner.answer import estimate_json, plain_table
-from jaxtrain.planner.config_source import config_source
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.verify import compiled
@@ -158,10 +158,10 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
     train = dataclasses.replace(config.train, steps=steps, log_every=1, validate_every=0, sample_tokens=0)
     checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
     with tempfile.TemporaryDirectory(prefix="jaxtrain-sweep-") as folder:
-        file, run_dir = Path(folder) / "config.py", Path(folder) / "run"
+        file, run_dir = Path(folder) / "config.json", Path(folder) / "run"
         telemetry = dataclasses.replace(config.telemetry, profile="")
         whole = dataclasses.replace(config, train=train, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir))
-        file.write_text(config_source(whole, "A layout of a sweep."), encoding="utf-8")
+        file.write_text(for_another_process(whole), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "jaxtrain", "train", f"--config={file}"],
             env=_environment(cluster),

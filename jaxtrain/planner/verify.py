@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jaxtrain.config import Config, from_json, to_json
+from jaxtrain.config import Config
+from jaxtrain.config.loading import config_of, for_another_process
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
@@ -161,7 +162,10 @@ def _with_fake(estimate: Estimate) -> Estimate:
         raise ExplainedError(f"{devices} fake CPU devices are too many to compile for (at most {MOST_FAKE_DEVICES})")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     said = ask(
-        "jaxtrain.planner.verify", to_json(estimate.config), f"compiling for {devices} fake CPU devices", XLA_FLAGS=flags
+        "jaxtrain.planner.verify",
+        for_another_process(estimate.config),
+        f"compiling for {devices} fake CPU devices",
+        XLA_FLAGS=flags,
     )
     memory = estimate.memory
     scale = said["argument_bytes"] / (memory.parameters + memory.optimizer)
@@ -187,7 +191,7 @@ def _compile_here(config: Config) -> dict[str, float]:
 
 def main() -> None:
     """Reads a config from standard input, compiles it for fake CPU devices, and answers with what that says."""
-    answer(lambda: _compile_here(from_json(sys.stdin.read())))
+    answer(lambda: _compile_here(config_of(sys.stdin.read())))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from jaxtrain.config import ModelConfig
+from jaxtrain.parts import plugged
 
 Convention = Literal["full", "causal"]
 """Whether attention's FLOPs count the whole square or half of it."""
@@ -95,7 +98,9 @@ def _attention_parameters(model: ModelConfig) -> tuple[int, int]:
 
 
 def num_parameters(model: ModelConfig) -> ParameterCount:
-    """Count the parameters of the decoder (formulas above)."""
+    """Count the parameters of the decoder (formulas above); of one with parts that are plugged in, as they declare them."""
+    if plugged(model.parts):
+        return _count_declared(model)
     width, moe, dense_layers = model.embed_dim, model.moe, model.num_layers
     attention, attention_norms = _attention_parameters(model)
     projections = idle = biases = 0
@@ -112,6 +117,31 @@ def num_parameters(model: ModelConfig) -> ParameterCount:
         layers=projections + biases + model.num_layers * (2 * width + attention_norms),
         final_norm=width,
         matmul=projections - idle + table,
+        idle=idle,
+    )
+
+
+def _count_declared(model: ModelConfig) -> ParameterCount:
+    """Return the parameters by the shapes that the decoder declares; leaves of two dims and more are matrices."""
+    import jax
+
+    from jaxtrain.models.decoder import initialize
+
+    numbers = np.arange(model.stacked_layers)[None, None]
+    shapes = jax.eval_shape(lambda: initialize(model, jax.random.key(0), numbers))
+    layers = jax.tree.leaves(shapes["layers"])
+    first = jax.tree.leaves(shapes["outer"].get("first_layers", {}))
+    table = model.vocab_size * model.embed_dim
+    matrices = sum(leaf.size for leaf in layers if leaf.ndim >= 5) + sum(leaf.size for leaf in first if leaf.ndim >= 3)
+    moe, idle = model.moe, 0
+    if moe and model.parts.layer is None:
+        idle = 3 * model.embed_dim * moe.mlp_dim * model.stacked_layers * (moe.num_experts - moe.experts_per_token)
+    return ParameterCount(
+        embedding=table,
+        output=0 if model.tie_embeddings else table,
+        layers=sum(leaf.size for leaf in (*layers, *first)),
+        final_norm=model.embed_dim,
+        matmul=matrices - idle + table,
         idle=idle,
     )
 

@@ -6,6 +6,7 @@ Metrics are read one step late, so the device always has the next step to work o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,7 @@ class Loop:
       step_function: (state, batch) -> (state, metrics), compiled; the state is donated.
       next_batch: gives the batch of the next step, in order.
       wait: blocks until a step's metrics are there.
+      outside: gives a context for the `after_step` of a hook, to leave its time out of the step's.
     """
 
     step_function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -86,6 +88,7 @@ class Loop:
     state: PyTree
     step: int
     last_step: int
+    outside: Callable[[Hook], AbstractContextManager[Any]] = lambda hook: nullcontext()
 
     def run(self) -> str | None:
         """Run; return the reason of a stop before last_step, or None. `state` and `step` are then as trained."""
@@ -100,7 +103,8 @@ class Loop:
             due = self.hooks.due(self.step)
             self._read(unread, keep=0 if due or self.step == self.last_step else 1)
             for hook in due:
-                hook.after_step(self.step, self.state)
+                with self.outside(hook):
+                    hook.after_step(self.step, self.state)
             reason = next((reason for hook in self.hooks if (reason := hook.stop_reason())), None)
             if reason:
                 self._read(unread, keep=0)

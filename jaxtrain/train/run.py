@@ -296,8 +296,10 @@ class Run:
                     batch = next(batches)
                 return self.prepared.place(batch)
 
+            theirs = self.config.parts.hooks
+            outside = lambda hook: clock.paused() if hook in theirs else contextlib.nullcontext()  # noqa: E731
             step_function, wait = map(clock.timed_as_waiting, (steps, jax.block_until_ready))
-            loop = Loop(step_function, next_batch, wait, hooks, self.state, first, self.config.train.steps)
+            loop = Loop(step_function, next_batch, wait, hooks, self.state, first, self.config.train.steps, outside)
             self.state = None  # the loop's alone, since it is donated
             clock.start()
             energy.start()
