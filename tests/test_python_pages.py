@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from jaxtrain.checkpoint import check_same_run
 from jaxtrain.config import to_json, to_plain
 from jaxtrain.config.loading import config_of, load_config
 from jaxtrain.measure.layouts import as_task, compare, random_configs
@@ -74,6 +75,14 @@ def test_a_config_files_parts_travel_by_its_name(mine):
     assert list(digests(config.parts)) == ["objective", "file"]
     one, other = (each.parts.objective(np.log(0.25), {}) for each in (config, again))
     assert one == other == pytest.approx(-(0.75**2) * np.log(0.25))
+
+
+def test_a_resume_names_the_part_that_has_changed(mine):
+    before = {"parts": digests(load_config(mine).parts)}
+    mine.write_text(mine.read_text().replace("** config.train.focus", "** (config.train.focus + 1)"))
+    changed = check_same_run(before, {"parts": digests(load_config(mine).parts)}, mine.parent)
+    assert [line.partition(":")[0] for line in changed] == ["parts.objective", "parts.file"]
+    assert all("focal" in line or "mine.py" in line for line in changed)
 
 
 def test_flags_come_before_the_parts(mine):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.hardware import load_chip
+from jaxtrain.parts import plugged
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.search import Objective, search
@@ -67,6 +68,11 @@ def make_plan(
     check_model(config)
     count, basis = choose_count(cluster.chip, verified)
     tell(basis)
+    if own := plugged(config.model.parts) | ({"optimizer": 0} if config.parts.optimizer is not None else {}):
+        tell(
+            f"plugged in: {', '.join(own)}; estimates count the decoder's own parts and config section optimizer, and only "
+            "layouts that are compiled (--verify) count yours"
+        )
     look = functools.partial(search, objective=objective)
     found = look(config, cluster)
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")
