@@ -1,4 +1,4 @@
-"""The planner's answer: what was asked and found, as tables for a person and as JSON for a program."""
+"""The planner's answer: the question and the result, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ JOULES_A_KWH = 3.6e6
 
 @dataclass(frozen=True)
 class Bill:
-    """What a whole training run takes."""
+    """The cost of a whole training run."""
 
     tokens: float
     steps: int
     seconds: float
     gpu_hours: float
     kilowatt_hours: float | None
-    """Of the chips alone: hosts, network and cooling come on top. None where the chip's power is not published."""
+    """Energy of the chips alone: hosts, network and cooling come on top. None if the chip's power is not published."""
     money: float | None
-    """At the price of a GPU-hour; None without one."""
+    """Price of all GPU-hours; None without a price."""
     deadline_seconds: float | None = None
-    """What it was to take, where that was asked too."""
+    """The requested duration, if any."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class Plan:
     """A question and its answer."""
 
     config: Config
-    """As it was given; its layout is what the search replaces."""
+    """The given config, whose layout the search replaces."""
     cluster: Cluster
     objective: str
     search: SearchResult
     ranked: tuple[Estimate, ...]
-    """Best first; those that were verified carry the compiled program's figures."""
+    """Best first; verified ones have the compiled program's figures."""
     words: tuple[str, ...]
-    """Why, in sentences: a paragraph each."""
+    """The reasons, one paragraph each."""
     bill: Bill | None = None
 
     @property
     def best(self) -> Estimate | None:
-        """The first; None where nothing fits."""
+        """The best layout, or None if none fits."""
         return self.ranked[0] if self.ranked else None
 
 
 def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour: float) -> Bill | None:
-    """What `tokens` tokens take; or what `days` days give, where no tokens are asked for; None where neither is.
+    """Return the cost of `tokens` tokens, else of `days` days, or None if neither is given.
 
-    GPU-hours = devices x hours; kWh = joules a step x steps / 3.6e6; money = GPU-hours x price.
+    GPU-hours = devices x hours; kWh = joules per step x steps / 3.6e6; money = GPU-hours x price.
     """
     if not tokens and not days:
         return None
@@ -89,7 +89,7 @@ def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour
 
 
 def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
-    """The layouts, best first: time, use of the chips, and what moves."""
+    """Return a table of the layouts, best first: time, use of the chips, and traffic."""
     table = plain_table(title)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("mesh; schedule, microbatches,\nremat, choices", min_width=30)
@@ -114,7 +114,7 @@ def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
 
 
 def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest device, GiB") -> Table:
-    """What the fullest device holds, by category, against its budget."""
+    """Return a table of the fullest device's memory by category, against its budget."""
     table = plain_table(title)
     table.add_column("#", justify="right")
     for head in (*MEMORY_WORDS.values(), "total", "budget", "used"):
@@ -133,13 +133,13 @@ def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest
 
 
 def plain_table(title: str) -> Table:
-    """An empty table in the look that all of the planner's have: no lines but below the heads."""
+    """Return an empty table in the planner's style: no lines except below the heads."""
     look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     return Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
 
 
 def plan_title(plan: Plan) -> str:
-    """ "70b on 128 × h100-sxm (16 hosts of 8), best by time"."""
+    """Return a title: "70b on 128 × h100-sxm (16 hosts of 8), best by time"."""
     return f"{plan.config.name} on {cluster_words(plan.cluster)}, best by {plan.objective}"
 
 
@@ -148,7 +148,7 @@ def plan_title(plan: Plan) -> str:
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """One layout with every figure, in base units (bytes, seconds, joules); unknown ones are null."""
+    """Return one layout with every figure, in base units (bytes, seconds, joules); unknown ones are null."""
     config = estimate.config
     return {
         "mesh": estimate.mesh,
@@ -180,7 +180,7 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The whole answer; the winner's whole config within."""
+    """Return the whole answer, with the winner's whole config."""
     found = plan.search
     return {
         "config": plan.config.name,
@@ -198,7 +198,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def cluster_json(cluster: Cluster) -> dict[str, Any]:
-    """What the plan is for."""
+    """Return the cluster of the plan."""
     return {
         "hardware": cluster.chip.name,
         "hosts": cluster.hosts,

@@ -1,7 +1,7 @@
-"""What a layout moves, byte by byte: a device's collectives in the compiled train step, beside what the closed form says.
+"""Compare a layout's traffic in the compiled train step, collective by collective, with the closed form.
 
-The step is compiled for GPUs none of which needs to be there (`planner/deviceless.py`); without XLA's compiler for NVIDIA GPUs
-(the extra `plan`) there is the closed form alone. `jaxtrain plan --explain --compile` prints it.
+The step is compiled for GPUs that need not be present (`planner/deviceless.py`); without XLA's compiler for NVIDIA GPUs (the
+extra `plan`) only the closed form is shown. `jaxtrain plan --explain --compile` prints it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jaxtrain.text import readable_size
 MEBI = 2**20
 TOLERANCE = 0.02
 SMALL = 1024
-"""Bytes below which a deviation is of single numbers, which XLA adds up as it likes."""
+"""Bytes below which a deviation is ignored: single numbers, which XLA sums in its own way."""
 
 
 def expectation(config: Config) -> tuple[dict[tuple[str, str, str], dict[str, float]], str]:
-    """(calls, payload, wire and unread bytes by axes, kind and dtype, from the closed form; what it does not cover, if so)."""
+    """({(axes, kind, dtype): calls, payload, wire and unread bytes} by the closed form, what it does not cover)."""
     try:
         entries = collectives(config)
     except ValueError as error:
@@ -54,8 +54,8 @@ def examine(config: Config, cluster: Cluster, tell: Callable[[str], None]) -> di
     """Return all that is printed: compiled rows (`program.collectives.CollectiveRow`) beside the closed form, or that alone.
 
     Args:
-      config: valid, its mesh resolved.
-      tell: takes a line on what is being done.
+      config: a valid config with a resolved mesh.
+      tell: called with progress lines.
 
     Raises:
       ExplainedError: programs cannot be compiled for the chip.
@@ -87,7 +87,7 @@ def examine(config: Config, cluster: Cluster, tell: Callable[[str], None]) -> di
 
 
 def deviates(row: dict[str, Any], formula: dict[str, float] | None) -> bool:
-    """Whether the compiled bytes are more than 2% off the closed form, or not in it at all."""
+    """Return whether the compiled bytes are more than 2% off the closed form, or absent from it."""
     want, unread = (formula["payload"], formula["unread"]) if formula else (0.0, 0.0)
     got = row.get("payload", 0.0)
     slack = max(SMALL, TOLERANCE * want)

@@ -1,4 +1,4 @@
-"""Writes a config as the Python file that a person would write: what differs from the defaults, and nothing else."""
+"""Write a config as a short Python file: only the differences from the defaults."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ WIDTH = 128
 
 
 def config_source(config: Config, docstring: str) -> str:
-    """Python source of a file whose `get_config()` gives exactly `config`.
+    """Return the Python source of a file whose `get_config()` gives exactly `config`.
 
-    Fields that have their default are left out; so are whole sections. The docstring says where the layout comes from.
+    Fields and whole sections with their defaults are left out. `docstring` says where the layout comes from.
     """
     used: set[str] = set()
     body = _expression(config, 4, len("    return "), used)
@@ -30,7 +30,7 @@ def config_source(config: Config, docstring: str) -> str:
 
 
 def write_config(config: Config, path: str, docstring: str) -> None:
-    """Write a config to a file, as Python (`config_source`) or JSON, and read it back to see that it is the same.
+    """Write a config to a file, as Python (`config_source`) or JSON, and read it back to check that it is the same.
 
     Raises:
       ExplainedError: the file cannot be written.
@@ -51,7 +51,9 @@ def write_config(config: Config, path: str, docstring: str) -> None:
 
 
 def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:
-    """Source of one value that starts in `column`; broken into lines, indented by `indent` and more, where it is too wide."""
+    """Return the source of one value that starts at `column`; too wide ones are broken into lines, indented by `indent` and
+    more.
+    """
     if dataclasses.is_dataclass(value):
         name = type(value).__name__
         assert getattr(jaxtrain.config, name) is type(value)
@@ -68,7 +70,7 @@ def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:
 
 
 def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int, column: int, used: set[str]) -> str:
-    """`opening items closing` on one line, or on a line each."""
+    """Return `opening items closing` on one line, or with one item per line."""
     flat = opening + ", ".join(key + _expression(item, 0, 0, used) for key, item in items) + closing
     if "\n" not in flat and column + len(flat) + 1 <= WIDTH:
         return flat
@@ -78,7 +80,7 @@ def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int,
 
 
 def _set_fields(value: Any) -> list[dataclasses.Field]:
-    """Return the fields that have not their default."""
+    """Return the fields without their default value."""
     return [f for f in dataclasses.fields(value) if f.name != PARTS and getattr(value, f.name) != _default(f)]
 
 

@@ -1,9 +1,9 @@
-"""Compiles the train step for NVIDIA GPUs on a machine that has none, and reports what it will compute, hold and move.
+"""Compile the train step for NVIDIA GPUs on a machine without one, and report its FLOPs, memory and traffic.
 
 It is the program that those GPUs would run: the same XLA, from the plugin of the extra `plan`, runs its whole GPU pipeline
-(collectives, schedule, Triton, cuBLAS and cuDNN calls, buffer assignment) for a target that is described, not present.
-The process itself must be on the CPU backend: the plugin's own backend would look for a GPU. XLA ends the process where a
-target is described wrongly, so whoever takes input from people calls `report_in_subprocess`.
+(collectives, schedule, Triton, cuBLAS and cuDNN calls, buffer assignment) for a described target. The process itself must be on
+the CPU backend: the plugin's own backend would look for a GPU. XLA ends the process if the target's description is wrong, so
+for user input call `report_in_subprocess`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 NEEDS_PTXAS = (0, 11)
-"""The jaxlib from which XLA assembles what it compiles with NVIDIA's own tools."""
+"""The first jaxlib whose XLA assembles programs with NVIDIA's own tools."""
 PTXAS_PACKAGE = "nvidia-cuda-nvcc-cu12"
 CUDA_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 DEVICES_PER_HOST = 8
@@ -51,26 +51,26 @@ _MARK = "jaxtrain-answer:"
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What one device does in one step of a compiled program."""
+    """One device's figures for one step of a compiled program."""
 
     flops: float
-    """Matmul FLOPs (`hlo.matmul_flops`); of experts that drop no token, at an even spread."""
+    """Matmul FLOPs (`hlo.matmul_flops`); for dropless experts, at an even spread."""
     rows: tuple[CollectiveRow, ...]
     """Bytes between devices (`program.collectives.table`)."""
     argument_bytes: int
     """Parameters, optimizer state and batch."""
     temp_bytes: int
-    """Working memory, as XLA lays it out."""
+    """Working memory of XLA's buffer assignment."""
     output_bytes: int
     alias_bytes: int
-    """Of the output, what lies in the memory of the arguments."""
+    """Bytes of the output that alias arguments."""
     attention: str
-    """Attention backend, and why."""
+    """Attention backend and the reason."""
     compile_seconds: float
 
     @property
     def memory_bytes(self) -> int:
-        """All that the program needs on a device; the CUDA context, NCCL's buffers and fragmentation come on top."""
+        """All bytes of the program on a device; the CUDA context, NCCL's buffers and fragmentation come on top."""
         return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
 
 
@@ -85,9 +85,9 @@ def find_obstacle() -> str | None:
 
 
 def _has_ptxas() -> bool:
-    """Whether NVIDIA's assembler is where XLA looks for it: with libdevice, in a package, on the PATH, or in a CUDA toolkit.
+    """Return whether XLA finds NVIDIA's assembler: with libdevice, in a package, on the PATH, or in a CUDA toolkit.
 
-    XLA ends the process by SIGSEGV where it is not.
+    Without it XLA ends the process by SIGSEGV.
     """
     packages = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in packages.submodule_search_locations or ()] if packages else []
@@ -101,10 +101,10 @@ def has_plugin() -> bool:
 
 
 def require_plugin() -> None:
-    """Refuse to go on where this machine cannot compile for NVIDIA GPUs.
+    """Check that this machine can compile for NVIDIA GPUs.
 
     Raises:
-      ExplainedError: how to install what is missing.
+      ExplainedError: it cannot; says how to install what is missing.
     """
     obstacle = find_obstacle()
     if obstacle:
@@ -124,12 +124,12 @@ def _require_cpu_backend() -> None:
 
 
 def make_devices(chip: str, count: int, devices_per_host: int = DEVICES_PER_HOST, memory_bytes: int = UNLIMITED) -> list[Any]:
-    """Devices that can be compiled for and nothing else, `devices_per_host` to a process.
+    """Return devices that programs can only be compiled for, `devices_per_host` to a process.
 
     Args:
       chip: a name in `targets.TARGETS`.
-      count: devices; a multiple of `devices_per_host`, or fewer than that.
-      memory_bytes: where XLA begins to recompute to save memory; without limit by default.
+      count: number of devices; a multiple of `devices_per_host`, or fewer than that.
+      memory_bytes: memory at which XLA begins to recompute to save memory; by default unlimited.
 
     Raises:
       ExplainedError: the plugin is missing, jax is already on another backend, or count does not fill hosts.
@@ -148,10 +148,10 @@ def make_devices(chip: str, count: int, devices_per_host: int = DEVICES_PER_HOST
 
 @contextlib.contextmanager
 def cudnn_without_a_gpu(compute_capability: tuple[int, int]) -> Iterator[None]:
-    """Lets JAX lower cuDNN attention for a GPU of this capability where neither it nor libcudnn is.
+    """Let JAX lower cuDNN attention for a GPU of this capability without the GPU or libcudnn.
 
-    JAX asks libcudnn for nothing but its version, and its own backend, here the CPU's, for the GPU's capability: without an
-    answer it takes no head wider than 128, and no values narrower than keys (multi-head latent attention).
+    JAX asks libcudnn only for its version, and its own backend, here the CPU's, for the GPU's capability: without an answer it
+    takes no head wider than 128, and no values narrower than keys (multi-head latent attention).
     """
 
     def parse(capability: str) -> tuple[int, ...]:
@@ -177,15 +177,15 @@ def compile_for(
     options: dict[str, Any] | None = None,
     exchange: ReplicaExchange | None = None,
 ) -> tuple[Any, Any, str]:
-    """Compiles the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
+    """Compile the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
 
     Args:
       devices_per_host: as in `make_devices`.
       options: XLA options over those that the trainer sets.
-      exchange: what the step does between replicas; by default no more than averaged gradients.
+      exchange: what the step does between replicas; by default it only averages gradients.
 
     Returns:
-      (the compiled program, its mesh, the attention backend and why)
+      (the compiled program, its mesh, the attention backend and the reason)
 
     Raises:
       ExplainedError: as `make_devices`; or the config's attention cannot run on that chip.
@@ -209,7 +209,7 @@ def report(
     devices_per_host: int = DEVICES_PER_HOST,
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
-    """Compiles (see `compile_for`) and reads the program."""
+    """Compile (see `compile_for`) and report on the program."""
     started = time.perf_counter()
     compiled, mesh, attention = compile_for(config, chip, devices_per_host, options)
     seconds = time.perf_counter() - started
@@ -227,10 +227,10 @@ def report(
 
 
 def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_host: int = DEVICES_PER_HOST) -> CompiledStep:
-    """`report`, in a process of its own: XLA may end it, and this one may be on any backend.
+    """Do `report` in a process of its own: XLA may end it, and this one may be on any backend.
 
     Raises:
-      ExplainedError: what the process said, or how it ended.
+      ExplainedError: the process's error, or how it ended.
     """
     require_plugin()
     request = json.dumps([for_another_process(config), chip, devices_per_host])
@@ -240,14 +240,14 @@ def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_hos
 
 
 class CompilerDied(ExplainedError):
-    """A process that compiled ended without an answer: XLA aborted, or the system ended it."""
+    """A compiling process ended without an answer: XLA aborted, or the system ended it."""
 
 
 def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, Any]:
-    """Runs a module, on CPU, in a process of its own, with `request` as its standard input; returns what it gave to `answer`.
+    """Run a module on CPU in its own process with `request` on its standard input; return what it passed to `answer`.
 
     Raises:
-      ExplainedError: what the process said went wrong.
+      ExplainedError: the process's error.
       CompilerDied: how it ended, in one line, after what it was `doing`.
     """
     done = subprocess.run(
@@ -271,12 +271,12 @@ def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, 
 
 def _cause(stderr: str) -> str:
     """Return the line that says why a process crashed: XLA's first fatal one, its first error or warning, or the last."""
-    lines = stderr.strip().splitlines() or ["it said nothing"]
+    lines = stderr.strip().splitlines() or ["no output"]
     return next((line for level in "FEW" for line in lines if re.match(rf"{level}\d{{4,}} ", line)), lines[-1])
 
 
 def answer(make: Callable[[], dict[str, Any]]) -> None:
-    """Writes what `make` returns, or its ExplainedError, for the process that asked (`ask`)."""
+    """Write what `make` returns, or its ExplainedError, for the process that asked (`ask`)."""
     try:
         said = make()
     except ExplainedError as error:
@@ -285,7 +285,7 @@ def answer(make: Callable[[], dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Reads a request of `report_in_subprocess` from standard input, and answers with the report."""
+    """Read a request of `report_in_subprocess` from standard input, and answer with the report."""
     config, *arguments = json.loads(sys.stdin.read())
     answer(lambda: dataclasses.asdict(report(config_of(config), *arguments)))
 

@@ -1,4 +1,4 @@
-"""Layouts drawn at random: how far off `estimate_memory` is on programs that it was not made from.
+"""Measure the error of `estimate_memory` on randomly drawn layouts, which it was not fitted to.
 
     python -m jaxtrain.planner.drawn_layouts --count=60 --seed=12
 
@@ -30,13 +30,13 @@ DEVICES = {
 }
 MIXTURES = ("mixtral_8x7b", "qwen3_30b_a3b", "deepseek_v3")
 MOST_TOKENS = 65_536
-"""Of a microbatch, on one device."""
+"""Largest number of tokens of a microbatch on one device."""
 KEPT_WIDTHS = {"none": 60, "dots": 20, "named": 8, "full": 2}
-"""Bytes that a layer keeps of a token, over the model's width; about."""
+"""Approximate bytes that a layer keeps per token / the model's width."""
 
 
 def draw(seed: int, count: int) -> list[Layout]:
-    """Return `count` valid layouts, no two alike."""
+    """Draw `count` different valid layouts."""
     found: dict[str, Layout] = {}
     for layout in _valid(random.Random(seed)):
         found.setdefault(layout.name, layout)
@@ -57,7 +57,7 @@ def _valid(rng: random.Random) -> Iterator[Layout]:
 
 
 def _is_near(config: Config) -> bool:
-    """Whether a device's parameters with adamw's moments, and the activations that it keeps, are up to 64 GiB each, roughly."""
+    """Return whether parameters with adamw's moments, and kept activations, are each at most about 64 GiB per device."""
     mesh, train, model = config.mesh, config.train, config.model
     tokens = train.global_batch_size * config.data.sequence_length / (mesh.batch_shards * mesh.context * train.microbatches)
     in_flight = 2 * mesh.pipe if mesh.pipe > 1 else 1
@@ -67,7 +67,7 @@ def _is_near(config: Config) -> bool:
 
 
 def _draw(rng: random.Random) -> Layout:
-    """Any layout; it may be invalid."""
+    """Draw any layout; it may be invalid."""
     model = rng.choice(tuple(DEVICES))
     devices = rng.choice(DEVICES[model])
     axes = {"pipe": (1, 1, 1, 2, 4), "tensor": (1, 1, 2, 4, 8), "context": (1, 1, 1, 2, 4), "data": (1, 1, 1, 2)}
@@ -94,7 +94,7 @@ def _draw(rng: random.Random) -> Layout:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table; an exit code."""
+    """Print the table; return an exit code."""
     parser = argparse.ArgumentParser(prog="python -m jaxtrain.planner.drawn_layouts", description=__doc__)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=12)

@@ -25,18 +25,18 @@ class Cluster:
     chip: Chip
     hosts: int
     devices_per_host: int = 8
-    """Chips that reach each other over the chip's own links (8 in an HGX host, 72 in a GB200 NVL72 rack)."""
+    """Chips connected by the chip's own links (8 in an HGX host, 72 in a GB200 NVL72 rack)."""
     reserved_bytes: int = 3 * 2**30
-    """Of a chip's memory, what the CUDA context, NCCL and cuBLAS take beside the program."""
+    """Bytes of a chip's memory for the CUDA context, NCCL and cuBLAS."""
 
     @property
     def devices(self) -> int:
-        """Chips in all."""
+        """Number of chips."""
         return self.hosts * self.devices_per_host
 
     @property
     def budget_bytes(self) -> float:
-        """Memory that a program may take on one chip; infinite where the chip's memory is unknown."""
+        """Memory that a program may take on one chip; infinite if the chip's memory is unknown."""
         return (self.chip.memory_bytes or math.inf) - self.reserved_bytes
 
 
@@ -65,7 +65,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Wire:
-    """What one device sends along some mesh axes in a step, by kind and dtype."""
+    """One device's traffic along some mesh axes in a step, of one kind and dtype."""
 
     axes: str
     """Mesh axes, "data+expert"."""
@@ -88,7 +88,7 @@ class StepTime:
     """Matmuls of weights, recomputation included."""
     attention: float
     memory_bound: float
-    """Norms, activations, routing, the loss: whatever the memory's bandwidth limits."""
+    """Norms, activations, routing, the loss: limited by the memory's bandwidth."""
     optimizer: float
     exposed: float
     """Waiting for transfers."""
@@ -108,7 +108,7 @@ class Estimate:
     """One layout on one cluster."""
 
     config: Config
-    """Valid for the cluster's devices, mesh resolved."""
+    """A config that is valid for the cluster's devices, with a resolved mesh."""
     cluster: Cluster
     origin: Origin
     memory: Memory
@@ -119,7 +119,7 @@ class Estimate:
     model_flops: float
     """FLOPs of the model itself in a step, of all devices together: what MFU counts (`telemetry.flops`)."""
     joules: float | None
-    """Energy of all chips in a step; None where the chip's power is not published."""
+    """Energy of all chips in a step; None if the chip's power is not published."""
 
     @property
     def fits(self) -> bool:
@@ -133,7 +133,7 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole cluster."""
+        """Tokens/s of the whole cluster."""
         return self.tokens / self.time.total
 
     @property
@@ -149,21 +149,21 @@ class Estimate:
 
     @property
     def joules_per_token(self) -> float | None:
-        """Energy of a token; None where the chip's power is not published."""
+        """Energy per token; None if the chip's power is not published."""
         return None if self.joules is None else self.joules / self.tokens
 
     @property
     def mesh(self) -> dict[str, int]:
-        """Axes above 1."""
+        """{axis: size} of the axes above 1."""
         return {axis: size for axis, size in zip(MESH_AXES, self.config.mesh.shape, strict=True) if size > 1}
 
     def sent(self, crosses_hosts: bool) -> float:
-        """Bytes that a device sends in a step: between hosts, or inside its own."""
+        """Return the bytes that a device sends in a step: between hosts, or inside its own."""
         return sum(wire.bytes for wire in self.wires if wire.crosses_hosts == crosses_hosts)
 
 
 def axes_in_use(shape: Sequence[int]) -> frozenset[str]:
-    """The kind of a mesh: its axes above 1, data and fsdp being one, since both divide the batch."""
+    """Return the kind of a mesh: its axes above 1, with data and fsdp as one, since both divide the batch."""
     return frozenset("fsdp" if axis == "data" else axis for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
 
 
@@ -172,9 +172,9 @@ class Point:
     """One layout on the map of a search: its time against its memory."""
 
     seconds: float
-    """Of a step."""
+    """Seconds of a step."""
     bytes: float
-    """On the fullest device."""
+    """Bytes on the fullest device."""
     mesh: tuple[int, ...]
     """Sizes in the order of MESH_AXES."""
     fits: bool
@@ -182,23 +182,23 @@ class Point:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The result of a search."""
 
     ranked: tuple[Estimate, ...]
-    """The best that fit, best first; empty where none does."""
+    """The best that fit, best first; may be empty."""
     candidates: int
-    """Valid layouts that were looked at."""
+    """Number of valid layouts examined."""
     pruned: Mapping[str, int]
-    """Layouts that were dropped before they were ranked, by reason ("does not fit": 1234)."""
+    """{reason: layouts dropped before ranking}, e.g. {"does not fit": 1234}."""
     points: tuple[Point, ...]
-    """Of all layouts looked at, a sample large enough to draw, the Pareto front within."""
+    """A sample of all examined layouts, large enough to draw, with the Pareto front."""
     pareto: tuple[Estimate, ...]
-    """Layouts that fit and that no other beats in both time and memory, fastest first."""
+    """Fitting layouts that no other beats in both time and memory, fastest first."""
     smallest: Cluster | None
-    """Where nothing fits, the smallest cluster of such hosts that holds a layout; else None, and also where none would do."""
+    """If nothing fits, the smallest cluster of such hosts that holds a layout, if there is one; else None."""
     leanest: Estimate | None
     """The layout of least memory: how far from fitting the cluster is."""
     seconds: float
-    """How long the search took."""
+    """Duration of the search."""
     kinds: tuple[Estimate, ...] = ()
-    """Of each kind of layout (`axes_in_use`) that is not among those ranked the best that fits, as far as it was looked for."""
+    """The best fitting layout found of each kind (`axes_in_use`) that is not among those ranked."""

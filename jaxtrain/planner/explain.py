@@ -1,4 +1,4 @@
-"""One layout, explained: what each device holds, what each mesh axis moves in a step, and the schedule as a picture of text."""
+"""Explain one layout: each device's memory, each mesh axis's traffic in a step, and the schedule as a text picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gi
 from jaxtrain.telemetry.flops import num_parameters
 
 SMALL = 8 * 2**20
-"""Bytes below which a transfer is listed with the other small ones."""
+"""Bytes below which transfers are listed together as small ones."""
 HOLDS = {
     "parameters": "master weights in {param_dtype}, {held:,} of {all:,}",
     "optimizer": "state of {optimizer}",
@@ -39,20 +39,20 @@ HOLDS = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """A layout, and where its axes lie."""
+    """A layout, and the place of its axes."""
 
     estimate: Estimate
     entries: tuple[Transfers, ...]
-    """The closed form's transfers with their purposes; empty where it does not cover the config."""
+    """The closed form's transfers with their purposes; empty if it does not cover the config."""
     uncovered: str
-    """Why it does not."""
+    """Why the closed form does not cover the config."""
     inside: tuple[int, ...]
     """Factor of each mesh axis inside a host."""
     live_parts: int
     """Largest number of (microbatch, chunk) whose activations a stage keeps at one time."""
 
     def show(self, console: Console) -> None:
-        """Prints everything."""
+        """Print everything."""
         layout = self.estimate
         console.print(
             f"{layout.config.name} on {cluster_words(layout.cluster)}: {layout_words(layout)}", style="bold", highlight=False
@@ -69,7 +69,7 @@ class Explanation:
 
 
 def explain(config: Config, cluster: Cluster) -> Explanation:
-    """The config's own layout on a cluster.
+    """Return the explanation of the config's own layout on a cluster.
 
     Raises:
       ConfigError: the config is not valid on so many devices, or its mesh does not fill the hosts.
@@ -85,7 +85,7 @@ def explain(config: Config, cluster: Cluster) -> Explanation:
 
 
 def explain_json(explanation: Explanation) -> dict[str, Any]:
-    """The same for a program."""
+    """Return the explanation as JSON values."""
     return estimate_json(explanation.estimate) | {
         "devices": explanation.estimate.cluster.devices,
         "inside_hosts": dict(zip(MESH_AXES, explanation.inside, strict=True)),
@@ -96,7 +96,7 @@ def explain_json(explanation: Explanation) -> dict[str, Any]:
 
 
 def holdings_table(explanation: Explanation) -> Table:
-    """What the fullest device holds."""
+    """Return a table of the fullest device's memory."""
     layout = explanation.estimate
     config, memory, budget = layout.config, layout.memory, layout.cluster.budget_bytes
     words = {
@@ -117,7 +117,7 @@ def holdings_table(explanation: Explanation) -> Table:
 
 
 def axes_table(explanation: Explanation) -> Table:
-    """What a device sends along each axis in a step, with its purpose; times are those of the cost model."""
+    """Return a table of a device's traffic along each axis in a step, with its purpose; times are those of the cost model."""
     layout = explanation.estimate
     heads = ("axes", "what", "collective", "dtype", "calls", "GiB sent", "over")
     table = _table("Each axis moves, a device and step", heads, numbers=("calls", "GiB sent"))
@@ -136,7 +136,7 @@ def axes_table(explanation: Explanation) -> Table:
 
 
 def grouped(entries: Sequence[Transfers]) -> dict[tuple[str, str, str, str], tuple[int, float]]:
-    """(calls, bytes sent) by (axes, purpose, kind, dtype): what is alike is added up, what is small is left out."""
+    """{(axes, purpose, kind, dtype): (calls, bytes sent)}, without small entries."""
     sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
     for entry in entries:
         if entry.wire < SMALL:
@@ -154,7 +154,7 @@ def _add_wires(table: Table, wires: Sequence[Wire]) -> None:
 
 
 def time_table(layout: Estimate) -> Table:
-    """Where the step's time goes."""
+    """Return a table of the step's time by part."""
     table = _table("A step takes", ("", "time", "share"), numbers=("time", "share"))
     for name, title in TIME_WORDS.items():
         value = getattr(layout.time, name)
@@ -165,7 +165,7 @@ def time_table(layout: Estimate) -> Table:
 
 
 def schedule_heading(config: Config) -> str:
-    """The line above the picture of the schedule."""
+    """Return the line above the picture of the schedule."""
     count = config.train.microbatches
     if config.mesh.pipe == 1:
         return f"Schedule: one stage, {count} microbatch{'es' if count > 1 else ''} one after the other"

@@ -1,8 +1,8 @@
-"""Whether a run fits the memory at hand, asked before anything is allocated.
+"""Check, before anything is allocated, whether a run fits the memory at hand.
 
-Parameters, optimizer state and one batch are known exactly, and a run is refused where they alone do not fit. The rest is an
-estimate (`planner.memory`), for a GPU's program: where that is larger than the memory it is a warning, and only a refusal where
-it is `MOST_OVER` times as large.
+Parameters, optimizer state and one batch are known exactly, and a run is refused if they alone do not fit. The rest is an
+estimate (`planner.memory`) for a GPU's program: if that is larger than the memory it is a warning, and a refusal only if it is
+`MOST_OVER` times as large.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtrain.train.step import choose_attention
 
 MOST_OVER = 4.0
 UNIT = 64
-"""Widths that are offered are multiples of this."""
+"""Suggested widths are multiples of this."""
 
 
 class Room(NamedTuple):
@@ -36,19 +36,17 @@ class Room(NamedTuple):
     available: float
     """Bytes."""
     devices: int
-    """How many of the run's devices share it."""
+    """Number of the run's devices that share it."""
     host: float | None
-    """Bytes available on the host, where batches are made; None where the system does not say."""
+    """Bytes available on the host, where batches are made; None if unknown."""
     batches: float
     """Share of each global batch that is made on this host."""
     words: str
-    """What it is: "available on this host"."""
+    """Description: "available on this host"."""
 
 
 def find_room(local_processes: int) -> Room | None:
-    """The memory for a device of this process, or for all of this host where they are CPU devices.
-
-    None where nothing says how much there is.
+    """Return the memory for a device of this process, or for all of this host if they are CPU devices; None if unknown.
 
     Args:
       local_processes: processes of the run on this host.
@@ -62,14 +60,14 @@ def find_room(local_processes: int) -> Room | None:
 
 
 def check_memory(config: Config, room: Room, backend: str) -> str:
-    """A line for the log: how much memory the run takes, of how much.
+    """Return a line for the log: the memory that the run takes, and the memory available.
 
     Args:
-      config: valid, its mesh resolved.
-      backend: of attention.
+      config: a valid config with a resolved mesh.
+      backend: the attention backend.
 
     Raises:
-      ExplainedError: it cannot fit; says what takes how much, and what would fit.
+      ExplainedError: it cannot fit; lists the memory's use and what would fit.
     """
     batch = batch_bytes(config) * room.batches
     if room.host is not None and config.data.prefetch * batch > room.host:
@@ -90,7 +88,7 @@ def check_memory(config: Config, room: Room, backend: str) -> str:
 
 
 def batch_bytes(config: Config) -> float:
-    """Bytes of a global batch: int32 tokens, targets, positions and, with documents packed, segments."""
+    """Return the bytes of a global batch: int32 tokens, targets, positions and, with documents packed, segments."""
     return 4.0 * (4 if config.data.mask_documents else 3) * config.train.global_batch_size * config.data.sequence_length
 
 
@@ -148,8 +146,10 @@ def _too_large_step(config: Config, memory: Memory, room: Room, backend: str) ->
 
 
 def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str, int]:
-    """{field: its largest value, all else as it is, with which the model fits}; widths in multiples of `UNIT`, a vocabulary not
-    below 257. Fields that alone do not suffice are left out."""
+    """{field: its largest value with which the model fits, all else unchanged}.
+
+    Widths are multiples of `UNIT`, a vocabulary at least 257. Fields that alone do not suffice are left out.
+    """
     model, offers = config.model, {}
     sizes = {"model.num_layers": (model.num_layers, 1, 1 + model.first_dense_layers)}
     sizes |= {"model.embed_dim": (model.embed_dim, UNIT, UNIT), "model.mlp_dim": (model.mlp_dim, UNIT, UNIT)}
@@ -167,10 +167,10 @@ def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str
 
 
 def ask_for_memory(config: Config, local_processes: int, say: Callable[[str], None]) -> None:
-    """Say how much memory a run takes, before anything is allocated.
+    """Report how much memory a run takes, before anything is allocated.
 
     Args:
-      config: valid, its mesh resolved.
+      config: a valid config with a resolved mesh.
       local_processes: processes of the run on this host.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The answer as one page: self-contained HTML with its pictures inside, light or dark as the reader's screen is."""
+"""Render the answer as one page: self-contained HTML with its pictures inside, light or dark as the reader's screen."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ tr:last-child td { border-bottom: 0; } tbody tr:first-child { font-weight: 600; 
 footer { color: var(--soft); font-size: 14px; margin-top: 22px; max-width: 88ch; }
 """
 HEADINGS = ("Why this one", "What limits it", "What would change the answer")
-"""Of the three paragraphs of `words.explain_plan`."""
+"""Headings of the three paragraphs of `words.explain_plan`."""
 
 
 def render(plan: Plan) -> str:
-    """The page of a plan that found something."""
+    """Return the page of a plan that found something."""
     best = plan.best
     assert best is not None
     body = [
@@ -120,7 +120,7 @@ def _section(title: str, inner: str) -> str:
 
 
 def _words(plan: Plan) -> str:
-    """The paragraphs: the first across, the others side by side below it."""
+    """Return the paragraphs: the first across, the others side by side below it."""
     first, *others = [f"<h3>{title}</h3><p>{escape(words)}</p>" for title, words in zip(HEADINGS, plan.words, strict=False)]
     if plan.bill:
         others.append(f"<h3>The whole run</h3><p>{escape(bill_words(plan.bill))}</p>")

@@ -1,4 +1,4 @@
-"""The pictures of the planner's page, each a function from what was planned to SVG: mesh, schedule, bars, map."""
+"""Draw the pictures of the planner's page as SVG: mesh, schedule, bars, map."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ WIDTH = 1080
 MOST_HOSTS = 32
 CELL, GAP, HOST_GAP = 24, 3, 14
 UNIT = 7.0
-"""Least width of a unit of the schedule's time."""
+"""Smallest width of a unit of the schedule's time."""
 MOST_POINTS = 1500
 SLOWEST, LARGEST = 8, 4
-"""Layouts that take longer than so many times the first, or need more than so many times the budget, are left off the map."""
+"""The map omits layouts that take longer than this many times the first, or need more than this many times the budget."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ SLOWEST, LARGEST = 8, 4
 
 
 def coordinates(shape: Sequence[int], devices_per_host: int) -> np.ndarray:
-    """[host, device of the host, axis]: where on the mesh each device stands, as `mesh.make_mesh` lays it."""
+    """Return [host, device of the host, axis]: each device's place on the mesh, as `mesh.make_mesh` lays it."""
     per_host = min(devices_per_host, math.prod(shape))
     inside, across = split_over_hosts(shape, per_host)
     hosts = np.array(np.unravel_index(np.arange(math.prod(across)), across)).T
@@ -47,18 +47,18 @@ def coordinates(shape: Sequence[int], devices_per_host: int) -> np.ndarray:
 
 
 def colour_axis(shape: Sequence[int]) -> int:
-    """The axis that colours tell apart: pipe where there is one, else the outermost in use."""
+    """Return the axis shown by colours: pipe if used, else the outermost in use."""
     pipe = MESH_AXES.index("pipe")
     return pipe if shape[pipe] > 1 else next((i for i, size in enumerate(shape) if size > 1), pipe)
 
 
 def hue(index: int, count: int) -> str:
-    """Colour of one of `count` groups, neighbours far enough apart."""
+    """Return the colour of one of `count` groups, with neighbours far enough apart."""
     return f"hsl({(212 + 360 * index / max(count, 1)) % 360:.0f} 48% 47%)"
 
 
 def mesh_picture(layout: Estimate) -> str:
-    """Hosts as boxes, devices as squares: what differs inside a host stands on its devices, what does not above the host."""
+    """Draw hosts as boxes and devices as squares: coordinates that differ inside a host on its devices, others above it."""
     shape, per_host = layout.config.mesh.shape, layout.cluster.devices_per_host
     places = coordinates(shape, per_host)
     hosts, devices, _ = places.shape
@@ -90,13 +90,13 @@ def mesh_picture(layout: Estimate) -> str:
 
 
 def _host_name(place: list[tuple[str, int]], width: float) -> str:
-    """ "pipe 1, fsdp 3", or "p1 f3" where that is too wide."""
+    """Return "pipe 1, fsdp 3", or "p1 f3" if that is too wide."""
     name = ", ".join(f"{axis} {index}" for axis, index in place)
     return name if text_width(name, 11) <= width else " ".join(f"{axis[0]}{index}" for axis, index in place)
 
 
 def _device_words(words: list[str], left: float, top: float) -> list[str]:
-    """Up to three coordinates, centred on a device's square, a line each."""
+    """Return up to three coordinates, centred on a device's square, one per line."""
     words = words[-3:]
     longest = max((text_width(word, 1) for word in words), default=1)
     size = min({0: 11, 1: 11, 2: 9.5, 3: 7.5}[len(words)], (CELL - 2) / longest)
@@ -105,7 +105,7 @@ def _device_words(words: list[str], left: float, top: float) -> list[str]:
 
 
 def mesh_caption(layout: Estimate) -> str:
-    """What the picture of the mesh shows, in a sentence or three."""
+    """Describe the picture of the mesh in one to three sentences."""
     shape = layout.config.mesh.shape
     places = coordinates(shape, layout.cluster.devices_per_host)
     hosts, stride = len(places), math.ceil(len(places) / MOST_HOSTS)
@@ -128,7 +128,7 @@ def mesh_caption(layout: Estimate) -> str:
 
 
 def gantt_picture(layout: Estimate) -> str:
-    """A row a stage, time to the right; long steps are cut in the middle."""
+    """Draw one row per stage, time to the right; long steps are cut in the middle."""
     whole = timeline_of(layout.config)
     left, tall = 64.0, 24.0
     most = int((WIDTH - left) / UNIT)
@@ -173,7 +173,7 @@ def _box(box: Box, x: float, y: float, width: float, height: float, opacity: flo
 
 
 def memory_picture(ranked: Sequence[Estimate]) -> str:
-    """Memory of the fullest device by category, against the budget."""
+    """Draw the memory of the fullest device by category, against the budget."""
     rows = [(layout, {name: getattr(layout.memory, name) / GIBI for name in MEMORY_WORDS}) for layout in ranked]
     budget = ranked[0].cluster.budget_bytes / GIBI
     limit = (budget, f"budget {gib(ranked[0].cluster.budget_bytes)} GiB") if math.isfinite(budget) else None
@@ -181,17 +181,17 @@ def memory_picture(ranked: Sequence[Estimate]) -> str:
 
 
 def time_picture(ranked: Sequence[Estimate]) -> str:
-    """Seconds of a step, by what they are spent on."""
+    """Draw the seconds of a step by part."""
     rows = [(layout, {name: getattr(layout.time, name) for name in TIME_WORDS}) for layout in ranked]
     return _bars(rows, TIME_WORDS, "s", None, seconds)
 
 
 def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[str, str], unit: str, limit, write) -> str:
-    """Stacked horizontal bars, one a layout, its name on the left and its sum on the right.
+    """Draw stacked horizontal bars, one per layout, its name on the left and its sum on the right.
 
     Args:
-      limit: (value, words) of a line across the bars; None for none.
-      write: a value as words.
+      limit: (value, words) of a line across the bars, or None.
+      write: formats a value.
     """
     left, right, tall, pitch, top = 366.0, 84.0, 22.0, 40.0, 46.0 if limit else 30.0
     longest = max([sum(values.values()) for _, values in rows] + ([limit[0]] if limit else []))
@@ -224,12 +224,12 @@ KINDS = ("data alone", "tensor", "pipe", "pipe and tensor")
 
 
 def kind_of(mesh: Sequence[int]) -> int:
-    """Index into KINDS: which of pipe and tensor a mesh uses."""
+    """Return the index into KINDS: whether a mesh uses pipe and tensor."""
     return 2 * (mesh[MESH_AXES.index("pipe")] > 1) + (mesh[MESH_AXES.index("tensor")] > 1)
 
 
 def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Sequence[Estimate]) -> str:
-    """Step time over memory of the layouts that were looked at, both logarithmic, and the front that none beats in both."""
+    """Draw step time over memory of the examined layouts, both logarithmic, with the Pareto front."""
     longest, largest = SLOWEST * ranked[0].time.total, LARGEST * ranked[0].cluster.budget_bytes
     drawn = [p for p in points if 0 < p.bytes <= largest and 0 < p.seconds <= longest]
     drawn = drawn[:: math.ceil(len(drawn) / MOST_POINTS) or 1]
@@ -272,17 +272,17 @@ class _Plot:
         self.low_y, self.high_y = min(ys) / 1.12, max(ys) * 1.12
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return the pixels from the left."""
         share = math.log(value / self.low_x) / math.log(self.high_x / self.low_x)
         return self.left + share * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """Pixels from above."""
+        """Return the pixels from above."""
         share = math.log(value / self.low_y) / math.log(self.high_y / self.low_y)
         return self.bottom - share * (self.bottom - self.top)
 
     def grid(self) -> list[str]:
-        """Lines at round numbers, and what they are."""
+        """Return the lines at round numbers, and their labels."""
         parts = []
         for value in round_ticks(self.low_x, self.high_x, 12):
             parts.append(line(self.x(value), self.top, self.x(value), self.bottom, class_="grid"))
@@ -295,7 +295,7 @@ class _Plot:
         return parts
 
     def dot(self, x: float, y: float, radius: float, css: str, title: str) -> str:
-        """A point with a title."""
+        """Return a point with a title."""
         from html import escape
 
         from jaxtrain.planner.svg import element

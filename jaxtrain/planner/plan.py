@@ -1,4 +1,4 @@
-"""Answers which layout of a model is best on a cluster: searches, verifies the best few, explains, and counts the cost."""
+"""Find the best layout of a model on a cluster: search, verify the best few, explain, and count the cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_SHOWN = 10
 
 
 def check_model(config: Config) -> None:
-    """Raise ConfigError for what no layout can mend: whatever is wrong with the config on one device."""
+    """Raise ConfigError for problems that no layout can mend: those of the config on one device."""
     mesh = MeshConfig(**dict.fromkeys(MESH_AXES, 1))
     train, sync = dataclasses.replace(config.train, microbatches=1), dataclasses.replace(config.sync, mode="every_step")
     validate(dataclasses.replace(config, mesh=mesh, train=train, sync=sync, pipeline=PipelineConfig()), 1)
@@ -55,12 +55,12 @@ def make_plan(
     price_per_gpu_hour: float = 0,
     tell: Callable[[str], None] = lambda words: None,
 ) -> Plan:
-    """Return the best layouts of a config on a cluster; none where nothing fits, and then `words` say what would.
+    """Return the best layouts of a config on a cluster; if none fits, `words` say what would.
 
     Args:
-      verified: how many of the best to compile and rank again; None for a few where this machine can compile for the chip.
+      verified: how many of the best to compile and rank again; None: a few if this machine can compile for the chip.
       tokens, days, price_per_gpu_hour: see `make_bill`.
-      tell: takes a line on what is being done.
+      tell: called with progress lines.
 
     Raises:
       ConfigError: the config is wrong whatever the layout.

@@ -1,4 +1,4 @@
-"""What others have published of training Llama models on GPUs, beside what `planner.cost` says of the same layouts.
+"""Compare published Llama training runs on GPUs with `planner.cost`'s estimates of the same layouts.
 
     python -m jaxtrain.planner.published
 
@@ -8,11 +8,11 @@ source gives TFLOP/s, its own convention turns it into tokens: all of these coun
 `telemetry.flops`; MaxText did until July 2025, and 460.48 TFLOP/s beside 1,035.97 tokens/s in NVIDIA's log of it agree with
 that).
 
-The planner ranks layouts by what *this* trainer holds and hides. Where it ranks a published layout low, that is why: Megatron
-shards its optimizer over data and context together, and adds gradients up in the matmul; the Llama 3 report keeps all
+The planner ranks layouts by the memory and overlap of *this* trainer. This is why it may rank a published layout low: Megatron
+shards its optimizer over data and context together, and sums gradients in the matmul; the Llama 3 report keeps all
 activations of 1F1B without the second set that a lock-step pipeline holds (`parallel/pipeline_schedule.py`).
 
-One constant is fitted to them, `roofline.CEILING`, so that the median error is nothing.
+One constant is fitted to them, `roofline.CEILING`, so that the median error is zero.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class PublishedRun:
     chip: Chip
     mesh: MeshConfig
     batch: int
-    """Sequences a step."""
+    """Sequences per step."""
     length: int
     tokens: float
-    """Published tokens/s a GPU."""
+    """Published tokens/s per GPU."""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Other fields of `train`, `pipeline` and `sharding`, by name."""
     practice: Practice = OURS
     note: str = ""
-    """What had to be assumed."""
+    """Assumptions."""
 
     @property
     def devices(self) -> int:
-        """GPUs."""
+        """Number of GPUs."""
         size = 1
         for n in self.mesh.shape:
             size *= n
@@ -86,11 +86,11 @@ class PublishedRun:
 
     @property
     def cluster(self) -> Cluster:
-        """Hosts of eight."""
+        """The cluster, of hosts with eight GPUs."""
         return Cluster(self.chip, self.devices // 8)
 
     def config(self) -> Config:
-        """The run as a config of this trainer."""
+        """Return the run as a config of this trainer."""
         sections = {
             "train": TrainConfig(global_batch_size=self.batch),
             "pipeline": PipelineConfig(),
@@ -104,13 +104,13 @@ class PublishedRun:
         return validate(config, self.devices)
 
     def estimate(self) -> Estimate:
-        """What the planner says of it."""
+        """Return the planner's estimate of the run."""
         config = self.config()
         return CostModel(config, self.cluster, self.practice).estimate(layout_of(config))
 
     @property
     def predicted(self) -> float:
-        """Tokens/s a GPU."""
+        """Predicted tokens/s per GPU."""
         return self.estimate().tokens_per_second / self.devices
 
     @property
@@ -120,7 +120,7 @@ class PublishedRun:
 
 
 def _tokens(model: str, length: int, teraflops: float) -> float:
-    """Tokens/s from TFLOP/s that count the whole square of attention."""
+    """Return tokens/s from TFLOP/s that count the whole square of attention."""
     return teraflops * 1e12 / model_flops_per_token(MODELS[model], length, "full")
 
 
@@ -217,11 +217,11 @@ RUNS: tuple[PublishedRun, ...] = (
     _report(8192, 430),
     _report(16384, 400),
 )
-"""All of them."""
+"""All published runs."""
 
 
 def table(runs: Sequence[PublishedRun] = RUNS) -> str:
-    """The runs as a Markdown table, errors and all."""
+    """Return the runs as a Markdown table, with errors."""
     lines = ["| program | model | GPUs | mesh | published | predicted | error |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for run in runs:
         estimate = run.estimate()
@@ -236,30 +236,30 @@ def table(runs: Sequence[PublishedRun] = RUNS) -> str:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where a search puts a published layout."""
+    """The place of a published layout in a search."""
 
     rank: int | None
-    """Of its kind among all kinds, 1 the best; None where it is not among those that were ranked."""
+    """Rank of its kind among all kinds, 1 the best; None if it is not ranked."""
     best: Estimate
-    """What the search puts first."""
+    """The best layout of the search."""
 
 
 def kind(mesh: MeshConfig) -> tuple[int, int, int, int]:
-    """What of a mesh others name too: stages, expert, context and tensor parallelism; the rest is data parallelism of some
-    sort."""
+    """(stages, expert, context, tensor): what other trainers' meshes share with ours; the rest is data parallelism of some
+    sort.
+    """
     return mesh.pipe, mesh.expert, mesh.context, mesh.tensor
 
 
 def find_place(run: PublishedRun, ranked: int = 60) -> Ranking:
-    """Searches for the best layout of a run's model, batch and cluster, under what its program hides and what this trainer
-    holds."""
+    """Search for the best layout of a run's model, batch and cluster, with its program's overlap and this trainer's memory."""
     found = search(run.config(), run.cluster, ranked=ranked, practice=run.practice).ranked
     kinds = list(dict.fromkeys(kind(estimate.config.mesh) for estimate in found))
     return Ranking(kinds.index(kind(run.mesh)) + 1 if kind(run.mesh) in kinds else None, found[0])
 
 
 def smallest_runs() -> list[PublishedRun]:
-    """Of each program, model and chip the run with the fewest GPUs; of the Llama 3 report both."""
+    """Return for each program, model and chip the run with the fewest GPUs; of the Llama 3 report both."""
     first: dict[tuple[str, ...], PublishedRun] = {}
     for run in RUNS:
         first.setdefault((run.program, run.model, run.chip.name, run.source if run.source != LLAMA else str(run.devices)), run)
@@ -267,7 +267,7 @@ def smallest_runs() -> list[PublishedRun]:
 
 
 def places() -> str:
-    """Where the planner ranks the published layouts, as a Markdown table."""
+    """Return the planner's ranks of the published layouts as a Markdown table."""
     lines = ["| program | model | GPUs | published mesh | its rank | the planner's first | tokens/s a GPU |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for run in smallest_runs():
@@ -283,7 +283,7 @@ def places() -> str:
 
 
 def main() -> None:
-    """Prints the table, the errors in sum, and the sources."""
+    """Print the table, a summary of the errors, and the sources."""
     print(table())
     errors = [run.error for run in RUNS]
     worst = max(errors, key=abs)

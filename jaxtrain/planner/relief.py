@@ -1,7 +1,7 @@
-"""Out of memory: what the device holds, by category, and the smallest changes of the config that would fit.
+"""Explain a lack of memory: the device's memory by category, and the smallest changes of the config that would fit.
 
-Changes are tried one by one, then two and three at a time, each knob by its smallest turn first; a change counts if the config
-is valid with it and the closed forms of `planner.memory` fit the device. None changes what is learnt: not the global batch, the
+Changes are tried one by one, then two and three at a time, each by its smallest amount first; a change counts if the config is
+valid with it and the closed forms of `planner.memory` fit the device. None changes what is learnt: not the global batch, the
 model or the sequence.
 """
 
@@ -21,13 +21,13 @@ from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.text import readable_size
 
 Flags = Mapping[str, Any]
-"""What to change, {"train.microbatches": 8}."""
+"""Fields to change, {"train.microbatches": 8}."""
 REMATS = ("none", "dots", "full")
 SHOWN = 4
 MOST_AT_ONCE = 3
 LEAST_CHUNK = 128
 CLEARLY_LESS = 0.9
-"""Of the estimate: what a change must come down to where the estimate alone does not say why memory ran out."""
+"""Share of the estimate that a change must reach if the estimate alone does not explain why memory ran out."""
 WORDS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
@@ -39,21 +39,21 @@ WORDS = {
 
 
 def with_flags(config: Config, flags: Flags) -> Config:
-    """The config with these fields changed."""
+    """Return the config with these fields changed."""
     for name, value in flags.items():
         config = set_field(config, name, value)
     return config
 
 
 def turns(config: Config) -> dict[str, list[Flags]]:
-    """What each knob can be turned to, the smallest turn first."""
+    """Return the possible values of each setting, the smallest change first."""
     train, mesh = config.train, config.mesh
     remats = REMATS[REMATS.index(train.remat) + 1 :] if train.remat in REMATS else ("full",)
     rows = train.global_batch_size // mesh.batch_shards
     chunks = [train.loss_chunk >> n for n in range(1, 20) if train.loss_chunk >> n >= LEAST_CHUNK]
 
     def taken(axis: str, other: str) -> list[Flags]:
-        """Devices go from the axis `other` to `axis`."""
+        """Return the changes that move devices from the axis `other` to `axis`."""
         parts = [n for n in divisors(getattr(mesh, other)) if n > 1]
         return [{f"mesh.{axis}": getattr(mesh, axis) * n, f"mesh.{other}": getattr(mesh, other) // n} for n in parts]
 
@@ -70,7 +70,7 @@ def turns(config: Config) -> dict[str, list[Flags]]:
 
 
 def smallest_changes(config: Config, devices: int, budget: float, backend: str) -> list[tuple[Flags, float]]:
-    """(changes, bytes on the fullest device) that fit: as few knobs at once as will do, each set of them turned the least."""
+    """(changes, bytes on the fullest device) that fit: as few settings as suffice, each set of them changed the least."""
     knobs = turns(config)
     for at_once in range(1, MOST_AT_ONCE + 1):
         found = [
@@ -104,14 +104,14 @@ def _that_fit(
 def explain_out_of_memory(
     config: Config, devices: int, error: str, limit: float | None, held: float | None = None, backend: str = "cudnn"
 ) -> str:
-    """What a person is told.
+    """Return the message for the user.
 
     Args:
-      config: valid, its mesh resolved for `devices`.
-      error: what XLA said.
-      limit: bytes that a program may take on one device; None where nobody knows.
-      held: of them, bytes that were in use.
-      backend: of attention.
+      config: a valid config with its mesh resolved for `devices`.
+      error: XLA's message.
+      limit: bytes that a program may take on one device; None if unknown.
+      held: bytes of them in use.
+      backend: the attention backend.
     """
     memory = estimate_memory(config, backend)
     there = f", of {readable_size(limit)} on the device" if limit else ""
@@ -134,6 +134,6 @@ def explain_out_of_memory(
 
 
 def categories(memory: Memory) -> list[tuple[str, float]]:
-    """(words, bytes) of what is held, the largest first; what is nothing is left out."""
+    """(words, bytes) of each non-empty category, the largest first."""
     sizes = [(WORDS[field.name], getattr(memory, field.name)) for field in fields(memory)]
     return sorted([(words, size) for words, size in sizes if size], key=lambda item: -item[1])

@@ -1,6 +1,6 @@
-"""Finds the best layouts of a model on a cluster: times all of `space` with `cost`, and holds the fastest against the memory.
+"""Find the best layouts of a model on a cluster: time all of `space` with `cost`, and check the fastest against the memory.
 
-Times are cheap, memory less so; so everything is timed, and then gone through from the best on until enough layouts fit. A
+Times are cheap, memory less so; so all layouts are timed, and then checked from the best on until enough fit. A
 layout whose parameters and moments alone are too large is dropped at once.
 """
 
@@ -22,7 +22,7 @@ from jaxtrain.planner.space import POLICIES, Space
 Objective = Literal["time", "energy", "cost"]
 RANKED, DRAWN = 20, 800
 KIND_LOOKS = 3000
-"""Layouts of other kinds than the best whose memory is looked into, in search of one that fits."""
+"""Number of layouts of other kinds than the best whose memory is checked, to find one that fits."""
 PARETO_STEP = 0.02
 """A slower layout is on the Pareto front if it saves at least this share of the memory."""
 MOST_HOSTS = 8192
@@ -38,15 +38,15 @@ def search(
     ranked: int = RANKED,
     practice: Practice = OURS,
 ) -> SearchResult:
-    """The best layouts of a config's model, data, batch and optimizer on all devices of a cluster.
+    """Return the best layouts of a config's model, data, batch and optimizer on all devices of a cluster.
 
-    What the config says of mesh, schedule, chunks, microbatches, remat and ZeRO is not looked at, but for mesh.replica and
-    sharding.context_attention (where it is not auto); of remat=named, its remat_save.
+    The config's mesh, schedule, chunks, microbatches, remat and ZeRO are ignored, except mesh.replica,
+    sharding.context_attention (if not auto), and remat_save with remat=named.
 
     Args:
-      objective: time: seconds of a step; energy: joules of a step; cost: money of a step, which on one cluster goes with time.
-      ranked: how many layouts to rank: of each mesh its best one.
-      practice: what the program hides; another one's, to hold the planner against published runs.
+      objective: time: seconds of a step; energy: joules of a step; cost: money of a step, proportional to time on one cluster.
+      ranked: how many layouts to rank: the best one of each mesh.
+      practice: what the program overlaps; another program's, to compare the planner with published runs.
 
     Raises:
       ConfigError: the config is wrong whatever the layout.
@@ -77,10 +77,10 @@ def search(
 
 
 class _Hunt:
-    """One search: layouts in the order of what they are ranked by, and the memory of those that were looked into.
+    """One search: layouts in ranking order, and the memory of those that were checked.
 
-    The queue begins with the layouts that recompute nothing. Other remat policies take longer, so they enter it when that one
-    comes up and does not fit.
+    The queue begins with the layouts that recompute nothing. Other remat policies take longer, so they enter it when such a
+    layout comes up and does not fit.
     """
 
     def __init__(self, config: Config, cluster: Cluster, objective: Objective, practice: Practice):
@@ -107,34 +107,34 @@ class _Hunt:
                 self.queue.append((self.value(layout), len(self.queue), layout))
 
     def value(self, layout: Candidate) -> float:
-        """What layouts are ranked by."""
+        """Return the quantity that layouts are ranked by."""
         time = self.model.step(layout).time
         energy = joules(time, self.model.cluster) if self.objective == "energy" else None
         return time.total if energy is None else energy
 
     def look_into(self, layout: Candidate) -> tuple[float, float]:
-        """(seconds of a step, bytes on the fullest device)"""
+        """(seconds of a step, bytes on the fullest device)."""
         if layout not in self.known:
             held = estimate_memory(with_layout(self.config, layout)).total
             self.known[layout] = self.model.step(layout).time.total, held
         return self.known[layout]
 
     def bytes(self, layout: Candidate) -> float:
-        """Bytes on the fullest device."""
+        """Return the bytes on the fullest device."""
         return self.look_into(layout)[1]
 
     def fits(self, layout: Candidate) -> bool:
-        """Whether the fullest device has room."""
+        """Return whether the fullest device has room."""
         return self.model.state_bytes(layout) <= self.budget and self.bytes(layout) <= self.budget
 
     def has_room(self, mesh: tuple[int, ...]) -> bool:
-        """Whether a mesh has a layout that fits: else none of its layouts is looked into."""
+        """Return whether a mesh has a layout that fits: else none of its layouts is checked."""
         if mesh not in self.rooms:
             self.rooms[mesh] = any(self.fits(layout) for layout in self.space.leanest(mesh))
         return self.rooms[mesh]
 
     def first_that_fit(self, most: int) -> list[Candidate]:
-        """Of each mesh the best layout that fits, best first, until there are enough."""
+        """Return the best fitting layout of each mesh, best first, until there are enough."""
         best: dict[tuple[int, ...], Candidate] = {}
         while self.queue and len(best) < most:
             _, number, layout = heapq.heappop(self.queue)
@@ -153,7 +153,7 @@ class _Hunt:
         return list(best.values())
 
     def first_of_other_kinds(self, best: list[Candidate]) -> list[Candidate]:
-        """Of each kind of mesh that is not among the best, the best layout that fits, best first."""
+        """Return the best fitting layout of each kind of mesh that is not among the best, best first."""
         kinds, found, looks = {axes_in_use(layout.mesh) for layout in best}, [], 0
         while self.queue and looks < KIND_LOOKS:
             _, number, layout = heapq.heappop(self.queue)
@@ -169,7 +169,7 @@ class _Hunt:
         return found
 
     def look_around(self) -> None:
-        """Looks into layouts spread over the whole space, and into those that hold least, for the map and the Pareto front."""
+        """Check layouts spread over the whole space, and the smallest ones, for the map and the Pareto front."""
         for number, layout in enumerate(self.everything[:: max(1, len(self.everything) // DRAWN)]):
             self.look_into((layout, *self.space.remats(layout))[number % POLICIES])
         for layout in self.lean[:: max(1, len(self.lean) // DRAWN)]:
@@ -177,7 +177,7 @@ class _Hunt:
                 self.look_into(layout)
 
     def pareto(self) -> list[Candidate]:
-        """Layouts that fit and that none of those looked into beats in both time and memory, fastest first."""
+        """Return the fitting layouts that no checked layout beats in both time and memory, fastest first."""
         front: list[Candidate] = []
         least = self.budget
         for layout, (_, held) in sorted(self.known.items(), key=lambda item: item[1]):
@@ -187,15 +187,14 @@ class _Hunt:
         return front
 
     def points(self) -> tuple[Point, ...]:
-        """All that was looked into."""
+        """Return all checked layouts."""
         return tuple(Point(seconds, held, layout.mesh, held <= self.budget) for layout, (seconds, held) in self.known.items())
 
 
 def smallest_cluster(config: Config, cluster: Cluster) -> Cluster | None:
-    """The smallest cluster of more such hosts on which some layout fits; None if none of at most MOST_HOSTS does.
+    """Return the smallest cluster of more such hosts on which some layout fits; None if none of at most MOST_HOSTS does.
 
-    Hosts come in powers of two and thrice such, the numbers that axes can make up; of each mesh, only layouts that hold little
-    are tried.
+    Numbers of hosts are powers of two and three times such, which axes can factor; of each mesh, only small layouts are tried.
     """
     for hosts in HOSTS:
         if hosts <= cluster.hosts:

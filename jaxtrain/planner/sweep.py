@@ -1,4 +1,4 @@
-"""A grid of layouts side by side: by estimate, by compiling each, or by really training each for a few steps."""
+"""Fill a grid of layouts: by estimates, by compiling each, or by training each for a few steps."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MOST_ROWS = 512
 
 @dataclass(frozen=True)
 class Measured:
-    """What a real run of a few steps said."""
+    """Measurements of a real run of a few steps."""
 
     losses: tuple[float, ...]
-    """Of each step, nats a token."""
+    """Loss of each step, nats per token."""
     step_seconds: float
     """Median of the steps after the first."""
 
@@ -46,13 +46,13 @@ class SweepRow:
     """One point of the grid."""
 
     values: dict[str, str]
-    """Fields and their values, as they were given."""
+    """Fields and their values, as given."""
     estimate: Estimate | None = None
     measured: Measured | None = None
     config: Config | None = None
-    """Valid, mesh resolved."""
+    """A valid config with a resolved mesh."""
     problem: str = ""
-    """Why there is nothing to show: the config is not valid, or the compiler or the run failed."""
+    """Why there is no result: the config is not valid, or the compiler or the run failed."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,10 +60,10 @@ class SweepRow:
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
-    """ "mesh.tensor=1,2,4" as a field and its values.
+    """Parse "mesh.tensor=1,2,4" into a field and its values.
 
     Raises:
-      UsageError: it is not of that form.
+      UsageError: it has another form.
     """
     name, equals, values = text.partition("=")
     items = [item.strip() for item in values.split(",")]
@@ -73,7 +73,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 
 
 def replace_field(config: Config, name: str, text: str) -> Config:
-    """The config with one field, by its dotted name, read from text as its type says; items of a tuple are joined by +.
+    """Return the config with one field, given by its dotted name, read from text; items of a tuple are joined by +.
 
     Raises:
       UsageError: no such field, or text that is no value of its type.
@@ -88,10 +88,10 @@ def replace_field(config: Config, name: str, text: str) -> Config:
 
 
 def grid(config: Config, sweeps: Sequence[str]) -> list[tuple[dict[str, str], Config]]:
-    """Every combination of the values, the last field changing fastest, with its config.
+    """Return every combination of the values, the last field changing fastest, with its config.
 
     Raises:
-      UsageError: a field or value that is none, or more than MOST_ROWS combinations.
+      UsageError: an invalid field or value, or more than MOST_ROWS combinations.
     """
     axes = dict(parse_axis(text) for text in sweeps)
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -113,11 +113,11 @@ def grid(config: Config, sweeps: Sequence[str]) -> list[tuple[dict[str, str], Co
 def sweep(
     config: Config, cluster: Cluster, sweeps: Sequence[str], way: Way, steps: int, tell: Callable[[str], None]
 ) -> list[SweepRow]:
-    """Fills the grid, a row after the other.
+    """Fill the grid row by row.
 
     Args:
       way: estimate by closed forms, compile for the chip, or run `steps` steps of training in a process of its own.
-      tell: takes a line on progress.
+      tell: called with progress lines.
     """
     rows, points = [], grid(config, sweeps)
     for number, (values, changed) in enumerate(points, 1):
@@ -129,7 +129,7 @@ def sweep(
 
 
 def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, steps: int) -> SweepRow:
-    """One row of a valid config."""
+    """Return one row of a valid config."""
     try:
         if way == "run":
             return SweepRow(values, _estimate_if_known(config, cluster), run(config, cluster, steps), config)
@@ -140,7 +140,7 @@ def _fill(values: dict[str, str], config: Config, cluster: Cluster, way: Way, st
 
 
 def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
-    """The estimate beside a measurement; None for a chip whose figures nobody states."""
+    """Return the estimate beside a measurement; None for a chip without stated figures."""
     try:
         return estimate(config, cluster)
     except ExplainedError:
@@ -148,12 +148,12 @@ def _estimate_if_known(config: Config, cluster: Cluster) -> Estimate | None:
 
 
 def run(config: Config, cluster: Cluster, steps: int) -> Measured:
-    """Trains in a process of its own, `jaxtrain train`, and reads its metrics.
+    """Train in a process of its own, `jaxtrain train`, and read its metrics.
 
     On a chip named cpu the devices are fake ones, as many as the cluster has; else they are those that jax finds.
 
     Raises:
-      ExplainedError: the last line that the run said, if it failed.
+      ExplainedError: the run failed; gives its last line.
     """
     train = dataclasses.replace(config.train, steps=steps, log_every=1, validate_every=0, sample_tokens=0)
     checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
@@ -186,7 +186,7 @@ def _environment(cluster: Cluster) -> dict[str, str]:
 
 
 def read_metrics(metrics_jsonl: Path) -> Measured:
-    """Losses of all steps, and the median of their times but for the first, which warms up."""
+    """Return the losses of all steps, and the median of their times without the first, which warms up."""
     import statistics
 
     rows = [json.loads(line) for line in metrics_jsonl.read_text(encoding="utf-8").splitlines()]
@@ -200,7 +200,7 @@ def read_metrics(metrics_jsonl: Path) -> Measured:
 
 
 def sweep_table(rows: Sequence[SweepRow], way: Way) -> Table:
-    """The grid as a table; the fastest row that fits is bold."""
+    """Return the grid as a table; the fastest row that fits is bold."""
     table = plain_table(f"Sweep, by {way}")
     for name in rows[0].values:
         table.add_column(name, justify="right")
@@ -219,7 +219,7 @@ def sweep_table(rows: Sequence[SweepRow], way: Way) -> Table:
 
 
 def _time(row: SweepRow) -> float | None:
-    """What the rows are compared by: measured, or estimated where it fits."""
+    """Return the time that rows are compared by: measured, or estimated if it fits."""
     if row.measured:
         return row.measured.step_seconds
     return row.estimate.time.total if row.estimate and row.estimate.fits and not row.problem else None
@@ -248,7 +248,7 @@ def _estimated_cells(row: SweepRow) -> list[str]:
 
 
 def sweep_json(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
-    """The grid for a program."""
+    """Return the grid as JSON values."""
     return [
         {
             "values": row.values,

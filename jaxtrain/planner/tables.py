@@ -1,4 +1,4 @@
-"""Tables on consoles of any width: columns that do not fit beside each other go into tables below each other."""
+"""Print tables on consoles of any width: columns that do not fit beside each other go into tables below each other."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.table import Table
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table; one wider than the console in parts that fit, each with the first column."""
+    """Print a table; if wider than the console, in parts that fit, each with the first column."""
     for part in split_columns(table, console):
         console.print(part)
 
 
 def split_columns(table: Table, console: Console) -> Iterator[Table]:
-    """Yield the columns in order, as many to a table as fit beside the first one."""
+    """Yield the columns in order, as many per table as fit beside the first one."""
     rest, is_first = list(range(1, len(table.columns))), True
     while rest:
         count = len(rest)
@@ -30,12 +30,12 @@ def split_columns(table: Table, console: Console) -> Iterator[Table]:
 
 
 def _width(table: Table, console: Console) -> int:
-    """Return the least width at which no cell is cut."""
+    """Return the smallest width at which no cell is cut."""
     return Measurement.get(console, console.options.update_width(10_000), table).minimum
 
 
 def _part(table: Table, indices: Sequence[int], has_title: bool) -> Table:
-    """Return some of a table's columns as a table of the same look; the title only where it is the first."""
+    """Return some of a table's columns as a table of the same style, with the title only if it is the first."""
     part = Table(
         title=table.title if has_title else None,
         title_justify=table.title_justify,

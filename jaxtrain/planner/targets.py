@@ -1,10 +1,10 @@
-"""What XLA must know of a GPU to compile for one that is not there: a few numbers a chip, and the text that XLA reads.
+"""Describe absent GPUs to XLA's compiler: a few numbers per chip, and the text that XLA reads.
 
 The numbers are NVIDIA's (`cudaGetDeviceProperties`), as openxla/xla keeps them in xla/backends/gpu/target_config/specs/
 ({a100_sxm_40,a100_sxm_80,h100_sxm,h100_pcie,h200,b200,gb200}.txtpb). Chips that it does not keep are made of NVIDIA's
 whitepapers (cores, caches, clock), datasheets (bandwidth) and the CUDA C++ Programming Guide's table of compute capabilities
-(shared memory, threads); their memory is what the driver reports as the device's total. XLA ends the process without a word (a
-division by zero) where one that it divides by is missing, so all of them are fields without defaults, or true of every chip.
+(shared memory, threads); their memory is the driver's total. XLA ends the process without a message (a division by zero) if a
+divisor is missing, so all of them are fields without defaults, or true of every chip.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from types import MappingProxyType
 from jaxtrain.errors import ExplainedError, nearest
 
 UNLIMITED = 99_999_999_999_999
-"""Device memory, in bytes, at which XLA never recomputes anything to save memory: the program as it was written."""
+"""Device memory, in bytes, at which XLA never recomputes to save memory: the program as written."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What all GPUs of one generation have in common."""
+    """Common properties of one generation of GPUs."""
 
     compute_capability: tuple[int, int]
     feature_extension: str
-    """Of XLA's proto: ACCELERATED_FEATURES for what only this generation has (wgmma, tcgen05), else NONE."""
+    """XLA's value: ACCELERATED_FEATURES for features of this generation only (wgmma, tcgen05), else NONE."""
     fpus_per_core: int
     threads_per_core: int
     shared_memory_per_core: int
@@ -52,7 +52,7 @@ class Target:
     clock_ghz: float
 
     def text(self, memory_bytes: int | None = None) -> str:
-        """The GpuTargetConfigProto, with this much device memory (the chip's own by default)."""
+        """Return the GpuTargetConfigProto, with this much device memory (by default the chip's own)."""
         common = self.architecture
         major, minor = common.compute_capability
         return f"""
@@ -106,7 +106,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 
 
 def find_target(chip: str) -> Target:
-    """The target of a chip of `hardware.CHIPS`.
+    """Return the target of a chip of `hardware.CHIPS`.
 
     Raises:
       ExplainedError: programs cannot be compiled for it here.

@@ -1,4 +1,4 @@
-"""A pipeline schedule laid out in time: the same boxes for the page's Gantt chart and for the terminal's."""
+"""Lay out a pipeline schedule in time: the same boxes for the page's Gantt chart and for the terminal's."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Timeline:
     boxes: tuple[Box, ...]
     stages: int
     length: int
-    """Units in all."""
+    """Total number of units."""
 
 
 def timeline(schedule: Schedule) -> Timeline:
-    """Boxes of a table in lock-step: a tick lasts as long as its slowest stage, forwards stand before backwards in it."""
+    """Return the boxes of a table in lock-step: a tick lasts as long as its slowest stage, forwards before backwards."""
     boxes, now = [], 0
     for tick in range(schedule.ticks):
         length = 0
@@ -53,14 +53,15 @@ def timeline(schedule: Schedule) -> Timeline:
 
 
 def timeline_of(config: Config) -> Timeline:
-    """The timeline of a valid config's step."""
+    """Return the timeline of a valid config's step."""
     return timeline(
         make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     )
 
 
 def text_gantt(line: Timeline, width: int) -> str:
-    """A line a stage: "F3" where microbatch 3 goes forward, "B3" back ("F3'" through the second chunk), dots while it lasts.
+    """Return one line per stage: "F3" for microbatch 3 forward, "B3" back ("F3'" through the second chunk), dots for its
+    duration.
 
     Longer steps are cut in the middle, so that the pipeline's filling and draining both show.
     """
@@ -89,7 +90,7 @@ def _name(box: Box) -> str:
 
 
 def _cell(box: Box, unit: int, label: int) -> str:
-    """What a unit of a box shows: its name, then dots up to its end."""
+    """Return the text of a unit of a box: its name, then dots up to its end."""
     text = _name(box) if unit == box.start else ""
     fill = " " if box.length == 1 else "·"
     return text.ljust(label - 1, fill) + (" " if unit == box.start + box.length - 1 else fill)

@@ -1,9 +1,8 @@
-"""How long transfers take: which mesh axes leave a host, how fast a group of devices is there, and what one pass of a layer
-moves.
+"""Estimate the time of transfers: which mesh axes leave a host, a group's bandwidth there, and the bytes of a layer's pass.
 
 **Links.** `mesh.make_mesh` fills a host with the last axes first (`split_over_hosts`). A ring of devices inside a host runs at
-LINK of the chip's links. Where k devices of a group stand in each of h hosts, they have k NICs for one ring: NIC of k NICs'
-bytes/s, or the links' where those are slower. A permute and an all-to-all send each device's bytes through that device's own
+LINK of the chip's links. A group with k devices in each of h hosts has k NICs for one ring: NIC of k NICs'
+bytes/s, or the links' if those are slower. A permute and an all-to-all send each device's bytes through that device's own
 NIC.
 
     seconds = calls * latency + wire / bandwidth,    latency = begin + (k h - h) * link step + (h - 1) * nic step
@@ -13,7 +12,7 @@ up and down a tree over hosts, 2 (k - 1) link steps and 2 log2(h) nic steps. LIN
 for 256 MiB and 325 us for 64 MiB (NVIDIA dgxc-benchmarking, nccl/README.md): 0.94 and 0.8 of the links. NIC: 43 of 50 GB/s,
 about what NCCL's rings reach over 400 Gb/s InfiniBand. A calibrated chip's own measurements go before both.
 
-**What moves** is `formulas_collectives`, taken apart into what one layer's forward moves, one layer's backward, and so on.
+**Bytes** are those of `formulas_collectives`, split into one layer's forward, one layer's backward, and so on.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from jaxtrain.program.collectives import wire_factor
 
 LINK, NIC = 0.85, 0.86
 JOINED_BYTES = 256 * 2**20
-"""XLA joins gathers and scatters of weights up to so many bytes (`train/xla_options.py`)."""
+"""XLA joins gathers and scatters of weights up to this many bytes (`train/xla_options.py`)."""
 _AXIS = {name: i for i, name in enumerate(MESH_AXES)}
 PHASES = ("layer_forward", "layer_backward", "forward", "backward", "held", "once")
-"""What a transfer happens once for: a layer in a forward or backward pass, a pass, a layer that a stage holds, a step."""
+"""A transfer happens once per: layer in a forward or backward pass, pass, layer of a stage, step."""
 
 
 class Flow(NamedTuple):
@@ -63,7 +62,7 @@ class Times(NamedTuple):
         return self.link + self.nic
 
     def plus(self, other: Times, count: float = 1.0) -> Times:
-        """These, and `count` times the others."""
+        """self + count * other."""
         return Times(self.link + count * other.link, self.nic + count * other.nic)
 
 
@@ -72,7 +71,7 @@ class Placement:
     """A mesh on hosts."""
 
     inside: tuple[int, ...]
-    """Of each axis, devices in one host."""
+    """Devices of each axis in one host."""
     across: tuple[int, ...]
 
     def of(self, axes: str) -> tuple[int, int]:
@@ -86,7 +85,7 @@ class Placement:
 
 @functools.lru_cache(maxsize=65536)
 def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
-    """Where `make_mesh` puts a mesh of this shape.
+    """Return the place of `make_mesh`'s mesh of this shape.
 
     Raises:
       ConfigError: the axes do not fill a host evenly.
@@ -97,7 +96,7 @@ def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
 
 
 def decompose(part: Callable[[Config, Ticks], Iterator[Transfers]], config: Config) -> dict[str, tuple[Flow, ...]]:
-    """One of `formulas_collectives.PARTS` by phase: it is linear in the ticks, so unit ticks take it apart."""
+    """Return the coefficients of one of `formulas_collectives.PARTS` by phase, by evaluating it at unit ticks: it is linear."""
 
     def sums(*ticks: int) -> dict[tuple[str, str, str], tuple[float, float]]:
         found: dict[tuple[str, str, str], tuple[float, float]] = {}
@@ -127,10 +126,10 @@ def decompose(part: Callable[[Config, Ticks], Iterator[Transfers]], config: Conf
 
 
 def require_links(chip: Chip, hosts: int) -> None:
-    """Refuses chips whose links nobody has stated.
+    """Check that the bandwidths of the chip's links are known.
 
     Raises:
-      ExplainedError: saying which figure is missing.
+      ExplainedError: one is not; names it.
     """
     if chip.link_bandwidth is None:
         raise ExplainedError(
@@ -145,13 +144,13 @@ def require_links(chip: Chip, hosts: int) -> None:
 
 
 def wire(flow: Flow, placement: Placement) -> float:
-    """Bytes that a device sends."""
+    """Return the bytes that a device sends."""
     inside, hosts = placement.of(flow.axes)
     return flow.payload * wire_factor(flow.kind, inside * hosts)
 
 
 def seconds(flow: Flow, placement: Placement, chip: Chip) -> Times:
-    """How long transfers take if nothing else uses the links."""
+    """Return the time of transfers if nothing else uses the links."""
     inside, hosts = placement.of(flow.axes)
     sent = flow.payload * wire_factor(flow.kind, inside * hosts)
     measured = chip.calibration
@@ -169,13 +168,13 @@ def seconds(flow: Flow, placement: Placement, chip: Chip) -> Times:
 
 
 def _calls(flow: Flow) -> float:
-    """Calls after XLA has joined those for weights."""
+    """Return the number of calls after XLA has joined those for weights."""
     joins = flow.axes == "fsdp" and flow.kind in ("all-gather", "reduce-scatter")
     return min(flow.calls, math.ceil(flow.payload / JOINED_BYTES)) if joins else flow.calls
 
 
 def _latency(flow: Flow, inside: int, hosts: int, chip: Chip) -> float:
-    """Seconds of a call that moves next to nothing; nothing where the chip's latencies are not known."""
+    """Return the seconds of a call with an empty message; 0 if the chip's latencies are not known."""
     step, hop = chip.link_latency or 0.0, chip.nic_latency or 0.0
     if flow.kind == "collective-permute":
         return (chip.collective_latency or 0.0) + (hop if hosts > 1 else step)

@@ -1,4 +1,4 @@
-"""How the planner writes figures and layouts: the same words in the terminal, in JSON's keys and on the page."""
+"""Format figures and layouts for the planner: the same words in the terminal, in JSON's keys and on the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY_WORDS = {
     "activations": "activations",
     "working": "working",
 }
-"""Fields of `estimates.Memory`, as they are called in tables."""
+"""Names of `estimates.Memory`'s fields in tables."""
 TIME_WORDS = {
     "matmul": "matmuls",
     "attention": "attention",
@@ -27,22 +27,22 @@ TIME_WORDS = {
     "bubble": "bubble",
     "overhead": "overhead",
 }
-"""Fields of `estimates.StepTime`, as they are called in tables."""
+"""Names of `estimates.StepTime`'s fields in tables."""
 
 
 def _three(value: float) -> str:
-    """Three digits, "8.00", or all of them before the point."""
+    """Return three digits, "8.00", or all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
 
 
 def gib(count: float) -> str:
-    """Bytes as GiB: "61.3", and "0.021" where that is all there is."""
+    """Return bytes as GiB: "61.3", or "0.021" for small ones."""
     value = count / GIBI
     return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}" if value >= 1 or not value else f"{value:.2g}"
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """A number with three digits and a prefix: "1.41 M", "12.3 k"."""
+    """Return a number with three digits and a prefix: "1.41 M", "12.3 k"."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return (
@@ -54,7 +54,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def seconds(value: float) -> str:
-    """A short time: "12.4 s", "830 ms", "12 µs"."""
+    """Return a short time: "12.4 s", "830 ms", "12 µs"."""
     if not math.isfinite(value):
         return "never"
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
@@ -64,7 +64,7 @@ def seconds(value: float) -> str:
 
 
 def duration(value: float) -> str:
-    """A long time, in the unit that a person would take: "41 min", "5.2 hours", "23 days", "2.1 years"."""
+    """Return a long time in a fitting unit: "41 min", "5.2 hours", "23 days", "2.1 years"."""
     for factor, unit in ((365.25 * 86400, "years"), (2 * 86400, "days"), (2 * 3600, "hours"), (120, "min")):
         if value >= factor:
             size = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "min": 60}[unit]
@@ -73,51 +73,51 @@ def duration(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """ "41.2%", or "?" for what is not known."""
+    """Return "41.2%", or "?" if unknown."""
     return "?" if share is None else f"{share:.1%}"
 
 
 def joules(value: float | None) -> str:
-    """Joules of a token, three digits, or "?"."""
+    """Return the joules per token in three digits, or "?"."""
     return "?" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def listed(words: list[str]) -> str:
-    """ "a, b and c"."""
+    """Return "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
 def mesh_words(mesh: MeshConfig) -> str:
-    """ "pipe=4 × fsdp=4 × tensor=8", the axes above 1."""
+    """Return the axes above 1: "pipe=4 × fsdp=4 × tensor=8"."""
     return shape_words(mesh.shape)
 
 
 def shape_words(shape: Sequence[int]) -> str:
-    """The same from sizes in the order of MESH_AXES."""
+    """Return the axes above 1, from sizes in the order of MESH_AXES."""
     return " × ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1) or "one device"
 
 
 def schedule_words(config: Config) -> str:
-    """ "1f1b", "interleaved × 2"; "-" without a pipeline."""
+    """Return "1f1b" or "interleaved × 2"; "-" without a pipeline."""
     if config.mesh.pipe == 1:
         return "-"
     return config.pipeline.schedule + (f" × {config.pipeline.chunks}" if config.pipeline.chunks > 1 else "")
 
 
 def remat_words(config: Config) -> str:
-    """ "full", or "named: attention, mlp_out"."""
+    """Return "full", or "named: attention, mlp_out"."""
     kept = ", ".join(config.train.remat_save)
     return f"named: {kept}" if config.train.remat == "named" else config.train.remat
 
 
 def options_words(config: Config) -> str:
-    """What else a layout chose: "ZeRO 2, ring"."""
+    """Return a layout's further choices: "ZeRO 2, ring"."""
     words = [f"ZeRO {config.sharding.zero}"] if config.mesh.fsdp > 1 else []
     return ", ".join(words + ([config.sharding.context_attention] if config.mesh.context > 1 else [])) or "-"
 
 
 def how_words(config: Config) -> str:
-    """What a layout chose beside its mesh: "1f1b, 16 microbatches, remat full, ZeRO 3"."""
+    """Return a layout's choices beside its mesh: "1f1b, 16 microbatches, remat full, ZeRO 3"."""
     count = config.train.microbatches
     parts = [schedule_words(config)] if config.mesh.pipe > 1 else []
     parts += [f"{count} microbatch{'es' if count > 1 else ''}", f"remat {remat_words(config)}"]
@@ -125,16 +125,16 @@ def how_words(config: Config) -> str:
 
 
 def layout_words(estimate: Estimate) -> str:
-    """A layout in a sentence: "pipe=4 × tensor=8 (1f1b, 16 microbatches, remat full)"."""
+    """Return a layout in a sentence: "pipe=4 × tensor=8 (1f1b, 16 microbatches, remat full)"."""
     return f"{mesh_words(estimate.config.mesh)} ({how_words(estimate.config)})"
 
 
 def cluster_words(cluster: Cluster) -> str:
-    """ "128 × h100-sxm (16 hosts of 8)"."""
+    """Return "128 × h100-sxm (16 hosts of 8)"."""
     hosts = f"{cluster.hosts:,} host{'s' if cluster.hosts > 1 else ''} of {cluster.devices_per_host}"
     return f"{cluster.devices:,} × {cluster.chip.name} ({hosts})"
 
 
 def link_words(wire: Wire) -> str:
-    """What a transfer goes over: the links inside a host, or the network between hosts."""
+    """Return the name of a transfer's links: inside a host, or the network between hosts."""
     return "the network between hosts" if wire.crosses_hosts else "the links inside a host"

@@ -1,4 +1,4 @@
-"""Why a layout won, in words: against the runner-up and other kinds of layout, what limits it, what would change the answer."""
+"""Explain why a layout won: against the runner-up and other kinds of layout, what limits it, what would change the answer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from jaxtrain.planner.wording import (
 
 Search = Callable[[Config, Cluster], SearchResult]
 SECONDS_TO_ASK = 20.0
-"""Of this process: no further search is begun after so many, so that the answer for thousands of devices comes in time too."""
+"""Seconds after which no further search is begun, so that the answer for thousands of devices comes in time too."""
 NEGLIGIBLE = 0.01
-"""Differences below this share are called none."""
+"""Differences below this share count as none."""
 SPENT_ON = {
     "matmul": "matmuls",
     "attention": "attention",
@@ -45,11 +45,11 @@ SPENT_ON = {
 def explain_plan(
     config: Config, cluster: Cluster, objective: str, found: SearchResult, ranked: Sequence[Estimate], search: Search
 ) -> tuple[str, ...]:
-    """The paragraphs of an answer.
+    """Return the paragraphs of an answer.
 
     Args:
-      ranked: best first, after verification; empty where nothing fits.
-      search: looks for another cluster or config, for what would change the answer.
+      ranked: best first, after verification; empty if nothing fits.
+      search: searches for another cluster or config, to find what would change the answer.
     """
     if not ranked:
         return (why_nothing_fits(config, cluster, found),)
@@ -66,14 +66,14 @@ def explain_plan(
 
 
 def score(estimate: Estimate, objective: str) -> float:
-    """What is ranked, smaller is better: joules a token for energy, else seconds a token (and so money, at a fixed price)."""
+    """Return the quantity ranked, smaller is better: joules per token for energy, else seconds per token (so money too)."""
     if objective == "energy" and estimate.joules_per_token is not None:
         return estimate.joules_per_token
     return 1 / estimate.tokens_per_second
 
 
 def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = "time") -> str:
-    """The winner against the runner-up, and against the best of up to two other kinds of layout."""
+    """Compare the winner with the runner-up, and with the best of up to two other kinds of layout."""
     best = ranked[0]
     said = [
         f"{layout_words(best)} is the best of {found.candidates:,} layouts: {seconds(best.time.total)} a step"
@@ -87,7 +87,7 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
         said.append(_against("The runner-up", best, others[0], found, objective))
     kinds: dict[frozenset[str], Estimate] = {}
     for estimate in (*others, *found.ranked, *found.kinds):
-        if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is spoken of already
+        if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is described already
             kinds.setdefault(_kind(estimate), estimate)
     nearest = sorted(kinds.values(), key=lambda estimate: score(estimate, objective))[:2]
     said += [_against(f"The best {_apart(best, estimate)}", best, estimate, found, objective) for estimate in nearest]
@@ -95,7 +95,7 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
 
 
 def _checked(ranked: Sequence[Estimate], found: SearchResult) -> list[str]:
-    """A sentence on verification: how far memory and time were from the estimates."""
+    """Return a sentence on verification: how far memory and time were from the estimates."""
     approximate = sum(estimate.origin == "approximate" for estimate in ranked)
     pairs = [(estimate, _estimated(estimate, found)) for estimate in ranked if estimate.origin == "compiled"]
     if not pairs and approximate and not all(estimate.origin == "approximate" for estimate in found.ranked):
@@ -118,7 +118,7 @@ def _checked(ranked: Sequence[Estimate], found: SearchResult) -> list[str]:
 
 
 def _estimated(estimate: Estimate, found: SearchResult) -> Estimate | None:
-    """The search's own estimate of a layout."""
+    """Return the search's own estimate of a layout."""
     return next((other for other in found.ranked if _layout(other.config) == _layout(estimate.config)), None)
 
 
@@ -127,7 +127,7 @@ def _kind(estimate: Estimate) -> frozenset[str]:
 
 
 def _apart(best: Estimate, other: Estimate) -> str:
-    """How another kind differs: "without pipe", "with context"."""
+    """Return how another kind differs: "without pipe", "with context"."""
     less = [axis for axis in MESH_AXES if axis in _kind(best) - _kind(other)]
     more = [axis for axis in MESH_AXES if axis in _kind(other) - _kind(best)]
     words = ([f"without {listed(less)}"] if less else []) + ([f"with {listed(more)}"] if more else [])
@@ -135,7 +135,7 @@ def _apart(best: Estimate, other: Estimate) -> str:
 
 
 def _against(name: str, best: Estimate, other: Estimate, found: SearchResult, objective: str) -> str:
-    """One comparison; a layout that was not compiled is held against the estimate of the winner, like against like."""
+    """Return one comparison; a layout that was not compiled is compared with the winner's estimate."""
     if other.origin != best.origin:
         best = _estimated(best, found) or best
     worse = score(other, objective) / score(best, objective) - 1
@@ -147,7 +147,7 @@ def _against(name: str, best: Estimate, other: Estimate, found: SearchResult, ob
 
 
 def _differences(best: Estimate, other: Estimate) -> str:
-    """The two parts of the step in which the other differs most, longer first."""
+    """Return the two parts of the step that differ most, the longer first."""
     changes = {name: getattr(other.time, name) - getattr(best.time, name) for name in SPENT_ON}
     floor = 0.002 * best.time.total
     longer = sorted((name for name in changes if changes[name] > floor), key=lambda name: -changes[name])[:2]
@@ -161,7 +161,7 @@ def _differences(best: Estimate, other: Estimate) -> str:
 
 
 def _culprit(name: str, best: Estimate, other: Estimate) -> str:
-    """For waiting: the transfer that makes most of the difference."""
+    """Return, for waiting, the transfer that makes most of the difference."""
     if name != "exposed":
         return ""
     before = {(wire.axes, wire.kind): 0.0 for wire in other.wires}
@@ -178,7 +178,7 @@ def _culprit(name: str, best: Estimate, other: Estimate) -> str:
 
 
 def limiting_part(step: StepTime) -> str:
-    """ "compute", "transfers", "bubble", "bandwidth" or "overhead": where most of a step goes."""
+    """Return where most of a step goes: "compute", "transfers", "bubble", "bandwidth" or "overhead"."""
     parts = {
         "compute": step.matmul + step.attention,
         "transfers": step.exposed,
@@ -199,7 +199,7 @@ LIMITED_BY = {
 
 
 def what_limits(best: Estimate, found: SearchResult) -> str:
-    """Where the step goes, which link is waited for, and how tight memory is."""
+    """Return where the step's time goes, which link is waited for, and how tight memory is."""
     total = best.time.total
     shares = sorted(((getattr(best.time, name) / total, words) for name, words in SPENT_ON.items()), reverse=True)
     spent = listed([f"{share:.1%} {words}" for share, words in shares if share >= 0.001])
@@ -220,7 +220,7 @@ def what_limits(best: Estimate, found: SearchResult) -> str:
 
 
 def _waited(wires: Sequence[Wire]) -> Callable[[Wire], float]:
-    """Seconds waited for all transfers of a wire's axes, kind and link."""
+    """Return a function: the seconds waited for all transfers of a wire's axes, kind and link."""
     return lambda wire: sum(
         other.exposed_seconds
         for other in wires
@@ -235,7 +235,7 @@ def _largest(memory: Memory) -> str:
 
 
 def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
-    """The end of the sentence on memory: whether a layout that does not fit would be faster."""
+    """Return the end of the sentence on memory: whether a layout that does not fit would be faster."""
     faster = [point for point in found.points if not point.fits and point.seconds < best.time.total * (1 - NEGLIGIBLE)]
     if not faster:
         return "; memory does not limit it: no layout that needs more is faster."
@@ -250,7 +250,7 @@ def _faster_without_limit(best: Estimate, found: SearchResult) -> str:
 
 
 def what_would_change(config: Config, cluster: Cluster, best: Estimate, search: Search, objective: str = "time") -> str:
-    """The search again, with twice the memory, twice the batch, and twice the network.
+    """Search again with twice the memory, twice the batch, and twice the network, and describe the changes.
 
     Args:
       best: the first of the search itself, so that estimates are compared with estimates.
@@ -306,7 +306,7 @@ def _layout(config: Config) -> tuple[object, ...]:
 
 
 def why_nothing_fits(config: Config, cluster: Cluster, found: SearchResult) -> str:
-    """How far from fitting the cluster is, and the smallest that would do."""
+    """Return how far from fitting the cluster is, and the smallest that would do."""
     if not found.candidates:
         return (
             f"No layout of {config.name} is valid on {cluster_words(cluster)}: {config.train.global_batch_size} sequences a "
@@ -328,7 +328,7 @@ def why_nothing_fits(config: Config, cluster: Cluster, found: SearchResult) -> s
 
 
 def bill_words(bill: Bill) -> str:
-    """What the whole run takes, in a sentence."""
+    """Return the cost of the whole run in a sentence."""
     words = [
         f"{scaled(bill.tokens)} tokens are {bill.steps:,} steps: {duration(bill.seconds)}, {bill.gpu_hours:,.0f} GPU-hours"
     ]
