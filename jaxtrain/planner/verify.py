@@ -1,10 +1,10 @@
-"""Compiles the best layouts of a search and puts what the programs say in place of what was estimated.
+"""Compile the best layouts of a search, and replace their estimates by the programs' figures.
 
 For NVIDIA GPUs that XLA can compile for (`targets`) it is the program that they would run: memory, FLOPs and every transfer,
-with how much of it travels behind compute. Elsewhere, or without the plugin, the step is compiled for as many fake CPU
-devices: of that program only the state's bytes and the FLOPs hold on another device, and the estimate is labelled approximate.
+with its overlap with compute. Elsewhere, or without the plugin, the step is compiled for as many fake CPU devices: only that
+program's state bytes and FLOPs hold on another device, and the estimate is labelled approximate.
 
-Every layout is compiled in a process of its own, two at a time. What goes wrong there becomes one line.
+Every layout is compiled in a process of its own, two at a time. An error there becomes one line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxtrain.planner.traffic import Flow, Placement, place, seconds
 from jaxtrain.program.collectives import CollectiveRow
 
 BEST = 5
-"""Layouts that are compiled where nobody says how many."""
+"""Default number of layouts to compile."""
 MOST_FAKE_DEVICES = 512
 """Making more takes XLA:CPU longer than compiling for them."""
 
@@ -42,11 +42,10 @@ def verify(
     at_once: int = 2,
     tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[Estimate]:
-    """Return the estimates, the first k of them compiled and ranked anew; the others follow as they are.
+    """Return the estimates, the first k of them compiled and ranked anew; the others follow unchanged.
 
-    A layout that does not compile is left out, and `tell` gets one line that says why. One that turns out not to fit comes
-    last. Where the compiler's process dies over every layout, the compiler is at fault: the estimates stand, and one line says
-    so.
+    A layout that does not compile is left out, and `tell` gets one line with the reason. One that turns out not to fit comes
+    last. If the compiler's process dies for every layout, the compiler is at fault: the estimates stand, and one line says so.
 
     Args:
       estimates: best first, as `search` ranks them.
@@ -76,11 +75,11 @@ def verify(
 
 
 def choose_count(chip: Chip, asked: int | None) -> tuple[int, str]:
-    """Return how many of the best to compile, and in words what is then estimated and what compiled.
+    """Return how many of the best to compile, and a description of what is then estimated and compiled.
 
     Args:
-      asked: what a person asked for. Without a compiler for the chip nothing is compiled unless it is asked for: a program for
-        fake CPU devices takes as long to compile, and bears out no more than the state's bytes and the FLOPs.
+      asked: the requested number. Without a compiler for the chip nothing is compiled by default: a program for
+        fake CPU devices takes as long to compile, and confirms only the state's bytes and the FLOPs.
     """
     obstacle = find_obstacle() if chip.target in TARGETS else f"XLA has no target for {chip.name} without the device"
     count = (0 if obstacle else BEST) if asked is None else asked
@@ -97,7 +96,7 @@ def _value(estimate: Estimate, objective: Objective) -> float:
 
 
 def compiled(estimate: Estimate) -> Estimate:
-    """One estimate with what its compiled program says.
+    """Return one estimate with its compiled program's figures.
 
     Raises:
       ExplainedError: it does not compile; in one line.
@@ -110,10 +109,10 @@ def compiled(estimate: Estimate) -> Estimate:
 
 
 def with_report(estimate: Estimate, report: CompiledStep) -> Estimate:
-    """The estimate with a compiled program's memory, FLOPs and transfers.
+    """Return the estimate with a compiled program's memory, FLOPs and transfers.
 
-    Matmuls take longer by what the program computes over the formula. What a device waits for: its links inside a host and its
-    NICs at the same time, so the longer of the two sums of exposed bytes; of a pipeline, for the ticks in which it works.
+    Matmul time is scaled by the program's FLOPs / the formula's. Waiting time: links inside a host and NICs run at the same
+    time, so the longer of the two sums of exposed bytes; in a pipeline, for the ticks in which the device works.
     """
     time, config = estimate.time, estimate.config
     placement = place(config.mesh.shape, estimate.cluster.devices_per_host)
@@ -132,7 +131,9 @@ def with_report(estimate: Estimate, report: CompiledStep) -> Estimate:
 
 
 def _memory(estimated: Memory, report: CompiledStep) -> Memory:
-    """The program's bytes by category: what it is given is the state; its temporaries are shared out as they were estimated."""
+    """Return the program's bytes by category: arguments are the state; temporaries are divided in the estimate's
+    proportions.
+    """
     state = estimated.parameters + estimated.optimizer
     rest = estimated.total - state
     given, made = report.argument_bytes, report.memory_bytes - report.argument_bytes
@@ -144,7 +145,7 @@ def _memory(estimated: Memory, report: CompiledStep) -> Memory:
 
 
 def _wire(row: CollectiveRow, estimate: Estimate, placement: Placement) -> Wire:
-    """A row of the compiled program, with the time that its transfers take."""
+    """Return a row of the compiled program with the time of its transfers."""
     flow = Flow(row.axes, row.kind, row.dtype, row.calls, row.payload)
     spent = seconds(flow, placement, estimate.cluster.chip).total
     exposed = spent * (row.exposed / row.wire if row.wire else 0.0)
@@ -156,7 +157,9 @@ def _wire(row: CollectiveRow, estimate: Estimate, placement: Placement) -> Wire:
 
 
 def _with_fake(estimate: Estimate) -> Estimate:
-    """The estimate with the state's bytes and the FLOPs of the step compiled for as many CPU devices, labelled approximate."""
+    """Return the estimate, labelled approximate, with the state's bytes and FLOPs of the step compiled for as many CPU
+    devices.
+    """
     devices = estimate.cluster.devices
     if devices > MOST_FAKE_DEVICES:
         raise ExplainedError(f"{devices} fake CPU devices are too many to compile for (at most {MOST_FAKE_DEVICES})")
@@ -174,7 +177,7 @@ def _with_fake(estimate: Estimate) -> Estimate:
 
 
 def _compile_here(config: Config) -> dict[str, float]:
-    """Compiles a config's step for this process' CPU devices."""
+    """Compile a config's step for this process's CPU devices."""
     from jaxtrain.mesh import make_mesh
     from jaxtrain.program.hlo import matmul_flops
     from jaxtrain.train.optimizer import optimizer_of
@@ -190,7 +193,7 @@ def _compile_here(config: Config) -> dict[str, float]:
 
 
 def main() -> None:
-    """Reads a config from standard input, compiles it for fake CPU devices, and answers with what that says."""
+    """Read a config from standard input, compile it for fake CPU devices, and answer with the figures."""
     answer(lambda: _compile_here(config_of(sys.stdin.read())))
 
 
