@@ -171,7 +171,7 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
             check=False,
         )
         if done.returncode:
-            said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()] or ["it said nothing"]
+            said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()] or ["no output"]
             explained = next((line for line in said if line.startswith("error: ")), said[-1])
             raise ExplainedError(f"the run ended with exit code {done.returncode}: {explained.removeprefix('error: ')}")
         return read_metrics(run_dir / "metrics.jsonl")

@@ -85,12 +85,12 @@ class StopOnSignal(Hook):
         return "a signal was received" if self._step >= self._agree() else None
 
     def _agree(self) -> float:
-        """Return the last step that all processes run; infinite while nobody has heard a signal. Asked between steps.
+        """Return the last step that all processes run; infinite before any process has received a signal. Called between steps.
 
-        The first process that heard posts a step that nobody can have gone beyond, and everybody looks after each dispatch. Let
-        e be the first step that couples all processes and that the one who heard has not dispatched yet; it posts e + 1. Having
-        dispatched a step, the loop waits for the one before it; so who has dispatched e + 1 and looks has seen e done, and e
-        was dispatched after the notice was up.
+        The first process with a signal posts a step that no process can have passed, and all look after each dispatch. Let e be
+        the first step that couples all processes and that this process has not dispatched yet; it posts e + 1. After
+        dispatching a step, the loop waits for the one before it; so a process that has dispatched e + 1 and looks has seen e
+        done, and e was dispatched after the post.
         """
         if self._last_step is None:
             if self.received is not None:

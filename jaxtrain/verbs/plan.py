@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
         if not flags.json:
             show(plan)
     finally:
-        save(plan, flags)  # also where nobody reads the tables (`| head`)
+        save(plan, flags)  # also if the reader of the tables is gone (`| head`)
     return EXIT_DONE
 
 
