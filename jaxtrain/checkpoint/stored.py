@@ -24,7 +24,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.abandoned_reads import abandoned_reads_unsaid
+from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
 from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
@@ -113,7 +113,7 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[st
     problem: Exception | None = None
     loaded: dict[tuple[str, ...], Any] = {}
     try:
-        with abandoned_reads_unsaid():
+        with abandoned_io_unsaid():
             loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
     except Exception as error:
         problem = error

@@ -27,6 +27,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
 from jaxtrain.checkpoint.checksums import begin_checksums, total
 from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
@@ -335,7 +336,7 @@ class Checkpoints:
           LostSave: this one of several processes could not begin, and others may wait for it.
         """
         try:
-            with self._context:
+            with self._context, abandoned_io_unsaid():
                 response = ocp.save_async(self._partial(step), nested(leaves), custom_metadata=stored)
             # After Orbax, whose copies of the arrays would wait for the programs dispatched before them.
             sums = begin_checksums({"/".join(name): leaf for name, leaf in leaves.items()})
@@ -404,7 +405,8 @@ class Checkpoints:
         """Wait for Orbax in a background thread, commit, and remove the checkpoints that need not be kept."""
         step = stored["step"]
         try:
-            response.result()
+            with abandoned_io_unsaid():
+                response.result()
             self._commit(stored, sums())
         except Exception as error:
             self._fail(step, error)

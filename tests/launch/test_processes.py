@@ -102,7 +102,7 @@ def test_a_peer_that_refuses_ends_all_in_one_line(tmp_path, how, process):
     codes = run_faulty(tmp_path, how, process)
     assert codes[process] == own_code
     assert codes[1 - process] == (EXIT_PEER if own_code == EXIT_FAULT else own_code)
-    reason = {"unforeseen": "ZeroDivisionError", "at_command_line": "wrong usage"}.get(how, "this host has no such thing")
+    reason = {"unforeseen": "ZeroDivisionError", "at_command_line": "--no.such.flag=1"}.get(how, "this host has no such thing")
     assert_one_line(logs(tmp_path)[1 - process], f"process {process} of 2 ended the run (exit code {own_code}): ", reason)
 
 

@@ -1,8 +1,8 @@
-"""Keep the tracebacks of abandoned reads off standard error.
+"""Keep the tracebacks of abandoned reads and writes off standard error.
 
-Orbax reads all arrays of a checkpoint at once and gives up at the first failure. The reads still in flight fail later, in
-coroutines and threads whose event loop is closed, and Python prints a traceback for each, although one line has reported the
-damaged checkpoint and the run goes on from an older one.
+Orbax reads or writes all arrays of a checkpoint at once and gives up at the first failure. The requests still in flight fail
+later, in coroutines and threads whose event loop is closed, and Python prints a traceback for each, although one line has
+reported the damaged checkpoint or the full disk, and the run goes on.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ _LOOP = re.compile(r"uvloop/loop\.pyx$|asyncio/base_events\.py$")
 
 
 @contextlib.contextmanager
-def abandoned_reads_unsaid() -> Iterator[None]:
-    """Drop the tracebacks of reads that Orbax has abandoned, and no others. After an exception inside, keep dropping them."""
+def abandoned_io_unsaid() -> Iterator[None]:
+    """Drop the tracebacks of requests that Orbax has abandoned, and no others; after an exception inside, for good."""
     before, asyncio = sys.unraisablehook, logging.getLogger("asyncio")
+    if getattr(before, "drops_abandoned", False):  # nested, or kept after a failure
+        yield
+        return
 
     def unraisable(found: Any) -> None:
         if not (_is_orbax(found.object) or _is_closed_loop(found.exc_value, found.exc_traceback)):
             before(found)
 
+    unraisable.drops_abandoned = True
     asyncio.addFilter(_is_no_abandoned_task)
     sys.unraisablehook = unraisable
     yield

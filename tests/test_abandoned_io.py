@@ -1,14 +1,21 @@
-"""A damaged checkpoint is told in one line: the reads that were under way leave no tracebacks, and nothing else is hidden."""
+"""A damaged checkpoint or a full disk is told in one line: reads and writes under way leave no tracebacks, and nothing else is
+hidden.
+"""
 
 import asyncio
+import errno
 import logging
 import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
-from jaxtrain.checkpoint.abandoned_reads import abandoned_reads_unsaid
+from jaxtrain.checkpoint import writing
+from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
+from jaxtrain.config import CheckpointConfig
+from jaxtrain.errors import CheckpointError
 
 
 def coroutine_of(file):
@@ -37,12 +44,12 @@ def test_what_orbax_abandons_is_dropped_and_nothing_else(monkeypatch, caplog):
         if coroutine is not None:
             coroutine.close()
 
-    with abandoned_reads_unsaid():
+    with abandoned_io_unsaid():
         pass
     report(ours := ValueError("nothing failed, so nothing is dropped"), coroutine=coroutine_of("/site/orbax/read.py"))
     assert shown == [ours]
     task = logging.getLogger("asyncio")
-    with pytest.raises(ValueError, match="damaged"), abandoned_reads_unsaid():
+    with pytest.raises(ValueError, match="damaged"), abandoned_io_unsaid():
         raise ValueError("damaged")
     closed = closed_loop_error()
     report(ValueError("a read"), coroutine=coroutine_of("/site/orbax/read.py"))
@@ -57,6 +64,29 @@ def test_what_orbax_abandons_is_dropped_and_nothing_else(monkeypatch, caplog):
     assert caplog.text.count("never retrieved") == 1
     for check in tuple(task.filters):
         task.removeFilter(check)
+
+
+def test_a_save_that_fails_leaves_no_traceback(tmp_path, monkeypatch):
+    """On a full disk the first write fails, and the other ones call a loop that is closed."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(found.exc_value))
+    closed = closed_loop_error()
+
+    class Failing:
+        def result(self):
+            found = types.SimpleNamespace(object=None, exc_value=closed, exc_traceback=closed.__traceback__.tb_next)
+            sys.unraisablehook(found)  # pyright: ignore[reportArgumentType]
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.ocp, "save_async", lambda *_, **__: Failing())
+    with writing.Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        for step in (1, 2):
+            with pytest.raises(CheckpointError, match="No space left"):
+                checkpoints.save(step, {"a": jax.numpy.ones(3)}, {}, wait=True)
+        assert shown == []
+        checkpoints._failure = None
+    for check in tuple(logging.getLogger("asyncio").filters):
+        logging.getLogger("asyncio").removeFilter(check)
 
 
 DAMAGE = """
