@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxtrain.errors import PeerMissing
@@ -254,7 +254,8 @@ def announce(code: int, reason: str) -> None:
     """Tell the peers that this process ends the run, and why; their `launch.watchdog` then ends them. Only the first call
     counts.
     """
-    _own.failure = _own.failure or Failure(own_index(), code, " ".join(reason.split())[:600])
+    first = _own.failure or Failure(own_index(), code, " ".join(reason.split())[:600])
+    _own.failure = replace(first, process=own_index())  # one that refuses before it has joined learns its number later
     report(_own.failure)
 
 

@@ -23,7 +23,7 @@ _LOOP = re.compile(r"uvloop/loop\.pyx$|asyncio/base_events\.py$")
 def abandoned_io_unsaid() -> Iterator[None]:
     """Drop the tracebacks of requests that Orbax has abandoned, and no others; after an exception inside, for good."""
     before, asyncio = sys.unraisablehook, logging.getLogger("asyncio")
-    if getattr(before, "drops_abandoned", False):  # nested, or kept after a failure
+    if getattr(before, "__module__", "") == __name__:  # nested, or kept after a failure
         yield
         return
 
@@ -31,7 +31,6 @@ def abandoned_io_unsaid() -> Iterator[None]:
         if not (_is_orbax(found.object) or _is_closed_loop(found.exc_value, found.exc_traceback)):
             before(found)
 
-    unraisable.drops_abandoned = True
     asyncio.addFilter(_is_no_abandoned_task)
     sys.unraisablehook = unraisable
     yield

@@ -109,8 +109,8 @@ def test_a_peer_that_refuses_ends_all_in_one_line(tmp_path, how, process):
 @pytest.mark.parametrize(
     ("how", "process", "flags", "where"),
     [
-        ("hang_in_step", 1, ["--distributed.hang_seconds=5"], "at step 60"),
-        pytest.param("hang_in_step", 0, ["--distributed.hang_seconds=5"], "at step 60", marks=pytest.mark.slow),
+        ("hang_in_step", 1, ["--distributed.hang_seconds=5"], "at step 12"),
+        pytest.param("hang_in_step", 0, ["--distributed.hang_seconds=5"], "at step 12", marks=pytest.mark.slow),
         pytest.param("hang_in_restore", 1, ["--distributed.phase_seconds=40"], "restoring", marks=pytest.mark.slow),
         pytest.param(
             "hang_in_save", 1, ["--distributed.phase_seconds=40", "--checkpoint.every=3"], "saving", marks=pytest.mark.slow
@@ -118,11 +118,15 @@ def test_a_peer_that_refuses_ends_all_in_one_line(tmp_path, how, process):
     ],
 )
 def test_a_hang_without_a_supervisor(tmp_path, how, process, flags, where):
-    """The one behind is named by both; it ends with 70, its peer with 75; both leave their stacks."""
+    """The one behind is named by both; it ends with 70, its peer with 75; both leave their stacks. Where one hangs in a save
+    none is behind, since its peer stands in the same save: then one is at fault, and both say that each has not moved.
+    """
     codes = run_faulty(tmp_path, how, process, *flags)
-    assert (codes[process], codes[1 - process]) == (EXIT_FAULT, EXIT_PEER)
+    alike = how == "hang_in_save"
+    assert sorted(codes) == sorted([EXIT_FAULT, EXIT_PEER])
+    assert alike or codes[process] == EXIT_FAULT
     for log in logs(tmp_path):
-        assert f"error: process {process} of 2 is at step" in log
+        assert (f"process {process} of 2 is at step", "each of 2 processes is at step")[alike] in log
         assert where in log.splitlines()[-1]
     stacks = tmp_path / "run" / "stacks"
     assert "faulty.py" in (stacks / f"process-{process}.txt").read_text()
@@ -136,7 +140,7 @@ def test_a_lone_process_that_hangs(tmp_path):
     command = [sys.executable, "-m", "tests.launch.faulty", *flags]
     ended = subprocess.run(command, cwd=ROOT, env=faulty, capture_output=True, text=True, timeout=240)
     assert ended.returncode == EXIT_FAULT, ended.stderr[-2000:]
-    assert "error: the run is at step 60 and has not moved for" in ended.stderr.splitlines()[-1]
+    assert "error: the run is at step 12 and has not moved for" in ended.stderr.splitlines()[-1]
     assert "faulty.py" in (tmp_path / "run" / "stacks" / "process-0.txt").read_text()
 
 
