@@ -47,9 +47,7 @@ Dims = tuple[str, ...]
 
 
 def is_dims(value: Any) -> bool:
-    """Return whether `value` is a leaf of a tree of dims: a plain tuple of logical dim names (not optax's empty
-    NamedTuples).
-    """
+    """Return whether `value` is a leaf of a tree of dims: a plain tuple of names (not optax's empty NamedTuples)."""
     return type(value) is tuple and all(isinstance(name, str) for name in value)
 
 

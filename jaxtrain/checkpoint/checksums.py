@@ -27,7 +27,7 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Return the checksum of every array as 16 hexadecimal digits; blocks until the arrays are ready. All processes call it
+    """Return every array's checksum, 16 hexadecimal digits; blocks until the arrays are ready. All processes call it
     together.
     """
     jax.block_until_ready(list(leaves.values()))  # XLA:CPU hangs where two programs with collectives are under way

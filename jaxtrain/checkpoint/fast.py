@@ -224,9 +224,7 @@ def _place(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _layout(state: Any) -> str:
-    """Return a hash of leaves, shapes, dtypes and which slice lies on which device: equal if this process's file can be
-    reused.
-    """
+    """Return a hash of leaves, shapes, dtypes and each device's slices: equal if this process's file can be reused."""
     lines = []
     for name, leaf in leaves_by_path(state)[0].items():
         places = leaf.sharding.devices_indices_map(leaf.shape)

@@ -378,9 +378,7 @@ class Checkpoints:
 
     @property
     def _notice(self) -> str:
-        """The key under which a process reports that it could not do its part of the newest save. All processes count saves
-        alike.
-        """
+        """Key under which a process reports that it failed its part of the newest save. All processes count saves alike."""
         return f"save-failed/{self._saves}"
 
     def close(self) -> None:
@@ -396,9 +394,7 @@ class Checkpoints:
             self._mirror.wait()
 
     def leave_the_mirror(self) -> None:
-        """Detach the mirror: `close` will not wait for uploads, as a stopped run has little time. The next start resumes
-        them.
-        """
+        """Detach the mirror: `close` will not wait for uploads, since a stopped run has little time. The next start resumes."""
         self._mirror = None
 
     def _finish(self, stored: dict[str, Any], response: ocp.AsyncResponse, sums: Callable[[], dict[str, str]]) -> None:

@@ -233,9 +233,7 @@ def _lines_of(error: BaseException, path: Path) -> list[traceback.FrameSummary]:
 
 
 def describe(error: BaseException, path: Path) -> str:
-    """Return `file:line: Type: message` of a config file's exception: its own innermost line, or that of a neighbour it
-    imports.
-    """
+    """Return `file:line: Type: message` of a config file's exception, at its own or a neighbour's innermost line."""
     words = str(error)
     if isinstance(error, SyntaxError) and error.filename:
         where, line, words = Path(error.filename), error.lineno, error.msg

@@ -92,9 +92,7 @@ def nested(hint: Any) -> type | None:
 
 
 def section_kind(hint: Any, held: Any = None) -> type | None:
-    """Return the dataclass that a field holds: its value's, which may be a subclass, else its type's; None for a plain
-    field.
-    """
+    """Return the dataclass that a field holds: its value's, which may be a subclass, else its type's; None if plain."""
     return type(held) if dataclasses.is_dataclass(held) else nested(hint)
 
 

@@ -98,9 +98,7 @@ def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: s
 
 
 def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[str]:
-    """Yield the texts to train a tokenizer on: every k-th training document, k such that they sum to about `largest_sample`
-    bytes.
-    """
+    """Yield the texts to train a tokenizer on: every k-th training document, with k for about `largest_sample` bytes."""
     total = sum(sum(corpus.sizes) for corpus in corpora)
     stride = max(1, -(-total // largest_sample))
     for corpus in corpora:

@@ -36,9 +36,7 @@ class BadRows:
     """Fault and place of the first bad row; empty if there is none."""
 
     def leave_out(self, fault: DataError) -> None:
-        """Count a bad row. Raises its fault if no bad rows are tolerated; DataError if the first ALL_BAD_ROWS rows are all
-        bad.
-        """
+        """Count a bad row. Raises its fault if none is tolerated; DataError if the first ALL_BAD_ROWS rows are all bad."""
         if not self.largest_share:
             raise fault
         self.first = self.first or str(fault)[:300]

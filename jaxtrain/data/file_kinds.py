@@ -51,9 +51,7 @@ def known_kind(head: bytes) -> str | None:
 
 
 def what_it_is(head: bytes) -> str | None:
-    """Return `known_kind`, or UTF-16 or UTF-32 without a byte order mark, recognised by its zero bytes; None for possible
-    UTF-8.
-    """
+    """Return `known_kind`, or unmarked UTF-16 or UTF-32 by its zero bytes; None for possible UTF-8."""
     if kind := known_kind(head):
         return kind
     if head.count(0) <= LARGEST_SHARE_OF_NULS * len(head):

@@ -100,9 +100,7 @@ def _are_named(path: str) -> bool:
 
 
 def _is_file(path: str) -> bool:
-    """Return whether a match is a file, not a folder. Raises DataError if it cannot be examined, since skipping it would lose
-    data.
-    """
+    """Return whether a match is a file, not a folder. Raises DataError if it cannot be examined: data would go missing."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
@@ -114,9 +112,7 @@ def _is_file(path: str) -> bool:
 
 
 def _fixed_root(path: Path) -> tuple[Path, str]:
-    """(leading part that exists literally or has no wildcard, remaining glob) of a pattern; the glob is empty if all of it
-    exists.
-    """
+    """(leading part that exists literally or has no wildcard, remaining glob) of a pattern; no glob if all exists."""
     parts = path.parts
     exists = next((n for n in range(len(parts), 0, -1) if os.path.lexists(Path(*parts[:n]))), 0)
     fixed = next((n for n in range(exists, len(parts)) if glob.has_magic(parts[n])), max(exists, len(parts) - 1))

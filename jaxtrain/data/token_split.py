@@ -63,9 +63,7 @@ def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
 
 
 def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
-    """Yield the span of every document with the separator before it: whole, by the hash of its ids, or a long one cut in
-    two.
-    """
+    """Yield every document's span, separator first: whole on the side of the hash of its ids, or a long one cut in two."""
     firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
     with progress(title, tokens.nbytes) as advance:
         for first, end in zip(firsts, [*firsts[1:], len(tokens)], strict=True):

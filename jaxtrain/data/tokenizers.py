@@ -98,9 +98,7 @@ class SentencePieceTokenizer:
     """A SentencePiece `.model`. Text is normalised as the model says, so decoding need not give back every character."""
 
     def __init__(self, content: bytes, where: str):
-        """Read `content`, the bytes of the file `where`. Raises DataError for broken content, or without an eos or bos
-        piece.
-        """
+        """Read `content`, the bytes of file `where`. Raises DataError for broken content, or without an eos or bos piece."""
         library = require("sentencepiece", where)
         if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", content):
             raise DataError(f"{where}: is a vocabulary of tiktoken; use the tokenizer.json of the same model")

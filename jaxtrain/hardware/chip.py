@@ -142,9 +142,7 @@ class Chip:
 
 
 def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | None:
-    """Return the fraction at `size`, linear in the logarithm of sizes and constant beyond them; None without rates of
-    `dtype`.
-    """
+    """Return the fraction at `size`, linear in log(size), constant beyond the measured ones; None without rates of `dtype`."""
     dtype = DTYPE_ALIASES.get(dtype, dtype)
     points = sorted((rate.size, rate.fraction) for rate in rates if rate.dtype == dtype)
     if not points:

@@ -84,9 +84,7 @@ def find_place(config: DistributedConfig, environ: Mapping[str, str]) -> Place |
 
 
 def _explicit(config: DistributedConfig, environ: Mapping[str, str]) -> Place | None:
-    """Return the place given by flags, else by JAXTRAIN_COORDINATOR, JAXTRAIN_PROCESSES, JAXTRAIN_PROCESS_ID (or by the index
-    of an indexed Kubernetes Job).
-    """
+    """Return the place given by flags, else by JAXTRAIN_* variables or the index of an indexed Kubernetes Job."""
     coordinator = config.coordinator or environ.get("JAXTRAIN_COORDINATOR", "")
     count = config.processes or _number(environ, "JAXTRAIN_PROCESSES", 0)
     index = config.process_id
@@ -364,8 +362,8 @@ def _for_starter(code: int) -> int:
 
 
 def _leave_word(code: object) -> bool:
-    """Write this process's exit code into JAXTRAIN_EXIT_CODES, as srun and mpirun report only one of all; return whether it is
-    set.
+    """Write this process's exit code into JAXTRAIN_EXIT_CODES, if set (srun and mpirun report only one); return whether it
+    is.
     """
     folder = os.environ.get("JAXTRAIN_EXIT_CODES")
     if folder:

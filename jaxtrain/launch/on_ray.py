@@ -119,9 +119,7 @@ def run_once(ray: Any, hosts: Sequence[Any], command: Sequence[str], directory: 
 
 
 def summarise(codes: Sequence[int]) -> int:
-    """Return one exit code for all: first an error that a restart would not mend, then done or stopped if all are, else a
-    loss.
-    """
+    """Return one exit code for all: first an error that no restart mends, then done or stopped if all are, else a loss."""
     for code in (EXIT_USAGE, EXIT_ERROR):
         if code in codes:
             return code

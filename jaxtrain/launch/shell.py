@@ -33,9 +33,7 @@ def command_lines(job: Job, indent: int, end: str = "") -> str:
 
 
 def exit_code_lines(indent: int = 0) -> str:
-    """Return lines that set $code to the run's exit code, and end the script if it is done or a restart would end the same
-    way.
-    """
+    """Return lines that set $code, and end the script if the run is done or a restart would end the same way."""
     text = f"""\
 ended_with() {{ grep -qx "$1" "$JAXTRAIN_EXIT_CODES"/* 2>/dev/null; }} # whether a process did
 ended_with {EXIT_STOPPED} && code={EXIT_STOPPED} # saved after a signal

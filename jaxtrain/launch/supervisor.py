@@ -266,9 +266,7 @@ class Supervisor:
         return workers
 
     def _collect(self, pipe: IO[bytes], worker: Worker, aloud: bool) -> None:
-        """Copy a process's output into its log, and process 0's to the screen too. It must keep reading, or the process
-        blocks.
-        """
+        """Copy a process's output into its log, process 0's to the screen too. Must keep reading, or the process blocks."""
         with pipe, contextlib.closing(AppendedFile(worker.log, self._tell, keep=lambda path: 0)) as log:
             log.begin()
             for line in pipe:

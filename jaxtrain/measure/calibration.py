@@ -22,9 +22,7 @@ from jaxtrain.measure.operations import Findings
 
 
 def as_chip(base: Chip, found: Findings) -> Chip:
-    """Return the chip with the measurements as shares of its stated figures; an unstated figure becomes the best
-    measurement.
-    """
+    """Return the chip with measurements as shares of its stated figures; unstated ones become the best measurement."""
     rates = {d: [(e, 2 * e**3 / s.seconds, s.spread) for e, s in samples] for d, samples in found.matmul.items()}
     best = {dtype: max(rate for _, rate, _ in of) for dtype, of in rates.items() if base.matmul_peak(dtype) is None}
     stated = dataclasses.replace(base, peak_flops={**base.peak_flops, **best})

@@ -291,9 +291,7 @@ def _distance(truth: np.ndarray, got: np.ndarray) -> float:
 
 
 def compare(config: Config, steps: int = STEPS) -> Errors:
-    """Return the relative errors of the first loss, of the worst gradient leaf (norm of difference / norm), of the worst
-    loss.
-    """
+    """Return the relative errors of the first loss, the worst gradient leaf (norm of difference / norm), the worst loss."""
     exact, got = truth(on_one_device(config), steps), run(config, steps)
     same = jax.tree.leaves(jax.tree.map(np.array_equal, exact.params, got.params))
     distance = jax.tree.leaves(jax.tree.map(_distance, exact.gradients, got.gradients))

@@ -174,9 +174,7 @@ def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[t
 
 
 def attention_flops(length: int) -> float:
-    """Return the FLOPs of two matmuls forward and five backward (arXiv:2205.14135, appendix B), over the half of the square
-    below the diagonal.
-    """
+    """Return 7 L^2 N H: two matmuls forward, five backward (arXiv:2205.14135, appendix B), on half of the square."""
     return 7 * length**2 * HEAD_DIM * HEADS
 
 
@@ -199,9 +197,7 @@ def collective(kind: str, size: int) -> Callable[[Array], Array]:
 
 
 def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
-    """Return a mesh ("other", "group") of all devices: groups of `size` neighbours in a host (link), or of one per host
-    (nic).
-    """
+    """Return a mesh ("other", "group") of all devices: `size` neighbours in a host (link), or one per host (nic)."""
     import numpy as np
     from jax.sharding import AxisType, Mesh
 

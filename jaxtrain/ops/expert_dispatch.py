@@ -30,9 +30,7 @@ class ExpertBackend(NamedTuple):
 
 
 def choose_expert_backend(platform: str) -> ExpertBackend:
-    """Return the platform's backend: CPU lacks `ragged_all_to_all`; only on GPUs are `grouped_matmul`'s kernels worth
-    padding.
-    """
+    """Return the platform's backend: CPU lacks `ragged_all_to_all`; `grouped_matmul`'s kernels pay only on GPUs."""
     return ExpertBackend(ragged=platform != "cpu", tile=KERNEL_TILE if platform in ("gpu", "cuda") else 1)
 
 

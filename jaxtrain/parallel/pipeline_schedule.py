@@ -287,9 +287,7 @@ def _overlap(writes: np.ndarray, reads: np.ndarray) -> int:
 
 
 def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return for (stage, write time, read time): the number of slots, and the slots written and read as [phase, tick,
-    stage].
-    """
+    """Return for (stage, write time, read time): number of slots, and slots written and read as [phase, tick, stage]."""
     free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which the slot is free, slot)
     placed, count = [], 0
     for stage, write, read in sorted(lifetimes):

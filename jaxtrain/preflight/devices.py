@@ -129,9 +129,7 @@ def _unlike(sums: list[int], rows: list[tuple[int, dict[str, Any]]], edge: int) 
 
 
 def look_at_memory(site: Site) -> dict[str, Any]:
-    """Return the memory of a device of this process (a CPU device: its share of the host's free memory), and the device
-    count.
-    """
+    """Return a device's memory (of a CPU device its share of the host's free memory), and the device count."""
     of_host = jax.local_devices()[0].platform == "cpu"
     free = available_bytes() if of_host else None
     held = memory_bytes() if free is None else free // jax.local_device_count()

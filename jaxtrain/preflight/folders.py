@@ -129,9 +129,7 @@ def checkpoint_bytes(site: Site) -> int:
 
 
 def checkpoints_to_come(config: Config, present: int) -> int:
-    """Return how many checkpoints the folder will gain at its fullest: `keep`, one being written, and the multiples of
-    `keep_every`.
-    """
+    """Return how many checkpoints the folder will gain at most: `keep`, one being written, multiples of `keep_every`."""
     checkpoint, steps = config.checkpoint, config.train.steps
     written = -(-steps // checkpoint.every)
     for_good = steps // checkpoint.keep_every if checkpoint.keep_every else 0

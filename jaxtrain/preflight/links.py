@@ -46,9 +46,7 @@ def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
 
 
 def numbers(place: int, count: int) -> np.ndarray:
-    """Return the input of the device at `place` in its group, [count] float32: whole numbers below 251, so that sums are
-    exact.
-    """
+    """Return the input of the device at `place` in its group, [count] float32: whole, below 251, so that sums are exact."""
     return ((np.arange(count) + 31 * place) % PRIME).astype(np.float32)
 
 

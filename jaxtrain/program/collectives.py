@@ -387,9 +387,7 @@ def bandwidth(group: Group, chip: Chip) -> float:
 
 
 def _bytes_sent(computation: Computation, instruction: Instruction, kind: str) -> dict[str, int]:
-    """Return {dtype: bytes} of the operands; for a ragged all-to-all, with worst-case buffers, the bytes that fit both
-    buffers.
-    """
+    """Return {dtype: bytes} of the operands; of a ragged all-to-all's worst-case buffers the bytes that fit both."""
     arrays: list[Array] = []
     for name in instruction.operands[: 2 if kind == "ragged-all-to-all" else None]:
         source = computation.by_name.get(name)

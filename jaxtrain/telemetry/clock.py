@@ -100,9 +100,7 @@ class StepClock:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the block, which takes the next batch, as data wait. It is part of the step's time too, since the loop
-        waits.
-        """
+        """Count the block, which takes the next batch, as data wait, and as part of the step's time too."""
         before = self._now()
         try:
             yield

@@ -158,9 +158,7 @@ def _microjoules(zone: Path) -> int:
 
 
 def _is_counted(zone: Path) -> bool:
-    """Return whether a zone is a package or its DRAM: a package includes its cores and GPU, and `psys` counts packages
-    twice.
-    """
+    """Return whether a zone is a package or its DRAM: packages include cores and GPU, and `psys` counts them twice."""
     try:
         name = (zone / "name").read_text(encoding="utf-8").strip()
     except OSError:
@@ -258,9 +256,7 @@ class EnergyLog:
         }
 
     def _joules(self) -> float:
-        """Return the joules of all devices since the meter was opened. A meter that fails is dropped, so that training goes
-        on.
-        """
+        """Return the joules of all devices since the meter was opened. A meter that fails is dropped; training goes on."""
         if self._meter is None:
             return 0.0
         self._polled = self._now()

@@ -119,9 +119,7 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
 
 
 def size_up_to(path: Path, step: int) -> int:
-    """Return the bytes of a metrics.jsonl before its first row beyond `step`, or before an unfinished line; 0 if `step` is
-    0.
-    """
+    """Return the bytes of a metrics.jsonl before its first row beyond `step` or an unfinished line; 0 if `step` is 0."""
     size = 0
     with open(path, "rb") as file:
         for line in file if step > 0 else ():

@@ -132,9 +132,7 @@ def relative(one: float, other: float) -> float:
 
 
 def differences(one: LayerMoments, other: LayerMoments) -> list[Difference]:
-    """List the differences in order of computation: embedding, layers, loss, then gradients from the last layer to the
-    first.
-    """
+    """List the differences in order of computation: embedding, layers, loss, then gradients from last to first layer."""
     found = [_of_moments(one, other, index) for index in range(len(one.moments))]
     found += [Difference("the loss", relative(one.loss, other.loss))]
     layers = len(one.moments) - 1

@@ -366,9 +366,7 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
 
 
 def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """Return the jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] of the token after
-    position.
-    """
+    """Return the jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] after position."""
     model = make_decoder(config, mesh, backend)
     functions = model.logits_functions()
     schedule, held = forward_only(config.mesh.pipe, config.pipeline.chunks, 1), params_dims(config)

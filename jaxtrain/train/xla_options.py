@@ -115,9 +115,7 @@ def moves_activations(config: Config) -> bool:
 
 
 def layers_per_iteration(config: Config, platform: str) -> int:
-    """Return how many layers one iteration of the layer scan runs: one layer's last transfers travel behind the next one's
-    matmuls.
-    """
+    """Return the layers per iteration of the layer scan: one layer's last transfers overlap with the next one's matmuls."""
     return LAYERS_PER_ITERATION if moves_activations(config) and _is_gpu(platform) else 1
 
 
