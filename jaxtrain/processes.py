@@ -251,9 +251,7 @@ def name_processes(processes: list[int], most: int = 8) -> str:
 
 
 def announce(code: int, reason: str) -> None:
-    """Tell the peers that this process ends the run, and why; their `launch.watchdog` then ends them. Only the first call
-    counts.
-    """
+    """Tell the peers that this process ends the run, and why; their `launch.watchdog` then ends them. The first call counts."""
     first = _own.failure or Failure(own_index(), code, " ".join(reason.split())[:600])
     _own.failure = replace(first, process=own_index())  # one that refuses before it has joined learns its number later
     report(_own.failure)
