@@ -33,6 +33,9 @@ class Faulty:
     folder: Path
     steps: int
     xla_flags: str = quick.FLAGS
+    launcher: Sequence[str] = LAUNCHER
+    mesh: Sequence[str] = ()
+    """Flags of the mesh, where it is not the config's."""
 
     @property
     def run_dir(self) -> Path:
@@ -49,17 +52,17 @@ class Faulty:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "faults.json").write_text(json.dumps(lives))
 
-    def command(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG) -> list[str]:
+    def command(self, launcher: Sequence[str], config: str = CONFIG) -> list[str]:
         """Of the launcher."""
         run = [config, f"--run_dir={self.run_dir}", f"--train.steps={self.steps}", f"--train.compilation_cache={COMPILED}"]
-        return [sys.executable, "-m", "jaxtrain", "launch", *launcher, "--", *run]
+        return [sys.executable, "-m", "jaxtrain", "launch", *launcher, "--", *run, *self.mesh]
 
-    def run(self, launcher: Sequence[str] = LAUNCHER, config: str = CONFIG, seconds: float = 1200) -> int:
+    def run(self, *launcher: str, config: str = CONFIG, seconds: float = 1200) -> int:
         """The launcher's exit code; what it says goes to launcher.log. It is asked to end where it takes too long."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "launcher.log", "a") as log:
             launched = subprocess.Popen(
-                self.command(launcher, config),
+                self.command([*self.launcher, *launcher], config),
                 cwd=ROOT,
                 env=environment(self.folder, self.xla_flags),
                 stdout=log,
@@ -123,9 +126,9 @@ def environment(folder: Path, xla_flags: str = quick.FLAGS) -> dict[str, str]:
     return kept | ours | {"XLA_FLAGS": xla_flags}
 
 
-def uninterrupted(shared: Path, steps: int) -> Faulty:
+def uninterrupted(shared: Path, steps: int, **more: Any) -> Faulty:
     """The same run without faults; made once for all tests and workers that share a folder."""
-    run = Faulty(shared / f"uninterrupted-{steps}", steps)
+    run = Faulty(shared / f"uninterrupted-{steps}", steps, **more)
     shared.mkdir(parents=True, exist_ok=True)
     with open(shared / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

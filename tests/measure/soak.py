@@ -57,7 +57,7 @@ def make_plan(steps: int, every: int, chance: random.Random) -> list[list[tuple[
 def keep_going(run: Faulty) -> float:
     """Runs the launcher until the run is done, as whatever starts it would; returns seconds."""
     started = time.monotonic()
-    while (code := run.run(LAUNCHER, config=CONFIG, seconds=24 * 3600)) in LEFT_ALONE:
+    while (code := run.run(config=CONFIG, seconds=24 * 3600)) in LEFT_ALONE:
         run.wait_for_processes()
     if code != EXIT_DONE:
         sys.exit(f"the launcher ended with {code}: {run.log[-3000:]}")
@@ -74,7 +74,7 @@ def main() -> int:
     flags = parser.parse_args()
     folder = flags.folder.absolute()
     # Compiled as a run compiles, not as tests do: here the steps take the time.
-    whole, run = (Faulty(folder / name, flags.steps, xla_flags="") for name in ("whole", "faults"))
+    whole, run = (Faulty(folder / name, flags.steps, "", LAUNCHER) for name in ("whole", "faults"))
     plan = make_plan(flags.steps, flags.every, random.Random(flags.seed))
     whole.plan()
     run.plan(*plan)

@@ -64,7 +64,7 @@ def laid_out(base, microbatches, remat, schedule="1f1b", **axes):
     [
         # Three layers in the stack: uneven parts. The layout law draws such configs in every run of the suite.
         pytest.param(laid_out(DEEPSEEK, 2, "dots", pipe=2, expert=2, tensor=2), marks=pytest.mark.slow),
-        laid_out(DEEPSEEK, 1, "full", expert=4, fsdp=2),
+        pytest.param(laid_out(DEEPSEEK, 1, "full", expert=4, fsdp=2), marks=pytest.mark.slow),
         laid_out(CAPACITY, 4, "none", expert=2, data=2, tensor=2),
     ],
     ids=["pipe_expert_tensor", "expert_fsdp", "capacity"],
