@@ -42,6 +42,9 @@ class Parts:
     """An optax transform: the whole update rule, in place of config section `optimizer`."""
     hooks: tuple[Any, ...] = ()
     """`jaxtrain.Hook`s."""
+    schedule: Callable[[int, int, int], Any] | None = None
+    """(stages, chunks a stage, microbatches) -> `parallel.pipeline_schedule.Schedule`, in place of pipeline.schedule; it is
+    checked before it runs."""
     documents: Callable[[], Iterable[str]] | None = None
     """Gives the documents to train on, in place of data.sources; the same ones every time and on every host."""
     file: str = ""

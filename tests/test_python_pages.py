@@ -51,6 +51,12 @@ def test_the_lock_is_free_and_a_restored_trainer_says_the_same(names, monkeypatc
     assert losses[-1] == pytest.approx(names["logged"]["loss"][5], rel=1e-6)  # of step 25: the data goes on
 
 
+def test_a_schedule_of_ones_own_computes_the_same(names):
+    assert len(names["pipelined"]._rows) == 1
+    assert names["pipelined"]._rows[0]["loss"] == pytest.approx(names["logged"]["loss"][0], rel=1e-6)
+    assert names["pipelined"]._rows[0]["grad_norm"] == pytest.approx(names["logged"]["grad_norm"][0], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     (page,) = [page for page in PAGES if page.startswith("# mine.py")]

@@ -11,8 +11,9 @@ warm-up ticks hold only F and drain ticks only B; the price is that stage i hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,16 @@ class Slots:
     residual_read: np.ndarray
 
 
-def _table(stages: int, chunks: int, microbatches: int, forward: dict, backward: dict) -> Schedule:
-    """Return the arrays from {(stage, microbatch, chunk): tick}."""
+Ticks = Mapping[tuple[int, int, int], int]
+"""(stage, microbatch, chunk) -> the tick in which the stage does that pass."""
+
+
+def make_table(stages: int, chunks: int, microbatches: int, forward: Ticks, backward: Ticks) -> Schedule:
+    """Return the table of work that is to be done in these ticks.
+
+    Raises:
+      ValueError: a stage would do two passes of one kind in a tick.
+    """
     ticks = max([*forward.values(), *backward.values()]) + 1
     arrays = [np.full((ticks, stages), IDLE, np.int32) for _ in range(4)]
     for work, microbatch_array, chunk_array in ((forward, *arrays[:2]), (backward, *arrays[2:])):
@@ -107,7 +116,7 @@ def interleaved(stages: int, chunks: int, microbatches: int) -> Schedule:
         key = (stage, microbatch, chunk)
         forward[key] = start + chunk * stages + stage
         backward[key] = stages * chunks - 1 + start + (chunks - 1 - chunk) * stages + stages - 1 - stage
-    return _table(stages, chunks, microbatches, forward, backward)
+    return make_table(stages, chunks, microbatches, forward, backward)
 
 
 def one_f_one_b(stages: int, chunks: int, microbatches: int) -> Schedule:
@@ -122,13 +131,13 @@ def gpipe(stages: int, chunks: int, microbatches: int) -> Schedule:
     forward = {(i, m, 0): m + i for i in range(stages) for m in range(microbatches)}
     turn = stages + microbatches - 1
     backward = {(i, m, 0): turn + m + stages - 1 - i for i in range(stages) for m in range(microbatches)}
-    return _table(stages, 1, microbatches, forward, backward)
+    return make_table(stages, 1, microbatches, forward, backward)
 
 
 def forward_only(stages: int, chunks: int, microbatches: int) -> Schedule:
     """Return the forwards of `interleaved` alone, for evaluation."""
     forward = {(i, m, c): start + c * stages + i for i, m, c, start in _units(stages, chunks, microbatches)}
-    return _table(stages, chunks, microbatches, forward, {})
+    return make_table(stages, chunks, microbatches, forward, {})
 
 
 def _one_chunk(name: str, chunks: int) -> None:
@@ -137,6 +146,20 @@ def _one_chunk(name: str, chunks: int) -> None:
 
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
+
+
+def schedule_of(config: Any) -> Schedule:
+    """Return the schedule of a valid `Config`, checked: the one that is plugged in, else that of pipeline.schedule.
+
+    Raises:
+      ValueError: the schedule that is plugged in cannot run; names the pass.
+    """
+    pipe, chunks, microbatches = config.mesh.pipe, config.pipeline.chunks, config.train.microbatches
+    if config.parts.schedule is None:
+        return make_schedule(config.pipeline.schedule, pipe, chunks, microbatches)
+    schedule = config.parts.schedule(pipe, chunks, microbatches)
+    check(schedule)
+    return schedule
 
 
 def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:

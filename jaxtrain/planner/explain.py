@@ -14,7 +14,7 @@ from rich.table import Table
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import split_over_hosts
-from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule
+from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule, schedule_of
 from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json, plain_table
 from jaxtrain.planner.cost import estimate
@@ -80,7 +80,7 @@ def explain(config: Config, cluster: Cluster) -> Explanation:
         entries, uncovered = tuple(collectives(config)), ""
     except ValueError as error:
         entries, uncovered = (), str(error)
-    schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
+    schedule = schedule_of(config)
     return Explanation(estimate(config, cluster), entries, uncovered, inside, max(live_parts(schedule)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxtrain.config import Config
-from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, make_schedule
+from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, schedule_of
 
 FORWARD, BACKWARD = 1, 2
 """Units of time: a backward pass takes twice as long as a forward one, as in `pipeline_schedule.bubble_fraction`."""
@@ -54,9 +54,7 @@ def timeline(schedule: Schedule) -> Timeline:
 
 def timeline_of(config: Config) -> Timeline:
     """Return the timeline of a valid config's step."""
-    return timeline(
-        make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
-    )
+    return timeline(schedule_of(config))
 
 
 def text_gantt(line: Timeline, width: int) -> str:

@@ -23,7 +23,7 @@ from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
-from jaxtrain.parallel.pipeline_schedule import forward_only, make_schedule
+from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.program import xla_costs
 from jaxtrain.sharding import (
@@ -132,7 +132,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
     """
     model = model or make_decoder(config, mesh, backend)
     functions = model.loss_functions(objective_of(config))
-    schedule = make_schedule(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
+    schedule = schedule_of(config)
     dims, held = decoder.parameter_dims(config.model), params_dims(config)
     apart: Dims = ("replica",) if config.sync.sums_apart else ()
     differ: Dims = ("replica",) if config.sync.replicas_differ else ()

@@ -28,6 +28,7 @@ from jaxtrain.mesh import count_devices
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import Objective, objective_of
 from jaxtrain.ops.losses import TokenLoss
+from jaxtrain.parallel.pipeline_schedule import Schedule
 from jaxtrain.parts import ModelParts
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress, open_progress
@@ -54,6 +55,7 @@ class Trainer:
       model: attention, MLP or layer of your own, in place of the decoder's.
       objective: what is minimised: `Objective`, or a function (log p of each target [B, L], {}) -> loss [B, L].
       optimizer: an optax transform, the whole update rule, in place of config section `optimizer`.
+      schedule: (stages, chunks a stage, microbatches) -> a table of a pipeline's work, in place of pipeline.schedule.
       hooks: told of each step (`Hook`).
       documents: a function that gives the texts to train on, in place of data.sources: the same ones every time and on every
         host, in the same order.
@@ -66,10 +68,12 @@ class Trainer:
         model: ModelParts | None = None,
         objective: Objective | TokenLoss | None = None,
         optimizer: optax.GradientTransformation | None = None,
+        schedule: Callable[[int, int, int], Schedule] | None = None,
         hooks: Iterable[Hook] = (),
         documents: Callable[[], Iterable[str]] | None = None,
     ):
-        given = {"objective": objective, "optimizer": optimizer, "hooks": tuple(hooks), "documents": documents}
+        given = {"objective": objective, "optimizer": optimizer, "schedule": schedule}
+        given |= {"hooks": tuple(hooks), "documents": documents}
         parts = replace(config.parts, **{name: part for name, part in given.items() if part not in (None, ())})
         if model is not None:
             config = replace(config, model=replace(config.model, parts=model))
