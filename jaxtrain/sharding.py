@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import MESH_AXES
+from jaxtrain.layout import gathers_each_layer, reduces_each_pass
 
 BATCH_AXES = ("replica", "data", "fsdp", "expert")
 
@@ -165,12 +166,14 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
     """
 
     def gradient_like(dims: Dims, shard: jax.Array) -> jax.Array:
-        if zero > 1 and shard.dtype == jnp.float32:
+        if reduces_each_pass(zero) and shard.dtype == jnp.float32:
             return shard
-        factors = [lax.axis_size("fsdp") if zero == 1 and i in _fsdp_dims(dims) else 1 for i in range(len(dims))]
+        factors = [
+            lax.axis_size("fsdp") if not reduces_each_pass(zero) and i in _fsdp_dims(dims) else 1 for i in range(len(dims))
+        ]
         return vary(jnp.zeros([n * f for n, f in zip(shard.shape, factors, strict=True)], jnp.float32))
 
-    if zero < 3:
+    if not gathers_each_layer(zero):
         with jax.named_scope("fsdp_once"):
             compute = jax.tree.map(_gather_over_fsdp, dims_tree, compute, is_leaf=is_dims)
     return jax.tree.map(gradient_like, dims_tree, master, is_leaf=is_dims), compute
@@ -185,7 +188,7 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
     """
 
     def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
-        return _gather_over_fsdp(dims, compute) if zero == 3 else compute
+        return _gather_over_fsdp(dims, compute) if gathers_each_layer(zero) else compute
 
     # Not the differentiable call itself: a remat policy would see only that call, not the all_gather inside.
     def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
@@ -193,7 +196,7 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient = gradient.astype(reduce_dtype)
-        if zero > 1:
+        if reduces_each_pass(zero):
             gradient = _scatter_over_fsdp(dims, gradient)
         return gradient.astype(master.dtype), vary(jnp.zeros(compute.shape, compute.dtype))
 
@@ -224,7 +227,7 @@ def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: in
         sharding_axes = {RULES[name] for name in dims}
         axes = tuple(axis for axis in MESH_AXES if axis not in sharding_axes and axis not in but)
         reduced = gradient.astype(reduce_dtype)
-        if zero == 1:
+        if not reduces_each_pass(zero):
             reduced = _scatter_over_fsdp(dims, reduced)
         return sum_over(reduced, axes).astype(gradient.dtype)
 

@@ -15,6 +15,7 @@ ROOMS = (
     ("files", "numerics", "processes", "text"),
     ("hardware", "safetensors"),
     ("config",),
+    ("layout",),
     ("agreement", "mesh", "program", "sharding"),
     ("ops",),
     ("objectives",),
@@ -32,7 +33,7 @@ ROOMS = (
 )
 """Folders and top-level files, from the ground up; each imports from the rows before its own, and from inside itself."""
 FLOORS = {room: floor for floor, row in enumerate(ROOMS) for room in row}
-NO_JAX = ("config.", "hardware.", "early", "errors", "files", "signals", "text")
+NO_JAX = ("config.", "hardware.", "early", "errors", "files", "layout", "signals", "text")
 SLOW_OUTSIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorstore", "grain"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

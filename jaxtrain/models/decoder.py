@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxtrain.config import ModelConfig, ShardingConfig, TrainConfig
+from jaxtrain.config import MeshConfig, ModelConfig, ShardingConfig, TrainConfig
+from jaxtrain.layout import kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
 from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, rms_norm, run_layer
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.objectives import PRETRAIN, Objective
@@ -29,9 +30,6 @@ from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
 STACKED = ("chunk", "stage", "layer")
-# Kept by `remat=dots` beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Sent tokens,
-# unlike gathered ones, exist on one device only, and sending them again would use the slowest link.
-DOTS_BY_NAME = ("attention", "router", "expert_in", "expert_gate", "expert_up", "expert_out")
 
 
 def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
@@ -150,7 +148,7 @@ def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
         return None
     if train.remat == "none":
         return lambda primitive, *_, **__: primitive.name not in ("all_gather", "optimization_barrier")
-    names = train.remat_save if train.remat == "named" else DOTS_BY_NAME
+    names = kept_names(train)
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
@@ -176,22 +174,9 @@ class Decoder:
     experts: ExpertBackend
     """The chosen way for tokens to reach their experts."""
     sharding: ShardingConfig
+    mesh: MeshConfig
     layers_at_once: int = 1
     """Largest number of layers in one iteration of the layer scan."""
-
-    def _parts(self, x: jax.Array) -> int:
-        """Return the number of parts of a microbatch's rows that are interleaved; 2 only if layers send activations."""
-        sends = lax.axis_size("tensor") > 1 or lax.axis_size("expert") > 1
-        return 2 if self.sharding.take_turns and sends and x.shape[0] % 2 == 0 else 1
-
-    def _unroll(self) -> int:
-        """Return the layers per iteration: a divisor, with at least two iterations.
-
-        Layers outside a loop would stand beside their own recomputation; XLA would merge the two and keep everything.
-        """
-        layers = self.stacking.layers_per_part
-        fits = [n for n in range(2, self.layers_at_once + 1) if layers % n == 0 and layers >= 2 * n]
-        return max(fits, default=1)
 
     def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
         return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
@@ -220,11 +205,11 @@ class Decoder:
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts = self.stacking.counts()
+        in_iteration = layers_per_iteration(self.stacking.layers_per_part, self.layers_at_once)
 
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
             layer = self._layer(self.config, microbatch)
-            # Not in a pipeline: 13% of 405b's bytes would have no matmul to overlap with, against 9%.
-            in_order = self._unroll() > 1 and lax.axis_size("pipe") == 1 and not self.config.moe
+            in_order = reduces_layer_by_layer(self.config, self.mesh, in_iteration)
 
             def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
                 (xs, auxiliary, clock, reduced), ((master, compute), index) = carry, slot
@@ -241,8 +226,8 @@ class Decoder:
                 return (ys, auxiliary + more, clock, reduced), reports
 
             slots = (weights, jnp.arange(self.stacking.layers_per_part))
-            start = (cut_rows(x, self._parts(x)), *vary([jnp.zeros(())] * 3))
-            (xs, auxiliary, clock, _), reports = lax.scan(step, start, slots, unroll=self._unroll())
+            start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 3))
+            (xs, auxiliary, clock, _), reports = lax.scan(step, start, slots, unroll=in_iteration)
             # The clock is zero; if unused, XLA would drop it, and the order with it.
             return jnp.concatenate(xs), auxiliary + clock, reports
 

@@ -19,6 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig, MoEConfig
+from jaxtrain.layout import capacity_group
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dispatch_capacity, dispatch_dropless
 from jaxtrain.ops.grouped_matmul import grouped_matmul
@@ -74,7 +75,7 @@ class MoE(nnx.Module):
             routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale)
         h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
         with jax.named_scope("dispatch"):
-            group = self.moe.capacity_group or h_BLD.shape[1]
+            group = capacity_group(self.moe, h_BLD.shape[1])
             dispatched = self._dispatch(h_TD, routing.experts_BLK.reshape(-1, k), group, backend)
         rows = yield checkpoint_name(dispatched.rows, "expert_in")
         matmul = self._expert_matmul(dispatched, backend)

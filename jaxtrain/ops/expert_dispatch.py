@@ -8,7 +8,6 @@ none), so moving rows is a gather whose transpose is a gather too: no scatter, a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtrain.ops.grouped_matmul import KERNEL_TILE
+from jaxtrain.layout import KERNEL_TILE, is_gpu, padded_rows, room_of_expert, rows_sent
 from jaxtrain.sharding import all_gather, all_to_all, vary
 
 
@@ -31,7 +30,7 @@ class ExpertBackend(NamedTuple):
 
 def choose_expert_backend(platform: str) -> ExpertBackend:
     """Return the platform's backend: CPU lacks `ragged_all_to_all`; `grouped_matmul`'s kernels pay only on GPUs."""
-    return ExpertBackend(ragged=platform != "cpu", tile=KERNEL_TILE if platform in ("gpu", "cuda") else 1)
+    return ExpertBackend(ragged=platform != "cpu", tile=KERNEL_TILE if is_gpu(platform) else 1)
 
 
 class Dispatched(NamedTuple):
@@ -213,18 +212,13 @@ def _padded_groups(sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]
     return _starts(padded), padded
 
 
-def _padded_length(rows: int, groups: int, tile: int) -> int:
-    """Return a number of slots that suffices for any split of the rows into groups of whole tiles."""
-    return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile
-
-
 def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int) -> Dispatched:
     """Do `dispatch_dropless` with all experts on this device."""
     tokens, k = experts_TK.shape
     order, place = _sort(experts_TK.reshape(-1))
     sorted_starts = _starts(counts_E)
     starts, sizes = _padded_groups(counts_E, tile)
-    length = _padded_length(tokens * k, counts_E.shape[0], tile)
+    length = padded_rows(tokens * k, counts_E.shape[0], tile)
     row_of_slot = _compose(_map_segments(sorted_starts, starts, counts_E, length), order)
     slot_of_row = _map_segments(starts, sorted_starts, counts_E, tokens * k)[place]
 
@@ -240,7 +234,7 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
     tokens, k = experts_TK.shape
     devices, me = lax.axis_size("expert"), lax.axis_index("expert")
     local = counts_E.shape[0] // devices
-    room = tokens * min(k, local)
+    room = rows_sent(tokens, k, local)
     order, place = _sort(experts_TK.reshape(-1))
     counts_PPE = all_gather(counts_E[None], "expert", dim=0).reshape(devices, devices, local)
     plan = plan_exchange(counts_PPE, me)
@@ -252,7 +246,7 @@ def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Ar
     starts, sizes = _padded_groups(counts_PE.sum(0), tile)
     in_received = _starts(_flat(counts_PE)).reshape(devices, local)
     in_slots = starts + _starts(counts_PE)
-    length = _padded_length(devices * room, local, tile)
+    length = padded_rows(devices * room, local, tile)
     by_expert = _map_segments(_flat(in_received.T), _flat(in_slots.T), _flat(counts_PE.T), length)
     by_device = _map_segments(_flat(in_slots), _flat(in_received), _flat(counts_PE), devices * room)
 
@@ -282,11 +276,6 @@ def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Capacity
-
-
-def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
-    """Return an expert's capacity for a group of tokens: min(group, ceil(factor * group * K / E))."""
-    return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
 
 
 def _places_in_experts(experts_CK: jax.Array, num_experts: int, room: int) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
 
-KERNEL_TILE = 128
 _BLOCK = 128  # result columns of one program
 _DEPTH = 64  # elements of the summed dim that are loaded at a time
 _TILES_TOGETHER = 8  # tiles with adjacent programs, which share the matrix's columns in the cache

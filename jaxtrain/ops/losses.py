@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtrain.layout import loss_chunks
 from jaxtrain.sharding import all_gather, reduce_scatter, sum_over, vary
 
 Inputs = Mapping[str, jax.Array]
@@ -36,8 +36,7 @@ def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tu
     """x [n, B, c, D] and targets [n, B, tensor * c]: the positions gathered together in each of n chunks."""
     batch, length, width = x.shape
     tensor = lax.axis_size("tensor")
-    count = math.ceil(length / max(1, min(chunk // tensor, length)))
-    size = math.ceil(length / count)
+    count, size = loss_chunks(length, chunk, tensor)
     padding = count * size - length
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, size, width)
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.layout import layers_per_part
+
 PyTree = Any
 
 
@@ -29,7 +31,7 @@ class Stacking:
     @property
     def layers_per_part(self) -> int:
         """Number of slots of a part."""
-        return math.ceil(self.num_layers / (self.stages * self.chunks))
+        return layers_per_part(self.num_layers, self.stages, self.chunks)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -5,21 +5,24 @@ A test traces layers and counts what they keep; these are the same numbers. Lett
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from jaxtrain.config import Config, MoEConfig
-from jaxtrain.planner.formulas import BYTES, KEPT_BY_DOTS, local_length, microbatch_rows
-from jaxtrain.planner.formulas_collectives import context_kind
+from jaxtrain.layout import (
+    KERNEL_TILE,
+    capacity_group,
+    keeps,
+    local_length,
+    microbatch_rows,
+    padded_rows,
+    parts_in_turns,
+    room_of_expert,
+    rows_sent,
+)
+from jaxtrain.ops.attention_choice import context_kind
+from jaxtrain.planner.formulas import BYTES
 
 FLOAT32 = 4
-KERNEL_TILE = 128
-"""Rows to which an expert's share is padded on GPUs (`ops.grouped_matmul`)."""
-
-
-def moves_activations(config: Config) -> bool:
-    """Whether layers send activations between devices (`train.xla_options`): then they take turns, several to an iteration."""
-    return config.mesh.tensor > 1 or config.mesh.expert > 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Sizes:
         model, tensor = config.model, config.mesh.tensor
         batch = microbatch_rows(config)
         tokens = batch * local_length(config)
-        parts = 2 if config.sharding.take_turns and moves_activations(config) and batch % 2 == 0 else 1
+        parts = parts_in_turns(config.sharding, config.mesh, batch)
         width = model.moe.shared_experts * model.moe.mlp_dim if model.moe else model.mlp_dim
         latent, wide = model.latent_attention, model.head_dim
         turned, value = (latent.rope_dim, latent.value_dim) if latent else (0, wide)
@@ -89,16 +92,15 @@ def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
     """
     devices, local = config.mesh.expert, moe.num_experts // config.mesh.expert
     if moe.dispatch == "dropless":
-        here = devices * tokens * min(moe.experts_per_token, local) if devices > 1 else tokens * moe.experts_per_token
-        return math.ceil((here + local * (KERNEL_TILE - 1)) / KERNEL_TILE) * KERNEL_TILE
-    group = moe.capacity_group or local_length(config)
-    room = min(group, math.ceil(moe.capacity_factor * group * moe.experts_per_token / moe.num_experts))
+        return padded_rows(devices * rows_sent(tokens, moe.experts_per_token, local), local, KERNEL_TILE)
+    group = capacity_group(moe, local_length(config))
+    room = room_of_expert(group, moe.experts_per_token, moe.num_experts, moe.capacity_factor)
     return moe.num_experts * (tokens // group) * room
 
 
 def folds(config: Config) -> bool:
     """Whether attention is folded from pieces along context (ring, gather)."""
-    return config.mesh.context > 1 and context_kind(config) != "ulysses"
+    return config.mesh.context > 1 and context_kind(config)[0] != "ulysses"
 
 
 def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
@@ -109,9 +111,7 @@ def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
         return stream
     if remat == "none":
         return _kept_of_everything(config, sizes, backend)
-    names = set(config.train.remat_save) if remat == "named" else KEPT_BY_DOTS
-    numbers = _named(config, sizes, backend)
-    kept = sum(numbers[name] for name in names)
+    kept = sum(size for name, size in _named(config, sizes, backend).items() if keeps(config.train, name))
     if remat == "dots":
         # What attention's projection makes is kept before it is summed over tensor: over the whole length.
         kept += bytes_each * (sizes.sequence + sizes.latents)

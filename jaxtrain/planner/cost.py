@@ -30,18 +30,18 @@ from typing import Any, NamedTuple
 
 from jaxtrain.config import Config, LatentAttentionConfig, MeshConfig
 from jaxtrain.hardware import predicted_watts
+from jaxtrain.layout import layers_per_part, parts_in_turns, rows_of_device, whole_moments
+from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
 from jaxtrain.planner import roofline
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
 from jaxtrain.planner.formulas import BYTES, layer_weights, outer_weights
-from jaxtrain.planner.formulas_collectives import PARTS, context_kind, uncovered
+from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.roofline import Seconds
 from jaxtrain.planner.traffic import Flow, Placement, Times, decompose, place, require_links, seconds, wire
 from jaxtrain.telemetry.flops import model_flops_per_step
 
-MOMENTS = {"adamw": 2, "lion": 1, "sgd": 0, "muon": 1, "adafactor": 0}
-"""Whole float32 moments that an optimizer keeps at the least."""
 UNHIDDEN = {"weights": 0.06, "sequence": 0.11, "experts": 0.5, "context": 0.06, "gradients": 0.06}
 """Share of the bytes that could travel behind matmuls, and do not: 7b on fsdp=64, 70b on fsdp=32 x tensor=8, mixtral_8x7b on
 fsdp=8 x expert=8, compiled for H100s (BENCHMARKS.md, "no matmul")."""
@@ -222,13 +222,11 @@ class CostModel:
 
     def rows(self, layout: Candidate) -> int:
         """Sequences of one microbatch on one device."""
-        replica, _, data, fsdp, expert, _, _ = layout.mesh
-        return self.config.train.global_batch_size // (replica * data * fsdp * expert * layout.microbatches)
+        return rows_of_device(self.config.train.global_batch_size, MeshConfig(*layout.mesh), layout.microbatches)
 
     def takes_turns(self, layout: Candidate) -> bool:
         """Whether layers run on two halves of the rows, so that transfers of activations can hide."""
-        sends = layout.mesh[4] > 1 or layout.mesh[6] > 1
-        return self.config.sharding.take_turns and sends and self.rows(layout) % 2 == 0
+        return parts_in_turns(self.config.sharding, MeshConfig(*layout.mesh), self.rows(layout)) > 1
 
     # -- what layouts share ------------------------------------------------------------------------------------------
 
@@ -307,7 +305,7 @@ class CostModel:
 
         def make() -> float:
             config = with_layout(self.base, layout)
-            slots = -(-config.model.stacked_layers // (pipe * layout.chunks)) * layout.chunks
+            slots = layers_per_part(config.model.stacked_layers, pipe, layout.chunks) * layout.chunks
             inner = sum(weight.shard(config) for weight in layer_weights(config.model).values())
             return slots * inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
 
@@ -315,7 +313,7 @@ class CostModel:
 
     def state_bytes(self, layout: Candidate) -> float:
         """Parameters and optimizer state of one device: less than the layout takes."""
-        each = BYTES[self.config.model.param_dtype] + 4 * MOMENTS[self.config.optimizer.name]
+        each = BYTES[self.config.model.param_dtype] + 4 * whole_moments(self.config.optimizer)
         return each * self._parameters(layout)
 
     # -- one layout --------------------------------------------------------------------------------------------------
@@ -385,7 +383,7 @@ class CostModel:
         shared: _Shared = self._once(key, lambda: self._shared(layout, rows))
         forward, backward = shared.forward, shared.backward
         passes = count_passes(layout.schedule, pipe, chunks, microbatches)
-        layers = -(-self.base.model.stacked_layers // (pipe * chunks))
+        layers = layers_per_part(self.base.model.stacked_layers, pipe, chunks)
         one_forward = layers * (forward.work.total + forward.waits) + forward.ends
         one_backward = layers * (backward.work.total + backward.waits) + backward.ends
         busy, busy_layers = chunks * microbatches, chunks * microbatches * layers
@@ -424,7 +422,7 @@ class CostModel:
 
     def _context_kind(self, layout: Candidate) -> str:
         _, _, _, _, _, context, tensor = layout.mesh
-        return self._once(("kind", context, tensor, layout.context), lambda: context_kind(with_layout(self.base, layout)))
+        return self._once(("kind", context, tensor, layout.context), lambda: context_kind(with_layout(self.base, layout))[0])
 
     def estimate(self, layout: Candidate) -> Estimate:
         """Everything that a plan says of a valid layout."""

@@ -15,6 +15,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxtrain.config import Config, ModelConfig
+from jaxtrain.layout import (
+    capacity_group,
+    kept_names,
+    layers_per_part,
+    local_length,
+    loss_chunks,
+    microbatch_rows,
+    reduces_each_pass,
+    room_of_expert,
+    whole_moments,
+)
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -119,7 +130,7 @@ def count_ticks(config: Config) -> Ticks:
     P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted.
     """
     pipe, chunks = config.mesh.pipe, config.pipeline.chunks
-    layers = math.ceil(config.model.stacked_layers / (pipe * chunks))
+    layers = layers_per_part(config.model.stacked_layers, pipe, chunks)
     return Ticks(*_passes(config.pipeline.schedule, pipe, chunks, config.train.microbatches), layers, layers * chunks)
 
 
@@ -135,28 +146,10 @@ def _passes(name: str, pipe: int, chunks: int, microbatches: int) -> tuple[int, 
     return forward, backward
 
 
-def microbatch_rows(config: Config) -> int:
-    """B: sequences of one microbatch on one device."""
-    return config.train.global_batch_size // (config.mesh.batch_shards * config.train.microbatches)
-
-
-def turns(config: Config) -> int:
-    """Into how many parts a microbatch is cut, which take turns: two where layers send activations and rows can be halved."""
-    sends = config.mesh.tensor > 1 or config.mesh.expert > 1
-    return 2 if config.sharding.take_turns and sends and microbatch_rows(config) % 2 == 0 else 1
-
-
-def local_length(config: Config) -> int:
-    """L / c: positions of a sequence that a device has between gathers over tensor."""
-    return config.data.sequence_length // config.mesh.context
-
-
 def loss_positions(config: Config) -> int:
     """Positions of a sequence that go through the head, with those that pad it to whole chunks of loss_chunk."""
     tensor = config.mesh.tensor
-    length = local_length(config) // tensor
-    count = math.ceil(length / max(1, min(config.train.loss_chunk // tensor, length)))
-    return tensor * count * math.ceil(length / count)
+    return tensor * math.prod(loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,17 +158,6 @@ def loss_positions(config: Config) -> int:
 
 MADE_BY = {"attention_out": "out", "mlp_gate": "gate", "mlp_up": "up", "expert_out": "expert_down"}
 """Names that remat can keep, and the weight whose product each is, where they are called differently."""
-
-
-KEPT_BY_DOTS = ("query", "key", "value", "attention", "mlp_gate", "mlp_up")
-KEPT_BY_DOTS += ("router", "expert_in", "expert_gate", "expert_up", "expert_out")
-"""What remat `dots` keeps, by names that `named` could say (`models.decoder.remat_policy`)."""
-
-
-def keeps(config: Config, name: str) -> bool:
-    """Whether the remat policy keeps the activation of that name (`config.REMAT_NAMES`)."""
-    kept = {"named": config.train.remat_save, "dots": KEPT_BY_DOTS, "full": ()}
-    return config.train.remat == "none" or name in kept[config.train.remat]
 
 
 def recomputed(config: Config) -> frozenset[str]:
@@ -189,8 +171,7 @@ def recomputed(config: Config) -> frozenset[str]:
     again = {*layer_weights(config.model)} - {"down"} | {"attention"}
     if config.train.remat in ("none", "dots"):
         return frozenset()
-    kept = set(config.train.remat_save) if config.train.remat == "named" else set()
-    return frozenset(again - {MADE_BY.get(name, name) for name in kept})
+    return frozenset(again - {MADE_BY.get(name, name) for name in kept_names(config.train)})
 
 
 def attention_flops(config: Config, backend: str) -> tuple[float, float]:
@@ -222,8 +203,8 @@ def expert_rows(config: Config) -> int:
     assert moe is not None
     if moe.dispatch == "dropless":
         return tokens * moe.experts_per_token
-    group = moe.capacity_group or local_length(config)
-    room = min(group, math.ceil(moe.capacity_factor * group * moe.experts_per_token / moe.num_experts))
+    group = capacity_group(moe, local_length(config))
+    room = room_of_expert(group, moe.experts_per_token, moe.num_experts, moe.capacity_factor)
     return moe.num_experts * (tokens // group) * room
 
 
@@ -278,7 +259,7 @@ def parameter_bytes(config: Config) -> int:
 
 def gradient_bytes(config: Config) -> int:
     """Gradients as they are accumulated, in float32: shards at ZeRO 2 and 3, whole over fsdp at 1."""
-    if config.sharding.zero > 1:
+    if reduces_each_pass(config.sharding.zero):
         return 4 * parameters_held(config)
     layers, model = count_ticks(config).layers_held, config.model
     inner = layers * sum(weight.shard(config, without=("fsdp",)) for weight in layer_weights(model).values())
@@ -291,9 +272,6 @@ def optimizer_bytes(config: Config) -> int:
     Raises:
       ValueError: an optimizer whose state is not so many whole moments (adafactor, muon).
     """
-    moments = {"adamw": 2, "lion": 1, "sgd": 1 if config.optimizer.beta1 else 0}
-    if config.optimizer.name not in moments:
-        raise ValueError(
-            f"optimizer.name={config.optimizer.name}: its state has no closed form here; {', '.join(moments)} have"
-        )
-    return 4 * moments[config.optimizer.name] * parameters_held(config)
+    if config.optimizer.name in ("adafactor", "muon"):
+        raise ValueError(f"optimizer.name={config.optimizer.name}: its state has no closed form here")
+    return 4 * whole_moments(config.optimizer) * parameters_held(config)

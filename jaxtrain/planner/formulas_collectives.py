@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from jaxtrain.config import MESH_AXES, Config
-from jaxtrain.ops.attention_context import choose_context_attention
+from jaxtrain.layout import (
+    gathers_each_layer,
+    keeps,
+    local_length,
+    loss_chunks,
+    microbatch_rows,
+    parts_in_turns,
+    reduces_each_pass,
+)
+from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.planner.formulas import (
     BYTES,
     HLO_DTYPE,
@@ -22,14 +31,10 @@ from jaxtrain.planner.formulas import (
     Weight,
     count_ticks,
     expert_rows,
-    keeps,
     layer_weights,
-    local_length,
     loss_positions,
-    microbatch_rows,
     outer_weights,
     recomputed,
-    turns,
 )
 from jaxtrain.program.collectives import wire_factor
 from jaxtrain.train.optimizer import MUON_ITERATIONS
@@ -127,7 +132,7 @@ def _weights(config: Config, ticks: Ticks) -> Iterator[Transfers]:
             payload = weight.shard(config, without=("fsdp",)) * BYTES[dtype]
             yield _entry(config, ["fsdp"], "all-gather", HLO_DTYPE[dtype], times, payload, purpose)
 
-    if config.sharding.zero < 3:
+    if not gathers_each_layer(config.sharding.zero):
         yield from gathers(layer, ticks.layers_held, "weights of the layers, once a step")
         yield from gathers(outer, 1, "table and head, once a step")
         return
@@ -145,7 +150,6 @@ def _gradients(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     everywhere, are summed over every axis but, in layers, pipe.
     """
     dtype, bytes_each = HLO_DTYPE[config.train.reduce_dtype], BYTES[config.train.reduce_dtype]
-    zero = config.sharding.zero
     layer, outer = layer_weights(config.model), outer_weights(config.model)
     for name, weight in (*layer.items(), *outer.items()):
         is_outer = name in outer
@@ -154,7 +158,7 @@ def _gradients(config: Config, ticks: Ticks) -> Iterator[Transfers]:
             if is_outer:
                 twice = "head" not in outer and not is_joined(config)
                 passes = ticks.forward if name == "head" else ticks.backward + (ticks.forward if twice else 0)
-            calls = passes if zero > 1 else (1 if is_outer else ticks.layers_held)
+            calls = passes if reduces_each_pass(config.sharding.zero) else (1 if is_outer else ticks.layers_held)
             payload = weight.shard(config, without=("fsdp",)) * bytes_each
             yield _entry(config, ["fsdp"], "reduce-scatter", dtype, calls, payload, f"gradient of {name}")
         axes = [axis for axis in MESH_AXES if axis not in weight.axes and (is_outer or axis != "pipe")]
@@ -186,7 +190,7 @@ def _sequence(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     yield entry("all-gather", 2 * backward, "gradients of the outputs")
     yield entry("reduce-scatter", 2 * backward, "gradients of the inputs")
     moe = config.model.moe
-    again = 1 if moe and not moe.shared_experts and keeps(config, "expert_in") else 2
+    again = 1 if moe and not moe.shared_experts and keeps(config.train, "expert_in") else 2
     yield entry("all-gather", again * backward, "the inputs again, for the gradients of the weights")
     if out_again:
         yield entry("reduce-scatter", backward, "attention's output, recomputed")
@@ -200,7 +204,8 @@ def _loss(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     all-reduced: the largest logit, the sum of exponentials, the target's logit.
     """
     positions = microbatch_rows(config) * loss_positions(config)
-    chunks = max(1, loss_positions(config) // max(1, config.train.loss_chunk))
+    tensor = config.mesh.tensor
+    chunks, _ = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
     payload, dtype = positions * config.model.embed_dim * BYTES[config.model.dtype] / chunks, HLO_DTYPE[config.model.dtype]
     calls = ticks.forward * chunks
     yield _entry(config, ["tensor"], "all-gather", dtype, calls, payload, "inputs of the head")
@@ -235,37 +240,18 @@ def _experts(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     dtype, width = config.model.dtype, config.model.embed_dim * BYTES[config.model.dtype]
     forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
     scores = 4 * microbatch_rows(config) * local_length(config) * moe.num_experts
-    calls = forward + (0 if keeps(config, "router") else backward)
+    calls = forward + (0 if keeps(config.train, "router") else backward)
     yield _entry(config, ["tensor"], "all-gather", "f32", calls, scores, "scores of the router")
     yield _entry(config, ["tensor"], "reduce-scatter", "f32", backward, scores, "gradients of the scores")
     kind = "ragged-all-to-all" if moe.dispatch == "dropless" else "all-to-all"
-    again = sum(not keeps(config, name) for name in ("expert_in", "expert_out"))
+    again = sum(not keeps(config.train, name) for name in ("expert_in", "expert_out"))
     passes = {"rows to experts and back": 2 * forward, "their gradients": 2 * backward, "rows again": again * backward}
     for purpose, calls in passes.items():
         yield _entry(config, ["expert"], kind, HLO_DTYPE[dtype], calls, expert_rows(config) * width, purpose)
     if moe.dispatch == "dropless":
         counts = config.mesh.expert * moe.num_experts * 4
-        yield _entry(
-            config, ["expert"], "all-gather", "s32", turns(config) * (forward + backward), counts, "how many rows go where"
-        )
-
-
-def context_kind(config: Config) -> str:
-    """How attention reaches along context on H100s: ring, gather or ulysses."""
-    kind, _ = choose_context_attention(
-        config.sharding.context_attention,
-        context=config.mesh.context,
-        heads=config.model.num_heads // config.mesh.tensor,
-        kv_heads=config.model.num_kv_heads // config.mesh.tensor,
-        sequence_length=config.data.sequence_length,
-        backend=config.model.attention,
-        platform="gpu",
-        dtype=config.model.dtype,
-        head_dim=config.model.head_dim,
-        masks_documents=config.data.mask_documents,
-        compute_capability=9.0,
-    )
-    return kind
+        calls = parts_in_turns(config.sharding, config.mesh, microbatch_rows(config)) * (forward + backward)
+        yield _entry(config, ["expert"], "all-gather", "s32", calls, counts, "how many rows go where")
 
 
 def _context(config: Config, ticks: Ticks) -> Iterator[Transfers]:
@@ -283,7 +269,7 @@ def _context(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     if size == 1:
         return
     head = microbatch_rows(config) * local_length(config) * model.head_dim * BYTES[model.dtype] // config.mesh.tensor
-    dtype, kind = HLO_DTYPE[model.dtype], context_kind(config)
+    dtype, kind = HLO_DTYPE[model.dtype], context_kind(config)[0]
     forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
     again = backward * ("attention" in recomputed(config))
 

@@ -29,13 +29,24 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxtrain.config import Config, ModelConfig
+from jaxtrain.layout import (
+    gathers_each_layer,
+    keeps,
+    layers_per_iteration,
+    layers_per_part,
+    local_length,
+    loss_chunks,
+    microbatch_rows,
+    most_layers_per_iteration,
+    moves_activations,
+    reduces_each_pass,
+    reduces_layer_by_layer,
+    whole_moments,
+)
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
-from jaxtrain.planner.activations import FLOAT32, Sizes, folds, kept_bytes, moves_activations
+from jaxtrain.planner.activations import FLOAT32, Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, local_length, microbatch_rows, outer_weights
-
-LAYERS_PER_ITERATION = 4
-"""Layers in one iteration of the layer scan where activations move (`train.xla_options`)."""
+from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, outer_weights
 
 
 def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
@@ -132,7 +143,7 @@ def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Sh
 def _cut(config: Config) -> Cut:
     mesh, pipeline, microbatches = config.mesh, config.pipeline, config.train.microbatches
     shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
-    layers = math.ceil(config.model.stacked_layers / (mesh.pipe * pipeline.chunks))
+    layers = layers_per_part(config.model.stacked_layers, mesh.pipe, pipeline.chunks)
     if mesh.pipe == 1 and pipeline.schedule != "gpipe":
         return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, ())
     table = pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches
@@ -161,8 +172,7 @@ def optimizer_state(config: Config, cut: Cut) -> float:
     if name == "muon":
         tables = _head(config) / config.mesh.fsdp * (1 if config.model.tie_embeddings else 2)
         return FLOAT32 * (cut.held + layers * cut.layer.vectors + cut.outer.vectors + tables)
-    moments = {"adamw": 2, "lion": 1, "sgd": 1 if config.optimizer.beta1 else 0}
-    return FLOAT32 * moments[name] * cut.held
+    return FLOAT32 * whole_moments(config.optimizer) * cut.held
 
 
 @functools.lru_cache(maxsize=64)
@@ -209,11 +219,11 @@ def _weights(config: Config, cut: Cut) -> float:
     holds its layers twice, and three times where a loop is unrolled by two, since its first tick runs before it. Of several
     chunks, the one at work is copied out.
     """
-    whole = config.sharding.zero < 3 and config.mesh.fsdp > 1
+    whole = not gathers_each_layer(config.sharding.zero) and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype:
         return 0.0
     layer, outer = (share.gathered if whole else share.sharded for share in (cut.layer, cut.outer))
-    is_unrolled = not moves_activations(config) and max(cut.runs, default=0) > 3
+    is_unrolled = not moves_activations(config.mesh) and max(cut.runs, default=0) > 3
     copies = cut.chunks * (1 + (whole and 1 in cut.runs) * (1 + is_unrolled)) + (whole and cut.chunks > 1)
     return BYTES[config.model.dtype] * (copies * cut.layers * layer + outer)
 
@@ -225,7 +235,8 @@ def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
     are not added up yet. In a step of one tick the head's gradient is what the loss sums up, and is counted there where it is
     not also cut into shards.
     """
-    of_layer, of_outer = (share.gathered if config.sharding.zero == 1 else share.sharded for share in (cut.layer, cut.outer))
+    is_whole = not reduces_each_pass(config.sharding.zero)
+    of_layer, of_outer = (share.gathered if is_whole else share.sharded for share in (cut.layer, cut.outer))
     outer_copies = 1 + (copies > 0) + late if cut.is_loop else int(of_outer < cut.outer.gathered)
     return FLOAT32 * ((cut.chunks + copies + late) * cut.layers * of_layer + outer_copies * of_outer)
 
@@ -242,7 +253,7 @@ def _is_ahead(config: Config, cut: Cut) -> bool:
     where weights are not gathered layer by layer.
     """
     plain = config.mesh.context == 1 and not config.model.moe and _gathers(config)
-    return cut.is_loop and not moves_activations(config) and (cut.is_pipe or plain)
+    return cut.is_loop and not moves_activations(config.mesh) and (cut.is_pipe or plain)
 
 
 def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
@@ -337,7 +348,7 @@ def _head(config: Config) -> float:
 
 def _gathers(config: Config) -> bool:
     """Whether weights are gathered layer by layer."""
-    return config.mesh.fsdp > 1 and config.sharding.zero == 3
+    return config.mesh.fsdp > 1 and gathers_each_layer(config.sharding.zero)
 
 
 def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
@@ -345,11 +356,12 @@ def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     gradient, in and out of chunks; the last layer's weights, where XLA gathers an iteration ahead. Of a tick's gradients
     there are only zeros, and not even these in a pipeline where activations move."""
     bytes_each = BYTES[config.model.dtype]
-    chunk = microbatch_rows(config) * min(config.train.loss_chunk, local_length(config))
-    logits = chunk * config.model.padded_vocab_size / config.mesh.tensor
-    ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config))
-    sums = (HEAD_SUMS - moves_activations(config) - cut.is_pipe) * FLOAT32 + bytes_each * _gathers(config)
-    copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config)))
+    tensor = config.mesh.tensor
+    _, chunk = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
+    logits = microbatch_rows(config) * chunk * config.model.padded_vocab_size
+    ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config.mesh))
+    sums = (HEAD_SUMS - moves_activations(config.mesh) - cut.is_pipe) * FLOAT32 + bytes_each * _gathers(config)
+    copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config.mesh)))
     return Moment(_gradients(config, cut, copies), sums * _head(config) + bytes_each * (logits + ahead + 4 * sizes.stream))
 
 
@@ -361,15 +373,15 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     """
     layer = cut.layer.gathered
     weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
-    waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config) else UNREDUCED
+    waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config.mesh) else UNREDUCED
     if _in_order(config, cut):
         again = sizes.parts > 1 and config.train.remat == "full" and not folds(config)
         waiting = UNREDUCED_RECOMPUTED if again else UNREDUCED_IN_ORDER
-    whole = waiting * BYTES[config.train.reduce_dtype] * layer * (config.mesh.fsdp > 1 and config.sharding.zero > 1)
-    by_two = cut.is_loop and not moves_activations(config)
+    scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero)
+    whole = waiting * BYTES[config.train.reduce_dtype] * layer * scatters
+    by_two = cut.is_loop and not moves_activations(config.mesh)
     sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut))
     # Where layers do not scatter gradients, the second's zeros wait for the first's sums. Experts' leave gaps as large.
-    scatters = config.mesh.fsdp > 1 and config.sharding.zero > 1
     is_late = not scatters and not cut.is_pipe and (config.train.microbatches == 2 or not config.model.moe)
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
     is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
@@ -386,9 +398,9 @@ def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) ->
     the last layers' forward, and transposed, for the backward; and so are the sums of the head's gradient.
     """
     remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
-    is_kept = remat == "dots" or (remat == "named" and "expert_out" in config.train.remat_save)
+    is_kept = remat != "none" and keeps(config.train, "expert_out")
     working = is_kept * bytes_each * cut.layers * sizes.choices * config.model.embed_dim
-    if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config):
+    if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config.mesh):
         working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * _head(config)
     return Moment(backward.gradients, working)
 
@@ -411,15 +423,14 @@ def _first_layers(config: Config, backend: str) -> float:
     return config.model.first_dense_layers * kept_bytes(dense, Sizes.of(dense), backend)
 
 
-def _unrolled(cut: Cut) -> int:
-    """Layers in one iteration of the layer scan where activations move: a divisor, with two iterations at least."""
-    fits = [n for n in range(2, LAYERS_PER_ITERATION + 1) if cut.layers % n == 0 and cut.layers >= 2 * n]
-    return max(fits, default=1)
+def _unrolled(config: Config, cut: Cut) -> int:
+    """Layers in one iteration of the layer scan."""
+    return layers_per_iteration(cut.layers, most_layers_per_iteration(config.mesh, "gpu"))
 
 
 def _in_order(config: Config, cut: Cut) -> bool:
-    """Whether gradients are sent layer by layer (`models.decoder.Decoder._layers`)."""
-    return moves_activations(config) and _unrolled(cut) > 1 and config.mesh.pipe == 1 and not config.model.moe
+    """Whether gradients are sent layer by layer."""
+    return reduces_layer_by_layer(config.model, config.mesh, _unrolled(config, cut))
 
 
 def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
@@ -427,10 +438,10 @@ def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     if _in_order(config, cut):
         again = IN_TURNS_IN_RINGS if folds(config) else IN_TURNS_RECOMPUTED
         turns = again if config.train.remat == "full" else IN_TURNS_IN_ORDER
-        arrays, layers = turns if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(cut)
-    elif moves_activations(config):
+        arrays, layers = turns if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(config, cut)
+    elif moves_activations(config.mesh):
         turns = IN_TURNS_IN_STAGES if cut.is_pipe and config.train.remat == "full" else IN_TURNS
-        arrays, layers = turns if sizes.parts > 1 else ALONE, _unrolled(cut)
+        arrays, layers = turns if sizes.parts > 1 else ALONE, _unrolled(config, cut)
     else:
         arrays, layers = PEELED if cut.layers % 2 else RESIDENT, 1
     moe, width = config.model.moe, config.model.embed_dim
@@ -438,7 +449,7 @@ def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     numbers += arrays.mlp * sizes.mlp + arrays.heads * sizes.query
     numbers *= layers
     if moe:
-        is_shared = moves_activations(config) and config.mesh.expert == 1
+        is_shared = moves_activations(config.mesh) and config.mesh.expert == 1
         rows, times = (SHARED_EXPERTS, sizes.parts) if is_shared else (arrays, layers)
         dispatched = sizes.rows * (rows.wide_rows * moe.mlp_dim / config.mesh.tensor + rows.rows * width)
         numbers += times * (dispatched + rows.choices * sizes.choices * width)

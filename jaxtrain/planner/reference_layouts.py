@@ -36,7 +36,7 @@ from jaxtrain.planner.memory import estimate_memory
 CONFIGS = Path(__file__).parents[2] / "configs"
 CACHE = "~/.cache/jaxtrain/planner/reference_layouts.json"
 GIB = 2**30
-STEP = ("sharding.py", "models/*.py", "ops/*.py", "parallel/*.py")
+STEP = ("layout.py", "sharding.py", "models/*.py", "ops/*.py", "parallel/*.py")
 STEP += tuple(f"train/{name}.py" for name in ("balance", "exchange", "optimizer", "state", "step", "xla_options"))
 """Files of the package that a compiled step depends on."""
 SMALL = 2**20

@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
+from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
 from jaxtrain.planner.formulas import (
     BYTES,
     Weight,
     expert_rows,
     layer_weights,
-    local_length,
     loss_positions,
-    microbatch_rows,
     recomputed,
 )
 from jaxtrain.planner.targets import TARGETS
@@ -234,7 +233,7 @@ def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Seco
     summed = BYTES[config.train.reduce_dtype]
     weights: list[Weight] = [w for w in layer_weights(config.model).values() if w.is_matrix]
     whole = sum(weight.shard(config, without=("fsdp",)) for weight in weights)
-    kept = whole if config.sharding.zero == 1 else whole // config.mesh.fsdp
+    kept = whole // config.mesh.fsdp if reduces_each_pass(config.sharding.zero) else whole
     moved = 8.0 * kept if at_once else whole * (BYTES[config.model.dtype] + summed) + kept * (8.0 + summed)
     return Seconds(memory_bound=chip.stream(moved))
 
@@ -250,8 +249,9 @@ def loss_work(config: Config, chip: Roofline) -> Seconds:
     """The head and the loss with their gradients, of one microbatch (`ops.losses.token_losses`): three matmuls a chunk of
     positions; float32 logits are written and read thrice; the head's float32 gradient is read and written for every chunk."""
     model, rows, positions = config.model, microbatch_rows(config), loss_positions(config)
-    chunks = max(1, positions // max(1, config.train.loss_chunk))
-    width = model.padded_vocab_size // config.mesh.tensor
+    tensor = config.mesh.tensor
+    chunks, _ = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
+    width = model.padded_vocab_size // tensor
     m, k, n = max(1, rows * positions // chunks), model.embed_dim, width
     matmul = chunks * (chip.matmul(m, k, n) + chip.matmul(m, n, k) + chip.matmul(k, m, n))
     return Seconds(
@@ -261,9 +261,10 @@ def loss_work(config: Config, chip: Roofline) -> Seconds:
 
 def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> float:
     """Seconds of the update of so many parameters: weight and gradient read, weight written, moments read and written, the
-    gradient read twice more for its norm and its clipping, and the weight cast for the next step, in float32 but for that."""
-    moments = {"adamw": 2, "lion": 1, "sgd": 1 if config.optimizer.beta1 else 0, "muon": 1, "adafactor": 1}
-    each = 12 + 8 * moments[config.optimizer.name] + 8 + 4 + BYTES[config.model.dtype]
+    gradient read twice more for its norm and its clipping, and the weight cast for the next step, in float32 but for that.
+    adafactor goes over its direction once more, for the direction's norm."""
+    moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor")
+    each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
+from jaxtrain.layout import capacity_group
 from jaxtrain.planner.cost import Candidate
 from jaxtrain.planner.traffic import place
 
@@ -99,7 +100,7 @@ class Space:
         moe, length = self.config.model.moe, self.config.data.sequence_length
         if moe is None or moe.dispatch != "capacity":
             return True
-        return (length if context == 1 else length // (2 * context)) % (moe.capacity_group or length) == 0
+        return (length if context == 1 else length // (2 * context)) % capacity_group(moe, length) == 0
 
     def layouts(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
         """All layouts on one mesh that recompute nothing; `remats` has the others. Those that differ in schedule only come one

@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.agreement import compare_program
 from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.layout import most_layers_per_iteration
 from jaxtrain.models import decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import objective_of
-from jaxtrain.ops.attention import choose_backend
-from jaxtrain.ops.attention_context import AttentionPlan, choose_context_attention
-from jaxtrain.ops.attention_order import IN_PIECES, share_out
+from jaxtrain.ops.attention_choice import choose_attention_for, context_kind
+from jaxtrain.ops.attention_context import AttentionPlan
+from jaxtrain.ops.attention_order import share_out
 from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
@@ -55,7 +56,6 @@ from jaxtrain.train.xla_options import (
     compile_with_options,
     default_options,
     deterministic_options,
-    layers_per_iteration,
     parse_options,
 )
 
@@ -93,9 +93,9 @@ def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     experts = choose_expert_backend(platform)
     # The pipeline puts layers into branches, where XLA:CPU's permutes are wrong.
     permutes = platform != "cpu" or config.mesh.pipe == 1
-    plan = AttentionPlan(backend, _choose_kind(config, mesh)[0], config.model.sliding_window, permutes)
-    at_once = layers_per_iteration(config, platform)
-    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding, at_once)
+    plan = AttentionPlan(backend, context_kind(config, *_kind_of_device(mesh))[0], config.model.sliding_window, permutes)
+    most = most_layers_per_iteration(config.mesh, platform)
+    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding, config.mesh, most)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -387,32 +387,10 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
     return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)
 
 
-def _attention_facts(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return the facts that the choice of attention depends on, except the length."""
-    model, device = config.model, mesh.devices.flat[0]
-    latent = model.latent_attention
-    return {
-        "platform": device.platform,
-        "dtype": model.dtype,
-        "head_dim": model.head_dim + (latent.rope_dim if latent else 0),
-        "value_dim": latent.value_dim if latent else None,
-        "window": model.sliding_window,
-        "masks_documents": config.data.mask_documents,
-        "compute_capability": float(getattr(device, "compute_capability", None) or 8.0),
-    }
-
-
-def _choose_kind(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """Return how attention reaches the keys of other devices along `context`, and the reason."""
-    return choose_context_attention(
-        config.sharding.context_attention,
-        context=config.mesh.context,
-        heads=config.model.num_heads // config.mesh.tensor,
-        kv_heads=config.model.num_kv_heads // config.mesh.tensor,
-        sequence_length=config.data.sequence_length,
-        backend=config.model.attention,
-        **_attention_facts(config, mesh),
-    )
+def _kind_of_device(mesh: Mesh) -> tuple[str, float]:
+    """(platform, compute capability)"""
+    device = mesh.devices.flat[0]
+    return device.platform, float(getattr(device, "compute_capability", None) or 8.0)
 
 
 def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
@@ -421,9 +399,4 @@ def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
     Raises:
       ExplainedError: the config requests one that cannot work here.
     """
-    context, (kind, why_kind) = config.mesh.context, _choose_kind(config, mesh)
-    in_pieces = context > 1 and kind in IN_PIECES
-    length = config.data.sequence_length // (context if in_pieces else 1)
-    facts = _attention_facts(config, mesh)
-    backend, why = choose_backend(config.model.attention, sequence_length=length, in_pieces=in_pieces, **facts)
-    return backend, why if context == 1 else f"{why}; along context: {kind}, {why_kind}"
+    return choose_attention_for(config, *_kind_of_device(mesh))

@@ -25,10 +25,10 @@ import jaxlib.version
 from jaxtrain.config import Config
 from jaxtrain.config.rules import parse_xla_option
 from jaxtrain.errors import ExplainedError
+from jaxtrain.layout import is_gpu, moves_activations
 
 MIB = 2**20
 Value = bool | int | float | str
-LAYERS_PER_ITERATION = 4
 
 
 @dataclass(frozen=True)
@@ -109,25 +109,11 @@ DETERMINISTIC = (
 """The first implies the others by its definition (openxla/xla#12520); they are set by name all the same."""
 
 
-def moves_activations(config: Config) -> bool:
-    """Return whether layers send activations between devices, so that parts of a microbatch take turns."""
-    return config.mesh.tensor > 1 or config.mesh.expert > 1
-
-
-def layers_per_iteration(config: Config, platform: str) -> int:
-    """Return the layers per iteration of the layer scan: one layer's last transfers overlap with the next one's matmuls."""
-    return LAYERS_PER_ITERATION if moves_activations(config) and _is_gpu(platform) else 1
-
-
-def _is_gpu(platform: str) -> bool:
-    return platform in ("gpu", "cuda")
-
-
 def default_options(config: Config, platform: str) -> dict[str, Value]:
     """Return the table's values for a layout; empty on other platforms than NVIDIA's."""
-    if not _is_gpu(platform):
+    if not is_gpu(platform):
         return {}
-    return {option.name: option.activations if moves_activations(config) else option.weights for option in TABLE}
+    return {option.name: option.activations if moves_activations(config.mesh) else option.weights for option in TABLE}
 
 
 def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
@@ -137,7 +123,7 @@ def deterministic_options(config: Config, platform: str) -> dict[str, Value]:
     attention backward (XLA sets its `force_deterministic` by the first two options). Also, the fastest kernel is found by
     measurement at compile time, so that two compilations may choose differently: the first option turns the measurement off.
     """
-    return {name: True for name in DETERMINISTIC} if config.train.deterministic and _is_gpu(platform) else {}
+    return {name: True for name in DETERMINISTIC} if config.train.deterministic and is_gpu(platform) else {}
 
 
 def options_of_rare_programs(platform: str) -> dict[str, Value]:

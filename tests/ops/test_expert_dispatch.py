@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.layout import room_of_expert
 from jaxtrain.mesh import make_mesh
-from jaxtrain.ops.expert_dispatch import dispatch_capacity, exchange, plan_exchange, room_of_expert, take_rows
+from jaxtrain.ops.expert_dispatch import dispatch_capacity, exchange, plan_exchange, take_rows
 from jaxtrain.sharding import vary
 
 DEVICES, LOCAL, ROOM, WIDTH = 4, 2, 6, 3

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.ops.grouped_matmul import KERNEL_TILE, grouped_matmul
+from jaxtrain.layout import KERNEL_TILE
+from jaxtrain.ops.grouped_matmul import grouped_matmul
 
 GROUPS, DEPTH, WIDTH = 3, 80, 208  # whole blocks of 16 only
 

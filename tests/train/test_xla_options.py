@@ -7,7 +7,8 @@ import pytest
 
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.errors import ExplainedError
-from jaxtrain.train.xla_options import compile_with_options, default_options, layers_per_iteration, parse_options
+from jaxtrain.layout import most_layers_per_iteration
+from jaxtrain.train.xla_options import compile_with_options, default_options, parse_options
 
 KNOWN = "xla_llvm_disable_expensive_passes"
 
@@ -19,8 +20,8 @@ def test_the_table_is_for_gpus_only_and_differs_by_layout():
     assert default_options(weights, "gpu") == default_options(weights, "cuda")
     assert default_options(weights, "gpu")["xla_gpu_enable_pipelined_all_gather"] is True
     assert default_options(activations, "gpu")["xla_gpu_enable_pipelined_all_gather"] is False
-    assert [layers_per_iteration(config, "gpu") for config in (weights, activations)] == [1, 4]
-    assert layers_per_iteration(activations, "cpu") == 1
+    assert [most_layers_per_iteration(config.mesh, "gpu") for config in (weights, activations)] == [1, 4]
+    assert most_layers_per_iteration(activations.mesh, "cpu") == 1
 
 
 def test_options_are_read_as_what_they_are():

@@ -1,0 +1,157 @@
+"""Decisions that follow from a config alone and that both the trainer and the planner need: each is made here, and imported.
+
+Imports no jax. `tests/test_layout.py` holds that no other file makes one of them again.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtrain.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, ShardingConfig, TrainConfig
+
+LAYERS_PER_ITERATION = 4
+"""Layers in one iteration of the layer scan where activations move: the last transfers of one travel behind the matmuls of the
+next."""
+KERNEL_TILE = 128
+"""Rows to which GPU kernels pad each expert's share (`ops.grouped_matmul`)."""
+DOTS_BY_NAME = ("attention", "router", "expert_in", "expert_gate", "expert_up", "expert_out")
+"""What remat `dots` keeps beside plain matmuls: attention, and the experts' matmuls with the tokens sent to them. Tokens are
+sent, not gathered: keeping them repeats nothing on other devices, and sending them again would cost the slowest link."""
+DOTS_BY_PRIMITIVE = ("query", "key", "value", "mlp_gate", "mlp_up")
+"""Names of the plain matmuls that remat `dots` keeps, whatever their names."""
+
+
+def is_gpu(platform: str) -> bool:
+    """Return whether a jax platform is NVIDIA's GPUs."""
+    return platform in ("gpu", "cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and the turns they take
+
+
+def layers_per_part(layers: int, stages: int, chunks: int) -> int:
+    """Return the slots of each of stages x chunks parts of the stack: ceil(layers / parts)."""
+    return math.ceil(layers / (stages * chunks))
+
+
+def moves_activations(mesh: MeshConfig) -> bool:
+    """Return whether layers send activations between devices, so that parts of a microbatch take turns (`parallel.turns`)."""
+    return mesh.tensor > 1 or mesh.expert > 1
+
+
+def parts_in_turns(sharding: ShardingConfig, mesh: MeshConfig, rows: int) -> int:
+    """Return into how many parts a microbatch's rows are cut: 2 where layers send activations and the rows can be halved."""
+    return 2 if sharding.take_turns and moves_activations(mesh) and rows % 2 == 0 else 1
+
+
+def most_layers_per_iteration(mesh: MeshConfig, platform: str) -> int:
+    """Return how many layers one iteration of the layer scan runs at most."""
+    return LAYERS_PER_ITERATION if moves_activations(mesh) and is_gpu(platform) else 1
+
+
+def layers_per_iteration(layers: int, most: int) -> int:
+    """Return the layers of one iteration of the layer scan: the largest divisor up to `most`, with two iterations or more.
+
+    Layers outside the loop would stand beside their own recomputation, and XLA would take the two for one and keep everything.
+    """
+    return max((n for n in range(2, most + 1) if layers % n == 0 and layers >= 2 * n), default=1)
+
+
+def reduces_layer_by_layer(model: ModelConfig, mesh: MeshConfig, in_iteration: int) -> bool:
+    """Return whether each layer's gradients are reduced behind the next layer (`parallel.turns.reduce_behind_next`).
+
+    Not along a pipeline: 405b has 13% of its bytes without a matmul so, and 9% without.
+    """
+    return in_iteration > 1 and mesh.pipe == 1 and not model.moe
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a layer keeps for its backward
+
+
+def kept_names(train: TrainConfig) -> tuple[str, ...]:
+    """Return the names (`config.REMAT_NAMES`) by which the remat policy keeps activations; `none` keeps all without names."""
+    return {"named": train.remat_save, "dots": DOTS_BY_NAME}.get(train.remat, ())
+
+
+def keeps(train: TrainConfig, name: str) -> bool:
+    """Return whether the remat policy keeps the activation of that name."""
+    by_primitive = train.remat == "dots" and name in DOTS_BY_PRIMITIVE
+    return train.remat == "none" or by_primitive or name in kept_names(train)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ZeRO levels
+
+
+def gathers_each_layer(zero: int) -> bool:
+    """Return whether weights stay in shards over fsdp and are gathered layer by layer (level 3), else once a step."""
+    return zero == 3
+
+
+def reduces_each_pass(zero: int) -> bool:
+    """Return whether gradients are scattered over fsdp in every backward pass (levels 2 and 3), else once a step."""
+    return zero > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows, positions and the room of experts
+
+
+def rows_of_device(global_batch_size: int, mesh: MeshConfig, microbatches: int) -> int:
+    """Return B, the sequences of one microbatch on one device."""
+    return global_batch_size // (mesh.batch_shards * microbatches)
+
+
+def microbatch_rows(config: Config) -> int:
+    """Return B of a config."""
+    return rows_of_device(config.train.global_batch_size, config.mesh, config.train.microbatches)
+
+
+def local_length(config: Config) -> int:
+    """Return L / context, the positions of a sequence that a device has between gathers over tensor."""
+    return config.data.sequence_length // config.mesh.context
+
+
+def loss_chunks(length: int, chunk: int, tensor: int) -> tuple[int, int]:
+    """Return (number of chunks, positions of each on one device along tensor) in which the loss goes through a sequence.
+
+    Args:
+      length: positions of a sequence on one device along tensor; the last chunk is padded.
+      chunk: `train.loss_chunk`, over all devices along tensor.
+    """
+    count = math.ceil(length / max(1, min(chunk // tensor, length)))
+    return count, math.ceil(length / count)
+
+
+def capacity_group(moe: MoEConfig, length: int) -> int:
+    """Return the tokens of a group in which experts have room; `length` positions of a sequence are one group by default."""
+    return moe.capacity_group or length
+
+
+def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
+    """Return the rows that an expert takes of a group of tokens: ceil(factor group K / E), never more than there are tokens."""
+    return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
+
+
+def rows_sent(tokens: int, experts_per_token: int, local_experts: int) -> int:
+    """Return the rows that one device may send to one other at most, dropless: T min(K, E / P)."""
+    return tokens * min(experts_per_token, local_experts)
+
+
+def padded_rows(rows: int, groups: int, tile: int) -> int:
+    """Return how many slots are enough for any split of the rows into groups of whole tiles."""
+    return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def whole_moments(optimizer: OptimizerConfig) -> int:
+    """Return how many float32 moments of a matrix's own size the optimizer keeps.
+
+    adafactor keeps a row and a column in place of one; muon keeps one for the matrices of layers, and adamw's two for the rest.
+    """
+    return {"adamw": 2, "lion": 1, "sgd": int(optimizer.beta1 > 0), "muon": 1, "adafactor": 0}[optimizer.name]
