@@ -37,7 +37,7 @@ from jaxtrain.program import hlo
 from jaxtrain.program.collectives import instruction_seconds, read_collectives
 from jaxtrain.program.groups import group_of, layout_of
 from jaxtrain.program.hlo import matmul_flops
-from tests.planner.test_hlo import counted
+from tests.program.test_hlo import counted
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 fuzz = settings(

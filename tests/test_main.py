@@ -541,6 +541,7 @@ def test_help(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
+    text = " ".join(text.split())
     for word in ("--config=FILE", "--mesh.tensor INT", "--train.steps INT", "(default: 1000)", "Steps between two checkpoints"):
         assert word in text
 

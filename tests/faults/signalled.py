@@ -94,15 +94,15 @@ def prepare(phase: str) -> None:
     if phase == "end":
         atexit.register(halt)
         return
-    from jaxtrain.train import hooks, run
+    from jaxtrain.train import hooks, run, stop, trainer
 
     places: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-        "data": (run, "open_data", lambda *_: True),
+        "data": (trainer, "open_data", lambda *_: True),
         "compile": (run, "TrainSteps", lambda *_: True),
-        "step": (hooks.StopOnSignal, "before_step", lambda self, step, state: step == HALT),
+        "step": (stop.StopOnSignal, "before_step", lambda self, step, state: step == HALT),
         "save": (hooks.Saving, "after_step", lambda self, step, state: step == EVERY),
         "validation": (hooks.Validation, "after_step", lambda *_: True),
-        "sampling": (run, "sample", lambda *_: True),
+        "sampling": (run, "continue_text", lambda *_: True),
     }
     place, name, wants = places[phase]
     original, halted = getattr(place, name), []
