@@ -134,7 +134,7 @@ class _Reading:
             self.given[name] = None
         else:
             others = tuple(name for name in self._hints if name not in self._usage.words)
-            raise NoSuchField(f"no such flag; {meant(flag.name, others, '--', self._usage.config != 'none')}")
+            raise NoSuchField(f"no such flag; {meant(flag.name, others, '--', self._usage.config != 'none', self.config)}")
 
     def missing(self) -> list[str]:
         """Return a line for each required flag or word of the verb that is missing."""
