@@ -87,7 +87,7 @@ class Resume:
 
     def roll_back(self, why: RollBack, files: ReplacedFiles) -> tuple[PyTree, int, dict[str, Any]]:
         """Return (state, step) of the newest checkpoint, to go on from without the batches left out now, and a row to log."""
-        assert self._checkpoints is not None, "config_rules asks for checkpoints"
+        assert self._checkpoints is not None, "config.rules asks for checkpoints"
         with self._progress.during("rolling back"):
             self._checkpoints.set_aside_after(why.step - 1, f"rolled back: {why.reason}")
             found = self._checkpoints.return_to_newest(self.canonical.abstract, self._acceptance([]))
