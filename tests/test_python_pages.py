@@ -57,6 +57,20 @@ def test_a_schedule_of_ones_own_computes_the_same(names):
     assert names["pipelined"]._rows[0]["grad_norm"] == pytest.approx(names["logged"]["grad_norm"][0], rel=1e-5)
 
 
+def test_training_goes_on_from_the_steps_taken_and_what_was_left_out(names, monkeypatch):
+    monkeypatch.chdir(names["folder"])
+    config = names["replace"](names["config"], run_dir="runs/both")
+    trainer = names["Trainer"](config, documents=names["texts"])
+    trainer._rollbacks.add(bad_step=2, back_to=0, reason="a test", batches=1)  # batch 1 is left out
+    losses = [trainer.step()["loss"], trainer.step()["loss"]]
+    assert losses[0] == pytest.approx(names["logged"]["loss"][0], rel=1e-6)
+    trainer.train()
+    assert trainer.metrics["step"].tolist() == [1, 2, 5, *range(10, 41, 5)]
+    assert trainer.metrics["loss"][:2].tolist() == losses
+    assert len(trainer._rollbacks) == 1
+    assert trainer.metrics["loss"][2] != names["logged"]["loss"][1]  # of step 5, on another batch
+
+
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     (page,) = [page for page in PAGES if page.startswith("# mine.py")]

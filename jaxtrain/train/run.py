@@ -57,7 +57,7 @@ from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.resume import Resume, metadata
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
-from jaxtrain.train.rollbacks import rollbacks_digest
+from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
 from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
@@ -65,6 +65,7 @@ from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.stop import StopOnSignal
 
 PyTree = Any
+Held = tuple[PyTree, int, Rollbacks]
 PICTURE = "loss.png"
 DATA_WAY_OUT = "give every host the same data and tokenizer files, and a --run_dir that all hosts share"
 
@@ -142,11 +143,11 @@ class Run:
             say(f"schedule   warm-up of {warmup} steps: half of train.steps={config.train.steps}, for {asked}")
 
     @settled()
-    def train(self, held: tuple[PyTree, int] | None = None) -> Ended:
+    def train(self, held: Held | None = None) -> Ended:
         """Train, save, draw, sample.
 
         Args:
-          held: (state, step) to go on from; None for the newest checkpoint, or a fresh start.
+          held: (state, step, rollbacks) to go on from; None for the newest checkpoint, or a fresh start.
 
         Raises:
           ExplainedError: run_dir belongs to another run, or to a process that is training there; what is written or read on
@@ -155,7 +156,7 @@ class Run:
         with contextlib.ExitStack() as log:
             return self._train(log, held)
 
-    def _train(self, log: contextlib.ExitStack, held: tuple[PyTree, int] | None) -> Ended:
+    def _train(self, log: contextlib.ExitStack, held: Held | None) -> Ended:
         """Train; the log is kept in `log` from when the folder is known to be ours."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_run_in(self.directory))
@@ -195,7 +196,7 @@ class Run:
                 self._sample()
         return Ended(step, reason)
 
-    def _go_on_from(self, held: tuple[PyTree, int]) -> tuple[PyTree, int]:
+    def _go_on_from(self, held: Held) -> tuple[PyTree, int]:
         """Return the state that the caller holds, and its step.
 
         Raises:
@@ -207,7 +208,8 @@ class Run:
                 f"{self.directory} holds step {newest}, beyond step {held[1]} of this trainer; restore() that, "
                 "or train with another run_dir"
             )
-        return held
+        self.resume.rollbacks = held[2]
+        return held[:2]
 
     def _nothing_left(self, step: int, reason: str) -> Ended:
         """Say so; draw what a process that died after its last save had no time to draw."""

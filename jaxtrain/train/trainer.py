@@ -146,7 +146,7 @@ class Trainer:
         (`validation_loss`, `validation_bits_per_byte`) with `validation_step`. Of `train`, and of calls of `step`.
         """
         path = self.config.directory / "metrics.jsonl"
-        rows = {(row["step"], "loss" in row): row for row in [*(read_rows(path) if path.exists() else []), *self._rows]}
+        rows = {(row["step"], "loss" in row): row for row in [*self._rows, *(read_rows(path) if path.exists() else [])]}
         training = [row for _, row in sorted(rows.items()) if "loss" in row]
         validation = [row for _, row in sorted(rows.items()) if "validation_loss" in row]
         scored = {"validation_step": _column(validation, "step")}
@@ -173,7 +173,8 @@ class Trainer:
         if objective_of(self.config).inputs:
             names = ", ".join(objective_of(self.config).inputs)
             raise ExplainedError(f"the objective wants {names} of each token, which data.sources do not give; use step(batch)")
-        held, self._state, self._steps = (self._state, self._step) if self._state is not None else None, None, None
+        held = (self._state, self._step, self._rollbacks) if self._state is not None else None
+        self._state, self._steps = None, None
         with progress or open_progress(self.config.train.steps, process_index=jax.process_index()) as shown:
             run = Run(self.prepared, lambda: self.data, shown, stop)
             try:
@@ -182,7 +183,7 @@ class Trainer:
                 if run.state is not None:
                     self._state, self._step = run.state, int(run.state["step"])
                     self._saved = self._step if run.checkpoints else None
-                self._rows.clear()
+                    self._rollbacks = run.resume.rollbacks
 
     @settled()
     def step(self, batch: Mapping[str, np.ndarray] | None = None) -> dict[str, float]:
@@ -276,6 +277,7 @@ class Trainer:
         self.close()
         self._state = canonical.to_state(restore(folder, step, canonical.abstract), saved.get("guard"))
         self._rollbacks = Rollbacks.from_plain(saved.get("rollbacks", []))
+        self._rows = [row for row in self._rows if row["step"] <= step]
         self._step = self._saved = step
         return step
 
