@@ -1,12 +1,15 @@
 """The fast tier: snapshots come back to the bit where every process has one, whole, of this run and mesh; else nothing does."""
 
+import re
 import signal
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 
+from jaxtrain.checkpoint import fast
 from jaxtrain.checkpoint.fast import TOKEN_FILE, FastTier, _newest_of_all
 from tests.launch.processes import started, wait_for_line
 from tests.launch.test_processes import FLAGS, losses
@@ -92,7 +95,7 @@ def test_a_state_that_is_donated_or_changed_afterwards_is_saved_as_it_was(tier):
     assert same(restored(tier)[1], state_of(8))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "rename"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "rename", "long header", "lying shape"])
 def test_a_damaged_snapshot_is_passed_over(tier, tmp_path, damage):
     path = files(tmp_path)[6]
     content = bytearray(path.read_bytes())
@@ -103,6 +106,12 @@ def test_a_damaged_snapshot_is_passed_over(tier, tmp_path, damage):
         path.write_bytes(content[:-100])
     elif damage == "delete":
         path.unlink()
+    elif damage == "long header":
+        path.write_bytes((2**40).to_bytes(8, "little") + content[8:])
+    elif damage == "lying shape":  # more elements than the array's span of bytes has
+        shape = re.search(rb'"shape":\[(\d)', content).start(1)
+        content[shape : shape + 1] = b"9"
+        path.write_bytes(content)
     else:  # an older one in its place
         path.write_bytes(files(tmp_path)[4].read_bytes())
     step, state = restored(tier)
@@ -156,13 +165,25 @@ def test_a_run_folder_without_space_for_its_word_takes_snapshots_later(tmp_path,
     assert restored(tier)[0] == 2
 
 
+def test_a_disk_that_fills_up_while_a_snapshot_is_written_stops_nothing(tier, tmp_path, monkeypatch, caplog):
+    def full(arrays, path, about):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "save_file", full)
+        tier.save(8, state_of(8), {"step": 8})
+        tier.wait()
+    assert "No space left on device" in caplog.text
+    assert list((tmp_path / "fast").glob("*/*/8/*")) == []
+    assert restored(tier)[0] == 6
+
+
 def test_the_newest_step_that_all_have(monkeypatch):
     """Of three processes, by the answers of each to what process 0 asks."""
     own = {0: [2, 4, 6], 1: [2, 4], 2: [4, 6]}
     assert _newest_of_all([]) is None
     assert _newest_of_all(own[0]) == 6  # a lone one
-    from jaxtrain.checkpoint import fast
-
     monkeypatch.setattr(fast, "everywhere", lambda flag: flag and asked[-1] in own[1] and asked[-1] in own[2])
     asked = []
     monkeypatch.setattr(fast, "from_first_process", lambda value: asked.append(value) or value)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 ROOMS = (
     ("early", "errors", "host_memory", "jax_private", "parts", "signals"),
     ("files", "numerics", "processes", "text"),
-    ("hardware", "safetensors"),
+    ("hardware",),
     ("config",),
     ("layout",),
     ("agreement", "mesh", "program", "sharding"),

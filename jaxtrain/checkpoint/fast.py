@@ -29,12 +29,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import everywhere, from_first_process
 from jaxtrain.checkpoint.trees import leaves_by_path
-from jaxtrain.files import Tolerance, log_warning, replace_file
-from jaxtrain.safetensors import Safetensors, SafetensorsError, write_safetensors
+from jaxtrain.files import Tolerance, log_warning, replace_file, replacing
 
 TOKEN_FILE = ".fast_tier"
 KEPT = 2
@@ -75,7 +76,7 @@ class FastTier:
         shards = list(_own_shards(state))
         for shard in shards:
             shard.data.copy_to_host_async()
-        arrays = {f"{i}": np.array(shard.data, copy=True) for i, shard in enumerate(shards)}
+        arrays = {f"{i}": np.array(shard.data, order="C") for i, shard in enumerate(shards)}  # save_file ignores strides
         about = {
             "step": str(step),
             "layout": _layout(state),
@@ -93,9 +94,13 @@ class FastTier:
     def _write(self, step: int, arrays: dict[str, np.ndarray], about: dict[str, str]) -> None:
         def work() -> None:
             self._make_word()
-            sums = {name: zlib.crc32(array.reshape(-1).view(np.uint8).data) for name, array in arrays.items()}
+            sums = [_checksum(array) for array in arrays.values()]
             self._make_folder(step)
-            write_safetensors(self._path(step), arrays, about | {"token": self._token(), "crc32": json.dumps(sums)})
+            with replacing(self._path(step), durable=True) as beside:
+                try:
+                    save_file(arrays, beside, about | {"token": self._token(), "crc32": json.dumps(sums)})
+                except SafetensorError as error:  # a full disk, for example
+                    raise OSError(str(error)) from error
             steps = self._steps()
             for old in [*sorted(s for s in steps if s <= step)[:-KEPT], *(s for s in steps if s > step)]:
                 self._delete(old)  # later steps were rolled back
@@ -128,18 +133,16 @@ class FastTier:
         """(this process's shards, metadata) of a step, verified; None if any is missing or damaged."""
         path = self._path(step)
         try:
-            file = Safetensors(path)
-            if tuple(map(file.metadata.get, ("step", "layout", "token"))) != (str(step), layout, self._token()):
-                return None
-            sums, arrays = json.loads(file.metadata["crc32"]), [file[name] for name in file.entries]
-            wrong = [
-                n for n, a in zip(file.entries, arrays, strict=True) if zlib.crc32(a.reshape(-1).view(np.uint8).data) != sums[n]
-            ]
-            if wrong:
+            with safe_open(path, framework="numpy", backend="pread") as file:
+                about = file.metadata()
+                if (about["step"], about["layout"], about["token"]) != (str(step), layout, self._token()):
+                    return None
+                arrays = [file.get_tensor(f"{i}") for i in range(len(file.keys()))]
+            if [_checksum(array) for array in arrays] != json.loads(about["crc32"]):
                 log.warning("snapshot %s skipped: its checksum differs from the saved one", path)
                 return None
-            return arrays, json.loads(file.metadata["metadata"])
-        except (OSError, SafetensorsError, ValueError, KeyError, TypeError) as error:
+            return arrays, json.loads(about["metadata"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("snapshot %s skipped: %s", path, error)
             return None
 
@@ -207,6 +210,10 @@ class FastTier:
         for folder in (self._path(step).parent, self._folder):
             with contextlib.suppress(OSError):  # another process has something in it
                 folder.rmdir()
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def _own_shards(state: Any) -> Iterator[Any]:
