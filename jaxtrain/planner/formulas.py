@@ -22,9 +22,7 @@ from jaxtrain.layout import (
     local_length,
     loss_chunks,
     microbatch_rows,
-    reduces_each_pass,
     room_of_expert,
-    whole_moments,
 )
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
 
@@ -250,28 +248,3 @@ def parameters_held(config: Config) -> int:
     layers = count_ticks(config).layers_held
     inner = layers * sum(weight.shard(config) for weight in layer_weights(config.model).values())
     return inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
-
-
-def parameter_bytes(config: Config) -> int:
-    """Master weights, in param_dtype."""
-    return parameters_held(config) * BYTES[config.model.param_dtype]
-
-
-def gradient_bytes(config: Config) -> int:
-    """Gradients as they are accumulated, in float32: shards at ZeRO 2 and 3, whole over fsdp at 1."""
-    if reduces_each_pass(config.sharding.zero):
-        return 4 * parameters_held(config)
-    layers, model = count_ticks(config).layers_held, config.model
-    inner = layers * sum(weight.shard(config, without=("fsdp",)) for weight in layer_weights(model).values())
-    return 4 * (inner + sum(weight.shard(config, without=("fsdp",)) for weight in outer_weights(model).values()))
-
-
-def optimizer_bytes(config: Config) -> int:
-    """Moments in float32, sharded like the parameters at every ZeRO level: adamw two, lion one, sgd one with momentum.
-
-    Raises:
-      ValueError: an optimizer whose state is not so many whole moments (adafactor, muon).
-    """
-    if config.optimizer.name in ("adafactor", "muon"):
-        raise ValueError(f"optimizer.name={config.optimizer.name}: its state has no closed form here")
-    return 4 * whole_moments(config.optimizer) * parameters_held(config)

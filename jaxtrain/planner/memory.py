@@ -1,7 +1,7 @@
 """Memory of the fullest device in closed form: what lasts, what a step keeps, and what is alive at its worst moment.
 
-The parts are those that XLA's buffer assignment shows for the step compiled for H100s (`reference_layouts` holds them against
-the compiled program). Letters: B sequences in a microbatch of one device, L positions of a sequence that a device holds between
+The parts are those that XLA's buffer assignment shows for the step compiled for H100s (`tests.planner.reference_layouts`).
+Letters: B sequences in a microbatch of one device, L positions of a sequence that a device holds between
 gathers over tensor (length / context), D embed_dim, H query heads, K kv heads, N head_dim, F mlp_dim, V padded vocabulary; t
 and f devices along tensor and fsdp. bf16 is 2 bytes a number, float32 4.
 
@@ -15,7 +15,7 @@ activations kept are there, since XLA sets the gradients' buffers to zero before
 The optimizer's update is never worse: by then the activations are gone, and XLA updates the state in its own place.
 
 Exact are the state, compute copies, accumulated gradients, and what layers keep (tests count them). Measured are the factors
-of these moments, on the layouts of `reference_layouts` and on those that `drawn_layouts` draws with seeds 1 to 4. Approximate,
+of these moments, on those layouts and on others that `tests.planner.drawn_layouts` draws with seeds 1 to 4. Approximate,
 for want of compiled programs to hold them against, are these factors for latent attention, for attention that is not cuDNN's,
 and for odd numbers of layers with experts.
 """

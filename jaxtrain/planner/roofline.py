@@ -7,8 +7,8 @@ A matmul [m, k] x [k, n] of F = 2 m k n FLOPs takes
 *tile*: what a kernel with tiles of that size reaches of the ceiling; *waves*: the share of the last round of tiles over the
 chip's multiprocessors that is not idle (tile and wave quantisation: NVIDIA, "Matrix Multiplication Background User's Guide");
 the tile size with the best product is taken, as cuBLAS and Triton's autotuner do; *depth* = k / (k + 256): filling and
-draining a tile's pipeline. CEILING is the one constant that is fitted, to published training runs (`published.py`): it stands
-for clocks under power and for all that this model leaves out.
+draining a tile's pipeline. CEILING is the one constant fitted to published training runs (`tests.planner.published`); it
+stands for clocks under power and for all that this model leaves out.
 
 Fused attention reaches a share e L / (L + l) of peak on causal sequences of L tokens with heads of 128: (e, l) = (0.64, 900)
 forward and (0.55, 1200) backward run through cuDNN's points in figures 5 and 6 of FlashAttention-3 (Shah et al. 2024,

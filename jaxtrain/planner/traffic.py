@@ -35,8 +35,6 @@ LINK, NIC = 0.85, 0.86
 JOINED_BYTES = 256 * 2**20
 """XLA joins gathers and scatters of weights up to this many bytes (`train/xla_options.py`)."""
 _AXIS = {name: i for i, name in enumerate(MESH_AXES)}
-PHASES = ("layer_forward", "layer_backward", "forward", "backward", "held", "once")
-"""A transfer happens once per: layer in a forward or backward pass, pass, layer of a stage, step."""
 
 
 class Flow(NamedTuple):
@@ -96,7 +94,10 @@ def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
 
 
 def decompose(part: Callable[[Config, Ticks], Iterator[Transfers]], config: Config) -> dict[str, tuple[Flow, ...]]:
-    """Return the coefficients of one of `formulas_collectives.PARTS` by phase, by evaluating it at unit ticks: it is linear."""
+    """Return the coefficients of one of `formulas_collectives.PARTS` by phase, by evaluating it at unit ticks: it is linear.
+
+    A phase happens once per layer in a forward or backward pass, per pass, per layer of a stage (held), or per step (once).
+    """
 
     def sums(*ticks: int) -> dict[tuple[str, str, str], tuple[float, float]]:
         found: dict[tuple[str, str, str], tuple[float, float]] = {}

@@ -20,11 +20,11 @@ from typing import Any
 
 from jaxtrain.hardware import find_chip
 from jaxtrain.planner.cost import estimate
-from jaxtrain.planner.drawn_layouts import draw
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.formulas_collectives import collectives, uncovered
-from jaxtrain.planner.published import RUNS
-from jaxtrain.planner.reference_layouts import LAYOUTS, Layout
+from tests.planner.drawn_layouts import draw
+from tests.planner.published import RUNS
+from tests.planner.reference_layouts import LAYOUTS, Layout
 
 FILE = Path(__file__).with_suffix(".json")
 SEED, DRAWN, DIGITS = 12, 30, 6

@@ -28,15 +28,16 @@ from jaxtrain.config import (
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims, to_compute
-from jaxtrain.planner import deviceless, reference_layouts
+from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.planner.reference_layouts import LAYOUTS, compare, worst_deviation
 from jaxtrain.sharding import specs, vary
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state, initial_params
 from jaxtrain.train.step import make_decoder
+from tests.planner import reference_layouts
+from tests.planner.reference_layouts import LAYOUTS, compare, worst_deviation
 
 DENSE = ModelConfig(num_layers=16, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=768, vocab_size=1000)
 LATENT = replace(
@@ -71,10 +72,15 @@ def held(tree: Any) -> int:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "adafactor", "muon"])
 @pytest.mark.parametrize(
-    ("model", "mesh"), [(DENSE, MeshConfig(pipe=2, fsdp=2, tensor=2)), (LATENT, MeshConfig(fsdp=2, expert=2, tensor=2))]
+    ("model", "mesh"),
+    [
+        (replace(DENSE, tie_embeddings=True), MeshConfig(pipe=2, fsdp=2, tensor=2)),
+        (LATENT, MeshConfig(fsdp=2, expert=2, tensor=2)),
+    ],
 )
 def test_the_state_of_every_optimizer(model: ModelConfig, mesh: MeshConfig, optimizer: str):
-    config = config_of(model, mesh, optimizer=OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
+    pipeline = PipelineConfig("interleaved", 2) if mesh.pipe > 1 else PipelineConfig()
+    config = config_of(model, mesh, pipeline=pipeline, optimizer=OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     rule = make_optimizer(config.optimizer, 10, parameter_dims(config.model))
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:8]), rule)
     memory = estimate_memory(config)
@@ -253,7 +259,7 @@ def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
     for only in ("--only=1", "--only=3", "--only=1"):
         assert reference_layouts.main([only, cache]) == 0
     assert compiled == ["1b", "1b"]
-    package = Path(reference_layouts.__file__).parents[1]
+    package = reference_layouts.PACKAGE
     assert all(list(package.glob(pattern)) for pattern in reference_layouts.STEP)
     assert "| 3 | 1b on 8: tensor=2 global_batch_size=32 remat=full |" in capsys.readouterr().out
 
@@ -262,7 +268,7 @@ def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 @pytest.mark.parametrize("number", [1, 3])
 def test_compiled_for_h100(number: int, tmp_path: Path):
-    """The whole list is printed by `python -m jaxtrain.planner.reference_layouts`."""
+    """The whole list is printed by `python -m tests.planner.reference_layouts`."""
     comparison = compare(LAYOUTS[number - 1], tmp_path / "kept.json")
     assert abs(comparison.memory_error) < 0.1
     assert comparison.bytes_error is not None

@@ -4,8 +4,8 @@ import statistics
 
 import pytest
 
-from jaxtrain.planner.published import MODELS, RUNS, find_place, table
 from jaxtrain.telemetry.flops import num_parameters
+from tests.planner.published import MODELS, RUNS, find_place, table
 
 MISSED = {("MaxText", "llama-2-7b"), ("torchtitan", "llama-3-405b")}
 """Early 2024 software on a slower network; and 405B without compiled or asynchronous tensor parallelism."""

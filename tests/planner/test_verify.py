@@ -10,7 +10,8 @@ from jaxtrain.planner import verify as verify_module
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied
 from jaxtrain.planner.estimates import Cluster, Estimate
-from jaxtrain.planner.formulas import optimizer_bytes, parameter_bytes, step_flops
+from jaxtrain.planner.formulas import step_flops
+from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.verify import verify, with_report
 from jaxtrain.program.collectives import CollectiveRow
 
@@ -23,9 +24,15 @@ CONFIG = Config(
 )
 
 
+def state_bytes(config: Config) -> float:
+    """Return the bytes of parameters and optimizer state on one device."""
+    memory = estimate_memory(config)
+    return memory.parameters + memory.optimizer
+
+
 def report_of(config: Config, *, wait: float, more_memory: int = 0) -> CompiledStep:
     """A program that computes what the formula says, and waits for half a gather of so many bytes."""
-    state = parameter_bytes(config) + optimizer_bytes(config)
+    state = round(state_bytes(config))
     row = CollectiveRow("fsdp", "all-gather", "bf16", 4, 2 * wait, wait, hidden=wait / 2, overlapped=wait, crosses_hosts=False)
     return CompiledStep(step_flops(config, "cudnn"), (row,), state, 1_000_000 + more_memory, state, state, "cudnn: why", 1.0)
 
@@ -34,8 +41,8 @@ def test_what_was_compiled_takes_the_place_of_the_estimate():
     before = estimate(CONFIG, H100)
     after = with_report(before, report_of(CONFIG, wait=1e9))
     assert after.origin == "compiled"
-    assert after.memory.total == pytest.approx(parameter_bytes(CONFIG) + optimizer_bytes(CONFIG) + 1_000_000)
-    assert after.memory.parameters == pytest.approx(parameter_bytes(CONFIG))
+    assert after.memory.total == pytest.approx(state_bytes(CONFIG) + 1_000_000)
+    assert after.memory.parameters == pytest.approx(estimate_memory(CONFIG).parameters)
     assert (after.time.matmul, after.time.attention) == pytest.approx((before.time.matmul, before.time.attention))
     (wire,) = after.wires
     assert wire.bytes == 1e9
@@ -79,8 +86,7 @@ def test_a_chip_that_xla_cannot_compile_for_is_checked_on_fake_devices():
     tpus = Cluster(find_chip("tpu-v5e"), hosts=1, devices_per_host=2)
     (found,), lines = verified(CONFIG, tpus)
     assert (found.origin, lines) == ("approximate", [])
-    state = parameter_bytes(CONFIG) + optimizer_bytes(CONFIG)
-    assert found.memory.parameters + found.memory.optimizer == pytest.approx(state, rel=0.02)
+    assert found.memory.parameters + found.memory.optimizer == pytest.approx(state_bytes(CONFIG), rel=0.02)
     assert found.flops == pytest.approx(estimate(CONFIG, tpus).flops, rel=0.3)  # reference attention computes the whole square
 
 

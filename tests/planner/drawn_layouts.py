@@ -1,6 +1,6 @@
 """Measure the error of `estimate_memory` on randomly drawn layouts, which it was not fitted to.
 
-    python -m jaxtrain.planner.drawn_layouts --count=60 --seed=12
+    python -m tests.planner.drawn_layouts --count=60 --seed=12
 
 compiles them for H100s, as `reference_layouts` does with its thirty, and prints the same table. A seed gives the same layouts
 with every code: what is far from fitting is left out by a rule of thumb, not by its estimate.
@@ -17,7 +17,7 @@ from typing import Any
 from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError
 from jaxtrain.planner.formulas import parameters_held
-from jaxtrain.planner.reference_layouts import CACHE, GIB, Layout, print_table
+from tests.planner.reference_layouts import CACHE, GIB, Layout, print_table
 
 DEVICES = {
     "1b": (4, 8, 16, 32),
@@ -95,7 +95,7 @@ def _draw(rng: random.Random) -> Layout:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return an exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jaxtrain.planner.drawn_layouts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.planner.drawn_layouts", description=__doc__)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=12)
     parser.add_argument("--cache", default=CACHE, help="file in which compiled layouts are kept")

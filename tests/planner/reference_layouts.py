@@ -1,7 +1,7 @@
 """Thirty fixed layouts, 1b to 405b on 8 to 1024 GPUs: what `estimate_memory` and the collectives' formulas say of each, beside
 the program compiled for H100s.
 
-    python -m jaxtrain.planner.reference_layouts
+    python -m tests.planner.reference_layouts
 
 compiles those that it has not compiled before, each in a process of its own, and prints a Markdown table. It can be
 interrupted: every compiled layout is kept (`--cache=FILE`), under a key that changes with the config, with jax and with the
@@ -33,7 +33,8 @@ from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals, uncovered
 from jaxtrain.planner.memory import estimate_memory
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS, PACKAGE = ROOT / "configs", ROOT / "jaxtrain"
 CACHE = "~/.cache/jaxtrain/planner/reference_layouts.json"
 GIB = 2**30
 STEP = ("layout.py", "sharding.py", "models/*.py", "ops/*.py", "parallel/*.py")
@@ -189,10 +190,10 @@ def _read(cache: Path) -> dict[str, Any]:
 
 def _key(config: Config) -> str:
     """Of what a compiled step depends on: the config, jax, and the files of the package that make the step."""
-    digest, package = hashlib.sha256(to_json(config).encode()), Path(__file__).parents[1]
+    digest = hashlib.sha256(to_json(config).encode())
     digest.update(importlib.metadata.version("jax").encode())
     for pattern in STEP:
-        for path in sorted(package.glob(pattern)):
+        for path in sorted(PACKAGE.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -209,7 +210,7 @@ def row(number: int, comparison: Comparison) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; an exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jaxtrain.planner.reference_layouts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.planner.reference_layouts", description=__doc__)
     parser.add_argument("--only", type=int, metavar="N", help="one layout, from 1")
     parser.add_argument("--cache", default=CACHE, help="file in which compiled layouts are kept")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Compare published Llama training runs on GPUs with `planner.cost`'s estimates of the same layouts.
 
-    python -m jaxtrain.planner.published
+    python -m tests.planner.published
 
 Runs are in bfloat16 (this trainer has no float8), at the published mesh, batch and recomputation, on the published chip and
 network, and under what the source says that its program hides (`cost.Practice`). Throughput is in tokens/s a GPU; where a
