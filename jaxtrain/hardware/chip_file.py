@@ -62,7 +62,16 @@ def read_chip(path: str | Path, known: Mapping[str, Chip], flag: str = "--hardwa
     below = _based_on(table.get("based_on"), known, where)
     if "name" not in table and below is None:
         raise ExplainedError(f"{where}: give the chip a name, or say what it is based on: {', '.join(known)}")
-    values: dict[str, Any] = {"name": path.stem} | _values(Chip, table, where)
+    return chip_of_table({"name": path.stem, **table}, where, below)
+
+
+def chip_of_table(table: Mapping[str, Any], where: str, below: Chip | None = None) -> Chip:
+    """Return the chip whose fields a table holds, over those of `below`.
+
+    Raises:
+      ExplainedError: as `read_chip`; the message begins with `where`.
+    """
+    values = _values(Chip, table, where)
     values["peak_flops"] = _peaks(table.get("peak_flops", {}), below, where)
     _check_calibration(values.get("calibration"), where)
     if below is not None:  # device_kinds stay, so that the present chip is recognised

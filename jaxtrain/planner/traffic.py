@@ -140,7 +140,7 @@ def require_links(chip: Chip, hosts: int) -> None:
     if hosts > 1 and chip.nic_bandwidth is None:
         raise ExplainedError(
             f"{chip.name}: its maker states no network between hosts; plan for one host, or give the NIC's bytes/s with "
-            "a chip of your own (hardware/chips.py)"
+            "a chip of your own (hardware/chips.toml)"
         )
 
 

@@ -35,7 +35,7 @@ class PlanFlags:
     """Flags of `jaxtrain plan`."""
 
     hardware: str = "h100-sxm"
-    """Chip: a name in hardware/chips.py, or a chip file (.json, .toml), as `jaxtrain calibrate` writes it."""
+    """Chip: a name in hardware/chips.toml, or a chip file (.json, .toml), as `jaxtrain calibrate` writes it."""
     hosts: int | None = None
     """Number of hosts; by default 1, with --explain as many as the mesh fills."""
     devices_per_host: int = 8
