@@ -2,7 +2,7 @@
 
 Each run has a whole list of faults, one a generation: every generation costs four starts, and a state that has come through
 all of them bit for bit has come through each. What the supervisor says of each is compared one by one. Faults of data and
-config stand in tests/data/test_bad_input.py, tests/test_main.py and tests/test_checkpoint.py;
+config stand in tests/data/test_bad_input.py, tests/verbs/test_train.py and tests/checkpoint/test_writing.py;
 jaxtrain/checkpoint/README.md lists all.
 """
 

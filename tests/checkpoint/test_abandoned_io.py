@@ -95,7 +95,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import CheckpointConfig
-from tests.checkpoint_damage import damage
+from tests.checkpoint.damage import damage
 folder, copy = Path(sys.argv[1]), Path(sys.argv[1] + "-copy")
 state = lambda n: {"a": jnp.arange(5000.0) + n, "b": {"c": jnp.ones((64, 64)) * n, "s": jnp.int32(n)}}
 with Checkpoints(folder, CheckpointConfig()) as checkpoints:

@@ -16,7 +16,7 @@ from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import EXIT_USAGE, ConfigError, UsageError
 from jaxtrain.verbs.plan import USAGE, PlanFlags
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def parse(*arguments: str) -> Config:

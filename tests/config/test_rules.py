@@ -32,7 +32,7 @@ from jaxtrain.config.loading import load_config
 from jaxtrain.config.rules import divisors, find_problems, resolve_mesh, validate
 from jaxtrain.errors import EXIT_USAGE, ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def with_fields(config: Config, **sections: dict) -> Config:

@@ -27,7 +27,7 @@ from jaxtrain.verbs import train
 from tests import quick
 from tests.lines import STAMP, unstamped
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 STEPS = 120
 SMALL_PIPE = 4096  # bytes: after some thirty unread lines the program waits for its reader
 

@@ -25,7 +25,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_the_config_in_the_readme_is_valid(tmp_path):
-    text, *_ = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    text, *_ = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
     (tmp_path / "books.py").write_text(text)
     config = parse_config([f"--config={tmp_path}/books.py", "--mesh.pipe=2", "--train.microbatches=8"])
     assert validate(config, 8).mesh.fsdp == 2

@@ -27,7 +27,7 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.config import CheckpointConfig, Config, DataSource, RopeScaling
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from tests import quick
-from tests.checkpoint_damage import damage
+from tests.checkpoint.damage import damage
 
 # TensorStore finishes the other writes of a failed save after Orbax has closed its event loop: noise, nothing is lost
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
