@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any
 
@@ -50,5 +51,6 @@ def _is_closed_loop(error: BaseException | None, trace: TracebackType | None) ->
 
 
 def _is_no_abandoned_task(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not (text.startswith("Task exception was never retrieved") and "/orbax/" in text)
+    text, trace = record.getMessage(), record.exc_info[2] if record.exc_info else None
+    unread = re.match(r"\w+ exception was never retrieved|Task was destroyed but it is pending", text)
+    return not (unread and ("/orbax/" in text or any("/orbax/" in f.f_code.co_filename for f, _ in walk_tb(trace))))

@@ -25,6 +25,13 @@ def coroutine_of(file):
     return names["read"]()
 
 
+def raised_in(file):
+    """An exception whose traceback passes through that file."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        exec(compile("1 / 0", file, "exec"))  # noqa: S102
+    return caught.value
+
+
 def closed_loop_error():
     """What a thread of C++ meets that calls a closed loop: its traceback begins in the loop."""
     loop = asyncio.new_event_loop()
@@ -54,14 +61,17 @@ def test_what_orbax_abandons_is_dropped_and_nothing_else(monkeypatch, caplog):
     closed = closed_loop_error()
     report(ValueError("a read"), coroutine=coroutine_of("/site/orbax/read.py"))
     report(closed, closed.__traceback__.tb_next)
-    task.error("Task exception was never retrieved\nfuture: <Task coro=<read() defined at /site/orbax/read.py:1>>")
+    for unread in ("Task exception was never retrieved", "Task was destroyed but it is pending!"):
+        task.error(f"{unread}\nfuture: <Task coro=<read() defined at /site/orbax/read.py:1>>")
+    task.error("_GatheringFuture exception was never retrieved", exc_info=raised_in("/site/orbax/read.py"))
     assert shown == [ours]
     assert caplog.text == ""
     report(other := ValueError("another coroutine"), coroutine=coroutine_of("/site/jaxtrain/other.py"))
     report(closed, closed.__traceback__)  # called from our own code
     task.error("Task exception was never retrieved\nfuture: <Task coro=<other() defined at /site/jaxtrain/other.py:1>>")
+    task.error("_GatheringFuture exception was never retrieved", exc_info=raised_in("/site/jaxtrain/other.py"))
     assert shown == [ours, other, closed]
-    assert caplog.text.count("never retrieved") == 1
+    assert caplog.text.count("never retrieved") == 2
     for check in tuple(task.filters):
         task.removeFilter(check)
 
@@ -97,7 +107,7 @@ from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import CheckpointConfig
 from tests.checkpoint.damage import damage
 folder, copy = Path(sys.argv[1]), Path(sys.argv[1] + "-copy")
-state = lambda n: {"a": jnp.arange(5000.0) + n, "b": {"c": jnp.ones((64, 64)) * n, "s": jnp.int32(n)}}
+state = lambda n: {"a": [jnp.arange(5000.0) + n + i for i in range(30)], "b": {"c": jnp.ones((64, 64)) * n, "s": jnp.int32(n)}}
 with Checkpoints(folder, CheckpointConfig()) as checkpoints:
     for step in (1, 2):
         checkpoints.save(step, state(step), {"config": {}}, wait=True)
