@@ -1,20 +1,21 @@
-"""Every rule about fields and their combinations, checked at once, before jax is imported."""
+"""Every rule about fields and their combinations, checked at once, before jax is imported.
+
+Here: single values, the model, and the mesh. `run_rules.py` and `source_rules.py` hold the others.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import MESH_AXES, PARTS, REMAT_NAMES, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
-from jaxtrain.config.source_rules import remote_problems, source_problems
-from jaxtrain.errors import ConfigError, ExplainedError, nearest
-from jaxtrain.hardware import load_chip
+from jaxtrain.config import MESH_AXES, PARTS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config.run_rules import run_problems
+from jaxtrain.errors import ConfigError, nearest
 
 
 def divisors(number: int) -> list[int]:
@@ -33,20 +34,6 @@ def _nearest_multiples(number: int, unit: int) -> str:
     """Describe the multiples of `unit` next to `number`."""
     below, above = number // unit * unit, math.ceil(number / unit) * unit
     return _or([n for n in (below, above) if n > 0])
-
-
-def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
-    """(name, value) of an entry of `train.xla_options`, "name=value": true, false and whole numbers as such.
-
-    Raises:
-      ExplainedError: there is no name or no value.
-    """
-    name, equals, text = (part.strip() for part in option.partition("="))
-    if not (name and equals and text):
-        raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
-    if text.lower() in ("true", "false"):
-        return name, text.lower() == "true"
-    return name, int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[str]]:
@@ -83,10 +70,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
     return mesh, []
 
 
-SMALLEST_BPE, LARGEST_BPE = 257, 2**20
-MOST_MICROBATCHES = 2**14
-MOST_THREADS = 1024
-LONGEST_SPIKE_WINDOW = 2**20
+_MOST_MICROBATCHES = 2**14
 _LARGEST = {"train.seed": 2**63}  # limit of whole numbers; 2^31 for all others, so that products stay in bounds
 
 
@@ -301,9 +285,9 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
             f"use {_nearest_multiples(train.global_batch_size, unit)}"
         )
-    if train.microbatches > MOST_MICROBATCHES:
+    if train.microbatches > _MOST_MICROBATCHES:
         problems.append(
-            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
+            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {_MOST_MICROBATCHES}"
         )
     if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
         problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
@@ -320,7 +304,7 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
             "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed"
         )
-    problems += _sync_problems(config.sync, mesh, layers, parts) + _guard_problems(config)
+    problems += _sync_problems(config.sync, mesh, layers, parts)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 
 
@@ -346,96 +330,8 @@ def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) 
     return problems
 
 
-def _guard_problems(config: Config) -> list[str]:
-    guard, sync = config.guard, config.sync
-    problems = []
-    if guard.classifies_steps and (sync.replicas_differ or sync.queued):
-        why = (
-            "each replica has parameters and losses of its own, and what one of them skips the others do not"
-            if sync.replicas_differ
-            else f"a gradient is applied {sync.queued} steps after its loss is known"
-        )
-        problems.append(
-            f"sync.mode={sync.mode}: {why}; use guard.non_finite=stop (or off), guard.spike=off and guard.debug_nans=False, "
-            "or sync.mode=every_step"
-        )
-    if guard.non_finite == "off" and guard.classifies_steps:
-        problems.append("guard.non_finite=off leaves NaNs to guard.spike and guard.debug_nans; use stop, skip or rollback")
-    if guard.classifies_steps and guard.spike_window > LONGEST_SPIKE_WINDOW:
-        problems.append(
-            f"guard.spike_window={guard.spike_window}: every device keeps the window; use {LONGEST_SPIKE_WINDOW} or less"
-        )
-    if guard.spike != "off" and guard.spike_window < 8:
-        problems.append(f"guard.spike_window={guard.spike_window} is too short for a median absolute deviation; use 8 or more")
-    for name in ("non_finite", "spike", "copies"):
-        if getattr(guard, name) == "rollback" and not config.checkpoint.every:
-            problems.append(f"guard.{name}=rollback goes back to a checkpoint, but checkpoint.every=0 makes none")
-    return problems
-
-
-def _explained(check: Callable[[], object]) -> list[str]:
-    """Return the error that a check raises as a problem."""
-    try:
-        check()
-    except ExplainedError as error:
-        return [str(error)]
-    return []
-
-
-def bpe_size_problem(tokenizer: str) -> str:
-    """Return the problem with the SIZE of a tokenizer "bpe:SIZE"; empty for none, and for other tokenizers."""
-    if not tokenizer.startswith("bpe:"):
-        return ""
-    size = tokenizer[4:]
-    if not re.fullmatch("[0-9]{1,9}", size) or int(size) < SMALLEST_BPE:
-        return f"the size after bpe: is a whole number of at least {SMALLEST_BPE}"
-    if int(size) > LARGEST_BPE:
-        return f"a vocabulary trained on the data has at most {LARGEST_BPE:,} ids; bpe:32000 is usual"
-    return ""
-
-
-def _tokenizer_problems(tokenizer: str, vocab_size: int) -> list[str]:
-    if problem := bpe_size_problem(tokenizer):
-        return [f"data.tokenizer={tokenizer!r}: {problem}"]
-    if tokenizer.startswith("bpe:") and int(tokenizer[4:]) > vocab_size:
-        return [f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={vocab_size}"]
-    return []
-
-
-def _idle_problems(config: Config) -> list[str]:
-    """Return the requests that could never take effect in this run."""
-    problems, checkpoint, guard, train = [], config.checkpoint, config.guard, config.train
-    profile, steps = config.telemetry.profile, train.steps
-    window = re.fullmatch(r"(\d{1,18}):(\d{1,18})", profile)
-    if profile and (window is None or int(window[1]) > int(window[2])):
-        problems.append(f"telemetry.profile={profile!r}: give FIRST:LAST step, e.g. 10:13")
-    elif window and not 1 <= int(window[1]) <= int(window[2]) <= steps:
-        problems.append(f"telemetry.profile={profile!r} is not within the run, whose steps are 1 to train.steps={steps}")
-    if checkpoint.resume == "required" and not checkpoint.every:
-        problems.append(
-            "checkpoint.resume=required goes on from a checkpoint, but with checkpoint.every=0 none is read or written"
-        )
-    if checkpoint.keep_every and not checkpoint.every:
-        problems.append(f"checkpoint.keep_every={checkpoint.keep_every} keeps checkpoints, but checkpoint.every=0 makes none")
-    if train.stop_at_validation_loss and not train.validate_every:
-        problems.append(
-            f"train.stop_at_validation_loss={train.stop_at_validation_loss} needs validations, but train.validate_every=0; "
-            "use --train.validate_every=100 or so"
-        )
-    if guard.copies_every and guard.copies == "off":
-        problems.append(f"guard.copies_every={guard.copies_every} compares copies, but guard.copies=off; use stop or rollback")
-    return problems
-
-
-def _other_problems(config: Config) -> list[str]:
-    problems = []
-    unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
-    problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
-    if config.data.workers > MOST_THREADS:
-        problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {MOST_THREADS} or fewer")
-    if not config.data.sources:
-        problems.append("data.sources is empty; give at least one source")
-    scaling = config.model.rope_scaling
+def _rope_problems(model: ModelConfig) -> list[str]:
+    scaling, problems = model.rope_scaling, []
     if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor <= scaling.high_frequency_factor):
         problems.append(
             f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
@@ -443,35 +339,6 @@ def _other_problems(config: Config) -> list[str]:
         )
     if scaling and scaling.original_length < 1:
         problems.append(f"model.rope_scaling.original_length={scaling.original_length} must be at least 1")
-    for i, source in enumerate(config.data.sources):
-        if source.weight <= 0:
-            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
-    problems += remote_problems("data.tokenizer", config.data.tokenizer)
-    problems += remote_problems("data.cache_dir", config.data.cache_dir)
-    problems += _tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
-    if "://" in config.run_dir:
-        problems.append(
-            f"run_dir={config.run_dir!r}: a run writes into a folder of a file system that all hosts share, with locks and "
-            "appends, which object stores do not have; give a folder, and --checkpoint.mirror for copies of its checkpoints"
-        )
-    if config.checkpoint.mirror and "://" not in config.checkpoint.mirror:
-        problems.append(f"checkpoint.mirror={config.checkpoint.mirror!r}: give a URL, e.g. s3://bucket/run")
-    if config.checkpoint.mirror and not config.checkpoint.every:
-        problems.append("checkpoint.mirror needs checkpoints to copy: give --checkpoint.every=1000 or so too")
-    if config.checkpoint.fast_every and not config.checkpoint.every:
-        problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
-    if "://" in config.checkpoint.fast_dir:
-        problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
-    problems += _idle_problems(config)
-    if config.telemetry.hardware != "auto":
-        problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
-    for option in config.train.xla_options:
-        problems += _explained(functools.partial(parse_xla_option, option))
-        if config.train.deterministic and re.match(r"\s*xla_gpu_\w*determinis|\s*xla_gpu_autotune_level", option):
-            problems.append(f"train.xla_options: {option!r} does not go with train.deterministic, which sets that itself")
-    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
-        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems
 
 
@@ -486,7 +353,7 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
         problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model, mesh)
         if not mesh_problems:
             problems += _layout_problems(config, mesh)
-    problems += _other_problems(config)
+    problems += _rope_problems(config.model) + run_problems(config)
     return dataclasses.replace(config, mesh=mesh), problems
 
 

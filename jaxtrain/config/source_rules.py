@@ -1,4 +1,4 @@
-"""Rules for a source of data, read by a run or by `jaxtrain tokenize`."""
+"""Rules for a source of data and its tokenizer, read by a run or by `jaxtrain tokenize`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 from jaxtrain.config import ROW_KINDS, DataSource
 
+_SMALLEST_BPE, _LARGEST_BPE = 257, 2**20
 _COPY = {
     "s3": "aws s3 sync {folder} data",
     "gs": "gcloud storage rsync -r {folder} data",
@@ -54,3 +55,24 @@ def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[st
     elif source.separator >= vocab_size:
         problems.append(f"{separator} is beyond model.vocab_size={vocab_size}; ids are below it")
     return problems + bad_rows_problems(f"{prefix}max_bad_rows", source.kind, source.max_bad_rows)
+
+
+def bpe_size_problem(tokenizer: str) -> str:
+    """Return the problem with the SIZE of a tokenizer "bpe:SIZE"; empty for none, and for other tokenizers."""
+    if not tokenizer.startswith("bpe:"):
+        return ""
+    size = tokenizer[4:]
+    if not re.fullmatch("[0-9]{1,9}", size) or int(size) < _SMALLEST_BPE:
+        return f"the size after bpe: is a whole number of at least {_SMALLEST_BPE}"
+    if int(size) > _LARGEST_BPE:
+        return f"a vocabulary trained on the data has at most {_LARGEST_BPE:,} ids; bpe:32000 is usual"
+    return ""
+
+
+def tokenizer_problems(tokenizer: str, vocab_size: int) -> list[str]:
+    """Return the problems of `data.tokenizer`."""
+    if problem := bpe_size_problem(tokenizer):
+        return [f"data.tokenizer={tokenizer!r}: {problem}"]
+    if tokenizer.startswith("bpe:") and int(tokenizer[4:]) > vocab_size:
+        return [f"data.tokenizer={tokenizer!r} makes ids beyond model.vocab_size={vocab_size}"]
+    return []

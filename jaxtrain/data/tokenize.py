@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxtrain.config import DataSource
-from jaxtrain.config.rules import bpe_size_problem
-from jaxtrain.config.source_rules import bad_rows_problems, remote_problems
+from jaxtrain.config.source_rules import bad_rows_problems, bpe_size_problem, remote_problems
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.progress import readable_bytes
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams

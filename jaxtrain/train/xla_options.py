@@ -23,7 +23,7 @@ import jax
 import jaxlib.version
 
 from jaxtrain.config import Config
-from jaxtrain.config.rules import parse_xla_option
+from jaxtrain.config.run_rules import parse_xla_option
 from jaxtrain.errors import ExplainedError
 from jaxtrain.layout import is_gpu, moves_activations
 

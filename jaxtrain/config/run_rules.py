@@ -1,0 +1,131 @@
+"""Rules for the fields that say how to run: data, checkpoints, guards, telemetry, compiler options."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+from jaxtrain.config import REMAT_NAMES, Config
+from jaxtrain.config.source_rules import remote_problems, source_problems, tokenizer_problems
+from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.hardware import load_chip
+
+_MOST_THREADS = 1024
+_LONGEST_SPIKE_WINDOW = 2**20
+
+
+def run_problems(config: Config) -> list[str]:
+    """Return the problems of the fields that say how to run, whatever the model and the mesh are."""
+    problems = []
+    unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
+    problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
+    if config.data.workers > _MOST_THREADS:
+        problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {_MOST_THREADS} or fewer")
+    if not config.data.sources:
+        problems.append("data.sources is empty; give at least one source")
+    for i, source in enumerate(config.data.sources):
+        if source.weight <= 0:
+            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
+        problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
+    problems += remote_problems("data.tokenizer", config.data.tokenizer)
+    problems += remote_problems("data.cache_dir", config.data.cache_dir)
+    problems += tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
+    if "://" in config.run_dir:
+        problems.append(
+            f"run_dir={config.run_dir!r}: a run writes into a folder of a file system that all hosts share, with locks and "
+            "appends, which object stores do not have; give a folder, and --checkpoint.mirror for copies of its checkpoints"
+        )
+    if config.checkpoint.mirror and "://" not in config.checkpoint.mirror:
+        problems.append(f"checkpoint.mirror={config.checkpoint.mirror!r}: give a URL, e.g. s3://bucket/run")
+    if config.checkpoint.mirror and not config.checkpoint.every:
+        problems.append("checkpoint.mirror needs checkpoints to copy: give --checkpoint.every=1000 or so too")
+    if config.checkpoint.fast_every and not config.checkpoint.every:
+        problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
+    if "://" in config.checkpoint.fast_dir:
+        problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
+    problems += _idle_problems(config) + _guard_problems(config)
+    if config.telemetry.hardware != "auto":
+        problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
+    for option in config.train.xla_options:
+        problems += _explained(functools.partial(parse_xla_option, option))
+        if config.train.deterministic and re.match(r"\s*xla_gpu_\w*determinis|\s*xla_gpu_autotune_level", option):
+            problems.append(f"train.xla_options: {option!r} does not go with train.deterministic, which sets that itself")
+    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
+        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
+    return problems
+
+
+def _idle_problems(config: Config) -> list[str]:
+    """Return the requests that could never take effect in this run."""
+    problems, checkpoint, guard, train = [], config.checkpoint, config.guard, config.train
+    profile, steps = config.telemetry.profile, train.steps
+    window = re.fullmatch(r"(\d{1,18}):(\d{1,18})", profile)
+    if profile and (window is None or int(window[1]) > int(window[2])):
+        problems.append(f"telemetry.profile={profile!r}: give FIRST:LAST step, e.g. 10:13")
+    elif window and not 1 <= int(window[1]) <= int(window[2]) <= steps:
+        problems.append(f"telemetry.profile={profile!r} is not within the run, whose steps are 1 to train.steps={steps}")
+    if checkpoint.resume == "required" and not checkpoint.every:
+        problems.append(
+            "checkpoint.resume=required goes on from a checkpoint, but with checkpoint.every=0 none is read or written"
+        )
+    if checkpoint.keep_every and not checkpoint.every:
+        problems.append(f"checkpoint.keep_every={checkpoint.keep_every} keeps checkpoints, but checkpoint.every=0 makes none")
+    if train.stop_at_validation_loss and not train.validate_every:
+        problems.append(
+            f"train.stop_at_validation_loss={train.stop_at_validation_loss} needs validations, but train.validate_every=0; "
+            "use --train.validate_every=100 or so"
+        )
+    if guard.copies_every and guard.copies == "off":
+        problems.append(f"guard.copies_every={guard.copies_every} compares copies, but guard.copies=off; use stop or rollback")
+    return problems
+
+
+def _guard_problems(config: Config) -> list[str]:
+    guard, sync = config.guard, config.sync
+    problems = []
+    if guard.classifies_steps and (sync.replicas_differ or sync.queued):
+        why = (
+            "each replica has parameters and losses of its own, and what one of them skips the others do not"
+            if sync.replicas_differ
+            else f"a gradient is applied {sync.queued} steps after its loss is known"
+        )
+        problems.append(
+            f"sync.mode={sync.mode}: {why}; use guard.non_finite=stop (or off), guard.spike=off and guard.debug_nans=False, "
+            "or sync.mode=every_step"
+        )
+    if guard.non_finite == "off" and guard.classifies_steps:
+        problems.append("guard.non_finite=off leaves NaNs to guard.spike and guard.debug_nans; use stop, skip or rollback")
+    if guard.classifies_steps and guard.spike_window > _LONGEST_SPIKE_WINDOW:
+        problems.append(
+            f"guard.spike_window={guard.spike_window}: every device keeps the window; use {_LONGEST_SPIKE_WINDOW} or less"
+        )
+    if guard.spike != "off" and guard.spike_window < 8:
+        problems.append(f"guard.spike_window={guard.spike_window} is too short for a median absolute deviation; use 8 or more")
+    for name in ("non_finite", "spike", "copies"):
+        if getattr(guard, name) == "rollback" and not config.checkpoint.every:
+            problems.append(f"guard.{name}=rollback goes back to a checkpoint, but checkpoint.every=0 makes none")
+    return problems
+
+
+def _explained(check: Callable[[], object]) -> list[str]:
+    """Return the error that a check raises as a problem."""
+    try:
+        check()
+    except ExplainedError as error:
+        return [str(error)]
+    return []
+
+
+def parse_xla_option(option: str) -> tuple[str, bool | int | str]:
+    """(name, value) of an entry of `train.xla_options`, "name=value": true, false and whole numbers as such.
+
+    Raises:
+      ExplainedError: there is no name or no value.
+    """
+    name, equals, text = (part.strip() for part in option.partition("="))
+    if not (name and equals and text):
+        raise ExplainedError(f"train.xla_options: {option!r} is not name=value, e.g. xla_gpu_enable_pipelined_all_gather=false")
+    if text.lower() in ("true", "false"):
+        return name, text.lower() == "true"
+    return name, int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
