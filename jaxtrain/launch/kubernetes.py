@@ -3,7 +3,7 @@
 Both are a headless service that gives pod 0 a name, and pods that know their index. They differ after a loss: the Job restarts
 each pod as it ends, and counts every pod against --restarts x hosts; the JobSet restarts all pods at once. In both, 1 and 2
 (errors that a restart would not mend) fail the run, and 76 (saved after a signal) and evictions are not counted. The pods make
-no API call, and the manifests are text: no yaml package is needed.
+no API call.
 
 Never run on a cluster: the manifests were checked offline, and tests execute their environment.
 """
@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtrain.errors import EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ConfigError
 from jaxtrain.launch.job import Job, JobFlags, check_shared
@@ -24,6 +23,7 @@ from jaxtrain.launch.shell import comment
 _LONGEST_NAME = 48  # of a host name's 63 letters; controllers append e.g. -train-0-999
 _REFUSED, _SAVED = 0, 1  # indices of the rules in the pods' failure policy: the JobSet finds them in the Job's message
 _EVICTED = 2
+Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ def render(job: Job, flags: KubernetesFlags) -> str:
         **job.environment,
     }
     pod = _pod(job, flags, environment)
-    head = f"{comment(job)}\n# Never run on a cluster; checked offline only.\n"
     if flags.kind == "jobset":
-        return head + _jobset(name, flags, _job_spec(job, pod, backoff=0, on_saved="FailJob", on_evicted="FailJob"))
-    pod = f"subdomain: {name}\n{pod}"
-    spec = _job_spec(job, pod, backoff=flags.restarts * job.hosts, on_saved="Ignore", on_evicted="Ignore")
-    return head + _service(name, flags) + "---\n" + _document("batch/v1", "Job", name, flags, spec)
+        spec = _job_spec(job, pod, backoff=0, on_saved="FailJob", on_evicted="FailJob")
+        documents = [_document("jobset.x-k8s.io/v1alpha2", "JobSet", name, flags, _jobset_spec(name, flags, spec))]
+    else:
+        pod = {"subdomain": name, **pod}
+        spec = _job_spec(job, pod, backoff=flags.restarts * job.hosts, on_saved="Ignore", on_evicted="Ignore")
+        service = _document("v1", "Service", name, flags, _service_spec(name, flags))
+        documents = [service, _document("batch/v1", "Job", name, flags, spec)]
+    return f"{comment(job)}\n# Never run on a cluster; checked offline only.\n" + "---\n".join(map(_yaml, documents))
 
 
 def name_of(run: str) -> str:
@@ -92,79 +95,101 @@ def name_of(run: str) -> str:
     return name
 
 
-def _pod(job: Job, flags: KubernetesFlags, environment: dict[str, str]) -> str:
-    def value_from(name: str, source: str) -> str:
-        return f"- name: {name}\n  valueFrom:\n    {source}\n"
-
-    variables = "".join(f"- name: {name}\n  value: {_text(value)}\n" for name, value in environment.items())
+def _pod(job: Job, flags: KubernetesFlags, environment: dict[str, str]) -> Tree:
+    variables: list[Tree] = [{"name": name, "value": _literal(value)} for name, value in environment.items()]
     # Process 0 listens only on its pod's address, and must not wait until DNS resolves it.
-    variables += value_from("POD_IP", "fieldRef: {fieldPath: status.podIP}")
-    variables += f'- name: JAX_COORDINATOR_BIND_ADDRESS\n  value: "$(POD_IP):{flags.port}"\n'
-    for name in job.passed_on:
-        variables += value_from(name, f"secretKeyRef: {{name: {flags.secret}, key: {name}}}")
-    gpus = "" if flags.cpu else f"resources:\n  limits:\n    {flags.gpu_resource}: {job.devices_per_host}\n"
-    directory = f"workingDir: {_text(flags.directory)}\n" if flags.directory else ""
-    arguments = "".join(f"- {_text(word)}\n" for word in job.command[3:])
-    container = (
-        f"name: train\nimage: {_text(flags.image)}\n{directory}command: [{', '.join(map(_text, job.command[:3]))}]\n"
-        f"args:\n{arguments}"
-        f"env:\n{variables}ports:\n- name: coordinator\n  containerPort: {flags.port}\n{gpus}"
-        f"volumeMounts:\n- name: runs\n  mountPath: {_text(flags.mount)}\n- name: shared-memory\n  mountPath: /dev/shm\n"
-    )
-    return (
-        f"restartPolicy: Never # the Job starts pods again, by exit code\n"
-        f"terminationGracePeriodSeconds: {flags.save_seconds} # to save after an eviction\n"
-        f"containers:\n{_item(container)}"
-        f"volumes:\n- name: runs\n  persistentVolumeClaim: {{claimName: {flags.claim}}}\n"
-        f"- name: shared-memory\n  emptyDir: {{medium: Memory, sizeLimit: {flags.shared_memory_gib}Gi}}\n"
-    )
+    variables.append({"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
+    variables.append({"name": "JAX_COORDINATOR_BIND_ADDRESS", "value": f"$(POD_IP):{flags.port}"})
+    variables += [{"name": name, "valueFrom": {"secretKeyRef": {"name": flags.secret, "key": name}}} for name in job.passed_on]
+    container = {
+        "name": "train",
+        "image": flags.image,
+        **({"workingDir": flags.directory} if flags.directory else {}),
+        "command": list(job.command[:3]),
+        "args": [_literal(word) for word in job.command[3:]],
+        "env": variables,
+        "ports": [{"name": "coordinator", "containerPort": flags.port}],
+        **({} if flags.cpu else {"resources": {"limits": {flags.gpu_resource: job.devices_per_host}}}),
+        "volumeMounts": [{"name": "runs", "mountPath": flags.mount}, {"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    return {
+        "restartPolicy": "Never",  # the Job starts pods again, by exit code
+        "terminationGracePeriodSeconds": flags.save_seconds,
+        "containers": [container],
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": flags.claim}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{flags.shared_memory_gib}Gi"}},
+        ],
+    }
 
 
-def _job_spec(job: Job, pod: str, backoff: int, on_saved: str, on_evicted: str) -> str:
-    def on_exit(action: str, codes: Sequence[int]) -> str:
-        return f"- action: {action}\n  onExitCodes: {{containerName: train, operator: In, values: {list(codes)}}}\n"
+def _job_spec(job: Job, pod: Tree, backoff: int, on_saved: str, on_evicted: str) -> Tree:
+    def on_exit(action: str, codes: list[int]) -> Tree:
+        return {"action": action, "onExitCodes": {"containerName": "train", "operator": "In", "values": codes}}
 
     rules = {
         _REFUSED: on_exit("FailJob", [EXIT_ERROR, EXIT_USAGE]),
         _SAVED: on_exit(on_saved, [EXIT_STOPPED]),
-        _EVICTED: f'- action: {on_evicted}\n  onPodConditions:\n  - {{type: DisruptionTarget, status: "True"}}\n',
+        _EVICTED: {"action": on_evicted, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     }
-    return (
-        f"completionMode: Indexed\ncompletions: {job.hosts}\nparallelism: {job.hosts}\nbackoffLimit: {backoff}\n"
-        f"podFailurePolicy:\n  rules:\n{_in(''.join(rules[place] for place in sorted(rules)), 2)}"
-        f"template:\n  spec:\n{_in(pod, 4)}"
-    )
+    return {
+        "completionMode": "Indexed",
+        "completions": job.hosts,
+        "parallelism": job.hosts,
+        "backoffLimit": backoff,
+        "podFailurePolicy": {"rules": [rules[place] for place in sorted(rules)]},
+        "template": {"spec": pod},
+    }
 
 
-def _service(name: str, flags: KubernetesFlags) -> str:
-    spec = (
-        f"clusterIP: None # only names: pod 0 is {name}-0.{name}\n"
-        f"publishNotReadyAddresses: true\nselector:\n  batch.kubernetes.io/job-name: {name}\n"
-        f"ports:\n- name: coordinator\n  port: {flags.port}\n"
-    )
-    return _document("v1", "Service", name, flags, spec)
+def _service_spec(name: str, flags: KubernetesFlags) -> Tree:
+    """Return a headless service: it only names pod 0, NAME-0.NAME."""
+    return {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": {"batch.kubernetes.io/job-name": name},
+        "ports": [{"name": "coordinator", "port": flags.port}],
+    }
 
 
-def _jobset(name: str, flags: KubernetesFlags, job_spec: str) -> str:
-    def rule(called: str, action: str, place: int) -> str:
-        return (
-            f"- name: {called}\n  action: {action}\n  onJobFailureReasons: [PodFailurePolicy]\n"
-            f'  onJobFailureMessagePatterns: ["matching FailJob rule at index {place}$"]\n'
-        )
+def _jobset_spec(name: str, flags: KubernetesFlags, job_spec: Tree) -> Tree:
+    def rule(called: str, action: str, place: int) -> Tree:
+        return {
+            "name": called,
+            "action": action,
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [f"matching FailJob rule at index {place}$"],
+        }
 
     free = "RestartJobSetAndIgnoreMaxRestarts"
-    rules = rule("refused", "FailJobSet", _REFUSED) + rule("saved", free, _SAVED) + rule("evicted", free, _EVICTED)
-    spec = (
-        f"network:\n  enableDNSHostnames: true\n  publishNotReadyAddresses: true\n  subdomain: {name}\n"
-        f"failurePolicy:\n  maxRestarts: {flags.restarts}\n  rules:\n{_in(rules, 2)}"
-        f"replicatedJobs:\n- name: train\n  replicas: 1\n  template:\n    spec:\n{_in(job_spec, 6)}"
-    )
-    return _document("jobset.x-k8s.io/v1alpha2", "JobSet", name, flags, spec)
+    rules = [rule("refused", "FailJobSet", _REFUSED), rule("saved", free, _SAVED), rule("evicted", free, _EVICTED)]
+    return {
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": name},
+        "failurePolicy": {"maxRestarts": flags.restarts, "rules": rules},
+        "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": job_spec}}],
+    }
 
 
-def _document(version: str, kind: str, name: str, flags: KubernetesFlags, spec: str) -> str:
-    namespace = f"  namespace: {flags.namespace}\n" if flags.namespace else ""
-    return f"apiVersion: {version}\nkind: {kind}\nmetadata:\n  name: {name}\n{namespace}spec:\n{_in(spec, 2)}"
+def _document(version: str, kind: str, name: str, flags: KubernetesFlags, spec: Tree) -> Tree:
+    metadata = {"name": name, "namespace": flags.namespace} if flags.namespace else {"name": name}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def _literal(text: str) -> str:
+    """Return the text with each $( escaped: Kubernetes would expand it as a variable."""
+    return text.replace("$(", "$$(")
+
+
+def _yaml(value: Any) -> str:
+    """Return dicts and lists as block YAML, and scalars as JSON, which is valid YAML."""
+    if isinstance(value, dict):
+        return "".join(
+            f"{key}:\n{textwrap.indent(_yaml(item), '  ')}" if isinstance(item, dict | list) else f"{key}: {_yaml(item)}"
+            for key, item in value.items()
+        )
+    if isinstance(value, list):
+        return "".join("- " + textwrap.indent(_yaml(item), "  ")[2:] for item in value)
+    return json.dumps(value) + "\n"
 
 
 def _check(flags: KubernetesFlags) -> None:
@@ -187,21 +212,3 @@ def _check(flags: KubernetesFlags) -> None:
         )
     if problems:
         raise ConfigError(problems)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As much YAML as is needed: every string is a JSON string, which is valid YAML
-
-
-def _text(value: str) -> str:
-    """Return a quoted string; Kubernetes would expand $( as a variable."""
-    return json.dumps(value.replace("$(", "$$("))
-
-
-def _in(block: str, by: int) -> str:
-    return textwrap.indent(block, " " * by)
-
-
-def _item(block: str) -> str:
-    """Return a block as a list item."""
-    return "- " + _in(block, 2)[2:]
