@@ -12,7 +12,7 @@ import types
 import jax
 import pytest
 
-from jaxtrain.checkpoint import writing
+from jaxtrain.checkpoint import saving, writing
 from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError
@@ -88,13 +88,13 @@ def test_a_save_that_fails_leaves_no_traceback(tmp_path, monkeypatch):
             sys.unraisablehook(found)  # pyright: ignore[reportArgumentType]
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writing.ocp, "save_async", lambda *_, **__: Failing())
+    monkeypatch.setattr(saving.ocp, "save_async", lambda *_, **__: Failing())
     with writing.Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         for step in (1, 2):
             with pytest.raises(CheckpointError, match="No space left"):
                 checkpoints.save(step, {"a": jax.numpy.ones(3)}, {}, wait=True)
         assert shown == []
-        checkpoints._failure = None
+        checkpoints._saves.failure = None
     for check in tuple(logging.getLogger("asyncio").filters):
         logging.getLogger("asyncio").removeFilter(check)
 

@@ -563,7 +563,7 @@ def test_kill_at_any_moment_of_saving_leaves_an_exact_latest_step(tmp_path):
 PEER = """
 import os, sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxtrain.checkpoint import Checkpoints, writing
+from jaxtrain.checkpoint import Checkpoints, saving
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, LostSave
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -581,7 +581,7 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
     for step in (1, 2):
         save(step)
     checkpoints.wait()
-    commit, writing.commit = writing.commit, fail  # process 0 alone comes to it
+    commit, saving.commit = saving.commit, fail  # process 0 alone comes to it
     save(3)
     try:
         checkpoints.wait()
@@ -589,7 +589,7 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
         assert "step 3 could not be saved" in str(error) and "a fault of the test's" in str(error), error
     else:
         raise AssertionError("a save that was not committed counts here")
-    writing.commit = commit
+    saving.commit = commit
     save(3)
     checkpoints.wait()
     like = {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=placed((1, 4), P("b", "a"))),
@@ -600,9 +600,9 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
     assert int(state["step"].addressable_data(0)) == 3
     if rank == 0:
         checkpoints._mirror.wait()
-    writing._PATIENCE = 0.5
+    saving._PATIENCE = 0.5
     if rank == 1:
-        writing.begin_checksums = fail
+        saving.begin_checksums = fail
     try:
         save(4)
         checkpoints.wait()
