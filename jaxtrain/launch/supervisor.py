@@ -365,14 +365,21 @@ class Supervisor:
         silent = min(workers, key=lambda w: (w.ended is not None, not w.is_frozen(), w.since))
         state = "is stopped (state T)" if silent.is_frozen() else f"is at step {silent.doing.dispatched}"
         state += f", {silent.doing.phase}" if silent.doing.phase else ""
-        for other in workers:
-            if other.ended is None:
-                other.process.send_signal(signal.SIGUSR2)
-        time.sleep(0.5)
+        self._dump_stacks([worker for worker in workers if worker.ended is None])
         where = innermost(silent.stacks)
         where = f" ({where})" if where else ""
         words = f"{silent.name} {state} and has not answered for {limit:.0f} s{where}; stacks in {silent.stacks.parent}"
         return Ending("hung", words, EXIT_FAULT, silent.index)
+
+    def _dump_stacks(self, workers: list[Worker]) -> None:
+        """Ask the workers for their stacks and wait for them; a busy machine needs longer, and a frozen process writes none."""
+        for worker in workers:
+            worker.process.send_signal(signal.SIGUSR2)
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until and any(
+            worker.process.poll() is None and not worker.is_frozen() and not innermost(worker.stacks) for worker in workers
+        ):
+            time.sleep(POLL_SECONDS)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Words and signals

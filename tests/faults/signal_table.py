@@ -155,7 +155,6 @@ def try_out(folder: Path, phase: str, way: Way) -> tuple[int, int, list[str]]:
             assert time.monotonic() < until, run.said.decode()
             time.sleep(0.01)
         way.send(run)
-        time.sleep(0.2)  # to be heard while it halts
         (folder / "go").touch()
         code = run.process.wait(120)
     finally:

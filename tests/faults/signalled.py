@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxtrain import signals
 from jaxtrain.config import (
     CheckpointConfig,
     Config,
@@ -71,8 +72,13 @@ def halt() -> None:
     folder = Path(os.environ["JAXTRAIN_TEST_FOLDER"])
     (folder / "reached").touch()
     until = time.monotonic() + 60
-    while not (folder / "go").exists() and time.monotonic() < until:
+    while not ((folder / "go").exists() and has_heard()) and time.monotonic() < until:
         time.sleep(0.01)
+
+
+def has_heard() -> bool:
+    """Whether a signal has been heard, or none is listened to: on a busy machine the listening thread may be late."""
+    return not signals._watches or any(watch._requests.newest is not None for watch in signals._watches)
 
 
 class Greedy(importlib.abc.MetaPathFinder):
