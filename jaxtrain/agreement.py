@@ -22,7 +22,8 @@ from typing import Any
 
 import jaxtrain
 from jaxtrain import processes
-from jaxtrain.config import PARTS, Config, to_plain
+from jaxtrain.config import PARTS, Config
+from jaxtrain.config.names import field_values
 from jaxtrain.errors import PeersDiffer
 from jaxtrain.parts import digests
 
@@ -57,7 +58,7 @@ def check_start(config: Config) -> None:
 
 def config_facts(config: Config) -> dict[str, Any]:
     """Return the fields of a config by dotted name."""
-    facts = flatten(to_plain(config) | {PARTS: digests(config.parts, config.model.parts)})
+    facts = field_values(config) | {PARTS: digests(config.parts, config.model.parts)}
     return {name: value for name, value in facts.items() if name not in OF_ONE_PROCESS}
 
 
@@ -122,7 +123,7 @@ def compare(name: str, facts: Mapping[str, Any], way_out: str, seconds: float) -
 
 def differences(first: Mapping[str, Any], mine: Mapping[str, Any], process: int) -> list[str]:
     """Return one line for each fact in which this process differs from process 0."""
-    mine = json.loads(json.dumps(mine))
+    first, mine = (json.loads(json.dumps(facts)) for facts in (first, mine))  # tuples become lists
     return [
         f"{name}={mine.get(name)!r} in process {process}, but {first.get(name)!r} in process 0"
         for name in {**first, **mine}
@@ -171,11 +172,3 @@ def first_difference(first: str, mine: str) -> str:
     begin = max(len(os.path.commonprefix(pair)) - 20, 0)
     here, there = (line[begin : begin + 80].strip() for line in pair)
     return f"line {at + 1}: {here!r}, but {there!r} in process 0"
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Return nested dicts and lists as {"model.num_layers": 12}."""
-    if isinstance(value, dict | list | tuple) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for part, inner in items for key, leaf in flatten(inner, f"{name}.{part}".lstrip(".")).items()}
-    return {name: list(value) if isinstance(value, tuple) else value}

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 
 ROOMS = (
     ("early", "errors", "host_memory", "jax_private", "parts", "signals"),
-    ("files", "numerics", "processes", "text"),
+    ("files", "numerics", "processes", "tables", "text"),
     ("hardware",),
     ("config",),
     ("layout",),

@@ -7,20 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from jaxtrain.text import readable_size
+
 QUIET_SECONDS = 1.0  # shorter work prints nothing, unless on a terminal
 LINE_SECONDS = 10.0
 
 Advance = Callable[[int], None]
-
-
-def readable_bytes(count: int) -> str:
-    """Return a number of bytes in a fitting unit: "11.6 MB" (powers of 1000)."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 @contextmanager
@@ -58,10 +50,10 @@ def _lines(title: str, total: int) -> Iterator[Advance]:
         now = time.monotonic()
         if now >= next_line:
             share = 100 * done / max(total, 1)
-            print(f"{title}: {share:.0f}% of {readable_bytes(total)}", file=sys.stderr, flush=True)
+            print(f"{title}: {share:.0f}% of {readable_size(total)}", file=sys.stderr, flush=True)
             next_line, printed = now + LINE_SECONDS, True
 
     yield advance
     if printed:
         seconds = time.monotonic() - start
-        print(f"{title}: done, {readable_bytes(total)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{title}: done, {readable_size(total)} in {seconds:.1f} s", file=sys.stderr, flush=True)

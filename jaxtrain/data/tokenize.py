@@ -10,12 +10,12 @@ from typing import Literal
 from jaxtrain.config import DataSource
 from jaxtrain.config.source_rules import bad_rows_problems, bpe_size_problem, remote_problems
 from jaxtrain.data.corpus import Corpus, open_corpus
-from jaxtrain.data.progress import readable_bytes
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.files import user_path
+from jaxtrain.text import readable_size
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
 
@@ -102,7 +102,7 @@ def summary(config: TokenizeConfig, written: dict[str, StreamMetadata]) -> str:
     for split, data in written.items():
         ratio = f", {data.utf8_bytes / data.count:.2f} bytes a token" if data.count else ""
         lines.append(
-            f"{split:<10} {data.documents:,} documents, {readable_bytes(data.utf8_bytes)}, {data.count:,} tokens "
+            f"{split:<10} {data.documents:,} documents, {readable_size(data.utf8_bytes)}, {data.count:,} tokens "
             f"({data.dtype}{ratio})"
         )
     lines += [f"left out {data.bad_rows_in_words}" for data in [written["train"]] if data.bad_rows]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +23,7 @@ from jaxtrain.planner.wording import (
     percent,
     seconds,
 )
+from jaxtrain.tables import plain_table
 
 SECONDS_A_DAY = 86400.0
 JOULES_A_KWH = 3.6e6
@@ -130,12 +130,6 @@ def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest
             style=None if estimate.fits else "red",
         )
     return table
-
-
-def plain_table(title: str) -> Table:
-    """Return an empty table in the planner's style: no lines except below the heads."""
-    look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
 
 
 def plan_title(plan: Plan) -> str:

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.formulas_collectives import collectives
-from jaxtrain.planner.tables import print_table
 from jaxtrain.planner.targets import find_target
+from jaxtrain.tables import plain_table, print_table
 from jaxtrain.text import readable_size
 
 MEBI = 2**20
@@ -113,7 +112,7 @@ def show(whole: dict[str, Any], console: Console) -> None:
     compiled, has_formula = whole["compiled"], not whole["no_formula"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in whole["mesh"].items()) or "one device"
     source = "compiled" if compiled else "closed form"
-    table = Table(title=f"{whole['config']} on {whole['devices']} x {whole['chip']}, {mesh}: a device's step, {source}")
+    table = plain_table(f"{whole['config']} on {whole['devices']} x {whole['chip']}, {mesh}: a device's step, {source}")
     heads = ["axes", "collective", "dtype", "calls", "MiB", "wire MiB"]
     heads += (["hidden", "exposed"] + (["formula MiB", ""] if has_formula else [])) if compiled else []
     for i, head in enumerate(heads):

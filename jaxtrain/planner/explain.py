@@ -16,13 +16,13 @@ from jaxtrain.config.rules import validate
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule, schedule_of
 from jaxtrain.planner import formulas
-from jaxtrain.planner.answer import estimate_json, plain_table
+from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Transfers, collectives
-from jaxtrain.planner.tables import print_table
 from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
+from jaxtrain.tables import plain_table, print_table
 from jaxtrain.telemetry.flops import num_parameters
 
 SMALL = 8 * 2**20

@@ -21,11 +21,12 @@ from jaxtrain.config.loading import for_another_process
 from jaxtrain.config.names import NoSuchField, field_hint, read_value, set_field
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError
-from jaxtrain.planner.answer import estimate_json, plain_table
+from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.verify import compiled
 from jaxtrain.planner.wording import gib, joules, mesh_words, percent, seconds
+from jaxtrain.tables import plain_table
 
 Way = Literal["estimate", "compile", "run"]
 MOST_ROWS = 512

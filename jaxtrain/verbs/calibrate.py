@@ -72,36 +72,27 @@ def main(arguments: Sequence[str]) -> int:
 
 def show(chip: Chip) -> None:
     """Print the measurements with their spread."""
-    from rich.table import Table
-
     from jaxtrain.measure.operations import REPETITIONS
+    from jaxtrain.tables import plain_table, print_table
 
     measured = chip.calibration
     assert measured is not None
-    table = Table(title=f"{measured.device_kind}, {measured.devices} devices, {measured.software}")
-    for i, head in enumerate(("what", "size", "reached", "of its peak", "spread")):
-        table.add_column(head, justify="left" if i == 0 else "right")
+    title = f"{measured.device_kind}, {measured.devices} devices, {measured.software}"
+    table = plain_table(title, ["what"], ["size", "reached", "of its peak", "spread"])
     for what, rates in (("matmul", measured.matmul), ("attention", measured.attention)):
         for rate in rates:
             reached = rate.fraction * (chip.matmul_peak(rate.dtype) or math.nan) / 1e12
-            row = (
-                f"{what} {rate.dtype}",
-                f"{rate.size:,}",
-                f"{reached:,.3g} TFLOP/s",
-                f"{rate.fraction:.1%}",
-                f"{rate.spread:.0%}",
-            )
-            table.add_row(*row)
-    table.add_row(
-        "copy", "", f"{(measured.memory or 0) * (chip.memory_bandwidth or 0) / 1e9:,.4g} GB/s", f"{measured.memory:.1%}"
-    )
+            figures = f"{reached:,.3g} TFLOP/s", f"{rate.fraction:.1%}", f"{rate.spread:.0%}"
+            table.add_row(f"{what} {rate.dtype}", f"{rate.size:,}", *figures)
+    copied = (measured.memory or 0) * (chip.memory_bandwidth or 0) / 1e9
+    table.add_row("copy", "", f"{copied:,.4g} GB/s", f"{measured.memory:.1%}")
     for rate in measured.collectives:
         stated = (chip.link_bandwidth if rate.over == "link" else chip.nic_bandwidth) or math.nan
         where = f"{rate.kind}, {rate.devices} {'devices' if rate.over == 'link' else 'hosts'}"
         reached = f"{rate.bandwidth / 1e9:,.4g} GB/s, {rate.latency * 1e6:,.1f} us"
         table.add_row(where, "", reached, f"{rate.bandwidth / stated:.1%}", f"{rate.spread:.0%}")
     console = open_console(120)
-    console.print(table)
+    print_table(console, table)
     if chip.idle_watts is not None:
         console.print(f"idle {chip.idle_watts:,.0f} W, rated or at work {chip.watts:,.0f} W")
     console.print(f"spread, (slowest - fastest) / median of {REPETITIONS}: {measured.noise:.0%} in the median")

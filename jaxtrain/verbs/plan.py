@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
 def sweep(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
     """Print the layouts of a grid."""
     from jaxtrain.planner.sweep import Way, sweep, sweep_json, sweep_table
-    from jaxtrain.planner.tables import print_table
+    from jaxtrain.tables import print_table
 
     way: Way = "run" if flags.run else "compile" if flags.compile else "estimate"
     rows = sweep(config, cluster, flags.sweep, way, flags.steps, tell)
@@ -183,8 +183,8 @@ def make_cluster(config: Config, flags: PlanFlags) -> Cluster:
 def show(plan: Plan) -> None:
     """Print the tables and the paragraphs."""
     from jaxtrain.planner.answer import memory_table, plan_title, ranking_table
-    from jaxtrain.planner.tables import print_table
     from jaxtrain.planner.words import bill_words
+    from jaxtrain.tables import print_table
 
     console = open_console(WIDTH)
     print_table(console, ranking_table(plan.ranked, plan_title(plan)))

@@ -71,14 +71,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def show(title: str, findings: Sequence[Finding], verdict: str) -> None:
     """Print the table and the verdict."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for head in ("check", "state", "found"):
-        table.add_column(head)
+    from jaxtrain.tables import plain_table, print_table
+
+    table = plain_table(title, ["check", "state", "found"])
     for finding in findings:
         table.add_row(finding.check, Text(finding.state, STYLES[finding.state]), Text(finding.words))
     console = open_console(160)
-    console.print(table)
+    print_table(console, table)
     console.print(verdict)

@@ -100,23 +100,19 @@ def other_config(config: Config, against: str) -> Config:
 
 def show(replayed: Replayed) -> None:
     """Print the comparison: all of it, or if it is long the parts that differ and those before."""
-    from rich.table import Table
-
+    from jaxtrain.tables import plain_table, print_table
     from jaxtrain.text import open_console
 
     found, tolerance = replayed.differences, replayed.tolerance
-    table = Table(title=replayed.title, title_justify="left")
-    for head in ("computed", "difference", "farthest apart", ""):
-        table.add_column(head, justify="right" if head == "difference" else "left")
+    table = plain_table(replayed.title, ["computed", "farthest apart", ""], ["difference"])
     wrong = [i for i, each in enumerate(found) if each.difference > tolerance]
     start = max(wrong[0] - 2, 0) if wrong and len(found) > MOST_SHOWN else 0
     for each in found[start : start + MOST_SHOWN]:
         differs = each.difference > tolerance
-        table.add_row(
-            each.what, f"{each.difference:.2g}", each.where, "differs" if differs else "=", style="red" if differs else ""
-        )
+        mark, style = ("differs", "red") if differs else ("=", "")
+        table.add_row(each.what, each.where, mark, f"{each.difference:.2g}", style=style)
     console = open_console(140)
-    console.print(table)
+    print_table(console, table)
     if len(found) > table.row_count:
         console.print(f"{len(found) - table.row_count} more were compared; --json has all")
     console.print(verdict(found, tolerance))

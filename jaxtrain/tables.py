@@ -1,13 +1,23 @@
-"""Print tables on consoles of any width: columns that do not fit beside each other go into tables below each other."""
+"""The tables that verbs print, on consoles of any width: columns that do not fit go into tables below each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+
+def plain_table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """Return a table without lines except below the heads, of which those on the `right` stand above numbers."""
+    look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
+    for head in (*left, *right):
+        table.add_column(head, justify="right" if head in right else "left")
+    return table
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from jaxtrain import tables
 from jaxtrain.config.loading import load_config
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner import tables
 from jaxtrain.planner.answer import memory_table, ranking_table
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.explain import explain
