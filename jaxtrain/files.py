@@ -38,6 +38,7 @@ def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write; it replaces `path` if the block succeeds, and is removed if it fails.
 
     A reader, and a crash at any moment, sees the whole old file or the whole new one. A link stays a link, to the new content.
+    Anything but a regular file, as /dev/stdout or a pipe, is not replaced: then the path is its own.
 
     Args:
       durable: flush the new file to disk before the replacement, so that it also survives a power cut.
@@ -45,6 +46,9 @@ def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
     Raises:
       OSError: it cannot be written; `path` is unchanged.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield Path(path)
+        return
     target = Path(os.path.realpath(path))
     beside = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
     try:
@@ -59,15 +63,12 @@ def replacing(path: os.PathLike | str, durable: bool = False) -> Iterator[Path]:
 
 
 def replace_file(path: os.PathLike | str, content: str | bytes, durable: bool = False) -> None:
-    """Replace the content of `path` atomically (see `replacing`). Anything but a regular file, as /dev/stdout, is written to.
+    """Replace the content of `path` atomically (see `replacing`).
 
     Raises:
       OSError: it cannot be written; `path` is unchanged.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if os.path.exists(path) and not os.path.isfile(path):
-        Path(path).write_bytes(data)
-        return
     with replacing(path, durable) as beside:
         beside.write_bytes(data)
 

@@ -85,12 +85,18 @@ def test_half_a_line_of_a_killed_process_is_cut_off(tmp_path):
     assert file.path.read_text() == "whole\nnext\n"
 
 
-def test_a_link_stays_and_a_device_is_written_to(tmp_path):
+def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
     (tmp_path / "link").symlink_to("file")
     replace_file(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "text"
-    replace_file("/dev/null", "text")
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(tmp_path / "pipe", "text")
+    with replacing(tmp_path / "pipe") as beside:  # as a picture is written
+        beside.write_bytes(b" and more")
+    assert os.read(reading, 100) == b"text and more"
+    os.close(reading)
 
 
 def test_an_error_in_the_block_leaves_the_old_file(tmp_path):

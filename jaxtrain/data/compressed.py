@@ -149,8 +149,8 @@ class _Zstd(io.RawIOBase):
     """The contents of a zstd file, frame after frame."""
 
     def __init__(self, file: BinaryIO, path: Path):
-        arrow = require("pyarrow", f"{path}, a zstd file,")
         self._file, self._path = file, path
+        arrow = require("pyarrow", f"{path}, a zstd file,")
         self._stream = arrow.CompressedInputStream(arrow.PythonFile(file, mode="r"), "zstd")
 
     def readable(self) -> bool:

@@ -103,6 +103,7 @@ def test_a_window_beyond_what_zstd_reads_is_explained(tmp_path):
         texts_of(path)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_zstd_without_its_package(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(name)
