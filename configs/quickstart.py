@@ -24,7 +24,7 @@ def get_config() -> Config:
             vocab_size=2048,
             dtype="float32",
             tie_embeddings=True,
-            qk_norm=True,
+            qk_norm="head",
         ),
         data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=256),
         optimizer=OptimizerConfig(name="muon", peak_lr=6e-3, warmup_steps=30),

@@ -15,7 +15,7 @@ def get_config() -> Config:
             vocab_size=151936,
             rope_theta=1_000_000.0,
             norm_epsilon=1e-6,
-            qk_norm=True,
+            qk_norm="head",
             moe=MoEConfig(num_experts=128, experts_per_token=8, mlp_dim=768, balance_loss=0.001),
         ),
         mesh=MeshConfig(expert=8),

@@ -32,7 +32,7 @@ def get_config() -> Config:
             vocab_size=2048,
             dtype="float32",
             tie_embeddings=True,
-            qk_norm=True,
+            qk_norm="head",
         ),
         mesh=MeshConfig(replica=2, fsdp=1),
         data=DataConfig(sources=(DataSource(kind="stdlib"),), tokenizer="bpe:2048", sequence_length=128),

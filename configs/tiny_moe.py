@@ -24,7 +24,7 @@ def get_config() -> Config:
             vocab_size=2048,
             dtype="float32",
             tie_embeddings=True,
-            qk_norm=True,
+            qk_norm="head",
             moe=MoEConfig(
                 num_experts=8, experts_per_token=2, mlp_dim=64, shared_experts=1, balance_loss=0.01, router_z_loss=0.001
             ),

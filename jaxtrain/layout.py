@@ -30,9 +30,9 @@ def is_gpu(platform: str) -> bool:
 # Layers and the turns they take
 
 
-def layers_per_part(layers: int, stages: int, chunks: int) -> int:
-    """Return the slots of each of stages x chunks parts of the stack: ceil(layers / parts)."""
-    return math.ceil(layers / (stages * chunks))
+def layers_per_part(layers: int, stages: int, chunks: int, period: int = 1) -> int:
+    """Return the slots of each of stages x chunks parts of the stack: ceil(groups / parts) groups of `period` layers each."""
+    return math.ceil(math.ceil(layers / period) / (stages * chunks)) * period
 
 
 def moves_activations(mesh: MeshConfig) -> bool:

@@ -36,6 +36,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "bias": None,
+    "mlp_bias": "tensor",
+    "heads_bias": "tensor",
+    "positions": None,
     "experts": "expert",
     "router": None,
     "replica": "replica",  # leading dim of arrays that differ between replicas

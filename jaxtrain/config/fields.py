@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from jaxtrain.config.model_fields import DType, ModelConfig
 from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.files import user_path
-from jaxtrain.parts import ModelParts, Parts
+from jaxtrain.parts import Parts
 
 MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
-VOCAB_MULTIPLE = 128
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "mlp_out")
 REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidden", "expert_out")
 
-DType = Literal["float32", "bfloat16"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
 RematPolicy = Literal["none", "dots", "named", "full"]
 ROW_KINDS = ("jsonl", "parquet", "array_record")
@@ -34,8 +31,6 @@ OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
 ResumeMode = Literal["auto", "never", "required"]
 SaveFailurePolicy = Literal["retry", "stop"]
-Router = Literal["softmax", "sigmoid"]
-Dispatch = Literal["dropless", "capacity"]
 ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
 ZeroLevel = Literal[1, 2, 3]
 SyncMode = Literal["every_step", "local", "diloco", "delayed"]
@@ -43,143 +38,6 @@ Compression = Literal["none", "bfloat16", "int8", "float8"]
 EnergySource = Literal["auto", "nvml", "rapl", "none"]
 BadStepPolicy = Literal["off", "stop", "skip", "rollback"]
 CopiesPolicy = Literal["off", "stop", "rollback"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3.1's stretching of the RoPE wavelengths beyond the length that the model was first trained on."""
-
-    factor: float = 8.0
-    """Factor by which the context grows; wavelengths beyond the old context are stretched by it."""
-    low_frequency_factor: float = 1.0
-    """Wavelengths above original_length / this are stretched fully."""
-    high_frequency_factor: float = 4.0
-    """Wavelengths below original_length / this are unchanged."""
-    original_length: int = 8192
-    """Context of the unstretched model, in tokens."""
-
-
-@dataclass(frozen=True)
-class LatentAttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values are projected up from one small latent.
-
-    A query or key head is `model.head_dim` numbers without position beside `rope_dim` with RoPE; the latter half of the key
-    is one for all heads.
-    """
-
-    query_rank: int = 1536
-    """Width of the queries' latent; 0 projects queries straight from the residual stream."""
-    kv_rank: int = 512
-    """Width of the latent of keys and values."""
-    rope_dim: int = 64
-    """Width of the part of a query and key head that RoPE rotates; even."""
-    value_dim: int = 128
-    """Width of a value head."""
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture of experts in place of the MLP: every token goes through a few SwiGLU experts chosen by the router.
-
-    All auxiliary losses are means over the tokens that carry a loss, taken sequence by sequence, so neither microbatches nor
-    the mesh can change them.
-    """
-
-    num_experts: int = 8
-    """Number of routed experts."""
-    experts_per_token: int = 2
-    """Routed experts per token (top-k)."""
-    mlp_dim: int = 1024
-    """Hidden width of one expert."""
-    shared_experts: int = 0
-    """Experts that every token goes through, beside the routed ones; they are one MLP of shared_experts x mlp_dim."""
-    first_dense_layers: int = 0
-    """Number of first layers with a dense MLP (of model.mlp_dim). With a pipeline they belong to the first stage."""
-    router: Router = "softmax"
-    """Function from router logits to scores, before the top-k."""
-    normalize_weights: bool = True
-    """Divide the scores of a token's experts by their sum."""
-    weight_scale: float = 1.0
-    """Factor on the weights of the routed experts (DeepSeek-V3: 2.5)."""
-    groups: int = 1
-    """Number of equal groups of experts; only groups_per_token of them are open to a token (node-limited routing)."""
-    groups_per_token: int = 1
-    """Groups open to a token: those with the largest sum of their two best scores."""
-    balance_loss: float = 0.01
-    """Weight of the load-balance loss E/k sum_e f_e P_e of each sequence; 0: none."""
-    router_z_loss: float = 0.0
-    """Weight of the mean of logsumexp(router logits)^2; 0: none."""
-    bias_update_rate: float = 0.0
-    """Auxiliary-loss-free balance: every step an expert's bias, used only to choose experts, rises by this if its load is
-    below the mean, and falls if above; 0: no bias."""
-    dispatch: Dispatch = "dropless"
-    """dropless: every token reaches its experts. capacity: an expert takes a fixed number of a group's tokens and drops the
-    rest."""
-    capacity_factor: float = 1.25
-    """capacity only: tokens per expert, relative to an even spread of a group's tokens."""
-    capacity_group: int = 0
-    """capacity only: number of consecutive tokens in a group; 0: the whole sequence."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The decoder: causal grouped-query attention softmax(QK^T/sqrt(d_k))V with RoPE, RMSNorm and SwiGLU."""
-
-    num_layers: int = 4
-    """Number of decoder layers."""
-    embed_dim: int = 256
-    """Width of the residual stream."""
-    num_heads: int = 4
-    """Number of query heads."""
-    num_kv_heads: int = 4
-    """Number of key and value heads; must divide num_heads (grouped-query attention)."""
-    head_dim: int = 64
-    """Width of one head, d_k of the attention formula; even, for RoPE."""
-    mlp_dim: int = 1024
-    """Hidden width of the SwiGLU block."""
-    vocab_size: int = 257
-    """Number of token ids. Stored padded up to a multiple of 128; the padding is masked in the loss, never exported."""
-    rope_theta: float = 10_000.0
-    """Base of the RoPE wavelengths."""
-    rope_scaling: RopeScaling | None = None
-    """Llama-3.1's wavelength stretching; None for plain RoPE."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding table as the output projection too."""
-    qk_norm: bool = False
-    """RMSNorm on every query and key head before RoPE."""
-    sliding_window: int = 0
-    """Tokens that a query sees, itself and those before it; 0: all."""
-    latent_attention: LatentAttentionConfig | None = None
-    """Multi-head latent attention; None for grouped-query attention."""
-    moe: MoEConfig | None = None
-    """Mixture of experts; None for a dense model."""
-    dtype: DType = "bfloat16"
-    """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
-    param_dtype: DType = "float32"
-    """Dtype of stored matrices; norms, routers, biases and the optimizer's moments are float32. bfloat16 is updated by
-    stochastic rounding, the same on every mesh."""
-    attention: AttentionBackend = "auto"
-    """Attention backend; auto: the fastest that the device and the mask allow (see the log)."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for projections into the residual stream."""
-    parts: ModelParts = field(default=ModelParts(), repr=False)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """vocab_size rounded up to a multiple of 128: the same on every mesh, so that the parameters are too."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def first_dense_layers(self) -> int:
-        """Dense layers before the stack of like layers; they are held beside the embedding."""
-        return self.moe.first_dense_layers if self.moe else 0
-
-    @property
-    def stacked_layers(self) -> int:
-        """Layers in the stack that is scanned and cut into pipeline stages."""
-        return self.num_layers - self.first_dense_layers
 
 
 @dataclass(frozen=True)

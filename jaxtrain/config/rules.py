@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxtrain.config import MESH_AXES, PARTS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
 from jaxtrain.errors import ConfigError, nearest
 
@@ -118,11 +119,13 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every checkpoint.fast_every model.sliding_window sync.delay sync.overlap distributed.processes "
+    "checkpoint.keep_every checkpoint.fast_every model.sliding_window model.local_rope_theta model.learned_positions "
+    "model.attention_scale model.attention_softcap model.logit_softcap sync.delay sync.overlap distributed.processes "
     "guard.budget guard.copies_every guard.repeat_every distributed.hang_seconds distributed.phase_seconds"
 ).split()
 _ABOVE_ZERO = (
-    "model.rope_theta model.norm_epsilon model.init_std optimizer.peak_lr optimizer.epsilon sync.outer_lr "
+    "model.rope_theta model.norm_epsilon model.init_std model.residual_scale model.embedding_scale model.logit_scale "
+    "model.activation_limit optimizer.peak_lr optimizer.epsilon sync.outer_lr "
     "guard.spike_deviations"
 ).split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()
@@ -198,8 +201,8 @@ def _latent_attention_problems(model: ModelConfig, mesh: MeshConfig) -> list[str
             f"model.latent_attention gives every query head its own key, but model.num_kv_heads={model.num_kv_heads}; "
             f"use model.num_heads={model.num_heads}"
         )
-    if model.qk_norm:
-        problems.append("model.qk_norm=True: latent attention norms its latents instead; use False")
+    if model.qk_norm != "none":
+        problems.append(f"model.qk_norm={model.qk_norm}: latent attention norms its latents instead; use none")
     for name in ("kv_rank", "rope_dim", "value_dim"):
         if getattr(latent, name) < 1:
             problems.append(f"model.latent_attention.{name}={getattr(latent, name)} must be at least 1")
@@ -293,30 +296,31 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
         problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
     if pipeline.chunks > 1 and mesh.pipe == 1:
         problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
-    parts = mesh.pipe * pipeline.chunks
-    if parts > layers > 0:
+    parts, groups = mesh.pipe * pipeline.chunks, math.ceil(layers / len(config.model.kinds))
+    if parts > groups > 0:
+        whole = f" (groups of {len(config.model.kinds)} layers, of model.pattern, are not cut)" if config.model.pattern else ""
         problems.append(
             f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
-            f"some without a layer; use at most {layers} parts"
+            f"some without a layer{whole}; use at most {groups} parts"
         )
     if config.sync.replicas_differ and config.model.param_dtype == "bfloat16":
         problems.append(
             f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
             "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed"
         )
-    problems += _sync_problems(config.sync, mesh, layers, parts)
+    problems += _sync_problems(config.sync, mesh, config.model, parts)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 
 
-def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) -> list[str]:
-    """Return the problems of `sync` for a stack of `layers` cut into `parts`."""
+def _sync_problems(sync: SyncConfig, mesh: MeshConfig, model: ModelConfig, parts: int) -> list[str]:
+    """Return the problems of `sync` for the model's stack cut into `parts`."""
     if not sync.replicas_differ:
         return []
-    problems = []
+    problems, layers, period = [], model.stacked_layers, len(model.kinds)
     if mesh.replica == 1:
         problems.append(f"sync.mode={sync.mode} keeps replicas together, but mesh.replica=1; use 2 or more, or mode=every_step")
-    if sync.fragments > 1 and layers % (parts * sync.fragments):
-        fits = [n for n in divisors(layers) if layers % (parts * n) == 0] or [1]
+    if sync.fragments > 1 and (layers % (parts * sync.fragments) or layers % (parts * period)):
+        fits = [n for n in divisors(layers) if layers % (parts * n) == 0 == layers % (parts * period)] or [1]
         problems.append(
             f"sync.fragments={sync.fragments}: the {layers} layers of the stack do not make up {sync.fragments} fragments in "
             f"each of {parts} parts (mesh.pipe x pipeline.chunks); use {_or(fits)}"
@@ -330,18 +334,6 @@ def _sync_problems(sync: SyncConfig, mesh: MeshConfig, layers: int, parts: int) 
     return problems
 
 
-def _rope_problems(model: ModelConfig) -> list[str]:
-    scaling, problems = model.rope_scaling, []
-    if scaling and not (scaling.factor > 0 and 0 < scaling.low_frequency_factor <= scaling.high_frequency_factor):
-        problems.append(
-            f"model.rope_scaling: factor={scaling.factor} must be above 0, and low_frequency_factor="
-            f"{scaling.low_frequency_factor} between 0 and high_frequency_factor={scaling.high_frequency_factor}"
-        )
-    if scaling and scaling.original_length < 1:
-        problems.append(f"model.rope_scaling.original_length={scaling.original_length} must be at least 1")
-    return problems
-
-
 def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     """Return the config with its mesh resolved for `num_devices`, and all its problems, one line each."""
     if _type_problems(config):  # the rules below compute with the values and need right types
@@ -351,9 +343,10 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
     problems = range_problems + mesh_problems
     if not any(problem.startswith(_SIZES) for problem in range_problems):
         problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model, mesh)
+        problems += setting_problems(config.model, config.data.sequence_length)
         if not mesh_problems:
             problems += _layout_problems(config, mesh)
-    problems += _rope_problems(config.model) + run_problems(config)
+    problems += run_problems(config)
     return dataclasses.replace(config, mesh=mesh), problems
 
 

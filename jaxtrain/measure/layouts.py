@@ -27,6 +27,7 @@ from jaxtrain.config import (
     MoEConfig,
     OptimizerConfig,
     PipelineConfig,
+    RopeScaling,
     ShardingConfig,
     SyncConfig,
     TrainConfig,
@@ -98,18 +99,64 @@ def draw_model(choose: Choose) -> ModelConfig:
     """Draw a tiny decoder of any kind."""
     moe = draw_mixture(choose) if choose((False, True)) else None
     latent = choose((None, None, LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)))
-    return replace(
+    model = replace(
         BASE.model,
         num_layers=choose((4, 5)) + (moe.first_dense_layers if moe else 0),
         moe=moe,
         latent_attention=latent,
         num_kv_heads=8 if latent else choose((8, 4, 2)),
-        qk_norm=not latent and choose((False, True)),
         tie_embeddings=choose((False, True)),
         sliding_window=choose((0, 0, 11)),
         attention=choose(("reference", "blockwise")),
         param_dtype=choose(("float32", "float32", "bfloat16")),
     )
+    model = draw_attention(draw_blocks(model, choose), choose)
+    return model if moe and moe.first_dense_layers else draw_pattern(model, choose)
+
+
+def draw_blocks(model: ModelConfig, choose: Choose) -> ModelConfig:
+    """Draw norms, residuals, the MLP and the scales."""
+    norm, residual = choose(("rms", "layer")), choose(("sequential", "sequential", "parallel", "parallel_one_norm"))
+    gated = bool(model.moe) or choose((True, False))
+    return replace(
+        model,
+        norm=norm,
+        norm_bias=norm == "layer" and choose((False, True)),
+        norm_offset=choose((0.0, 1.0)),
+        norm_placement=choose(("pre", "post", "both")) if residual == "sequential" else "pre",
+        residual=residual,
+        residual_scale=choose((1.0, 0.3)),
+        embedding_scale=choose((1.0, 5.0)),
+        logit_scale=choose((1.0, 0.25)),
+        logit_softcap=choose((0.0, 3.0)),
+        gated_mlp=gated,
+        activation=choose(("silu", "gelu", "gelu_tanh", *(("clipped_silu",) if gated else ()))),
+        activation_limit=0.5,
+        mlp_bias=choose((False, True)),
+    )
+
+
+def draw_attention(model: ModelConfig, choose: Choose) -> ModelConfig:
+    """Draw positions, and the scores of attention."""
+    latent = model.latent_attention is not None
+    return replace(
+        model,
+        qk_norm="none" if latent else choose(("none", "head", "width")),
+        attention_bias="none" if latent else choose(("none", "qkv", "all")),
+        attention_sinks=not latent and choose((False, True)),
+        attention_softcap=choose((0.0, 0.5)),
+        attention_scale=choose((0.0, 0.7)),
+        rope_fraction=1.0 if latent else choose((1.0, 0.5)),
+        rope_scaling=choose((None, RopeScaling(kind="yarn", original_length=16, factor=4.0, attention_factor=1.1))),
+        learned_positions=choose((0, 0, LENGTH)),
+    )
+
+
+def draw_pattern(model: ModelConfig, choose: Choose) -> ModelConfig:
+    """Draw the kinds of layers that repeat."""
+    pattern = choose(((), ("local", "global"), ("local", "local", "nope")))
+    window = 7 if pattern else model.sliding_window
+    return replace(model, pattern=pattern, sliding_window=window, local_rope_theta=choose((0.0, 100.0)))
 
 
 def draw_task(choose: Choose) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +16,14 @@ from jax import lax
 
 from jaxtrain.config import MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from jaxtrain.layout import kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
-from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, rms_norm, run_layer
+from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, run_layer
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.attention_order import find_place
 from jaxtrain.ops.expert_dispatch import ExpertBackend
-from jaxtrain.ops.losses import IGNORED, mask_padded_vocabulary, token_losses
+from jaxtrain.ops.losses import IGNORED, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.parallel.turns import reduce_behind_next, take_turns
@@ -182,12 +183,15 @@ class Decoder:
         return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
 
     def _layer(
-        self, config: ModelConfig, microbatch: PyTree
+        self, config: ModelConfig, microbatch: PyTree, place: int = 0
     ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
-        """Return one layer on this microbatch under the remat policy: (x of each part, weights, the clock of `take_turns`) ->
-        (x of each part, auxiliary loss, sums to report, the clock).
+        """Return a layer at a place of the pattern, on this microbatch and under the remat policy.
+
+        (x of each part, weights, the clock of `take_turns`) -> (x of each part, auxiliary loss, sums to report, the clock).
         """
-        dims, merge = _dims(*layer_kind(config)), _merge(*layer_kind(config))
+        dims, merge = _dims(*layer_kind(config)), _merge(*layer_kind(config, place))
+        window = config.window_of(config.kinds[place])
+        attention = self.attention._replace(rule=self.attention.rule._replace(window=window))
         targets = microbatch.get("targets")
         counted = None if targets is None else targets != IGNORED
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
@@ -196,7 +200,7 @@ class Decoder:
             xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array
         ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
             apply, packings = merge(self._gathered(weights, dims)), cut_rows(packing, len(xs))
-            parts = [run_layer(apply, x, own, self.attention, self.experts) for x, own in zip(xs, packings, strict=True)]
+            parts = [run_layer(apply, x, own, attention, self.experts) for x, own in zip(xs, packings, strict=True)]
             results, clock = take_turns(parts, clock)
             ys, auxiliary, reports = zip(*results, strict=True)
             return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
@@ -204,14 +208,16 @@ class Decoder:
         return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
-        counts = self.stacking.counts()
-        in_iteration = layers_per_iteration(self.stacking.layers_per_part, self.layers_at_once)
+        counts, period, slots_of_part = self.stacking.counts(), self.stacking.period, self.stacking.layers_per_part
+        groups = slots_of_part // period
+        # An iteration of the scan is a group of the pattern, or several.
+        groups_in_iteration = layers_per_iteration(groups, max(1, self.layers_at_once // period))
 
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
-            layer = self._layer(self.config, microbatch)
-            in_order = reduces_layer_by_layer(self.config, self.mesh, in_iteration)
+            places = [self._layer(self.config, microbatch, place) for place in range(period)]
+            in_order = reduces_layer_by_layer(self.config, self.mesh, groups_in_iteration * period)
 
-            def step(carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
+            def step(layer: Any, carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
                 (xs, auxiliary, clock, reduced), ((master, compute), index) = carry, slot
                 if in_order:
                     xs, reduced, master = reduce_behind_next(xs, reduced, master)
@@ -225,9 +231,19 @@ class Decoder:
                     more, reports = jax.tree.map(lambda new: keep(new, jnp.zeros_like(new)), (more, reports))
                 return (ys, auxiliary + more, clock, reduced), reports
 
-            slots = (weights, jnp.arange(self.stacking.layers_per_part))
+            def group(carry: tuple, slots: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
+                reports = []
+                for place, layer in enumerate(places):
+                    carry, more = step(layer, carry, jax.tree.map(operator.itemgetter(place), slots))
+                    reports.append(more)
+                return carry, jax.tree.map(lambda *of_places: jnp.stack(of_places), *reports)
+
+            slots = jax.tree.map(
+                lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), (weights, jnp.arange(slots_of_part))
+            )
             start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 3))
-            (xs, auxiliary, clock, _), reports = lax.scan(step, start, slots, unroll=in_iteration)
+            (xs, auxiliary, clock, _), reports = lax.scan(group, start, slots, unroll=groups_in_iteration)
+            reports = jax.tree.map(lambda leaf: leaf.reshape(slots_of_part, *leaf.shape[2:]), reports)
             # The clock is zero; if unused, XLA would drop it, and the order with it.
             return jnp.concatenate(xs), auxiliary + clock, reports
 
@@ -244,7 +260,7 @@ class Decoder:
 
         def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):
-                x = self._outer(weights).embed(microbatch["tokens"])
+                x = self._outer(weights).embed(microbatch["tokens"], microbatch["positions"])
             if self.config.first_dense_layers:
                 layer = self._layer(_dense(self.config), microbatch)
                 first, clock = (weights[0]["first_layers"], weights[1]["first_layers"]), vary(jnp.zeros(()))
@@ -257,7 +273,7 @@ class Decoder:
     def _head(self) -> Callable[[Weights, jax.Array], tuple[jax.Array, jax.Array]]:
         def head(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             outer = self._outer(weights)
-            return rms_norm(x, outer.norm[...], self.config.norm_epsilon), outer.head_DV()
+            return outer.head_input(x), outer.head_DV()
 
         return head
 
@@ -277,7 +293,7 @@ class Decoder:
                     head_DV,
                     microbatch["targets"],
                     microbatch["scale"],
-                    self.config.vocab_size,
+                    Logits(self.config.vocab_size, self.config.logit_softcap),
                     self.train.loss_chunk,
                     self.train.z_loss,
                     objective.loss,
@@ -297,8 +313,8 @@ class Decoder:
             x_BLD, context = all_gather(x, "tensor", dim=1), lax.axis_size("context")
             device, index = find_place(microbatch["position"], self.attention.kind, x_BLD.shape[1], context)
             x_BD = lax.dynamic_index_in_dim(x_BLD, index, axis=1, keepdims=False)
-            logits = jnp.einsum("BD,DV->BV", x_BD, head_DV, preferred_element_type=jnp.float32)
-            whole = all_gather(mask_padded_vocabulary(logits, self.config.vocab_size), "tensor", dim=1)
+            logits = Logits(self.config.vocab_size, self.config.logit_softcap).of(x_BD[:, None], head_DV)[:, 0]
+            whole = all_gather(logits, "tensor", dim=1)
             once = jnp.where((lax.axis_index("tensor") == 0) & (lax.axis_index("context") == device), whole, 0)
             return vary(jnp.zeros(())), {"logits": once}
 

@@ -15,16 +15,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
+from jaxtrain.models.block import Block
 from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
+from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.attention_context import AttentionPlan, context_attention
 from jaxtrain.ops.norm import rms_norm
-from jaxtrain.ops.rope import rope
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter
 
 
-class LatentAttention(nnx.Module):
+class LatentAttention(Block):
     """x + softmax(Q K^T / sqrt(N + R)) V W_out (DeepSeek-V2, arXiv:2405.04434, section 2.1; V3, arXiv:2412.19437, 2.1.1).
 
     With h = RMSNorm(x), a head has
@@ -43,7 +44,7 @@ class LatentAttention(nnx.Module):
         d, h, n = config.embed_dim, config.num_heads, config.head_dim
         q, c, r, m = latent.query_rank, latent.kv_rank, latent.rope_dim, latent.value_dim
         std, dtype = config.init_std, config.param_dtype
-        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        self.declare_norms(rngs)
         if q:
             self.query_down = parameter(rngs, (d, q), ("embed", "rank"), std, dtype)
             self.query_norm = parameter(rngs, (q,), ("norm",), None, dtype)
@@ -66,7 +67,7 @@ class LatentAttention(nnx.Module):
     def _latents(self, x_BLD: jax.Array) -> list[jax.Array]:
         """Return over the whole length: the queries' latent, the latent of keys and values, the key's part for RoPE."""
         epsilon = self.config.norm_epsilon
-        h_BLD = rms_norm(x_BLD, self.norm[...], epsilon)
+        h_BLD = self.normed(x_BLD)
         c_BLC = rms_norm(jnp.einsum("BLD,DC->BLC", h_BLD, self.kv_down[...]), self.kv_norm[...], epsilon)
         turned_BLR = jnp.einsum("BLD,DR->BLR", h_BLD, self.rope_key[...])
         if not self.latent.query_rank:
@@ -83,7 +84,7 @@ class LatentAttention(nnx.Module):
         q_BLQ, c_BLC, turned_BLR = yield self._latents(x_BLD)
 
         def turn(x_BLHR: jax.Array) -> jax.Array:
-            return rope(x_BLHR, packing.positions, config.rope_theta, config.rope_scaling)
+            return with_positions(x_BLHR, packing.positions, config)
 
         q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
         k_BLHN = checkpoint_name(jnp.einsum("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
@@ -97,4 +98,4 @@ class LatentAttention(nnx.Module):
             a_BLHM = context_attention(q_BLHN, k_BLHN, v_BLHM, plan, segments_BL=packing.segments, residual_name="attention")
         out_BLD = yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])
         out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
-        return x_BLD + checkpoint_name(out_BLD, "attention_out")
+        return self.joined(x_BLD, checkpoint_name(out_BLD, "attention_out"))

@@ -20,26 +20,27 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig, MoEConfig
 from jaxtrain.layout import capacity_group
+from jaxtrain.models.block import Block
 from jaxtrain.models.parameters import parameter
+from jaxtrain.ops.activation import activate
 from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dispatch_capacity, dispatch_dropless
 from jaxtrain.ops.grouped_matmul import grouped_matmul
-from jaxtrain.ops.norm import rms_norm
 from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, once, reduce_scatter
 
 
-class MoE(nnx.Module):
-    """x + sum_k weight_k expert_k(h) + shared(h), with h = RMSNorm(x) and SwiGLU experts: silu(h W_gate) * (h W_up) W_down."""
+class MoE(Block):
+    """x + sum_k weight_k expert_k(h) + shared(h), with h = norm(x) and SwiGLU experts: silu(h W_gate) * (h W_up) W_down."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.moe is not None
         self.config, moe = config, config.moe
         d, e, f, shared = config.embed_dim, moe.num_experts, moe.mlp_dim, moe.shared_experts * moe.mlp_dim
         std, out_std, dtype = config.init_std, config.init_std / math.sqrt(2 * config.num_layers), config.param_dtype
-        self.norm = parameter(rngs, (d,), ("norm",), None, dtype)
+        self.declare_norms(rngs, pre=config.residual != "parallel_one_norm")
         self.router = parameter(rngs, (d, e), ("embed", "router"), std, dtype)
-        if moe.bias_update_rate:
+        if moe.has_selection_bias:
             self.bias = parameter(rngs, (e,), ("router",), 0.0, dtype)
         self.gate = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
         self.up = parameter(rngs, (e, d, f), ("experts", "embed", "mlp"), std, dtype)
@@ -48,6 +49,12 @@ class MoE(nnx.Module):
             self.shared_gate = parameter(rngs, (d, shared), ("embed", "mlp"), std, dtype)
             self.shared_up = parameter(rngs, (d, shared), ("embed", "mlp"), std, dtype)
             self.shared_down = parameter(rngs, (shared, d), ("mlp", "embed"), out_std, dtype)
+        if moe.router_bias:
+            self.router_bias = parameter(rngs, (e,), ("router",), 0.0)
+        if config.mlp_bias:
+            self.gate_bias = parameter(rngs, (e, f), ("experts", "mlp_bias"), 0.0)
+            self.up_bias = parameter(rngs, (e, f), ("experts", "mlp_bias"), 0.0)
+            self.down_bias = parameter(rngs, (e, d), ("experts", "bias"), 0.0)
 
     @property
     def moe(self) -> MoEConfig:
@@ -56,7 +63,13 @@ class MoE(nnx.Module):
         return self.config.moe
 
     def __call__(
-        self, x_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array, backend: ExpertBackend
+        self,
+        x_BLD: jax.Array,
+        onto_BLD: jax.Array | None = None,
+        *,
+        counted_BL: jax.Array,
+        scale: jax.Array,
+        backend: ExpertBackend,
     ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report).
 
@@ -65,11 +78,12 @@ class MoE(nnx.Module):
 
         Args:
           x_BLD: this device's slice over `tensor`.
+          onto_BLD: what the output is added to; by default x.
           counted_BL: bool, over the whole length of this device: whether the token carries a loss.
           scale: float32 scalar: 1 / (counted tokens of the global batch).
         """
         x_BLD = yield x_BLD
-        own_BLD = rms_norm(x_BLD, self.norm[...], self.config.norm_epsilon)
+        own_BLD = self.normed(x_BLD)
         h_BLD = all_gather(own_BLD, "tensor", dim=1)
         with jax.named_scope("router"):
             routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale)
@@ -80,15 +94,14 @@ class MoE(nnx.Module):
         rows = yield checkpoint_name(dispatched.rows, "expert_in")
         matmul = self._expert_matmul(dispatched, backend)
         with jax.named_scope("experts"):
-            gate = checkpoint_name(matmul(rows, self.gate[...]), "expert_gate")
+            gate = checkpoint_name(matmul(rows, "gate"), "expert_gate")
         gate = yield gate
         with jax.named_scope("experts"):
-            hidden = checkpoint_name(
-                jax.nn.silu(gate) * checkpoint_name(matmul(rows, self.up[...]), "expert_up"), "expert_hidden"
-            )
+            up = checkpoint_name(matmul(rows, "up"), "expert_up")
+            hidden = checkpoint_name(activate(self.config, gate, up), "expert_hidden")
         hidden = yield hidden
         with jax.named_scope("experts"):
-            made = matmul(hidden, self.down[...])
+            made = matmul(hidden, "down")
         with jax.named_scope("combine"):
             back_TKD = checkpoint_name(dispatched.back(made), "expert_out")
             out_TD = combine(back_TKD, routing.weights_BLK.reshape(-1, k))
@@ -98,7 +111,7 @@ class MoE(nnx.Module):
         dropped = ~dispatched.kept_TK & counted_BL.reshape(-1, 1)
         reports |= {"dropped": once(dropped.sum(dtype=jnp.float32), ("tensor",))}
         out_BLD = checkpoint_name(reduce_scatter(out_BLD, "tensor", dim=1), "mlp_out")
-        return x_BLD + out_BLD, auxiliary, reports
+        return self.joined(x_BLD if onto_BLD is None else onto_BLD, out_BLD), auxiliary, reports
 
     def _route(
         self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
@@ -107,8 +120,10 @@ class MoE(nnx.Module):
         moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's default, TF32, would tie different scores
         own32, w32 = own_BLD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         scored_BLE = jnp.einsum("BLD,DE->BLE", own32, w32, precision=highest)
+        if moe.router_bias:
+            scored_BLE = scored_BLE + self.router_bias[...]
         logits_BLE = checkpoint_name(all_gather(scored_BLE, "tensor", dim=1), "router")
-        routing = route(logits_BLE, self.bias[...] if moe.bias_update_rate else None, moe)
+        routing = route(logits_BLE, self.bias[...] if moe.has_selection_bias else None, moe)
         balance, z = balance_loss(routing, counted_BL), router_z_loss(logits_BLE, counted_BL)
         load = expert_load(routing.experts_BLK, counted_BL, moe.num_experts)
         reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load}
@@ -120,19 +135,28 @@ class MoE(nnx.Module):
             return dispatch_dropless(h_TD, experts_TK, moe.num_experts, backend.tile, backend.ragged)
         return dispatch_capacity(h_TD, experts_TK, moe.num_experts, group, moe.capacity_factor)
 
-    def _expert_matmul(self, dispatched: Dispatched, backend: ExpertBackend) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Return (dispatched rows, a weight of every expert) -> each row times its expert's weight."""
+    def _expert_matmul(self, dispatched: Dispatched, backend: ExpertBackend) -> Callable[[jax.Array, str], jax.Array]:
+        """Return (dispatched rows, a projection's name) -> each row times its expert's weight, plus its expert's bias."""
         sizes = dispatched.group_sizes
 
-        def matmul(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
+        def times(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
             if sizes is None:
                 return jnp.einsum("ESD,EDF->ESF", x, w_EDF)
             return grouped_matmul(x, w_EDF, sizes, backend.tile, dispatched.expected_rows)
 
-        return matmul
+        def project(x: jax.Array, name: str) -> jax.Array:
+            made = times(x, getattr(self, name)[...])
+            if not self.config.mlp_bias:
+                return made
+            bias_EF = getattr(self, f"{name}_bias")[...].astype(x.dtype)
+            if name == "down":  # its result is a sum over `tensor`
+                bias_EF = once(bias_EF, ("tensor",))
+            return made + times(jnp.ones_like(x[..., :1]), bias_EF[:, None])
+
+        return project
 
     def _shared(self, h_BLD: jax.Array) -> jax.Array:
         gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_gate[...]), "mlp_gate")
         up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_up[...]), "mlp_up")
-        hidden_BLF = checkpoint_name(jax.nn.silu(gate_BLF) * up_BLF, "mlp_hidden")
+        hidden_BLF = checkpoint_name(activate(self.config, gate_BLF, up_BLF), "mlp_hidden")
         return jnp.einsum("BLF,FD->BLD", hidden_BLF, self.shared_down[...])

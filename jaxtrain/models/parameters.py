@@ -14,7 +14,7 @@ def held_dtype(dims: Dims, dtype: str) -> str:
 
     Those are few, and lie around 1 or decide by small differences, where bfloat16's steps of 0.8% matter.
     """
-    return "float32" if dims[-1] in ("norm", "router") else dtype
+    return "float32" if dims[-1] in ("norm", "router") or dims[-1].endswith("bias") else dtype
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str = "float32") -> nnx.Param:

@@ -9,7 +9,6 @@ attention_context.py.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, blockwise_attention
 from jaxtrain.ops.attention_cudnn import cudnn_attention, cudnn_obstacle
-from jaxtrain.ops.attention_mask import Rule, own_segments, visible_BLS
+from jaxtrain.ops.attention_mask import CAUSAL, Rule, own_segments, visible_BLS
 
 BACKENDS = ("reference", "blockwise", "cudnn")
 # Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens): float32
@@ -29,20 +28,30 @@ BLOCKWISE_FROM_LENGTH = 512
 
 
 def reference_attention(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, window: int = 0
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    segments_BL: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
+    rule: Rule = CAUSAL,
 ) -> jax.Array:
     """softmax(Q K^T / sqrt(N)) V as written (Vaswani et al. 2017, arXiv:1706.03762, equation 1), causal, within segments.
 
-    Query head h reads key and value head h // (H / K) (grouped-query attention, arXiv:2305.13245). Logits and softmax are
-    float32. Holds the whole [B, H, L, L] of scores. Returns [B, L, H, M].
+    A sink is one more score of a head, whose value is zero. Query head h reads key and value head h // (H / K) (grouped-query
+    attention, arXiv:2305.13245). Logits and softmax are float32. Holds the whole [B, H, L, L] of scores. Returns [B, L, H, M].
     """
     batch, length, heads, head_dim = q_BLHN.shape
     kv_heads = k_BLKN.shape[2]
     q_BLKGN = q_BLHN.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     dtype = accumulator_dtype(q_BLHN.dtype)
-    logits = jnp.einsum("BLKGN,BSKN->BKGLS", q_BLKGN, k_BLKN, preferred_element_type=dtype) / math.sqrt(head_dim)
-    seen_BLS: Any = visible_BLS(Rule(window=window), own_segments(segments_BL), length, length)
-    weights = jax.nn.softmax(jnp.where(seen_BLS[:, None, None], logits, MASKED), axis=-1).astype(v_BLKM.dtype)
+    logits = jnp.einsum("BLKGN,BSKN->BKGLS", q_BLKGN, k_BLKN, preferred_element_type=dtype)
+    logits = rule.capped(logits * rule.factor(head_dim))
+    seen_BLS: Any = visible_BLS(rule, own_segments(segments_BL), length, length)
+    logits = jnp.where(seen_BLS[:, None, None], logits, MASKED)
+    if sinks_H is not None:
+        sinks_KG11 = sinks_H.astype(dtype).reshape(kv_heads, heads // kv_heads, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sinks_KG11, (*logits.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :length].astype(v_BLKM.dtype)
     o = jnp.einsum("BKGLS,BSKM->BLKGM", weights, v_BLKM, preferred_element_type=dtype)
     return o.reshape(batch, length, heads, v_BLKM.shape[-1]).astype(q_BLHN.dtype)
 
@@ -60,8 +69,9 @@ def attention(
     v_BLKM: jax.Array,
     *,
     backend: str,
-    window: int = 0,
+    rule: Rule = CAUSAL,
     segments_BL: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     residual_name: str | None = None,
 ) -> jax.Array:
     """softmax(Q K^T / sqrt(N)) V over the keys that each query sees: causal grouped-query self-attention.
@@ -79,8 +89,9 @@ def attention(
       q_BLHN: queries, H a multiple of K.
       k_BLKN, v_BLKM: keys and values.
       backend: the result of `choose_backend`: reference, blockwise or cudnn.
-      window: tokens that a token sees, itself and those before it; 0 for all.
+      rule: window, scale and bound of the scores.
       segments_BL: int32 document numbers, 0 for padding; None for one document.
+      sinks_H: one more score of each query head, whose value is zero; None for none. cudnn has none.
       residual_name: name of the residuals of the backward pass; do not name the output elsewhere.
 
     Returns:
@@ -92,11 +103,14 @@ def attention(
     check_shapes(q_BLHN, k_BLKN, v_BLKM)
     with jax.named_scope(f"attention_{backend}"):
         if backend == "blockwise":
-            return blockwise_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, window=window, residual_name=residual_name)
+            arrays = (q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
+            return blockwise_attention(*arrays, rule=rule, residual_name=residual_name)
         if backend not in BACKENDS:
             raise ValueError(f"attention backend {backend!r}: {nearest(backend, BACKENDS)}")
-        compute = {"reference": reference_attention, "cudnn": cudnn_attention}[backend]
-        o = compute(q_BLHN, k_BLKN, v_BLKM, segments_BL, window)
+        if backend == "cudnn":
+            o = cudnn_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, rule)
+        else:
+            o = reference_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H, rule)
         return o if residual_name is None else checkpoint_name(o, residual_name)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
+from jaxtrain.ops.attention_mask import CAUSAL, Mask, Rule, own_segments, visible_BLS
 from jaxtrain.sharding import vary, varying_axes
 
 MASKED = -1e30  # a finite logit that acts as minus infinity: the difference of two is 0, not NaN
@@ -39,15 +39,18 @@ def accumulator_dtype(dtype: Any) -> Any:
 # One block
 
 
-def _logits_BKGQS(q_BKGQN: jax.Array, k_BKSN: jax.Array, visible: jax.Array | None) -> jax.Array:
+def _scores_BKGQS(q_BKGQN: jax.Array, k_BKSN: jax.Array, rule: Rule) -> jax.Array:
     dtype = accumulator_dtype(q_BKGQN.dtype)
-    logits = jnp.einsum("BKGQN,BKSN->BKGQS", q_BKGQN, k_BKSN, preferred_element_type=dtype)
-    logits = logits * (1 / math.sqrt(q_BKGQN.shape[-1]))
-    return logits if visible is None else jnp.where(visible, logits, MASKED)
+    scores = jnp.einsum("BKGQN,BKSN->BKGQS", q_BKGQN, k_BKSN, preferred_element_type=dtype)
+    return rule.capped(scores * rule.factor(q_BKGQN.shape[-1]))
+
+
+def _masked(scores: jax.Array, visible: jax.Array | None) -> jax.Array:
+    return scores if visible is None else jnp.where(visible, scores, MASKED)
 
 
 def block_attention(
-    q_BKGQN: jax.Array, k_BKSN: jax.Array, v_BKSM: jax.Array, visible: jax.Array | None
+    q_BKGQN: jax.Array, k_BKSN: jax.Array, v_BKSM: jax.Array, visible: jax.Array | None, rule: Rule = CAUSAL
 ) -> tuple[jax.Array, jax.Array]:
     """Return the attention of a block of queries over a block of keys.
 
@@ -56,12 +59,13 @@ def block_attention(
 
     Args:
       visible: bool, broadcastable to [B, K, G, Q, S]; None if every query sees every key.
+      rule: for its scale and softcap.
 
     Returns:
       o_BKGQM and logsumexp_BKGQ, float32. A row that sees no key of this block has a logsumexp near -1e30, and a finite
       output that vanishes when merged with any row that sees one.
     """
-    logits = _logits_BKGQS(q_BKGQN, k_BKSN, visible)
+    logits = _masked(_scores_BKGQS(q_BKGQN, k_BKSN, rule), visible)
     largest_BKGQ1 = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest_BKGQ1)
     total_BKGQ1 = weights.sum(axis=-1, keepdims=True)
@@ -88,11 +92,12 @@ def block_gradients(
     logsumexp_BKGQ: jax.Array,
     delta_BKGQ: jax.Array,
     visible: jax.Array | None,
+    rule: Rule = CAUSAL,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the contribution of one block of queries and one block of keys to the gradients (arXiv:2307.08691, algorithm 2).
 
     P = exp(Q K^T / sqrt(N) - logsumexp), dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K / sqrt(N),
-    dK = dS^T Q / sqrt(N).
+    dK = dS^T Q / sqrt(N). With a bound c on the scores s dS has the factor 1 - (s / c)^2.
 
     Args:
       logsumexp_BKGQ: over all keys that the query sees, in this block or not.
@@ -101,12 +106,15 @@ def block_gradients(
     Returns:
       dq_BKGQN, dk_BKSN, dv_BKSM, float32.
     """
-    logits = _logits_BKGQS(q_BKGQN, k_BKSN, visible)
+    scores = _scores_BKGQS(q_BKGQN, k_BKSN, rule)
+    logits = _masked(scores, visible)
     sum_in = functools.partial(jnp.einsum, preferred_element_type=logits.dtype)
     weights = jnp.exp(logits - logsumexp_BKGQ[..., None])
     dv = sum_in("BKGQS,BKGQM->BKSM", weights.astype(do_BKGQM.dtype), do_BKGQM)
     d_weights = sum_in("BKGQM,BKSM->BKGQS", do_BKGQM, v_BKSM)
-    d_logits = weights * (d_weights - delta_BKGQ[..., None]) * (1 / math.sqrt(q_BKGQN.shape[-1]))
+    d_logits = weights * (d_weights - delta_BKGQ[..., None]) * rule.factor(q_BKGQN.shape[-1])
+    if rule.softcap:
+        d_logits = d_logits * (1 - jnp.square(scores / rule.softcap))
     d_logits = d_logits.astype(q_BKGQN.dtype)
     dq = sum_in("BKGQS,BKSN->BKGQN", d_logits, k_BKSN)
     dk = sum_in("BKGQS,BKGQN->BKSN", d_logits, q_BKGQN)
@@ -224,7 +232,7 @@ def blocks_forward(
 
     def step(carry: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         (o, logsumexp), (i, j) = carry, pair
-        o_ij, logsumexp_ij = block_attention(_at(q, i), _at(k, j), _at(v, j), sight.visible(i, j))
+        o_ij, logsumexp_ij = block_attention(_at(q, i), _at(k, j), _at(v, j), sight.visible(i, j), rule)
         o_i, logsumexp_i = merge_blocks(_at(o, i), _at(logsumexp, i), o_ij, logsumexp_ij)
         update = lax.dynamic_update_index_in_dim
         return (update(o, o_i, i, 0), update(logsumexp, logsumexp_i, i, 0)), None
@@ -266,7 +274,7 @@ def blocks_gradients(
     def step(carry: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         (dq, dk, dv), (i, j) = carry, pair
         dq_i, dk_j, dv_j = block_gradients(
-            _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i), sight.visible(i, j)
+            _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i), sight.visible(i, j), rule
         )
         return (_add_at(dq, i, dq_i), _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)), None
 
@@ -297,37 +305,77 @@ def name_residuals(name: str | None, o: jax.Array, logsumexp: jax.Array) -> tupl
     return (o, logsumexp) if name is None else (checkpoint_name(o, name), checkpoint_name(logsumexp, name))
 
 
+def with_sinks(o_BLHM: jax.Array, logsumexp_BLH: jax.Array, sinks_H: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return output and logsumexp with a further score per head in the softmax, whose value is zero.
+
+    It is `merge_blocks` with a block of logsumexp `sinks_H` and output 0 (gpt-oss, arXiv:2508.10925, section 2.2).
+    """
+    if sinks_H is None:
+        return o_BLHM, logsumexp_BLH
+    total_BLH = jnp.logaddexp(logsumexp_BLH, sinks_H.astype(logsumexp_BLH.dtype))
+    return o_BLHM * jnp.exp(logsumexp_BLH - total_BLH)[..., None], total_BLH
+
+
+def sinks_gradient(
+    sinks_H: jax.Array | None, o_BLHM: jax.Array, logsumexp_BLH: jax.Array, do_BLHM: jax.Array
+) -> jax.Array | None:
+    """d sink = -sum_{B, L} exp(sink - logsumexp) sum_M dO * O, the softmax's derivative for a key whose value is zero."""
+    if sinks_H is None:
+        return None
+    dtype = logsumexp_BLH.dtype
+    delta_BLH = jnp.sum(do_BLHM.astype(dtype) * o_BLHM.astype(dtype), axis=-1)
+    return -jnp.sum(jnp.exp(sinks_H.astype(dtype) - logsumexp_BLH) * delta_BLH, axis=(0, 1)).astype(sinks_H.dtype)
+
+
+Optional = jax.Array | None
+
+
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: Optional, sinks: Optional, rule: Rule, block: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    o, logsumexp = blocks_forward(q, k, v, own_segments(segments), rule, block)
+    o, logsumexp = with_sinks(*blocks_forward(q, k, v, own_segments(segments), rule, block), sinks)
     return o.astype(q.dtype), logsumexp
 
 
-_opaque_forward = opaque(_forward, (4, 5))
+_opaque_forward = opaque(_forward, (5, 6))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None, name: str | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Optional,
+    sinks: Optional,
+    rule: Rule,
+    block: int | None,
+    name: str | None,
 ) -> jax.Array:
-    return _forward(q, k, v, segments, rule, block)[0]
+    return _forward(q, k, v, segments, sinks, rule, block)[0]
 
 
 def _attention_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, rule: Rule, block: int | None, name: str | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Optional,
+    sinks: Optional,
+    rule: Rule,
+    block: int | None,
+    name: str | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, rule, block))
-    return o, (q, k, v, segments, o, logsumexp)
+    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, sinks, rule, block))
+    return o, (q, k, v, segments, sinks, o, logsumexp)
 
 
 def _attention_backward(
     rule: Rule, block: int | None, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array
 ) -> tuple[Any, ...]:
     del name
-    q, k, v, segments, o, logsumexp = residuals
+    q, k, v, segments, sinks, o, logsumexp = residuals
     dq, dk, dv = blocks_gradients(q, k, v, o, logsumexp, do_BLHM, own_segments(segments), rule, block)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    d_sinks = sinks_gradient(sinks, o, logsumexp, do_BLHM)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -338,8 +386,9 @@ def blockwise_attention(
     k_BLKN: jax.Array,
     v_BLKM: jax.Array,
     segments_BL: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     *,
-    window: int = 0,
+    rule: Rule = CAUSAL,
     residual_name: str | None = None,
     block_size: int | None = None,
 ) -> jax.Array:
@@ -350,7 +399,8 @@ def blockwise_attention(
 
     Args:
       segments_BL: int32; a token sees only tokens of its own number. None for one segment.
-      window: tokens that a token sees, itself and those before it; 0 for all. Blocks before the window are not computed.
+      sinks_H: see `with_sinks`.
+      rule: window, scale and bound of the scores. Blocks before the window are not computed.
       residual_name: name (`jax.ad_checkpoint.checkpoint_name`) put on the output and on the logsumexp. Naming the output
         outside of this function instead would save it, but not the logsumexp, and so save no work.
       block_size: positions in a block; by default `pick_block_size` of the length.
@@ -358,5 +408,5 @@ def blockwise_attention(
     Returns:
       [B, L, H, M] in the dtype of the queries. Logits, softmax and all sums are float32.
     """
-    q, k, v, segments = _alike(q_BLHN, k_BLKN, v_BLKM, segments_BL)
-    return _attention(q, k, v, segments, Rule(window=window), block_size, residual_name)
+    q, k, v, segments, sinks = _alike(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
+    return _attention(q, k, v, segments, sinks, rule, block_size, residual_name)

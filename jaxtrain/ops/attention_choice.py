@@ -18,7 +18,9 @@ def _facts(config: Config, platform: str, compute_capability: float) -> dict[str
         "dtype": model.dtype,
         "head_dim": model.head_dim + (latent.rope_dim if latent else 0),
         "value_dim": latent.value_dim if latent else None,
-        "window": model.sliding_window,
+        "window": model.sliding_window if "local" in model.kinds else 0,
+        "softcap": model.attention_softcap > 0,
+        "sinks": model.attention_sinks,
         "masks_documents": config.data.mask_documents,
         "compute_capability": compute_capability,
     }

@@ -32,7 +32,15 @@ from jax import lax
 
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention import attention, check_shapes
-from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, merge_blocks, name_residuals, opaque
+from jaxtrain.ops.attention_blockwise import (
+    MASKED,
+    accumulator_dtype,
+    merge_blocks,
+    name_residuals,
+    opaque,
+    sinks_gradient,
+    with_sinks,
+)
 from jaxtrain.ops.attention_cudnn import cudnn_obstacle
 from jaxtrain.ops.attention_mask import Mask, Rule
 from jaxtrain.ops.attention_order import places_L
@@ -53,8 +61,8 @@ class AttentionPlan(NamedTuple):
     """Backend of a piece, or with ulysses of a whole sequence: reference, blockwise or cudnn."""
     kind: str = "ring"
     """How keys of other devices along `context` are reached: ring, gather or ulysses."""
-    window: int = 0
-    """Tokens that a token sees, itself and those before it; 0 for all."""
+    rule: Rule = Rule()
+    """Window, scale and bound of the scores."""
     permutes: bool = True
     """Whether the ring may use ppermute where it is traced; else it uses `shift_in_group`, with the same result."""
 
@@ -232,7 +240,7 @@ def _take_from_all(blocks: PyTree, sums: PyTree, steps: tuple[int, ...], begin: 
 def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, visit: Visit) -> tuple[PyTree, PyTree]:
     """Visit every other device's blocks within the window, by the plan's kind; return (carry, sums of this device's blocks)."""
     piece = jax.tree.leaves(blocks)[0].shape[1] // 2
-    steps = needed_steps(lax.axis_size("context"), piece, plan.window)
+    steps = needed_steps(lax.axis_size("context"), piece, plan.rule.window)
     go = _take_from_all
     if plan.kind == "ring":
         go = functools.partial(_go_round, shift if plan.permutes else shift_in_group)
@@ -244,64 +252,82 @@ def _others(plan: AttentionPlan, blocks: PyTree, sums: PyTree, begin: Begin, vis
 
 
 def _forward(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None, plan: AttentionPlan
+    q_BLHN: jax.Array,
+    k_BLKN: jax.Array,
+    v_BLKM: jax.Array,
+    segments_BL: jax.Array | None,
+    sinks_H: jax.Array | None,
+    plan: AttentionPlan,
 ) -> tuple[jax.Array, jax.Array]:
     """Return o_BLHM in the queries' dtype and logsumexp_BLH float32, over the whole sequence."""
     shape = q_BLHN.shape
 
     def visit(so_far: tuple[jax.Array, jax.Array], step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[PyTree, tuple]:
         meeting = _meet(step)
-        mask = _mask_of_pieces(meeting, _mask(meeting, shape, segments_BL, plan.window))
+        mask = _mask_of_pieces(meeting, _mask(meeting, shape, segments_BL, plan.rule.window))
         k, v = map(meeting.keys, block)
-        more = piece_attention(meeting.queries(q_BLHN), k, v, mask, Rule(False, plan.window), plan.backend)
+        more = piece_attention(meeting.queries(q_BLHN), k, v, mask, plan.rule._replace(causal=False), plan.backend)
         return meeting.merge(so_far, more), ()
 
     def own() -> tuple[jax.Array, jax.Array]:
-        mask = _mask(_meet(0), shape, segments_BL, plan.window)
-        return piece_attention(q_BLHN, k_BLKN, v_BLKM, mask, Rule(True, plan.window), plan.backend)
+        mask = _mask(_meet(0), shape, segments_BL, plan.rule.window)
+        return piece_attention(q_BLHN, k_BLKN, v_BLKM, mask, plan.rule, plan.backend)
 
-    (o, logsumexp), _ = _others(plan, (k_BLKN, v_BLKM), (), own, visit)
+    so_far, _ = _others(plan, (k_BLKN, v_BLKM), (), own, visit)
+    o, logsumexp = with_sinks(*so_far, sinks_H)
     return o.astype(q_BLHN.dtype), logsumexp
 
 
 def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...], do_BLHM: jax.Array) -> tuple[Any, ...]:
     """Return the gradients. Keys and values are transferred once more, together with the float32 sums of their gradients."""
     del name
-    q, k, v, segments, o, logsumexp = residuals
+    q, k, v, segments, sinks, o, logsumexp = residuals
 
     def visit(dq: jax.Array, step: Any, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         meeting = _meet(step)
-        mask = _mask_of_pieces(meeting, _mask(meeting, q.shape, segments, plan.window))
+        mask = _mask_of_pieces(meeting, _mask(meeting, q.shape, segments, plan.rule.window))
         (k_there, v_there), rows = map(meeting.keys, block), [meeting.queries(x) for x in (q, o, logsumexp, do_BLHM)]
         arrays = (rows[0], k_there, v_there, *rows[1:])
-        more, dk, dv = piece_gradients(*arrays, mask=mask, rule=Rule(False, plan.window), backend=plan.backend)
+        more, dk, dv = piece_gradients(*arrays, mask=mask, rule=plan.rule._replace(causal=False), backend=plan.backend)
         return dq + meeting.queries_back(more), (meeting.keys_back(dk), meeting.keys_back(dv))
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, accumulator_dtype(x.dtype)), (q, k, v))
     dq, dkv = _others(plan, (k, v), zeros[1:], lambda: zeros[0], visit)
     # Last, so that the sums' return overlaps with it; they are twice as large as the first block's keys and values, whose
     # transfer overlaps with nothing.
-    own = _mask(_meet(0), q.shape, segments, plan.window)
-    mine = piece_gradients(q, k, v, o, logsumexp, do_BLHM, own, Rule(True, plan.window), plan.backend)
+    own = _mask(_meet(0), q.shape, segments, plan.rule.window)
+    mine = piece_gradients(q, k, v, o, logsumexp, do_BLHM, own, plan.rule, plan.backend)
     gradients = jax.tree.map(lambda x, y, z: (x + y).astype(z.dtype), mine, (dq, *dkv), (q, k, v))
-    return *gradients, None
+    return *gradients, None, sinks_gradient(sinks, o, logsumexp, do_BLHM)
 
 
-_opaque_forward = opaque(_forward, (4,))
+_opaque_forward = opaque(_forward, (5,))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _folded(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: AttentionPlan, name: str | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    sinks: jax.Array | None,
+    plan: AttentionPlan,
+    name: str | None,
 ) -> jax.Array:
-    return _forward(q, k, v, segments, plan)[0]
+    return _forward(q, k, v, segments, sinks, plan)[0]
 
 
 def _folded_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, plan: AttentionPlan, name: str | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    sinks: jax.Array | None,
+    plan: AttentionPlan,
+    name: str | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, plan))
-    return o, (q, k, v, segments, o, logsumexp)
+    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, sinks, plan))
+    return o, (q, k, v, segments, sinks, o, logsumexp)
 
 
 _folded.defvjp(_folded_forward, _backward)
@@ -314,6 +340,7 @@ def context_attention(
     plan: AttentionPlan,
     *,
     segments_BL: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     residual_name: str | None = None,
 ) -> jax.Array:
     """`attention` over the whole sequence, of which this device holds L tokens in the order of `share_out(batch, plan.kind)`.
@@ -332,6 +359,7 @@ def context_attention(
       q_BLHN: this device's queries; k_BLKN, v_BLKM its keys and values. Positions are already in them.
       plan: from `choose_context_attention` and `choose_backend`; ulysses needs K divisible by the axis's size.
       segments_BL: int32 document numbers of the WHOLE sequence in the devices' order, as `share_out` gives them.
+      sinks_H: see `attention`; of this device's heads.
       residual_name: name of the backward pass's residuals, output and logsumexp.
 
     Returns:
@@ -341,21 +369,24 @@ def context_attention(
       ValueError: the shapes do not fit.
     """
     check_shapes(q_BLHN, k_BLKN, v_BLKM)
-    options = {"backend": plan.backend, "window": plan.window, "segments_BL": segments_BL, "residual_name": residual_name}
+    options = {"backend": plan.backend, "rule": plan.rule, "segments_BL": segments_BL, "residual_name": residual_name}
     context = lax.axis_size("context")
     if context == 1:
-        return attention(q_BLHN, k_BLKN, v_BLKM, **options)
+        return attention(q_BLHN, k_BLKN, v_BLKM, sinks_H=sinks_H, **options)
     if plan.kind == "ulysses":
         if k_BLKN.shape[2] % context:
             raise ValueError(f"ulysses exchanges heads, but context={context} does not divide {k_BLKN.shape[2]} kv heads")
         q, k, v = (all_to_all(x, "context", dim=2, to_dim=1) for x in (q_BLHN, k_BLKN, v_BLKM))
-        return all_to_all(attention(q, k, v, **options), "context", dim=1, to_dim=2)
+        if sinks_H is not None:
+            sinks_H = lax.dynamic_slice_in_dim(sinks_H, lax.axis_index("context") * q.shape[2], q.shape[2])
+        return all_to_all(attention(q, k, v, sinks_H=sinks_H, **options), "context", dim=1, to_dim=2)
     if q_BLHN.shape[1] % 2:
         raise ValueError(f"{plan.kind} attention cuts a device's {q_BLHN.shape[1]} tokens into two pieces; use an even number")
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves((q_BLHN, k_BLKN, v_BLKM, segments_BL))), {"context"})
-    q, k, v, segments = vary((q_BLHN, k_BLKN, v_BLKM, segments_BL), tuple(sorted(axes)))
+    arrays = (q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)), {"context"})
+    q, k, v, segments, sinks = vary(arrays, tuple(sorted(axes)))
     with jax.named_scope(f"attention_{plan.kind}_{plan.backend}"):
-        return _folded(q, k, v, segments, plan, residual_name)
+        return _folded(q, k, v, segments, sinks, plan, residual_name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtrain.jax_private import fused_attention
-from jaxtrain.ops.attention_mask import Mask, Rule, own_segments, visible_BLS
+from jaxtrain.ops.attention_mask import CAUSAL, Mask, Rule, own_segments, visible_BLS
 
 LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
 # The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` avoids a
@@ -32,7 +31,7 @@ def _dense_mask(mask: Mask, rule: Rule, queries: int, keys: int) -> jax.Array | 
 
 
 def cudnn_attention(
-    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, window: int = 0
+    q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, segments_BL: jax.Array | None = None, rule: Rule = CAUSAL
 ) -> jax.Array:
     """Run cuDNN's fused attention (`jax.nn.dot_product_attention`): O(length) memory without segments; [B, L, H, M].
 
@@ -45,10 +44,10 @@ def cudnn_attention(
         q,
         k,
         v,
-        mask=_dense_mask(own_segments(segments_BL), Rule(window=window), length, length),
-        scale=1 / math.sqrt(q_BLHN.shape[-1]),
+        mask=_dense_mask(own_segments(segments_BL), rule, length, length),
+        scale=rule.factor(q_BLHN.shape[-1]),
         is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
+        local_window_size=(rule.window - 1, 0) if rule.window else None,
         implementation="cudnn",
     )
     return o[..., : v_BLKM.shape[-1]]
@@ -58,7 +57,7 @@ def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str
     """Return the static parameters of JAX's cuDNN primitives."""
     library = fused_attention()
     return {
-        "scale": 1 / math.sqrt(head_dim),
+        "scale": rule.factor(head_dim),
         "seed": 42,
         "dropout_rate": 0.0,
         "variadic_args": (has_mask, False),  # (has a bias, needs its gradient)
@@ -133,6 +132,8 @@ def cudnn_obstacle(
     masks_documents: bool,
     value_dim: int | None = None,
     window: int = 0,
+    softcap: bool = False,
+    sinks: bool = False,
     in_pieces: bool = False,
     compute_capability: float = 8.0,
 ) -> str | None:
@@ -148,6 +149,7 @@ def cudnn_obstacle(
       masks_documents: whether segments are given.
       value_dim: width of a value head if it is not head_dim.
       window: sliding-window attention's; 0 for none.
+      softcap, sinks: whether scores are bounded, and whether heads have sinks.
       in_pieces: whether attention goes piece by piece over the devices of the context axis (ring, gather).
       compute_capability: the GPU's, e.g. 9.0 (Hopper); it only widens the range of head_dim.
     """
@@ -159,6 +161,8 @@ def cudnn_obstacle(
         return f"cuDNN needs bfloat16 or float16, and the compute dtype is {jnp.dtype(dtype)}"
     if width % 8 or width > largest_head:
         return f"cuDNN needs a head_dim that is a multiple of 8, at most {largest_head} on this GPU, not {width}"
+    if softcap or sinks:
+        return f"JAX's cuDNN attention has no {'bound of the scores' if softcap else 'attention sinks'}"
     if sequence_length % 2:
         return f"cuDNN needs an even sequence length, not {sequence_length}"
     masks = ["document masks"] * masks_documents + ["sliding windows over pieces"] * bool(window and in_pieces)

@@ -1,4 +1,4 @@
-"""The mask of a piece of queries and a piece of keys, given by numbers and not by an [L, S] array.
+"""The mask and the scores of a piece of queries and a piece of keys, given by numbers and not by an [L, S] array.
 
 A piece is any run of a sequence. A whole sequence attending to itself is the one-piece case; ring attention has many.
 """
@@ -6,6 +6,7 @@ A piece is any run of a sequence. A whole sequence attending to itself is the on
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import NamedTuple
 
@@ -14,13 +15,28 @@ import jax.numpy as jnp
 
 
 class Rule(NamedTuple):
-    """The part of the mask known at trace time; it may exclude whole blocks."""
+    """What is known of scores and mask at trace time; the mask may exclude whole blocks."""
 
     causal: bool = True
     """Queries and keys are the same positions in ascending order, and a query sees no later one. False: every key precedes
     every query."""
     window: int = 0
     """A query sees this many tokens, itself and those before it; 0 for all."""
+    scale: float = 0.0
+    """Factor on Q K^T; 0 for 1 / sqrt(N)."""
+    softcap: float = 0.0
+    """Bound c of the scores s, c tanh(s / c) (Gemma 2, arXiv:2408.00118, section 2); 0 for none."""
+
+    def factor(self, head_dim: int) -> float:
+        """Return the factor on Q K^T."""
+        return self.scale or 1 / math.sqrt(head_dim)
+
+    def capped(self, scores: jax.Array) -> jax.Array:
+        """Return the scores within the bound."""
+        return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+
+
+CAUSAL = Rule()
 
 
 class Mask(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,27 @@ def count_targets(targets: jax.Array) -> jax.Array:
     return jnp.sum(targets != IGNORED, dtype=jnp.float32)
 
 
-def mask_padded_vocabulary(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Return the logits [..., V/tensor] with the ids from vocab_size on (the table's padding) at MASKED_LOGIT."""
-    start = lax.axis_index("tensor") * logits.shape[-1]
-    return jnp.where(start + jnp.arange(logits.shape[-1]) < vocab_size, logits, MASKED_LOGIT)
+class Logits(NamedTuple):
+    """How hidden states become logits."""
+
+    vocab_size: int
+    """Higher ids are padding of the table."""
+    softcap: float = 0.0
+    """Bound c: logits l become c tanh(l / c); 0 for none."""
+
+    def of(self, x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
+        """Return this device's share of the logits, float32 [B, L, V/tensor]; MASKED_LOGIT for padding of the vocabulary."""
+        logits = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        start = lax.axis_index("tensor") * logits.shape[-1]
+        return jnp.where(start + jnp.arange(logits.shape[-1]) < self.vocab_size, logits, MASKED_LOGIT)
+
+    def before_softcap(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
+        """Return the gradient of x W from that of the bounded logits: d (1 - (l / c)^2); that of padding is zero anyway."""
+        if not self.softcap:
+            return d_logits
+        return d_logits * (1 - jnp.square(jnp.maximum(logits, -self.softcap) / self.softcap))
 
 
 def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tuple[jax.Array, jax.Array, Inputs]:
@@ -53,11 +70,10 @@ def _log_partition(logits: jax.Array) -> jax.Array:
     return largest + jnp.log(sum_over(jnp.exp(logits - largest[..., None]).sum(-1), ("tensor",)))
 
 
-def _chunk_terms(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: int) -> tuple[jax.Array, ...]:
+def _chunk_terms(x: jax.Array, head: jax.Array, targets: jax.Array, to_logits: Logits) -> tuple[jax.Array, ...]:
     """(x over the whole chunk, logits, log Z, one-hot targets) of one chunk; logits and one-hot are this device's share."""
     x = all_gather(x, "tensor", dim=1)
-    logits = jnp.einsum("BLD,DV->BLV", x, head, preferred_element_type=jnp.float32)
-    logits = mask_padded_vocabulary(logits, vocab_size)
+    logits = to_logits.of(x, head)
     ids = lax.axis_index("tensor") * logits.shape[-1] + jnp.arange(logits.shape[-1])
     return x, logits, _log_partition(logits), ids == targets[..., None]
 
@@ -90,7 +106,7 @@ def token_losses(
     head: jax.Array,
     targets: jax.Array,
     scale: jax.Array,
-    vocab_size: int,
+    to_logits: Logits,
     chunk: int,
     z_loss: float,
     loss: TokenLoss = negative_log_likelihood,
@@ -109,7 +125,7 @@ def token_losses(
       head: [D, V/tensor].
       targets: int [B, L], the whole length; -1 carries no loss.
       scale: float32 scalar.
-      vocab_size: higher ids are padding of the table.
+      to_logits: the vocabulary's size, and the bound of the logits.
       chunk: positions whose logits exist at one time.
       z_loss: weight of (log Z)^2.
       loss: of a token; the default is -log p.
@@ -122,7 +138,7 @@ def token_losses(
 
     def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, None]:
         x, targets, inputs = chunk_inputs
-        _, logits, log_z, one_hot = _chunk_terms(x, head, targets, vocab_size)
+        _, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
         log_probs = _log_probs(logits, log_z, one_hot)
         sums = _chunk_sums(log_probs, loss(log_probs, inputs), log_z, targets != IGNORED, z_loss)
         return total + vary(_share(sums)), None
@@ -136,7 +152,7 @@ def _token_losses_forward(
     head: jax.Array,
     targets: jax.Array,
     scale: jax.Array,
-    vocab_size: int,
+    to_logits: Logits,
     chunk: int,
     z_loss: float,
     loss: TokenLoss,
@@ -148,13 +164,13 @@ def _token_losses_forward(
         total, d_head = carry
         x, targets, inputs = chunk_inputs
         counted = targets != IGNORED
-        x, logits, log_z, one_hot = _chunk_terms(x, head, targets, vocab_size)
+        x, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
         log_probs = _log_probs(logits, log_z, one_hot)
         losses, pull = jax.vjp(lambda log_probs: loss(log_probs, inputs), log_probs)
         g = jnp.where(counted, pull(jnp.ones_like(losses))[0], 0)[..., None]
         softmax = jnp.exp(logits - log_z[..., None])
         d_logits = (softmax * (2 * z_loss * log_z[..., None] - g) + g * one_hot) * (counted * scale)[..., None]
-        d_logits = d_logits.astype(x.dtype)
+        d_logits = to_logits.before_softcap(logits, d_logits).astype(x.dtype)
         d_head = d_head + jnp.einsum("BLD,BLV->DV", x, d_logits, preferred_element_type=jnp.float32)
         dx = reduce_scatter(jnp.einsum("BLV,DV->BLD", d_logits, head), "tensor", dim=1)
         return (total + vary(_share(_chunk_sums(log_probs, losses, log_z, counted, z_loss))), d_head), dx
@@ -166,7 +182,7 @@ def _token_losses_forward(
 
 
 def _token_losses_backward(
-    vocab_size: int, chunk: int, z_loss: float, loss: TokenLoss, kept: tuple, cotangents: tuple
+    to_logits: Logits, chunk: int, z_loss: float, loss: TokenLoss, kept: tuple, cotangents: tuple
 ) -> tuple[Any, ...]:
     """Return the cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
     dx, d_head, scale, inputs = kept

@@ -28,12 +28,12 @@ class Routing(NamedTuple):
 
 
 def _closed_experts_masked(choice_BLE: jax.Array, moe: MoEConfig) -> jax.Array:
-    """-inf for experts outside the token's `groups_per_token` best groups, by the sum of each group's two best scores."""
+    """-inf for experts outside the token's `groups_per_token` best groups, by `group_score`."""
     if moe.groups_per_token == moe.groups:
         return choice_BLE
     *lead, experts = choice_BLE.shape
     grouped = choice_BLE.reshape(*lead, moe.groups, experts // moe.groups)
-    best = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    best = grouped.max(-1) if moe.group_score == "max" else lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
     _, open_groups = lax.top_k(best, moe.groups_per_token)
     is_open = (open_groups[..., None] == jnp.arange(moe.groups)).any(-2)
     return jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(choice_BLE.shape)

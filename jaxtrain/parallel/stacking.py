@@ -3,6 +3,9 @@
 Part p = chunk * stages + stage holds consecutive layers, so an even cut is a plain reshape of the canonical order. If layers do
 not divide, some parts hold one layer less and an empty slot (zeros) at their end, which the executor skips: the last part
 first, then the first one, and so on inward, because those also do the loss and the embedding.
+
+Where kinds of layers repeat with a period (`model.pattern`), a part holds whole groups of that many layers, so that a slot's
+place in the pattern is the same on every stage; the group at the end of the stack may be incomplete.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ class Stacking:
     num_layers: int
     stages: int
     chunks: int
+    period: int = 1
+    """Layers in a group that no cut divides."""
 
     @property
     def layers_per_part(self) -> int:
         """Number of slots of a part."""
-        return layers_per_part(self.num_layers, self.stages, self.chunks)
+        return layers_per_part(self.num_layers, self.stages, self.chunks, self.period)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -45,11 +50,12 @@ class Stacking:
 
     def counts(self) -> np.ndarray:
         """Return the number of layers in each part, int32 [chunks, stages]."""
-        parts = self.stages * self.chunks
-        empty = parts * self.layers_per_part - self.num_layers
+        parts, groups = self.stages * self.chunks, math.ceil(self.num_layers / self.period)
+        empty = parts * self.layers_per_part // self.period - groups
         outermost_first = sorted(range(parts), key=lambda part: (min(part, parts - 1 - part), -part))
         counts = np.full(parts, self.layers_per_part, np.int32)
-        counts[outermost_first[:empty]] -= 1
+        counts[outermost_first[:empty]] -= self.period
+        counts[np.flatnonzero(counts)[-1]] -= groups * self.period - self.num_layers
         return counts.reshape(self.chunks, self.stages)
 
     def layer_slots(self) -> np.ndarray:

@@ -155,7 +155,7 @@ def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
     kept += (3 * FLOAT32 + bytes_each) * sizes.latents
     if sizes.parts > 1:
         kept += bytes_each * (sizes.sequence + sizes.stream / 2)
-    if model.qk_norm:
+    if model.qk_norm != "none":
         kept += 3 * FLOAT32 * (sizes.query + sizes.key)
     if backend == "reference":
         kept += (FLOAT32 + bytes_each) * sizes.statistics * config.data.sequence_length

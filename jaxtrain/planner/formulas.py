@@ -95,7 +95,7 @@ def _attention_weights(model: ModelConfig) -> Mapping[str, Weight]:
             "value": Weight(d * model.num_kv_heads * n, MATRIX),
             "out": Weight(heads * n * d, MATRIX),
         }
-        return weights | {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())} if model.qk_norm else weights
+        return weights | {"query_norm": Weight(n, ()), "key_norm": Weight(n, ())} if model.qk_norm != "none" else weights
     weights = {
         "query": Weight((latent.query_rank or d) * heads * (n + latent.rope_dim), MATRIX),
         "key": Weight(latent.kv_rank * heads * n, MATRIX),

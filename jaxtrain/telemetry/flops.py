@@ -7,7 +7,8 @@ Notation: D embed_dim, H query heads, K kv heads, N head_dim, F mlp_dim, V vocab
 
     P_attention = 2 D H N + 2 D K N,    P_mlp = 3 D F
 
-plus two RMSNorm scales (D each) and, with QK-norm, two of N. The model adds the embedding table (V x D), the final norm (D)
+(without a gate 2 D F) plus two norm scales (D each) and, with QK-norm, two of N, or of HN and KN. `_vectors` counts further
+norms, biases and sinks where the settings have them. The model adds the embedding table (V x D), the final norm (D)
 and, untied, the output projection (D x V).
 
 Latent attention, with ranks Q of queries and C of keys and values, RoPE width R and value width M, has
@@ -59,13 +60,13 @@ class ParameterCount:
     """Numbers of parameters, without the rows that pad the vocabulary."""
 
     embedding: int
-    """The embedding table, V D."""
+    """The embedding table, V D, and that of positions."""
     output: int
     """The output projection, V D; 0 if it is tied to the embedding table."""
     layers: int
     """All decoder layers with their norms."""
     final_norm: int
-    """The scale of the last RMSNorm, D."""
+    """The scale of the last norm, D, and its bias."""
     matmul: int
     """Parameters in a token's matmuls: the layers' projections and the (tied or untied) output projection."""
     idle: int
@@ -87,14 +88,29 @@ class ParameterCount:
 
 
 def _attention_parameters(model: ModelConfig) -> tuple[int, int]:
-    """(projections, norm scales) of one layer's attention."""
+    """(projections, vectors) of one layer's attention, without the norm of its input."""
     width, heads, latent = model.embed_dim, model.num_heads, model.latent_attention
     if latent is None:
-        return 2 * width * model.head_dim * (heads + model.num_kv_heads), 2 * model.head_dim if model.qk_norm else 0
+        queries, keys = heads * model.head_dim, model.num_kv_heads * model.head_dim
+        vectors = {"none": 0, "head": 2 * model.head_dim, "width": queries + keys}[model.qk_norm]
+        vectors += {"none": 0, "qkv": queries + 2 * keys, "all": queries + 2 * keys + width}[model.attention_bias]
+        return 2 * width * (queries + keys), vectors + (heads if model.attention_sinks else 0)
     head, rank = model.head_dim + latent.rope_dim, latent.query_rank
     queries = width * rank + rank * heads * head if rank else width * heads * head
     down, up = width * (latent.kv_rank + latent.rope_dim), latent.kv_rank * heads * (model.head_dim + latent.value_dim)
     return queries + down + up + heads * latent.value_dim * width, rank + latent.kv_rank
+
+
+def _vectors(model: ModelConfig) -> tuple[int, int, int]:
+    """(norms of a layer, biases of its MLP, biases of its experts and their router): numbers of parameters."""
+    width, moe, matrices = model.embed_dim, model.moe, 2 if model.gated_mlp else 1
+    norms = {"pre": 2, "post": 2, "both": 4}[model.norm_placement] - (model.residual == "parallel_one_norm")
+    experts = 0
+    if moe:
+        experts = moe.num_experts * (moe.router_bias + moe.has_selection_bias)
+        experts += moe.num_experts * (matrices * moe.mlp_dim + width) if model.mlp_bias else 0
+    biases = matrices * model.mlp_dim + width if model.mlp_bias else 0
+    return norms * width * (1 + model.norm_bias), biases, experts
 
 
 def num_parameters(model: ModelConfig) -> ParameterCount:
@@ -102,20 +118,21 @@ def num_parameters(model: ModelConfig) -> ParameterCount:
     if plugged(model.parts):
         return _count_declared(model)
     width, moe, dense_layers = model.embed_dim, model.moe, model.num_layers
-    attention, attention_norms = _attention_parameters(model)
-    projections = idle = biases = 0
+    attention, attention_vectors = _attention_parameters(model)
+    norms, mlp_biases, expert_biases = _vectors(model)
+    projections = idle = 0
     if moe:
         dense_layers, expert = model.first_dense_layers, 3 * width * moe.mlp_dim
         projections = model.stacked_layers * (width * moe.num_experts + expert * (moe.num_experts + moe.shared_experts))
         idle = model.stacked_layers * expert * (moe.num_experts - moe.experts_per_token)
-        biases = model.stacked_layers * moe.num_experts if moe.bias_update_rate else 0
-    projections += model.num_layers * attention + dense_layers * 3 * width * model.mlp_dim
+    projections += model.num_layers * attention + dense_layers * (3 if model.gated_mlp else 2) * width * model.mlp_dim
+    vectors = model.num_layers * (norms + attention_vectors) + dense_layers * mlp_biases + model.stacked_layers * expert_biases
     table = model.vocab_size * width
     return ParameterCount(
-        embedding=table,
+        embedding=table + model.learned_positions * width,
         output=0 if model.tie_embeddings else table,
-        layers=projections + biases + model.num_layers * (2 * width + attention_norms),
-        final_norm=width,
+        layers=projections + vectors,
+        final_norm=width * (1 + model.norm_bias),
         matmul=projections - idle + table,
         idle=idle,
     )
@@ -150,9 +167,11 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int, conventi
     """Return the FLOPs of QK^T and PV per token, forward and backward, all layers (formula above)."""
     latent, length = model.latent_attention, sequence_length
     widths = model.head_dim + latent.rope_dim + latent.value_dim if latent else 2 * model.head_dim
-    window = min(model.sliding_window or length, length)
-    pairs = 2 * window * length - window**2  # twice the (query, visible key) pairs: the full square without a window
-    per_sequence = model.num_layers * 6 * pairs * model.num_heads * widths
+    pairs = 0  # twice the (query, visible key) pairs of all layers: a layer's full square without a window
+    for layer in range(model.num_layers):
+        window = min(model.window_of(model.kinds[layer % len(model.kinds)]) or length, length)
+        pairs += 2 * window * length - window**2
+    per_sequence = 6 * pairs * model.num_heads * widths
     return per_sequence // ({"full": 1, "causal": 2}[convention] * length)
 
 

@@ -62,7 +62,7 @@ def leaf_axes(dims: Dims) -> LeafAxes:
 
     After the leading stacking dims, "head_dim" belongs to the heads before it; of the rest the last group is the output and all
     before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is [(H N), D],
-    ("heads", "head_dim") and ("norm",) are vectors.
+    ("norm",), and ("heads", "bias") for [H, N], are vectors.
     """
     first = next((i for i, name in enumerate(dims) if name not in BATCH_DIMS), len(dims))
     groups: list[list[int]] = []
@@ -71,10 +71,11 @@ def leaf_axes(dims: Dims) -> LeafAxes:
             groups[-1].append(axis)
         else:
             groups.append([axis])
-    if len(groups) < 2:
-        return LeafAxes(tuple(range(first, len(dims))), (), (), "vocab" in dims)
+    is_table = "vocab" in dims or "positions" in dims
+    if len(groups) < 2 or dims[-1] in ("norm", "bias"):
+        return LeafAxes(tuple(range(first, len(dims))), (), (), is_table)
     outputs = tuple(groups[-1])
-    return LeafAxes(tuple(range(first, len(dims))), tuple(range(first, outputs[0])), outputs, "vocab" in dims)
+    return LeafAxes(tuple(range(first, len(dims))), tuple(range(first, outputs[0])), outputs, is_table)
 
 
 def axes_tree(dims: PyTree) -> PyTree:

@@ -36,7 +36,7 @@ PATHS_OF_STACKED = "layers"
 
 def make_stacking(config: Config) -> Stacking:
     """Return how a resolved config distributes its layers over stages."""
-    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks)
+    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks, len(config.model.kinds))
 
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:

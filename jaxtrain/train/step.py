@@ -19,6 +19,7 @@ from jaxtrain.numerics import settled
 from jaxtrain.objectives import objective_of
 from jaxtrain.ops.attention_choice import choose_attention_for, context_kind
 from jaxtrain.ops.attention_context import AttentionPlan
+from jaxtrain.ops.attention_mask import Rule
 from jaxtrain.ops.attention_order import share_out
 from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
@@ -93,9 +94,11 @@ def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
     experts = choose_expert_backend(platform)
     # The pipeline puts layers into branches, where XLA:CPU's permutes are wrong.
     permutes = platform != "cpu" or config.mesh.pipe == 1
-    plan = AttentionPlan(backend, context_kind(config, *_kind_of_device(mesh))[0], config.model.sliding_window, permutes)
+    model = config.model
+    rule = Rule(window=model.sliding_window, scale=model.attention_scale, softcap=model.attention_softcap)
+    plan = AttentionPlan(backend, context_kind(config, *_kind_of_device(mesh))[0], rule, permutes)
     most = most_layers_per_iteration(config.mesh, platform)
-    return Decoder(config.model, config.train, make_stacking(config), plan, experts, config.sharding, config.mesh, most)
+    return Decoder(model, config.train, make_stacking(config), plan, experts, config.sharding, config.mesh, most)
 
 
 def _local_parameters(params: PyTree) -> Parameters:

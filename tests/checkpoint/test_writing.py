@@ -716,4 +716,4 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_other_run():
     del saved["config"]["model"]["qk_norm"], saved["data_fingerprint"]
     found = differences(saved, metadata_of())
     assert found.hard == []
-    assert found.soft == ["model.qk_norm: not in the checkpoint -> False", "data fingerprint: None -> abc"]
+    assert found.soft == ["model.qk_norm: not in the checkpoint -> none", "data fingerprint: None -> abc"]

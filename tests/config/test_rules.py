@@ -102,8 +102,8 @@ ONE_PROBLEM = {
     ),
     "latent norms": (
         1,
-        {"model": {"qk_norm": True, "latent_attention": LatentAttentionConfig()}},
-        ["qk_norm=True", "use False"],
+        {"model": {"qk_norm": "head", "latent_attention": LatentAttentionConfig()}},
+        ["qk_norm=head", "use none"],
     ),
     "latent rank": (1, {"model": {"latent_attention": LatentAttentionConfig(kv_rank=0)}}, ["kv_rank=0 must be at least 1"]),
     "latent queries": (1, {"model": {"latent_attention": LatentAttentionConfig(query_rank=-1)}}, ["=-1 must be 0 or more"]),
@@ -186,7 +186,7 @@ ONE_PROBLEM = {
     "text for float": (1, {"optimizer": {"peak_lr": "3e-4"}}, ["optimizer.peak_lr='3e-4' is not a finite number"]),
     "not a number": (1, {"optimizer": {"peak_lr": math.nan}}, ["peak_lr=nan is not a finite number"]),
     "infinite": (1, {"train": {"z_loss": math.inf}}, ["z_loss=inf is not a finite number"]),
-    "number for bool": (1, {"model": {"qk_norm": 1}}, ["model.qk_norm=1 is not a bool"]),
+    "number for bool": (1, {"model": {"norm_bias": 1}}, ["model.norm_bias=1 is not a bool"]),
     "number for text": (1, {"data": {"tokenizer": 257}}, ["data.tokenizer=257 is not a str"]),
     "text for tuple": (1, {"train": {"remat_save": "attention"}}, ["remat_save='attention' is not a tuple"]),
     "source for tuple": (1, {"data": {"sources": DataSource()}}, ["data.sources=DataSource", "is not a tuple"]),
@@ -423,7 +423,7 @@ def layouts(draw) -> tuple[Config, int]:
         head_dim=draw(st.sampled_from([2, 4])),
         mlp_dim=draw(st.sampled_from([12, 16, 36])),
         vocab_size=draw(st.sampled_from([100, 257, 300])),
-        qk_norm=draw(st.booleans()),
+        qk_norm=draw(st.sampled_from(["none", "head", "width"])),
         tie_embeddings=draw(st.booleans()),
     )
     chunks = draw(st.sampled_from([1, 1, 2, 3]))

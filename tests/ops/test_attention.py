@@ -13,29 +13,38 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention import BLOCKWISE_FROM_LENGTH, attention, choose_backend, cudnn_attention
 from jaxtrain.ops.attention_blockwise import blockwise_attention
+from jaxtrain.ops.attention_mask import CAUSAL, Rule
 
 TOLERANCE = 1e-5
 
 
-def oracle(q_BLHN, k_BLKN, v_BLKM, do_BLHM, segments_BL, window=10**9):
-    """Output and gradients of attention, a query and a head at a time, float64."""
+def oracle(q_BLHN, k_BLKN, v_BLKM, do_BLHM, segments_BL, rule=CAUSAL, sinks_H=None):
+    """Output and gradients of attention, a query and a head at a time, float64; with sinks their gradient too."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q_BLHN, k_BLKN, v_BLKM, do_BLHM))
     o, dq, dk, dv = np.zeros_like(do), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     batch, length, heads, head_dim = q.shape
-    group = heads // k.shape[2]
+    group, window, factor = heads // k.shape[2], rule.window or length, rule.scale or 1 / np.sqrt(head_dim)
+    sinks = np.full(heads, -np.inf) if sinks_H is None else np.asarray(sinks_H, np.float64)
+    d_sinks = np.zeros(heads)
     for b, h, i in np.ndindex(batch, heads, length):
         seen = [j for j in range(max(0, i - window + 1), i + 1) if segments_BL[b, j] == segments_BL[b, i]]
         keys, values = k[b, seen, h // group], v[b, seen, h // group]
-        scores = keys @ q[b, i, h] / np.sqrt(head_dim)
-        weights = np.exp(scores - scores.max())
-        weights /= weights.sum()
+        scores, slope = keys @ q[b, i, h] * factor, 1.0
+        if rule.softcap:
+            slope = 1 / np.cosh(scores / rule.softcap) ** 2
+            scores = rule.softcap * np.tanh(scores / rule.softcap)
+        largest = max(scores.max(), sinks[h])
+        weights, at_sink = np.exp(scores - largest), np.exp(sinks[h] - largest)
+        total = weights.sum() + at_sink
+        weights /= total
         o[b, i, h] = weights @ values
         d_weights = values @ do[b, i, h]
-        d_scores = weights * (d_weights - weights @ d_weights) / np.sqrt(head_dim)
+        d_sinks[h] -= at_sink / total * (weights @ d_weights)
+        d_scores = weights * (d_weights - weights @ d_weights) * slope * factor
         dq[b, i, h] = d_scores @ keys
         dk[b, seen, h // group] += np.outer(d_scores, q[b, i, h])
         dv[b, seen, h // group] += np.outer(weights, do[b, i, h])
-    return o, dq, dk, dv
+    return (o, dq, dk, dv) if sinks_H is None else (o, dq, dk, dv, d_sinks)
 
 
 def relative(actual, expected):
@@ -97,12 +106,28 @@ def test_a_window_and_values_of_their_own_width(backend, window):
     rng = np.random.default_rng(8)
     v, do = (rng.normal(size=(2, 29, h, 4)).astype(np.float32) for h in (2, 4))
     if backend == "blockwise":
-        compute = functools.partial(blockwise_attention, segments_BL=segments, window=window, block_size=4)
+        compute = functools.partial(blockwise_attention, segments_BL=segments, rule=Rule(window=window), block_size=4)
     else:
-        compute = functools.partial(attention, backend=backend, segments_BL=segments, window=window)
+        compute = functools.partial(attention, backend=backend, segments_BL=segments, rule=Rule(window=window))
     o, pull = jax.vjp(compute, q, k, v)
-    for name, a, e in zip(("o", "dq", "dk", "dv"), (o, *pull(do)), oracle(q, k, v, do, segments, window), strict=True):
+    expected = oracle(q, k, v, do, segments, Rule(window=window))
+    for name, a, e in zip(("o", "dq", "dk", "dv"), (o, *pull(do)), expected, strict=True):
         assert relative(a, e) < TOLERANCE or np.abs(a - e).max() < 1e-6, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "blockwise"])
+@pytest.mark.parametrize("rule", [Rule(scale=0.9, softcap=1.5), Rule(window=6, softcap=0.7), Rule(scale=0.1)])
+def test_sinks_scale_and_bound_of_the_scores(backend, rule):
+    (q, k, v, do), segments = draw(9, 2, 150, 4, 2, 6)
+    sinks = np.random.default_rng(10).normal(size=4).astype(np.float32)
+
+    def compute(q, k, v, sinks):
+        return attention(q, k, v, backend=backend, rule=rule, segments_BL=segments, sinks_H=sinks)
+
+    o, pull = jax.vjp(compute, q, k, v, sinks)
+    expected = oracle(q, k, v, do, segments, rule, sinks)
+    for name, a, e in zip(("o", "dq", "dk", "dv", "dsinks"), (o, *pull(do)), expected, strict=True):
+        assert relative(a, e) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("backend", ["reference", "blockwise"])

@@ -77,7 +77,7 @@ def region(case, remat=lambda f: f, mesh=None):
     def local(q, k, v, do, segments):
         attend = functools.partial(
             context_attention,
-            plan=AttentionPlan(case.backend, case.kind, case.window),
+            plan=AttentionPlan(case.backend, case.kind, Rule(window=case.window)),
             segments_BL=segments if case.documents else None,
             residual_name="attention",
         )

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MESH_AXES
-from jaxtrain.ops.losses import IGNORED, MASKED_LOGIT, count_targets, mask_padded_vocabulary, token_losses
+from jaxtrain.ops.losses import IGNORED, MASKED_LOGIT, Logits, count_targets, token_losses
 from jaxtrain.sharding import sum_over, vary
 
 BATCH, LENGTH, WIDTH, VOCAB, PADDED = 3, 20, 7, 21, 32
@@ -60,11 +60,11 @@ def compiled(tensor: int, chunk: int, z_loss: float, factor: float = 1.0):
         x, head, targets, scale = vary((x, head, targets, scale))
 
         def loss(x, head):
-            total, likelihood = token_losses(x, head, targets, scale, VOCAB, chunk, z_loss)
+            total, likelihood = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)
             return factor * total, (total, likelihood)
 
         (dx, d_head), (total, likelihood) = jax.grad(loss, (0, 1), has_aux=True)(x, head)
-        value, alone = token_losses(x, head, targets, scale, VOCAB, chunk, z_loss)  # the path without gradients
+        value, alone = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)  # the path without gradients
         sums = sum_over(jnp.stack([total, likelihood, value, alone]), MESH_AXES)
         return sums, sum_over(dx, ALL_BUT_TENSOR), sum_over(d_head, ALL_BUT_TENSOR)
 
@@ -153,13 +153,13 @@ def test_bfloat16_inputs_have_a_float32_loss():
 def test_padding_of_the_vocabulary_is_masked_wherever_it_lies():
     """With 4 shares of 8 ids and 21 in use, the third share is cut inside and the last is all padding."""
     mask = jax.shard_map(
-        lambda logits: mask_padded_vocabulary(vary(logits), VOCAB),
+        lambda head: Logits(VOCAB).of(vary(jnp.ones((2, 1, 1))), head)[:, 0],
         mesh=mesh_of(4),
         in_specs=P(None, "tensor"),
         out_specs=P(None, "tensor"),
         check_vma=False,
     )
-    masked = np.asarray(mask(jnp.ones((2, PADDED))))
+    masked = np.asarray(mask(jnp.ones((1, PADDED))))
     assert (masked[:, :VOCAB] == 1).all()
     assert (masked[:, VOCAB:] == np.float32(MASKED_LOGIT)).all()
 
@@ -179,7 +179,7 @@ def temporary_bytes(length: int, vocab: int, chunk: int) -> int:
 
     def region(x, head, targets):
         x, head, targets = vary((x, head, targets))
-        loss = lambda x, head: token_losses(x, head, targets, vary(jnp.ones(())), vocab, chunk, 0.0)[0]  # noqa: E731
+        loss = lambda x, head: token_losses(x, head, targets, vary(jnp.ones(())), Logits(vocab), chunk, 0.0)[0]  # noqa: E731
         value, gradients = jax.value_and_grad(loss, (0, 1))(x, head)
         return sum_over(value, MESH_AXES), *(sum_over(g, ALL_BUT_TENSOR) for g in gradients)
 

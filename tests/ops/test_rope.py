@@ -29,7 +29,7 @@ def oracle_frequencies(head_dim, theta, scaling):
     return np.array(out)
 
 
-@pytest.mark.parametrize("scaling", [*SCALINGS, RopeScaling(4.0, 2.0, 2.0, 64)])
+@pytest.mark.parametrize("scaling", [*SCALINGS, RopeScaling("llama3", 4.0, 2.0, 2.0, 64)])
 def test_frequencies(scaling):
     np.testing.assert_allclose(
         rope_frequencies(128, 500_000.0, scaling), oracle_frequencies(128, 500_000.0, scaling), rtol=1e-12

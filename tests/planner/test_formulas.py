@@ -35,7 +35,7 @@ MOE = ModelConfig(
 )
 CAPACITY = replace(MOE, moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=256, dispatch="capacity"))
 MODEL = ModelConfig(
-    num_layers=4, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=768, vocab_size=1000, qk_norm=True
+    num_layers=4, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=768, vocab_size=1000, qk_norm="head"
 )
 
 

@@ -169,7 +169,7 @@ EXPERT_NAMES = ("router", "expert_in", "expert_gate", "expert_up", "expert_hidde
         (DENSE, MeshConfig(fsdp=2, tensor=4), 2, "full", ()),
         (DENSE, MeshConfig(fsdp=2, context=4), 2, "none", ()),
         (DENSE, MeshConfig(fsdp=2, context=4), 2, "dots", ()),
-        (replace(DENSE, qk_norm=True), MeshConfig(fsdp=8), 2, "none", ()),
+        (replace(DENSE, qk_norm="head"), MeshConfig(fsdp=8), 2, "none", ()),
         (MOE, MeshConfig(fsdp=2, expert=4), 2, "none", ()),
         (MOE, MeshConfig(fsdp=2, expert=4), 2, "dots", ()),
         (MOE, MeshConfig(fsdp=2, expert=2, tensor=2), 2, "named", EXPERT_NAMES),

@@ -44,7 +44,7 @@ CONFIG = Config(
         head_dim=8,
         mlp_dim=16,
         vocab_size=120,
-        qk_norm=True,
+        qk_norm="head",
         dtype="float32",
         param_dtype="bfloat16",
     ),
@@ -128,7 +128,7 @@ def test_rounding_moves_nothing_between_devices():
         replace(CONFIG.model, moe=MoEConfig(num_experts=4, mlp_dim=16, bias_update_rate=0.01, first_dense_layers=1)),
         replace(
             CONFIG.model,
-            qk_norm=False,
+            qk_norm="none",
             latent_attention=LatentAttentionConfig(query_rank=8, kv_rank=8, rope_dim=4, value_dim=8),
         ),
     ],

@@ -42,7 +42,7 @@ BASE = Config(
         mlp_dim=24,
         vocab_size=VOCAB,
         dtype="float32",
-        qk_norm=True,
+        qk_norm="head",
     ),
     mesh=MeshConfig(fsdp=1),
     data=DataConfig(sequence_length=LENGTH),
@@ -280,7 +280,7 @@ def test_logits_are_those_of_the_plain_forward(layout: str):
 )
 def test_no_remat_policy_keeps_gathered_weights(remat: str, mesh: MeshConfig):
     """Many wide layers and few tokens: kept weights would outweigh all else. One layer's at a time may be whole."""
-    model = replace(BASE.model, num_layers=16, embed_dim=512, head_dim=32, mlp_dim=2048, qk_norm=False)
+    model = replace(BASE.model, num_layers=16, embed_dim=512, head_dim=32, mlp_dim=2048, qk_norm="none")
     config = replace(BASE, model=model, mesh=mesh, train=replace(BASE.train, remat=remat, microbatches=1))
     if mesh.pipe > 1:
         config = replace(config, train=replace(config.train, microbatches=2))
