@@ -76,7 +76,7 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
         def loss(params, x):
             block = nnx.merge(graph, gather_weights(params, jax.lax.stop_gradient(params), dims, "float32"))
             parts = [
-                alone(block(x, c, scale, backend))
+                alone(block(x, counted_BL=c, scale=scale, backend=backend))
                 for x, c in zip(jnp.split(x, microbatches), jnp.split(counted, microbatches), strict=True)
             ]
             out = jnp.concatenate([part[0] for part in parts])
