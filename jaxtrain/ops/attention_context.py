@@ -273,8 +273,8 @@ def _forward(
         mask = _mask(_meet(0), shape, segments_BL, plan.rule.window)
         return piece_attention(q_BLHN, k_BLKN, v_BLKM, mask, plan.rule, plan.backend)
 
-    so_far, _ = _others(plan, (k_BLKN, v_BLKM), (), own, visit)
-    o, logsumexp = with_sinks(*so_far, sinks_H)
+    (o, logsumexp), _ = _others(plan, (k_BLKN, v_BLKM), (), own, visit)
+    o, logsumexp = with_sinks(o, logsumexp, sinks_H)
     return o.astype(q_BLHN.dtype), logsumexp
 
 
