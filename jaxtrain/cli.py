@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from jaxtrain import quiet_plugin
 from jaxtrain.config import Config
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, ExplainedError, Interrupted, Stopped, UsageError, nearest
 from jaxtrain.processes import announce, are_several
@@ -184,6 +185,7 @@ def run(
       about, answers_on_stdout, unwinds, joins: see `Verb`.
     """
     make_streams_safe(answers_on_stdout)
+    quiet_plugin.install()
     raise_file_limit()
     signals = Signals(unwinds)
     Watch(signals.hear, signals.in_main_thread).__enter__()  # to the end of the process

@@ -8,7 +8,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +17,10 @@ from jax.sharding import AxisType, Mesh
 
 from jaxtrain.config import MESH_AXES, MeshConfig
 from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.quiet_plugin import NVIDIA_DRIVER
 
 MEMORY_FRACTION = "0.93"
 """Share of a GPU's memory that jax takes; CUDA, NCCL and cuBLAS need the rest (`planner.estimates.Cluster.reserved_bytes`)."""
-NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 @contextlib.contextmanager

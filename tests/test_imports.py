@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 
 ROOMS = (
-    ("early", "errors", "host_memory", "jax_private", "parts", "signals"),
+    ("early", "errors", "host_memory", "jax_private", "parts", "quiet_plugin", "signals"),
     ("files", "numerics", "processes", "tables", "text"),
     ("hardware",),
     ("config",),
@@ -98,6 +98,22 @@ def test_no_import_goes_in_a_circle():
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith(NO_JAX)])
 def test_the_ground_floor_imports_nothing_slow(module: str):
     assert not {name.partition(".")[0] for name in imported_names(MODULES[module])} & SLOW_OUTSIDE
+
+
+def test_no_help_imports_anything_slow():
+    program = """
+import contextlib, importlib, sys
+from jaxtrain.cli import VERBS
+from jaxtrain.command import parse
+for verb in VERBS:
+    module = importlib.import_module(f"jaxtrain.verbs.{verb}")
+    for usage in getattr(module, "USAGES", {}).values() or [module.USAGE]:
+        with contextlib.suppress(SystemExit):
+            parse(usage, ["--help"])
+"""
+    program += f"print('slow:', [name for name in {sorted(SLOW_OUTSIDE | {'rich', 'matplotlib'})} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "slow: []"
 
 
 def test_one_module_knows_what_jax_keeps_private():

@@ -3,64 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jaxtrain.config import DataSource
-from jaxtrain.config.source_rules import bad_rows_problems, bpe_size_problem, remote_problems
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
+from jaxtrain.data.tokenize_config import TokenizeConfig, find_problems
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.files import user_path
 from jaxtrain.text import readable_size
-
-TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
-
-
-@dataclass(frozen=True)
-class TokenizeConfig:
-    """Input, tokenizer and output of `jaxtrain tokenize`."""
-
-    output: str
-    """New folder for train.bin, validation.bin, their .json files, and a copy of the tokenizer."""
-    input: str = ""
-    """Files to read, as a glob ("books/**/*.jsonl"); several globs are separated by commas. Not needed for kind=stdlib."""
-    kind: TextKind = "text"
-    """stdlib: the running Python's own source code. text: one document per file. jsonl, parquet: one document per row.
-    array_record: one UTF-8 document per record."""
-    tokenizer: str = "byte"
-    """byte; bpe:SIZE (trained on the training part); a tokenizer.json; or a SentencePiece .model."""
-    text_field: str = "text"
-    """Field of a JSONL or Parquet row that holds the text."""
-    max_bad_rows: float = 0.0
-    """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
-    first one is an error."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out for validation, chosen by the hash of their text; of a document of more than
-    100,000 characters, its end."""
-    cache_dir: str = "~/.cache/jaxtrain/data"
-    """Folder that keeps a bpe:SIZE tokenizer between runs."""
-
-
-def find_problems(config: TokenizeConfig) -> list[str]:
-    """Return all problems of the flags, one line each."""
-    problems = []
-    if config.kind != "stdlib" and not config.input:
-        problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
-    if not 0 <= config.validation_fraction < 1:
-        problems.append(f"--validation_fraction={config.validation_fraction} must be a share: at least 0 and below 1")
-    for field in ("input", "output", "tokenizer", "cache_dir"):
-        problems += remote_problems(f"--{field}", getattr(config, field))
-    problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
-    name = config.tokenizer
-    if problem := bpe_size_problem(name):
-        problems.append(f"--tokenizer={name}: {problem}")
-    if name == "none":
-        problems.append("--tokenizer=none: text needs a tokenizer; use byte, bpe:SIZE, a tokenizer.json or a .model")
-    return problems
 
 
 def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:

@@ -34,7 +34,7 @@ from jaxtrain.telemetry.heartbeat import STACKS_VARIABLE, VARIABLE, Doing, inner
 from jaxtrain.telemetry.run_log import stamped
 
 POLL_SECONDS = 0.05
-_NOISE = re.compile(r"is connected to \d+ peer ranks|cudart_stub|^WARNING: All log messages before absl")
+_NOISE = re.compile(r"is connected to \d+ peer ranks|^WARNING: All log messages before absl")
 _STACK = re.compile(r"^ *@ +0x[0-9a-f]+|^\*\*\* Check failure stack trace")
 """Stack lines of jax's client when it aborts: kept in the process's log, not shown on the screen."""
 _UNSTARTED = (128 + signal.SIGTERM, -signal.SIGTERM)  # a process that was asked to end before it trained
