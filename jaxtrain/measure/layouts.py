@@ -37,11 +37,12 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.objectives import objective_of
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.train.balance import step_biases
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import seed_words
-from jaxtrain.train.state import create_state, make_stacking, to_canonical
+from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3

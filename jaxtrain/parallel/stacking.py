@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.config import Config
 from jaxtrain.layout import layers_per_part
 
 PyTree = Any
@@ -80,3 +81,8 @@ class Stacking:
         """[chunks, stages, layers_per_part, ...] -> [num_layers, ...]."""
         flat = stacked.reshape(-1, *stacked.shape[3:])
         return flat if self.is_even else flat[self.layer_slots()]
+
+
+def make_stacking(config: Config) -> Stacking:
+    """Return how a resolved config distributes its layers over stages."""
+    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks, len(config.model.kinds))

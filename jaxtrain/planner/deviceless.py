@@ -191,9 +191,10 @@ def compile_for(
       ExplainedError: as `make_devices`; or the config's attention cannot run on that chip.
     """
     from jaxtrain.mesh import make_mesh
+    from jaxtrain.models.building import choose_attention
     from jaxtrain.parallel.sync import ReplicaExchange
     from jaxtrain.train.optimizer import optimizer_of
-    from jaxtrain.train.step import choose_attention, compile_train_step
+    from jaxtrain.train.step import compile_train_step
 
     mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host))
     optimizer = optimizer_of(config)

@@ -18,12 +18,12 @@ from jaxtrain.config.names import set_field
 from jaxtrain.errors import ExplainedError
 from jaxtrain.host_memory import available_bytes
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.building import choose_attention
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.relief import categories, smallest_changes
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.text import readable_size
-from jaxtrain.train.step import choose_attention
 
 MOST_OVER = 4.0
 UNIT = 64

@@ -179,9 +179,10 @@ def _with_fake(estimate: Estimate) -> Estimate:
 def _compile_here(config: Config) -> dict[str, float]:
     """Compile a config's step for this process's CPU devices."""
     from jaxtrain.mesh import make_mesh
+    from jaxtrain.models.building import choose_attention
     from jaxtrain.program.hlo import matmul_flops
     from jaxtrain.train.optimizer import optimizer_of
-    from jaxtrain.train.step import choose_attention, compile_train_step
+    from jaxtrain.train.step import compile_train_step
 
     mesh = make_mesh(config.mesh)
     optimizer = optimizer_of(config)

@@ -14,10 +14,10 @@ from jax import lax
 
 from jaxtrain.host_memory import available_bytes
 from jaxtrain.measure.operations import memory_bytes
+from jaxtrain.models.building import choose_attention
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
 from jaxtrain.text import readable_size
-from jaxtrain.train.step import choose_attention
 
 EDGE = {"cpu": 128}
 """Edge of the matmul that is compared with numpy's, element by element."""

@@ -24,11 +24,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config, ModelConfig
+from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import STACKED, Decoder, parameter_dims
 from jaxtrain.parallel.pipeline import Weights
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
-from jaxtrain.train.state import make_stacking
-from jaxtrain.train.step import batch_sharding, make_decoder, make_loss_and_gradients
+from jaxtrain.train.step import batch_sharding, make_loss_and_gradients
 from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any
@@ -72,8 +73,8 @@ def _moments(xs: tuple[jax.Array, ...]) -> jax.Array:
 class LayerMomentsDecoder(Decoder):
     """A decoder whose layers report the moments of their inputs and outputs, as "moments"."""
 
-    def _layer(self, config: ModelConfig, microbatch: PyTree) -> Callable[..., Any]:
-        layer = super()._layer(config, microbatch)
+    def _layer(self, config: ModelConfig, microbatch: PyTree, place: int = 0) -> Callable[..., Any]:
+        layer = super()._layer(config, microbatch, place)
 
         def with_moments(xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array) -> tuple:
             ys, auxiliary, reports, clock = layer(xs, weights, clock)

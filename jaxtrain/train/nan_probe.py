@@ -23,15 +23,17 @@ from jax.sharding import Mesh
 
 from jaxtrain.config import Config, ModelConfig, SyncConfig
 from jaxtrain.jax_private import user_frame
+from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import STACKED, Decoder, parameter_dims
 from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.parallel.pipeline import Functions, Weights
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
-from jaxtrain.train.state import make_stacking
-from jaxtrain.train.step import batch_sharding, make_decoder, make_loss_and_gradients
+from jaxtrain.train.step import batch_sharding, make_loss_and_gradients
 
 PyTree = Any
 SHOWN = 4  # arrays that one message names
+MOST_OPERATIONS = 4096  # of a layer, each with a flag
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
 # Primitives that only move or reorder numbers.
 _MOVES = frozenset(
@@ -139,15 +141,17 @@ class WatchedDecoder(Decoder):
     """A decoder whose layers and loss report the origins of non-finite numbers, as "origins"."""
 
     labels: dict[str, list[str]] = field(default_factory=dict)
-    """Labels of the origins under "layer" and "loss"; filled in at tracing."""
+    """Labels of the origins under "layer 0" (of each place in the pattern) and "loss"; filled in at tracing."""
 
-    def _layer(self, config: ModelConfig, microbatch: PyTree) -> Callable[..., Any]:
-        watched = Watched(super()._layer(config, microbatch))
+    def _layer(self, config: ModelConfig, microbatch: PyTree, place: int = 0) -> Callable[..., Any]:
+        watched = Watched(super()._layer(config, microbatch, place))
 
         def layer(xs: Any, weights: Weights, clock: jax.Array) -> tuple:
             (ys, auxiliary, reports, clock), origins = watched(xs, weights, clock)
             if config is self.config:
-                self.labels["layer"] = watched.labels
+                self.labels[f"layer {place}"] = watched.labels
+            # Layers at different places of the pattern have different numbers of operations.
+            origins = vary(jnp.pad(origins, (0, MOST_OPERATIONS - origins.shape[0])))
             return vary((ys, auxiliary, {**reports, "origins": origins}, clock))
 
         return jax.checkpoint(layer, prevent_cse=False)
@@ -240,7 +244,8 @@ class NanProbe:
             if places.size and places[0] == 0:
                 return "the embedding" + (" or the first dense layers" if first else "") + " gave numbers that are not finite"
             if places.size:
-                return f"layer {first + layer}, {model.labels['layer'][places[0]]}, gave numbers that are not finite"
+                labels = model.labels[f"layer {layer % self._stacking.period}"]
+                return f"layer {first + layer}, {labels[places[0]]}, gave numbers that are not finite"
         places = np.flatnonzero(found["loss"])
         return f"the loss, {model.labels['loss'][places[0]]}, gave numbers that are not finite" if places.size else ""
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxtrain.config import Config
 from jaxtrain.mesh import describe_mesh, make_mesh
+from jaxtrain.models.building import choose_attention
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import Canonical, create_state
-from jaxtrain.train.step import batch_names, batch_sharding, choose_attention
+from jaxtrain.train.step import batch_names, batch_sharding
 
 PyTree = Any
 

@@ -24,7 +24,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
 from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
-from jaxtrain.parallel.stacking import Stacking
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
@@ -32,11 +32,6 @@ from jaxtrain.train.xla_options import options_of_rare_programs
 
 PyTree = Any
 PATHS_OF_STACKED = "layers"
-
-
-def make_stacking(config: Config) -> Stacking:
-    """Return how a resolved config distributes its layers over stages."""
-    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks, len(config.model.kinds))
 
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:

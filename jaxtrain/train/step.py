@@ -12,20 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.agreement import compare_program
 from jaxtrain.config import MESH_AXES, Config
-from jaxtrain.layout import most_layers_per_iteration
 from jaxtrain.models import decoder
+from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import objective_of
-from jaxtrain.ops.attention_choice import choose_attention_for, context_kind
-from jaxtrain.ops.attention_context import AttentionPlan
-from jaxtrain.ops.attention_mask import Rule
 from jaxtrain.ops.attention_order import share_out
-from jaxtrain.ops.expert_dispatch import choose_expert_backend
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.program import xla_costs
 from jaxtrain.sharding import (
@@ -51,7 +48,7 @@ from jaxtrain.train.exchange import (
 )
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters
-from jaxtrain.train.state import abstract_state, make_stacking, params_dims, state_shardings
+from jaxtrain.train.state import abstract_state, params_dims, state_shardings
 from jaxtrain.train.step_acceptance import apply_if_good
 from jaxtrain.train.xla_options import (
     compile_with_options,
@@ -86,19 +83,6 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
     dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
-
-
-def make_decoder(config: Config, mesh: Mesh, backend: str) -> Decoder:
-    """Return the model of a resolved config on this mesh's kind of device."""
-    platform = mesh.devices.flat[0].platform
-    experts = choose_expert_backend(platform)
-    # The pipeline puts layers into branches, where XLA:CPU's permutes are wrong.
-    permutes = platform != "cpu" or config.mesh.pipe == 1
-    model = config.model
-    rule = Rule(window=model.sliding_window, scale=model.attention_scale, softcap=model.attention_softcap)
-    plan = AttentionPlan(backend, context_kind(config, *_kind_of_device(mesh))[0], rule, permutes)
-    most = most_layers_per_iteration(config.mesh, platform)
-    return Decoder(model, config.train, make_stacking(config), plan, experts, config.sharding, config.mesh, most)
 
 
 def _local_parameters(params: PyTree) -> Parameters:
@@ -388,18 +372,3 @@ def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs:
     rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True)
     return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)
-
-
-def _kind_of_device(mesh: Mesh) -> tuple[str, float]:
-    """(platform, compute capability)"""
-    device = mesh.devices.flat[0]
-    return device.platform, float(getattr(device, "compute_capability", None) or 8.0)
-
-
-def choose_attention(config: Config, mesh: Mesh) -> tuple[str, str]:
-    """Return the attention backend for this mesh's devices and the reason; with a context axis also its kind and the reason.
-
-    Raises:
-      ExplainedError: the config requests one that cannot work here.
-    """
-    return choose_attention_for(config, *_kind_of_device(mesh))

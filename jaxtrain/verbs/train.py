@@ -99,10 +99,10 @@ def origins(line: CommandLine[TrainFlags], resolved: Config) -> list[str]:
 def programs(config: Config) -> list[str]:
     """Return lines on the mesh, the layout of a step, and the programs that a run compiles."""
     from jaxtrain.mesh import describe_mesh, make_mesh
+    from jaxtrain.models.building import choose_attention
     from jaxtrain.parallel import sync
     from jaxtrain.planner.wording import how_words
     from jaxtrain.telemetry.flops import num_parameters
-    from jaxtrain.train.step import choose_attention
 
     mesh, train, steps = make_mesh(config.mesh), config.train, range(1, config.train.steps + 1)
     kinds = len({sync.exchange_at(config.sync, step) for step in steps})

@@ -448,8 +448,9 @@ def test_what_is_accepted_builds(drawn: tuple[Config, int]):
 
     from jaxtrain.models.decoder import parameter_dims
     from jaxtrain.parallel.pipeline_schedule import make_schedule
+    from jaxtrain.parallel.stacking import make_stacking
     from jaxtrain.sharding import is_dims
-    from jaxtrain.train.state import initial_params, make_stacking
+    from jaxtrain.train.state import initial_params
 
     config, problems = find_problems(*drawn)
     assume(not problems)

@@ -104,7 +104,7 @@ def shapes_of(*arrays):
 def truth_of(window, documents):
     def truth(q, k, v, do, segments):
         segments = segments if documents else None
-        o, pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, segments, window), q, k, v)
+        o, pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, segments, rule=Rule(window=window)), q, k, v)
         return o, *pull(do)
 
     return truth

@@ -27,6 +27,7 @@ from jaxtrain.config import (
 )
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
@@ -35,7 +36,6 @@ from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.sharding import specs, vary
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state, initial_params
-from jaxtrain.train.step import make_decoder
 from tests.planner import reference_layouts
 from tests.planner.reference_layouts import LAYOUTS, compare, worst_deviation
 

@@ -11,9 +11,10 @@ import pytest
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import named
 from jaxtrain.train.nan_probe import NanProbe, Watched
-from jaxtrain.train.state import initial_params, make_stacking, params_dims
+from jaxtrain.train.state import initial_params, params_dims
 from jaxtrain.train.step import batch_names, batch_sharding
 
 BASE = Config(

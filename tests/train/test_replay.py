@@ -10,8 +10,8 @@ from jaxtrain.command import parse_config
 from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError, ConfigError, UsageError
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.train import replay
-from jaxtrain.train.state import make_stacking
 from jaxtrain.verbs import replay as verb
 from jaxtrain.verbs import train
 from tests.launch.processes import started

@@ -16,9 +16,10 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.losses import MASKED_LOGIT
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train.optimizer import make_optimizer
-from jaxtrain.train.state import initial_params, make_stacking, state_shardings, to_canonical
+from jaxtrain.train.state import initial_params, state_shardings, to_canonical
 from jaxtrain.train.step import (
     abstract_arguments,
     abstract_batch,
