@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +28,7 @@ from jaxtrain.planner.roofline import roofline
 from jaxtrain.planner.search import Objective
 from jaxtrain.planner.targets import TARGETS
 from jaxtrain.planner.traffic import Flow, Placement, place, seconds
+from jaxtrain.planner.wording import layout_words
 from jaxtrain.program.collectives import CollectiveRow
 
 BEST = 5
@@ -44,8 +46,9 @@ def verify(
 ) -> list[Estimate]:
     """Return the estimates, the first k of them compiled and ranked anew; the others follow unchanged.
 
-    A layout that does not compile is left out, and `tell` gets one line with the reason. One that turns out not to fit comes
-    last. If the compiler's process dies for every layout, the compiler is at fault: the estimates stand, and one line says so.
+    `tell` gets a line for each, since one takes up to minutes. A layout that does not compile is left out, and that line says
+    why. One that turns out not to fit comes last. If the compiler's process dies for every layout, the compiler is at fault:
+    the estimates stand, and one line says so.
 
     Args:
       estimates: best first, as `search` ranks them.
@@ -54,10 +57,13 @@ def verify(
     """
 
     def check(estimate: Estimate) -> Estimate | ExplainedError:
+        started = time.monotonic()
         try:
-            return compiled(estimate)
+            result = compiled(estimate)
         except ExplainedError as error:
             return error
+        tell(f"verify     {layout_words(estimate)}: compiled in {time.monotonic() - started:.0f} s")
+        return result
 
     with ThreadPoolExecutor(at_once) as pool:
         results = list(pool.map(check, estimates[:k]))
@@ -66,8 +72,7 @@ def verify(
         return list(estimates)
     for estimate, result in zip(estimates, results, strict=False):
         if isinstance(result, ExplainedError):
-            words = " x ".join(f"{axis}={n}" for axis, n in estimate.mesh.items()) or "one device"
-            tell(f"verify     {words}: left out: {result}")
+            tell(f"verify     {layout_words(estimate)}: left out: {result}")
     found = [result for result in results if isinstance(result, Estimate)]
     found.sort(key=lambda estimate: (not estimate.fits, _value(estimate, objective)))
     fitting = [estimate for estimate in found if estimate.fits]
