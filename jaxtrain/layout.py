@@ -135,6 +135,14 @@ def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacit
     return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
 
 
+def capacity_rows(moe: MoEConfig, tokens: int, length: int) -> int:
+    """Return the rows for which experts have room where `tokens` of sequences of `length` are dispatched by capacity."""
+    group = capacity_group(moe, length)
+    return (
+        moe.num_experts * (tokens // group) * room_of_expert(group, moe.experts_per_token, moe.num_experts, moe.capacity_factor)
+    )
+
+
 def rows_sent(tokens: int, experts_per_token: int, local_experts: int) -> int:
     """Return the rows that one device may send to one other at most, dropless: T min(K, E / P)."""
     return tokens * min(experts_per_token, local_experts)

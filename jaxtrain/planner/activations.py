@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from jaxtrain.config import Config, MoEConfig
 from jaxtrain.layout import (
     KERNEL_TILE,
-    capacity_group,
+    capacity_rows,
     keeps,
     local_length,
     microbatch_rows,
     padded_rows,
     parts_in_turns,
-    room_of_expert,
     rows_sent,
 )
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.formulas import BYTES
+from jaxtrain.planner.layer_table import BYTES
 
 FLOAT32 = 4
 
@@ -93,9 +92,7 @@ def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
     devices, local = config.mesh.expert, moe.num_experts // config.mesh.expert
     if moe.dispatch == "dropless":
         return padded_rows(devices * rows_sent(tokens, moe.experts_per_token, local), local, KERNEL_TILE)
-    group = capacity_group(moe, local_length(config))
-    room = room_of_expert(group, moe.experts_per_token, moe.num_experts, moe.capacity_factor)
-    return moe.num_experts * (tokens // group) * room
+    return capacity_rows(moe, tokens, local_length(config))
 
 
 def folds(config: Config) -> bool:

@@ -35,11 +35,12 @@ from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
 from jaxtrain.planner import roofline
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
-from jaxtrain.planner.formulas import BYTES, layer_weights, outer_weights
+from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_held
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
+from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.roofline import Seconds
-from jaxtrain.planner.traffic import Flow, Placement, Times, decompose, place, require_links, seconds, wire
+from jaxtrain.planner.traffic import Flow, Placement, Times, flows_by_phase, place, require_links, seconds, wire
 from jaxtrain.telemetry.flops import model_flops_per_step
 
 UNHIDDEN = {"weights": 0.06, "sequence": 0.11, "experts": 0.5, "context": 0.06, "gradients": 0.06}
@@ -274,7 +275,7 @@ class CostModel:
         """What a part of `PARTS` moves, by phase."""
 
         def make() -> dict[str, tuple[Flow, ...]]:
-            flows = decompose(PARTS[part], with_layout(self.base, layout))
+            flows = flows_by_phase(PARTS[part](with_layout(self.base, layout)))
             if self.config.sync.sums_apart:
                 inside = {phase: [_inside_replica(flow) for flow in found] for phase, found in flows.items()}
                 flows = {phase: tuple(flow for flow in found if flow.axes) for phase, found in inside.items()}
@@ -303,13 +304,8 @@ class CostModel:
         """Parameters that one device updates."""
         _, pipe, _, fsdp, expert, _, tensor = layout.mesh
 
-        def make() -> float:
-            config = with_layout(self.base, layout)
-            slots = layers_per_part(config.model.stacked_layers, pipe, layout.chunks) * layout.chunks
-            inner = sum(weight.shard(config) for weight in layer_weights(config.model).values())
-            return slots * inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
-
-        return self._once(("parameters", pipe, layout.chunks, fsdp, expert, tensor), make)
+        key = ("parameters", pipe, layout.chunks, fsdp, expert, tensor)
+        return self._once(key, lambda: parameters_held(with_layout(self.base, layout)))
 
     def state_bytes(self, layout: Candidate) -> float:
         """Parameters and optimizer state of one device: less than the layout takes."""
@@ -442,8 +438,8 @@ class CostModel:
 
     def _flops(self, layout: Candidate, step: Step) -> float:
         """Matmul FLOPs of a device in a step, of the passes that it runs."""
-        config = with_layout(self.base, layout)
-        return roofline.matmul_flops(config, layout.chunks * layout.microbatches, step.layers, layout.microbatches)
+        config, passes = with_layout(self.base, layout), layout.chunks * layout.microbatches
+        return passes * step.layers * sum(layer_flops(config, "cudnn")) + layout.microbatches * head_flops(config)
 
     def _wires(self, layout: Candidate, step: Step) -> tuple[Wire, ...]:
         """Everything that a device sends in a step, by axes, kind and dtype, the longest first."""

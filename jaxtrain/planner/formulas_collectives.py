@@ -1,13 +1,16 @@
 """What a train step moves between devices, in closed form: mesh axes, kind, dtype, calls and bytes, each with its reason.
 
-Letters as in `formulas`: B sequences in a microbatch of one device, L length, D embed_dim, V padded vocabulary; t, c, f devices
-along tensor, context and fsdp; T_F and T_B ticks with a forward and with a backward pass (M each without a pipeline), l layers
-that a pass goes through. A *payload* is the whole array (see `program.collectives`). `calls` are those that the code makes: XLA
-joins neighbours into one and so makes fewer; it never makes more, and the bytes stay.
+Letters: B sequences in a microbatch of one device, L length, D embed_dim, E experts, V padded vocabulary; t, c, f devices along
+tensor, context and fsdp; P elements of a weight. A *payload* is the whole array (see `program.collectives`). `calls` are those
+that the code makes: XLA joins neighbours into one and so makes fewer; it never makes more, and the bytes stay.
+
+Each part of `PARTS` gives its transfers by *phase*: once per layer in a forward or a backward pass, per pass, per layer that a
+stage holds ("held"), or per step ("once"). `collectives` multiplies them by how often a step does each.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,26 +27,21 @@ from jaxtrain.layout import (
     reduces_each_pass,
 )
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.formulas import (
-    BYTES,
-    HLO_DTYPE,
-    Ticks,
-    Weight,
-    count_ticks,
-    expert_rows,
-    layer_weights,
-    loss_positions,
-    outer_weights,
-    recomputed,
-)
+from jaxtrain.planner.formulas import Ticks, count_ticks, loss_positions
+from jaxtrain.planner.layer_table import BYTES, HLO_DTYPE, Weight, expert_rows, layer_weights, outer_weights, runs_again
 from jaxtrain.program.collectives import wire_factor
 from jaxtrain.train.optimizer import MUON_ITERATIONS
+
+TRANSPOSED = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
+"""What a collective's gradient does; of any other, the same."""
 
 
 @dataclass(frozen=True)
 class Transfers:
-    """Like transfers of one step on one device."""
+    """Like transfers of one device in one phase, or in a whole step."""
 
+    phase: str
+    """layer_forward, layer_backward, forward, backward, held or once."""
     axes: str
     """Mesh axes, "data+expert"."""
     kind: str
@@ -57,15 +55,22 @@ class Transfers:
     """Devices in a group."""
     unread: float = 0.0
     """Bytes of the payload that nobody reads: where XLA sees that, it drops them."""
+    is_stacked: bool = False
+    """Whether one call carries all layers that a stage holds."""
 
     @property
     def wire(self) -> float:
         """Bytes that a device sends."""
         return self.payload * wire_factor(self.kind, self.size)
 
+    def times(self, count: int) -> Transfers:
+        """Return those of a step in which the phase happens so often."""
+        calls = self.calls if self.is_stacked else self.calls * count
+        return replace(self, calls=calls, payload=self.payload * count)
+
 
 def collectives(config: Config) -> list[Transfers]:
-    """Every collective of a train step of a valid config. Axes of size 1 move nothing and are not listed.
+    """Return every collective of a train step of a valid config. Axes of size 1 move nothing and are not listed.
 
     Raises:
       ValueError: the config has a part that no closed form here speaks of.
@@ -73,12 +78,20 @@ def collectives(config: Config) -> list[Transfers]:
     missing = uncovered(config)
     if missing:
         raise ValueError(f"no closed form here for {', '.join(missing)}")
-    ticks = count_ticks(config)
-    return [entry for part in PARTS.values() for entry in part(config, ticks) if entry.size > 1 and entry.payload]
+    counts = phase_counts(count_ticks(config))
+    every = [entry.times(counts[entry.phase]) for part in PARTS.values() for entry in part(config)]
+    return [entry for entry in every if entry.size > 1 and entry.payload]
+
+
+def phase_counts(ticks: Ticks) -> dict[str, int]:
+    """{phase: how often a step does it}."""
+    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
+    counts = {"layer_forward": forward, "layer_backward": backward, "forward": ticks.forward, "backward": ticks.backward}
+    return counts | {"held": ticks.layers_held, "once": 1}
 
 
 def uncovered(config: Config) -> list[str]:
-    """What of a config has no closed form here."""
+    """Return the fields of a config that have no closed form here."""
     found = {
         "model.moe.first_dense_layers": config.model.first_dense_layers > 0,
         "model.latent_attention": config.model.latent_attention is not None,
@@ -93,56 +106,72 @@ def uncovered(config: Config) -> list[str]:
 
 
 def totals(entries: Sequence[Transfers]) -> dict[tuple[str, str, str], float]:
-    """Payload bytes by (axes, kind, dtype)."""
+    """Sum payload bytes by (axes, kind, dtype)."""
     sums: dict[tuple[str, str, str], float] = defaultdict(float)
     for entry in entries:
         sums[entry.axes, entry.kind, entry.dtype] += entry.payload
     return dict(sums)
 
 
-def _entry(config: Config, axes: Sequence[str], kind: str, dtype: str, calls: int, payload: float, purpose: str) -> Transfers:
-    """`payload` is that of one call."""
+def _entry(
+    config: Config, phase: str, axes: Sequence[str], kind: str, dtype: str, payload: float, purpose: str, calls: int = 1
+) -> Transfers:
+    """Return one row; `payload` is that of one call."""
     axes = [axis for axis in MESH_AXES if axis in axes and getattr(config.mesh, axis) > 1]
-    size = 1
-    for axis in axes:
-        size *= getattr(config.mesh, axis)
-    return Transfers("+".join(axes), kind, dtype, calls, calls * payload, purpose, size)
+    size = math.prod(getattr(config.mesh, axis) for axis in axes)
+    return Transfers(phase, "+".join(axes), kind, dtype, calls, calls * payload, purpose, size)
 
 
-def is_joined(config: Config) -> bool:
-    """Whether embedding and loss of a microbatch stand in one tick, so that XLA sees that a tied table is read twice."""
-    return config.mesh.pipe * config.pipeline.chunks == 1 and "head" not in outer_weights(config.model)
+def _both_ways(
+    config: Config, axis: str, kind: str, dtype: str, payload: float, purpose: str, again: int, calls: int = 1
+) -> Iterator[Transfers]:
+    """Yield what a layer sends, its gradient the other way, and what its backward sends again."""
+    yield _entry(config, "layer_forward", [axis], kind, dtype, payload, purpose, calls)
+    back = f"gradients of {purpose}"
+    yield _entry(config, "layer_backward", [axis], TRANSPOSED.get(kind, kind), dtype, payload, back, calls)
+    if again:
+        yield _entry(config, "layer_backward", [axis], kind, dtype, payload, f"{purpose}, again", again * calls)
 
 
-def _weights(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """All-gathers of weights over fsdp, in compute dtype (bf16: 2 bytes an element; routers in float32).
+def _tokens(config: Config) -> int:
+    """B L/c, the tokens of one microbatch on one device."""
+    return microbatch_rows(config) * local_length(config)
+
+
+def _is_joined(config: Config) -> bool:
+    """Return whether XLA sees that a tied table is read twice: embedding and loss of a microbatch stand in one tick."""
+    return config.model.tie_embeddings and config.mesh.pipe * config.pipeline.chunks == 1
+
+
+def _weights(config: Config) -> Iterator[Transfers]:
+    """All-gather weights over fsdp, in compute dtype (routers in float32).
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
-    to keep gathered weights. l layers in each of T_F + T_B passes, in the busiest stage. The table once in the forward (the
-    embedding's backward does not need it), the head once with the loss, which makes its gradients at once; a tied table both,
-    but for one stage, where XLA joins them.
+    to keep gathered weights. The table once in the forward (the embedding's backward does not need it), the head once with the
+    loss, which makes its gradients at once; a tied table both, but for one stage, where XLA joins them.
     ZeRO 1 and 2: every matrix that the device holds a shard of, once a step.
     """
-    layer = [w for w in layer_weights(config.model).values() if w.is_matrix]
-    outer = [w for w in outer_weights(config.model).values() if w.is_matrix]
+    layer, outer = ([w for w in of(config.model).values() if w.is_matrix] for of in (layer_weights, outer_weights))
 
-    def gathers(weights: list[Weight], times: int, purpose: str) -> Iterator[Transfers]:
+    def gathers(weights: list[Weight], phase: str, purpose: str) -> Iterator[Transfers]:
         for weight in weights:
-            dtype = weight.compute or config.model.dtype
+            dtype = weight.dtype(config.model.dtype)
             payload = weight.shard(config, without=("fsdp",)) * BYTES[dtype]
-            yield _entry(config, ["fsdp"], "all-gather", HLO_DTYPE[dtype], times, payload, purpose)
+            yield _entry(config, phase, ["fsdp"], "all-gather", HLO_DTYPE[dtype], payload, purpose)
 
     if not gathers_each_layer(config.sharding.zero):
-        yield from gathers(layer, ticks.layers_held, "weights of the layers, once a step")
-        yield from gathers(outer, 1, "table and head, once a step")
+        yield from gathers(layer, "held", "weights of the layers, once a step")
+        yield from gathers(outer, "once", "table and head, once a step")
         return
-    yield from gathers(layer, ticks.forward * ticks.layers, "weights of a layer, forward")
-    yield from gathers(layer, ticks.backward * ticks.layers, "weights of a layer, backward")
-    yield from gathers(outer * (1 if is_joined(config) else 2 // len(outer)), ticks.forward, "table and head")
+    yield from gathers(layer, "layer_forward", "weights of a layer, forward")
+    yield from gathers(layer, "layer_backward", "weights of a layer, backward")
+    yield from gathers(outer, "forward", "table and head")
+    if config.model.tie_embeddings and not _is_joined(config):
+        yield from gathers(outer, "forward", "table and head")
 
 
-def _gradients(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Sums of gradients, in reduce_dtype (float32: 4 bytes an element).
+def _gradients(config: Config) -> Iterator[Transfers]:
+    """Sum gradients, in reduce_dtype.
 
     Over fsdp: matrices are reduce-scattered, payload P/t; at ZeRO 2 and 3 in each backward pass (the head in each forward, with
     the loss), at ZeRO 1 once a step. Over all other axes that do not shard a leaf (replica, data, and expert and context for
@@ -150,172 +179,168 @@ def _gradients(config: Config, ticks: Ticks) -> Iterator[Transfers]:
     everywhere, are summed over every axis but, in layers, pipe.
     """
     dtype, bytes_each = HLO_DTYPE[config.train.reduce_dtype], BYTES[config.train.reduce_dtype]
-    layer, outer = layer_weights(config.model), outer_weights(config.model)
-    for name, weight in (*layer.items(), *outer.items()):
-        is_outer = name in outer
-        if weight.is_matrix:
-            passes = ticks.backward * ticks.layers
-            if is_outer:
-                twice = "head" not in outer and not is_joined(config)
-                passes = ticks.forward if name == "head" else ticks.backward + (ticks.forward if twice else 0)
-            calls = passes if reduces_each_pass(config.sharding.zero) else (1 if is_outer else ticks.layers_held)
-            payload = weight.shard(config, without=("fsdp",)) * bytes_each
-            yield _entry(config, ["fsdp"], "reduce-scatter", dtype, calls, payload, f"gradient of {name}")
-        axes = [axis for axis in MESH_AXES if axis not in weight.axes and (is_outer or axis != "pipe")]
-        copies = 1 if is_outer else ticks.layers_held
-        yield _entry(config, axes, "all-reduce", dtype, 1, copies * weight.shard(config) * bytes_each, f"gradient of {name}")
+    each_pass = reduces_each_pass(config.sharding.zero)
+    for weights, is_outer in ((layer_weights(config.model), False), (outer_weights(config.model), True)):
+        for name, weight in weights.items():
+            purpose, phase = f"gradient of {name}", "once" if is_outer else "held"
+            if weight.is_matrix:
+                phases = [phase]
+                if each_pass:
+                    phases = ["backward" if is_outer else "layer_backward"] if name != "head" else ["forward"]
+                    phases += ["forward"] * (name == "table" and config.model.tie_embeddings and not _is_joined(config))
+                payload = weight.shard(config, without=("fsdp",)) * bytes_each
+                for when in phases:
+                    yield _entry(config, when, ["fsdp"], "reduce-scatter", dtype, payload, purpose)
+            axes = [axis for axis in MESH_AXES if axis not in weight.axes and (is_outer or axis != "pipe")]
+            yield replace(
+                _entry(config, phase, axes, "all-reduce", dtype, weight.shard(config) * bytes_each, purpose), is_stacked=True
+            )
 
 
-def _sequence(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Tensor parallelism with sequence sharding (Korthikanti et al. 2022): activations B L/c D in compute dtype.
+def _sequence(config: Config) -> Iterator[Transfers]:
+    """Send activations along tensor, with sequence sharding (Korthikanti et al. 2022): B L/c D in compute dtype.
 
-    A layer gathers its normed input before Q, K, V and before gate, up, and reduce-scatters after O and after down: 2 and 2
-    forward. Backward, each gather becomes a reduce-scatter and the other way round, 2 and 2; the gathered inputs are gathered
-    once more for the gradients of the weights, 2, since no remat policy keeps them; and O's reduce-scatter runs again unless
-    its result is kept (remat `none`, or `named` with attention_out). The embedding ends in a reduce-scatter, its backward in
-    a gather.
+    A layer gathers its normed input before Q, K, V and before gate, up, and reduce-scatters after O and after down. Backward,
+    each gather becomes a reduce-scatter and the other way round; the gathered inputs are gathered once more for the gradients
+    of the weights, since no remat policy keeps them; and O's reduce-scatter runs again unless its result is kept. The embedding
+    ends in a reduce-scatter, its backward in a gather.
 
     A mixture of experts gathers its input again only for shared experts, or where rows are sent again (expert_in not kept).
     """
-    dtype = HLO_DTYPE[config.model.dtype]
-    payload = microbatch_rows(config) * local_length(config) * config.model.embed_dim * BYTES[config.model.dtype]
-    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
-    out_again = config.train.remat != "none" and ("out" in recomputed(config) or config.train.remat == "dots")
-
-    def entry(kind: str, calls: int, purpose: str) -> Transfers:
-        return _entry(config, ["tensor"], kind, dtype, calls, payload, purpose)
-
-    yield entry("all-gather", 2 * forward, "inputs of attention and MLP")
-    yield entry("reduce-scatter", 2 * forward, "outputs of attention and MLP")
-    yield entry("all-gather", 2 * backward, "gradients of the outputs")
-    yield entry("reduce-scatter", 2 * backward, "gradients of the inputs")
-    moe = config.model.moe
-    again = 1 if moe and not moe.shared_experts and keeps(config.train, "expert_in") else 2
-    yield entry("all-gather", again * backward, "the inputs again, for the gradients of the weights")
-    if out_again:
-        yield entry("reduce-scatter", backward, "attention's output, recomputed")
-    yield entry("reduce-scatter", ticks.forward, "embedded tokens")
-    yield entry("all-gather", ticks.backward, "their gradient")
+    dtype, moe, train = HLO_DTYPE[config.model.dtype], config.model.moe, config.train
+    payload = _tokens(config) * config.model.embed_dim * BYTES[config.model.dtype]
+    input_again = not moe or moe.shared_experts > 0 or not keeps(train, "expert_in")
+    for kind, purpose, again in (
+        ("all-gather", "attention's input", True),
+        ("reduce-scatter", "attention's output", not keeps(train, "attention_out")),
+        ("all-gather", "the MLP's input", input_again),
+        ("reduce-scatter", "the MLP's output", False),
+    ):
+        yield from _both_ways(config, "tensor", kind, dtype, payload, purpose, again)
+    yield _entry(config, "forward", ["tensor"], "reduce-scatter", dtype, payload, "embedded tokens")
+    yield _entry(config, "backward", ["tensor"], "all-gather", dtype, payload, "their gradient")
 
 
-def _loss(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """The vocabulary is sharded over tensor: each chunk's hidden states are gathered, their gradients reduce-scattered (both
-    B L/c D in compute dtype over all chunks, in each forward pass), and for each position three float32 numbers are
-    all-reduced: the largest logit, the sum of exponentials, the target's logit.
+def _loss(config: Config) -> Iterator[Transfers]:
+    """Send each chunk's hidden states along tensor, which shards the vocabulary.
+
+    They are gathered, their gradients reduce-scattered (both B L/c D in compute dtype over all chunks, in each forward pass),
+    and for each position three float32 numbers are all-reduced: the largest logit, the sum of exponentials, the target's logit.
     """
     positions = microbatch_rows(config) * loss_positions(config)
-    tensor = config.mesh.tensor
+    tensor, dtype = config.mesh.tensor, HLO_DTYPE[config.model.dtype]
     chunks, _ = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
-    payload, dtype = positions * config.model.embed_dim * BYTES[config.model.dtype] / chunks, HLO_DTYPE[config.model.dtype]
-    calls = ticks.forward * chunks
-    yield _entry(config, ["tensor"], "all-gather", dtype, calls, payload, "inputs of the head")
-    yield _entry(config, ["tensor"], "reduce-scatter", dtype, calls, payload, "gradients of the inputs of the head")
-    yield _entry(config, ["tensor"], "all-reduce", "f32", 3 * calls, 4 * positions / chunks, "softmax over the vocabulary")
+    payload = positions * config.model.embed_dim * BYTES[config.model.dtype] / chunks
+    purpose = "gradients of the inputs of the head"
+    yield _entry(config, "forward", ["tensor"], "all-gather", dtype, payload, "inputs of the head", chunks)
+    yield _entry(config, "forward", ["tensor"], "reduce-scatter", dtype, payload, purpose, chunks)
+    softmax = 4 * positions / chunks
+    yield _entry(config, "forward", ["tensor"], "all-reduce", "f32", softmax, "softmax over the vocabulary", 3 * chunks)
 
 
-def _pipe(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Boundary activations B L/(c t) D go on by one stage after each forward pass, their gradients back after each backward.
-    What the last of each sends, nobody reads."""
-    length = local_length(config) // config.mesh.tensor
-    payload = microbatch_rows(config) * length * config.model.embed_dim * BYTES[config.model.dtype]
-    passes = {"activations to the next stage": ticks.forward, "gradients to the stage before": ticks.backward}
-    for purpose, calls in passes.items():
-        entry = _entry(config, ["pipe"], "collective-permute", HLO_DTYPE[config.model.dtype], calls, payload, purpose)
+def _pipe(config: Config) -> Iterator[Transfers]:
+    """Send boundary activations B L/(c t) D to the next stage after each forward pass, their gradients back after each
+    backward. What the last of each sends, nobody reads."""
+    payload = _tokens(config) // config.mesh.tensor * config.model.embed_dim * BYTES[config.model.dtype]
+    for phase, purpose in (("forward", "activations to the next stage"), ("backward", "gradients to the stage before")):
+        entry = _entry(config, phase, ["pipe"], "collective-permute", HLO_DTYPE[config.model.dtype], payload, purpose)
         yield replace(entry, unread=payload)
 
 
-def _experts(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Rows travel along expert to their experts and back, in compute dtype: 2 exchanges in a layer's forward, 2 of their
-    gradients in its backward, and each of the first two once more unless its result is kept (expert_in, expert_out).
+def _experts(config: Config) -> Iterator[Transfers]:
+    """Send rows along expert to their experts and back, in compute dtype: `expert_rows` x D numbers, and again unless they are
+    kept (expert_in, expert_out).
 
-    The router's scores of all experts, float32 B L/c E, are gathered over tensor, once more unless they are kept (router), and
-    their gradients reduce-scattered.
-
-    Payload of one: `formulas.expert_rows` x D. Dropless rows go by ragged all-to-all, after an all-gather of the counts (int32,
-    E from each device and each part that takes turns) in forward and backward; those with capacity by all-to-all.
+    The router's scores of all experts, float32 B L/c E, are gathered over tensor, once more unless they are kept (router).
+    Dropless rows go by ragged all-to-all, after an all-gather of the counts (int32, E from each device and each part that takes
+    turns) in forward and backward; those with capacity by all-to-all.
     """
-    moe = config.model.moe
+    moe, train = config.model.moe, config.train
     if moe is None:
         return
-    dtype, width = config.model.dtype, config.model.embed_dim * BYTES[config.model.dtype]
-    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
-    scores = 4 * microbatch_rows(config) * local_length(config) * moe.num_experts
-    calls = forward + (0 if keeps(config.train, "router") else backward)
-    yield _entry(config, ["tensor"], "all-gather", "f32", calls, scores, "scores of the router")
-    yield _entry(config, ["tensor"], "reduce-scatter", "f32", backward, scores, "gradients of the scores")
+    dtype, payload = config.model.dtype, expert_rows(config) * config.model.embed_dim * BYTES[config.model.dtype]
+    scores, again = 4 * _tokens(config) * moe.num_experts, not keeps(train, "router")
+    yield from _both_ways(config, "tensor", "all-gather", "f32", scores, "scores of the router", again)
     kind = "ragged-all-to-all" if moe.dispatch == "dropless" else "all-to-all"
-    again = sum(not keeps(config.train, name) for name in ("expert_in", "expert_out"))
-    passes = {"rows to experts and back": 2 * forward, "their gradients": 2 * backward, "rows again": again * backward}
-    for purpose, calls in passes.items():
-        yield _entry(config, ["expert"], kind, HLO_DTYPE[dtype], calls, expert_rows(config) * width, purpose)
+    for name, purpose in (("expert_in", "rows to experts"), ("expert_out", "rows back from experts")):
+        yield from _both_ways(config, "expert", kind, HLO_DTYPE[dtype], payload, purpose, not keeps(train, name))
     if moe.dispatch == "dropless":
         counts = config.mesh.expert * moe.num_experts * 4
-        calls = parts_in_turns(config.sharding, config.mesh, microbatch_rows(config)) * (forward + backward)
-        yield _entry(config, ["expert"], "all-gather", "s32", calls, counts, "how many rows go where")
+        calls = parts_in_turns(config.sharding, config.mesh, microbatch_rows(config))
+        for phase in ("layer_forward", "layer_backward"):
+            yield _entry(config, phase, ["expert"], "all-gather", "s32", counts, "how many rows go where", calls)
 
 
-def _context(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Keys and values along context, on C devices; R = B L/C N/t numbers of a head on all this device's K or H heads.
+def _context(config: Config) -> Iterator[Transfers]:
+    """Send keys and values along context, on C devices; R = B L/C N/t numbers of a head on all this device's K or H heads.
 
-    ring: C - 1 permutes of K and V together (2 K R in compute dtype) forward, as many in the backward, as many again where
-    attention is recomputed, but for the first of those, which is the backward's first too, and XLA joins them; and C - 1 of
-    their gradients, in float32. C - 3 of the backward's carry both, as raw bits (u32). gather: an all-gather of K and of V
-    (C K R each) in the same places, and a reduce-scatter of each one's gradient, in compute dtype; XLA joins the gathers of a
-    recomputed forward with those of the backward. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K times R) forward,
-    of their gradients backward, and again of all unless remat is none. Before all that, ring and gather bring the batch into
-    zigzag order: one all-gather of its int32 arrays.
+    gather: an all-gather of K and of V (C K R each), again in the backward, where XLA joins the gathers of a recomputed forward
+    with those of the backward. ulysses: an all-to-all of Q, K, V and the output (2 H + 2 K times R), again unless remat is
+    none. Before all that, ring and gather bring the batch into zigzag order: one all-gather of its int32 arrays.
     """
     size, model = config.mesh.context, config.model
     if size == 1:
         return
-    head = microbatch_rows(config) * local_length(config) * model.head_dim * BYTES[model.dtype] // config.mesh.tensor
-    dtype, kind = HLO_DTYPE[model.dtype], context_kind(config)[0]
-    forward, backward = ticks.forward * ticks.layers, ticks.backward * ticks.layers
-    again = backward * ("attention" in recomputed(config))
-
-    def entry(kind: str, calls: int, payload: float, purpose: str, dtype: str = dtype) -> Transfers:
-        return _entry(config, ["context"], kind, dtype, calls, payload, purpose)
-
-    pair = model.num_kv_heads * head
+    head = _tokens(config) * model.head_dim * BYTES[model.dtype] // config.mesh.tensor
+    dtype, kind, pair = HLO_DTYPE[model.dtype], context_kind(config)[0], model.num_kv_heads * head
     if kind == "ulysses":
-        calls = forward + backward * (1 if config.train.remat == "none" else 2)
-        for name, heads in (("queries", model.num_heads), ("keys", model.num_kv_heads), ("values", model.num_kv_heads)):
-            yield entry("all-to-all", calls, heads * head, f"{name}, heads for sequence")
-        yield entry("all-to-all", calls, model.num_heads * head, "output, sequence for heads")
+        again = config.train.remat != "none"
+        for name in ("queries", "keys", "values", "output"):
+            payload = pair if name in ("keys", "values") else model.num_heads * head
+            yield from _both_ways(config, "context", "all-to-all", dtype, payload, f"{name}, heads for sequence", again)
     elif kind == "ring":
-        sends, both, sums = size - 1, max(0, size - 3), 2 * pair * 4 // BYTES[model.dtype]
-        alone = sends * (forward + again) - again + (sends - both) * backward
-        yield entry("collective-permute", alone, 2 * pair, "keys and values, round the ring")
-        yield entry("collective-permute", (sends - both) * backward, sums, "their gradients", "f32")
-        yield entry("collective-permute", both * backward, 2 * pair + sums, "keys and values with gradients", "u32")
+        yield from _ring(config, dtype, pair)
     else:
-        yield entry("all-gather", 2 * (forward + backward), size * pair, "keys and values of all devices")
-        yield entry("reduce-scatter", 2 * backward, size * pair, "their gradients")
+        yield from _both_ways(config, "context", "all-gather", dtype, size * pair, "keys and values of all devices", 1, calls=2)
     arrays = (3 if kind != "ulysses" else 0) + config.data.mask_documents
-    rows = microbatch_rows(config) * config.train.microbatches
-    yield entry("all-gather", 1, 4 * arrays * rows * config.data.sequence_length, "the batch, in order", "s32")
+    payload = 4 * arrays * microbatch_rows(config) * config.train.microbatches * config.data.sequence_length
+    yield _entry(config, "once", ["context"], "all-gather", "s32", payload, "the batch, in order")
 
 
-def _scalars(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """Single float32 numbers: the count of targets over the batch; loss and total loss (with experts their auxiliary loss too)
-    over all devices; and for the global norm of the gradients the sum of squares of each leaf over the axes that shard it, once
-    for the metric and once for clipping."""
-    batch = ["replica", "data", "fsdp", "expert", "context"]
-    yield _entry(config, batch, "all-reduce", "f32", 1, 4, "number of targets")
-    yield _entry(config, MESH_AXES, "all-reduce", "f32", 3 if config.model.moe else 2, 4, "losses")
-    if config.model.moe:
-        numbers = ticks.layers_held * (config.model.moe.num_experts + 3)
-        axes = [axis for axis in MESH_AXES if axis != "pipe"]
-        yield _entry(config, axes, "all-reduce", "f32", 4, numbers, "loads of experts and auxiliary losses")
+def _ring(config: Config, dtype: str, pair: int) -> Iterator[Transfers]:
+    """Send K and V together (2 K R in compute dtype) round the ring: C - 1 permutes forward, as many in the backward, as many
+    again where attention is recomputed, but for the first of those, which is the backward's first too, and XLA joins them; and
+    C - 1 of their gradients, in float32. C - 3 of the backward's carry both, as raw bits (u32)."""
+    sends, again = config.mesh.context - 1, runs_again(config, "attention")
+    both, sums = max(0, sends - 2), 2 * pair * 4 // BYTES[config.model.dtype]
+
+    def permutes(phase: str, calls: int, payload: float, purpose: str, dtype: str = dtype) -> Transfers:
+        return _entry(config, phase, ["context"], "collective-permute", dtype, payload, purpose, calls)
+
+    alone = again * (sends - 1) + sends - both
+    yield permutes("layer_forward", sends, 2 * pair, "keys and values, round the ring")
+    yield permutes("layer_backward", alone, 2 * pair, "keys and values, round the ring")
+    yield permutes("layer_backward", sends - both, sums, "their gradients", "f32")
+    yield permutes("layer_backward", both, 2 * pair + sums, "keys and values with gradients", "u32")
+
+
+def _scalars(config: Config) -> Iterator[Transfers]:
+    """Sum single float32 numbers.
+
+    The count of targets over the batch; loss and total loss (with experts their auxiliary loss too) over all devices; and for
+    the global norm of the gradients the sum of squares of each leaf over the axes that shard it, once for the metric and once
+    for clipping.
+    """
+    moe = config.model.moe
+
+    def numbers(axes: Sequence[str], purpose: str, calls: int) -> Transfers:
+        return _entry(config, "once", axes, "all-reduce", "f32", 4, purpose, calls)
+
+    yield numbers(["replica", "data", "fsdp", "expert", "context"], "number of targets", 1)
+    yield numbers(MESH_AXES, "losses", 3 if moe else 2)
+    if moe:
+        axes, purpose = [axis for axis in MESH_AXES if axis != "pipe"], "loads of experts and auxiliary losses"
+        loads = _entry(config, "held", axes, "all-reduce", "f32", moe.num_experts + 3, purpose, 4)
+        yield replace(loads, is_stacked=True)
     norms = 2 if config.optimizer.clip_norm else 1
     for name, weight in layer_weights(config.model).items():
-        yield _entry(config, ("pipe", *weight.axes), "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
+        yield numbers(("pipe", *weight.axes), f"gradient norm of {name}", norms)
     for name, weight in outer_weights(config.model).items():
-        yield _entry(config, weight.axes, "all-reduce", "f32", norms, 4, f"gradient norm of {name}")
+        yield numbers(weight.axes, f"gradient norm of {name}", norms)
 
 
-def _muon(config: Config, ticks: Ticks) -> Iterator[Transfers]:
-    """What muon's `orthogonalise` moves over fsdp, for each hidden matrix of the layers held, in float32.
+def _muon(config: Config) -> Iterator[Transfers]:
+    """Send what muon's `orthogonalise` moves over fsdp, for each hidden matrix of the layers held, in float32.
 
     Of a matrix D x C, fsdp cuts D. X is the matrix with its shorter side s first, so in each of the iterations
     X = a X + (b A + c A^2) X, A = X X^T:
@@ -325,25 +350,23 @@ def _muon(config: Config, ticks: Ticks) -> Iterator[Transfers]:
 
     With tensor or experts it is about this (`uncovered`).
     """
-    model, d = config.model, config.model.embed_dim
+    d = config.model.embed_dim
     if config.optimizer.name != "muon":
         return
-    calls = MUON_ITERATIONS * ticks.layers_held
-    for name, weight in layer_weights(model).items():
+    for name, weight in layer_weights(config.model).items():
         if not weight.is_matrix:
             continue
-        copies = model.moe.num_experts if model.moe and name.startswith("expert_") else 1
-        other, own = weight.elements // (d * copies), copies // (config.mesh.expert if copies > 1 else 1)
-        ends_in_d = name.removeprefix("expert_") in ("out", "down")
-        if d < other or (d == other and not ends_in_d):
-            numbers = 2 * d * other // config.mesh.tensor + d * d
-            yield _entry(config, ["fsdp"], "all-gather", "f32", calls, 4 * own * numbers, f"muon of {name}")
+        other, own = weight.inputs * weight.outputs // d, weight.experts
+        own //= config.mesh.expert if weight.is_of_experts else 1
+        if d < other or (d == other and weight.dims[-1] != "embed"):
+            kind, numbers = "all-gather", 2 * d * other // config.mesh.tensor + d * d
         else:
-            yield _entry(config, ["fsdp"], "all-reduce", "f32", calls, 4 * own * min(d, other) ** 2, f"muon of {name}")
-        yield _entry(config, ["fsdp"], "all-reduce", "f32", ticks.layers_held, 4 * own, f"muon's norm of {name}")
+            kind, numbers = "all-reduce", min(d, other) ** 2
+        yield _entry(config, "held", ["fsdp"], kind, "f32", 4 * own * numbers, f"muon of {name}", MUON_ITERATIONS)
+        yield _entry(config, "held", ["fsdp"], "all-reduce", "f32", 4 * own, f"muon's norm of {name}")
 
 
-PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Transfers]]] = MappingProxyType(
+PARTS: Mapping[str, Callable[[Config], Iterator[Transfers]]] = MappingProxyType(
     {
         "weights": _weights,
         "gradients": _gradients,
@@ -356,5 +379,4 @@ PARTS: Mapping[str, Callable[[Config, Ticks], Iterator[Transfers]]] = MappingPro
         "muon": _muon,
     }
 )
-"""What makes up `collectives`, by why it moves. Each is linear in F, F l, B, B l and the layers held, so that a planner can
-tell what one pass of one layer moves; entries along axes of size 1 are among them."""
+"""What makes up `collectives`, by why it moves; entries along axes of size 1 are among them."""

@@ -46,7 +46,7 @@ from jaxtrain.layout import (
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
 from jaxtrain.planner.activations import FLOAT32, Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.formulas import BYTES, Weight, layer_weights, outer_weights
+from jaxtrain.planner.layer_table import BYTES, Weight, layer_weights, outer_weights
 
 
 def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
@@ -130,12 +130,10 @@ def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Sh
     sizes = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
 
     def share(weights: Collection[Weight]) -> Shares:
-        cut = [(w.elements / math.prod(sizes[axis] for axis in w.axes), w.is_matrix) for w in weights]
-        matrices, vectors = sum(n for n, is_matrix in cut if is_matrix), sum(n for n, is_matrix in cut if not is_matrix)
-        routers = sum(
-            w.elements / math.prod(sizes[axis] for axis in w.axes) for w in weights if w.is_matrix and w.compute == "float32"
-        )
-        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors, vectors + routers)
+        cut = [(w, w.elements / math.prod(sizes[axis] for axis in w.axes)) for w in weights]
+        matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
+        fine = sum(n for w, n in cut if w.dtype("") == "float32")
+        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors, fine)
 
     return share(layer_weights(model).values()), share(outer_weights(model).values())
 
@@ -179,14 +177,8 @@ def optimizer_state(config: Config, cut: Cut) -> float:
 def _factors(model: ModelConfig, of_layer: bool) -> int:
     """Adafactor's numbers for one layer, or for what is outside of layers: a + b for a matrix a x b (of each expert), and all
     of a norm. One side is the model's width, or the latent that heads are projected up from."""
-    latent, d = model.latent_attention, model.embed_dim
-    sides = {"query": latent.query_rank or d, "key": latent.kv_rank, "value": latent.kv_rank} if latent else {}
-    total = 0
-    for name, weight in (layer_weights(model) if of_layer else outer_weights(model)).items():
-        copies = model.moe.num_experts if model.moe and name.startswith("expert_") else 1
-        side = copies * sides.get(name.removeprefix("first_"), d)
-        total += side + weight.elements * copies // side if weight.is_matrix else weight.elements
-    return total
+    weights = layer_weights(model) if of_layer else outer_weights(model)
+    return sum(w.layers * w.experts * (w.inputs + w.outputs) if w.is_matrix else w.elements for w in weights.values())
 
 
 def sync_state(config: Config, cut: Cut) -> float:

@@ -23,21 +23,14 @@ waves and depth, of attention's curve, and of STREAM.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
-from jaxtrain.planner.formulas import (
-    BYTES,
-    Weight,
-    expert_rows,
-    layer_weights,
-    loss_positions,
-    recomputed,
-)
+from jaxtrain.planner.formulas import loss_positions
+from jaxtrain.planner.layer_table import BYTES, expert_rows, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
 
 CEILING = 0.73
@@ -140,35 +133,18 @@ def roofline(chip: Chip, dtype: str, attention_share: float = 1.0) -> Roofline:
     return Roofline(peak, streams * chip.memory_bandwidth, cores, chip, dtype, attention_share)
 
 
-def shapes(model: ModelConfig) -> Mapping[str, tuple[int, int, str]]:
-    """(k, n, which of them `tensor` cuts) of each matrix of a layer, under its name in `formulas.layer_weights`."""
-    d, queries, keys = model.embed_dim, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    table = {"query": (d, queries, "n"), "key": (d, keys, "n"), "value": (d, keys, "n"), "out": (queries, d, "k")}
-    width = model.mlp_dim
-    if model.moe:
-        expert, width = model.moe.mlp_dim, model.moe.shared_experts * model.moe.mlp_dim
-        table |= {"router": (d, model.moe.num_experts, "")}
-        table |= {"expert_gate": (d, expert, "n"), "expert_up": (d, expert, "n"), "expert_down": (expert, d, "k")}
-    if width:
-        table |= {"gate": (d, width, "n"), "up": (d, width, "n"), "down": (width, d, "k")}
-    return table
-
-
 def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds, Seconds]:
     """(forward, backward) of one layer on one microbatch, recomputation in the backward; without transfers and `gradient_work`.
 
-    Matmuls: each product of `shapes`; backward twice (for the input's gradient and for the weight's), once more where the remat
-    policy keeps its result not (`formulas.recomputed`). Where layers take turns (`parts` 2), each on half of the rows.
+    Matmuls: each of the layer table; backward twice (for the input's gradient and for the weight's), once more where it is
+    computed again. Where layers take turns (`parts` 2), each on half of the rows.
     """
-    again, tensor = recomputed(config), config.mesh.tensor
     forward = backward = 0.0
-    for name, (k, n, cut) in shapes(config.model).items():
-        k, n = (k // tensor if cut == "k" else k), (n // tensor if cut == "n" else n)
-        m, batch = _rows(config, name, parts)
+    for _, m, k, n, batch, again in matmuls(config, parts):
         once = parts * chip.matmul(m, k, n, batch)
         forward += once
-        backward += parts * (chip.matmul(m, n, k, batch) + chip.matmul(k, m, n, batch)) + (once if name in again else 0.0)
-    ahead, back = _attention(config, chip, "attention" in again)
+        backward += parts * (chip.matmul(m, n, k, batch) + chip.matmul(k, m, n, batch)) + again * once
+    ahead, back = _attention(config, chip, runs_again(config, "attention"))
     passing, passing_back = (chip.stream(moved) for moved in _elementwise_bytes(config))
     repeats = 0 if config.train.remat == "none" else 1
     gaps = KERNEL_GAP * parts
@@ -181,16 +157,6 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds,
             gaps * (_KERNELS["backward"] + repeats * _KERNELS["forward"]),
         ),
     )
-
-
-def _rows(config: Config, name: str, parts: int) -> tuple[int, int]:
-    """(rows, matrices in one kernel): experts share their rows evenly."""
-    if not name.startswith("expert_"):
-        slices = parts * (config.mesh.tensor if name == "router" else 1)
-        return max(1, microbatch_rows(config) * local_length(config) // slices), 1
-    assert config.model.moe is not None
-    own = config.model.moe.num_experts // config.mesh.expert
-    return max(1, expert_rows(config) // (own * parts)), own
 
 
 def _attention(config: Config, chip: Roofline, again: bool) -> tuple[float, float]:
@@ -231,7 +197,7 @@ def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Seco
     added to what the microbatches before have left (read 4 and b, write 4), on the shard where fsdp has scattered them.
     `at_once`: by the matmuls that make them (read 4, write 4)."""
     summed = BYTES[config.train.reduce_dtype]
-    weights: list[Weight] = [w for w in layer_weights(config.model).values() if w.is_matrix]
+    weights = [w for w in layer_weights(config.model).values() if w.is_matrix]
     whole = sum(weight.shard(config, without=("fsdp",)) for weight in weights)
     kept = whole // config.mesh.fsdp if reduces_each_pass(config.sharding.zero) else whole
     moved = 8.0 * kept if at_once else whole * (BYTES[config.model.dtype] + summed) + kept * (8.0 + summed)
@@ -266,22 +232,3 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
     moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor")
     each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)
-
-
-def matmul_flops(config: Config, passes: int, layers: int, microbatches: int) -> float:
-    """Matmul FLOPs of a device in a step that runs so many passes each way through so many layers, and the loss so often; as
-    `formulas.step_flops`, which counts what a compiled program counts: the loss in every tick of a pipeline."""
-    once = {name: 2.0 * _product(config, name) for name in shapes(config.model)}
-    again = recomputed(config)
-    heads = config.model.num_heads / (config.mesh.tensor * config.mesh.context)
-    square = 2.0 * microbatch_rows(config) * heads * config.data.sequence_length**2 * config.model.head_dim
-    layer = 3 * sum(once.values()) + sum(once[name] for name in again if name in once) + (3.5 + ("attention" in again)) * square
-    head = 6.0 * microbatch_rows(config) * loss_positions(config) * config.model.embed_dim * config.model.padded_vocab_size
-    return passes * layers * layer + microbatches * head / config.mesh.tensor
-
-
-def _product(config: Config, name: str) -> float:
-    """m k n of one matmul, of all experts that a device holds."""
-    m, batch = _rows(config, name, 1)
-    k, n, cut = shapes(config.model)[name]
-    return m * batch * k * n / (config.mesh.tensor if cut else 1)

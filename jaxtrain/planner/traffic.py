@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.config import MESH_AXES
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.mesh import split_over_hosts
-from jaxtrain.planner.formulas import Ticks
 from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.program.collectives import wire_factor
 
@@ -93,37 +92,15 @@ def place(shape: tuple[int, ...], devices_per_host: int) -> Placement:
     return Placement(*split_over_hosts(shape, devices_per_host))
 
 
-def decompose(part: Callable[[Config, Ticks], Iterator[Transfers]], config: Config) -> dict[str, tuple[Flow, ...]]:
-    """Return the coefficients of one of `formulas_collectives.PARTS` by phase, by evaluating it at unit ticks: it is linear.
-
-    A phase happens once per layer in a forward or backward pass, per pass, per layer of a stage (held), or per step (once).
-    """
-
-    def sums(*ticks: int) -> dict[tuple[str, str, str], tuple[float, float]]:
-        found: dict[tuple[str, str, str], tuple[float, float]] = {}
-        for entry in part(config, Ticks(*ticks)):
-            if entry.axes and entry.payload:
-                key = (entry.axes, entry.kind, entry.dtype)
-                calls, payload = found.get(key, (0.0, 0.0))
-                found[key] = (calls + entry.calls, payload + entry.payload)
-        return found
-
-    once = sums(0, 0, 0, 0)
-    forward, backward = sums(1, 0, 0, 0), sums(0, 1, 0, 0)
-    wholes = {
-        "layer_forward": (sums(1, 0, 1, 0), forward),
-        "layer_backward": (sums(0, 1, 1, 0), backward),
-        "forward": (forward, once),
-        "backward": (backward, once),
-        "held": (sums(0, 0, 0, 1), once),
-        "once": (once, {}),
-    }
-    flows = {}
-    for phase, (whole, without) in wholes.items():
-        rest = ((key, calls, payload, without.get(key, (0.0, 0.0))) for key, (calls, payload) in whole.items())
-        found = (Flow(axes, kind, dtype, calls - less[0], held - less[1]) for (axes, kind, dtype), calls, held, less in rest)
-        flows[phase] = tuple(flow for flow in found if flow.payload > 0)
-    return flows
+def flows_by_phase(entries: Iterable[Transfers]) -> dict[str, tuple[Flow, ...]]:
+    """Sum like transfers of each phase (`formulas_collectives.Transfers`)."""
+    sums: dict[str, dict[tuple[str, str, str], tuple[float, float]]] = {}
+    for entry in entries:
+        if entry.axes and entry.payload:
+            found, key = sums.setdefault(entry.phase, {}), (entry.axes, entry.kind, entry.dtype)
+            calls, payload = found.get(key, (0.0, 0.0))
+            found[key] = calls + entry.calls, payload + entry.payload
+    return {phase: tuple(Flow(*key, *sent) for key, sent in found.items()) for phase, found in sums.items()}
 
 
 def require_links(chip: Chip, hosts: int) -> None:

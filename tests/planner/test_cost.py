@@ -13,10 +13,11 @@ from jaxtrain.hardware import find_chip
 from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
 from jaxtrain.planner.cost import CostModel, Practice, count_passes, estimate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster
-from jaxtrain.planner.formulas import count_ticks, layer_weights, step_flops
-from jaxtrain.planner.formulas_collectives import PARTS, collectives, uncovered
-from jaxtrain.planner.roofline import roofline, shapes
-from jaxtrain.planner.traffic import Flow, decompose, place, seconds
+from jaxtrain.planner.formulas import count_ticks, step_flops
+from jaxtrain.planner.formulas_collectives import PARTS, collectives, phase_counts, uncovered
+from jaxtrain.planner.layer_table import layer_weights, matmuls
+from jaxtrain.planner.roofline import roofline
+from jaxtrain.planner.traffic import Flow, flows_by_phase, place, seconds
 
 H100 = find_chip("h100-sxm")
 MODEL = ModelConfig(num_layers=8, embed_dim=512, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1024, vocab_size=1000)
@@ -50,11 +51,9 @@ LAYOUTS = {
 def test_phases_add_up_to_the_formulas(name: str):
     """Bytes of a layer, a pass, a step, times how often each happens, are `collectives` to the byte."""
     config, sums = LAYOUTS[name], defaultdict(float)
-    ticks = count_ticks(config)
-    times = {"layer_forward": ticks.forward * ticks.layers, "layer_backward": ticks.backward * ticks.layers}
-    times |= {"forward": ticks.forward, "backward": ticks.backward, "held": ticks.layers_held, "once": 1}
+    times = phase_counts(count_ticks(config))
     for part in PARTS.values():
-        for phase, flows in decompose(part, config).items():
+        for phase, flows in flows_by_phase(part(config)).items():
             for flow in flows:
                 sums[flow.axes, flow.kind, flow.dtype] += times[phase] * flow.payload
     expected = defaultdict(float)
@@ -85,12 +84,13 @@ def test_flops_are_those_of_the_formulas(name: str):
         assert 0.5 * step_flops(config, "cudnn") < found < step_flops(config, "cudnn")
 
 
-@pytest.mark.parametrize("model", [MODEL, MOE])
-def test_shapes_are_those_of_the_weights(model: ModelConfig):
-    matrices = {name: weight for name, weight in layer_weights(model).items() if weight.is_matrix}
-    experts = {name: MOE.moe.num_experts if name.startswith("expert_") else 1 for name in matrices}  # type: ignore[union-attr]
-    assert {name: k * n * experts[name] for name, (k, n, _) in shapes(model).items()} == {
-        name: weight.elements for name, weight in matrices.items()
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_matmuls_are_with_all_of_the_weights(name: str):
+    """One device's k n of each matrix, of its experts, is its share of the weight, gathered over fsdp."""
+    config = LAYOUTS[name]
+    matrices = {name: weight for name, weight in layer_weights(config.model).items() if weight.is_matrix}
+    assert {row.weight.name: row.k * row.n * row.batch for row in matmuls(config)} == {
+        name: weight.shard(config, without=("fsdp",)) for name, weight in matrices.items()
     }
 
 

@@ -236,7 +236,7 @@ def test_the_layouts_are_thirty_and_of_every_kind():
 
 
 def test_deviations_of_bytes():
-    entry = Transfers("fsdp", "all-gather", "bf16", 4, 2**30, "weights", 8, unread=2**28)
+    entry = Transfers("once", "fsdp", "all-gather", "bf16", 4, 2**30, "weights", 8, unread=2**28)
 
     def deviation(payload: float, dtype: str = "bf16") -> float:
         found = deviceless.CollectiveRow("fsdp", "all-gather", dtype, 1, payload, 0, 0, 0, False)

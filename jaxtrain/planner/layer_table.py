@@ -1,0 +1,194 @@
+"""The layer table: one row for each weight of the model, as the decoder declares it, and for each matmul with one.
+
+FLOPs, bytes, kept activations and seconds are sums over these rows. Letters: B sequences in a microbatch of one device, L
+sequence length, D embed_dim, E experts, K experts of a token, G tokens of a group; t, c: devices along tensor and context.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
+from jaxtrain.models.decoder import canonical_dims, initialize
+from jaxtrain.models.parameters import held_dtype
+from jaxtrain.sharding import RULES, is_dims
+
+BYTES = {"bfloat16": 2, "float32": 4}
+HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
+RESULTS = {
+    "attention.query": "query",
+    "attention.query_up": "query",
+    "attention.key": "key",
+    "attention.key_up": "key",
+    "attention.value": "value",
+    "attention.value_up": "value",
+    "attention.out": "attention_out",
+    "mlp.gate": "mlp_gate",
+    "mlp.up": "mlp_up",
+    "mlp.down": "mlp_out",
+    "moe.router": "router",
+    "moe.gate": "expert_gate",
+    "moe.up": "expert_up",
+    "moe.down": "expert_out",
+    "moe.shared_gate": "mlp_gate",
+    "moe.shared_up": "mlp_up",
+    "moe.shared_down": "mlp_out",
+}
+"""The name under which remat can keep a weight's product."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a layer, or of what is outside of the stack of layers."""
+
+    name: str
+    """Its place in the parameter tree: "attention.query"."""
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    """Logical dims (`sharding.RULES`)."""
+    layers: int = 1
+    """Copies: of a mixture's first dense layers."""
+
+    @functools.cached_property
+    def elements(self) -> int:
+        return self.layers * math.prod(self.shape)
+
+    @functools.cached_property
+    def axes(self) -> tuple[Any, ...]:
+        """Mesh axes that shard it, but for pipe."""
+        return tuple(RULES[dim] for dim in self.dims if RULES[dim])
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is kept in shards over fsdp, and so gathered; norms and biases are not."""
+        return "fsdp" in self.axes
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether it is one matrix of each expert."""
+        return self.dims[:1] == ("experts",)
+
+    @property
+    def experts(self) -> int:
+        """Number of like matrices side by side."""
+        return self.shape[0] if self.is_of_experts else 1
+
+    @property
+    def inputs(self) -> int:
+        """k of its matmul [m, k] x [k, n]: its first dim, or all but the last where that is the model's width."""
+        own = self.shape[self.is_of_experts :]
+        return math.prod(own[:-1]) if self.dims[-1] == "embed" else own[0]
+
+    @property
+    def outputs(self) -> int:
+        """n of its matmul."""
+        return math.prod(self.shape) // (self.inputs * self.experts)
+
+    @property
+    def result(self) -> str:
+        """The name under which remat can keep its product; "" if there is none."""
+        return RESULTS.get(self.name, "")
+
+    def dtype(self, dtype: str) -> str:
+        """Return the dtype in which it is held and used where the model's is `dtype`."""
+        return held_dtype(self.dims, dtype)
+
+    def shard(self, config: Config, without: tuple[str, ...] = ()) -> int:
+        """Return the elements on one device; `without` names axes over which it has been gathered."""
+        return self.elements // math.prod(getattr(config.mesh, axis) for axis in self.axes if axis not in without)
+
+
+@functools.lru_cache(maxsize=128)
+def _declared(model: ModelConfig) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """(weights of one layer, weights outside of the stack), by name, from the shapes that the decoder declares."""
+    shapes = jax.eval_shape(lambda: initialize(model, jax.random.key(0), np.arange(model.stacked_layers)))
+    dims = jax.tree.leaves_with_path(canonical_dims(model), is_leaf=is_dims)
+    layer, outer = {}, {}
+    for (path, names), shape in zip(dims, jax.tree.leaves(shapes), strict=True):
+        room, *rest = (str(key.key) for key in path)
+        name = ".".join(rest)
+        copies = shape.shape[0] if names[0] == "layer" else 1
+        own = Weight(name, shape.shape[names[0] == "layer" :], names[names[0] == "layer" :])
+        if room == "layers":
+            layer[name] = own
+        else:
+            outer[name] = Weight(name, own.shape, own.dims, copies)
+    return layer, outer
+
+
+def layer_weights(model: ModelConfig) -> dict[str, Weight]:
+    """Return the weights of one decoder layer, by name. The dict is shared: do not change it."""
+    return _declared(model)[0]
+
+
+def outer_weights(model: ModelConfig) -> dict[str, Weight]:
+    """Return the embedding table, the final norm, the output projection unless it is tied, and a mixture's first layers."""
+    return _declared(model)[1]
+
+
+class Matmul(NamedTuple):
+    """The product [m, k] x [k, n] with a layer's weight, in one pass over one microbatch, on one device."""
+
+    weight: Weight
+    m: int
+    k: int
+    n: int
+    batch: int
+    """Products in one kernel: the device's experts, each with its share of the rows."""
+    again: bool
+    """Whether the backward pass runs it a second time."""
+
+    @property
+    def flops(self) -> float:
+        """2 m k n, of all products."""
+        return 2.0 * self.m * self.k * self.n * self.batch
+
+
+def matmuls(config: Config, parts: int = 1) -> list[Matmul]:
+    """Return the matmuls of one layer; where layers take turns (`parts` 2), each on half of the rows.
+
+    A weight that tensor does not cut (a router, a projection to latents) meets only this device's slice of the sequence.
+    """
+    tensor, tokens = config.mesh.tensor, microbatch_rows(config) * local_length(config)
+    rows = []
+    for weight in layer_weights(config.model).values():
+        if not weight.is_matrix:
+            continue
+        k, n, batch, m = weight.inputs, weight.outputs, 1, tokens
+        if weight.is_of_experts:
+            batch = weight.experts // config.mesh.expert
+            m = expert_rows(config) // batch
+        if "tensor" not in weight.axes:
+            m //= tensor
+        elif weight.dims[-1] == "embed":
+            k //= tensor
+        else:
+            n //= tensor
+        rows.append(Matmul(weight, max(1, m // parts), k, n, batch, runs_again(config, weight.result)))
+    return rows
+
+
+def runs_again(config: Config, result: str) -> bool:
+    """Return whether the backward pass computes a value again, by its name under remat.
+
+    `none` and `dots` keep the results of all matmuls and of attention. The layer's last result nothing needs again (but that
+    of experts, which the gradient of the router's weights needs).
+    """
+    return config.train.remat in ("named", "full") and result != "mlp_out" and not keeps(config.train, result)
+
+
+def expert_rows(config: Config) -> int:
+    """Return the rows that all experts together take from one microbatch of one device, those left empty included.
+
+    Dropless: B L/c K. Capacity: E experts x (B L/c / G groups) x room of an expert.
+    """
+    moe, tokens = config.model.moe, microbatch_rows(config) * local_length(config)
+    assert moe is not None
+    return tokens * moe.experts_per_token if moe.dispatch == "dropless" else capacity_rows(moe, tokens, local_length(config))
