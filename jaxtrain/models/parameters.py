@@ -17,12 +17,17 @@ def held_dtype(dims: Dims, dtype: str) -> str:
     return "float32" if dims[-1] in ("norm", "router") or dims[-1].endswith("bias") else dtype
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str = "float32") -> nnx.Param:
+def parameter(
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], dims: Dims, std: float | None, dtype: str = "float32"
+) -> nnx.Param:
     """Return a parameter with its logical dims: normal with this standard deviation, or ones if std is None.
 
     Args:
+      rngs: None for the shape alone, which takes no tracing.
       dtype: `model.param_dtype`; see `held_dtype` for exceptions.
     """
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, held_dtype(dims, dtype)), dims=dims)
     key = rngs.params()
     value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)
     return nnx.Param(value.astype(held_dtype(dims, dtype)), dims=dims)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
+from flax import nnx
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
-from jaxtrain.models.decoder import canonical_dims, initialize
+from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
 from jaxtrain.models.parameters import held_dtype
-from jaxtrain.sharding import RULES, is_dims
+from jaxtrain.parts import plugged
+from jaxtrain.sharding import RULES
 
 BYTES = {"bfloat16": 2, "float32": 4}
 HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
@@ -105,32 +107,31 @@ class Weight:
         return self.elements // math.prod(getattr(config.mesh, axis) for axis in self.axes if axis not in without)
 
 
-@functools.lru_cache(maxsize=128)
-def _declared(model: ModelConfig) -> tuple[dict[str, Weight], dict[str, Weight]]:
-    """(weights of one layer, weights outside of the stack), by name, from the shapes that the decoder declares."""
-    shapes = jax.eval_shape(lambda: initialize(model, jax.random.key(0), np.arange(model.stacked_layers)))
-    dims = jax.tree.leaves_with_path(canonical_dims(model), is_leaf=is_dims)
-    layer, outer = {}, {}
-    for (path, names), shape in zip(dims, jax.tree.leaves(shapes), strict=True):
-        room, *rest = (str(key.key) for key in path)
-        name = ".".join(rest)
-        copies = shape.shape[0] if names[0] == "layer" else 1
-        own = Weight(name, shape.shape[names[0] == "layer" :], names[names[0] == "layer" :])
-        if room == "layers":
-            layer[name] = own
-        else:
-            outer[name] = Weight(name, own.shape, own.dims, copies)
-    return layer, outer
+def _declared(module: Any, model: ModelConfig, layers: int = 1, lead: str = "") -> dict[str, Weight]:
+    """Return the parameters that a module of the decoder declares, by name."""
+    if plugged(model.parts):
+        whole = nnx.eval_shape(lambda: module(model, nnx.Rngs(params=0)))
+    else:
+        whole = module(model, None)
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(whole, nnx.Param)):
+        name = lead + ".".join(map(str, path))
+        found[name] = Weight(name, leaf.get_value().shape, leaf.get_metadata()["dims"], layers)
+    return found
 
 
-def layer_weights(model: ModelConfig) -> dict[str, Weight]:
-    """Return the weights of one decoder layer, by name. The dict is shared: do not change it."""
-    return _declared(model)[0]
+@functools.lru_cache(maxsize=1024)
+def layer_weights(model: ModelConfig) -> Mapping[str, Weight]:
+    """Return the weights of one decoder layer, by name."""
+    return MappingProxyType(_declared(*layer_kind(model)))
 
 
-def outer_weights(model: ModelConfig) -> dict[str, Weight]:
+@functools.lru_cache(maxsize=1024)
+def outer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     """Return the embedding table, the final norm, the output projection unless it is tied, and a mixture's first layers."""
-    return _declared(model)[1]
+    first = model.first_dense_layers
+    dense = _declared(*layer_kind(replace(model, moe=None)), first, "first_layers.") if first else {}
+    return MappingProxyType(_declared(EmbeddingAndHead, model) | dense)
 
 
 class Matmul(NamedTuple):
