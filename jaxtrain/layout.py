@@ -35,6 +35,12 @@ def layers_per_part(layers: int, stages: int, chunks: int, period: int = 1) -> i
     return math.ceil(math.ceil(layers / period) / (stages * chunks)) * period
 
 
+def layers_of_part(config: Config) -> int:
+    """Return the slots of one part of a config's stack: the layers that a pass through a chunk of a stage runs."""
+    model = config.model
+    return layers_per_part(model.stacked_layers, config.mesh.pipe, config.pipeline.chunks, len(model.kinds))
+
+
 def moves_activations(mesh: MeshConfig) -> bool:
     """Return whether layers send activations between devices, so that parts of a microbatch take turns (`parallel.turns`)."""
     return mesh.tensor > 1 or mesh.expert > 1
@@ -50,12 +56,14 @@ def most_layers_per_iteration(mesh: MeshConfig, platform: str) -> int:
     return LAYERS_PER_ITERATION if moves_activations(mesh) and is_gpu(platform) else 1
 
 
-def layers_per_iteration(layers: int, most: int) -> int:
-    """Return the layers of one iteration of the layer scan: the largest divisor up to `most`, with two iterations or more.
+def layers_per_iteration(layers: int, most: int, period: int = 1) -> int:
+    """Return the layers of one iteration of the layer scan: whole groups of `period` layers, one at least.
 
-    Layers outside the loop would stand beside their own recomputation, and XLA would take the two for one and keep everything.
+    Of groups it is the largest divisor with at most `most` layers that leaves two iterations or more: layers outside the loop
+    would stand beside their own recomputation, and XLA would take the two for one and keep everything.
     """
-    return max((n for n in range(2, most + 1) if layers % n == 0 and layers >= 2 * n), default=1)
+    groups = layers // period
+    return period * max((n for n in range(2, most // period + 1) if groups % n == 0 and groups >= 2 * n), default=1)
 
 
 def reduces_layer_by_layer(model: ModelConfig, mesh: MeshConfig, in_iteration: int) -> bool:

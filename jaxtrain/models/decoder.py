@@ -17,7 +17,7 @@ from jax import lax
 from jaxtrain.config import MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from jaxtrain.layout import kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
 from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, run_layer
-from jaxtrain.models.parameters import held_dtype
+from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
@@ -33,14 +33,10 @@ PyTree = Any
 STACKED = ("chunk", "stage", "layer")
 
 
-def _abstract(module: type[nnx.Module], config: ModelConfig) -> nnx.Module:
-    return nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0)))  # type: ignore[call-arg]
-
-
 @functools.lru_cache(maxsize=64)
 def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
     """Return a module's tree of logical dims; it is cached and shared, so do not mutate it."""
-    state = nnx.state(_abstract(module, config), nnx.Param)
+    state = nnx.state(declare(module, config), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
 
@@ -131,7 +127,7 @@ def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
 @functools.lru_cache(maxsize=64)
 def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], Any]:
     """Return a function that puts a pure dict of weights into the module."""
-    graph, state = nnx.split(_abstract(module, config), nnx.Param)
+    graph, state = nnx.split(declare(module, config), nnx.Param)
 
     def merge(weights: PyTree) -> Any:
         return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights)))
@@ -209,13 +205,11 @@ class Decoder:
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts, period, slots_of_part = self.stacking.counts(), self.stacking.period, self.stacking.layers_per_part
-        groups = slots_of_part // period
-        # An iteration of the scan is a group of the pattern, or several.
-        groups_in_iteration = layers_per_iteration(groups, max(1, self.layers_at_once // period))
+        groups, in_iteration = slots_of_part // period, layers_per_iteration(slots_of_part, self.layers_at_once, period)
 
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
             places = [self._layer(self.config, microbatch, place) for place in range(period)]
-            in_order = reduces_layer_by_layer(self.config, self.mesh, groups_in_iteration * period)
+            in_order = reduces_layer_by_layer(self.config, self.mesh, in_iteration)
 
             def step(layer: Any, carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
                 (xs, auxiliary, clock, reduced), ((master, compute), index) = carry, slot
@@ -242,7 +236,7 @@ class Decoder:
                 lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), (weights, jnp.arange(slots_of_part))
             )
             start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 3))
-            (xs, auxiliary, clock, _), reports = lax.scan(group, start, slots, unroll=groups_in_iteration)
+            (xs, auxiliary, clock, _), reports = lax.scan(group, start, slots, unroll=in_iteration // period)
             reports = jax.tree.map(lambda leaf: leaf.reshape(slots_of_part, *leaf.shape[2:]), reports)
             # The clock is zero; if unused, XLA would drop it, and the order with it.
             return jnp.concatenate(xs), auxiliary + clock, reports

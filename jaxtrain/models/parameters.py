@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain.config import ModelConfig
+from jaxtrain.parts import plugged
 from jaxtrain.sharding import Dims
 
 
@@ -23,7 +27,7 @@ def parameter(
     """Return a parameter with its logical dims: normal with this standard deviation, or ones if std is None.
 
     Args:
-      rngs: None for the shape alone, which takes no tracing.
+      rngs: None for the shape alone (`declare`).
       dtype: `model.param_dtype`; see `held_dtype` for exceptions.
     """
     if rngs is None:
@@ -31,3 +35,11 @@ def parameter(
     key = rngs.params()
     value = jnp.ones(shape) if std is None else std * jax.random.normal(key, shape)
     return nnx.Param(value.astype(held_dtype(dims, dtype)), dims=dims)
+
+
+def declare(module: Any, config: ModelConfig) -> nnx.Module:
+    """Return `module(config)` with shapes in place of values.
+
+    It takes a millisecond; with parts that are plugged in, which may use rngs as they like, it is traced, a hundred times that.
+    """
+    return nnx.eval_shape(lambda: module(config, nnx.Rngs(params=0))) if plugged(config.parts) else module(config, None)

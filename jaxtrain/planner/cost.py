@@ -379,7 +379,8 @@ class CostModel:
         shared: _Shared = self._once(key, lambda: self._shared(layout, rows))
         forward, backward = shared.forward, shared.backward
         passes = count_passes(layout.schedule, pipe, chunks, microbatches)
-        layers = layers_per_part(self.base.model.stacked_layers, pipe, chunks)
+        model = self.base.model
+        layers = layers_per_part(model.stacked_layers, pipe, chunks, len(model.kinds))
         one_forward = layers * (forward.work.total + forward.waits) + forward.ends
         one_backward = layers * (backward.work.total + backward.waits) + backward.ends
         busy, busy_layers = chunks * microbatches, chunks * microbatches * layers

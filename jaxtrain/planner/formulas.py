@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from jaxtrain.config import Config
-from jaxtrain.layout import layers_per_part, local_length, loss_chunks, microbatch_rows
+from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
 from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
 from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again
 
@@ -37,7 +37,7 @@ def count_ticks(config: Config) -> Ticks:
     P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted.
     """
     pipe, chunks = config.mesh.pipe, config.pipeline.chunks
-    layers = layers_per_part(config.model.stacked_layers, pipe, chunks)
+    layers = layers_of_part(config)
     return Ticks(*_executed(config.pipeline.schedule, pipe, chunks, config.train.microbatches), layers, layers * chunks)
 
 
@@ -101,7 +101,6 @@ def step_flops(config: Config, backend: str) -> float:
 
 def parameters_held(config: Config) -> int:
     """Return the parameters that one device holds: its share of its stage's layers (empty slots too) and of the rest."""
-    pipe, chunks = config.mesh.pipe, config.pipeline.chunks
-    slots = layers_per_part(config.model.stacked_layers, pipe, chunks) * chunks
+    slots = layers_of_part(config) * config.pipeline.chunks
     inner = sum(weight.shard(config) for weight in layer_weights(config.model).values())
     return slots * inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())

@@ -18,8 +18,7 @@ from flax import nnx
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
 from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
-from jaxtrain.models.parameters import held_dtype
-from jaxtrain.parts import plugged
+from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.sharding import RULES
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -109,12 +108,8 @@ class Weight:
 
 def _declared(module: Any, model: ModelConfig, layers: int = 1, lead: str = "") -> dict[str, Weight]:
     """Return the parameters that a module of the decoder declares, by name."""
-    if plugged(model.parts):
-        whole = nnx.eval_shape(lambda: module(model, nnx.Rngs(params=0)))
-    else:
-        whole = module(model, None)
     found = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(whole, nnx.Param)):
+    for path, leaf in nnx.to_flat_state(nnx.state(declare(module, model), nnx.Param)):
         name = lead + ".".join(map(str, path))
         found[name] = Weight(name, leaf.get_value().shape, leaf.get_metadata()["dims"], layers)
     return found

@@ -32,8 +32,8 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import (
     gathers_each_layer,
     keeps,
+    layers_of_part,
     layers_per_iteration,
-    layers_per_part,
     local_length,
     loss_chunks,
     microbatch_rows,
@@ -141,7 +141,7 @@ def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Sh
 def _cut(config: Config) -> Cut:
     mesh, pipeline, microbatches = config.mesh, config.pipeline, config.train.microbatches
     shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
-    layers = layers_per_part(config.model.stacked_layers, mesh.pipe, pipeline.chunks)
+    layers = layers_of_part(config)
     if mesh.pipe == 1 and pipeline.schedule != "gpipe":
         return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, ())
     table = pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches
@@ -417,7 +417,7 @@ def _first_layers(config: Config, backend: str) -> float:
 
 def _unrolled(config: Config, cut: Cut) -> int:
     """Layers in one iteration of the layer scan."""
-    return layers_per_iteration(cut.layers, most_layers_per_iteration(config.mesh, "gpu"))
+    return layers_per_iteration(cut.layers, most_layers_per_iteration(config.mesh, "gpu"), len(config.model.kinds))
 
 
 def _in_order(config: Config, cut: Cut) -> bool:
