@@ -22,6 +22,7 @@ ROOMS = (
     ("parallel",),
     ("models",),
     ("checkpoint", "data", "generate", "telemetry"),
+    ("huggingface",),
     ("train",),
     ("launch", "planner"),
     ("measure",),

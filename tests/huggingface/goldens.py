@@ -42,7 +42,7 @@ def make_folder(family: str, folder: Path) -> dict[str, tuple[int, ...]]:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     shapes = {name: value.shape for name, value in load_file(folder / "model.safetensors").items()}
-    weights = {name: tiny.weight(name, shape) for name, shape in shapes.items()}
+    weights = {name: tiny.weight(name, shape, family) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return shapes
 

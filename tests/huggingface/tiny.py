@@ -60,13 +60,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {"hidden_act": "gelu", **_rope(1e4, partial_rotary_factor=0.5)}),
     "gpt_neox_sequential": (
         "GPTNeoXConfig",
-        {"use_parallel_residual": False, "tie_word_embeddings": True, **_rope(1e4, partial_rotary_factor=0.25)},
+        {"use_parallel_residual": False, "tie_word_embeddings": True, **_rope(1e4, partial_rotary_factor=0.34)},
     ),
     "olmo2": ("Olmo2Config", _rope(5e5)),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 40, **_rope(1e4)}),
     "phi3": (
         "Phi3Config",
-        {"original_max_position_embeddings": 16, "sliding_window": 9, "hidden_size": 64, "pad_token_id": 0}
+        {"original_max_position_embeddings": 16, "sliding_window": 9, "hidden_size": 64}
         | _rope(
             1e4,
             rope_type="longrope",
@@ -121,12 +121,12 @@ def arguments(family: str) -> dict[str, Any]:
     return COMMON | FAMILIES[family][1]
 
 
-def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The weight of this name in every tiny model, float32: a norm's near 1, a bias near 0, a matrix's of about unit gain."""
+def weight(name: str, shape: tuple[int, ...], family: str = "") -> np.ndarray:
+    """A weight of a tiny model, float32: a norm's scale near 1, a bias near 0, a matrix's of about unit gain."""
     drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         is_norm = name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight"))
-        return np.float32(is_norm) + np.float32(0.2) * drawn
+        return np.float32(is_norm and not family.startswith("gemma")) + np.float32(0.2) * drawn
     if any(word in name for word in ("embed_tokens", "embed_in", "wte")):
         return np.float32(0.25) * drawn
     return drawn / np.float32(np.sqrt(shape[-1]))

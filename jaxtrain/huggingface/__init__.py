@@ -1,0 +1,1 @@
+"""HuggingFace folders in and out: translate configs and weights of the families in `families/`."""
