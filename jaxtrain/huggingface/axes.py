@@ -28,7 +28,7 @@ Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Piece:
+class AxisPart:
     """A part of an axis: `names` are the axes in it; of `pieces` (products of axes) it is number `chosen`."""
 
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class Piece:
         return sum(_product(piece, sizes) for piece in self.pieces)
 
 
-Axis = tuple[Piece, ...]
+Axis = tuple[AxisPart, ...]
 
 
 def _size(name: str, sizes: Sizes) -> int:
@@ -57,16 +57,16 @@ def _product(names: tuple[str, ...], sizes: Sizes) -> int:
     return math.prod(_size(name, sizes) for name in names)
 
 
-def _piece(word: str) -> Piece:
+def _piece(word: str) -> AxisPart:
     if "/" in word:
         chosen, count = word.split("/")
-        return Piece((), ((),) * int(count), int(chosen))
+        return AxisPart((), ((),) * int(count), int(chosen))
     parts = word.split("+")
     if len(parts) == 1:
-        return Piece((word,), ((word,),), 0)
+        return AxisPart((word,), ((word,),), 0)
     pieces = tuple(tuple(part.strip("[]")) for part in parts)
     (chosen,) = (number for number, part in enumerate(parts) if part.startswith("["))
-    return Piece(pieces[chosen], pieces, chosen)
+    return AxisPart(pieces[chosen], pieces, chosen)
 
 
 @functools.lru_cache(maxsize=512)
@@ -117,4 +117,4 @@ def narrowed(axis: Axis, ranges: Ranges, sizes: Sizes) -> tuple[Range, Axis, set
     for name in honoured:
         unit = _product(piece.names[1:], sizes)
         start, stop = start + ranges[name][0] * unit, start + ranges[name][1] * unit
-    return (start * below, stop * below), (Piece(piece.names, (piece.names,), 0), *inner), honoured
+    return (start * below, stop * below), (AxisPart(piece.names, (piece.names,), 0), *inner), honoured

@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError, ExplainedError, nearest
-from jaxtrain.huggingface.families import FAMILIES
 from jaxtrain.huggingface.fields import Family, Fields
+from jaxtrain.huggingface.known import FAMILIES
 from jaxtrain.huggingface.table import Table
 
 OF_TRAINING = ("dtype", "param_dtype", "attention", "init_std", "parts")

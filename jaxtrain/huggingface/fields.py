@@ -86,7 +86,7 @@ class Fields:
             listed = "; ".join(f"{name}={json.dumps(value)[:80]}" for name, value in left.items())
             kind = self._all.get("model_type")
             raise ExplainedError(
-                f"{self._where} has fields that jaxtrain's {kind} does not know, and that may change the computation: {listed}. "
+                f"{self._where} has fields that jaxtrain's {kind} does not know, and that may change the result: {listed}. "
                 "If they do not, remove them from a copy of the file"
             )
 

@@ -54,21 +54,27 @@ def read_scaling(parameters: Mapping[str, Any], original: int | None, length: in
     if ours is None:
         return None
     values: dict[str, Any] = {"kind": ours}
-    stretched, mscale, all_dims = left.get("factor"), left.pop("mscale", None), left.pop("mscale_all_dim", None)
+    stretched: Any = left.get("factor")
+    mscale, all_dims = left.pop("mscale", None), left.pop("mscale_all_dim", None)
     for theirs, own in NAMES[ours].items():
         if theirs in left:
             value = left.pop(theirs)
             values[own] = tuple(value) if isinstance(value, list) else value
     given = left.pop("original_max_position_embeddings", None)
+    before: Any = original or given or length
     if ours != "linear":
-        values["original_length"] = original or given or length
+        if not before:
+            raise ExplainedError(f"config.json: RoPE of type {kind} needs original_max_position_embeddings")
+        values["original_length"] = before
+        stretched = stretched or (length or before) / before
     attention = left.pop("attention_factor", None)
     if ours == "longrope":
         left.pop("factor", None)
-        stretched = stretched or length / values["original_length"]
-        of_length = math.sqrt(1 + math.log(stretched) / math.log(values["original_length"])) if stretched > 1 else 1.0
-        values["attention_factor"] = attention or of_length
+        values["attention_factor"] = attention or (
+            math.sqrt(1 + math.log(stretched) / math.log(before)) if stretched > 1 else 1.0
+        )
     if ours == "yarn":
+        values["factor"] = stretched
         plain = mscale_of(stretched, mscale) / mscale_of(stretched, all_dims) if mscale and all_dims else mscale_of(stretched)
         values["attention_factor"] = attention or plain
     left.pop("finetuned", None)

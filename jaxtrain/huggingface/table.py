@@ -1,7 +1,8 @@
 """The table of a family's weights: which tensor of a file is which part of which of our parameters. Read in both directions.
 
-Our parameters are named by their path in canonical form: "outer/table", "layers/attention/query", "outer/first_layers/mlp/up". A file's tensor is named by a template: {layer} is the number of the layer from the
-bottom of the model, {expert} that of the expert, which is then the first axis of our parameter.
+Our parameters are named by their path in canonical form: "outer/table", "layers/attention/query", "outer/first_layers/mlp/up".
+A file's tensor is named by a template: {layer} is the number of the layer from the bottom of the model, {expert} that of the
+expert, which is then the first axis of our parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.huggingface.axes import Piece, copy, names_of, narrowed, parse, shape_of, view
+from jaxtrain.huggingface.axes import AxisPart, copy, names_of, narrowed, parse, shape_of, view
 
 FIRST = "outer/first_layers/"
 """Path of the dense layers before a mixture of experts."""
@@ -129,9 +130,10 @@ class Table:
         for axis, size, (start, stop) in zip(ours, shape, bounds, strict=True):
             if (start, stop) == (0, size):
                 continue
-            if len(axis) > 1 or len(axis[0].pieces) > 1 or len(axis[0].names) != 1:  # no mesh axis shards such a dim
+            part, *inner = axis
+            if inner or len(part.pieces) > 1 or len(part.names) != 1:  # no mesh axis shards such a dim
                 raise ValueError(f"{row.ours}: {row.axes} cannot be cut at {start}:{stop}")
-            ranges[axis[0].names[0]] = (start, stop)
+            ranges[part.names[0]] = (start, stop)
         slices, read, honoured = [], [], set()
         for axis in theirs:
             (start, stop), alone, done = narrowed(axis, ranges, self.sizes)
@@ -143,7 +145,7 @@ class Table:
         array = view(fetch(name, tuple(slices)), tuple(read), held)
         names = names_of(tuple(read))
         array = array[tuple(slice(*ranges[n]) if n in ranges and n not in honoured else slice(None) for n in names)]
-        plain = tuple((Piece((n,), ((n,),), 0),) for n in names)
+        plain = tuple((AxisPart((n,), ((n,),), 0),) for n in names)
         copy(array, plain, out, ours, cut)
 
     def write(self, theirs: str, get: Callable[[str, int, int | None], np.ndarray], dtype: Any) -> np.ndarray:

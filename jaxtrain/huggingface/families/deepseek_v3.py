@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
-from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface import rows
 from jaxtrain.huggingface.families.glm4_moe import grouped, grouped_back
 from jaxtrain.huggingface.fields import Family, Fields, standard, standard_back
@@ -22,6 +21,7 @@ def latent(fields: Fields) -> dict[str, Any]:
     """Translate latent attention and its YaRN, whose mscale_all_dim scales the scores by its square."""
     fields.expect("attention_bias", False)
     fields.expect("mlp_bias", False)
+    fields.expect("rms_norm_eps", 1e-6)  # what the norms of the latents have in `transformers`, whatever it says
     fields.take("head_dim", None)
     plain, turned = fields.take("qk_nope_head_dim"), fields.take("qk_rope_head_dim")
     ranks = {"query_rank": fields.take("q_lora_rank", 0), "kv_rank": fields.take("kv_lora_rank")}
@@ -30,12 +30,7 @@ def latent(fields: Fields) -> dict[str, Any]:
     all_dims, own = parameters.get("mscale_all_dim") or 0, {"latent_attention": parts, "head_dim": plain}
     if all_dims and parameters.get("rope_type", parameters.get("type")) != "default":
         own["attention_scale"] = mscale_of(parameters["factor"], all_dims) ** 2 / math.sqrt(plain + turned)
-    model = standard(fields) | own | read_rope(fields)
-    if model["norm_epsilon"] != 1e-6:
-        raise ExplainedError(
-            f"config.json: rms_norm_eps={model['norm_epsilon']}: the norms of DeepSeek's latents have 1e-6 always"
-        )
-    return model
+    return standard(fields) | own | read_rope(fields)
 
 
 def latent_back(model: ModelConfig) -> dict[str, Any]:

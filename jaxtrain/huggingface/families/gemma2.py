@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families import gemma
+from jaxtrain.huggingface.families.gemma import shared
 from jaxtrain.huggingface.fields import Family, Fields, layer_types, layer_types_back, pattern, standard_back
 from jaxtrain.huggingface.rope import read_rope, write_rope
 from jaxtrain.huggingface.rows import LAYER
@@ -25,7 +25,7 @@ def capped(fields: Fields) -> dict[str, Any]:
 
 def read(fields: Fields) -> dict[str, Any]:
     """Translate config.json."""
-    model = gemma.shared(fields) | capped(fields) | read_rope(fields)
+    model = shared(fields) | capped(fields) | read_rope(fields)
     kinds = layer_types(fields, lambda i: "full_attention" if i % 2 else "sliding_attention")
     return model | pattern(kinds, fields.take("sliding_window", 0))
 

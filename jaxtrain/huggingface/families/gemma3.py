@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ExplainedError
-from jaxtrain.huggingface.families import gemma, gemma2
+from jaxtrain.huggingface.families.gemma import shared
+from jaxtrain.huggingface.families.gemma2 import capped, weights, write_shared
 from jaxtrain.huggingface.fields import Family, Fields, layer_types, pattern
 from jaxtrain.huggingface.rope import read_scaling, write_scaling
 
@@ -27,7 +28,7 @@ def ropes(fields: Fields) -> dict[str, Any]:
 def read(fields: Fields) -> dict[str, Any]:
     """Translate config.json."""
     every = fields.peek("sliding_window_pattern") or fields.peek("_sliding_window_pattern") or 6
-    model = gemma.shared(fields) | gemma2.capped(fields) | ropes(fields) | {"qk_norm": "head"}
+    model = shared(fields) | capped(fields) | ropes(fields) | {"qk_norm": "head"}
     kinds = layer_types(fields, lambda i: "sliding_attention" if (i + 1) % every else "full_attention")
     return model | pattern(kinds, fields.take("sliding_window", 0))
 
@@ -36,7 +37,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """Return config.json's fields."""
     whole = {"rope_theta": model.rope_theta, **write_scaling(model.rope_scaling)}
     near = {"rope_theta": model.local_rope_theta, "rope_type": "default"}
-    return gemma2.write_shared(model) | {"rope_parameters": {"full_attention": whole, "sliding_attention": near}}
+    return write_shared(model) | {"rope_parameters": {"full_attention": whole, "sliding_attention": near}}
 
 
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, write, gemma2.weights)
+FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, write, weights)

@@ -6,13 +6,14 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families import llama
+from jaxtrain.huggingface.families.llama import read as read_llama
+from jaxtrain.huggingface.families.llama import write as write_llama
 from jaxtrain.huggingface.fields import Family, Fields
 
 
 def read(fields: Fields) -> dict[str, Any]:
     """Translate config.json; logits are divided by logits_scaling."""
-    return llama.read(fields) | {
+    return read_llama(fields) | {
         "embedding_scale": fields.take("embedding_multiplier", 1.0),
         "attention_scale": fields.take("attention_multiplier", 1.0),
         "residual_scale": fields.take("residual_multiplier", 1.0),
@@ -24,7 +25,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """Return config.json's fields."""
     own = {"embedding_multiplier": model.embedding_scale, "attention_multiplier": model.attention_scale}
     own |= {"residual_multiplier": model.residual_scale, "logits_scaling": 1 / model.logit_scale}
-    shared = llama.write(model) | own
+    shared = write_llama(model) | own
     del shared["head_dim"]
     return shared
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig, MoEConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families import mistral
+from jaxtrain.huggingface.families.mistral import read as read_mistral
+from jaxtrain.huggingface.families.mistral import write as write_mistral
 from jaxtrain.huggingface.fields import Family, Fields
 from jaxtrain.huggingface.table import Row
 
 
 def read(fields: Fields) -> dict[str, Any]:
     """Translate config.json; the scores of a token's experts are divided by their sum."""
-    model = mistral.read(fields)
+    model = read_mistral(fields)
     count, chosen = fields.take("num_local_experts"), fields.take("num_experts_per_tok")
     return model | {"moe": MoEConfig(num_experts=count, experts_per_token=chosen, mlp_dim=model["mlp_dim"])}
 
@@ -23,7 +24,7 @@ def write(model: ModelConfig) -> dict[str, Any]:
     """Return config.json's fields."""
     assert model.moe is not None
     own = {"num_local_experts": model.moe.num_experts, "num_experts_per_tok": model.moe.experts_per_token}
-    return mistral.write(model) | own | {"intermediate_size": model.moe.mlp_dim}
+    return write_mistral(model) | own | {"intermediate_size": model.moe.mlp_dim}
 
 
 def weights(model: ModelConfig) -> list[Row]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families import mistral
+from jaxtrain.huggingface.families.mistral import read
+from jaxtrain.huggingface.families.mistral import write as write_mistral
 from jaxtrain.huggingface.fields import Family
 from jaxtrain.huggingface.rows import LAYER
 from jaxtrain.huggingface.table import Row
@@ -14,7 +15,7 @@ from jaxtrain.huggingface.table import Row
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """Return config.json's fields."""
-    found = mistral.write(model)
+    found = write_mistral(model)
     del found["head_dim"]
     scaling = model.rope_scaling
     return found | ({"original_max_position_embeddings": scaling.original_length} if scaling else {})
@@ -33,4 +34,4 @@ def weights(model: ModelConfig) -> list[Row]:
     return [*found, Row("layers/mlp/down", f"{LAYER}mlp.down_proj.weight", "D F -> F D")]
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", mistral.read, write, weights)
+FAMILY = Family("phi3", "Phi3ForCausalLM", read, write, weights)
