@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtrain.config import Config, MoEConfig
+from jaxtrain.config import Config, ModelConfig, MoEConfig
 from jaxtrain.layout import (
     KERNEL_TILE,
     capacity_rows,
@@ -19,9 +19,11 @@ from jaxtrain.layout import (
     rows_sent,
 )
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.layer_table import BYTES
+from jaxtrain.planner.layer_table import BYTES, count_norms, is_gated, is_read_again, layer_weights
 
 FLOAT32 = 4
+ACTIVATION_KEEPS = {"silu": 4, "gelu": 4, "gelu_tanh": 6, "clipped_silu": 7}
+"""Arrays of an MLP's width that remat none keeps of its activation; a gate adds two."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +59,24 @@ class Sizes:
 
     @staticmethod
     def of(config: Config) -> Sizes:
-        """Those of a valid config."""
-        model, tensor = config.model, config.mesh.tensor
-        batch = microbatch_rows(config)
+        """Return those of a valid config, from the products of the layer table."""
+        model, tensor, batch = config.model, config.mesh.tensor, microbatch_rows(config)
         tokens = batch * local_length(config)
         parts = parts_in_turns(config.sharding, config.mesh, batch)
-        width = model.moe.shared_experts * model.moe.mlp_dim if model.moe else model.mlp_dim
-        latent, wide = model.latent_attention, model.head_dim
-        turned, value = (latent.rope_dim, latent.value_dim) if latent else (0, wide)
-        down = latent.query_rank + latent.kv_rank + latent.rope_dim if latent else 0
+        weights = layer_weights(model).values()
+        made = {weight.result: tokens * weight.outputs / tensor for weight in weights if weight.result}
+        down = sum(weight.outputs for weight in weights if weight.dims[-1] == "rank")
         return Sizes(
             tokens=tokens,
             parts=parts,
             stream=tokens * model.embed_dim / tensor,
             sequence=tokens * model.embed_dim,
-            query=tokens * model.num_heads * (wide + turned) / tensor,
-            key=tokens * model.num_kv_heads * wide / tensor,
-            value=tokens * model.num_kv_heads * value / tensor,
-            result=tokens * model.num_heads * value / tensor,
+            query=made.get("query", 0.0),
+            key=made.get("key", 0.0),
+            value=made.get("value", 0.0),
+            result=sum(tokens * weight.inputs / tensor for weight in weights if weight.result == "attention_out"),
             latents=tokens * down / tensor,
-            mlp=tokens * width / tensor,
+            mlp=made.get("mlp_up", 0.0),
             statistics=tokens * model.num_heads / tensor,
             rows=parts * _expert_rows(config, model.moe, tokens // parts) if model.moe else 0,
             choices=tokens * model.moe.experts_per_token if model.moe else 0,
@@ -110,9 +110,15 @@ def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
         return _kept_of_everything(config, sizes, backend)
     kept = sum(size for name, size in _named(config, sizes, backend).items() if keeps(config.train, name))
     if remat == "dots":
-        # What attention's projection makes is kept before it is summed over tensor: over the whole length.
-        kept += bytes_each * (sizes.sequence + sizes.latents)
+        # What a projection back makes is kept before it is summed over tensor: over the whole length.
+        projections = sum(is_read_again(config.model, name) for name in _projections(config.model))
+        kept += bytes_each * (projections * sizes.sequence + sizes.latents)
     return stream + kept
+
+
+def _projections(model: ModelConfig) -> tuple[str, ...]:
+    """Return the results of plain matmuls back to the residual stream."""
+    return ("attention_out",) if model.moe else ("attention_out", "mlp_out")
 
 
 def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
@@ -124,18 +130,19 @@ def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
 
 
 def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
-    """Bytes of each value that remat can keep by name. The layer's last, mlp_out, nothing needs again."""
+    """Bytes of each value that remat can keep by name."""
     bytes_each, moe = BYTES[config.model.dtype], config.model.moe
     width = moe.mlp_dim / config.mesh.tensor if moe else 0
     numbers = dict.fromkeys(("mlp_gate", "mlp_up", "mlp_hidden"), bytes_each * sizes.mlp)
+    numbers["mlp_gate"] *= is_gated(config.model)
     numbers |= dict.fromkeys(("expert_gate", "expert_up", "expert_hidden"), bytes_each * sizes.rows * width)
     return numbers | {
         "query": bytes_each * sizes.query,
         "key": bytes_each * sizes.key,
         "value": bytes_each * sizes.value,
         "attention": _attention_kept(config, sizes, backend),
-        "attention_out": bytes_each * sizes.stream,
-        "mlp_out": 0.0,
+        "attention_out": bytes_each * sizes.stream * is_read_again(config.model, "attention_out"),
+        "mlp_out": bytes_each * sizes.stream * is_read_again(config.model, "mlp_out"),
         "router": FLOAT32 * sizes.tokens * moe.num_experts if moe else 0.0,
         "expert_in": bytes_each * sizes.rows * config.model.embed_dim,
         "expert_out": bytes_each * sizes.choices * config.model.embed_dim,
@@ -147,7 +154,8 @@ def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
     width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: half a residual
     stream, and attention's projection before it is summed over tensor."""
     model, bytes_each = config.model, BYTES[config.model.dtype]
-    kept = 6 * FLOAT32 * sizes.stream + 2 * bytes_each * sizes.stream + 6 * bytes_each * sizes.mlp
+    kept = (3 * FLOAT32 * count_norms(model) + 2 * bytes_each) * sizes.stream
+    kept += bytes_each * (ACTIVATION_KEEPS[model.activation] + 2 * is_gated(model)) * sizes.mlp
     kept += bytes_each * (sizes.query + sizes.key + sizes.value) + _attention_kept(config, sizes, backend)
     kept += (3 * FLOAT32 + bytes_each) * sizes.latents
     if sizes.parts > 1:
@@ -158,6 +166,7 @@ def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
         kept += (FLOAT32 + bytes_each) * sizes.statistics * config.data.sequence_length
     if model.moe:
         width = model.moe.mlp_dim / config.mesh.tensor
-        kept += bytes_each * sizes.rows * (model.embed_dim + 6 * width) - bytes_each * sizes.stream
+        arrays = ACTIVATION_KEEPS[model.activation] + 2
+        kept += bytes_each * sizes.rows * (model.embed_dim + arrays * width) - bytes_each * sizes.stream
         kept += FLOAT32 * (sizes.stream + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
     return kept

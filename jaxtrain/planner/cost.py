@@ -497,8 +497,9 @@ def stand_in(config: Config) -> Config:
     if latent:
         width = (2 * (model.head_dim + latent.rope_dim) + 2 * latent.value_dim) // 4
         model = replace(model, latent_attention=None, head_dim=width)
-    if model.sliding_window and mesh.context > 1:
-        model = replace(model, sliding_window=0)
+    if mesh.context > 1:
+        everywhere = tuple("global" if kind == "local" else kind for kind in model.pattern)
+        model = replace(model, sliding_window=0, pattern=everywhere)
     return dataclasses.replace(config, model=model)
 
 

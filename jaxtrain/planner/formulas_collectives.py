@@ -28,7 +28,16 @@ from jaxtrain.layout import (
 )
 from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.planner.formulas import Ticks, count_ticks, loss_positions
-from jaxtrain.planner.layer_table import BYTES, HLO_DTYPE, Weight, expert_rows, layer_weights, outer_weights, runs_again
+from jaxtrain.planner.layer_table import (
+    BYTES,
+    HLO_DTYPE,
+    Weight,
+    expert_rows,
+    is_read_again,
+    layer_weights,
+    outer_weights,
+    runs_again,
+)
 from jaxtrain.program.collectives import wire_factor
 from jaxtrain.train.optimizer import MUON_ITERATIONS
 
@@ -95,7 +104,7 @@ def uncovered(config: Config) -> list[str]:
     found = {
         "model.moe.first_dense_layers": config.model.first_dense_layers > 0,
         "model.latent_attention": config.model.latent_attention is not None,
-        "model.sliding_window with mesh.context": config.mesh.context > 1 and config.model.sliding_window > 0,
+        "model.sliding_window with mesh.context": config.mesh.context > 1 and "local" in config.model.kinds,
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
@@ -167,7 +176,7 @@ def _weights(config: Config) -> Iterator[Transfers]:
     yield from gathers(layer, "layer_backward", "weights of a layer, backward")
     yield from gathers(outer, "forward", "table and head")
     if config.model.tie_embeddings and not _is_joined(config):
-        yield from gathers(outer, "forward", "table and head")
+        yield from gathers([w for w in outer if w.name == "table"], "forward", "table and head")
 
 
 def _gradients(config: Config) -> Iterator[Transfers]:
@@ -202,21 +211,27 @@ def _sequence(config: Config) -> Iterator[Transfers]:
 
     A layer gathers its normed input before Q, K, V and before gate, up, and reduce-scatters after O and after down. Backward,
     each gather becomes a reduce-scatter and the other way round; the gathered inputs are gathered once more for the gradients
-    of the weights, since no remat policy keeps them; and O's reduce-scatter runs again unless its result is kept. The embedding
-    ends in a reduce-scatter, its backward in a gather.
+    of the weights, since no remat policy keeps them; and a reduce-scatter runs again where a norm reads its result, unless that
+    is kept. The embedding ends in a reduce-scatter, its backward in a gather.
 
     A mixture of experts gathers its input again only for shared experts, or where rows are sent again (expert_in not kept).
     """
     dtype, moe, train = HLO_DTYPE[config.model.dtype], config.model.moe, config.train
     payload = _tokens(config) * config.model.embed_dim * BYTES[config.model.dtype]
     input_again = not moe or moe.shared_experts > 0 or not keeps(train, "expert_in")
+    out_again, mlp_again = (
+        is_read_again(config.model, name) and not keeps(train, name) for name in ("attention_out", "mlp_out")
+    )
     for kind, purpose, again in (
         ("all-gather", "attention's input", True),
-        ("reduce-scatter", "attention's output", not keeps(train, "attention_out")),
+        ("reduce-scatter", "attention's output", out_again),
         ("all-gather", "the MLP's input", input_again),
-        ("reduce-scatter", "the MLP's output", False),
+        ("reduce-scatter", "the MLP's output", mlp_again),
     ):
         yield from _both_ways(config, "tensor", kind, dtype, payload, purpose, again)
+    if config.model.qk_norm == "width":
+        squares, again = 4 * _tokens(config), train.remat != "none"
+        yield from _both_ways(config, "tensor", "all-reduce", "f32", squares, "sums of squares of Q and K", again, calls=2)
     yield _entry(config, "forward", ["tensor"], "reduce-scatter", dtype, payload, "embedded tokens")
     yield _entry(config, "backward", ["tensor"], "all-gather", dtype, payload, "their gradient")
 

@@ -171,13 +171,32 @@ def matmuls(config: Config, parts: int = 1) -> list[Matmul]:
     return rows
 
 
+def is_read_again(model: ModelConfig, result: str) -> bool:
+    """Return whether the backward pass needs a block's output, by its name under remat: where a norm reads it.
+
+    That is the norm of the output itself, or of attention's output the MLP's norm unless both blocks read the same.
+    """
+    read_by_mlp = result == "attention_out" and model.residual == "sequential"
+    return result not in ("attention_out", "mlp_out") or model.norm_placement != "pre" or read_by_mlp
+
+
 def runs_again(config: Config, result: str) -> bool:
     """Return whether the backward pass computes a value again, by its name under remat.
 
-    `none` and `dots` keep the results of all matmuls and of attention. The layer's last result nothing needs again (but that
-    of experts, which the gradient of the router's weights needs).
+    `none` and `dots` keep the results of all matmuls and of attention.
     """
-    return config.train.remat in ("named", "full") and result != "mlp_out" and not keeps(config.train, result)
+    is_dropped = config.train.remat in ("named", "full") and not keeps(config.train, result)
+    return is_dropped and is_read_again(config.model, result)
+
+
+def count_norms(model: ModelConfig) -> int:
+    """Return how often a layer normalises the residual stream or a block's output."""
+    return 4 if model.norm_placement == "both" else 2
+
+
+def is_gated(model: ModelConfig) -> bool:
+    """Return whether a dense MLP (or the shared experts) multiplies by a gate."""
+    return any(weight.result == "mlp_gate" for weight in layer_weights(model).values())
 
 
 def expert_rows(config: Config) -> int:

@@ -30,7 +30,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
 from jaxtrain.planner.formulas import loss_positions
-from jaxtrain.planner.layer_table import BYTES, expert_rows, layer_weights, matmuls, runs_again
+from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
 
 CEILING = 0.73
@@ -160,32 +160,40 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds,
 
 
 def _attention(config: Config, chip: Roofline, again: bool) -> tuple[float, float]:
-    """Causal half of the square, 2 matmuls forward and 5 backward (the scores once more), as in `formulas.attention_flops`; a
-    sliding window sees W - W^2 / 2L keys in the mean where it would be L / 2."""
+    """(forward, backward) seconds: causal half of the square, 2 matmuls forward and 5 backward (the scores once more).
+
+    A sliding window sees W - W^2 / 2L keys in the mean where it would be L / 2; of a pattern it is the mean over its places.
+    """
     model, length = config.model, config.data.sequence_length
-    window = min(model.sliding_window or length, length)
-    seen = (2 * window * length - window**2) / length**2
     heads = model.num_heads / (config.mesh.tensor * config.mesh.context)
-    flops = 2.0 * microbatch_rows(config) * heads * length**2 * model.head_dim * seen
-    piece = min(window, length // config.mesh.context)
-    ahead = chip.attention(flops, piece, model.head_dim, "forward")
-    return ahead, chip.attention(2.5 * flops, piece, model.head_dim, "backward") + (ahead if again else 0.0)
+    square = 2.0 * microbatch_rows(config) * heads * length**2 * model.head_dim
+    ahead = back = 0.0
+    for kind in model.kinds:
+        window = min(model.window_of(kind) or length, length)
+        flops = square * (2 * window * length - window**2) / length**2 / len(model.kinds)
+        piece = min(window, length // config.mesh.context)
+        ahead += chip.attention(flops, piece, model.head_dim, "forward")
+        back += chip.attention(2.5 * flops, piece, model.head_dim, "backward")
+    return ahead, back + again * ahead
 
 
 def _elementwise_bytes(config: Config) -> tuple[float, float]:
-    """Bytes that one layer reads and writes between its matmuls, in compute dtype: (forward, backward).
+    """(forward, backward) bytes that one layer reads and writes between its matmuls, in compute dtype.
 
-    A token, forward: two norms (read D twice, write D) and two residual sums (read 2 D, write D), both on this device's 1/t of
-    the sequence; RoPE on H + K heads of N (read, write); SwiGLU (read 2 F, write F). Backward: norms (read 4 D, write 2 D: two
-    passes over x and the gradient) and residual sums; the gradients that Q, K, V and that gate and up send back to one input,
-    added up (read 5 D, write 2 D); RoPE; SwiGLU (read 3 F, write 2 F). Experts' rows are brought into order and back (read D,
-    write D, twice), both ways.
+    A token, forward: norms (read D twice, write D) and two residual sums (read 2 D, write D), on this device's 1/t of the
+    sequence; RoPE on H + K heads of N (read, write); SwiGLU (read 2 F, write F; without a gate F and F). Backward: norms (read
+    4 D, write 2 D: two passes over x and the gradient) and residual sums; the gradients that Q, K, V and that gate and up send
+    back to one input, added up (read 5 D, write 2 D; without a gate 3 D and D); RoPE; SwiGLU (read 3 F, write 2 F; without a
+    gate 2 F and F). Experts' rows are brought into order and back (read D, write D, twice), both ways.
     """
     model, tensor = config.model, config.mesh.tensor
     tokens, d = microbatch_rows(config) * local_length(config), model.embed_dim
+    norms, gated = count_norms(model), is_gated(model)
     wide = model.mlp_dim if not model.moe else model.moe.shared_experts * model.moe.mlp_dim
     heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    ahead, back = tokens * (12 * d + heads + 3 * wide) / tensor, tokens * (18 * d + 7 * d * tensor + heads + 5 * wide) / tensor
+    ahead = tokens * ((3 * norms + 6) * d + heads + (3 if gated else 2) * wide) / tensor
+    added = 7 if gated or model.moe else 4
+    back = tokens * ((6 * norms + 6) * d + added * d * tensor + heads + (5 if gated else 3) * wide) / tensor
     if model.moe:
         rows, expert = expert_rows(config), model.moe.mlp_dim / tensor
         ahead, back = ahead + rows * (4 * d + 3 * expert), back + rows * (4 * d + 5 * expert)

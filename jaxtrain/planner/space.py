@@ -52,7 +52,7 @@ class Space:
             for tensor, context in self._activation_axes(self.devices // (replica * expert)):
                 rest = self.devices // (replica * expert * tensor * context)
                 for pipe in divisors(rest):
-                    if pipe > config.model.stacked_layers:
+                    if pipe > self._groups():
                         self.pruned["more pipeline stages than layers"] += 1
                     elif batch % (replica * expert * (rest // pipe)):
                         self.pruned["the global batch does not divide by the data-parallel devices"] += 1
@@ -77,6 +77,10 @@ class Space:
         except ConfigError:
             return False
         return True
+
+    def _groups(self) -> int:
+        """Return the groups of layers that parts of a pipeline hold whole (`model.pattern`)."""
+        return math.ceil(self.config.model.stacked_layers / len(self.config.model.kinds))
 
     def _experts(self, devices: int) -> list[int]:
         moe = self.config.model.moe
@@ -153,9 +157,13 @@ class Space:
 
     def _schedules(self, pipe: int, microbatches: int) -> Iterator[tuple[str, int]]:
         """(schedule, chunks)"""
-        layers, sync = self.config.model.stacked_layers, self.config.sync
-        fits = lambda parts: not sync.replicas_differ or layers % (parts * sync.fragments) == 0  # noqa: E731
-        if sync.fragments == 1 or fits(pipe):
+        layers, sync, period = self.config.model.stacked_layers, self.config.sync, len(self.config.model.kinds)
+
+        def fits(parts: int) -> bool:
+            is_whole = layers % (parts * sync.fragments) == 0 == layers % (parts * period)
+            return sync.fragments == 1 or not sync.replicas_differ or is_whole
+
+        if fits(pipe):
             yield "1f1b", 1
         if pipe == 1:
             return
@@ -163,8 +171,8 @@ class Space:
         if microbatches % pipe:
             self.pruned["interleaved: microbatches are not a multiple of the stages"] += 1
             return
-        for chunks in useful_chunks(layers, pipe):
-            if sync.fragments == 1 or fits(pipe * chunks):
+        for chunks in useful_chunks(self._groups(), pipe):
+            if fits(pipe * chunks):
                 yield "interleaved", chunks
 
 

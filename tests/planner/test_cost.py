@@ -34,7 +34,9 @@ def config_of(devices: int, model: ModelConfig = MODEL, batch: int = 64, length:
     return validate(config, devices)
 
 
+FAMILY = replace(MODEL, gated_mlp=False, norm_placement="both", qk_norm="width", attention_bias="all", learned_positions=1024)
 LAYOUTS = {
+    "family": config_of(8, FAMILY, fsdp=2, tensor=4, microbatches=2),
     "fsdp": config_of(8, fsdp=8, microbatches=2),
     "zero 1, data": config_of(8, fsdp=4, data=2, zero=1, microbatches=4),
     "tensor, none": config_of(8, fsdp=2, tensor=4, remat="none"),
@@ -133,6 +135,16 @@ def test_bubble_is_the_schedules():
     compute = one.matmul + one.attention + one.memory_bound
     assert one.bubble == pytest.approx(3 / 8 * compute, rel=0.35)  # the loss is no part of a pass, transfers are
     assert two.bubble == pytest.approx(one.bubble / 2, rel=0.1)
+
+
+def test_a_pattern_takes_the_mean_of_its_places():
+    """Of attention, which alone knows windows."""
+    local, mixed = replace(MODEL, sliding_window=256), replace(MODEL, sliding_window=256, pattern=("local", "global"))
+    near, half, far = (
+        estimate(config_of(8, model, length=8192, fsdp=8), Cluster(H100, 1)).time.attention for model in (local, mixed, MODEL)
+    )
+    assert near < 0.9 * far
+    assert half == pytest.approx((near + far) / 2)
 
 
 def test_turns_hide_what_tensor_sends():

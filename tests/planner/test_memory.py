@@ -48,6 +48,8 @@ LATENT = replace(
         num_experts=4, mlp_dim=256, shared_experts=1, dispatch="capacity", first_dense_layers=1, bias_update_rate=0.001
     ),
 )
+FAMILY = replace(DENSE, norm_placement="both", gated_mlp=False, activation="gelu_tanh", attention_bias="all", mlp_bias=True)
+ONE_NORM = replace(DENSE, residual="parallel_one_norm", activation="clipped_silu", norm="layer", qk_norm="width")
 MOE = replace(DENSE, moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=256, dispatch="capacity"))
 
 
@@ -170,6 +172,10 @@ EXPERT_NAMES = ("router", "expert_in", "expert_gate", "expert_up", "expert_hidde
         (DENSE, MeshConfig(fsdp=2, context=4), 2, "none", ()),
         (DENSE, MeshConfig(fsdp=2, context=4), 2, "dots", ()),
         (replace(DENSE, qk_norm="head"), MeshConfig(fsdp=8), 2, "none", ()),
+        (FAMILY, MeshConfig(fsdp=8), 2, "none", ()),
+        (FAMILY, MeshConfig(fsdp=2, tensor=4), 1, "dots", ()),
+        (ONE_NORM, MeshConfig(fsdp=8), 2, "none", ()),
+        (ONE_NORM, MeshConfig(fsdp=2, tensor=4), 1, "named", ALL_NAMES),
         (MOE, MeshConfig(fsdp=2, expert=4), 2, "none", ()),
         (MOE, MeshConfig(fsdp=2, expert=4), 2, "dots", ()),
         (MOE, MeshConfig(fsdp=2, expert=2, tensor=2), 2, "named", EXPERT_NAMES),

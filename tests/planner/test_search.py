@@ -24,6 +24,7 @@ CONFIG = Config(
     data=DataConfig(sequence_length=2048, mask_documents=False),
     train=TrainConfig(global_batch_size=12, remat_save=("attention", "mlp_gate")),
 )
+PATTERN = replace(CONFIG, model=replace(MODEL, pattern=("local", "global"), sliding_window=512))
 MOE = replace(CONFIG, model=replace(MODEL, moe=MoEConfig(num_experts=4, mlp_dim=512)))
 SCHEDULES = [("1f1b", 1), *(("interleaved", k) for k in (2, 3, 6))]
 
@@ -37,14 +38,15 @@ def everything(config: Config, devices: int, per_host: int) -> list[Candidate]:
         zeros = (1, 2, 3) if mesh[3] > 1 else (3,)
         for (name, chunks), kind, zero, m in itertools.product(SCHEDULES, kinds, zeros, divisors(12)):
             layout = Candidate(mesh, m, name, chunks, "none", (), zero, kind)
-            in_groups = chunks == 1 or (m % mesh[1] == 0 and chunks in useful_chunks(6, mesh[1]))
+            groups = math.ceil(6 / len(config.model.kinds))
+            in_groups = chunks == 1 or (m % mesh[1] == 0 and chunks in useful_chunks(groups, mesh[1]))
             data_axis = mesh[4] > 1 and not config.model.moe  # without experts, the axis `expert` is one more `data`
             if in_groups and not data_axis and not find_problems(with_layout(config, layout), devices)[1]:
                 found.append(layout)
     return found
 
 
-@pytest.mark.parametrize(("config", "devices"), [(CONFIG, 6), (MOE, 4)], ids=["dense", "experts"])
+@pytest.mark.parametrize(("config", "devices"), [(CONFIG, 6), (MOE, 4), (PATTERN, 4)], ids=["dense", "experts", "pattern"])
 def test_the_space_is_what_is_valid(config: Config, devices: int):
     space = Space(config, devices, devices)
     generated = [layout for mesh in space.meshes() for layout in space.layouts(mesh)]
