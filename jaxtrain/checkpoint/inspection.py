@@ -8,8 +8,25 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
 
+from jaxtrain.checkpoint.same_run import differences
+from jaxtrain.checkpoint.stored import (
+    COMMIT_MARK,
+    absolute,
+    cause,
+    committed_steps,
+    delete,
+    outdated,
+    read_metadata,
+    read_stored,
+    step_path,
+    wrong_leaves,
+)
+from jaxtrain.checkpoint.trees import leaves_by_path, nested
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
 from jaxtrain.text import readable_size, show
 
@@ -20,8 +37,6 @@ def find(text: str) -> tuple[str, int]:
     Raises:
       CheckpointError: no such checkpoint.
     """
-    from jaxtrain.checkpoint.stored import absolute, committed_steps, step_path
-
     match = re.fullmatch(r"(.+?):(\d+)", text)
     folder, step = (match[1], int(match[2])) if match else (text, None)
     inside = absolute(folder) / "checkpoints"
@@ -40,13 +55,6 @@ def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
     Raises:
       DamagedCheckpoint: an array cannot be read.
     """
-    import jax
-    from jax.sharding import SingleDeviceSharding
-    from orbax.checkpoint import v1 as ocp
-
-    from jaxtrain.checkpoint.stored import cause, read_stored, step_path
-    from jaxtrain.checkpoint.trees import leaves_by_path, nested
-
     path, here = step_path(folder, step), SingleDeviceSharding(jax.devices("cpu")[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -67,8 +75,6 @@ def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
 
 def list_steps(folder: str) -> int:
     """Print every step folder: name, size, whether it is whole, when it was saved, on which mesh."""
-    from jaxtrain.checkpoint.stored import COMMIT_MARK, absolute, committed_steps, read_stored
-
     folder, _ = find(folder)
     whole = {str(step) for step in committed_steps(folder)}
     for path in sorted(absolute(folder).iterdir(), key=lambda path: (int((re.match(r"\d+", path.name) or [-1])[0]), path.name)):
@@ -91,8 +97,6 @@ def list_steps(folder: str) -> int:
 
 def verify(folder: str, every: bool) -> int:
     """Read every array and compare its checksum."""
-    from jaxtrain.checkpoint.stored import committed_steps, read_stored, step_path, wrong_leaves
-
     folder, newest = find(folder)
     bad = 0
     for step in committed_steps(folder) if every else [newest]:
@@ -111,8 +115,6 @@ def verify(folder: str, every: bool) -> int:
 
 def inspect(folder: str) -> int:
     """Print a step's metadata, config and arrays."""
-    from jaxtrain.checkpoint.stored import read_stored, step_path
-
     folder, step = find(folder)
     stored = read_stored(step_path(folder, step))
     metadata = stored["metadata"]
@@ -129,9 +131,6 @@ def inspect(folder: str) -> int:
 
 def diff(one: str, other: str) -> int:
     """Print the differences between two steps; exit code 1 if arrays or hard config fields differ."""
-    from jaxtrain.checkpoint.same_run import differences
-    from jaxtrain.checkpoint.stored import read_metadata, read_stored, step_path
-
     (folder, step), (second, other_step) = find(one), find(other)
     found = differences(read_metadata(folder, step), read_metadata(second, other_step))
     for line in (*found.hard, *found.soft):
@@ -154,13 +153,10 @@ def diff(one: str, other: str) -> int:
 
 def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: bool) -> int:
     """Delete all but the newest `keep` steps and the multiples of `keep_every`; with `set_aside` also what was set aside."""
-    from jaxtrain.checkpoint.stored import absolute, committed_steps, delete
-
     if keep < 1:
         raise CheckpointError(f"--keep={keep}: keep at least 1")
     folder, _ = find(folder)
-    doomed = [s for s in committed_steps(folder)[:-keep] if not (keep_every and s % keep_every == 0)]
-    paths = [absolute(folder) / str(step) for step in doomed]
+    paths = [absolute(folder) / str(step) for step in outdated(committed_steps(folder), keep, keep_every)]
     if set_aside:
         paths += [path for path in absolute(folder).iterdir() if re.fullmatch(r"\d+\.(damaged|rolled-back)-\d+", path.name)]
     for path in paths:

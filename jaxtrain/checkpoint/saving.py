@@ -26,14 +26,8 @@ from jaxtrain.processes import are_several, look, post, read_folder, tell
 _PATIENCE = 20.0  # seconds between the first and the last process that sees the same failure
 
 
-class _NoRepeatedTraceback(logging.Filter):
-    """Drop the traceback that Orbax logs for a failed write: the same failure is raised as a `CheckpointError`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised" not in str(record.msg)
-
-
-logging.getLogger("absl").addFilter(_NoRepeatedTraceback())
+# Orbax logs a failed write with its traceback, and the same failure is raised as a `CheckpointError`.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
 
 class BackgroundSaves:

@@ -6,10 +6,11 @@ import glob
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts
 from jaxtrain.data.documents import BadRows
@@ -22,6 +23,7 @@ from jaxtrain.errors import DataError
 BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: enough for its threads, little for memory
 LARGEST_TRAINING_SAMPLE = 100_000_000
 ABANDONED_SECONDS = 24 * 3600
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,33 +138,26 @@ def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, ca
     """
     key = short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
     folder = cache_dir / "streams" / key
-    found = _open_if_whole(folder, cache_dir)
-    if found is not None:
-        return found
-    with locked(cache_dir / "streams" / f"{key}.lock"):
-        found = _open_if_whole(folder, cache_dir)  # another process may have made it while we waited
-        if found is not None:
-            return found
+
+    def open_both() -> SplitStreams:
+        return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
+
+    return _made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, tokenizer_name, temporary))
+
+
+def _made_once(folder: Path, open_it: Callable[[], T], make: Callable[[Path], object]) -> T:
+    """Return what is in a folder of the cache; if it is missing or damaged, make it first, in one process of the host."""
+    with suppress(DataError):
+        return open_it()
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        with suppress(DataError):  # another process may have made it while we waited
+            return open_it()
         try:
             with new_folder(folder) as temporary:
-                write_streams(corpus, tokenizer, tokenizer_name, temporary)
+                make(temporary)
         except OSError as error:
             raise unwritable(folder, error) from error
-    return _open_both(folder, cache_dir)
-
-
-def _open_both(folder: Path, cache_dir: Path) -> SplitStreams:
-    return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
-
-
-def _open_if_whole(folder: Path, cache_dir: Path) -> SplitStreams | None:
-    """Return the cached streams, or None if they are missing or damaged: the documents can be tokenized again."""
-    if not folder.is_dir():
-        return None
-    try:
-        return _open_both(folder, cache_dir)
-    except DataError:
-        return None
+    return open_it()
 
 
 def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Path) -> tuple[JsonTokenizer, Path]:
@@ -171,23 +166,15 @@ def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Pat
     It is kept in cache_dir/tokenizers and trained again if the documents change. Raises DataError like `cached_streams`.
     """
     key = short_hash([training_key(corpora), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
-    folder = cache_dir / "tokenizers" / key
-    path = folder / "tokenizer.json"
-    with suppress(DataError):
-        return _load_json(path), path
-    with locked(cache_dir / "tokenizers" / f"{key}.lock"):
-        with suppress(DataError):  # another process may have made it while we waited
-            return _load_json(path), path
-        try:
-            with new_folder(folder) as temporary:
-                content = train_bpe(training_texts(corpora, LARGEST_TRAINING_SAMPLE), vocab_size)
-                (temporary / "tokenizer.json").write_text(content, encoding="utf-8")
-        except OSError as error:
-            raise unwritable(folder, error) from error
-    return _load_json(path), path
+    path = cache_dir / "tokenizers" / key / "tokenizer.json"
 
+    def load() -> JsonTokenizer:
+        tokenizer = load_tokenizer(str(path))
+        assert isinstance(tokenizer, JsonTokenizer)
+        return tokenizer
 
-def _load_json(path: Path) -> JsonTokenizer:
-    tokenizer = load_tokenizer(str(path))
-    assert isinstance(tokenizer, JsonTokenizer)
-    return tokenizer
+    def train(folder: Path) -> None:
+        content = train_bpe(training_texts(corpora, LARGEST_TRAINING_SAMPLE), vocab_size)
+        (folder / path.name).write_text(content, encoding="utf-8")
+
+    return _made_once(path.parent, load, train), path

@@ -26,20 +26,12 @@ KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the separator included: every id is below it."""
-        ...
-
-    @property
-    def separator(self) -> int:
-        """The id before, between and after documents; -1: none."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the mapping from text to ids does."""
-        ...
+    vocab_size: int
+    """Number of ids, the separator included: every id is below it."""
+    separator: int
+    """The id before, between and after documents; -1: none."""
+    fingerprint: str
+    """Changes whenever the mapping from text to ids does."""
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of the text, [length], without any separator."""

@@ -17,20 +17,12 @@ SYNTHETIC_VALIDATION_WINDOWS = 64
 class Windows(Protocol):
     """Numbered windows of L + 1 ids; neighbours share one id."""
 
-    @property
-    def count(self) -> int:
-        """Number of windows."""
-        ...
-
-    @property
-    def num_targets(self) -> int:
-        """Number of tokens that the windows predict."""
-        ...
-
-    @property
-    def separator(self) -> int:
-        """The id that begins a document; -1: none."""
-        ...
+    count: int
+    """Number of windows."""
+    num_targets: int
+    """Number of tokens that the windows predict."""
+    separator: int
+    """The id that begins a document; -1: none."""
 
     def read(self, index: int, out: np.ndarray) -> int:
         """Copy window `index` into `out`, [L + 1], and return how many ids it has."""

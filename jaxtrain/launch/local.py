@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtrain.config import Config, MeshConfig
-from jaxtrain.config.rules import find_problems
+from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, ConfigError
 from jaxtrain.files import user_path
 from jaxtrain.launch.distributed import count_gpus
@@ -39,21 +40,18 @@ class LaunchFlags:
     """Do not train: check in all processes whether the run would work here."""
 
 
-class Size:
-    """Number of processes in the next generation."""
+def size_of(flags: LaunchFlags) -> Callable[[], int]:
+    """Return a function: the number in processes_file, if it can be read, else the last one read, at first --processes."""
+    last = flags.processes
 
-    def __init__(self, flags: LaunchFlags):
-        self._flags, self._last = flags, flags.processes
+    def size() -> int:
+        nonlocal last
+        with contextlib.suppress(OSError, ValueError):  # the file is just being written
+            number = int(user_path(flags.processes_file).read_text(encoding="utf-8")) if flags.processes_file else 0
+            last = number if number >= 1 else last
+        return last
 
-    def __call__(self) -> int:
-        """Return the number in processes_file if it can be read, else --processes."""
-        if self._flags.processes_file:
-            try:
-                number = int(user_path(self._flags.processes_file).read_text(encoding="utf-8"))
-                self._last = number if number >= 1 else self._last
-            except (OSError, ValueError):
-                pass  # the file is just being written
-        return self._last
+    return size
 
 
 def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], of_run: Sequence[str]) -> int:
@@ -66,7 +64,7 @@ def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], o
       ConfigError: the config does not fit the devices.
     """
     per_process = flags.devices_per_process or gpus_per_process(flags.processes)
-    full = _valid(config, flags.processes * per_process)
+    full = validate(config, flags.processes * per_process)
 
     def extra(processes: int) -> list[str]:
         if processes == flags.processes:
@@ -75,7 +73,7 @@ def train(config: Config, flags: LaunchFlags, fallbacks: Sequence[MeshConfig], o
 
     policy = Policy(flags.restarts, stop_seconds=flags.stop_seconds)
     folder = config.directory / "launch"
-    return Supervisor(command_of("train", of_run), Size(flags), _environment(flags), folder, policy, extra).run()
+    return Supervisor(command_of("train", of_run), size_of(flags), _environment(flags), folder, policy, extra).run()
 
 
 def preflight(config: Config, flags: LaunchFlags, of_run: Sequence[str]) -> int:
@@ -84,7 +82,7 @@ def preflight(config: Config, flags: LaunchFlags, of_run: Sequence[str]) -> int:
     Raises:
       ConfigError: the config does not fit the devices.
     """
-    _valid(config, flags.processes * (flags.devices_per_process or gpus_per_process(flags.processes)))
+    validate(config, flags.processes * (flags.devices_per_process or gpus_per_process(flags.processes)))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if line[20:].startswith("supervisor") else sys.stdout, flush=True)
@@ -102,13 +100,6 @@ def preflight(config: Config, flags: LaunchFlags, of_run: Sequence[str]) -> int:
 def _environment(flags: LaunchFlags) -> Callable[[int, int], dict[str, str]]:
     fake = {"JAXTRAIN_CPU_DEVICES": str(flags.devices_per_process), "JAX_PLATFORMS": "cpu"}
     return lambda index, processes: fake if flags.devices_per_process else {}
-
-
-def _valid(config: Config, devices: int) -> Config:
-    resolved, problems = find_problems(config, devices)
-    if problems:
-        raise ConfigError(problems)
-    return resolved
 
 
 def gpus_per_process(processes: int) -> int:

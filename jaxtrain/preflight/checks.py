@@ -10,12 +10,12 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxtrain.agreement import shortened
 from jaxtrain.config import Config
 from jaxtrain.errors import EXIT_FAULT
 from jaxtrain.processes import exchange
@@ -78,7 +78,7 @@ def carry_out(check: Check, site: Site, patience: float, heartbeat: Heartbeat | 
         answers = exchange(f"preflight {check.name}", answer, patience)
     errors = [f"{site.name(i)}: {a['error']}" for i, a in enumerate(answers) if a["error"] is not None]
     if errors:
-        return [Finding(check.name, "failed", "\n".join(_shortened(errors)))]
+        return [Finding(check.name, "failed", "\n".join(shortened(errors)))]
     return check.judge(site, [answer["seen"] for answer in answers])
 
 
@@ -113,18 +113,3 @@ def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
 def _first_line(error: Exception) -> str:
     kind = "" if hasattr(error, "exit_code") else f"{type(error).__name__}: "
     return kind + (str(error).strip() or "no message")[:2000]
-
-
-def _shortened(lines: list[str], most: int = 8) -> list[str]:
-    return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
-
-
-class Elapsed:
-    """Measures the seconds since its creation."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __call__(self) -> float:
-        """Return the seconds since its creation."""
-        return time.perf_counter() - self._started

@@ -15,7 +15,7 @@ import jax
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
-from jaxtrain.preflight.checks import Check, Elapsed, Finding, Site
+from jaxtrain.preflight.checks import Check, Finding, Site
 from jaxtrain.processes import exchange
 from jaxtrain.text import readable_size
 from jaxtrain.train.state import Canonical
@@ -52,13 +52,13 @@ def look_at_writing(site: Site) -> dict[str, float]:
     for folder in folders(site.config):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            clock, path = Elapsed(), _probe(folder, token, process)
+            started, path = time.perf_counter(), _probe(folder, token, process)
             with open(path, "xb") as file:
                 site.closing.callback(path.unlink, missing_ok=True)
                 file.write(_block(token, process))
                 file.flush()
                 os.fsync(file.fileno())
-            seconds[str(folder)] = clock()
+            seconds[str(folder)] = time.perf_counter() - started
             if path.read_bytes() != _block(token, process):
                 raise OSError(0, "the data read back differs from the data written", str(path))
         except OSError as error:

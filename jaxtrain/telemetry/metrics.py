@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxtrain.config import Config, to_plain
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, log_warning
 from jaxtrain.telemetry.tensorboard import TensorBoardWriter
@@ -42,7 +43,7 @@ class MetricsLog:
       process_index: `jax.process_index()`.
       wandb_project: Weights & Biases project; empty for none.
       name: name of the run, for Weights & Biases.
-      config: the resolved config as plain data, for TensorBoard's hyperparameters and Weights & Biases.
+      config: the resolved config, for TensorBoard's hyperparameters and Weights & Biases.
       say: called with a line when a file cannot be written, and when it can again: a run goes on without its logs.
 
     Raises:
@@ -56,7 +57,7 @@ class MetricsLog:
         process_index: int = 0,
         wandb_project: str = "",
         name: str = "run",
-        config: Mapping[str, Any] | None = None,
+        config: Config | None = None,
         say: Say = log_warning,
     ):
         self._writers: list[Writer] = []
@@ -150,7 +151,7 @@ class JsonLinesWriter:
 class WandbWriter:
     """Writes to Weights & Biases. The run's id is kept in run_dir, so that a resumed run continues it."""
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: Mapping[str, Any] | None, say: Say):
+    def __init__(self, run_dir: Path, project: str, name: str, config: Config | None, say: Say):
         check_wandb(project)
         import wandb  # pyright: ignore[reportMissingImports]
 
@@ -163,7 +164,12 @@ class WandbWriter:
         self._files.write(id_file, identity)
         try:
             self._run = wandb.init(
-                project=project, name=name, dir=str(run_dir), id=identity, resume="allow", config=dict(config or {})
+                project=project,
+                name=name,
+                dir=str(run_dir),
+                id=identity,
+                resume="allow",
+                config=to_plain(config) if config else {},
             )
         except OSError as error:  # a full disk must not end a run that was restarted on it
             say(f"warning    Weights & Biases did not start: {error}; the run goes on without it")

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.config import Config
+from jaxtrain.config.names import field_values
 from jaxtrain.files import AppendedFile, Say
 
 TRAIN = ("loss", "loss_mean", "total_loss", "grad_norm", "learning_rate", "tokens", "targets", "skipped_steps")
@@ -39,11 +41,11 @@ class TensorBoardWriter:
     Args:
       run_dir: the run's folder.
       start_step: the step that the run resumes from; TensorBoard drops an earlier process's later events.
-      config: the resolved config as plain data, shown as hyperparameters.
+      config: the resolved config, shown as hyperparameters.
       say: called with a line when the file cannot be written, and when it can again.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, config: Mapping[str, Any] | None, say: Say):
+    def __init__(self, run_dir: Path, start_step: int, config: Config | None, say: Say):
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
         # In nanoseconds, because two processes may begin a file within the same second.
@@ -52,7 +54,7 @@ class TensorBoardWriter:
         purge = start_step + 1 if start_step else 0
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         self._write(Event(wall_time=time.time(), step=purge, session_log=SessionLog(status=SessionLog.START)))
-        for summary in _hyperparameters(config or {}):
+        for summary in _hyperparameters(config) if config else ():
             self._write(Event(wall_time=time.time(), summary=summary))
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -80,18 +82,11 @@ class TensorBoardWriter:
         self._file.append(length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data)))
 
 
-def _hyperparameters(config: Mapping[str, Any]) -> tuple[Any, ...]:
+def _hyperparameters(config: Config) -> tuple[Any, ...]:
     """Return the summaries of TensorBoard's table of hyperparameters: every config field by its dotted name."""
     from tensorboardX.summary import hparams
 
-    fields = dict(_fields(config, ""))
-    return hparams(fields, dict.fromkeys(METRICS)) if fields else ()
-
-
-def _fields(value: Any, name: str) -> list[tuple[str, Any]]:
-    """Return (dotted name, plain value) of everything below `value`; None is left out, and list items are numbered."""
-    if isinstance(value, Mapping):
-        return [field for key, inner in value.items() for field in _fields(inner, f"{name}.{key}" if name else str(key))]
-    if isinstance(value, (list, tuple)):
-        return [field for number, inner in enumerate(value) for field in _fields(inner, f"{name}.{number}")]
-    return [] if value is None else [(name, value)]
+    fields = {name: value for name, value in field_values(config).items() if value is not None}
+    for name, value in fields.items():
+        fields[name] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return hparams(fields, dict.fromkeys(METRICS))

@@ -18,7 +18,7 @@ import jax
 from jaxtrain.agreement import compare
 from jaxtrain.checkpoint import Checkpoints, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
-from jaxtrain.config import to_json, to_plain
+from jaxtrain.config import to_json
 from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
 from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
@@ -327,7 +327,7 @@ class Run:
             jax.process_index(),
             config.telemetry.wandb_project,
             config.name,
-            to_plain(config),
+            config,
             self.progress.say,
         )
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.telemetry.metrics import MetricsLog, read_rows
 from jaxtrain.telemetry.tensorboard import METRICS, tag_of
@@ -97,7 +98,7 @@ def test_logs_go_on_without_a_disk_and_have_every_row_at_last(tmp_path, disk):
     """One line for each file when it fails, one when it has what it lacked; no row is lost or written twice."""
     write_steps(tmp_path, [1, 2])
     said = []
-    log = MetricsLog(tmp_path, start_step=2, say=said.append, config={"train": {"seed": 7}})
+    log = MetricsLog(tmp_path, start_step=2, say=said.append, config=Config())
     for step, room in ((3, 1 << 30), (4, 30), (5, 0), (6, 5)):
         disk.room = room
         log.write({"step": step, "loss": 1.0 / step})
@@ -186,17 +187,16 @@ def test_tensorboard_shows_the_config_as_hyperparameters(tmp_path):
     """Read back by tensorboardX's own messages: the session's hyperparameters, by dotted name."""
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-    config = {"train": {"seed": 7}, "model": {"moe": None}, "data": {"sources": [{"kind": "text"}]}}
-    MetricsLog(tmp_path, config=config).close()
+    MetricsLog(tmp_path, config=Config(run_dir="here")).close()
     found = {}
     for event in tensorboard_events(tmp_path):
         for value in event.summary.value:
             found[value.tag] = HParamsPluginData.FromString(value.metadata.plugin_data.content)
     started = found["_hparams_/session_start_info"].session_start_info.hparams
-    assert {name: value.number_value or value.string_value for name, value in started.items()} == {
-        "train.seed": 7,
-        "data.sources.0.kind": "text",
-    }
+    shown = {name: value.number_value or value.string_value for name, value in started.items()}
+    expected = {"train.steps": Config().train.steps, "data.sources.0.kind": Config().data.sources[0].kind, "run_dir": "here"}
+    assert {name: shown[name] for name in expected} == expected
+    assert "model.moe" not in shown
     assert [metric.name.tag for metric in found["_hparams_/experiment"].experiment.metric_infos] == list(METRICS)
 
 

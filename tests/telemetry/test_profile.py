@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.errors import ConfigError
-from jaxtrain.telemetry.profile import ProfileWindow, parse_window
+from jaxtrain.config import Config, TelemetryConfig
+from jaxtrain.config.rules import find_problems
+from jaxtrain.telemetry.profile import ProfileWindow
 
 
 @pytest.fixture
@@ -58,13 +59,10 @@ def test_nothing_without_a_window_or_on_other_processes(traces, tmp_path, profil
     assert traces == []
 
 
-def test_windows_are_read_or_refused():
-    assert parse_window("") is None
-    assert parse_window("10:13") == (10, 13)
-    with pytest.raises(ConfigError, match="FIRST:LAST"):
-        parse_window("10-13")
-    with pytest.raises(ConfigError, match="use 10:13"):
-        parse_window("13:10")
+@pytest.mark.parametrize("profile", ["10-13", "13:10", "0:3", "1:1000000"])
+def test_a_window_outside_the_run_is_refused(profile):
+    config = Config(telemetry=TelemetryConfig(profile=profile))
+    assert [problem for problem in find_problems(config, 1)[1] if problem.startswith(f"telemetry.profile={profile!r}")]
 
 
 def test_a_real_trace_lands_in_the_run_directory(tmp_path):
