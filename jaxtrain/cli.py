@@ -51,6 +51,8 @@ VERBS = {
     "launch": Verb("run on several processes of this machine, or submit to SLURM, MPI, Kubernetes or Ray", False),
     "preflight": Verb("check devices, links, folders, clocks, software, memory and data for a run", joins=True),
     "checkpoint": Verb("list, verify, inspect, compare or prune the checkpoints of a run"),
+    "import": Verb("turn a HuggingFace folder into a run that holds its weights", False),
+    "export": Verb("write the weights of a run as a HuggingFace folder", False),
     "replay": Verb("compute a recorded step again, on any mesh, and say where it differs", joins=True),
     "tokenize": Verb("turn text into token files once, for runs to read", False),
     "bench": Verb("measure the compiled train step on the devices at hand"),

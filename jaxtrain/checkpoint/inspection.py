@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,8 +49,8 @@ def find(text: str) -> tuple[str, int]:
     return folder, step
 
 
-def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
-    """Yield (name, array) one at a time, so that only one array is in memory.
+def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (name, array) one at a time, so that only one array is in memory; of these names, or of all.
 
     Raises:
       DamagedCheckpoint: an array cannot be read.
@@ -58,7 +58,11 @@ def arrays(folder: str, step: int) -> Iterator[tuple[str, Any]]:
     path, here = step_path(folder, step), SingleDeviceSharding(jax.devices("cpu")[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    for name, words in read_stored(path)["leaves"].items():
+    leaves = read_stored(path)["leaves"]
+    for name in names or leaves:
+        words = leaves.get(name)
+        if words is None:
+            raise CheckpointError(f"{path} holds no {name}")
         dtype, shape = words.rstrip("]").split("[")
         dims = tuple(int(size) for size in shape.split(",") if size)
         leaf = jax.ShapeDtypeStruct(dims, np.dtype(dtype), sharding=here)

@@ -38,7 +38,7 @@ WHY_FILE = "why_set_aside.txt"
 PARTIAL = ".partial"  # after a step's number: it is being written, or being deleted
 FORMAT = 3  # of the content of custom_metadata
 STEP_NAME = re.compile(r"0|[1-9]\d*")
-LEFTOVER_NAME = re.compile(rf"\d+(\.[a-z-]+\d+)?{re.escape(PARTIAL)}(\.orbax.*)?")
+LEFTOVER_NAME = re.compile(rf"\d+(\.[a-z-]+\d+)?{re.escape(PARTIAL)}(\.orbax.*|\.partial_save.*)?")
 LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
 LEAF = re.compile(r"\w+\[(\d+(,\d+)*)?\]")  # trees.describe
 # Failures of the host, not of the checkpoint: no reason to set it aside.

@@ -161,6 +161,18 @@ class Table:
             copy(get(row.ours, layer, expert if row.per_expert else None), right, target, left, self.sizes)
         return target
 
+    def groups(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Yield (paths of our parameters, names of their tensors) that can be written without any others."""
+        left = dict(self._of_ours)
+        while left:
+            ours, theirs = [next(iter(left))], dict[str, None]()
+            for path in ours:  # grows
+                for row in left.pop(path):
+                    theirs |= dict.fromkeys(name for name, _, _ in self.names(row))
+                    sharing = dict.fromkeys(other.ours for other in self.rows if other.theirs == row.theirs)
+                    ours += [other for other in sharing if other not in ours]
+            yield ours, list(theirs)
+
     def rows_of(self, theirs: str) -> list[tuple[Row, int, int]]:
         """Return (row, layer of our stack, expert) of every part of a file's tensor."""
         if not hasattr(self, "_of_theirs"):

@@ -1,0 +1,146 @@
+"""Write the weights of a checkpoint as a HuggingFace folder, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxtrain.checkpoint.inspection import arrays, find
+from jaxtrain.checkpoint.stored import read_stored, step_path
+from jaxtrain.config import ModelConfig
+from jaxtrain.config.fields import from_json
+from jaxtrain.data.progress import progress
+from jaxtrain.errors import CheckpointError, ExplainedError
+from jaxtrain.files import user_path
+from jaxtrain.huggingface.config import family_of, read_config, same_model, table_of, write_config
+from jaxtrain.huggingface.files import INDEX, SINGLE
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, is_stacked
+from jaxtrain.huggingface.table import Table
+
+SHARD_BYTES = 512 << 20
+"""Bytes of a weight file; a larger tensor has one of its own. A file is held in memory until it is written."""
+
+
+def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
+    """Write the weights of RUN, RUN@STEP or RUN:STEP into the folder `target`, and return the config.json that it has.
+
+    Args:
+      dtype: of the matrices; empty for that of the imported folder, or model.dtype of a run from scratch.
+
+    Raises:
+      ExplainedError: there is no such checkpoint, no family has the model's settings, or the folder is not empty.
+    """
+    folder, step = find(re.sub(r"@(\d+)$", r":\1", run))
+    goal = user_path(target)
+    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
+        raise ExplainedError(f"{target} is there already; give a new folder")
+    stored = read_stored(step_path(folder, step))
+    config = from_json(json.dumps(stored["metadata"]["config"]))
+    if config.sync.replicas_differ:
+        raise CheckpointError(f"{run}: the replicas of sync.mode={config.sync.mode} differ; an export needs one set of weights")
+    beside = Path(folder).parent / TRAVELLING_FOLDER
+    described = described_as(config.model, beside, config.data.sequence_length)
+    dtype = dtype or described.get("dtype") or config.model.dtype
+    described = {name: value for name, value in described.items() if name != "torch_dtype"} | {"dtype": dtype}
+    table = table_of(family_of(described), config.model)
+    unfinished = goal.with_name(f"{goal.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        write_weights(table, lambda names: arrays(folder, step, names), unfinished, dtype, f"exporting {goal.name}")
+        for file in sorted(beside.iterdir()) if beside.is_dir() else []:
+            shutil.copyfile(file, unfinished / file.name)
+        (unfinished / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if goal.is_dir():
+            goal.rmdir()
+        unfinished.rename(goal)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return described
+
+
+def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any]:
+    """Return the config.json of a model: the one it was imported with where that still describes it, else a new one.
+
+    Args:
+      beside: the folder of the files that travel with the weights.
+      length: longest sequence it was trained on.
+    """
+    if not (beside / "config.json").is_file():
+        return write_config(model, length)
+    config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = config.get("dtype") or config.get("torch_dtype")
+    config.pop("quantization_config", None)
+    if same_model(read_config(config), model):
+        return config
+    own = config | family_of(config).write(model)
+    return own if same_model(read_config(own), model) else write_config(model, length)
+
+
+Read = Callable[[list[str]], Iterator[tuple[str, Any]]]
+"""Names of a checkpoint's arrays -> (name, array), one at a time."""
+
+
+def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str) -> None:
+    """Write the tensors of a table into weight files, with an index if there are several.
+
+    Our parameters are read one at a time, and together only where one of their tensors holds parts of several.
+    """
+    dtypes, files = table.dtypes(dtype), _Shards(folder)
+    sizes = {name: int(np.prod(shape)) * _numpy(dtypes[name]).itemsize for name, shape in table.shapes().items()}
+    with progress(title, sum(sizes.values())) as advance:
+        for ours, theirs in table.groups():
+            held = {name.removeprefix("params/"): np.asarray(array) for name, array in read([f"params/{own}" for own in ours])}
+
+            def part(own: str, layer: int, expert: int | None, held: dict[str, np.ndarray] = held) -> np.ndarray:
+                whole = held[own][layer] if is_stacked(own) else held[own]
+                return whole if expert is None else whole[expert]
+
+            for name in theirs:
+                files.add(name, table.write(name, part, _numpy(dtypes[name])))
+                advance(sizes[name])
+    files.finish(sum(sizes.values()))
+
+
+class _Shards:
+    """Weight files under temporary names until their number is known."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._held, self._bytes = folder, dict[str, np.ndarray](), 0
+        self._files: list[list[str]] = []
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Add a tensor, and write the file that it would make too large."""
+        if self._held and self._bytes + tensor.nbytes > SHARD_BYTES:
+            self._flush()
+        self._held[name] = tensor
+        self._bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self._held, self._folder / f"{len(self._files)}.part", {"format": "pt"})
+        self._files.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def finish(self, size: int) -> None:
+        """Give the files their names, and write the index of several."""
+        self._flush()
+        count, where = len(self._files), dict[str, str]()
+        for number, names in enumerate(self._files):
+            file = SINGLE if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+            (self._folder / f"{number}.part").rename(self._folder / file)
+            where |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _numpy(dtype: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)

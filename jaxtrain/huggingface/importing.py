@@ -1,0 +1,105 @@
+"""Turn a HuggingFace folder into a run of ours that holds its weights: a checkpoint of step 0, config.json, tokenizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.checkpoint.streamed import save_streamed
+from jaxtrain.config import Config, ModelConfig, to_json, to_plain
+from jaxtrain.config.fields import DType
+from jaxtrain.data.progress import progress
+from jaxtrain.files import replace_file, user_path
+from jaxtrain.huggingface.files import Folder
+from jaxtrain.huggingface.table import FIRST, Table
+from jaxtrain.models.decoder import canonical_dims
+from jaxtrain.models.parameters import held_dtype
+from jaxtrain.sharding import is_dims
+from jaxtrain.telemetry.flops import num_parameters
+
+TRAVELLING_FOLDER = "huggingface"
+"""In run_dir: the files that go with the weights, for an export."""
+
+
+def origin_of(folder: Folder) -> dict[str, Any]:
+    """Return where weights come from, as later checkpoints say it."""
+    return {"from": str(folder.path.resolve()), "kind": folder.family.model_type, "sha256": folder.sha256}
+
+
+def import_folder(path: str, run_dir: str, param_dtype: DType) -> Config:
+    """Write the weights of a folder into run_dir as a checkpoint of step 0, and return the config that stands beside it.
+
+    Raises:
+      ExplainedError: the folder is not whole, or run_dir cannot be written; nothing is left in it then.
+    """
+    with Folder(path) as folder:
+        target = user_path(run_dir)
+        config = imported_config(folder, run_dir, param_dtype)
+        metadata = {
+            "config": to_plain(config),
+            "origin": origin_of(folder),
+            "num_parameters": num_parameters(config.model).total,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "safetensors")},
+        }
+        with progress(f"importing {folder.path.name}", folder.size) as advance:
+            save_streamed(target / "checkpoints", 0, _leaves(folder, config.model, advance), metadata)
+        keep_travelling(folder, target)
+        replace_file(target / "config.json", to_json(config) + "\n")
+        return config
+
+
+def imported_config(folder: Folder, run_dir: str, param_dtype: DType) -> Config:
+    """Return a config for training these weights further, with their tokenizer."""
+    tokenizer = user_path(run_dir) / TRAVELLING_FOLDER / "tokenizer.json"
+    has_one = (folder.path / "tokenizer.json").is_file()
+    config = Config(name=folder.path.resolve().name, run_dir=run_dir)
+    data = replace(config.data, tokenizer=str(tokenizer)) if has_one else config.data
+    return replace(config, model=replace(folder.model, param_dtype=param_dtype), data=data)
+
+
+def keep_travelling(folder: Folder, run_dir: Path) -> None:
+    """Copy the files that go with the weights into run_dir."""
+    beside = run_dir / TRAVELLING_FOLDER
+    beside.mkdir(parents=True, exist_ok=True)
+    for file in folder.travelling():
+        shutil.copyfile(file, beside / file.name)
+
+
+def dims_of(model: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return the logical dims of our parameters by path, in canonical form."""
+    flat = jax.tree_util.tree_flatten_with_path(canonical_dims(model), is_leaf=is_dims)[0]
+    return {"/".join(str(key.key) for key in path): dims for path, dims in flat}
+
+
+def is_stacked(ours: str) -> bool:
+    """Return whether a parameter's first dim is that of the layers."""
+    return ours.startswith(("layers/", FIRST))
+
+
+def _leaves(folder: Folder, model: ModelConfig, advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name in a checkpoint, whole parameter in canonical form)."""
+    dims = dims_of(model)
+    for ours in folder.table.parameters:
+        array = read_whole(folder.table, ours, folder, held_dtype(dims[ours], model.param_dtype))
+        yield f"params/{ours}", array
+        advance(array.size * np.dtype(_itemsize(folder.dtype)).itemsize)
+
+
+def _itemsize(dtype: str) -> str:
+    return "float32" if dtype == "float32" else "float16"
+
+
+def read_whole(table: Table, ours: str, folder: Folder, dtype: str) -> np.ndarray:
+    """Return a parameter of ours in canonical form."""
+    shape = table.shape_of_ours(ours)
+    array = np.empty((table.count(ours), *shape), jax.dtypes.canonicalize_dtype(dtype))
+    for layer, part in enumerate(array):
+        table.read(ours, layer, tuple(slice(0, size) for size in shape), part, folder.fetch)
+    return array if is_stacked(ours) else array[0]
