@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import keyword
 import os
 import resource
 import signal
@@ -63,6 +64,11 @@ VERBS = {
 }
 
 
+def module_of(verb: str) -> str:
+    """Return the module of a verb; `import` is a word of Python, which no module's name can be."""
+    return f"jaxtrain.verbs.{verb}{'_' * keyword.iskeyword(verb)}"
+
+
 def main(*before: str) -> NoReturn:
     """Run the verb that the command line names, and end the process with its exit code.
 
@@ -71,7 +77,7 @@ def main(*before: str) -> NoReturn:
     """
     arguments = [*before, *sys.argv[1:]]
     if arguments and arguments[0] in VERBS:
-        run(f"jaxtrain.verbs.{arguments[0]}", arguments=arguments[1:], **VERBS[arguments[0]]._asdict())
+        run(module_of(arguments[0]), arguments=arguments[1:], **VERBS[arguments[0]]._asdict())
     run("jaxtrain.cli", "answer_without_verb", arguments=arguments)
 
 
@@ -159,7 +165,7 @@ def completion() -> str:
 
     cases = []
     for verb in VERBS:
-        module = importlib.import_module(f"jaxtrain.verbs.{verb}")
+        module = importlib.import_module(module_of(verb))
         words = flag_names(module.USAGE) if hasattr(module, "USAGE") else [*module.USAGES]
         cases.append(f"    {verb}) words='--help {' '.join(words)}' ;;\n")
     return f"""_jaxtrain() {{

@@ -104,10 +104,10 @@ def test_the_ground_floor_imports_nothing_slow(module: str):
 def test_no_help_imports_anything_slow():
     program = """
 import contextlib, importlib, sys
-from jaxtrain.cli import VERBS
+from jaxtrain.cli import VERBS, module_of
 from jaxtrain.command import parse
 for verb in VERBS:
-    module = importlib.import_module(f"jaxtrain.verbs.{verb}")
+    module = importlib.import_module(module_of(verb))
     for usage in getattr(module, "USAGES", {}).values() or [module.USAGE]:
         with contextlib.suppress(SystemExit):
             parse(usage, ["--help"])

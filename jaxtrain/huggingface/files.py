@@ -45,7 +45,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Folder:
+class WeightsFolder:
     """A folder of weights, checked: every tensor of the model is there once, in its shape, and no other.
 
     Raises:
@@ -64,7 +64,7 @@ class Folder:
         self._stored = self._headers()
         self._check()
 
-    def __enter__(self) -> Folder:
+    def __enter__(self) -> WeightsFolder:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,7 +17,7 @@ from jaxtrain.config import Config, ModelConfig, to_json, to_plain
 from jaxtrain.config.fields import DType
 from jaxtrain.data.progress import progress
 from jaxtrain.files import replace_file, user_path
-from jaxtrain.huggingface.files import Folder
+from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.table import FIRST, Table
 from jaxtrain.models.decoder import canonical_dims
 from jaxtrain.models.parameters import held_dtype
@@ -28,7 +28,7 @@ TRAVELLING_FOLDER = "huggingface"
 """In run_dir: the files that go with the weights, for an export."""
 
 
-def origin_of(folder: Folder) -> dict[str, Any]:
+def origin_of(folder: WeightsFolder) -> dict[str, Any]:
     """Return where weights come from, as later checkpoints say it."""
     return {"from": str(folder.path.resolve()), "kind": folder.family.model_type, "sha256": folder.sha256}
 
@@ -39,7 +39,7 @@ def import_folder(path: str, run_dir: str, param_dtype: DType) -> Config:
     Raises:
       ExplainedError: the folder is not whole, or run_dir cannot be written; nothing is left in it then.
     """
-    with Folder(path) as folder:
+    with WeightsFolder(path) as folder:
         target = user_path(run_dir)
         config = imported_config(folder, run_dir, param_dtype)
         metadata = {
@@ -55,7 +55,7 @@ def import_folder(path: str, run_dir: str, param_dtype: DType) -> Config:
         return config
 
 
-def imported_config(folder: Folder, run_dir: str, param_dtype: DType) -> Config:
+def imported_config(folder: WeightsFolder, run_dir: str, param_dtype: DType) -> Config:
     """Return a config for training these weights further, with their tokenizer."""
     tokenizer = user_path(run_dir) / TRAVELLING_FOLDER / "tokenizer.json"
     has_one = (folder.path / "tokenizer.json").is_file()
@@ -64,7 +64,7 @@ def imported_config(folder: Folder, run_dir: str, param_dtype: DType) -> Config:
     return replace(config, model=replace(folder.model, param_dtype=param_dtype), data=data)
 
 
-def keep_travelling(folder: Folder, run_dir: Path) -> None:
+def keep_travelling(folder: WeightsFolder, run_dir: Path) -> None:
     """Copy the files that go with the weights into run_dir."""
     beside = run_dir / TRAVELLING_FOLDER
     beside.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def is_stacked(ours: str) -> bool:
     return ours.startswith(("layers/", FIRST))
 
 
-def _leaves(folder: Folder, model: ModelConfig, advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
+def _leaves(folder: WeightsFolder, model: ModelConfig, advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name in a checkpoint, whole parameter in canonical form)."""
     dims = dims_of(model)
     for ours in folder.table.parameters:
@@ -96,7 +96,7 @@ def _itemsize(dtype: str) -> str:
     return "float32" if dtype == "float32" else "float16"
 
 
-def read_whole(table: Table, ours: str, folder: Folder, dtype: str) -> np.ndarray:
+def read_whole(table: Table, ours: str, folder: WeightsFolder, dtype: str) -> np.ndarray:
     """Return a parameter of ours in canonical form."""
     shape = table.shape_of_ours(ours)
     array = np.empty((table.count(ours), *shape), jax.dtypes.canonicalize_dtype(dtype))

@@ -14,10 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxtrain.checkpoint.stored import read_metadata
+from jaxtrain.cli import module_of
 from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface import exporting
 from jaxtrain.huggingface.exporting import export
-from jaxtrain.huggingface.files import Folder
+from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import import_folder
 from tests.huggingface import goldens, tiny
 
@@ -64,7 +65,11 @@ def test_in_and_out(family: str, tmp_path: Path):
     )
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     origin = read_metadata(tmp_path / "run" / "checkpoints", 0)["origin"]
-    assert origin == {"from": str(tmp_path / "in"), "kind": config_kind(family), "sha256": Folder(tmp_path / "in").sha256}
+    assert origin == {
+        "from": str(tmp_path / "in"),
+        "kind": config_kind(family),
+        "sha256": WeightsFolder(tmp_path / "in").sha256,
+    }
 
 
 def config_kind(family: str) -> str:
@@ -81,12 +86,12 @@ def test_shards_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(set(files.values())) > 3
     found = weights_of(tmp_path / "out")
     assert all(found[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
-    Folder(tmp_path / "out")
+    WeightsFolder(tmp_path / "out")
 
 
 def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     make(tmp_path / "in", "llama3_2")
-    verbs = {name: importlib.import_module(f"jaxtrain.verbs.{name}") for name in ("import", "export")}
+    verbs = {name: importlib.import_module(module_of(name)) for name in ("import", "export")}
     assert verbs["import"].main([str(tmp_path / "in"), f"--run_dir={tmp_path / 'run'}"]) == 0
     assert verbs["export"].main([str(tmp_path / "run"), str(tmp_path / "out"), "--dtype=bfloat16"]) == 0
     assert "exported a LlamaForCausalLM in bfloat16" in capsys.readouterr().out
@@ -102,7 +107,7 @@ def test_older_names_and_buffers(tmp_path: Path):
     older = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     older["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
     save_file(older, tmp_path / "in" / "model.safetensors")
-    folder = Folder(tmp_path / "in")
+    folder = WeightsFolder(tmp_path / "in")
     everything = (slice(None), slice(None))
     assert folder.fetch("transformer.wte.weight", everything).tobytes() == tensors["transformer.wte.weight"].tobytes()
 
@@ -124,7 +129,7 @@ def test_mxfp4_files_are_expanded(tmp_path: Path):
             wide[name] = np.zeros(shape, np.float32)
     save_file(wide, tmp_path / "in" / "model.safetensors")
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    got = Folder(tmp_path / "in").fetch(name, (slice(2, 4), slice(0, 64), slice(0, 64)))
+    got = WeightsFolder(tmp_path / "in").fetch(name, (slice(2, 4), slice(0, 64), slice(0, 64)))
     numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     for expert, i, o in ((0, 0, 0), (1, 33, 7), (1, 62, 63), (0, 31, 1)):
         byte = wide[f"{name}_blocks"][2 + expert, o, i // 32, i % 32 // 2]
@@ -282,11 +287,11 @@ def test_tied_head_of_its_own(tmp_path: Path):
     held = make(tmp_path / "in", "llama3_2")
     head = held[FIRST].copy()
     save_file(held | {"lm_head.weight": head}, tmp_path / "in" / "model.safetensors")
-    Folder(tmp_path / "in")
+    WeightsFolder(tmp_path / "in")
     head[100, 3] += 1
     save_file(held | {"lm_head.weight": head}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ExplainedError, match="lm_head.weight is not model.embed_tokens.weight"):
-        Folder(tmp_path / "in")
+        WeightsFolder(tmp_path / "in")
 
 
 def test_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
