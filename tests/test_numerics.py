@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import UsageError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -20,6 +20,7 @@ from jaxtrain.numerics import COMPARED, NEEDED, number_flags, set_aside, settle,
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
 from jaxtrain.train.step import TrainSteps, batch_sharding
+from tests.tiny import tiny
 
 OTHERWISE = {
     "jax_enable_x64": True,
@@ -32,14 +33,11 @@ OTHERWISE = {
     "jax_softmax_custom_jvp": True,
     "jax_disable_jit": True,
 }
-CONFIG = Config(
-    model=ModelConfig(
-        num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8, vocab_size=120, dtype="float32"
-    ),
-    mesh=MeshConfig(fsdp=1),
-    data=DataConfig(sequence_length=8, mask_documents=False),
+CONFIG = tiny(
+    model={"num_layers": 1, "embed_dim": 8, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 8, "vocab_size": 120},
+    data={"mask_documents": False},
     optimizer=OptimizerConfig(peak_lr=1e-2),
-    train=TrainConfig(steps=2, global_batch_size=2, loss_chunk=8),
+    train={"steps": 2, "global_batch_size": 2},
 )
 
 

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from jaxtrain.config import (
@@ -29,10 +30,10 @@ from jaxtrain.config import (
     DistributedConfig,
     GuardConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from tests.tiny import MODEL
 
 EVERY = 4
 """Steps between two checkpoints."""
@@ -47,9 +48,7 @@ def get_config() -> Config:
             keep_programs_of_every_process()
     return Config(
         name="faulty",
-        model=ModelConfig(
-            num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=257, dtype="float32"
-        ),
+        model=replace(MODEL, num_layers=1, mlp_dim=32, vocab_size=257),
         data=DataConfig(sources=(DataSource(kind="synthetic"),), tokenizer="byte", sequence_length=32),
         mesh=MeshConfig(data=4, fsdp=2),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
@@ -193,7 +192,7 @@ class Faults:
         time.sleep(1e6)
 
     def throw(self) -> None:
-        """Meets an error that nobody foresaw."""
+        """Raise an error that the product does not explain."""
         raise RuntimeError("a fault of the test's")
 
     def terminate(self) -> None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from jaxtrain.config import (
     DataConfig,
     DataSource,
     GuardConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
+from tests.tiny import MODEL
 
 STEPS, EVERY, HALT = 8, 3, 5
 """Steps of the run, between two checkpoints, and the step in which "step" halts."""
@@ -38,9 +39,7 @@ def get_config() -> Config:
         prepare(os.environ["JAXTRAIN_TEST_PHASE"])
     return Config(
         name="signalled",
-        model=ModelConfig(
-            num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=257, dtype="float32"
-        ),
+        model=replace(MODEL, num_layers=1, mlp_dim=32, vocab_size=257),
         data=DataConfig(
             sources=(DataSource(kind="text", path="tests/faults/*.py"),),
             tokenizer="byte",

@@ -17,7 +17,6 @@ from jaxtrain.config import (
     DataSource,
     GuardConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -33,6 +32,7 @@ from jaxtrain.train.rollbacks import Rollback, Rollbacks
 from jaxtrain.train.run import Run
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.stop import StopOnSignal
+from tests.tiny import MODEL
 from tests.train.poison import NAN, SPIKE, poisonable
 
 STEPS, ROWS = 20, 16
@@ -73,9 +73,7 @@ def base(tmp_path_factory):
         (folder / f"{i}.txt").write_text("".join(random.choice(["alpha ", "beta ", "gamma\n"], 400)))
     return Config(
         run_dir=str(folder / "run"),
-        model=ModelConfig(
-            num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=16, vocab_size=259, dtype="float32"
-        ),
+        model=replace(MODEL, head_dim=4, vocab_size=259),
         mesh=MeshConfig(data=4, fsdp=2),
         data=DataConfig(
             sources=(DataSource(kind="text", path=f"{folder}/*.txt"),),

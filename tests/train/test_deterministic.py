@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig
 from jaxtrain.config.rules import find_problems, validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
@@ -16,11 +16,13 @@ from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
 from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers
 from jaxtrain.train.xla_options import DETERMINISTIC, compile_with_options, deterministic_options
+from tests.tiny import tiny
 
-CONFIG = Config(
-    model=ModelConfig(num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=32, vocab_size=100),
-    data=DataConfig(sequence_length=16),
-    train=TrainConfig(global_batch_size=8, microbatches=2, loss_chunk=8, deterministic=True),
+CONFIG = tiny(
+    model={"mlp_dim": 32, "dtype": "bfloat16"},
+    mesh=MeshConfig(),
+    data={"sequence_length": 16},
+    train={"microbatches": 2, "deterministic": True},
 )
 
 

@@ -13,12 +13,8 @@ from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import (
     CheckpointConfig,
     Config,
-    DataConfig,
     GuardConfig,
-    MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    TrainConfig,
 )
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -26,15 +22,14 @@ from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import Canonical, abstract_state, create_state
 from jaxtrain.train.step import batch_sharding, compile_train_step, place_numbers
 from jaxtrain.train.step_acceptance import record_to_plain
+from tests.tiny import tiny
 
-CONFIG = Config(
-    model=ModelConfig(
-        num_layers=3, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, vocab_size=120, dtype="float32"
-    ),
-    mesh=MeshConfig(fsdp=2),
-    data=DataConfig(sequence_length=8, mask_documents=False),
+CONFIG = tiny(
+    model={"num_layers": 3, "vocab_size": 120},
+    mesh={"fsdp": 2},
+    data={"mask_documents": False},
     optimizer=OptimizerConfig(peak_lr=1e-3),
-    train=TrainConfig(steps=20, global_batch_size=4, loss_chunk=8),
+    train={"steps": 20, "global_batch_size": 4},
     guard=GuardConfig(non_finite="skip", spike="skip", spike_window=8),
 )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config import MeshConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.parallel.stacking import make_stacking
@@ -16,15 +16,9 @@ from jaxtrain.sharding import named
 from jaxtrain.train.nan_probe import NanProbe, Watched
 from jaxtrain.train.state import initial_params, params_dims
 from jaxtrain.train.step import batch_names, batch_sharding
+from tests.tiny import tiny
 
-BASE = Config(
-    model=ModelConfig(
-        num_layers=5, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, vocab_size=100, dtype="float32"
-    ),
-    mesh=MeshConfig(fsdp=1),
-    data=DataConfig(sequence_length=8),
-    train=TrainConfig(global_batch_size=8, microbatches=2, loss_chunk=4),
-)
+BASE = tiny(model={"num_layers": 5}, train={"microbatches": 2, "loss_chunk": 4})
 ODD = 99  # a token of the second microbatch only
 
 

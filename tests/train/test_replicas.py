@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SyncConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig, OptimizerConfig, SyncConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import CheckpointError
 from jaxtrain.measure.layouts import batch_of
@@ -44,17 +44,15 @@ from jaxtrain.train.step import (
     read_metrics,
 )
 from tests.replicas import GradientSimulation, OuterSimulation
+from tests.tiny import tiny
 
 ORIGINAL = state_module.initial_params
 ROWS, STEPS = 8, 6
-BASE = Config(
-    model=ModelConfig(
-        num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=24, vocab_size=128, dtype="float32"
-    ),
-    mesh=MeshConfig(replica=2, fsdp=2),
-    data=DataConfig(sequence_length=8),
+BASE = tiny(
+    model={"head_dim": 4, "mlp_dim": 24, "vocab_size": 128},
+    mesh={"replica": 2, "fsdp": 2},
     optimizer=OptimizerConfig(peak_lr=1e-2, schedule="constant", clip_norm=1.0),
-    train=TrainConfig(steps=STEPS, global_batch_size=ROWS, loss_chunk=8, remat="none"),
+    train={"steps": STEPS, "global_batch_size": ROWS, "remat": "none"},
 )
 DILOCO = SyncConfig(mode="diloco", every=2)
 INT8 = replace(DILOCO, compression="int8", error_feedback=True)

@@ -11,15 +11,12 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxtrain.config import (
-    Config,
-    DataConfig,
     LatentAttentionConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
     SyncConfig,
-    TrainConfig,
 )
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
@@ -32,25 +29,16 @@ from jaxtrain.train.rounding import apply_updates, random_bits, round_stochastic
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import Canonical, create_state, initial_params
 from jaxtrain.train.step import batch_sharding, make_train_step, place_numbers
+from tests.tiny import tiny
 
 SEED = jnp.asarray(seed_words(2**40 + 1))
 UNIT = 2.0**-8  # bfloat16's step below 1
-CONFIG = Config(
-    model=ModelConfig(
-        num_layers=3,
-        embed_dim=16,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=8,
-        mlp_dim=16,
-        vocab_size=120,
-        qk_norm="head",
-        dtype="float32",
-        param_dtype="bfloat16",
-    ),
-    data=DataConfig(sequence_length=8, mask_documents=False),
+CONFIG = tiny(
+    model={"num_layers": 3, "vocab_size": 120, "qk_norm": "head", "param_dtype": "bfloat16"},
+    data={"mask_documents": False},
+    mesh=MeshConfig(),
     optimizer=OptimizerConfig(peak_lr=1e-3, schedule="constant"),
-    train=TrainConfig(steps=20, global_batch_size=4, loss_chunk=8),
+    train={"steps": 20, "global_batch_size": 4},
 )
 
 

@@ -14,7 +14,6 @@ from jaxtrain.config import (
     DataConfig,
     DataSource,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     PipelineConfig,
     SyncConfig,
@@ -31,6 +30,7 @@ from jaxtrain.train.run import Run
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in
 from jaxtrain.train.step import make_evaluation_step
 from jaxtrain.train.stop import StopOnSignal
+from tests.tiny import MODEL
 
 WORDS = ["alpha ", "beta ", "gamma\n", "été ", "0 1 2 "]
 STEPS, FIRST_STOP, SECOND_STOP = 45, 5, 25
@@ -95,9 +95,7 @@ def base(tmp_path_factory):
     return Config(
         name="tiny",
         run_dir=str(folder / "run"),
-        model=ModelConfig(
-            num_layers=5, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=32, vocab_size=259, dtype="float32"
-        ),
+        model=replace(MODEL, num_layers=5, head_dim=4, mlp_dim=32, vocab_size=259),
         mesh=MeshConfig(fsdp=8),
         data=DataConfig(
             sources=(DataSource(kind="text", path=f"{folder}/*.txt"),),

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -38,23 +38,14 @@ from jaxtrain.train.step import (
     make_train_step,
     place_numbers,
 )
+from tests.tiny import UNEVEN, tiny
 
 OPTIMIZERS = ["adamw", "sgd", "adafactor", "lion", "muon"]
-# 5 layers do not divide into 2 or 4 parts, and 100 ids are padded to 128.
-BASE = Config(
-    model=ModelConfig(
-        num_layers=5,
-        embed_dim=16,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        mlp_dim=24,
-        vocab_size=100,
-        dtype="float32",
-    ),
-    data=DataConfig(sequence_length=8, mask_documents=False),
+BASE = tiny(
+    model=UNEVEN,
+    data={"mask_documents": False},
     optimizer=OptimizerConfig(peak_lr=1e-2),
-    train=TrainConfig(global_batch_size=8, microbatches=2, remat="full", loss_chunk=8),
+    train={"microbatches": 2, "remat": "full"},
 )
 LAYOUTS = {
     "one": (MeshConfig(fsdp=1), PipelineConfig()),
@@ -62,7 +53,6 @@ LAYOUTS = {
     "chunks": (MeshConfig(pipe=2, data=2, fsdp=2), PipelineConfig(schedule="interleaved", chunks=2)),
     "tensor": (MeshConfig(fsdp=4, tensor=2), PipelineConfig()),
 }
-# LLVM's optimisations take most of the time here, and change no byte of what is moved or sharded.
 
 
 @functools.cache
@@ -99,7 +89,7 @@ def batch_of(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
 # Sharding
 
 
-def check_shardings(state: Any, config: Config, mesh: jax.sharding.Mesh) -> None:
+def assert_shardings(state: Any, config: Config, mesh: jax.sharding.Mesh) -> None:
     """Moments lie like their parameters, nothing that a parameter shards is whole anywhere, and what is said is what is."""
     dims = parameter_dims(config.model)
     wanted = jax.tree_util.tree_flatten_with_path(named(mesh, dims))[0]
@@ -150,12 +140,12 @@ def test_the_optimizer_state_is_born_and_stays_like_the_parameters(name: str, la
     monkeypatch.setattr(step_module, "make_loss_and_gradients", stand_in)
     config, mesh, optimizer = setup(layout, name)
     state, batch = create_state(config, mesh, optimizer), batch_of(config, mesh)
-    check_shardings(state, config, mesh)
+    assert_shardings(state, config, mesh)
     numbers = place_numbers(config, mesh)
     step = make_train_step(config, mesh, optimizer, "reference").lower(state, batch, numbers).compile()
     for _ in range(2):
         state, _ = step(state, batch, numbers)
-        check_shardings(state, config, mesh)
+        assert_shardings(state, config, mesh)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -174,7 +164,7 @@ def test_each_leaf_is_where_it_was_promised(name: str, quick_start):
 
 
 def test_a_sweep_over_rates_lengths_and_seeds_compiles_once():
-    """What is lowered says nothing of them; of a beta it does."""
+    """The lowered program does not depend on them; on a beta it does."""
 
     def lowered(seed: int, steps: int, **changes: Any) -> tuple[str, str]:
         config, mesh, _ = setup("one")
@@ -229,7 +219,7 @@ def test_a_real_step_leaves_the_shardings_as_they_were():
     before = on_host(state["params"])
     for expected_step in (1, 2):
         state, metrics = step(state, batch, numbers)
-        check_shardings(state, config, mesh)
+        assert_shardings(state, config, mesh)
         assert int(state["step"]) == expected_step
         assert np.isfinite(metrics["loss"])
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, on_host(state["params"]))

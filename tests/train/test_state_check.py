@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxtrain.config import MeshConfig, OptimizerConfig
 from jaxtrain.errors import NumbersError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -19,15 +19,12 @@ from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import create_state
 from jaxtrain.train.state_check import StateCheck, copied_over, odd_ones_out
+from tests.tiny import tiny
 
-BASE = Config(
-    model=ModelConfig(
-        num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, vocab_size=100, dtype="float32"
-    ),
-    mesh=MeshConfig(data=4, fsdp=2),
-    data=DataConfig(sequence_length=8),
+BASE = tiny(
+    mesh={"data": 4, "fsdp": 2},
     optimizer=OptimizerConfig(name="sgd", beta1=0.0, peak_lr=1e-2),
-    train=TrainConfig(steps=20, global_batch_size=8, loss_chunk=4),
+    train={"steps": 20, "loss_chunk": 4},
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PipelineConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
@@ -31,24 +31,14 @@ from jaxtrain.train.step import (
     make_train_step,
     place_numbers,
 )
+from tests.tiny import UNEVEN, tiny
 
 ROWS, LENGTH, VOCAB, Z_LOSS = 8, 8, 100, 0.01
-BASE = Config(
-    model=ModelConfig(
-        num_layers=5,
-        embed_dim=16,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        mlp_dim=24,
-        vocab_size=VOCAB,
-        dtype="float32",
-        qk_norm="head",
-    ),
-    mesh=MeshConfig(fsdp=1),
-    data=DataConfig(sequence_length=LENGTH),
+BASE = tiny(
+    model={**UNEVEN, "qk_norm": "head"},
+    data={"sequence_length": LENGTH},
     optimizer=OptimizerConfig(name="sgd", beta1=0.0, weight_decay=0.0, clip_norm=0.0, peak_lr=0.1, schedule="constant"),
-    train=TrainConfig(global_batch_size=ROWS, microbatches=2, remat="full", loss_chunk=4, z_loss=Z_LOSS),
+    train={"global_batch_size": ROWS, "microbatches": 2, "remat": "full", "loss_chunk": 4, "z_loss": Z_LOSS},
 )
 LAYOUTS = {
     "one": (MeshConfig(fsdp=1), PipelineConfig()),

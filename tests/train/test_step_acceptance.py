@@ -13,14 +13,11 @@ import pytest
 from jaxtrain.config import (
     CheckpointConfig,
     Config,
-    DataConfig,
     GuardConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     ShardingConfig,
     SyncConfig,
-    TrainConfig,
 )
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
@@ -39,18 +36,15 @@ from jaxtrain.train.step_acceptance import (
     record_from_plain,
     record_to_plain,
 )
+from tests.tiny import tiny
 from tests.train.poison import NAN, poisonable
 
 WINDOW = 16
 GUARD = GuardConfig(non_finite="skip", spike="skip", spike_window=WINDOW, spike_deviations=5.0)
-BASE = Config(
-    model=ModelConfig(
-        num_layers=3, embed_dim=16, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, vocab_size=259, dtype="float32"
-    ),
-    mesh=MeshConfig(fsdp=1),
-    data=DataConfig(sequence_length=8),
+BASE = tiny(
+    model={"num_layers": 3, "vocab_size": 259},
     optimizer=OptimizerConfig(peak_lr=1e-2),
-    train=TrainConfig(steps=20, global_batch_size=8, microbatches=2, loss_chunk=4),
+    train={"steps": 20, "microbatches": 2, "loss_chunk": 4},
     guard=GuardConfig(non_finite="skip"),
 )
 LAYOUTS = {
