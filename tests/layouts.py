@@ -1,25 +1,73 @@
-"""The first law, held: layouts drawn by hypothesis, and an assertion that the layout never changes the result."""
+"""Draws of layouts for tests: by hypothesis, and a fixed few that together have as much as possible of what can be drawn."""
 
 from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterable
 
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from jaxtrain.config import Config
-from jaxtrain.measure.layouts import LAYOUTS_A_TASK, STEPS, Errors, compare, draw_configs
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.config.names import field_values
+from jaxtrain.measure.layouts import LAYOUTS_A_TASK, draw_configs
+
+DEVICES, CANDIDATES = 8, 100
+SURE = {
+    ("expert", "pipe"),
+    ("expert", "fsdp"),
+    ("expert", "tensor"),
+    ("context", "sharding.context_attention=ring"),
+    ("tensor", "sharding.context_attention=ulysses"),
+    ("fsdp", "sharding.context_attention=gather"),
+    ("context", "model.latent_attention.query_rank=12"),
+    ("pipe", "pipeline.schedule=interleaved"),
+}
+"""Features that the few of every run must have, since no other test of a run has them."""
 
 
 @st.composite
-def configs(draw: st.DrawFn, devices: int = 8) -> list[Config]:
-    """`draw_configs` by hypothesis."""
+def configs(draw: st.DrawFn, devices: int = DEVICES) -> list[Config]:
+    """Draw the layouts of one task."""
     assume(draw(st.booleans()))  # hypothesis begins with the first option of everything, which tells little
     found = draw_configs(lambda options: draw(st.sampled_from(options)), devices)
     assume(len(found) == LAYOUTS_A_TASK)
     return found
 
 
-def check(config: Config, steps: int = STEPS) -> Errors:
-    """`compare`, and an assertion that prints the config."""
-    errors = compare(config, steps)
-    assert errors.problem is None, f"{errors.problem}\n{config!r}"
-    return errors
+@functools.cache
+def candidates() -> list[list[Config]]:
+    """Return the layouts of drawn tasks, the same in every run."""
+    chance = random.Random(0)
+    drawn = (draw_configs(chance.choice, DEVICES) for _ in range(CANDIDATES))
+    return [layouts for layouts in drawn if len(layouts) == LAYOUTS_A_TASK]
+
+
+@functools.cache
+def features(config: Config) -> frozenset[tuple[str, str]]:
+    """Return a pair (axis, what it meets) of every axis above 1 with every other one and with the value of every field."""
+    axes = [axis for axis in MESH_AXES if getattr(config.mesh, axis) > 1]
+    fields = [f"{name}={value}" for name, value in field_values(config).items() if not name.startswith("mesh.")]
+    return frozenset((axis, met) for axis in axes for met in (*axes, *fields))
+
+
+def features_of(tasks: Iterable[list[Config]]) -> set[tuple[str, str]]:
+    """Return the features of all layouts of the tasks."""
+    return {feature for layouts in tasks for config in layouts for feature in features(config)}
+
+
+@functools.cache
+def covering(count: int) -> list[list[Config]]:
+    """Choose `count` of the candidates, one by one: that with most of SURE, of values, of features that none before it has."""
+    chosen: list[list[Config]] = []
+    for _ in range(count):
+        seen = features_of(chosen)
+        values = {met for _, met in seen}
+
+        def gain(layouts: list[Config], seen: set = seen, values: set = values) -> tuple[int, int, int]:
+            new = features_of([layouts]) - seen
+            return len(new & SURE), len({met for _, met in new} - values), len(new)
+
+        chosen.append(max(candidates(), key=gain))
+    return chosen

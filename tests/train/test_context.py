@@ -62,7 +62,7 @@ truth_of = functools.cache(gradients_of)
 
 LAYOUTS = [
     layout("ring", "blockwise", window=6, context=2, pipe=2, fsdp=2, microbatches=2, remat="named"),
-    # The layout law draws all of these in every run of the suite.
+    # The layout law draws each kind in every run (tests/layouts.py, SURE).
     pytest.param(layout("ring", context=4, tensor=2, remat="dots", kv_heads=2), marks=pytest.mark.slow),
     pytest.param(layout("gather", "blockwise", window=6, context=4, fsdp=2, remat="none"), marks=pytest.mark.slow),
     pytest.param(layout("ulysses", window=6, context=2, tensor=2, pipe=2, microbatches=2), marks=pytest.mark.slow),
