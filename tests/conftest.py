@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test; with JAXTRAIN_TEST_PLATFORM=cuda real ones, for the tests marked gpu."""
 
 import errno
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,10 @@ if platform == "cpu":
 else:
     os.environ["JAX_PLATFORMS"] = platform
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# jax makes millions of objects that live long: with Python's own limit of 700 new ones a sixth of the time of a trace is spent
+# looking for cycles among them.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_make_parametrize_id(val, argname):

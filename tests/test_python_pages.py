@@ -52,9 +52,10 @@ def test_the_lock_is_free_and_a_restored_trainer_says_the_same(names, monkeypatc
 
 
 def test_a_schedule_of_ones_own_computes_the_same(names):
-    assert len(names["pipelined"]._rows) == 1
-    assert names["pipelined"]._rows[0]["loss"] == pytest.approx(names["logged"]["loss"][0], rel=1e-6)
-    assert names["pipelined"]._rows[0]["grad_norm"] == pytest.approx(names["logged"]["grad_norm"][0], rel=1e-5)
+    metrics = names["pipelined"].metrics
+    assert metrics["step"].tolist() == [1]
+    assert metrics["loss"][0] == pytest.approx(names["logged"]["loss"][0], rel=1e-6)
+    assert metrics["grad_norm"][0] == pytest.approx(names["logged"]["grad_norm"][0], rel=1e-5)
 
 
 def test_training_goes_on_from_the_steps_taken_and_what_was_left_out(names, monkeypatch):
@@ -81,9 +82,9 @@ def mine(tmp_path_factory):
 
 def test_a_config_files_parts_are_layout_invariant(mine):
     config = load_config(mine)
-    for layout in random_configs(2, 8, seed=3, task=as_task(config)):
-        assert layout.parts.objective is config.parts.objective
-        assert compare(layout).problem is None
+    (layout,) = random_configs(1, 8, seed=3, task=as_task(config))
+    assert layout.parts.objective is config.parts.objective
+    assert compare(layout).problem is None
 
 
 def test_a_config_files_parts_travel_by_its_name(mine):

@@ -440,7 +440,7 @@ def layouts(draw) -> tuple[Config, int]:
     return config, math.prod(mesh.values())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(layouts())
 def test_what_is_accepted_builds(drawn: tuple[Config, int]):
     """The schedule checks, every part holds a layer, and every mesh axis divides what it shards."""

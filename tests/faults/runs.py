@@ -139,7 +139,7 @@ def uninterrupted(shared: Path, steps: int, **more: Any) -> Faulty:
 
 
 def is_free(lock: IO[str]) -> bool:
-    """Whether nobody else holds it."""
+    """Whether no other process holds the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,8 +1,8 @@
-"""Whatever befalls one of four processes, the run ends with the parameters of a run that nothing befell.
+"""Whatever happens to a process, the run ends with the parameters of a run without faults.
 
-Each run has a whole list of faults, one a generation: every generation costs four starts, and a state that has come through
-all of them bit for bit has come through each. What the supervisor says of each is compared one by one. Faults of data and
-config stand in tests/data/test_bad_input.py, tests/verbs/test_train.py and tests/checkpoint/test_writing.py;
+Each run has a whole list of faults, one a generation: every generation starts all processes again, and a state that has come
+through all of them bit for bit has come through each. What the supervisor says of each is compared one by one. Faults of data
+and config stand in tests/data/test_bad_input.py, tests/verbs/test_train.py and tests/checkpoint/test_writing.py;
 jaxtrain/checkpoint/README.md lists all.
 """
 
@@ -19,13 +19,26 @@ from tests.lines import unstamped
 STEPS = 32  # a checkpoint every 4
 # With two devices in each process a step takes three times as long; tests/launch/test_processes.py has those.
 FOUR = {"launcher": ("--processes=4", "--devices_per_process=1"), "mesh": ("--mesh.data=2",)}
+TWO = {"launcher": ("--processes=2", "--devices_per_process=1"), "mesh": ("--mesh.data=1",)}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, worker_id):
-    """The run that nothing befell."""
+def shared(tmp_path_factory, worker_id):
+    """The folder of the runs without faults, which all workers share."""
     base = tmp_path_factory.getbasetemp()
-    return uninterrupted((base if worker_id == "master" else base.parent) / "faults", STEPS, **FOUR)
+    return (base if worker_id == "master" else base.parent) / "faults"
+
+
+@pytest.fixture(scope="module")
+def whole(shared):
+    """The run of four processes without faults."""
+    return uninterrupted(shared / "four", STEPS, **FOUR)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(shared):
+    """The run of two processes without faults."""
+    return uninterrupted(shared / "two", STEPS, **TWO)
 
 
 def resumed_from(run: Faulty) -> list[int]:
@@ -54,26 +67,26 @@ def assert_same_data(run: Faulty, whole: Faulty) -> None:
 KILLED = r"was ended by SIGKILL"
 LOST = [
     ([(5, 1, "saved:4+kill")], (1,), KILLED, 4),
-    ([(6, 2, "kill"), (6, 3, "kill")], (2, 3), KILLED, 4),
+    ([(6, 0, "kill"), (6, 1, "kill")], (0, 1), KILLED, 4),
     ([(9, 0, "saved:8+flip:8+kill")], (0,), KILLED, 4),  # the coordinator; and of two checkpoints the newer has rotted
     (
-        [(14, 3, "saved:12+truncate:12+fake:8+throw")],
-        (3,),
+        [(14, 1, "saved:12+truncate:12+fake:8+throw")],
+        (1,),
         r"ended with exit code 70: .*RuntimeError: a fault of the test's",
         8,
     ),
-    ([(17, 2, "saved:16+stop")], (2,), r"is stopped \(state T\)", 16),
+    ([(17, 0, "saved:16+stop")], (0,), r"is stopped \(state T\)", 16),
     (
-        [(20, 3, "saved:16+hang")],
-        (3,),
-        r"ended with exit code 70: error: process 3 of 4 is at step 20 and has not moved for \d+ s.*; stacks in ",
+        [(20, 1, "saved:16+hang")],
+        (1,),
+        r"ended with exit code 70: error: process 1 of 2 is at step 20 and has not moved for \d+ s.*; stacks in ",
         16,
     ),
 ]
 
 
-def test_lost_frozen_and_stuck_processes_and_damaged_checkpoints(tmp_path, whole):
-    run = Faulty(tmp_path, STEPS, **FOUR)
+def test_lost_frozen_and_stuck_processes_and_damaged_checkpoints(tmp_path, whole_of_two):
+    run = Faulty(tmp_path, STEPS, **TWO)
     run.plan(*(faults for faults, *_ in LOST))
     assert run.run() == EXIT_DONE, run.log[-3000:]
     endings = run.events("end")
@@ -86,10 +99,10 @@ def test_lost_frozen_and_stuck_processes_and_damaged_checkpoints(tmp_path, whole
     assert re.search("does not hold what was saved|cannot be read", set_aside["8.damaged-1"])  # the bit may lie in the format
     assert sorted(set_aside) == ["12.damaged-1", "8.damaged-1", "8000.damaged-1"]
     assert "the folder was renamed or copied over" in set_aside["8000.damaged-1"]
-    assert "in hang" in (run.run_dir / "stacks" / "process-3.txt").read_text()
+    assert "in hang" in (run.run_dir / "stacks" / "process-1.txt").read_text()
     (run.checkpoints / "8001").rmdir()  # the empty folder that looked like a later step: passed over, not ours to delete
     assert re.search(rf"supervisor done in \d+ s, {len(LOST) + 1} generations; goodput \d+\.\d%", run.log)
-    assert_nothing_lost(run, whole)
+    assert_nothing_lost(run, whole_of_two)
 
 
 def test_signals_and_deaths_in_the_midst_of_saving(tmp_path, whole):
@@ -100,7 +113,7 @@ def test_signals_and_deaths_in_the_midst_of_saving(tmp_path, whole):
     (stopped,) = committed_steps(run.checkpoints)[-1:]
     assert stopped in (6, 7, 8)
     assert run.run() == -9
-    run.wait_for_processes()  # which hear that nobody watches them, and save
+    run.wait_for_processes()  # which notice that their supervisor is gone, and save
     assert committed_steps(run.checkpoints)[-1] >= 18
     assert run.run() == EXIT_DONE, run.log[-3000:]
     first, second, third = resumed_from(run)
@@ -127,7 +140,7 @@ def test_fewer_processes_and_more_again(tmp_path, whole):
 @pytest.fixture
 def small_disk(tmp_path):
     """A run whose checkpoints have a file system of their own, with room for a few."""
-    run = Faulty(tmp_path, STEPS, **FOUR)
+    run = Faulty(tmp_path, STEPS, **TWO)
     run.checkpoints.mkdir(parents=True)
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", run.checkpoints], capture_output=True, text=True)
     if made.returncode:
@@ -136,10 +149,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", run.checkpoints], check=True)
 
 
-def test_a_full_disk(small_disk, whole):
+def test_a_full_disk(small_disk, whole_of_two):
     """A save that fails costs no step; once there is space the next one is made; a run that cannot save its end says so."""
     run = small_disk
-    run.plan([(6, 0, "saved:4+fill"), (11, 0, "free"), (14, 2, "saved:12+fill")])
+    run.plan([(6, 0, "saved:4+fill"), (11, 0, "free"), (14, 1, "saved:12+fill")])
     assert run.run() == EXIT_ERROR, run.log[-3000:]
     assert "warning    the checkpoint of step 8 could not be saved" in run.log
     assert "the disk is full: free some space" in run.log.splitlines()[-1]
@@ -147,4 +160,4 @@ def test_a_full_disk(small_disk, whole):
     (run.checkpoints / "filling").unlink()
     assert run.run() == EXIT_DONE, run.log[-3000:]
     assert resumed_from(run) == [12]
-    assert_nothing_lost(run, whole)
+    assert_nothing_lost(run, whole_of_two)

@@ -1,4 +1,4 @@
-"""A run whose folder lies on a small disk, filled and freed at random moments, is the run that nothing befell."""
+"""A run whose folder lies on a small disk, filled and freed at random moments, ends as a run on a disk with space."""
 
 import fcntl
 import json

@@ -33,11 +33,13 @@ def test_the_manifest_fits_the_schema(capsys, tmp_path, kind, monkeypatch):
     """Of a JobSet the Job inside it: the schema of JobSet itself is in no package."""
     validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate (108 MB)")
     monkeypatch.chdir(ROOT)
-    for document in documents(capsys, kind, Faulty(tmp_path / "run", STEPS)).values():
+    found = documents(capsys, kind, Faulty(tmp_path / "run", STEPS))
+    assert sorted(found) == {"job": ["Job", "Service"], "jobset": ["JobSet"]}[kind]
+    for document in found.values():
         if document["kind"] == "JobSet":
             (replicated,) = document["spec"]["replicatedJobs"]
             document = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
-        validate.validate(document, "1.31", strict=True)
+        validate.validate(document, "1.31", strict=True)  # raises ValidationError
 
 
 class Pods:

@@ -60,7 +60,7 @@ def test_a_partition_ends_both_sides_and_the_run_goes_on_afterwards(tmp_path):
         link("down")
         (run.folder / "cut").touch()
         assert all(code in ENDED for code in ends(both, LIMIT)), [process.returncode for process in both]
-        # Started again meanwhile they find nobody, and end too.
+        # Started again meanwhile neither finds its peer, and both end too.
         early = start_both(run, 5003, "--distributed.start_timeout_seconds=5")
         assert all(code in ENDED for code in ends(early, LIMIT)), [process.returncode for process in early]
         link("up")

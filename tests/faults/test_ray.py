@@ -60,7 +60,7 @@ def wait_for_port(port: int, seconds: float = 120) -> None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        assert time.monotonic() < until, f"nobody listens on port {port}"
+        assert time.monotonic() < until, f"no server listens on port {port}"
         time.sleep(0.2)
 
 

@@ -74,7 +74,8 @@ def test_wrong_usage(flag):
         verb.main([flag])
 
 
-def test_a_config_without_a_layout(mine):
+def test_a_config_without_a_layout(mine, monkeypatch):
+    monkeypatch.setattr(layouts, "MOST_TRIES", 2)
     with pytest.raises(ExplainedError, match="no layout over 8 devices that was drawn is valid"):
         verb.main([mine, "--train.global_batch_size=1", "--model.num_layers=1", "--data.sequence_length=17"])
 
