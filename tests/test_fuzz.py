@@ -203,10 +203,12 @@ def test_a_choice_of_numbers_is_explained():
 @given(changes((b"None", b"()", b"[3]", b"Config(", b"'x'", b"\x00", b"\xff", b"\n", b" ", b"=", b",")))
 def test_config_file(todo):
     """A config file is code; whatever is wrong with it is explained all the same."""
+    config = None
     with tempfile.TemporaryDirectory() as folder, in_bounded_time(), contextlib.suppress(ExplainedError):
         path = Path(folder) / "mine.py"
         path.write_bytes(changed((CONFIGS / "quickstart.py").read_bytes(), todo))
-        validate(parse_config([f"--config={path}"]), 4)
+        config = validate(parse_config([f"--config={path}"]), 4)
+    assert config is None or validate(config, 4) == config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,8 +400,10 @@ def test_programs(todo, which: int):
     with pytest.MonkeyPatch.context() as patch, in_bounded_time():
         patch.setattr(hlo, "_LONGEST_LOOP", 1000)  # loops by hand that a change made endless; else a second each
         for read in (matmul_flops, lambda t: read_collectives(t, layout), lambda t: instruction_seconds(t, layout)):
+            found: object = "an explained error"
             with contextlib.suppress(ProgramError):
-                read(text)
+                found = read(text)
+            assert found is not None
 
 
 @pytest.mark.parametrize(

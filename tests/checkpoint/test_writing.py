@@ -288,7 +288,7 @@ def test_one_flipped_bit_in_the_arrays_is_seen(tmp_path, state):
         checkpoint.restore(tmp_path, 1, abstract(state))
 
 
-def test_when_all_are_damaged_nobody_starts_afresh(tmp_path, state):
+def test_when_all_are_damaged_no_run_starts_afresh(tmp_path, state):
     save_three(tmp_path, state)
     for step in (1, 2, 3):
         for data in (tmp_path / f"{step}" / "state").glob("**/d/*"):

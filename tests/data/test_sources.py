@@ -182,7 +182,7 @@ def test_mapped_files_are_read_only_and_whole(tmp_path):
 
 
 def test_npy_tokens_are_one_stream_unless_asked_where_documents_begin(make_config, tmp_path):
-    """Ids made by others: an id that equals the tokenizer's separator says nothing, unless the source says that it does."""
+    """Ids made by others: an id that equals the tokenizer's separator ends no document, unless the source says that it does."""
     np.save(tmp_path / "ids.npy", np.where(np.arange(1000) % 5, np.arange(1000) % 97, 256))
 
     def opened(**fields):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port that no socket is bound to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -42,7 +42,7 @@ def work():
         print(json.dumps(dataclasses.asdict(place) | dict(arguments=sys.argv[1:], seen=os.environ.get("SEEN"))), file=file)
     turn = sum(json.loads(line)["process"] == place.process for line in open({folder!r} + "/places")) - 1
     while len(open({folder!r} + "/places").readlines()) < 2 * turn + 2:
-        time.sleep(0.01)  # so that nobody ends before the other is there
+        time.sleep(0.01)  # so that neither ends before the other is there
     action = json.loads(Path({folder!r}, "plan").read_text())[turn][place.process]
     if action == "wait":
         for number in (signal.SIGTERM, signal.SIGUSR1):

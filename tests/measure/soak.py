@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.measure.soak --steps=2000 --folder=runs/soak
 
 runs it without faults, then with them (two processes of one fake device under the supervisor), and compares the losses, every
-token id and every array of the last checkpoint. Prints what befell it and the goodput; exit code 0 if all is equal. The same
+token id and every array of the last checkpoint. Prints the faults and the goodput; exit code 0 if all is equal. The same
 seed gives the same faults, and a soak that was interrupted goes on.
 """
 

@@ -189,7 +189,7 @@ def truth(moe: MoEConfig):
     return jax.tree.map(np.asarray, (out, auxiliary, reports, gradients))
 
 
-def check(got, wanted, tolerance: float = 1e-5) -> None:
+def assert_close(got, wanted, tolerance: float = 1e-5) -> None:
     """Every leaf to within `tolerance` of its largest number."""
 
     def leaf(path, a, b):
@@ -202,7 +202,7 @@ def check(got, wanted, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_device(kind):
     moe = KINDS[kind]
-    check(run(moe), truth(moe))
+    assert_close(run(moe), truth(moe))
     if moe.dispatch == "capacity":
         assert truth(moe)[2]["dropped"] > 0
 
@@ -218,7 +218,7 @@ MESHES = {
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kind", ["deepseek", "capacity"])
 def test_on_meshes(kind, mesh):
-    check(run(KINDS[kind], **MESHES[mesh]), truth(KINDS[kind]))
+    assert_close(run(KINDS[kind], **MESHES[mesh]), truth(KINDS[kind]))
 
 
 @pytest.mark.parametrize("mesh", [{}, {"expert": 2, "tensor": 2}])
@@ -229,10 +229,10 @@ def test_microbatches_change_neither_auxiliary_losses_nor_gradients(mesh, microb
     wanted = truth(moe)
     without = truth(replace(moe, balance_loss=0.0, router_z_loss=0.0))
     assert np.linalg.norm(wanted[3][0]["router"]) > 2 * np.linalg.norm(without[3][0]["router"])
-    check(run(moe, microbatches, **mesh), wanted, 1e-6)
+    assert_close(run(moe, microbatches, **mesh), wanted, 1e-6)
 
 
 def test_tiles_change_nothing():
     """Groups padded to tiles, as the grouped matmul of GPUs wants them."""
-    check(run(DEEPSEEK, tile=8, expert=4), truth(DEEPSEEK))
-    check(run(DEEPSEEK, tile=8), truth(DEEPSEEK))
+    assert_close(run(DEEPSEEK, tile=8, expert=4), truth(DEEPSEEK))
+    assert_close(run(DEEPSEEK, tile=8), truth(DEEPSEEK))

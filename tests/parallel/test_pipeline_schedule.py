@@ -1,4 +1,4 @@
-"""Schedules as tables: each runs, costs what theory says, and every value waits in a slot that nobody else writes."""
+"""Schedules as tables: each runs, costs what theory says, and every value waits in a slot of its own."""
 
 import dataclasses
 import functools
@@ -154,12 +154,12 @@ def test_every_delay_of_an_input_is_refused():
 # Slots
 
 
-def replay(schedule: Schedule) -> None:
-    """Runs the table as the executor does, with names for values, and asserts that every read gets the one meant.
+def replay(schedule: Schedule) -> int:
+    """Run the table as the executor does, with names for values; return how many parts were done till a read gets a wrong one.
 
     In a tick all stages do F (read the activation, write residual and, where it is the last part, the loss's gradient), then
-    B (read residual and gradient), then the exchange writes what arrived. An idle stage writes too, to the slot that nobody
-    reads; what arrives at it is rubbish.
+    B (read residual and gradient), then the exchange writes what arrived. An idle stage writes too, to a slot that is never
+    read; what arrives at it is rubbish.
     """
     slots, stages, rubbish = allocate_slots(schedule), schedule.stages, "rubbish"
     activation = [[rubbish] * (slots.activation_count + 1) for _ in range(stages)]
@@ -173,8 +173,8 @@ def replay(schedule: Schedule) -> None:
             stored = loss = rubbish
             if m != IDLE:
                 part = c * stages + i
-                if part > 0:
-                    assert activation[i][slots.activation_read[t, i]] == ("activation", m, part)
+                if part > 0 and activation[i][slots.activation_read[t, i]] != ("activation", m, part):
+                    return done
                 sent[i], stored = ("activation", m, part + 1), ("residual", m, part)
                 loss = ("gradient", m, part) if part == schedule.parts - 1 else rubbish
                 done += 1
@@ -185,21 +185,27 @@ def replay(schedule: Schedule) -> None:
             m, c = int(schedule.backward_microbatch[t, i]), int(schedule.backward_chunk[t, i])
             if m != IDLE:
                 part = c * stages + i
-                assert residual[i][slots.residual_read[t, i]] == ("residual", m, part)
-                assert gradient[i][slots.gradient_read[t, i]] == ("gradient", m, part)
+                if residual[i][slots.residual_read[t, i]] != ("residual", m, part):
+                    return done
+                if gradient[i][slots.gradient_read[t, i]] != ("gradient", m, part):
+                    return done
                 sent_back[i] = ("gradient", m, part - 1)
                 done += 1
         for i in range(stages):
             activation[i][slots.activation_write[t, i]] = sent[(i - 1) % stages]
             gradient[i][slots.gradient_write[t, i]] = sent_back[(i + 1) % stages]
-    work = schedule.microbatches * schedule.parts
-    assert done == work * (2 if (schedule.backward_microbatch != IDLE).any() else 1)
+    return done
+
+
+def work_of(schedule: Schedule) -> int:
+    """Return the number of parts to do, forwards and, in training, backwards."""
+    return schedule.microbatches * schedule.parts * (2 if (schedule.backward_microbatch != IDLE).any() else 1)
 
 
 @pytest.mark.parametrize(("name", "cases"), BY_NAME)
 def test_every_read_gets_the_value_meant(name: str, cases: list):
     for case in cases:
-        replay(make(*case))
+        assert replay(make(*case)) == work_of(make(*case)), case
 
 
 @pytest.mark.parametrize(("name", "cases"), BY_NAME)
@@ -217,8 +223,7 @@ def test_replay_notices_a_wrong_slot(monkeypatch):
         name: np.minimum(getattr(slots, name), full - 1) for name in ("residual_write", "residual_read")
     }  # what writing out of bounds does on the device
     monkeypatch.setitem(replay.__globals__, "allocate_slots", lambda _: dataclasses.replace(slots, **clamped))
-    with pytest.raises(AssertionError):
-        replay(schedule)
+    assert replay(schedule) < work_of(schedule)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class Comparison:
 def worst_deviation(entries: Sequence[Transfers], report: deviceless.CompiledStep) -> float:
     """The largest |compiled - formula| / formula over (axes, kind, dtype), of those that move a MiB or more.
 
-    What nobody reads (`Transfers.unread`) may be there or not; bytes where the formula has none count as infinitely many.
+    What is never read (`Transfers.unread`) may be there or not; bytes where the formula has none count as infinitely many.
     """
     want, got = totals(entries), {(row.axes, row.kind, row.dtype): row.payload for row in report.rows}
     unread: dict[tuple[str, str, str], float] = defaultdict(float)

@@ -49,7 +49,7 @@ def test_a_chip_that_nothing_can_be_compiled_for():
 
 
 def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(deviceless, "PLUGINS", ("jax_plugins.of_nobody",))
+    monkeypatch.setattr(deviceless, "PLUGINS", ("jax_plugins.not_installed",))
     for call in (deviceless.report, deviceless.report_in_subprocess):
         with pytest.raises(ExplainedError, match=r'not installed .* pip install "jaxtrain\[plan\]"'):
             call(tiny())

@@ -143,7 +143,7 @@ def traced_bytes(config: Config, backend: str) -> int:
 
 def handed_on_bytes(config: Config) -> float:
     """What is traced as kept, only because it goes through the barrier at which the second of two parts waits for the first's
-    result. Nobody reads it in the backward pass, and XLA drops it."""
+    result. The backward pass does not read it, and XLA drops it."""
     mesh, moe, remat = config.mesh, config.model.moe, config.train.remat
     rows = config.train.global_batch_size // mesh.batch_shards
     if mesh.tensor * mesh.expert == 1 or rows % 2:

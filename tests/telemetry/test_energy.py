@@ -103,7 +103,7 @@ def test_rapl_counts_packages_and_dram_over_the_end_of_a_counter(tmp_path: Path)
     assert meter.joules() == pytest.approx(6.5)
 
 
-def test_rapl_that_nobody_may_read(tmp_path: Path):
+def test_rapl_counters_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(Unreadable, match="no CPU package"):
         RaplMeter(tmp_path)
     (zone(tmp_path, "intel-rapl:0", "package-0", 0) / "energy_uj").unlink()

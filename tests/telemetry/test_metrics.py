@@ -90,7 +90,7 @@ def test_a_not_finite_row_survives_a_resume(tmp_path):
 
 
 def test_only_process_0_writes(tmp_path):
-    write_steps(tmp_path / "run", [1], process_index=1, wandb_project="nobody")
+    write_steps(tmp_path / "run", [1], process_index=1, wandb_project="unused")
     assert not (tmp_path / "run").exists()
 
 
