@@ -27,30 +27,7 @@ NEEDED: dict[str, Any] = {
     "jax_softmax_custom_jvp": False,
     "jax_disable_jit": False,  # op by op adds up in another order, and shards nothing
 }
-COMPARED = (
-    "jax_disable_most_optimizations",
-    "jax_optimization_level",
-    "jax_exec_time_optimization_effort",
-    "jax_memory_fitting_effort",
-    "jax_memory_fitting_level",
-    "jax_compiler_enable_remat_pass",
-    "jax_use_shardy_partitioner",
-    "jax_use_direct_linearize",
-    "jax_allow_f16_reductions",
-    "jax_threefry_gpu_kernel_lowering",
-    "jax_use_magma",
-)
-"""Flags of compilation: they may change a rounding, never a formula or a random bit. They are not set here, but must be the
-same in all processes of a run."""
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-"""Environment variables of the same kind."""
 _NOT_IEEE = re.compile(r"(xla_[cg]pu_(?:enable_fast_math|ftz))(?:=(\S*))?")
-
-
-def number_flags() -> dict[str, str]:
-    """Return {name: value} of every setting outside the config that can change a number, for processes to compare."""
-    flags = {name: str(_value(name)) for name in (*NEEDED, *COMPARED) if name in jax.config.values}
-    return flags | {name: os.environ.get(name, "") for name in VARIABLES}
 
 
 def set_aside() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxtrain.errors import PeerMissing
 from jaxtrain.jax_private import distributed_state
+from jaxtrain.text import listed
 
 _PREFIX = "jaxtrain/"
 _FAILURE = "failure"
@@ -242,8 +243,7 @@ def name_processes(processes: list[int], most: int = 8) -> str:
     words = [str(process) for process in processes[:most]]
     if len(processes) > most:
         words.append(f"{len(processes) - most} more")
-    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"process{'es' if len(processes) > 1 else ''} {listed} of {count()}"
+    return f"process{'es' if len(processes) > 1 else ''} {listed(words)} of {count()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ is inserted automatically: every sum is a call that names its axis.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -237,10 +236,3 @@ def reduce_gradients(gradients: Any, dims_tree: Any, reduce_dtype: str, zero: in
 
     with jax.named_scope("reduce_gradients"):
         return jax.tree.map(leaf, dims_tree, gradients, is_leaf=is_dims)
-
-
-def shard_count(dims: Dims, mesh: Mesh) -> int:
-    """Return the number of distinct shards of an array with these dims."""
-    axes = [RULES[name] for name in dims]
-    flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
-    return math.prod(mesh.shape[axis] for axis in flat)

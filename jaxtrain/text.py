@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import IO, Any, TextIO
 
@@ -34,6 +35,12 @@ def readable_size(size: float) -> str:
         size /= 1024
     digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
     return f"{size:.{digits}f} {unit}"
+
+
+def listed(words: Iterable[object], last: str = "and") -> str:
+    """Return "1, 2 and 4"; with `last` another word before the last one."""
+    texts = [str(word) for word in words]
+    return f" {last} ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def show(text: str) -> None:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 
 ROOMS = (
     ("early", "errors", "host_memory", "jax_private", "parts", "quiet_plugin", "signals"),
-    ("files", "numerics", "processes", "tables", "text"),
-    ("hardware",),
+    ("files", "numerics", "tables", "text"),
+    ("hardware", "processes"),
     ("config",),
     ("layout",),
     ("agreement", "mesh", "program", "sharding"),

@@ -16,7 +16,7 @@ from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import UsageError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.numerics import COMPARED, NEEDED, number_flags, set_aside, settle, settled
+from jaxtrain.numerics import NEEDED, set_aside, settle, settled
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
 from jaxtrain.train.step import TrainSteps, batch_sharding
@@ -84,24 +84,13 @@ def test_no_flag_changes_a_bit_of_what_the_library_computes():
 
 def test_a_command_settles_what_the_environment_says():
     environment = {name.upper(): str(value) for name, value in OTHERWISE.items()}
-    code = "import json; from jaxtrain.numerics import *; print(json.dumps([settle(), set_aside(), number_flags()]))"
+    code = "import json; from jaxtrain.numerics import *; print(json.dumps([settle(), set_aside()]))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
     )
-    changed, left, now = json.loads(done.stdout)
+    changed, left = json.loads(done.stdout)
     assert {flag.partition("=")[0] for flag in changed} == OTHERWISE.keys()
     assert left == []
-    assert {name: now[name] for name in NEEDED} == {name: str(value) for name, value in NEEDED.items()}
-
-
-def test_what_processes_compare_says_every_flag_and_variable(monkeypatch):
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    before = number_flags()
-    assert before["NVIDIA_TF32_OVERRIDE"] == "1"
-    assert before.keys() >= NEEDED.keys()
-    assert len(set(COMPARED) & before.keys()) > 5
-    with flags(jax_enable_x64=True):
-        assert {name for name, value in number_flags().items() if value != before[name]} == {"jax_enable_x64"}
 
 
 @pytest.mark.parametrize("flag", ["--xla_cpu_enable_fast_math=true", "--xla_cpu_enable_fast_math", "--xla_gpu_ftz=1"])

@@ -17,6 +17,7 @@ from jaxtrain.config import MESH_AXES, PARTS, VOCAB_MULTIPLE, Config, MeshConfig
 from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
 from jaxtrain.errors import ConfigError, nearest
+from jaxtrain.text import listed
 
 
 def divisors(number: int) -> list[int]:
@@ -26,9 +27,7 @@ def divisors(number: int) -> list[int]:
 
 
 def _or(numbers: Sequence[int]) -> str:
-    """Return "1, 2 or 4"."""
-    shown = [str(n) for n in numbers]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+    return listed(numbers, "or")
 
 
 def _nearest_multiples(number: int, unit: int) -> str:

@@ -1,4 +1,8 @@
-"""The order of training sequences: an endless, shuffled, weighted mixture with random access."""
+"""The order of training sequences: an endless, shuffled, weighted mixture with random access.
+
+Grain gives the two functions of a position that need no state and no memory: a permutation of any number of windows, and a
+mixture by weights. Its readers, samplers and loaders keep iterator state and are not used: the position is the step number.
+"""
 
 from __future__ import annotations
 

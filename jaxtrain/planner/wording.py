@@ -82,11 +82,6 @@ def joules(value: float | None) -> str:
     return "?" if value is None else f"{value:#.3g}".rstrip(".")
 
 
-def listed(words: list[str]) -> str:
-    """Return "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
-
-
 def mesh_words(mesh: MeshConfig) -> str:
     """Return the axes above 1: "pipe=4 × fsdp=4 × tensor=8"."""
     return shape_words(mesh.shape)

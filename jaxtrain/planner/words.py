@@ -18,13 +18,13 @@ from jaxtrain.planner.wording import (
     gib,
     layout_words,
     link_words,
-    listed,
     mesh_words,
     percent,
     scaled,
     seconds,
     shape_words,
 )
+from jaxtrain.text import listed
 
 Search = Callable[[Config, Cluster], SearchResult]
 SECONDS_TO_ASK = 20.0

@@ -15,7 +15,7 @@ from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.sharding import is_dims, named, shard_count
+from jaxtrain.sharding import RULES, is_dims, named
 from jaxtrain.train import state as state_module
 from jaxtrain.train import step as step_module
 from jaxtrain.train.optimizer import make_optimizer
@@ -233,7 +233,8 @@ def test_no_device_holds_more_than_its_share(layout: str):
     state, dims = born(layout), state_dims(config, optimizer)
 
     def share(dims: tuple[str, ...], leaf: jax.Array) -> int:
-        return leaf.nbytes // shard_count(dims, mesh)
+        axes = [axis for name in dims for axis in np.atleast_1d(RULES[name] or [])]
+        return leaf.nbytes // math.prod(mesh.shape[axis] for axis in axes)
 
     expected = sum(jax.tree.leaves(jax.tree.map(share, dims, state, is_leaf=is_dims)))
     for device in mesh.devices.flat:
