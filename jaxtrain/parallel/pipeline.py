@@ -336,7 +336,7 @@ def loss_and_gradients(
         "sums": _zeros(run.shapes.sums),
         "reports": _zeros(run.shapes.reports, slots=schedule.chunks),
     }
-    if schedule.parts == 1 and (schedule.forward_microbatch == schedule.backward_microbatch).all():
+    if schedule.is_accumulation:
         carry = _run_table(run, lambda patterns, carry, row: _tick_at_once(run, carry, row), carry)
     else:
         carry |= {

@@ -11,9 +11,10 @@ warm-up ticks hold only F and drain ticks only B; the price is that stage i hold
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,11 @@ class Schedule:
     def parts(self) -> int:
         """Number of parts of the layer stack."""
         return self.stages * self.chunks
+
+    @property
+    def is_accumulation(self) -> bool:
+        """Whether each microbatch goes forward and backward through the whole stack in a tick: nothing waits for a backward."""
+        return self.parts == 1 and bool((self.forward_microbatch == self.backward_microbatch).all())
 
 
 @dataclass(frozen=True)
@@ -370,3 +376,41 @@ def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
         best = int(np.argmin(costs))
         runs[best : best + 2] = [joined[best]]
     return runs
+
+
+class Passes(NamedTuple):
+    """Ticks of a schedule."""
+
+    forward: int
+    """Ticks in which some stage runs a forward pass."""
+    backward: int
+    both: int
+    """Ticks with both."""
+
+
+@functools.lru_cache(maxsize=65536)
+def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Passes:
+    """Count the ticks of a schedule's table in which any stage works: in closed form where microbatches come in whole groups
+    (or groups do not matter), else from the table.
+
+    Interleaved (1F1B is one chunk): kM + S - 1 ticks each, B from tick kS - 1 on. GPipe: M + S - 1 each, none with both.
+    """
+    if name == "gpipe":
+        return Passes(microbatches + stages - 1, microbatches + stages - 1, 0)
+    if chunks == 1 or microbatches % stages == 0:
+        ticks = chunks * microbatches + stages - 1
+        return Passes(ticks, ticks, max(0, ticks - (chunks * stages - 1)))
+    table = make_schedule(name, stages, chunks, microbatches)
+    forward, backward = ((m != IDLE).any(1) for m in (table.forward_microbatch, table.backward_microbatch))
+    return Passes(int(forward.sum()), int(backward.sum()), int((forward & backward).sum()))
+
+
+@functools.lru_cache(maxsize=1024)
+def count_executed(name: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int]:
+    """(ticks with a forward pass, ticks with a backward pass) that the executor runs: all of a run of like ticks.
+
+    There are more of them than `count_passes` counts where runs were joined.
+    """
+    runs = cut_into_runs(make_schedule(name, stages, chunks, microbatches))
+    forward = sum(run.stop - run.start for run in runs if run.forward != "no")
+    return forward, sum(run.stop - run.start for run in runs if run.backward != "no")

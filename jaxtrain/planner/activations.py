@@ -19,9 +19,8 @@ from jaxtrain.layout import (
     rows_sent,
 )
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.layer_table import BYTES, count_norms, is_gated, is_read_again, layer_weights
+from jaxtrain.planner.layer_table import BYTES, FLOAT32, count_norms, is_gated, is_read_again, layer_weights
 
-FLOAT32 = 4
 ACTIVATION_KEEPS = {"silu": 4, "gelu": 4, "gelu_tanh": 6, "clipped_silu": 7}
 """Arrays of an MLP's width that remat none keeps of its activation; a gate adds two."""
 
@@ -84,7 +83,7 @@ class Sizes:
 
 
 def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
-    """Rows for which there is room where `tokens` are dispatched.
+    """Return the rows for which there is room where `tokens` are dispatched.
 
     Dropless: P T min(K, E / P) on P devices, since every token of every device may come here, and each expert padded to whole
     tiles. Capacity: E x groups x ceil(factor G K / E).
@@ -96,12 +95,12 @@ def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
 
 
 def folds(config: Config) -> bool:
-    """Whether attention is folded from pieces along context (ring, gather)."""
+    """Return whether attention is folded from pieces along context (ring, gather)."""
     return config.mesh.context > 1 and context_kind(config)[0] != "ulysses"
 
 
 def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
-    """Bytes that one layer keeps of one microbatch until its backward: the residuals of its vjp under the remat policy."""
+    """Return the bytes that one layer keeps of one microbatch: the residuals of its vjp under the remat policy."""
     remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
     stream = bytes_each * sizes.stream
     if remat == "full":
@@ -122,15 +121,18 @@ def _projections(model: ModelConfig) -> tuple[str, ...]:
 
 
 def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
-    """Attention's result and logsumexp. Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which
-    names cannot reach (in latent attention padded to the width of queries), and under its name."""
+    """Return the bytes of attention's result and logsumexp.
+
+    Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which names cannot reach (in latent
+    attention padded to the width of queries), and under its name.
+    """
     by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not folds(config) else 0.0
     statistics = 0.0 if backend == "reference" else FLOAT32 * sizes.statistics
     return BYTES[config.model.dtype] * (by_kernel + sizes.result) + statistics
 
 
 def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
-    """Bytes of each value that remat can keep by name."""
+    """Return the bytes of each value that remat can keep by name."""
     bytes_each, moe = BYTES[config.model.dtype], config.model.moe
     width = moe.mlp_dim / config.mesh.tensor if moe else 0
     numbers = dict.fromkeys(("mlp_gate", "mlp_up", "mlp_hidden"), bytes_each * sizes.mlp)
@@ -150,9 +152,12 @@ def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
 
 
 def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
-    """Remat none. An RMSNorm keeps three float32 of its input's size and hands on one in compute dtype; SwiGLU keeps six of its
-    width (gate, up, the sigmoid and their products). Taking turns keeps what goes through its barriers too: half a residual
-    stream, and attention's projection before it is summed over tensor."""
+    """Return the bytes that remat none keeps.
+
+    A norm keeps three float32 of its input's size, and a block's input is kept in compute dtype; an activation keeps
+    `ACTIVATION_KEEPS` arrays of its width. Taking turns keeps what goes through its barriers too: half a residual stream, and
+    attention's projection before it is summed over tensor.
+    """
     model, bytes_each = config.model, BYTES[config.model.dtype]
     kept = (3 * FLOAT32 * count_norms(model) + 2 * bytes_each) * sizes.stream
     kept += bytes_each * (ACTIVATION_KEEPS[model.activation] + 2 * is_gated(model)) * sizes.mlp

@@ -22,18 +22,18 @@ Links inside a host and NICs work at the same time. Energy: `hardware.predicted_
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtrain.config import Config, LatentAttentionConfig, MeshConfig
+from jaxtrain.config import Config, MeshConfig
 from jaxtrain.hardware import predicted_watts
 from jaxtrain.layout import layers_per_part, parts_in_turns, rows_of_device, whole_moments
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
+from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
+from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
 from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_held
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
@@ -51,48 +51,6 @@ TRANSFER_CORES = 16
 exposed. NCCL takes one a channel, and has 16 to 32 channels on an H100."""
 STEP_OVERHEAD = 1e-3
 """Seconds of a step in which the device has no kernel: the host's dispatch, metrics, the batch."""
-
-
-class Candidate(NamedTuple):
-    """All that a search chooses, small enough to make hundreds of thousands of."""
-
-    mesh: tuple[int, ...]
-    """Sizes in the order of MESH_AXES."""
-    microbatches: int
-    schedule: str
-    chunks: int
-    remat: str
-    remat_save: tuple[str, ...]
-    zero: int
-    context: str
-    """`sharding.context_attention`."""
-
-
-def layout_of(config: Config) -> Candidate:
-    """The layout of a config."""
-    train, pipeline, sharding = config.train, config.pipeline, config.sharding
-    return Candidate(
-        config.mesh.shape,
-        train.microbatches,
-        pipeline.schedule,
-        pipeline.chunks,
-        train.remat,
-        train.remat_save if train.remat == "named" else (),
-        sharding.zero,
-        sharding.context_attention,
-    )
-
-
-def with_layout(config: Config, layout: Candidate) -> Config:
-    """The config in another layout."""
-    named = {"remat_save": layout.remat_save} if layout.remat == "named" else {}
-    return replace(
-        config,
-        mesh=MeshConfig(*layout.mesh),
-        train=replace(config.train, microbatches=layout.microbatches, remat=layout.remat, **named),
-        pipeline=replace(config.pipeline, schedule=layout.schedule, chunks=layout.chunks),
-        sharding=replace(config.sharding, zero=layout.zero, context_attention=layout.context),
-    )
 
 
 @dataclass(frozen=True)
@@ -114,42 +72,15 @@ class Practice:
 OURS = Practice()
 
 
-class Passes(NamedTuple):
-    """Ticks of a schedule."""
-
-    forward: int
-    """Ticks in which some stage runs a forward pass."""
-    backward: int
-    both: int
-    """Ticks with both."""
-
-
-@functools.lru_cache(maxsize=65536)
-def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Passes:
-    """Ticks of a schedule's table: in closed form where microbatches come in whole groups (or groups do not matter), else
-    counted.
-
-    Interleaved (1F1B is one chunk): kM + S - 1 ticks each, B from tick kS - 1 on. GPipe: M + S - 1 each, none with both.
-    """
-    if name == "gpipe":
-        return Passes(microbatches + stages - 1, microbatches + stages - 1, 0)
-    if chunks == 1 or microbatches % stages == 0:
-        ticks = chunks * microbatches + stages - 1
-        return Passes(ticks, ticks, max(0, ticks - (chunks * stages - 1)))
-    table = make_schedule(name, stages, chunks, microbatches)
-    forward, backward = ((m != IDLE).any(1) for m in (table.forward_microbatch, table.backward_microbatch))
-    return Passes(int(forward.sum()), int(backward.sum()), int((forward & backward).sum()))
-
-
 @functools.lru_cache(maxsize=65536)
 def _axes_present(mesh: tuple[int, ...]) -> tuple[bool, ...]:
-    """Which axes are above 1."""
+    """Return which axes are above 1."""
     return tuple(size > 1 for size in mesh)
 
 
 @functools.lru_cache(maxsize=256)
 def _parts_that_move(present: tuple[bool, ...]) -> tuple[str, ...]:
-    """Parts of `PARTS` that move anything where these axes are above 1."""
+    """Return the parts of `PARTS` that move anything where these axes are above 1."""
     _, pipe, _, fsdp, expert, context, tensor = present
     moves = {"weights": fsdp, "muon": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe}
     moves |= {"experts": expert, "context": context}
@@ -222,11 +153,11 @@ class CostModel:
         return found
 
     def rows(self, layout: Candidate) -> int:
-        """Sequences of one microbatch on one device."""
+        """Return the sequences of one microbatch on one device."""
         return rows_of_device(self.config.train.global_batch_size, MeshConfig(*layout.mesh), layout.microbatches)
 
     def takes_turns(self, layout: Candidate) -> bool:
-        """Whether layers run on two halves of the rows, so that transfers of activations can hide."""
+        """Return whether layers run on two halves of the rows, so that transfers of activations can hide."""
         return parts_in_turns(self.config.sharding, MeshConfig(*layout.mesh), self.rows(layout)) > 1
 
     # -- what layouts share ------------------------------------------------------------------------------------------
@@ -246,7 +177,7 @@ class CostModel:
         return self._once(("work", rows, expert, context, tensor, layout.remat, layout.remat_save, turns), make)
 
     def _sums(self, layout: Candidate) -> Seconds:
-        """Adding one layer's gradients up, in one backward pass."""
+        """Return the seconds of adding one layer's gradients up, in one backward pass."""
         _, _, _, fsdp, expert, _, tensor = layout.mesh
         at_once = self.practice.fuses_accumulation
         return self._once(
@@ -255,7 +186,7 @@ class CostModel:
         )
 
     def _key(self, part: str, layout: Candidate, rows: int) -> Hashable:
-        """Everything that a part's flows depend on."""
+        """Return everything that a part's flows depend on."""
         _, pipe, _, fsdp, expert, context, tensor = layout.mesh
         joined, remat, present = pipe * layout.chunks == 1, (layout.remat, layout.remat_save), _axes_present(layout.mesh)
         keys: dict[str, tuple] = {
@@ -272,7 +203,7 @@ class CostModel:
         return keys[part]
 
     def flows(self, part: str, layout: Candidate, rows: int) -> dict[str, tuple[Flow, ...]]:
-        """What a part of `PARTS` moves, by phase."""
+        """Return what a part of `PARTS` moves, by phase."""
 
         def make() -> dict[str, tuple[Flow, ...]]:
             flows = flows_by_phase(PARTS[part](with_layout(self.base, layout)))
@@ -284,8 +215,10 @@ class CostModel:
         return self._once((part, self._key(part, layout, rows)), make)
 
     def _times(self, part: str, layout: Candidate, rows: int, placement: Placement) -> dict[str, Times]:
-        """Seconds of a part's transfers, by phase; phases in which nothing moves are left out. What moves for each layer that a
-        stage holds goes in one call a step."""
+        """Time a part's transfers by phase; phases in which nothing moves are left out.
+
+        What moves for each layer that a stage holds goes in one call a step.
+        """
 
         def make() -> dict[str, Times]:
             times: dict[str, Times] = {}
@@ -301,14 +234,14 @@ class CostModel:
         return self._once((part, "times", self._key(part, layout, rows), placement.inside, placement.across), make)
 
     def _parameters(self, layout: Candidate) -> float:
-        """Parameters that one device updates."""
+        """Return the parameters that one device updates."""
         _, pipe, _, fsdp, expert, _, tensor = layout.mesh
 
         key = ("parameters", pipe, layout.chunks, fsdp, expert, tensor)
         return self._once(key, lambda: parameters_held(with_layout(self.base, layout)))
 
     def state_bytes(self, layout: Candidate) -> float:
-        """Parameters and optimizer state of one device: less than the layout takes."""
+        """Return the bytes of parameters and moments of one device: less than the layout takes."""
         each = BYTES[self.config.model.param_dtype] + 4 * whole_moments(self.config.optimizer)
         return each * self._parameters(layout)
 
@@ -317,7 +250,7 @@ class CostModel:
     def _direction(
         self, phase: str, work: Seconds, times: Mapping[str, Mapping[str, Times]], turns: bool, ring: bool
     ) -> _Direction:
-        """One layer in the forward or the backward direction: what its compute hides of its transfers."""
+        """Time one layer in the forward or the backward direction: what its compute hides of its transfers."""
         phase = "layer_" + phase
         hides = {"weights": True, "gradients": True, "sequence": turns or self.practice.hides_tensor, "experts": turns}
         link = nic = floor = waits = ends = 0.0
@@ -343,7 +276,7 @@ class CostModel:
         return _Direction(work, waits + exposed, hidden, ends)
 
     def _shared(self, layout: Candidate, rows: int) -> _Shared:
-        """What layouts have in common that differ in their schedule alone."""
+        """Return what layouts have in common that differ in their schedule alone."""
         turns = self.takes_turns(layout)
         (ahead, back), (embed, embed_back), loss = self._work(layout, rows, turns)
         placement = place(layout.mesh, self.cluster.devices_per_host)
@@ -372,7 +305,7 @@ class CostModel:
         )
 
     def step(self, layout: Candidate) -> Step:
-        """The step of a valid layout."""
+        """Return the step of a valid layout."""
         pipe, chunks, microbatches = layout.mesh[1], layout.chunks, layout.microbatches
         rows = self.rows(layout)
         key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, pipe * chunks == 1)
@@ -406,8 +339,10 @@ class CostModel:
         return Step(time, passes, layers, forward, backward)
 
     def _replica_seconds(self) -> float:
-        """Seconds a step waits, in the mean, for the exchange between replicas where it is not a sum in every step: an
-        all-reduce of what a replica holds, in the dtype that travels, every so many steps, none of it hidden."""
+        """Return the mean seconds that a step waits for an exchange between replicas that is not a sum in every step.
+
+        It is an all-reduce of what a replica holds, in the dtype that travels, every so many steps, none of it hidden.
+        """
         sync, replicas = self.config.sync, self.config.mesh.replica
         if replicas <= 1 or not sync.sums_apart:
             return 0.0
@@ -422,7 +357,7 @@ class CostModel:
         return self._once(("kind", context, tensor, layout.context), lambda: context_kind(with_layout(self.base, layout))[0])
 
     def estimate(self, layout: Candidate) -> Estimate:
-        """Everything that a plan says of a valid layout."""
+        """Return the estimate of a valid layout."""
         config, step = with_layout(self.config, layout), self.step(layout)
         length, batch = config.data.sequence_length, config.train.global_batch_size
         return Estimate(
@@ -438,12 +373,12 @@ class CostModel:
         )
 
     def _flops(self, layout: Candidate, step: Step) -> float:
-        """Matmul FLOPs of a device in a step, of the passes that it runs."""
+        """Return the matmul FLOPs of a device in a step, of the passes in which it works."""
         config, passes = with_layout(self.base, layout), layout.chunks * layout.microbatches
         return passes * step.layers * sum(layer_flops(config, "cudnn")) + layout.microbatches * head_flops(config)
 
     def _wires(self, layout: Candidate, step: Step) -> tuple[Wire, ...]:
-        """Everything that a device sends in a step, by axes, kind and dtype, the longest first."""
+        """Return everything that a device sends in a step, by axes, kind and dtype, the longest first."""
         rows, placement = self.rows(layout), place(layout.mesh, self.cluster.devices_per_host)
         m, (ahead, back, both) = layout.microbatches, step.passes
         counts = {"layer_forward": ahead * step.layers, "layer_backward": back * step.layers, "forward": m, "backward": m}
@@ -469,42 +404,23 @@ class CostModel:
 
 
 def taken_by_transfers(chip: roofline.Roofline) -> float:
-    """Share of a chip's multiprocessors that transfers hold while they travel behind compute."""
+    """Return the share of a chip's multiprocessors that transfers hold while they travel behind compute."""
     return TRANSFER_CORES / chip.cores if chip.cores else 0.0
 
 
 def joules(time: StepTime, cluster: Cluster) -> float | None:
-    """Energy of all chips in a step: they work but for waits and bubble. None where the chip's power is not published."""
+    """Return the energy of all chips in a step, which idle in waits and bubble; None if the chip's power is not published."""
     watts = predicted_watts(cluster.chip, 1 - (time.exposed + time.bubble) / time.total)
     return None if watts is None else watts * time.total * cluster.devices
 
 
 def _inside_replica(flow: Flow) -> Flow:
-    """A sum over replicas among other axes, without the replicas."""
+    """Return the flow without axis `replica`."""
     return flow._replace(axes="+".join(axis for axis in flow.axes.split("+") if axis != "replica"))
 
 
-def stand_in(config: Config) -> Config:
-    """The nearest config that the closed forms speak of: itself, where they speak of all of it (`uncovered`).
-
-    First dense layers become layers like the others. Latent attention becomes attention of as many heads, each as wide as the
-    mean of its query, key and value. A window along context is dropped. Replicas that keep apart sum nothing in a step.
-    """
-    model, mesh = config.model, config.mesh
-    latent: LatentAttentionConfig | None = model.latent_attention
-    if model.moe and model.moe.first_dense_layers:
-        model = replace(model, moe=replace(model.moe, first_dense_layers=0))
-    if latent:
-        width = (2 * (model.head_dim + latent.rope_dim) + 2 * latent.value_dim) // 4
-        model = replace(model, latent_attention=None, head_dim=width)
-    if mesh.context > 1:
-        everywhere = tuple("global" if kind == "local" else kind for kind in model.pattern)
-        model = replace(model, sliding_window=0, pattern=everywhere)
-    return dataclasses.replace(config, model=model)
-
-
 def estimate(config: Config, cluster: Cluster) -> Estimate:
-    """What a plan says of a valid config (its mesh resolved for the cluster's devices), from closed forms alone.
+    """Return the estimate of a valid config (its mesh resolved for the cluster's devices), from closed forms alone.
 
     Where they do not speak of a part of it (`formulas_collectives.uncovered`), the estimate is of the nearest config that they
     speak of, and its origin is "approximate".

@@ -7,13 +7,12 @@ tick in which any stage does it, because the stages go in lock-step.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 from jaxtrain.config import Config
 from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
-from jaxtrain.parallel.pipeline_schedule import cut_into_runs, make_schedule
+from jaxtrain.parallel.pipeline_schedule import count_executed
 from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again
 
 
@@ -34,19 +33,11 @@ def count_ticks(config: Config) -> Ticks:
     """Count how often forward and backward passes run, and through how many layers each.
 
     1F1B in lock-step runs F in M + P - 1 ticks and B in as many, on P stages with M microbatches; gradient accumulation is
-    P = 1. The executor runs an operation in all ticks of a run of like ticks (`cut_into_runs`), so those are counted.
+    P = 1. Counted are the ticks that the executor runs.
     """
     pipe, chunks = config.mesh.pipe, config.pipeline.chunks
     layers = layers_of_part(config)
-    return Ticks(*_executed(config.pipeline.schedule, pipe, chunks, config.train.microbatches), layers, layers * chunks)
-
-
-@functools.lru_cache(maxsize=1024)
-def _executed(name: str, pipe: int, chunks: int, microbatches: int) -> tuple[int, int]:
-    """(ticks with a forward pass, ticks with a backward pass), from the schedule's table."""
-    runs = cut_into_runs(make_schedule(name, pipe, chunks, microbatches))
-    forward = sum(run.stop - run.start for run in runs if run.forward != "no")
-    return forward, sum(run.stop - run.start for run in runs if run.backward != "no")
+    return Ticks(*count_executed(config.pipeline.schedule, pipe, chunks, config.train.microbatches), layers, layers * chunks)
 
 
 def loss_positions(config: Config) -> int:

@@ -153,7 +153,7 @@ def _is_joined(config: Config) -> bool:
 
 
 def _weights(config: Config) -> Iterator[Transfers]:
-    """All-gather weights over fsdp, in compute dtype (routers in float32).
+    """Send weights over fsdp, all-gathered in compute dtype (routers in float32).
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
     to keep gathered weights. The table once in the forward (the embedding's backward does not need it), the head once with the

@@ -22,6 +22,7 @@ from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.sharding import RULES
 
 BYTES = {"bfloat16": 2, "float32": 4}
+FLOAT32 = BYTES["float32"]
 HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
 RESULTS = {
     "attention.query": "query",

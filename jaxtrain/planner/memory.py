@@ -22,17 +22,13 @@ and for odd numbers of layers with experts.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config
 from jaxtrain.layout import (
     gathers_each_layer,
     keeps,
-    layers_of_part,
     layers_per_iteration,
     local_length,
     loss_chunks,
@@ -41,21 +37,20 @@ from jaxtrain.layout import (
     moves_activations,
     reduces_each_pass,
     reduces_layer_by_layer,
-    whole_moments,
 )
-from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
-from jaxtrain.planner.activations import FLOAT32, Sizes, folds, kept_bytes
+from jaxtrain.planner.activations import Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.layer_table import BYTES, Weight, layer_weights, outer_weights
+from jaxtrain.planner.layer_table import BYTES, FLOAT32
+from jaxtrain.planner.state_memory import Cut, cut_model, head_numbers, optimizer_state, parameter_bytes, sync_state
 
 
 def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
-    """Memory of a valid config (no mesh axis -1) on its fullest device.
+    """Estimate the memory of a valid config (no mesh axis -1) on its fullest device.
 
     Args:
       backend: of attention; cudnn, blockwise, or reference (which holds scores of L^2).
     """
-    cut, sizes = _cut(config), Sizes.of(config)
+    cut, sizes = cut_model(config), Sizes.of(config)
     backward = _backward_moment(config, cut, sizes, backend)
     worst = max(_loss_moment(config, cut, sizes), _between_moment(config, cut, sizes, backward), backward, key=sum)
     weights, activations = _weights(config, cut), _activations(config, cut, sizes, backend)
@@ -69,132 +64,8 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How the layers are cut, and a device's share of a model
-
-
-class Shares(NamedTuple):
-    """Numbers of a device's share of some weights."""
-
-    sharded: float
-    """As the state holds them: matrices over fsdp and tensor, experts over expert, norms whole."""
-    gathered: float
-    """Whole over fsdp."""
-    vectors: float
-    """Of them, norms and biases."""
-    float32: float
-    """Of them, those that are kept in float32 whatever param_dtype says: norms, biases, routers."""
-
-
-class Cut(NamedTuple):
-    """A device's share of the model, and the slots in which its microbatches wait."""
-
-    layer: Shares
-    """Of one layer."""
-    outer: Shares
-    """Of what is outside of the stack of layers."""
-    layers: int
-    """Layers of one part of the stack."""
-    chunks: int
-    residuals: int
-    """Slots for what a part's forward leaves for its backward, the one that nobody reads included; 1 without a pipeline."""
-    boundaries: int
-    """Slots for activations and gradients between stages."""
-    is_loop: bool
-    """Whether a step is a loop over ticks (several microbatches, or stages)."""
-    is_pipe: bool
-    runs: tuple[int, ...]
-    """Ticks in each run of like ticks of the pipeline; a run of one tick is no loop to XLA."""
-
-    @property
-    def held(self) -> float:
-        """Parameters: the share of all of the stage's layers (empty slots too) and of what is outside."""
-        return self.chunks * self.layers * self.layer.sharded + self.outer.sharded
-
-
-@functools.cache
-def _slots(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int]:
-    """(slots of residuals, slots of boundary activations and gradients), from the table's own lifetimes."""
-    activations, gradients, residuals = count_slots(SCHEDULES[schedule](stages, chunks, microbatches))
-    return residuals + 1, activations + gradients + 2
-
-
-@functools.cache
-def _runs(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, ...]:
-    return tuple(run.stop - run.start for run in cut_into_runs(SCHEDULES[schedule](stages, chunks, microbatches)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Shares, Shares]:
-    """Of one layer, and of what is outside."""
-    sizes = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
-
-    def share(weights: Collection[Weight]) -> Shares:
-        cut = [(w, w.elements / math.prod(sizes[axis] for axis in w.axes)) for w in weights]
-        matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
-        fine = sum(n for w, n in cut if w.dtype("") == "float32")
-        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors, fine)
-
-    return share(layer_weights(model).values()), share(outer_weights(model).values())
-
-
-def _cut(config: Config) -> Cut:
-    mesh, pipeline, microbatches = config.mesh, config.pipeline, config.train.microbatches
-    shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
-    layers = layers_of_part(config)
-    if mesh.pipe == 1 and pipeline.schedule != "gpipe":
-        return Cut(*shares, layers, 1, 1, 0, microbatches > 1, False, ())
-    table = pipeline.schedule, mesh.pipe, pipeline.chunks, microbatches
-    return Cut(*shares, layers, pipeline.chunks, *_slots(*table), True, True, _runs(*table))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What lasts from step to step
-
-
-def parameter_bytes(config: Config, cut: Cut) -> float:
-    """Bytes of the parameters: param_dtype, but float32 for norms, biases and routers."""
-    fine = cut.chunks * cut.layers * cut.layer.float32 + cut.outer.float32
-    return BYTES[config.model.param_dtype] * (cut.held - fine) + FLOAT32 * fine
-
-
-def optimizer_state(config: Config, cut: Cut) -> float:
-    """Bytes of the moments, float32 and sharded like the parameters: two for adamw, one for lion and for sgd with momentum.
-
-    muon keeps one for layers' matrices and adamw's two for norms, table and head. adafactor keeps a mean over the outputs and
-    one over the inputs of each matrix, whole on every device of a stage, and a whole moment of norms.
-    """
-    name, layers = config.optimizer.name, cut.chunks * cut.layers
-    if name == "adafactor":
-        return FLOAT32 * (layers * _factors(config.model, True) + _factors(config.model, False))
-    if name == "muon":
-        tables = _head(config) / config.mesh.fsdp * (1 if config.model.tie_embeddings else 2)
-        return FLOAT32 * (cut.held + layers * cut.layer.vectors + cut.outer.vectors + tables)
-    return FLOAT32 * whole_moments(config.optimizer) * cut.held
-
-
-@functools.lru_cache(maxsize=64)
-def _factors(model: ModelConfig, of_layer: bool) -> int:
-    """Adafactor's numbers for one layer, or for what is outside of layers: a + b for a matrix a x b (of each expert), and all
-    of a norm. One side is the model's width, or the latent that heads are projected up from."""
-    weights = layer_weights(model) if of_layer else outer_weights(model)
-    return sum(w.layers * w.experts * (w.inputs + w.outputs) if w.is_matrix else w.elements for w in weights.values())
-
-
-def sync_state(config: Config, cut: Cut) -> float:
-    """Bytes of what keeps replicas together, float32 and sharded like the parameters (`parallel.sync.initial_state`).
-
-    local and diloco: the anchor; diloco's momentum; what is set aside where an exchange overlaps steps. delayed: `delay`
-    queued gradients. Error feedback: what compression lost.
-    """
-    sync = config.sync
-    copies = 1 + bool(sync.outer[1]) + bool(sync.overlap) if sync.replicas_differ else sync.queued
-    copies += sync.error_feedback and sync.compression != "none"
-    return FLOAT32 * copies * cut.held
-
-
 def _batch(config: Config) -> float:
-    """Bytes of a step's tokens, targets, positions (and segments): int32."""
+    """Return the bytes of a step's tokens, targets, positions (and segments): int32."""
     arrays = 4 if config.data.mask_documents else 3
     return 4 * arrays * microbatch_rows(config) * config.train.microbatches * local_length(config)
 
@@ -204,8 +75,9 @@ def _batch(config: Config) -> float:
 
 
 def _weights(config: Config, cut: Cut) -> float:
-    """Copies of a device's parameters in the compute dtype (none where that is the dtype they are kept in), whole over fsdp at
-    ZeRO 1 and 2.
+    """Return the bytes of the copies of a device's parameters in the compute dtype, whole over fsdp at ZeRO 1 and 2.
+
+    There are none where that is the dtype in which parameters are kept.
 
     A gather puts the dim that was cut first. Loops read another order, ticks outside of loops that one: a pipeline with both
     holds its layers twice, and three times where a loop is unrolled by two, since its first tick runs before it. Of several
@@ -221,7 +93,7 @@ def _weights(config: Config, cut: Cut) -> float:
 
 
 def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
-    """Float32 gradients: shards at ZeRO 2 and 3, whole over fsdp at 1.
+    """Return the bytes of float32 gradients: shards at ZeRO 2 and 3, whole over fsdp at 1.
 
     Accumulated over the step, those of all that the device holds; `copies` more of a tick's own part, and of `late` ticks that
     are not added up yet. In a step of one tick the head's gradient is what the loss sums up, and is counted there where it is
@@ -238,18 +110,17 @@ def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
 
 
 def _is_ahead(config: Config, cut: Cut) -> bool:
-    """Whether XLA, which unrolls a loop over ticks by two where only weights move, makes the zeros for the second tick's
-    activations and head before the first tick has run.
+    """Return whether XLA makes the zeros for a second tick's activations and head before the first tick has run.
 
-    It makes them when they are needed where layers have loops or transfers of their own, along context or among experts, and
-    where weights are not gathered layer by layer.
+    It unrolls a loop over ticks by two where only weights move. It makes the zeros when they are needed where layers have loops
+    or transfers of their own, along context or among experts, and where weights are not gathered layer by layer.
     """
     plain = config.mesh.context == 1 and not config.model.moe and _gathers(config)
     return cut.is_loop and not moves_activations(config.mesh) and (cut.is_pipe or plain)
 
 
 def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
-    """What waits for the backward: a part's layers in each slot of the ring, and the boundary activations.
+    """Return the bytes that wait for the backward: a part's layers in each slot of the ring, and boundary activations.
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
     at hand; but where XLA unrolls the loop over microbatches by two, it may make the zeros into which the next one's
@@ -333,20 +204,18 @@ class Moment(NamedTuple):
     working: float
 
 
-def _head(config: Config) -> float:
-    """Numbers of the head on one device, whole over fsdp."""
-    return config.model.embed_dim * config.model.padded_vocab_size / config.mesh.tensor
-
-
 def _gathers(config: Config) -> bool:
-    """Whether weights are gathered layer by layer."""
+    """Return whether weights are gathered layer by layer."""
     return config.mesh.fsdp > 1 and gathers_each_layer(config.sharding.zero)
 
 
 def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
-    """The head in compute dtype, and `HEAD_SUMS` of it in float32; the gradient of a chunk's logits; hidden states and their
-    gradient, in and out of chunks; the last layer's weights, where XLA gathers an iteration ahead. Of a tick's gradients
-    there are only zeros, and not even these in a pipeline where activations move."""
+    """Return the moment of the loss.
+
+    There are the head in compute dtype, and `HEAD_SUMS` of it in float32; the gradient of a chunk's logits; hidden states and
+    their gradient, in and out of chunks; the last layer's weights, where XLA gathers an iteration ahead. Of a tick's gradients
+    there are only zeros, and not even these in a pipeline where activations move.
+    """
     bytes_each = BYTES[config.model.dtype]
     tensor = config.mesh.tensor
     _, chunk = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
@@ -354,14 +223,16 @@ def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config.mesh))
     sums = (HEAD_SUMS - moves_activations(config.mesh) - cut.is_pipe) * FLOAT32 + bytes_each * _gathers(config)
     copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config.mesh)))
-    return Moment(_gradients(config, cut, copies), sums * _head(config) + bytes_each * (logits + ahead + 4 * sizes.stream))
+    working = sums * head_numbers(config) + bytes_each * (logits + ahead + 4 * sizes.stream)
+    return Moment(_gradients(config, cut, copies), working)
 
 
 def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Moment:
-    """Gathered weights and whole gradients of about a layer; what is left of the loss; the layer's own arrays.
+    """Return the moment of a layer's backward.
 
-    A loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA unrolls that loop by two
-    (double buffering, `train.xla_options`), the next tick's zeros too.
+    There are gathered weights and whole gradients of about a layer; what is left of the loss; the layer's own arrays. A loop
+    over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA unrolls that loop by two (double
+    buffering, `train.xla_options`), the next tick's zeros too.
     """
     layer = cut.layer.gathered
     weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
@@ -378,13 +249,13 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
     is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
     copies = cut.is_loop + (by_two and not is_late)
-    working = weights + whole + sums * FLOAT32 * _head(config) + _layer_arrays(config, cut, sizes)
+    working = weights + whole + sums * FLOAT32 * head_numbers(config) + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies, int(is_straight)), working)
 
 
 def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) -> Moment:
-    """What experts gave back, of all layers: where it is kept, XLA lays it anew before the backward reads it.
+    """Return the moment between forward and backward: what experts gave back in all layers, where it is kept, is laid anew.
 
     At ZeRO 2 and remat dots, with one microbatch and only weights moving, the whole weights are there twice: as gathered, for
     the last layers' forward, and transposed, for the backward; and so are the sums of the head's gradient.
@@ -393,13 +264,16 @@ def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) ->
     is_kept = remat != "none" and keeps(config.train, "expert_out")
     working = is_kept * bytes_each * cut.layers * sizes.choices * config.model.embed_dim
     if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config.mesh):
-        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * _head(config)
+        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * head_numbers(config)
     return Moment(backward.gradients, working)
 
 
 def _scores(config: Config, backend: str) -> float:
-    """What attention holds of L^2: the reference its scores and weights, and the gradients of both; cuDNN a mask of documents
-    as a bias, and its gradient. The other kernels hold none."""
+    """Return the bytes of L^2 that attention holds.
+
+    The reference holds its scores and weights, and the gradients of both; cuDNN a mask of documents as a bias, and its
+    gradient. The other kernels hold none.
+    """
     square = BYTES[config.model.dtype] * microbatch_rows(config) * local_length(config) ** 2
     if backend == "reference":
         heads = config.model.num_heads / config.mesh.tensor
@@ -408,7 +282,7 @@ def _scores(config: Config, backend: str) -> float:
 
 
 def _first_layers(config: Config, backend: str) -> float:
-    """What a mixture's first dense layers keep: they run again, with the embedding, in the first stage's backward."""
+    """Return the bytes that a mixture's first dense layers keep: they run again in the first stage's backward."""
     if not config.model.first_dense_layers:
         return 0.0
     dense = replace(config, model=replace(config.model, moe=None))
@@ -416,17 +290,17 @@ def _first_layers(config: Config, backend: str) -> float:
 
 
 def _unrolled(config: Config, cut: Cut) -> int:
-    """Layers in one iteration of the layer scan."""
+    """Return the layers in one iteration of the layer scan."""
     return layers_per_iteration(cut.layers, most_layers_per_iteration(config.mesh, "gpu"), len(config.model.kinds))
 
 
 def _in_order(config: Config, cut: Cut) -> bool:
-    """Whether gradients are sent layer by layer."""
+    """Return whether gradients are sent layer by layer."""
     return reduces_layer_by_layer(config.model, config.mesh, _unrolled(config, cut))
 
 
 def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
-    """Activations and their gradients that are alive in the backward of the layers of one iteration."""
+    """Return the bytes of activations and gradients alive in the backward of the layers of one iteration."""
     if _in_order(config, cut):
         again = IN_TURNS_IN_RINGS if folds(config) else IN_TURNS_RECOMPUTED
         turns = again if config.train.remat == "full" else IN_TURNS_IN_ORDER

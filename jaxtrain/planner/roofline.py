@@ -61,7 +61,7 @@ class Seconds:
         return self.matmul + self.attention + self.memory_bound + self.overhead
 
     def times(self, count: float) -> Seconds:
-        """So many of it."""
+        """Return the seconds of `count` such stretches."""
         return Seconds(self.matmul * count, self.attention * count, self.memory_bound * count, self.overhead * count)
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -89,7 +89,7 @@ class Roofline:
     """Of what the formula says of attention: another kernel's."""
 
     def matmul(self, m: int, k: int, n: int, batch: int = 1) -> float:
-        """Seconds of `batch` products [m, k] x [k, n] in one kernel, operands and result of 2 bytes."""
+        """Return the seconds of `batch` products [m, k] x [k, n] in one kernel, operands and result of 2 bytes."""
         flops, moved = 2.0 * m * k * n * batch, 2.0 * batch * (m * k + k * n + m * n)
         reached = self.chip.matmul_fraction(self.dtype, m * batch, k, n)
         if reached is None:
@@ -98,13 +98,13 @@ class Roofline:
         return max(flops / (self.peak * reached), moved / self.bandwidth)
 
     def _busy(self, m: int, n: int, batch: int, rows: int, columns: int) -> float:
-        """Share of the multiprocessors' time that goes into the result and not into its padding, or idling."""
+        """Return the share of the multiprocessors' time that goes into the result and not into its padding, or idling."""
         tiles = batch * math.ceil(m / rows) * math.ceil(n / columns)
         whole = tiles if self.cores is None else math.ceil(tiles / self.cores) * self.cores
         return batch * m * n / (rows * columns * whole)
 
     def attention(self, flops: float, length: int, head_dim: int, direction: str) -> float:
-        """Seconds of fused causal attention over sequences, or pieces, of `length` tokens."""
+        """Return the seconds of fused causal attention over sequences, or pieces, of `length` tokens."""
         reached = self.chip.attention_fraction(self.dtype, length)
         if reached is None:
             most, half = ATTENTION[direction]
@@ -112,12 +112,12 @@ class Roofline:
         return flops / (self.peak * reached)
 
     def stream(self, moved: float) -> float:
-        """Seconds of reading and writing so many bytes."""
+        """Return the seconds of reading and writing so many bytes."""
         return moved / self.bandwidth
 
 
 def roofline(chip: Chip, dtype: str, attention_share: float = 1.0) -> Roofline:
-    """The roofline of a chip.
+    """Return the roofline of a chip.
 
     Raises:
       ExplainedError: its maker states no peak for that dtype, or no memory bandwidth.
@@ -201,9 +201,14 @@ def _elementwise_bytes(config: Config) -> tuple[float, float]:
 
 
 def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Seconds:
-    """One layer's gradients in one backward pass: cast to the dtype in which they are summed (read 2, write b bytes), and
-    added to what the microbatches before have left (read 4 and b, write 4), on the shard where fsdp has scattered them.
-    `at_once`: by the matmuls that make them (read 4, write 4)."""
+    """Time the sums of one layer's gradients in one backward pass.
+
+    They are cast to the dtype in which they are summed (read 2, write b bytes), and added to what the microbatches before have
+    left (read 4 and b, write 4), on the shard where fsdp has scattered them.
+
+    Args:
+      at_once: the matmuls that make gradients add them up (read 4, write 4).
+    """
     summed = BYTES[config.train.reduce_dtype]
     weights = [w for w in layer_weights(config.model).values() if w.is_matrix]
     whole = sum(weight.shard(config, without=("fsdp",)) for weight in weights)
@@ -220,8 +225,11 @@ def embedding_work(config: Config, chip: Roofline) -> tuple[Seconds, Seconds]:
 
 
 def loss_work(config: Config, chip: Roofline) -> Seconds:
-    """The head and the loss with their gradients, of one microbatch (`ops.losses.token_losses`): three matmuls a chunk of
-    positions; float32 logits are written and read thrice; the head's float32 gradient is read and written for every chunk."""
+    """Time the head and the loss with their gradients, of one microbatch (`ops.losses.token_losses`).
+
+    A chunk of positions takes three matmuls; float32 logits are written and read thrice; the head's float32 gradient is read
+    and written for every chunk.
+    """
     model, rows, positions = config.model, microbatch_rows(config), loss_positions(config)
     tensor = config.mesh.tensor
     chunks, _ = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
@@ -234,9 +242,12 @@ def loss_work(config: Config, chip: Roofline) -> Seconds:
 
 
 def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> float:
-    """Seconds of the update of so many parameters: weight and gradient read, weight written, moments read and written, the
-    gradient read twice more for its norm and its clipping, and the weight cast for the next step, in float32 but for that.
-    adafactor goes over its direction once more, for the direction's norm."""
+    """Return the seconds of the update of so many parameters.
+
+    Weight and gradient are read, the weight written, moments read and written, the gradient read twice more for its norm and
+    its clipping, and the weight cast for the next step, in float32 but for that. adafactor goes over its direction once more,
+    for the direction's norm.
+    """
     moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor")
     each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)

@@ -14,7 +14,8 @@ from typing import Literal
 from jaxtrain.config import Config
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ConfigError
-from jaxtrain.planner.cost import OURS, Candidate, CostModel, Practice, joules, with_layout
+from jaxtrain.planner.candidate import Candidate, with_layout
+from jaxtrain.planner.cost import OURS, CostModel, Practice, joules
 from jaxtrain.planner.estimates import Cluster, Point, SearchResult, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.space import POLICIES, Space

@@ -24,7 +24,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
 from jaxtrain.layout import capacity_group
-from jaxtrain.planner.cost import Candidate
+from jaxtrain.planner.candidate import Candidate
 from jaxtrain.planner.traffic import place
 
 MOST_MICROBATCHES = 12
@@ -42,8 +42,10 @@ class Space:
     pruned: Counter[str] = field(default_factory=Counter)
 
     def meshes(self) -> Iterator[tuple[int, ...]]:
-        """All valid meshes of all the devices, in the order of MESH_AXES. Those that differ in data and fsdp only come one
-        after the other."""
+        """Yield all valid meshes of all the devices, in the order of MESH_AXES.
+
+        Those that differ in data and fsdp only come one after the other.
+        """
         config, replica = self.config, self.config.mesh.replica
         if self.devices % replica:
             return
@@ -60,7 +62,7 @@ class Space:
                         yield from self._splits((replica, pipe, rest // pipe, expert, context, tensor))
 
     def _splits(self, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """All ways to share the devices of one axis out between data and fsdp."""
+        """Yield all ways to share the devices of one axis out between data and fsdp."""
         replica, pipe, both, expert, context, tensor = shape
         for fsdp in divisors(both):
             mesh = (replica, pipe, both // fsdp, fsdp, expert, context, tensor)
@@ -100,15 +102,17 @@ class Space:
                     yield tensor, context
 
     def _groups_fit(self, context: int) -> bool:
-        """Whether groups of tokens that share experts' room lie whole on a device."""
+        """Return whether groups of tokens that share experts' room lie whole on a device."""
         moe, length = self.config.model.moe, self.config.data.sequence_length
         if moe is None or moe.dispatch != "capacity":
             return True
         return (length if context == 1 else length // (2 * context)) % capacity_group(moe, length) == 0
 
     def layouts(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
-        """All layouts on one mesh that recompute nothing; `remats` has the others. Those that differ in schedule only come one
-        after the other."""
+        """Yield all layouts on one mesh that recompute nothing; `remats` has the others.
+
+        Those that differ in schedule only come one after the other.
+        """
         replica, pipe, data, fsdp, expert, _, _ = mesh
         per_device = self.config.train.global_batch_size // (replica * data * fsdp * expert)
         kinds, zeros = self._kinds(mesh), (1, 2, 3) if fsdp > 1 else (self.config.sharding.zero,)
@@ -120,7 +124,7 @@ class Space:
                         yield Candidate(mesh, microbatches, schedule, chunks, "none", (), zero, kind)
 
     def _microbatches(self, per_device: int, pipe: int) -> list[int]:
-        """Numbers of microbatches: all divisors of the sequences of a device, or where those are many, steps through them."""
+        """Return numbers of microbatches: all divisors of the sequences of a device, or some where those are many."""
         every = divisors(per_device)
         if len(every) <= MOST_MICROBATCHES:
             return every
@@ -129,13 +133,16 @@ class Space:
         return sorted(kept)
 
     def remats(self, layout: Candidate) -> tuple[Candidate, ...]:
-        """The layout under every other remat policy: each computes more than it, and so takes longer."""
+        """Return the layout under every other remat policy: each computes more than it, and so takes longer."""
         named = layout._replace(remat="named", remat_save=self.config.train.remat_save)
         return layout._replace(remat="dots"), named, layout._replace(remat="full")
 
     def leanest(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
-        """Layouts of one mesh of which one holds least: everything computed again, everything sharded, and the smallest
-        microbatches, or a single one, which needs no sum of gradients beside its own."""
+        """Yield layouts of one mesh of which one holds least.
+
+        They compute everything again, shard everything, and have the smallest microbatches, or a single one, which needs no sum
+        of gradients beside its own.
+        """
         replica, _, data, fsdp, expert, _, _ = mesh
         most = self.config.train.global_batch_size // (replica * data * fsdp * expert)
         zero = 3 if fsdp > 1 else self.config.sharding.zero
@@ -144,7 +151,7 @@ class Space:
                 yield Candidate(mesh, microbatches, "1f1b", 1, "full", (), zero, kind)
 
     def _kinds(self, mesh: tuple[int, ...]) -> tuple[str, ...]:
-        """Kinds of context attention."""
+        """Return the kinds of context attention to try."""
         asked, context, tensor = self.config.sharding.context_attention, mesh[5], mesh[6]
         model = self.config.model
         heads = math.gcd(model.num_heads, model.num_kv_heads) // tensor
@@ -177,7 +184,7 @@ class Space:
 
 
 def useful_chunks(layers: int, pipe: int) -> list[int]:
-    """Chunks, from 2 on, that cut a stage's layers into halves, quarters, and so on: the fewest that make parts so small."""
+    """Return chunks, from 2 on, that cut a stage's groups of layers into halves, quarters, and so on."""
     found, size = [], math.ceil(layers / pipe)
     while size > 1:
         size = math.ceil(size / 2)
@@ -188,7 +195,7 @@ def useful_chunks(layers: int, pipe: int) -> list[int]:
 
 
 def _steps(numbers: list[int]) -> list[int]:
-    """Ascending numbers without those that are less than half more than the one before; the last is always kept."""
+    """Drop of ascending numbers those less than half larger than the one before; the last is always kept."""
     kept: list[int] = []
     for number in numbers:
         if not kept or number >= 1.5 * kept[-1] or number == numbers[-1]:

@@ -20,7 +20,9 @@ from jaxtrain.config import Config
 from jaxtrain.config.loading import config_of, for_another_process
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
-from jaxtrain.planner.cost import count_passes, joules, stand_in, taken_by_transfers
+from jaxtrain.parallel.pipeline_schedule import count_passes
+from jaxtrain.planner.candidate import stand_in
+from jaxtrain.planner.cost import joules, taken_by_transfers
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops

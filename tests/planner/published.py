@@ -35,7 +35,8 @@ from jaxtrain.config import (
 )
 from jaxtrain.config.rules import validate
 from jaxtrain.hardware import Chip, find_chip
-from jaxtrain.planner.cost import OURS, CostModel, Practice, layout_of
+from jaxtrain.planner.candidate import layout_of
+from jaxtrain.planner.cost import OURS, CostModel, Practice
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.search import search
 from jaxtrain.telemetry.flops import model_flops_per_token

@@ -10,8 +10,9 @@ from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfi
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
-from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
-from jaxtrain.planner.cost import CostModel, Practice, count_passes, estimate, layout_of, stand_in, with_layout
+from jaxtrain.parallel.pipeline_schedule import IDLE, count_passes, make_schedule
+from jaxtrain.planner.candidate import layout_of, stand_in, with_layout
+from jaxtrain.planner.cost import CostModel, Practice, estimate
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.formulas import count_ticks, step_flops
 from jaxtrain.planner.formulas_collectives import PARTS, collectives, phase_counts, uncovered

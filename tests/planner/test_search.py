@@ -11,7 +11,8 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConf
 from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.hardware import find_chip
-from jaxtrain.planner.cost import Candidate, CostModel, with_layout
+from jaxtrain.planner.candidate import Candidate, with_layout
+from jaxtrain.planner.cost import CostModel
 from jaxtrain.planner.estimates import Cluster, axes_in_use
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.search import search, smallest_cluster
