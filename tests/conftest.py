@@ -21,6 +21,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 gc.set_threshold(100_000, 50, 100)
 
 
+def pytest_runtest_setup(item):
+    """Skip what compiles for GPUs where their compiler is not installed."""
+    if item.get_closest_marker("plan"):
+        from jaxtrain.planner.deviceless import has_plugin
+
+        if not has_plugin():
+            pytest.skip('needs XLA\'s compiler for NVIDIA GPUs: pip install "jaxtrain[plan]"')
+
+
 def pytest_make_parametrize_id(val, argname):
     """No bytes in a test's name: those of a gzip member carry the time, so two workers would collect other names."""
     return argname if isinstance(val, bytes) else None

@@ -353,7 +353,6 @@ def test_pieces_by_cudnn_match_the_reference_on_a_gpu(rule, mask):
 
 
 @pytest.mark.plan
-@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 def test_on_h100s_every_transfer_of_the_ring_hides_behind_attention_kernels():
     """In the scheduled program: each permute starts before a fused kernel and is waited for after it, and moves these bytes."""
     case = Case(context=4, kind="ring", backend="cudnn", length=32768, heads=32, kv_heads=8, head_dim=128, value_dim=128)

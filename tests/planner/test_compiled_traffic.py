@@ -65,7 +65,6 @@ def test_deviation():
 
 
 @pytest.mark.plan
-@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 def test_compiled(capsys: pytest.CaptureFixture[str]):
     assert main(["--config=configs/7b.py", "--mesh.fsdp=4", *TINY, *EXPLAIN]) == 0
     said = capsys.readouterr()

@@ -34,7 +34,6 @@ def temp_bytes(context: int, length: int, kind: str) -> int:
 
 @pytest.mark.plan
 @pytest.mark.slow
-@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 @pytest.mark.parametrize("kind", ["ring", "ulysses"])
 def test_what_the_tokens_cost_is_shared_out(kind: str):
     """Gradients, gathered weights and a chunk of logits cost the same at any length: what further tokens cost is compared."""

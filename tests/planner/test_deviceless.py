@@ -19,7 +19,6 @@ from jaxtrain.planner import deviceless
 from jaxtrain.planner.deviceless import CompilerDied
 from jaxtrain.planner.targets import TARGETS, find_target
 
-needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
 TINY = ModelConfig(num_layers=1, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256, vocab_size=256)
 
 
@@ -56,7 +55,6 @@ def test_without_the_plugin_one_line_says_what_to_install(monkeypatch: pytest.Mo
 
 
 @pytest.mark.plan
-@needs_plugin
 def test_devices_fill_hosts():
     devices = deviceless.make_devices("h200", 16)
     assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
@@ -67,7 +65,6 @@ def test_devices_fill_hosts():
 
 
 @pytest.mark.plan
-@needs_plugin
 def test_a_report_from_a_process_of_its_own():
     """Arguments are the shards of the state and of the batch, to the byte; nothing needs cuDNN to be installed."""
     report = deviceless.report_in_subprocess(tiny())
@@ -88,7 +85,7 @@ def test_a_report_from_a_process_of_its_own():
 
 
 @pytest.mark.plan
-@needs_plugin
+@pytest.mark.slow
 def test_latent_attention_is_compiled_for_cudnn():
     """Heads of 192 (128 and 64 for RoPE) with values of 128, as in DeepSeek-V3: on Hopper, no GPU or libcudnn being here."""
     latent = LatentAttentionConfig(query_rank=64, kv_rank=64, rope_dim=64, value_dim=128)
@@ -100,7 +97,6 @@ def test_latent_attention_is_compiled_for_cudnn():
 
 
 @pytest.mark.plan
-@needs_plugin
 def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch):
     """As XLA does where a target is described wrongly."""
     died = subprocess.CompletedProcess([], -8, stdout="", stderr="first\nFloating point exception\n")

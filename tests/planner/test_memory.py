@@ -271,7 +271,7 @@ def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.plan
-@pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 3])
 def test_compiled_for_h100(number: int, tmp_path: Path):
     """The whole list is printed by `python -m tests.planner.reference_layouts`."""

@@ -6,8 +6,6 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, Shardin
 from jaxtrain.config.rules import validate
 from jaxtrain.planner import deviceless
 
-needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
-
 
 def exposed_over_tensor(take_turns: bool) -> float:
     """Share of the bytes along tensor with no matmul between start and end."""
@@ -23,7 +21,7 @@ def exposed_over_tensor(take_turns: bool) -> float:
 
 
 @pytest.mark.plan
-@needs_plugin
+@pytest.mark.slow
 def test_turns_hide_the_transfers_of_tensor_parallelism():
     alone, in_turns = exposed_over_tensor(False), exposed_over_tensor(True)
     assert alone > 0.5

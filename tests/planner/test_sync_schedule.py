@@ -13,8 +13,7 @@ from jaxtrain.program.collectives import read_collectives
 from jaxtrain.program.groups import layout_of
 from jaxtrain.train.exchange import exchanged_bytes
 
-pytestmark = pytest.mark.plan
-needs_plugin = pytest.mark.skipif(not deviceless.has_plugin(), reason='needs pip install "jaxtrain[plan]"')
+pytestmark = [pytest.mark.plan, pytest.mark.slow]
 BASE = Config(
     model=ModelConfig(num_layers=4, embed_dim=1024, num_heads=16, num_kv_heads=16, mlp_dim=4096, vocab_size=512),
     data=DataConfig(sequence_length=1024, mask_documents=False),
@@ -35,7 +34,6 @@ def behind_matmuls(sync: SyncConfig, exchange: ReplicaExchange) -> float:
     return sum(transfer.overlapped for transfer in sent) / wire
 
 
-@needs_plugin
 @pytest.mark.parametrize(
     "sync",
     [SyncConfig(mode="delayed", delay=1), SyncConfig(mode="diloco", every=4, fragments=2, overlap=1)],
@@ -45,7 +43,6 @@ def test_late_exchanges_travel_behind_the_step(sync: SyncConfig):
     assert behind_matmuls(sync, exchange_at(sync, 5)) > 0.9
 
 
-@needs_plugin
 def test_an_exchange_that_is_awaited_at_once_travels_behind_nothing():
     """Which shows that the test above can fail."""
     sync = SyncConfig(mode="diloco", every=4)

@@ -12,13 +12,13 @@ from jaxtrain.config import LatentAttentionConfig, MeshConfig, ShardingConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.measure.layouts import BASE, batch_of, on_one_device
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.building import choose_attention
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import (
     batch_names,
     batch_sharding,
-    choose_attention,
     make_evaluation_step,
     make_logits_step,
     make_loss_and_gradients,

@@ -76,7 +76,7 @@ def test_an_xla_that_cannot_is_refused():
 
 
 @pytest.mark.plan
-@pytest.mark.skipif(not deviceless.has_plugin(), reason="needs XLA's compiler for NVIDIA GPUs")
+@pytest.mark.slow
 def test_the_program_for_gpus_adds_up_in_one_order():
     """The embedding's gradient is a scatter that adds with atomics; made deterministic it sorts first."""
     model = replace(CONFIG.model, embed_dim=128, head_dim=64, mlp_dim=256, vocab_size=512)
