@@ -33,9 +33,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
-from jaxtrain.checkpoint.stored import everywhere, from_first_process
+from jaxtrain.checkpoint.stored import everywhere
 from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.files import Tolerance, log_warning, replace_file, replacing
+from jaxtrain.processes import from_first
 
 TOKEN_FILE = ".fast_tier"
 KEPT = 2
@@ -265,8 +266,8 @@ def _on_its_own(array: np.ndarray, device: Any) -> jax.Array:
 
 def _newest_of_all(candidates: list[int]) -> int | None:
     """Return the newest step that every process has, asking once for each of process 0's candidates."""
-    for step in reversed(range(from_first_process(len(candidates)))):
-        asked = from_first_process(candidates[step] if step < len(candidates) else -1)
+    for step in reversed(range(from_first(len(candidates)))):
+        asked = from_first(candidates[step] if step < len(candidates) else -1)
         if everywhere(asked in candidates):
             return asked
     return None

@@ -29,7 +29,7 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from jaxtrain.files import user_path
-from jaxtrain.processes import exchange_next, from_first
+from jaxtrain.processes import exchange_next
 from jaxtrain.text import printable
 
 COMMIT_MARK = "committed.json"
@@ -245,11 +245,6 @@ def cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-def from_first_process(value: int) -> int:
-    """Return process 0's value: hosts see changes of a shared file system at different times, but must act alike."""
-    return from_first(value)
 
 
 def everywhere(flag: bool) -> bool:

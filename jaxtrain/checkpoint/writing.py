@@ -27,7 +27,6 @@ from jaxtrain.checkpoint.stored import (
     committed_steps,
     delete,
     everywhere,
-    from_first_process,
     outdated,
     read_metadata,
     restore,
@@ -110,7 +109,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Return the newest committed step, the same on all processes, or None."""
         steps = committed_steps(self.directory)
-        newest = from_first_process(steps[-1] if steps else -1)
+        newest = from_first(steps[-1] if steps else -1)
         return None if newest < 0 else newest
 
     def step_to_resume(self) -> int | None:
@@ -131,7 +130,7 @@ class Checkpoints:
                 f"--checkpoint.resume=required, but {self.directory} holds no checkpoint; "
                 "give the --run_dir of the run to go on with, or --checkpoint.resume=auto"
             )
-        damaged = from_first_process(len(broken(self.directory)) if self._first_process else 0)
+        damaged = from_first(len(broken(self.directory)) if self._first_process else 0)
         if step is None and damaged:
             raise CheckpointError(
                 f"{self.directory} holds no whole checkpoint, but {damaged} damaged, unfinished or in an older format: "

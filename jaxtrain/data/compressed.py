@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
@@ -53,23 +53,8 @@ def open_content(path: Path) -> io.BufferedReader:
         raise
 
 
-class _Member(Protocol):
-    """One compressed stream, as bz2.BZ2Decompressor and lzma.LZMADecompressor are."""
-
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def needs_input(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
-
-
 class _GzipMember:
-    """A gzip member with the interface of `_Member`. zlib checks length and checksum at its end."""
+    """A gzip member with the interface of bz2's and lzma's decompressors. zlib checks length and checksum at its end."""
 
     def __init__(self):
         self._member = zlib.decompressobj(wbits=31)
@@ -89,7 +74,7 @@ class _GzipMember:
         return content
 
 
-NEW_MEMBER: dict[str, Callable[[], _Member]] = {
+NEW_MEMBER: dict[str, Callable[[], Any]] = {
     "gzip": _GzipMember,
     "bzip2": bz2.BZ2Decompressor,
     "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),

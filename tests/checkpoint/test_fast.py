@@ -186,7 +186,7 @@ def test_the_newest_step_that_all_have(monkeypatch):
     assert _newest_of_all(own[0]) == 6  # a lone one
     monkeypatch.setattr(fast, "everywhere", lambda flag: flag and asked[-1] in own[1] and asked[-1] in own[2])
     asked = []
-    monkeypatch.setattr(fast, "from_first_process", lambda value: asked.append(value) or value)
+    monkeypatch.setattr(fast, "from_first", lambda value: asked.append(value) or value)
     assert _newest_of_all(own[0]) == 4
     own[1].remove(4)
     assert _newest_of_all(own[0]) is None
