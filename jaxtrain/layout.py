@@ -133,11 +133,6 @@ def loss_chunks(length: int, chunk: int, tensor: int) -> tuple[int, int]:
     return count, math.ceil(length / count)
 
 
-def capacity_group(moe: MoEConfig, length: int) -> int:
-    """Return the tokens of a group in which experts have room; `length` positions of a sequence are one group by default."""
-    return moe.capacity_group or length
-
-
 def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacity_factor: float) -> int:
     """Return the rows that an expert takes of a group of tokens: ceil(factor group K / E), never more than there are tokens."""
     return min(group, math.ceil(capacity_factor * group * experts_per_token / num_experts))
@@ -145,7 +140,7 @@ def room_of_expert(group: int, experts_per_token: int, num_experts: int, capacit
 
 def capacity_rows(moe: MoEConfig, tokens: int, length: int) -> int:
     """Return the rows for which experts have room where `tokens` of sequences of `length` are dispatched by capacity."""
-    group = capacity_group(moe, length)
+    group = moe.group(length)
     return (
         moe.num_experts * (tokens // group) * room_of_expert(group, moe.experts_per_token, moe.num_experts, moe.capacity_factor)
     )

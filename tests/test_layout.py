@@ -75,7 +75,6 @@ MARKS: dict[str, tuple[Callable[[ast.AST], bool], set[str]]] = {
     "whole_moments": (maps_optimizers, set()),
     "kept_names": (names_of_dots, {"config/fields.py"}),
     "room_of_expert": (multiplies("capacity_factor"), set()),
-    "capacity_group": (reads("capacity_group"), {"config/rules.py"}),
     "layers_per_part": (divides("stages", "chunks"), set()),
     "loss_chunks": (divides("chunk", "tensor"), set()),
     "microbatch_rows": (divides("batch_shards", "microbatches"), {"launch/elastic.py"}),
@@ -120,7 +119,7 @@ def test_decisions():
     assert [layout.layers_per_iteration(layers, 4) for layers in (1, 4, 6, 7, 8, 12)] == [1, 2, 3, 1, 4, 4]
     assert layout.loss_chunks(4096, 512, 1) == (8, 512)
     assert layout.loss_chunks(5, 4, 2) == (3, 2)
-    assert layout.capacity_group(MoEConfig(), 64) == 64
+    assert MoEConfig().group(64) == 64
     assert layout.padded_rows(10, 2, 1) == 10
     assert layout.padded_rows(10, 2, 4) == 16
     assert [layout.whole_moments(OptimizerConfig(name="sgd", beta1=beta)) for beta in (0.0, 0.9)] == [0, 1]

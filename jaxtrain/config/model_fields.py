@@ -120,6 +120,10 @@ class MoEConfig:
     capacity_group: int = 0
     """capacity only: number of consecutive tokens in a group; 0: the whole sequence."""
 
+    def group(self, length: int) -> int:
+        """Return the tokens of a group in which experts have room; a sequence's `length` positions are one by default."""
+        return self.capacity_group or length
+
     @property
     def has_selection_bias(self) -> bool:
         """Whether experts are chosen by score + bias."""

@@ -250,7 +250,7 @@ def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
         )
     if moe.weight_scale <= 0 or moe.capacity_factor <= 0:
         problems.append(f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above 0")
-    group, piece = moe.capacity_group or length, length if mesh.context == 1 else length // (2 * mesh.context)
+    group, piece = moe.group(length), length if mesh.context == 1 else length // (2 * mesh.context)
     if moe.dispatch == "capacity" and piece % group:
         problems.append(
             f"model.moe.capacity_group={moe.capacity_group}: groups of {group} tokens must fit whole into the {piece} "

@@ -19,7 +19,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import ModelConfig, MoEConfig
-from jaxtrain.layout import capacity_group
 from jaxtrain.models.block import Block
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.activation import activate
@@ -89,7 +88,7 @@ class MoE(Block):
             routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale)
         h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
         with jax.named_scope("dispatch"):
-            group = capacity_group(self.moe, h_BLD.shape[1])
+            group = self.moe.group(h_BLD.shape[1])
             dispatched = self._dispatch(h_TD, routing.experts_BLK.reshape(-1, k), group, backend)
         rows = yield checkpoint_name(dispatched.rows, "expert_in")
         matmul = self._expert_matmul(dispatched, backend)

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
-from jaxtrain.layout import capacity_group
 from jaxtrain.planner.candidate import Candidate
 from jaxtrain.planner.traffic import place
 
@@ -106,7 +105,7 @@ class Space:
         moe, length = self.config.model.moe, self.config.data.sequence_length
         if moe is None or moe.dispatch != "capacity":
             return True
-        return (length if context == 1 else length // (2 * context)) % capacity_group(moe, length) == 0
+        return (length if context == 1 else length // (2 * context)) % moe.group(length) == 0
 
     def layouts(self, mesh: tuple[int, ...]) -> Iterator[Candidate]:
         """Yield all layouts on one mesh that recompute nothing; `remats` has the others.
