@@ -57,17 +57,27 @@ def features_of(tasks: Iterable[list[Config]]) -> set[tuple[str, str]]:
     return {feature for layouts in tasks for config in layouts for feature in features(config)}
 
 
+def seconds_of(layouts: list[Config]) -> int:
+    """Estimate the CPU seconds of a task: what is traced and compiled grows with the kinds of layers and their programs."""
+
+    def seconds(config: Config, in_turns: bool) -> int:
+        return 8 + 3 * max(1, len(config.model.pattern)) * (2 if config.model.moe else 1) * (2 if in_turns else 1)
+
+    in_turns = [config.mesh.tensor > 1 or config.mesh.expert > 1 for config in layouts]
+    return seconds(layouts[0], False) + sum(map(seconds, layouts, in_turns))
+
+
 @functools.cache
 def covering(count: int) -> list[list[Config]]:
-    """Choose `count` of the candidates, one by one: that with most of SURE, of values, of features that none before it has."""
+    """Choose `count` of the candidates, one by one: that with most new features in its time; SURE and new values weigh more."""
     chosen: list[list[Config]] = []
     for _ in range(count):
         seen = features_of(chosen)
         values = {met for _, met in seen}
 
-        def gain(layouts: list[Config], seen: set = seen, values: set = values) -> tuple[int, int, int]:
+        def worth(layouts: list[Config], seen: set = seen, values: set = values) -> float:
             new = features_of([layouts]) - seen
-            return len(new & SURE), len({met for _, met in new} - values), len(new)
+            return (len(new) + 10 * len({met for _, met in new} - values) + 100 * len(new & SURE)) / seconds_of(layouts)
 
-        chosen.append(max(candidates(), key=gain))
+        chosen.append(max(candidates(), key=worth))
     return chosen
