@@ -143,7 +143,7 @@ def test_a_hang_ends_all_even_the_one_that_hangs(monkeypatch, tmp_path):
         watchdog, found = Watchdog(config, Heartbeat()), []
         watchdog.heartbeat.step(dispatched=12 - (process == 1), done=10)
         watchdog.look(1.0)
-        processes._client().wait_at_barrier("all have published", 20_000)
+        processes.barrier("all have published", 20.0)
         for _ in range(80):
             found.append(watchdog.look(1.0))
         return next(failure for failure in found if failure)
