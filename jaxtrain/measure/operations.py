@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
 from jaxtrain.hardware import CollectiveRate
+from jaxtrain.ops.attention import attention, choose_backend
+from jaxtrain.processes import from_first
 from jaxtrain.program.collectives import wire_factor
 from jaxtrain.telemetry.energy import open_meter
 
@@ -50,7 +57,6 @@ class Stopwatch:
     """
 
     def __init__(self, seconds: float):
-        import jax
 
         self.seconds = seconds
         # Fake devices share one thread pool: concurrent programs take threads from each other and deadlock.
@@ -58,10 +64,9 @@ class Stopwatch:
 
     def __call__(self, program: Callable[..., Array], *arguments: Array, chained: int = CHAINED) -> Sample:
         """Time one of the `chained` operations in `program`: warmed up, then REPETITIONS times, several calls in a row each."""
-        import jax
 
         self._once(program, *arguments)  # compiles
-        calls = agreed(max(1, int(self.seconds / REPETITIONS / self._once(program, *arguments))))
+        calls = from_first(max(1, int(self.seconds / REPETITIONS / self._once(program, *arguments))))
         runs, result = [], None
         for _ in range(REPETITIONS):
             started = time.perf_counter()
@@ -77,25 +82,13 @@ class Stopwatch:
     def goes_on(self, sample: Sample, needs: int, chained: int = CHAINED) -> bool:
         """Return whether there is time for a larger operation, and memory: `needs` bytes must fit a quarter of the device's."""
         quick = sample.seconds * chained * REPETITIONS < self.seconds / 2
-        return bool(agreed(quick and needs < memory_bytes() // 4))
+        return bool(from_first(quick and needs < memory_bytes() // 4))
 
     def _once(self, program: Callable[..., Array], *arguments: Array) -> float:
-        import jax
 
         started = time.perf_counter()
         jax.block_until_ready(program(*arguments))
         return time.perf_counter() - started
-
-
-def agreed(value: int) -> int:
-    """Return process 0's value: all processes must make the same calls, or a collective would wait for ever."""
-    import jax
-
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(value))
 
 
 def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -111,15 +104,11 @@ def chain(operation: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 def random_normal(shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> Array:
     """Return random numbers as in a model: zeros would draw less power, and so run at a higher clock."""
-    import jax
-
     return scale * jax.random.normal(jax.random.key(0), shape, dtype)
 
 
 def measure_matmul(watch: Stopwatch, dtype: str, largest: int = LARGEST_MATMUL) -> list[tuple[int, Sample]]:
     """(edge, sample) of [edge, edge] x [edge, edge] in `dtype`, edges doubling as long as time and memory allow."""
-    import jax
-
     found: list[tuple[int, Sample]] = []
     edge, goes_on = min(FIRST_MATMUL, largest), True
     while edge <= largest and goes_on:
@@ -133,8 +122,6 @@ def measure_matmul(watch: Stopwatch, dtype: str, largest: int = LARGEST_MATMUL) 
 
 def measure_copy(watch: Stopwatch, largest: int = LARGEST_COPY) -> tuple[int, Sample]:
     """(bytes read and written, sample) of x + 1 over an array that no cache holds, as large as time and memory allow."""
-    import jax
-
     size = min(FIRST_COPY, largest)
     program = jax.jit(lambda x: x + 1.0)  # not chained: XLA would fuse several into one pass
     while True:
@@ -146,10 +133,6 @@ def measure_copy(watch: Stopwatch, largest: int = LARGEST_COPY) -> tuple[int, Sa
 
 def measure_attention(watch: Stopwatch, largest: int = LARGEST_LENGTH) -> list[tuple[int, str, Sample]]:
     """(length, backend, sample) of causal attention forward and backward in bfloat16, lengths doubling as time allows."""
-    import jax
-
-    from jaxtrain.ops.attention import attention, choose_backend
-
     device = jax.local_devices()[0]
     capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
     found: list[tuple[int, str, Sample]] = []
@@ -178,28 +161,33 @@ def attention_flops(length: int) -> float:
     return 7 * length**2 * HEAD_DIM * HEADS
 
 
+def collectives(size: int) -> dict[str, Callable[[Array], Array]]:
+    """Return the model code's collectives over the axis "group" of `size` devices, on a device's [n] numbers."""
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return {
+        "all-gather": lambda x: jax.lax.all_gather(x, "group", tiled=True),
+        "reduce-scatter": lambda x: jax.lax.psum_scatter(x, "group", tiled=True),
+        "all-reduce": lambda x: jax.lax.psum(x, "group"),
+        "all-to-all": lambda x: jax.lax.all_to_all(x, "group", 0, 0, tiled=True),
+        "collective-permute": lambda x: jax.lax.ppermute(x, "group", ring),
+    }
+
+
 def collective(kind: str, size: int) -> Callable[[Array], Array]:
-    """Return the collective over the axis "group" of `size` devices, from a device's x to an array of x's shape, for `chain`.
+    """Return the collective as a function from a device's x to an array of x's shape, for `chain`.
 
     The result is cut or repeated to that shape in a way that XLA cannot optimise away.
     """
-    import jax
-    import jax.numpy as jnp
-
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return {
-        "all-gather": lambda x: jax.lax.all_gather(x, "group", tiled=True)[-x.size :],
-        "reduce-scatter": lambda x: jnp.tile(jax.lax.psum_scatter(x, "group", tiled=True) / size, size),
-        "all-reduce": lambda x: jax.lax.psum(x, "group") / size,
-        "all-to-all": lambda x: jax.lax.all_to_all(x, "group", 0, 0, tiled=True),
-        "collective-permute": lambda x: jax.lax.ppermute(x, "group", ring),
-    }[kind]
+    plain = collectives(size)[kind]
+    if kind == "all-gather":
+        return lambda x: plain(x)[-x.size :]
+    if kind == "reduce-scatter":
+        return lambda x: jnp.tile(plain(x) / size, size)
+    return (lambda x: plain(x) / size) if kind == "all-reduce" else plain
 
 
 def groups_of(devices: Sequence[Any], size: int, over: str) -> Any:
     """Return a mesh ("other", "group") of all devices: `size` neighbours in a host (link), or one per host (nic)."""
-    import numpy as np
-    from jax.sharding import AxisType, Mesh
 
     table = np.array(devices).reshape(size, -1).T if over == "nic" else np.array(devices).reshape(-1, size)
     return Mesh(table, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
@@ -210,10 +198,6 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
     bandwidth = bytes that a device sends / (time of the largest message - time of the smallest).
     """
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
     size = mesh.shape["group"]
     spec = PartitionSpec(("other", "group"))
     operation = jax.shard_map(chain(collective(kind, size)), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
@@ -243,8 +227,6 @@ def measure_collective(watch: Stopwatch, mesh: Any, over: str, kind: str, larges
 
 def measure_collectives(watch: Stopwatch, largest: int = LARGEST_MESSAGE, kinds: Sequence[str] = KINDS) -> list[CollectiveRate]:
     """Measure every kind: over groups of 2, 4, 8, ... and all devices of a host, then over one device of each host."""
-    import jax
-
     devices, local, processes = jax.devices(), jax.local_device_count(), jax.process_count()
     sizes = [size for size in (2, 4, 8, 16, 32, 64) if size < local and local % size == 0] + ([local] if local > 1 else [])
     meshes = [("link", groups_of(devices, size, "link")) for size in sizes]
@@ -305,8 +287,6 @@ def measure_all(watch: Stopwatch, say: Callable[[str], None]) -> Findings:
 
 def measure_watts(edge: int) -> tuple[float, float] | None:
     """Return the watts of this process's first device (idle, in bfloat16 matmuls of that edge); None without a meter."""
-    import jax
-
     device = jax.local_devices()[0]
     meter, _ = open_meter("auto", device.platform, [device.local_hardware_id or 0])
     if meter is None or is_simulated():
@@ -328,15 +308,11 @@ def measure_watts(edge: int) -> tuple[float, float] | None:
 
 def is_simulated() -> bool:
     """Return whether the devices are several made of one CPU by XLA's flag; they share its cores."""
-    import jax
-
     return jax.local_devices()[0].platform == "cpu" and jax.local_device_count() > 1
 
 
 def memory_bytes() -> int:
     """Return the memory of one device that jax may use; for a CPU device, its share of the host's memory."""
-    import jax
-
     stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     return int(stats.get("bytes_limit", host))

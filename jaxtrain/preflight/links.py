@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import MESH_AXES
 from jaxtrain.hardware import resolve_chip
+from jaxtrain.measure.operations import collectives
 from jaxtrain.preflight.checks import Check, Finding, Site
 from jaxtrain.program.collectives import wire_factor
 
@@ -31,18 +30,6 @@ def groups_of(mesh: Mesh, axis: str) -> Mesh:
     """Return the same devices as mesh ("other", "group"): the groups that communicate along an axis, in the axis's order."""
     table = np.moveaxis(mesh.devices, MESH_AXES.index(axis), -1).reshape(-1, mesh.shape[axis])
     return Mesh(table, ("other", "group"), axis_types=(AxisType.Auto,) * 2)
-
-
-def operations(size: int) -> dict[str, Callable[[jax.Array], jax.Array]]:
-    """Return the model code's collectives over "group", on a device's [n] numbers."""
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return {
-        "all-gather": lambda x: lax.all_gather(x, "group", tiled=True),
-        "reduce-scatter": lambda x: lax.psum_scatter(x, "group", tiled=True),
-        "all-reduce": lambda x: lax.psum(x, "group"),
-        "all-to-all": lambda x: lax.all_to_all(x, "group", 0, 0, tiled=True),
-        "collective-permute": lambda x: lax.ppermute(x, "group", ring),
-    }
 
 
 def numbers(place: int, count: int) -> np.ndarray:
@@ -80,7 +67,7 @@ def run_collective(mesh: Mesh, kind: str, held: int) -> tuple[float, dict[str, s
 
     x = jax.make_array_from_callback(shape, sharding, given)
     program = jax.jit(
-        jax.shard_map(operations(size)[kind], mesh=mesh, in_specs=_SPEC, out_specs=_SPEC, check_vma=False),
+        jax.shard_map(collectives(size)[kind], mesh=mesh, in_specs=_SPEC, out_specs=_SPEC, check_vma=False),
         out_shardings=sharding,
     )
     result, seconds = jax.block_until_ready(program(x)), []
@@ -103,7 +90,7 @@ def look_along(axis: str, site: Site) -> dict[str, dict[str, Any]]:
     mesh, rows = groups_of(site.mesh, axis), {}
     size = mesh.shape["group"]
     message = MESSAGE.get(mesh.devices.flat[0].platform, MESSAGE_ELSEWHERE) // 4
-    for kind in operations(size):
+    for kind in collectives(size):
         held = max(message // size // size, 1) * size * (1 if kind == "all-gather" else size)
         seconds, wrong = run_collective(mesh, kind, held)
         payload = 4 * held * (size if kind == "all-gather" else 1)

@@ -157,7 +157,7 @@ def test_devices_whose_long_runs_differ_or_are_slow_are_named(site):
 @pytest.mark.parametrize("kind", ["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"])
 def test_a_collective_that_comes_out_wrong_is_named(site, monkeypatch, kind):
     """On the second device of each group along tensor, and nowhere else."""
-    real = links.operations
+    real = links.collectives
 
     def operations(size):
         operation = real(size)[kind]
@@ -165,9 +165,9 @@ def test_a_collective_that_comes_out_wrong_is_named(site, monkeypatch, kind):
 
     check = links.checks(site)[2]
     assert check.name == "axis tensor"
-    monkeypatch.setattr(links, "operations", lambda size: {kind: real(size)[kind]})
+    monkeypatch.setattr(links, "collectives", lambda size: {kind: real(size)[kind]})
     assert states([check], site) == {"axis tensor": "ok"}
-    monkeypatch.setattr(links, "operations", operations)
+    monkeypatch.setattr(links, "collectives", operations)
     lines = [words for _, state, words in found([check], site) if state == "failed"]
     assert [line.partition(":")[0] for line in lines] == [
         f"device {i} of this process got wrong numbers of {kind} over devices {i - 1}, {i}" for i in (1, 3, 5, 7)
