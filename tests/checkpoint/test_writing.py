@@ -667,7 +667,7 @@ TWO_SOURCES = (DataSource(), DataSource(kind="text", path="a"))
     [
         ({}, {}, [], []),
         ({"model__num_layers": 12}, {"model__num_layers": 24}, ["model.num_layers: 12 -> 24"], []),
-        ({}, {"model__rope_scaling": RopeScaling()}, ["model.rope_scaling: None -> {'factor': 8.0"], []),
+        ({}, {"model__rope_scaling": RopeScaling()}, ["model.rope_scaling: None -> {'kind': "], []),
         ({}, {"model__attention": "reference"}, [], ["model.attention: auto -> reference"]),
         ({}, {"model__dtype": "float32"}, [], ["model.dtype: bfloat16 -> float32"]),
         ({}, {"model__param_dtype": "bfloat16"}, ["model.param_dtype: float32 -> bfloat16"], []),
