@@ -14,27 +14,32 @@ from rich.table import Table
 def plain_table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
     """Return a table without lines except below the heads, of which those on the `right` stand above numbers."""
     look = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", **look)
+    table = Table(title=title, header_style="dim", **look)
     for head in (*left, *right):
         table.add_column(head, justify="right" if head in right else "left")
     return table
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table; if wider than the console, in parts that fit, each with the first column."""
+    """Print a table; if wider than the console, in parts that fit, each with the first column.
+
+    The title is a line of its own: a table's is wrapped at the width of its columns.
+    """
+    if table.title:
+        console.print(table.title, style="bold", soft_wrap=not console.is_terminal)
     for part in split_columns(table, console):
         console.print(part)
 
 
 def split_columns(table: Table, console: Console) -> Iterator[Table]:
     """Yield the columns in order, as many per table as fit beside the first one."""
-    rest, is_first = list(range(1, len(table.columns))), True
+    rest = list(range(1, len(table.columns)))
     while rest:
         count = len(rest)
-        while count > 1 and _width(_part(table, [0, *rest[:count]], is_first), console) > console.width:
+        while count > 1 and _width(_part(table, [0, *rest[:count]]), console) > console.width:
             count -= 1
-        part = _part(table, [0, *rest[:count]], is_first)
-        rest, is_first = rest[count:], False
+        part = _part(table, [0, *rest[:count]])
+        rest = rest[count:]
         part.caption = None if rest else table.caption
         yield part
 
@@ -44,12 +49,9 @@ def _width(table: Table, console: Console) -> int:
     return Measurement.get(console, console.options.update_width(10_000), table).minimum
 
 
-def _part(table: Table, indices: Sequence[int], has_title: bool) -> Table:
-    """Return some of a table's columns as a table of the same style, with the title only if it is the first."""
+def _part(table: Table, indices: Sequence[int]) -> Table:
+    """Return some of a table's columns as a table of the same style, without the title."""
     part = Table(
-        title=table.title if has_title else None,
-        title_justify=table.title_justify,
-        title_style=table.title_style,
         header_style=table.header_style,
         box=table.box,
         pad_edge=table.pad_edge,
