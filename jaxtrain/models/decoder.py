@@ -21,7 +21,6 @@ from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
-from jaxtrain.ops.attention_order import find_place
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.losses import IGNORED, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
@@ -178,6 +177,14 @@ class Decoder:
     def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
         return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
 
+    def layer(self, config: ModelConfig, weights: Weights, place: int = 0) -> Any:
+        """Return the module of a layer at a place of the pattern, with its weights gathered."""
+        return _merge(*layer_kind(config, place))(self._gathered(weights, _dims(*layer_kind(config))))
+
+    def dense_config(self) -> ModelConfig:
+        """Return the config of the first dense layers."""
+        return _dense(self.config)
+
     def _layer(
         self, config: ModelConfig, microbatch: PyTree, place: int = 0
     ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
@@ -185,7 +192,6 @@ class Decoder:
 
         (x of each part, weights, the clock of `take_turns`) -> (x of each part, auxiliary loss, sums to report, the clock).
         """
-        dims, merge = _dims(*layer_kind(config)), _merge(*layer_kind(config, place))
         window = config.window_of(config.kinds[place])
         attention = self.attention._replace(rule=self.attention.rule._replace(window=window))
         targets = microbatch.get("targets")
@@ -195,7 +201,7 @@ class Decoder:
         def layer(
             xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array
         ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
-            apply, packings = merge(self._gathered(weights, dims)), cut_rows(packing, len(xs))
+            apply, packings = self.layer(config, weights, place), cut_rows(packing, len(xs))
             parts = [run_layer(apply, x, own, attention, self.experts) for x, own in zip(xs, packings, strict=True)]
             results, clock = take_turns(parts, clock)
             ys, auxiliary, reports = zip(*results, strict=True)
@@ -244,7 +250,7 @@ class Decoder:
 
         return layers
 
-    def _outer(self, weights: Weights) -> Any:
+    def outer(self, weights: Weights) -> Any:
         """Return the outer module with its weights gathered; XLA drops the gathers of unused ones."""
         dims = _dims(EmbeddingAndHead, self.config)
         master, compute = ({name: tree[name] for name in dims} for tree in weights)
@@ -255,7 +261,7 @@ class Decoder:
 
         def embed(weights: Weights, microbatch: PyTree) -> jax.Array:
             with jax.named_scope("embed"):
-                x = self._outer(weights).embed(microbatch["tokens"], microbatch["positions"])
+                x = self.outer(weights).embed(microbatch["tokens"], microbatch["positions"])
             if self.config.first_dense_layers:
                 layer = self._layer(_dense(self.config), microbatch)
                 first, clock = (weights[0]["first_layers"], weights[1]["first_layers"]), vary(jnp.zeros(()))
@@ -267,7 +273,7 @@ class Decoder:
 
     def _head(self) -> Callable[[Weights, jax.Array], tuple[jax.Array, jax.Array]]:
         def head(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            outer = self._outer(weights)
+            outer = self.outer(weights)
             return outer.head_input(x), outer.head_DV()
 
         return head
@@ -300,17 +306,12 @@ class Decoder:
         return Functions(self._embed(), self._layers(), loss)
 
     def logits_functions(self) -> Functions:
-        """Return the functions for sampling: `logits` [B, V] float32 at index `position` of the sequence, of one microbatch."""
+        """Return the functions for `logits`, float32 [B, L, V/tensor] of one microbatch, L in the devices' order of positions."""
         head = self._head()
 
         def logits(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             x, head_DV = head(weights, x)
-            x_BLD, context = all_gather(x, "tensor", dim=1), lax.axis_size("context")
-            device, index = find_place(microbatch["position"], self.attention.kind, x_BLD.shape[1], context)
-            x_BD = lax.dynamic_index_in_dim(x_BLD, index, axis=1, keepdims=False)
-            logits = Logits(self.config.vocab_size, self.config.logit_softcap).of(x_BD[:, None], head_DV)[:, 0]
-            whole = all_gather(logits, "tensor", dim=1)
-            once = jnp.where((lax.axis_index("tensor") == 0) & (lax.axis_index("context") == device), whole, 0)
-            return vary(jnp.zeros(())), {"logits": once}
+            to_logits = Logits(self.config.vocab_size, self.config.logit_softcap)
+            return vary(jnp.zeros(())), {"logits": to_logits.of(all_gather(x, "tensor", dim=1), head_DV)}
 
         return Functions(self._embed(), self._layers(), logits)

@@ -8,6 +8,8 @@ residual stream is this device's slice over `tensor`, and H its share over `tens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from jaxtrain.models.block import Block
 from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.models.positions import with_positions
-from jaxtrain.ops.attention_context import AttentionPlan, context_attention
+from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter
@@ -87,6 +89,9 @@ class LatentAttention(Block):
             return with_positions(x_BLHR, packing.positions, config)
 
         q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
+        if plan.absorbs:
+            out_BLD = yield from self._absorbed(q_BLHN, c_BLC, turn(turned_BLR[:, :, None]), turn, plan)
+            return self.joined(x_BLD, out_BLD)
         k_BLHN = checkpoint_name(jnp.einsum("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
         v_BLHM = checkpoint_name(jnp.einsum("BLC,CHM->BLHM", c_BLC, self.value_up[...]), "value")
         q_BLHN, k_BLHN, v_BLHM = yield (q_BLHN, k_BLHN, v_BLHM)
@@ -95,7 +100,22 @@ class LatentAttention(Block):
         k_turned = jnp.broadcast_to(turn(turned_BLR[:, :, None]), (*k_BLHN.shape[:3], turned_BLR.shape[-1]))
         k_BLHN = jnp.concatenate([k_BLHN, k_turned], axis=-1)
         with jax.named_scope("attention"):
-            a_BLHM = context_attention(q_BLHN, k_BLHN, v_BLHM, plan, segments_BL=packing.segments, residual_name="attention")
+            a_BLHM = plan.attend(q_BLHN, k_BLHN, v_BLHM, segments_BL=packing.segments, residual_name="attention")
         out_BLD = yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])
         out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         return self.joined(x_BLD, checkpoint_name(out_BLD, "attention_out"))
+
+    def _absorbed(
+        self, q_BLHN: jax.Array, c_BLC: jax.Array, turned_BL1R: jax.Array, turn: Callable[[jax.Array], jax.Array], plan: Any
+    ) -> Turn[jax.Array]:
+        """Return the block's output by attention to the latents: one key head [c, rope(h W_kr)], whose value is c.
+
+        q W_k^T c = (W_k q) c, and sum w (W_v c) = W_v sum w c: so a cache holds latents alone (arXiv:2405.04434, section 2.1.2).
+        """
+        q_plain, q_turned = jnp.split(q_BLHN, [self.config.head_dim], axis=-1)
+        q_BLHC = yield jnp.einsum("BLHN,CHN->BLHC", q_plain, self.key_up[...])
+        q_BLHE = jnp.concatenate([q_BLHC, turn(q_turned)], axis=-1)
+        k_BL1E = jnp.concatenate([c_BLC[:, :, None], turned_BL1R], axis=-1)
+        a_BLHC = plan.attend(q_BLHE, k_BL1E, None, head_dim=q_BLHN.shape[-1], value_dim=c_BLC.shape[-1])
+        a_BLHM = jnp.einsum("BLHC,CHM->BLHM", a_BLHC, self.value_up[...])
+        return reduce_scatter((yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])), "tensor", dim=1)

@@ -25,7 +25,7 @@ from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.activation import activate, activate_alone
-from jaxtrain.ops.attention_context import AttentionPlan, context_attention
+from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.expert_dispatch import ExpertBackend
 from jaxtrain.ops.norm import heads_norm, rms_norm
 from jaxtrain.parallel.turns import Turn, scoped
@@ -83,9 +83,8 @@ class Attention(Block):
         k_BLKN = self._placed(k_BLKN, getattr(self, "key_norm", None), packing.positions)
         sinks_H = self.sinks[...] if self.config.attention_sinks else None
         with jax.named_scope("attention"):
-            a_BLHN = context_attention(
-                q_BLHN, k_BLKN, v_BLKN, plan, segments_BL=packing.segments, sinks_H=sinks_H, residual_name="attention"
-            )
+            options = {"segments_BL": packing.segments, "sinks_H": sinks_H, "residual_name": "attention"}
+            a_BLHN = plan.attend(q_BLHN, k_BLKN, v_BLKN, **options)
         out_BLD = yield jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...])
         out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         if self.config.attention_bias == "all":

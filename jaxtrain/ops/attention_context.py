@@ -23,7 +23,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,13 @@ class AttentionPlan(NamedTuple):
     """Window, scale and bound of the scores."""
     permutes: bool = True
     """Whether the ring may use ppermute where it is traced; else it uses `shift_in_group`, with the same result."""
+
+    absorbs: ClassVar[bool] = False
+    """Whether latent attention attends to latents themselves, not to keys and values projected up from them."""
+
+    def attend(self, *arrays: jax.Array, **options: Any) -> jax.Array:
+        """Run `context_attention` by this plan. (The cache of `inference/` stands in for a plan by a method of this name.)"""
+        return context_attention(*arrays, self, **options)
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:

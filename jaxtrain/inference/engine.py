@@ -1,0 +1,229 @@
+"""Continuous batching: rows of one cache, each refilled with the next request as soon as its own has ended."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.inference.cache import ROW_AXES, Room
+from jaxtrain.inference.forward import Programs, Rows
+from jaxtrain.inference.sampling import Choice
+
+PyTree = Any
+LARGEST_CHUNK = 512
+"""Tokens of a prompt that go through the model at a time: longer ones go in pieces."""
+STEPS_AT_A_TIME = 8
+"""Decoding steps between two looks at the host: a row that ends may rest for the others."""
+UNIT = 64
+"""Lengths of caches are multiples of this, so that few programs are compiled."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is continued."""
+
+    max_new_tokens: int = 64
+    """Most tokens that are made."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that reach this probability together."""
+    min_p: float = 0.0
+    """Only tokens of at least this times the highest probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that are there already, multiplies negative ones; 1: none."""
+    seed: int = 0
+    """Of the random numbers; prompt i of a call uses seed + i, so the others change nothing."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "seed": 0 <= self.seed < 2**32,
+        }
+        wrong = [f"{name}={getattr(self, name)}" for name, holds in limits.items() if not holds]
+        if wrong:
+            raise ExplainedError(
+                f"{', '.join(wrong)}: max_new_tokens is at least 1, temperature and top_k 0 or more, top_p above 0 and up to 1, "
+                "min_p from 0 to 1, repetition_penalty above 0, seed from 0 to 2^32 - 1"
+            )
+
+
+class Made(NamedTuple):
+    """A token made for a request."""
+
+    request: int
+    """Index of the request."""
+    token: int
+    log_probability: float
+    is_last: bool
+
+
+@dataclass
+class _Request:
+    """A request in a row."""
+
+    number: int
+    tokens: Sequence[int]
+    """The prompt."""
+    sampling: Sampling
+    sent: int = 0
+    """Tokens of the prompt that the cache holds."""
+    made: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Generates with a model's parameters on its mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh, ends: Sequence[int] = ()):
+        """Prepare generation.
+
+        Args:
+          config: resolved, of the model on this mesh.
+          ends: token ids that end an answer; the answer holds the one that ended it.
+        """
+        self._config, self._mesh, self._ends = config, mesh, tuple(ends)
+        self._programs: dict[Room, Programs] = {}
+        self._unit = math.prod(mesh.shape[axis] for axis in (*ROW_AXES, "tensor"))
+
+    def run(
+        self,
+        params: PyTree,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        *,
+        slots: int = 8,
+        wants_more: Callable[[int, list[int]], bool] = lambda request, made: True,
+    ) -> Iterator[Made]:
+        """Yield the tokens of all requests as they are made.
+
+        Args:
+          params: stacked, as training holds them; float32 or in the model's dtype.
+          prompts: token ids, one or more each.
+          samplings: of each prompt.
+          slots: most requests at a time.
+          wants_more: (request, tokens made) -> False ends it; asked after every look at the host.
+
+        Raises:
+          ExplainedError: a prompt is empty, or longer than a learned table of positions.
+        """
+        requests = deque(_Request(i, list(p), s) for i, (p, s) in enumerate(zip(prompts, samplings, strict=True)))
+        if not requests:
+            return
+        programs = self._programs_for(requests, slots)
+        cache, rows = programs.empty()
+        held: list[_Request | None] = [None] * programs.room.rows
+        while requests or any(held):
+            new = [i for i, request in enumerate(held) if request is None][: max(0, len(requests))]
+            if new:
+                rows = self._admit(programs, rows, held, new, requests)
+            chunk = self._next_chunk(programs, held)
+            if chunk is not None:
+                cache, rows, made = programs.begin(params, cache, rows, *self._place(*chunk))
+                made = tuple(array[None] for array in map(self._fetch, made))
+            else:
+                cache, rows, made = programs.decode(self._steps(held))(params, cache, rows)
+                made = tuple(map(self._fetch, made))
+            yield from self._hand_out(held, *made, wants_more)
+
+    def _programs_for(self, requests: Sequence[_Request], slots: int) -> Programs:
+        longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
+        prompt, table = max(len(request.tokens) for request in requests), self._config.model.learned_positions
+        if min(len(request.tokens) for request in requests) == 0:
+            raise ExplainedError("a prompt is empty: give at least one token, e.g. the one that begins documents")
+        if table and longest > table:
+            raise ExplainedError(
+                f"prompt and answer of {longest} tokens are longer than the model's table of {table} positions; "
+                "give a shorter prompt or a smaller max_new_tokens"
+            )
+        tensor = self._mesh.shape["tensor"]
+        chunk = math.ceil(min(LARGEST_CHUNK, 2 ** math.ceil(math.log2(prompt))) / tensor) * tensor
+        rows = math.ceil(min(slots, len(requests)) / self._unit) * self._unit
+        room = Room(rows, math.ceil(longest / UNIT) * UNIT, chunk)
+        if room not in self._programs:
+            self._programs[room] = Programs(self._config, self._mesh, room, max(1, len(self._ends)))
+        return self._programs[room]
+
+    def _admit(
+        self, programs: Programs, rows: Rows, held: list[_Request | None], new: Sequence[int], requests: deque[_Request]
+    ) -> Rows:
+        """Put the next requests into free rows."""
+        count = len(held)
+        which, left = np.zeros(count, bool), np.zeros(count, np.int32)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
+        choice = [np.zeros(count, dtype) for dtype in dtypes]
+        for row in new:
+            held[row] = request = requests.popleft()
+            which[row], left[row] = True, request.sampling.max_new_tokens
+            for array, name in zip(choice, names, strict=True):
+                array[row] = getattr(request.sampling, name)
+        zeros = np.zeros(count, np.int32)
+        ends = np.full((count, max(1, len(self._ends))), -1, np.int32)
+        ends[:, : len(self._ends)] = self._ends
+        seen = np.zeros((count, self._config.model.vocab_size), bool)
+        placed = self._place(Rows(zeros, zeros, zeros, left, seen, ends, Choice(*choice)), which)
+        return programs.admit(rows, *placed)
+
+    def _next_chunk(self, programs: Programs, held: list[_Request | None]) -> tuple[np.ndarray, ...] | None:
+        """Return the next tokens of all prompts that the cache does not hold whole; None if there are none."""
+        waiting = [(row, r) for row, r in enumerate(held) if r is not None and r.sent < len(r.tokens)]
+        if not waiting:
+            return None
+        tensor, most = self._mesh.shape["tensor"], max(len(r.tokens) - r.sent for _, r in waiting)
+        length = min(programs.room.chunk, math.ceil(2 ** math.ceil(math.log2(most)) / tensor) * tensor)
+        tokens, count = np.zeros((len(held), length), np.int32), np.zeros(len(held), np.int32)
+        is_end = np.zeros(len(held), bool)
+        for row, request in waiting:
+            piece = request.tokens[request.sent : request.sent + length]
+            tokens[row, : len(piece)], count[row] = piece, len(piece)
+            request.sent += len(piece)
+            is_end[row] = request.sent == len(request.tokens)
+        return tokens, count, is_end
+
+    def _steps(self, held: list[_Request | None]) -> int:
+        """Return how many steps to decode: none that no row needs, in powers of two, so that few programs are compiled."""
+        most = max(r.sampling.max_new_tokens - len(r.made) for r in held if r is not None)
+        return min(STEPS_AT_A_TIME, 2 ** math.floor(math.log2(most)))
+
+    def _hand_out(
+        self, held: list[_Request | None], tokens: np.ndarray, log_ps: np.ndarray, wants_more: Callable[[int, list[int]], bool]
+    ) -> Iterator[Made]:
+        """Yield the new tokens of each request, and free the rows of those that have ended."""
+        for row, request in enumerate(held):
+            if request is None:
+                continue
+            for token, log_p in zip(tokens[:, row].tolist(), log_ps[:, row].tolist(), strict=True):
+                if token < 0 or held[row] is None:
+                    continue
+                request.made.append(token)
+                ended = token in self._ends or len(request.made) == request.sampling.max_new_tokens
+                ended = ended or not wants_more(request.number, request.made)
+                if ended:
+                    held[row] = None
+                yield Made(request.number, token, log_p, ended)
+
+    def _place(self, *trees: PyTree) -> tuple[PyTree, ...]:
+        sharding = NamedSharding(self._mesh, PartitionSpec(ROW_AXES))
+        return jax.tree.map(lambda array: jax.device_put(array, sharding), trees)
+
+    def _fetch(self, array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,247 @@
+"""The compiled programs: logits of whole sequences, new tokens into the cache, and decoding steps.
+
+All are one `shard_map`, manual over all mesh axes, over the parameters as training holds them. Rows are sharded over
+`ROW_AXES`; pipeline stages work one after another on all rows of a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.inference.cache import ROW_AXES, CachedAttention, Room, cache_shapes, cache_specs
+from jaxtrain.inference.sampling import Choice, choose
+from jaxtrain.models.building import make_decoder
+from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
+from jaxtrain.models.layers import run_layer
+from jaxtrain.models.packing import Packing
+from jaxtrain.ops.losses import Logits
+from jaxtrain.parallel.turns import alone
+from jaxtrain.sharding import all_gather, shift, specs, vary
+
+PyTree = Any
+
+
+class Rows(NamedTuple):
+    """What each row of the cache is doing; rows are sharded, [B]."""
+
+    token: jax.Array
+    """int32, the newest token, which the cache does not hold yet."""
+    length: jax.Array
+    """int32, tokens that the cache holds."""
+    number: jax.Array
+    """int32, tokens made so far."""
+    left: jax.Array
+    """int32, tokens still to be made; 0 for a row at rest."""
+    seen: jax.Array
+    """bool [B, V], tokens that the row holds."""
+    ends: jax.Array
+    """int32 [B, E], tokens that end the row; -1 for none."""
+    choice: Choice
+
+
+class _Weights(NamedTuple):
+    """This device's parameters: outer, and layers [chunks, layers of the part, ...]."""
+
+    outer: PyTree
+    layers: PyTree
+
+
+def _layers(
+    decoder: Decoder, weights: _Weights, x: jax.Array, positions_BL: jax.Array, chunk: int, caches: tuple
+) -> tuple[jax.Array, tuple]:
+    """Run one part of the stack over its caches, one of each place in the pattern."""
+    config, stacking = decoder.config, decoder.stacking
+    groups, period = stacking.layers_per_part // stacking.period, stacking.period
+    held = jnp.asarray(stacking.counts())[chunk, lax.axis_index("pipe")]
+    of_chunk = jax.tree.map(lambda leaf: leaf[chunk].reshape(groups, period, *leaf.shape[2:]), weights.layers)
+
+    def group(carry: tuple, slot: tuple) -> tuple[tuple, None]:
+        (x, caches), (own, index) = carry, slot
+        for place in range(period):
+            one = jax.tree.map(lambda leaf, place=place: leaf[place], own)
+            y, entries = _layer(decoder, config, one, place, x, positions_BL, caches[place], index)
+            x = y if stacking.is_even else jnp.where(index * period + place < held, y, x)
+            caches = (*caches[:place], entries, *caches[place + 1 :])
+        return (x, caches), None
+
+    (x, caches), _ = lax.scan(group, (x, caches), (of_chunk, jnp.arange(groups)))
+    return x, caches
+
+
+def _layer(
+    decoder: Decoder,
+    config: ModelConfig,
+    weights: PyTree,
+    place: int,
+    x: jax.Array,
+    positions_BL: jax.Array,
+    entries: Any,
+    index: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Run one layer; return (x, the cache with its new entries)."""
+    rule = decoder.attention.rule._replace(window=config.window_of(config.kinds[place]))
+    attention = CachedAttention(entries, index, positions_BL, rule)
+    packing = Packing(jnp.maximum(positions_BL.reshape(x.shape[0], -1), 0), None, None, None)
+    layer = decoder.layer(config, (weights, weights), place)
+    x, _, _ = alone(run_layer(layer, x, packing, attention, decoder.experts))  # type: ignore[arg-type]
+    return x, attention.entries
+
+
+def _through_stages(
+    decoder: Decoder, weights: _Weights, x: jax.Array, positions_BL: jax.Array, stack: tuple
+) -> tuple[jax.Array, tuple]:
+    """Run the whole stack, stage after stage; every stage ends with the result."""
+    stages, stage = decoder.stacking.stages, lax.axis_index("pipe")
+    for chunk in range(decoder.stacking.chunks):
+        caches = jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk, 0], stack)
+        for turn in range(stages):
+
+            def part(x: jax.Array, caches: tuple, chunk: int = chunk) -> tuple[jax.Array, tuple]:
+                return _layers(decoder, weights, x, positions_BL, chunk, caches)
+
+            if stages == 1:
+                x, caches = part(x, caches)
+            else:
+                x, caches = lax.cond(stage == turn, part, lambda x, caches: (x, caches), x, caches)
+                x = shift(x, "pipe", +1)
+        stack = jax.tree.map(lambda leaf, new, chunk=chunk: leaf.at[chunk, 0].set(new), stack, caches)
+    if stages > 1:  # the last stage has sent the result to the first one
+        x = lax.psum(jnp.where(stage == 0, x, 0), "pipe")
+    return x, stack
+
+
+def _forward(
+    decoder: Decoder, weights: _Weights, cache: PyTree, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """Return (the cache with the new tokens, logits [B, V] after token `last_B` of each row).
+
+    One new token a row goes through the layers as one sequence of B tokens, so that `tensor` has a length to cut.
+    """
+    rows, count = tokens_BL.shape
+    shape = (1, rows) if count == 1 else (rows, count)
+    outer = decoder.outer((weights.outer, weights.outer))
+    places = jnp.maximum(positions_BL, 0).reshape(shape)
+    x = outer.embed(jnp.where(positions_BL >= 0, tokens_BL, 0).reshape(shape), places)
+    first, config = cache["first"], decoder.dense_config()
+    for index in range(decoder.config.first_dense_layers):
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], weights.outer["first_layers"])
+        x, first = _layer(decoder, config, one, 0, x, positions_BL, first, jnp.int32(index))
+    x, stack = _through_stages(decoder, weights, x, positions_BL, cache["stack"])
+    x_BLD = all_gather(x, "tensor", dim=1).reshape(rows, count, -1)
+    x_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
+    logits = Logits(decoder.config.vocab_size, decoder.config.logit_softcap).of(outer.head_input(x_B1D), outer.head_DV())
+    return {"first": first, "stack": stack}, all_gather(logits, "tensor", dim=2)[:, 0, : decoder.config.vocab_size]
+
+
+class Programs:
+    """The compiled programs of a model on a mesh with a cache of one size."""
+
+    def __init__(self, config: Config, mesh: Mesh, room: Room, ends: int):
+        """Build the programs; each is compiled when it is first called.
+
+        Args:
+          config: resolved; experts take all tokens (`moe.dispatch=dropless`), whatever it says.
+          room: its rows are a multiple of the devices along `ROW_AXES` times those along `tensor`.
+          ends: E, tokens that may end a row.
+        """
+        model = config.model
+        if model.moe:
+            model = replace(model, moe=replace(model.moe, dispatch="dropless"))
+        self.config, self.mesh, self.room = replace(config, model=model), mesh, room
+        self._decoder = make_decoder(self.config, mesh, "reference")
+        rows = PartitionSpec(ROW_AXES)
+        self._row_specs = Rows(rows, rows, rows, rows, rows, rows, Choice(*[rows] * len(Choice._fields)))
+        self._cache_specs, self._ends = cache_specs(self.config), ends
+        self.begin = self._jit(self._begin, (rows, rows, rows), rows)
+        """(params, cache, rows, tokens [B, L], new tokens of each row, whether they end its prompt) -> (cache, rows, made)."""
+        self.admit = jax.jit(_admit, donate_argnums=0)
+        """(rows, new rows, which) -> rows."""
+        self.decode = functools.lru_cache(maxsize=None)(self._decode_program)
+
+    def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
+        """Return the jit of a region (params, cache, rows, *extra) -> (cache, rows, outputs)."""
+        inputs = (specs(parameter_dims(self.config.model)), self._cache_specs, self._row_specs, *extra)
+        results = (self._cache_specs, self._row_specs, outputs)
+        # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
+        mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate)
+
+    def empty(self) -> tuple[PyTree, Rows]:
+        """Return a cache without tokens, and rows at rest."""
+        count, vocabulary = self.room.rows, self.config.model.vocab_size
+        ints, floats = jax.ShapeDtypeStruct((count,), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.float32)
+        choice = Choice(floats, ints, floats, floats, floats, jax.ShapeDtypeStruct((count,), jnp.uint32))
+        seen = jax.ShapeDtypeStruct((count, vocabulary), jnp.bool_)
+        rows = Rows(ints, ints, ints, ints, seen, jax.ShapeDtypeStruct((count, self._ends), jnp.int32), choice)
+        shapes, places = (cache_shapes(self.config, self.room), rows), (self._cache_specs, self._row_specs)
+        shardings = jax.tree.map(lambda place: NamedSharding(self.mesh, place), places)
+        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)()
+
+    def _weights(self, params: PyTree) -> _Weights:
+        params = to_compute(vary(params), parameter_dims(self.config.model), self.config.model.dtype)
+        return _Weights(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
+
+    def _begin(
+        self, params: PyTree, cache: PyTree, rows: Rows, tokens_BL: jax.Array, count_B: jax.Array, is_end_B: jax.Array
+    ) -> tuple[PyTree, Rows, tuple]:
+        """Put `count_B` new tokens into each row; where they end its prompt, choose the first token of its answer."""
+        index = jnp.arange(tokens_BL.shape[1])
+        positions_BL = jnp.where(index < count_B[:, None], rows.length[:, None] + index, -1)
+        last_B = jnp.maximum(count_B - 1, 0)
+        cache, logits = _forward(self._decoder, self._weights(params), cache, tokens_BL, positions_BL, last_B)
+        here = jnp.where(positions_BL >= 0, tokens_BL, self.config.model.vocab_size)
+        seen = rows.seen.at[jnp.arange(here.shape[0])[:, None], here].set(True, mode="drop")
+        rows = rows._replace(length=rows.length + count_B, seen=seen)
+        return cache, *_advance(rows, logits, is_end_B & (rows.left > 0))
+
+    def _decode_program(self, steps: int) -> Any:
+        """Return the program of some decoding steps; its outputs are tokens and log-probabilities, [steps, B]."""
+
+        def region(params: PyTree, cache: PyTree, rows: Rows) -> tuple[PyTree, Rows, tuple]:
+            weights = self._weights(params)
+
+            def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+                cache, rows = carry
+                active = (rows.left > 0) & (rows.number > 0)
+                positions_B1 = jnp.where(active, rows.length, -1)[:, None]
+                zeros = jnp.zeros_like(rows.length)
+                cache, logits = _forward(self._decoder, weights, cache, rows.token[:, None], positions_B1, zeros)
+                rows = rows._replace(length=rows.length + active)
+                rows, made = _advance(rows, logits, active)
+                return (cache, rows), made
+
+            (cache, rows), made = lax.scan(step, (cache, rows), None, length=steps)
+            return cache, rows, made
+
+        return self._jit(region, (), PartitionSpec(None, ROW_AXES))
+
+
+def _admit(rows: Rows, new: Rows, which_B: jax.Array) -> Rows:
+    """Return the rows with some replaced."""
+
+    def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(which_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(leaf, rows, new)
+
+
+def _advance(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> tuple[Rows, tuple]:
+    """Choose the next token of the active rows; return (rows, (token or -1, log-probability))."""
+    token, log_p = choose(logits_BV, rows.seen, rows.choice, rows.number)
+    ended = (token[:, None] == rows.ends).any(1)
+    seen = rows.seen.at[jnp.arange(token.shape[0]), jnp.where(active_B, token, logits_BV.shape[1])].set(True, mode="drop")
+    rows = rows._replace(
+        token=jnp.where(active_B, token, rows.token),
+        number=rows.number + active_B,
+        left=jnp.where(active_B, jnp.where(ended, 0, rows.left - 1), rows.left),
+        seen=seen,
+    )
+    return rows, (jnp.where(active_B, token, -1), log_p)

@@ -1,0 +1,220 @@
+"""A model in hand: logits, log-probabilities, generation, and export, from Python."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.config import Config
+from jaxtrain.errors import ExplainedError
+from jaxtrain.inference.engine import Engine, Sampling
+from jaxtrain.inference.whole import make_logits, make_scores
+
+PyTree = Any
+Ids = Sequence[int]
+UNIT = 64
+"""Sequences are padded to multiples of this, so that few programs are compiled."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to a prompt."""
+
+    ids: list[int]
+    """The tokens that were made, with the one that ended the answer."""
+    log_probabilities: list[float]
+    """Of each, under softmax(logits)."""
+    text: str | None
+    """The answer as text, without what ended it; None for a model without a tokenizer."""
+
+
+@dataclass
+class Model:
+    """A model on a mesh."""
+
+    config: Config
+    """Resolved: `config.model` is the model, `config.mesh` the mesh."""
+    mesh: Mesh
+    params: PyTree
+    """Stacked, as training holds them."""
+    tokenizer: Any = None
+    """Has `encode(text) -> ids` and `decode(ids) -> text`; None if there is none."""
+    ends: tuple[int, ...] = ()
+    """Token ids that end an answer."""
+    export: Callable[[Model, str | os.PathLike], None] | None = None
+    """What `save_hf` does."""
+    _programs: dict[tuple, Any] = field(default_factory=dict, repr=False)
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """Return the logits after each token, float32 [B, L, vocab_size], for int [B, L]."""
+        tokens = self._checked(tokens)
+        batch, config = self._batch(tokens)
+        program = self._program("logits", make_logits, config)
+        return np.asarray(program(self.params, batch))[: tokens.shape[0], : tokens.shape[1], : config.model.vocab_size]
+
+    def score(self, tokens: Any) -> np.ndarray:
+        """Return log p of each token after those before it, float32 [B, L - 1], for int [B, L]."""
+        tokens = self._checked(tokens)
+        batch, config = self._batch(tokens)
+        program = self._program("score", make_scores, config)
+        return np.asarray(program(self.params, batch))[: tokens.shape[0], : tokens.shape[1] - 1]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Ids],
+        max_new_tokens: int = 64,
+        *,
+        stop: Sequence[str] = (),
+        slots: int = 8,
+        on_text: Callable[[int, str], None] | None = None,
+        details: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """Continue prompts: texts are answered by texts, token ids by token ids.
+
+        Args:
+          prompts: one or several; ids are given as a list (or a list of lists) of int.
+          stop: texts that end an answer; the answer holds what stands before the first of them.
+          slots: most prompts that are answered at a time; the others wait for a free place.
+          on_text: called with (index of the prompt, new text) as it is made.
+          details: return `Generation`s.
+          sampling: temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`.
+
+        Returns:
+          One answer for one prompt, else a list of them.
+
+        Raises:
+          ExplainedError: a setting or a prompt cannot be used.
+        """
+        is_text, is_one, asked = _prompts(prompts)
+        if (is_text or stop or on_text) and self.tokenizer is None:
+            raise ExplainedError("this model has no tokenizer: give prompts as token ids, without stop and on_text")
+        ids = [list(self.tokenizer.encode(p)) for p in asked] if is_text else [[int(i) for i in p] for p in asked]
+        for prompt in ids:
+            self._checked([prompt or [0]])
+        given = Sampling(max_new_tokens, **sampling)
+        settings = [replace(given, seed=(given.seed + i) % 2**32) for i in range(len(ids))]
+        answers = [_Answer(self, tuple(stop)) for _ in ids]
+        engine = self._program("engine", Engine, self.config)
+        runs = engine.run(self.params, ids, settings, slots=slots, wants_more=lambda i, made: not answers[i].has_stop(made))
+        for made in runs:
+            answers[made.request].add(made.token, made.log_probability)
+            if on_text and (new := answers[made.request].new_text(made.is_last)):
+                on_text(made.request, new)
+        done = [answer.generation() for answer in answers]
+        results: list[Any] = done if details else [one.text if is_text else one.ids for one in done]
+        return results[0] if is_one else results
+
+    def save_hf(self, directory: str | os.PathLike) -> None:
+        """Write the model as a HuggingFace folder.
+
+        Raises:
+          ExplainedError: no family of HuggingFace models has its settings, or the folder cannot be written.
+        """
+        if self.export is None:
+            raise ExplainedError("this model was not made by jaxtrain.load, which knows how to write it")
+        self.export(self, directory)
+
+    def _program(self, name: str, make: Callable[..., Any], config: Config) -> Any:
+        key = (name, config)
+        if key not in self._programs:
+            ends = {"ends": self.ends} if make is Engine else {}
+            self._programs[key] = make(config, self.mesh, **ends)
+        return self._programs[key]
+
+    def _checked(self, tokens: Any) -> np.ndarray:
+        """Return int32 [B, L] ids.
+
+        Raises:
+          ExplainedError: they are no such array, or out of the vocabulary.
+        """
+        tokens, size = np.asarray(tokens), self.config.model.vocab_size
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise ExplainedError(f"tokens are whole numbers [B, L], not {tokens.dtype} {list(tokens.shape)}")
+        if tokens.min() < 0 or tokens.max() >= size:
+            raise ExplainedError(f"token ids are 0 to {size - 1}; there are ids from {tokens.min()} to {tokens.max()}")
+        table = self.config.model.learned_positions
+        if table and tokens.shape[1] > table:
+            raise ExplainedError(f"{tokens.shape[1]} tokens are longer than the model's table of {table} positions")
+        return tokens.astype(np.int32)
+
+    def _batch(self, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Config]:
+        """Return a batch padded to what the mesh can cut, and the config of its shape."""
+        mesh, (rows, length) = self.config.mesh, tokens.shape
+        unit = 2 * mesh.context * mesh.tensor
+        wanted = math.ceil(math.ceil(length / unit) * unit / UNIT) * UNIT if length > UNIT // 2 else length
+        padded = (math.ceil(rows / mesh.batch_shards) * mesh.batch_shards, math.ceil(wanted / unit) * unit)
+        if self.config.model.learned_positions:
+            padded = (padded[0], min(padded[1], self.config.model.learned_positions))
+        whole = np.zeros(padded, np.int32)
+        whole[:rows, :length] = tokens
+        positions = np.broadcast_to(np.arange(padded[1], dtype=np.int32), padded)
+        config = replace(
+            self.config,
+            data=replace(self.config.data, sequence_length=padded[1], mask_documents=False),
+            train=replace(self.config.train, global_batch_size=padded[0], microbatches=1),
+        )
+        return {"tokens": whole, "positions": positions}, config
+
+
+def _prompts(prompts: Any) -> tuple[bool, bool, list[Any]]:
+    """Return (whether they are texts, whether there is one, all of them)."""
+    if isinstance(prompts, str):
+        return True, True, [prompts]
+    prompts = list(prompts)
+    if prompts and all(isinstance(p, str) for p in prompts):
+        return True, False, prompts
+    if prompts and all(isinstance(p, int | np.integer) for p in prompts):
+        return False, True, [prompts]
+    if not all(isinstance(p, Sequence | np.ndarray) and not isinstance(p, str) for p in prompts):
+        raise ExplainedError("prompts are texts, or lists of token ids; not both at once")
+    return False, False, prompts
+
+
+class _Answer:
+    """The tokens of one answer, and their text as far as it is certain."""
+
+    def __init__(self, model: Model, stop: tuple[str, ...]):
+        self._model, self._stop = model, stop
+        self._ids: list[int] = []
+        self._log_ps: list[float] = []
+        self._told = 0
+
+    def add(self, token: int, log_probability: float) -> None:
+        """Take the next token."""
+        self._ids.append(token)
+        self._log_ps.append(log_probability)
+
+    def has_stop(self, ids: list[int]) -> bool:
+        """Return whether the text of these ids holds a text that ends the answer."""
+        return bool(self._stop) and any(stop in self._decoded(ids) for stop in self._stop)
+
+    def _decoded(self, ids: list[int]) -> str:
+        inner = ids[:-1] if ids and ids[-1] in self._model.ends else ids
+        return self._model.tokenizer.decode(inner)
+
+    def _text(self) -> str:
+        text = self._decoded(self._ids)
+        return text[: min((text.find(stop) for stop in self._stop if stop in text), default=len(text))]
+
+    def new_text(self, is_last: bool) -> str:
+        """Return what can be told now: not an unfinished character, nor what may become a text that ends the answer."""
+        text = self._text()
+        certain = len(text)
+        if not is_last:
+            certain = len(text.rstrip("\ufffd"))
+            held = [n for stop in self._stop for n in range(1, len(stop)) if text[:certain].endswith(stop[:n])]
+            certain -= max(held, default=0)
+        new, self._told = text[self._told : certain], max(self._told, certain)
+        return new
+
+    def generation(self) -> Generation:
+        """Return the whole answer."""
+        text = self._text() if self._model.tokenizer is not None else None
+        return Generation(self._ids, self._log_ps, text)

@@ -1,0 +1,71 @@
+"""Logits and log-probabilities of whole sequences, by the layers, stages and attention of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtrain.config import Config
+from jaxtrain.models.building import choose_attention, make_decoder
+from jaxtrain.models.decoder import parameter_dims, to_compute
+from jaxtrain.ops.attention_order import IN_PIECES, share_out, zigzag_order
+from jaxtrain.parallel import pipeline
+from jaxtrain.parallel.pipeline import Parameters
+from jaxtrain.parallel.pipeline_schedule import forward_only
+from jaxtrain.sharding import BATCH_AXES, specs, vary
+
+PyTree = Any
+NAMES = ("tokens", "positions")
+
+
+def _region(config: Config, mesh: Mesh) -> Any:
+    """Return (params, batch) -> logits [B, L, padded vocabulary], sharded over batch, context and tensor."""
+    model = make_decoder(config, mesh, choose_attention(config, mesh)[0])
+    functions, dims = model.logits_functions(), parameter_dims(config.model)
+    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)
+
+    def region(params: PyTree, batch: PyTree) -> jax.Array:
+        params = to_compute(vary(params), dims, config.model.dtype)
+        held = Parameters(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
+        rows = jax.tree.map(lambda array: array[None], share_out(batch, model.attention.kind))
+        return lax.psum(pipeline.forward(functions, schedule, held, held, rows)["logits"], "pipe")
+
+    rows = dict.fromkeys(NAMES, PartitionSpec(BATCH_AXES, "context"))
+    logits = PartitionSpec(BATCH_AXES, "context", "tensor")
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=logits, check_vma=True)
+    context = config.mesh.context
+
+    def in_order(params: PyTree, batch: PyTree) -> jax.Array:
+        logits_BLV = mapped(params, batch)
+        if context == 1 or model.attention.kind not in IN_PIECES:
+            return logits_BLV
+        rows, length, vocabulary = logits_BLV.shape
+        pieces = logits_BLV.reshape(rows, 2 * context, length // (2 * context), vocabulary)
+        return pieces[:, np.argsort(zigzag_order(context))].reshape(rows, length, vocabulary)
+
+    return in_order
+
+
+def make_logits(config: Config, mesh: Mesh) -> Any:
+    """Return the jitted (params, batch) -> float32 logits [B, L, padded vocabulary].
+
+    Args:
+      config: resolved; its batch size and sequence length are those of the batch, int32 tokens and positions [B, L].
+    """
+    return jax.jit(_region(config, mesh))
+
+
+def make_scores(config: Config, mesh: Mesh) -> Any:
+    """Return the jitted (params, batch) -> float32 log p [B, L - 1] of each token after the first."""
+    region = _region(config, mesh)
+
+    def scores(params: PyTree, batch: PyTree) -> jax.Array:
+        log_ps = jax.nn.log_softmax(region(params, batch)[:, :-1], axis=-1)
+        return jnp.take_along_axis(log_ps, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+
+    return jax.jit(scores)
