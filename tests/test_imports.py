@@ -21,7 +21,7 @@ ROOMS = (
     ("objectives",),
     ("parallel",),
     ("models",),
-    ("checkpoint", "data", "generate", "telemetry"),
+    ("checkpoint", "data", "inference", "telemetry"),
     ("huggingface",),
     ("train",),
     ("launch", "planner"),

@@ -30,7 +30,7 @@ NOWHERE = 2**30  # position of an entry that holds no token: later than any quer
 
 
 class Entries(NamedTuple):
-    """The cache of layers of one kind: keys [..., B, K, S, N], and values [..., B, K, S, M]; no values with latent attention."""
+    """The cache of layers of one kind: keys [..., B, K, S, N], values [..., B, K, S, M]; latent attention has no values."""
 
     keys: Any
     values: Any

@@ -60,7 +60,7 @@ class Sampling:
         wrong = [f"{name}={getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ExplainedError(
-                f"{', '.join(wrong)}: max_new_tokens is at least 1, temperature and top_k 0 or more, top_p above 0 and up to 1, "
+                f"{', '.join(wrong)}: max_new_tokens is at least 1, temperature and top_k 0 or more, top_p above 0, up to 1, "
                 "min_p from 0 to 1, repetition_penalty above 0, seed from 0 to 2^32 - 1"
             )
 

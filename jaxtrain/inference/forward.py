@@ -158,7 +158,7 @@ class Programs:
         self.config, self.mesh, self.room = replace(config, model=model), mesh, room
         self._decoder = make_decoder(self.config, mesh, "reference")
         rows = PartitionSpec(ROW_AXES)
-        self._row_specs = Rows(rows, rows, rows, rows, rows, rows, Choice(*[rows] * len(Choice._fields)))
+        self._row_spec = rows
         self._cache_specs, self._ends = cache_specs(self.config), ends
         self.begin = self._jit(self._begin, (rows, rows, rows), rows)
         """(params, cache, rows, tokens [B, L], new tokens of each row, whether they end its prompt) -> (cache, rows, made)."""
@@ -168,22 +168,28 @@ class Programs:
 
     def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
         """Return the jit of a region (params, cache, rows, *extra) -> (cache, rows, outputs)."""
-        inputs = (specs(parameter_dims(self.config.model)), self._cache_specs, self._row_specs, *extra)
-        results = (self._cache_specs, self._row_specs, outputs)
+        inputs = (specs(parameter_dims(self.config.model)), self._cache_specs, self._row_spec, *extra)
+        results = (self._cache_specs, self._row_spec, outputs)
         # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
         mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
         return jax.jit(mapped, donate_argnums=donate)
 
     def empty(self) -> tuple[PyTree, Rows]:
         """Return a cache without tokens, and rows at rest."""
-        count, vocabulary = self.room.rows, self.config.model.vocab_size
-        ints, floats = jax.ShapeDtypeStruct((count,), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.float32)
-        choice = Choice(floats, ints, floats, floats, floats, jax.ShapeDtypeStruct((count,), jnp.uint32))
-        seen = jax.ShapeDtypeStruct((count, vocabulary), jnp.bool_)
-        rows = Rows(ints, ints, ints, ints, seen, jax.ShapeDtypeStruct((count, self._ends), jnp.int32), choice)
-        shapes, places = (cache_shapes(self.config, self.room), rows), (self._cache_specs, self._row_specs)
-        shardings = jax.tree.map(lambda place: NamedSharding(self.mesh, place), places)
-        return jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=shardings)()
+        count, shapes = self.room.rows, cache_shapes(self.config, self.room)
+
+        def zeros() -> tuple[PyTree, Rows]:
+            def of(dtype: Any, *more: int) -> jax.Array:
+                return jnp.zeros((count, *more), dtype)
+
+            floats, ints = functools.partial(of, jnp.float32), functools.partial(of, jnp.int32)
+            choice = Choice(floats(), ints(), floats(), floats(), floats(), of(jnp.uint32))
+            seen, ends = of(jnp.bool_, self.config.model.vocab_size), ints(self._ends)
+            cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return cache, Rows(ints(), ints(), ints(), ints(), seen, ends, choice)
+
+        places = jax.tree.map(lambda place: NamedSharding(self.mesh, place), (self._cache_specs, self._row_spec))
+        return jax.jit(zeros, out_shardings=places)()
 
     def _weights(self, params: PyTree) -> _Weights:
         params = to_compute(vary(params), parameter_dims(self.config.model), self.config.model.dtype)

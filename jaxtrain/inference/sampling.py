@@ -20,10 +20,10 @@ class Choice(NamedTuple):
     """float32 [B]; only the most likely tokens whose probabilities reach p together; 1: all (Holtzman et al. 2019,
     arXiv:1904.09751)."""
     min_p: jax.Array
-    """float32 [B]; only tokens of at least this times the highest probability; 0: all (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """float32 [B]; only tokens of at least this times the highest probability; 0: all (arXiv:2407.01082)."""
     penalty: jax.Array
-    """float32 [B]; positive logits of tokens that the row holds are divided by this, negative ones multiplied (Keskar et al. 2019,
-    arXiv:1909.05858); 1: none."""
+    """float32 [B]; positive logits of tokens that the row holds are divided by this, negative ones multiplied; 1: none
+    (Keskar et al. 2019, arXiv:1909.05858)."""
     seed: jax.Array
     """uint32 [B]."""
 

@@ -20,7 +20,6 @@ from jaxtrain.parallel.pipeline_schedule import forward_only
 from jaxtrain.sharding import BATCH_AXES, specs, vary
 
 PyTree = Any
-NAMES = ("tokens", "positions")
 
 
 def _region(config: Config, mesh: Mesh) -> Any:
@@ -35,13 +34,14 @@ def _region(config: Config, mesh: Mesh) -> Any:
         rows = jax.tree.map(lambda array: array[None], share_out(batch, model.attention.kind))
         return lax.psum(pipeline.forward(functions, schedule, held, held, rows)["logits"], "pipe")
 
-    rows = dict.fromkeys(NAMES, PartitionSpec(BATCH_AXES, "context"))
+    names = ("tokens", "positions", *(("segments",) if config.data.mask_documents else ()))
+    rows = dict.fromkeys(names, PartitionSpec(BATCH_AXES, "context"))
     logits = PartitionSpec(BATCH_AXES, "context", "tensor")
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=logits, check_vma=True)
     context = config.mesh.context
 
     def in_order(params: PyTree, batch: PyTree) -> jax.Array:
-        logits_BLV = mapped(params, batch)
+        logits_BLV = mapped(params, {name: batch[name] for name in names})
         if context == 1 or model.attention.kind not in IN_PIECES:
             return logits_BLV
         rows, length, vocabulary = logits_BLV.shape
@@ -55,7 +55,8 @@ def make_logits(config: Config, mesh: Mesh) -> Any:
     """Return the jitted (params, batch) -> float32 logits [B, L, padded vocabulary].
 
     Args:
-      config: resolved; its batch size and sequence length are those of the batch, int32 tokens and positions [B, L].
+      config: resolved; its batch size and sequence length are those of the batch, int32 tokens, positions and (with
+        data.mask_documents) segments, [B, L]. Other arrays of a batch are not read.
     """
     return jax.jit(_region(config, mesh))
 

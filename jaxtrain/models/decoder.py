@@ -306,7 +306,7 @@ class Decoder:
         return Functions(self._embed(), self._layers(), loss)
 
     def logits_functions(self) -> Functions:
-        """Return the functions for `logits`, float32 [B, L, V/tensor] of one microbatch, L in the devices' order of positions."""
+        """Return the functions for `logits`, float32 [B, L, V/tensor] of one microbatch, in the devices' order of positions."""
         head = self._head()
 
         def logits(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:

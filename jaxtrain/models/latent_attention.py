@@ -110,7 +110,7 @@ class LatentAttention(Block):
     ) -> Turn[jax.Array]:
         """Return the block's output by attention to the latents: one key head [c, rope(h W_kr)], whose value is c.
 
-        q W_k^T c = (W_k q) c, and sum w (W_v c) = W_v sum w c: so a cache holds latents alone (arXiv:2405.04434, section 2.1.2).
+        q W_k^T c = (W_k q) c, and sum w (W_v c) = W_v sum w c: so a cache holds latents alone (arXiv:2405.04434, 2.1.2).
         """
         q_plain, q_turned = jnp.split(q_BLHN, [self.config.head_dim], axis=-1)
         q_BLHC = yield jnp.einsum("BLHN,CHN->BLHC", q_plain, self.key_up[...])

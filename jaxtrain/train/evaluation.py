@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxtrain.data.pipeline import Data
-from jaxtrain.generate import sample
+from jaxtrain.inference.engine import Engine, Sampling
+from jaxtrain.inference.model import Model
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.sharding import named
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.step import make_evaluation_step, make_logits_step
+from jaxtrain.train.step import make_evaluation_step
 
 PyTree = Any
 
@@ -40,22 +41,42 @@ class Evaluation:
         return float(np.sum([s["loss"] for s in sums], dtype=np.float64) / np.sum([s["targets"] for s in sums]))
 
 
+def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:
+    """Return the parameters being trained as a `Model`; of replicas that differ, the first one's."""
+    config = prepared.config
+    if config.sync.replicas_differ:
+        first = jax.jit(
+            lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+            out_shardings=named(prepared.mesh, parameter_dims(config.model)),
+        )
+        params = first(params)
+    ends = (data.tokenizer.separator,) if data.tokenizer.separator >= 0 else ()
+    return Model(config, prepared.mesh, params, data.tokenizer, ends)
+
+
 def continue_text(
-    prepared: Prepared, params: PyTree, prompt: np.ndarray, num_tokens: int, before_each: Callable[[], None] = lambda: None
-) -> np.ndarray:
-    """Return a continuation of `prompt` (`generate.sample`), int32 [num_tokens]; the same in all processes.
+    prepared: Prepared,
+    params: PyTree,
+    data: Data,
+    prompt: np.ndarray,
+    num_tokens: int,
+    before_each: Callable[[], None] = lambda: None,
+) -> list[int]:
+    """Return a continuation of `prompt` at temperature 0.8, seeded by train.seed; the same in all processes.
+
+    It ends before `num_tokens` where the model ends the document, or its table of positions does.
 
     Args:
       prompt: token ids, [n], n >= 1.
-      before_each: called before each token; may raise to end it.
+      before_each: called after every few tokens; may raise to end it.
     """
-    config, num_rows = prepared.config, prepared.config.mesh.batch_shards
-    step, rows = make_logits_step(config, prepared.mesh, prepared.backend), prepared.rows(num_rows)
-    to_host: Callable[[Any], Any] = functools.partial(multihost_utils.process_allgather, tiled=True)
+    model, seed = model_in_hand(prepared, params, data), prepared.config.train.seed % 2**32
+    table = prepared.config.model.learned_positions or len(prompt) + num_tokens
 
-    def next_logits(batch: dict[str, np.ndarray], position: int) -> np.ndarray:
+    def goes_on(*_: Any) -> bool:
         before_each()
-        copies = {name: array.repeat(rows.stop - rows.start, axis=0) for name, array in batch.items()}
-        return to_host(step(params, prepared.place(copies, num_rows), np.int32(position)))[0]
+        return True
 
-    return sample(next_logits, config, prompt, num_tokens)
+    engine = Engine(prepared.config, prepared.mesh, model.ends)
+    sampling = Sampling(max(1, min(num_tokens, table - len(prompt))), temperature=0.8, seed=seed)
+    return [made.token for made in engine.run(model.params, [prompt.tolist()], [sampling], wants_more=goes_on)]

@@ -433,7 +433,7 @@ class Run:
         config, decode = self.config, self.data.tokenizer.decode
         prompt = self.data.sample_prompt(min(64, config.data.sequence_length // 2))
         with self.progress.during("sampling"):
-            made = continue_text(self.prepared, self.state["params"], prompt, config.train.sample_tokens, self.stop.check)
-        self.progress.say(
-            f"--- held-out text:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(made.tolist())}\n---"
-        )
+            made = continue_text(
+                self.prepared, self.state["params"], self.data, prompt, config.train.sample_tokens, self.stop.check
+            )
+        self.progress.say(f"--- held-out text:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(made)}\n---")

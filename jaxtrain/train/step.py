@@ -1,4 +1,4 @@
-"""Compile the steps: `optimizer(gradients) after shard_map(loss_and_gradients)` in one jit, evaluation, and logits."""
+"""Compile the steps: `optimizer(gradients) after shard_map(loss_and_gradients)` in one jit and evaluation."""
 
 from __future__ import annotations
 
@@ -349,26 +349,12 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
         sums = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)
         return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
 
-    return _jit_region(config, mesh, region, extra=(), outputs=PartitionSpec())
+    return _jit_region(config, mesh, region, outputs=PartitionSpec())
 
 
-def make_logits_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """Return the jitted (params, batch, position) -> float32 logits [global_batch_size, padded vocab] after position."""
-    model = make_decoder(config, mesh, backend)
-    functions = model.logits_functions()
-    schedule, held = forward_only(config.mesh.pipe, config.pipeline.chunks, 1), params_dims(config)
-
-    def region(params: PyTree, batch: PyTree, position: jax.Array) -> jax.Array:
-        rows = _microbatches(share_out(batch, model.attention.kind), 1) | {"position": position[None]}
-        logits = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)["logits"]
-        return sum_over(logits, tuple(axis for axis in MESH_AXES if axis not in BATCH_AXES))
-
-    return _jit_region(config, mesh, region, extra=(PartitionSpec(),), outputs=spec(("batch",)))
-
-
-def _jit_region(config: Config, mesh: Mesh, region: Step, extra: tuple, outputs: PartitionSpec) -> Step:
-    """Return the jit of a read-only region over (params, batch, *extra)."""
+def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec) -> Step:
+    """Return the jit of a read-only region over (params, batch)."""
     dims = params_dims(config)
     rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
-    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows, *extra), out_specs=outputs, check_vma=True)
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=outputs, check_vma=True)
     return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)

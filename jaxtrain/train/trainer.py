@@ -24,6 +24,7 @@ from jaxtrain.config import Config
 from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import CheckpointError, ExplainedError
+from jaxtrain.inference.model import Model
 from jaxtrain.mesh import count_devices
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import Objective, objective_of
@@ -32,7 +33,7 @@ from jaxtrain.parallel.pipeline_schedule import Schedule
 from jaxtrain.parts import ModelParts
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress, open_progress
-from jaxtrain.train.evaluation import Evaluation, continue_text
+from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.resume import metadata
@@ -230,13 +231,22 @@ class Trainer:
         return found
 
     @settled()
+    def model(self) -> Model:
+        """Return the parameters as they are now as a `Model`: logits, scores, generation. Training on frees them."""
+        return model_in_hand(self.prepared, self.state["params"], self.data)
+
+    @settled()
+    def generate(self, prompts: Any, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Continue prompts; see `Model.generate`."""
+        return self.model().generate(prompts, max_new_tokens, **options)
+
+    @settled()
     def sample(self, prompt: str, num_tokens: int = 64) -> str:
-        """Return a continuation of a text. Slow: a whole forward pass for every token."""
+        """Return a continuation of a text at temperature 0.8, seeded by train.seed."""
         ids = np.asarray(self.data.tokenizer.encode(prompt), np.int32)
         if not ids.size:
             raise ExplainedError("the prompt is empty; give some text")
-        made = continue_text(self.prepared, self.state["params"], ids, num_tokens)
-        return self.data.tokenizer.decode(made.tolist())
+        return self.data.tokenizer.decode(continue_text(self.prepared, self.state["params"], self.data, ids, num_tokens))
 
     @settled()
     def save(self) -> int:

@@ -14,10 +14,11 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxtrain.huggingface.placing import place
+from jaxtrain.inference.whole import make_logits
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.train.state import make_stacking, to_canonical
-from jaxtrain.train.step import batch_names, batch_sharding, make_logits_step, make_loss_and_gradients
+from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 from tests.huggingface import tiny
 from tests.huggingface.test_families import described, theirs
 
@@ -54,9 +55,7 @@ class Ours:
 
     def logits_error(self) -> float:
         """Largest error of a logit outside padding."""
-        step = make_logits_step(self.config, self.mesh, "reference")
-        rows = [np.asarray(step(self.params, self.batch, np.int32(i))) for i in range(tiny.LENGTH)]
-        logits = np.stack(rows, 1)[..., : self.config.model.vocab_size]
+        logits = np.asarray(make_logits(self.config, self.mesh)(self.params, self.batch))[..., : self.config.model.vocab_size]
         return float(np.abs(logits - self.golden["logits"])[tiny.batch()["segments"] > 0].max())
 
     def gradients(self) -> dict[str, np.ndarray]:

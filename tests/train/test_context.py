@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, ShardingConfig
 from jaxtrain.config.rules import validate
+from jaxtrain.inference.whole import make_logits
 from jaxtrain.measure.layouts import BASE, batch_of, on_one_device
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.building import choose_attention
@@ -20,7 +21,6 @@ from jaxtrain.train.step import (
     batch_names,
     batch_sharding,
     make_evaluation_step,
-    make_logits_step,
     make_loss_and_gradients,
 )
 
@@ -79,13 +79,10 @@ def test_a_shared_out_sequence_trains_as_on_one_device(config):
 
 
 def outcome(config):
-    """(evaluation sums, logits [place, row, vocabulary]) of the initial parameters."""
+    """(evaluation sums, logits [row, place, vocabulary]) of the initial parameters."""
     mesh, params, batch = prepare(config)
     evaluate = make_evaluation_step(config, mesh, config.model.attention).lower(params, batch).compile()
-    step = make_logits_step(config, mesh, config.model.attention).lower(params, batch, np.int32(0)).compile()
-    places = range(0, config.data.sequence_length, 3)
-    logits = np.stack([step(params, batch, np.int32(place)) for place in places])
-    return jax.tree.map(float, evaluate(params, batch)), logits
+    return jax.tree.map(float, evaluate(params, batch)), np.asarray(make_logits(config, mesh)(params, batch))
 
 
 true_outcome = functools.cache(outcome)

@@ -12,6 +12,7 @@ import pytest
 
 from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
+from jaxtrain.inference.whole import make_logits
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.parameters import held_dtype
@@ -26,7 +27,6 @@ from jaxtrain.train.step import (
     batch_names,
     batch_sharding,
     make_evaluation_step,
-    make_logits_step,
     make_loss_and_gradients,
     make_train_step,
     place_numbers,
@@ -250,14 +250,11 @@ def test_evaluation_is_the_training_loss_unscaled(layout: str):
 @pytest.mark.parametrize("layout", ["one", "pipe", "chunks"])
 def test_logits_are_those_of_the_plain_forward(layout: str):
     config, mesh = in_layout(layout)
-    params, batch, position = weights_in(config, mesh), batch_in(config, mesh), np.int32(0)
-    step = make_logits_step(config, mesh, "reference").lower(params, batch, position).compile()
-    for at in (0, 3, LENGTH - 1):
-        logits = np.asarray(step(params, batch, np.int32(at)))
-        assert logits.shape == (ROWS, config.model.padded_vocab_size)
-        assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits[:, :VOCAB], plain_logits()[:, at], rtol=1e-4, atol=1e-4)
-        assert (logits[:, VOCAB:] == np.float32(MASKED_LOGIT)).all()
+    logits = np.asarray(make_logits(config, mesh)(weights_in(config, mesh), batch_in(config, mesh)))
+    assert logits.shape == (ROWS, LENGTH, config.model.padded_vocab_size)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits[..., :VOCAB], plain_logits(), rtol=1e-4, atol=1e-4)
+    assert (logits[..., VOCAB:] == np.float32(MASKED_LOGIT)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
