@@ -36,7 +36,7 @@ class Entries(NamedTuple):
     values: Any
 
 
-class Room(NamedTuple):
+class CacheSize(NamedTuple):
     """The size of a cache."""
 
     rows: int
@@ -51,7 +51,7 @@ class Room(NamedTuple):
         return min(self.length, window - 1 + self.chunk) if window else self.length
 
 
-def _entries(model: ModelConfig, lead: tuple[int, ...], kind: LayerKind, room: Room) -> Entries:
+def _entries(model: ModelConfig, lead: tuple[int, ...], kind: LayerKind, room: CacheSize) -> Entries:
     """Return the shapes of a kind of layers."""
     shape, latent = (*lead, room.rows), model.latent_attention
     length = room.entries(model.window_of(kind))
@@ -64,7 +64,7 @@ def _entries(model: ModelConfig, lead: tuple[int, ...], kind: LayerKind, room: R
     return Entries(array(model.num_kv_heads, model.head_dim), array(model.num_kv_heads, model.head_dim))
 
 
-def cache_shapes(config: Config, room: Room) -> PyTree:
+def cache_shapes(config: Config, room: CacheSize) -> PyTree:
     """Return the shapes of a cache: of the layers before the stack, and of each place in the pattern.
 
     Leaves are [layers, ...] in "first", and in "stack" [chunk, stage, group, ...].
@@ -168,7 +168,7 @@ def _attention(
     return out.reshape(batch, length, heads, -1).astype(q_BLHN.dtype)
 
 
-def cache_bytes(config: Config, room: Room) -> int:
+def cache_bytes(config: Config, room: CacheSize) -> int:
     """Return the bytes of a cache over all devices."""
     leaves = jax.tree.leaves(cache_shapes(config, room))
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.inference.cache import ROW_AXES, Room
+from jaxtrain.inference.cache import ROW_AXES, CacheSize
 from jaxtrain.inference.forward import Programs, Rows
 from jaxtrain.inference.sampling import Choice
 
@@ -99,7 +99,7 @@ class Engine:
           ends: token ids that end an answer; the answer holds the one that ended it.
         """
         self._config, self._mesh, self._ends = config, mesh, tuple(ends)
-        self._programs: dict[Room, Programs] = {}
+        self._programs: dict[CacheSize, Programs] = {}
         self._unit = math.prod(mesh.shape[axis] for axis in (*ROW_AXES, "tensor"))
 
     def run(
@@ -136,11 +136,11 @@ class Engine:
             chunk = self._next_chunk(programs, held)
             if chunk is not None:
                 cache, rows, made = programs.begin(params, cache, rows, *self._place(*chunk))
-                made = tuple(array[None] for array in map(self._fetch, made))
+                tokens, log_ps = (self._fetch(array)[None] for array in made)
             else:
                 cache, rows, made = programs.decode(self._steps(held))(params, cache, rows)
-                made = tuple(map(self._fetch, made))
-            yield from self._hand_out(held, *made, wants_more)
+                tokens, log_ps = map(self._fetch, made)
+            yield from self._hand_out(held, tokens, log_ps, wants_more)
 
     def _programs_for(self, requests: Sequence[_Request], slots: int) -> Programs:
         longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
@@ -155,7 +155,7 @@ class Engine:
         tensor = self._mesh.shape["tensor"]
         chunk = math.ceil(min(LARGEST_CHUNK, 2 ** math.ceil(math.log2(prompt))) / tensor) * tensor
         rows = math.ceil(min(slots, len(requests)) / self._unit) * self._unit
-        room = Room(rows, math.ceil(longest / UNIT) * UNIT, chunk)
+        room = CacheSize(rows, math.ceil(longest / UNIT) * UNIT, chunk)
         if room not in self._programs:
             self._programs[room] = Programs(self._config, self._mesh, room, max(1, len(self._ends)))
         return self._programs[room]
@@ -165,19 +165,19 @@ class Engine:
     ) -> Rows:
         """Put the next requests into free rows."""
         count = len(held)
-        which, left = np.zeros(count, bool), np.zeros(count, np.int32)
+        zeros: Any = np.zeros(count, np.int32)
+        which, left = np.zeros(count, bool), zeros.copy()
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        choice = [np.zeros(count, dtype) for dtype in dtypes]
+        choice: list[Any] = [np.zeros(count, dtype) for dtype in dtypes]
         for row in new:
             held[row] = request = requests.popleft()
             which[row], left[row] = True, request.sampling.max_new_tokens
             for array, name in zip(choice, names, strict=True):
                 array[row] = getattr(request.sampling, name)
-        zeros = np.zeros(count, np.int32)
-        ends = np.full((count, max(1, len(self._ends))), -1, np.int32)
+        ends: Any = np.full((count, max(1, len(self._ends))), -1, np.int32)
         ends[:, : len(self._ends)] = self._ends
-        seen = np.zeros((count, self._config.model.vocab_size), bool)
+        seen: Any = np.zeros((count, self._config.model.vocab_size), bool)
         placed = self._place(Rows(zeros, zeros, zeros, left, seen, ends, Choice(*choice)), which)
         return programs.admit(rows, *placed)
 

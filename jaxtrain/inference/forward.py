@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.inference.cache import ROW_AXES, CachedAttention, Room, cache_shapes, cache_specs
+from jaxtrain.inference.cache import ROW_AXES, CachedAttention, CacheSize, cache_shapes, cache_specs
 from jaxtrain.inference.sampling import Choice, choose
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
@@ -144,7 +144,7 @@ def _forward(
 class Programs:
     """The compiled programs of a model on a mesh with a cache of one size."""
 
-    def __init__(self, config: Config, mesh: Mesh, room: Room, ends: int):
+    def __init__(self, config: Config, mesh: Mesh, room: CacheSize, ends: int):
         """Build the programs; each is compiled when it is first called.
 
         Args:
