@@ -23,7 +23,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,14 @@ class AttentionPlan(NamedTuple):
     permutes: bool = True
     """Whether the ring may use ppermute where it is traced; else it uses `shift_in_group`, with the same result."""
 
-    absorbs: ClassVar[bool] = False
-    """Whether latent attention attends to latents themselves, not to keys and values projected up from them."""
+    @property
+    def absorbs(self) -> bool:
+        """Whether latent attention attends to the latents themselves."""
+        return False
 
-    def attend(self, *arrays: jax.Array, **options: Any) -> jax.Array:
-        """Run `context_attention` by this plan. (The cache of `inference/` stands in for a plan by a method of this name.)"""
-        return context_attention(*arrays, self, **options)
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+        """Run `context_attention` by this plan. (The cache of `inference/` stands in for a plan by this method.)"""
+        return context_attention(q, k, v, self, **options)
 
 
 def needed_steps(context: int, piece: int, window: int) -> tuple[int, ...]:
@@ -305,36 +307,21 @@ def _backward(plan: AttentionPlan, name: str | None, residuals: tuple[Any, ...],
     own = _mask(_meet(0), q.shape, segments, plan.rule.window)
     mine = piece_gradients(q, k, v, o, logsumexp, do_BLHM, own, plan.rule, plan.backend)
     gradients = jax.tree.map(lambda x, y, z: (x + y).astype(z.dtype), mine, (dq, *dkv), (q, k, v))
-    return *gradients, None, sinks_gradient(sinks, o, logsumexp, do_BLHM)
+    return ((*gradients, None, sinks_gradient(sinks, o, logsumexp, do_BLHM)),)
 
 
 _opaque_forward = opaque(_forward, (5,))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _folded(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    sinks: jax.Array | None,
-    plan: AttentionPlan,
-    name: str | None,
-) -> jax.Array:
-    return _forward(q, k, v, segments, sinks, plan)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _folded(arrays: tuple[Any, ...], plan: AttentionPlan, name: str | None) -> jax.Array:
+    return _forward(*arrays, plan)[0]
 
 
-def _folded_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array | None,
-    sinks: jax.Array | None,
-    plan: AttentionPlan,
-    name: str | None,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, sinks, plan))
-    return o, (q, k, v, segments, sinks, o, logsumexp)
+def _folded_forward(arrays: tuple[Any, ...], plan: AttentionPlan, name: str | None) -> tuple[jax.Array, tuple[Any, ...]]:
+    o, logsumexp = _opaque_forward(*arrays, plan)
+    o, logsumexp = name_residuals(name, o, logsumexp)
+    return o, (*arrays, o, logsumexp)
 
 
 _folded.defvjp(_folded_forward, _backward)
@@ -391,9 +378,8 @@ def context_attention(
         raise ValueError(f"{plan.kind} attention cuts a device's {q_BLHN.shape[1]} tokens into two pieces; use an even number")
     arrays = (q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)), {"context"})
-    q, k, v, segments, sinks = vary(arrays, tuple(sorted(axes)))
     with jax.named_scope(f"attention_{plan.kind}_{plan.backend}"):
-        return _folded(q, k, v, segments, sinks, plan, residual_name)
+        return _folded(vary(arrays, tuple(sorted(axes))), plan, residual_name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
