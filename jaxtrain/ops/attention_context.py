@@ -315,7 +315,8 @@ _opaque_forward = opaque(_forward, (5,))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _folded(arrays: tuple[Any, ...], plan: AttentionPlan, name: str | None) -> jax.Array:
-    return _forward(*arrays, plan)[0]
+    q, k, v, segments, sinks = arrays
+    return _forward(q, k, v, segments, sinks, plan)[0]
 
 
 def _folded_forward(arrays: tuple[Any, ...], plan: AttentionPlan, name: str | None) -> tuple[jax.Array, tuple[Any, ...]]:
