@@ -17,8 +17,8 @@ from jaxtrain.verbs import configs
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtrain"
-VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "import", "export", "replay", "tokenize", "bench", "calibrate"]
-VERBS += ["layouts", "plot", "configs"]
+VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "import", "export", "replay", "tokenize", "bench"]
+VERBS += ["calibrate", "layouts", "plot", "configs"]
 INSIDE = {"planner/deviceless.py", "planner/verify.py", "launch/on_ray.py"}
 """Programs that this one starts itself."""
 
@@ -49,7 +49,8 @@ def test_there_is_no_other_command():
     own = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if 'if __name__ == "__main__":' in path.read_text()}
     assert own == {"__main__.py", "main.py"} | INSIDE
     assert list(cli.VERBS) == VERBS
-    assert {path.stem.rstrip("_") for path in (PACKAGE / "verbs").glob("*.py")} == {*VERBS, "__init"}
+    files = {path.stem for path in (PACKAGE / "verbs").glob("*.py")}
+    assert files == {cli.module_of(verb).rpartition(".")[2] for verb in VERBS} | {"__init__"}
 
 
 @pytest.mark.parametrize("verb", VERBS)

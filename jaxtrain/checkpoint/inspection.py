@@ -55,7 +55,7 @@ def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[
     Raises:
       DamagedCheckpoint: an array cannot be read.
     """
-    path, here = step_path(folder, step), SingleDeviceSharding(jax.devices("cpu")[0])
+    path, here = step_path(folder, step), SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     leaves = read_stored(path)["leaves"]

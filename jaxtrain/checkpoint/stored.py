@@ -73,13 +73,14 @@ def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
     return agreed(absolute(directory) / str(step), lambda: read_stored(step_path(directory, step))["metadata"])
 
 
-def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any:
+def restore(directory: os.PathLike | str, step: int, abstract_state: Any, part: bool = False) -> Any:
     """Return the state saved at `step`, shaped like `abstract_state`, each leaf bit for bit in the sharding it names.
 
     All processes call it together, and it raises on all of them or on none.
 
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct, every leaf (scalars too) with its `.sharding`. The mesh may be any.
+      part: whether the checkpoint may hold further leaves.
     Raises:
       CheckpointError: no such checkpoint; or its leaves are not exactly those of `abstract_state` (missing, extra, of
         another shape or dtype), each named with the saved and the expected value.
@@ -93,11 +94,13 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any) -> Any
 
     def stored_leaves() -> dict[str, Any]:
         stored = read_stored(step_path(directory, step))
-        check_same_leaves(path, stored["leaves"], {"/".join(name): describe(leaf) for name, leaf in leaves.items()})
+        wanted = {"/".join(name): describe(leaf) for name, leaf in leaves.items()}
+        held = {name: words for name, words in stored["leaves"].items() if name in wanted or not part}
+        check_same_leaves(path, held, wanted)
         return stored
 
     stored = agreed(path, stored_leaves)
-    loaded = _load(path, leaves)
+    loaded = _load(path, leaves, part)
     bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
     if bad:
         raise DamagedCheckpoint(f"checkpoint {path} does not hold what was saved: {', '.join(bad[:5])} ({len(bad)} arrays)")
@@ -109,12 +112,15 @@ def wrong_leaves(saved: dict[str, str], leaves: dict[str, jax.Array]) -> list[st
     return [name for name, found in checksums(leaves).items() if saved.get(name) != found]
 
 
-def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], jax.Array]:
+def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any], part: bool) -> dict[tuple[str, ...], jax.Array]:
     problem: Exception | None = None
     loaded: dict[tuple[str, ...], Any] = {}
     try:
         with abandoned_io_unsaid():
-            loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
+            context = ocp.Context()
+            context.pytree.loading.partial_load = part
+            with context:
+                loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
     except Exception as error:
         problem = error
     for name, leaf in leaves.items():

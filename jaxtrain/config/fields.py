@@ -282,6 +282,8 @@ class CheckpointConfig:
     """Steps between two snapshots in fast_dir, from which a run resumes if its processes died but not its hosts; 0: none."""
     fast_dir: str = "/dev/shm"
     """Folder for snapshots in each host's own memory or on its own disk; holds two at a time."""
+    export_hf: str = ""
+    """Folder to make at the run's end, with the weights as a HuggingFace model (`jaxtrain export`); empty: none."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,11 @@ class Config:
     """Name of the run."""
     run_dir: str = ""
     """Folder for everything the run writes; empty: runs/NAME."""
+    init_from: str = ""
+    """Initial weights: a HuggingFace folder, or RUN[@STEP] of another run; empty: random ones. A larger model.vocab_size gets
+    rows that are the mean of the others."""
+    init_from_optimizer: bool = False
+    """Take the optimizer state of init_from's run too."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

@@ -40,6 +40,10 @@ def run_problems(config: Config) -> list[str]:
         problems.append(f"checkpoint.mirror={config.checkpoint.mirror!r}: give a URL, e.g. s3://bucket/run")
     if config.checkpoint.mirror and not config.checkpoint.every:
         problems.append("checkpoint.mirror needs checkpoints to copy: give --checkpoint.every=1000 or so too")
+    if config.checkpoint.export_hf and not config.checkpoint.every:
+        problems.append("checkpoint.export_hf exports the last checkpoint: give --checkpoint.every=1000 or so too")
+    if config.init_from_optimizer and not config.init_from:
+        problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:

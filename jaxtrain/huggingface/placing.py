@@ -56,9 +56,30 @@ def _read(
     own = table.shape_of_ours(ours)
     inner = [(min(start, size), min(stop, size)) for (start, stop), size in zip(bounds[lead:], own, strict=True)]
     within = tuple(slice(0, stop - start) for start, stop in inner)
+    if "vocab" in dims and bounds[dims.index("vocab")][1] > own[dims.index("vocab")] < model.vocab_size:
+        _fill_new_rows(model, table, fetch, ours, dims.index("vocab"), bounds, out)
     if 0 in [stop - start for start, stop in inner]:
         return out  # all padding
     for slot, number in np.ndenumerate(numbers[tuple(slice(*bound) for bound in bounds[:lead])]):
         if number >= 0:
             table.read(ours, int(number), tuple(slice(*bound) for bound in inner), out[slot][within], fetch)
     return out
+
+
+def _fill_new_rows(
+    model: ModelConfig, table: Table, fetch: Fetch, ours: str, axis: int, bounds: list[tuple[int, int]], out: np.ndarray
+) -> None:
+    """Fill the rows of tokens that the folder does not have, up to model.vocab_size, with the mean of those that it has.
+
+    Args:
+      axis: that of the vocabulary.
+      bounds: of `out` in the whole parameter.
+    """
+    own = table.shape_of_ours(ours)
+    index = tuple(slice(0, own[axis]) if dim == axis else slice(*bound) for dim, bound in enumerate(bounds))
+    held = np.empty([part.stop - part.start for part in index], out.dtype)
+    table.read(ours, 0, index, held, fetch)
+    start, stop = bounds[axis]
+    new = [slice(None)] * out.ndim
+    new[axis] = slice(max(own[axis], start) - start, max(min(model.vocab_size, stop) - start, 0))
+    out[tuple(new)] = held.astype(np.float64).mean(axis, keepdims=True)

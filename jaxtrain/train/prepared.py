@@ -12,8 +12,9 @@ from jaxtrain.config import Config
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.initial_weights import initial_weights
 from jaxtrain.train.optimizer import optimizer_of
-from jaxtrain.train.state import Canonical, create_state
+from jaxtrain.train.state import Canonical, create_state, state_of
 from jaxtrain.train.step import batch_names, batch_sharding
 
 PyTree = Any
@@ -31,6 +32,8 @@ class Prepared:
         self.backend, self.why_backend = choose_attention(config, self.mesh)
         self.optimizer = optimizer_of(config)
         self.sharding = batch_sharding(self.mesh)
+        self.origin: dict[str, Any] = {}
+        """Where the initial weights came from, if not at random; every checkpoint says it."""
 
     def __str__(self) -> str:
         return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
@@ -47,8 +50,15 @@ class Prepared:
         return to_global(batch, self.rows(num_rows), num_rows, names, self.sharding)
 
     def create_state(self) -> PyTree:
-        """Return the state at step 0, born sharded."""
-        return create_state(self.config, self.mesh, self.optimizer)
+        """Return the state at step 0, born sharded: random, or with the weights of config.init_from.
+
+        Raises:
+          ExplainedError: init_from cannot be read, or holds another model.
+        """
+        if not self.config.init_from:
+            return create_state(self.config, self.mesh, self.optimizer)
+        given, self.origin = initial_weights(self.config, self.mesh, self.optimizer)
+        return state_of(self.config, self.mesh, self.optimizer, given)
 
     def canonical(self) -> Canonical:
         """Return the conversions between the state in memory and the form in which it is saved."""

@@ -18,6 +18,7 @@ from jaxtrain.parts import digests
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.bad_steps import RollBack
+from jaxtrain.train.initial_weights import from_words
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks
@@ -77,6 +78,10 @@ class Resume:
             if snapshot is None and self._checkpoints:
                 found = self._checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))
         state, step = self._state_of(found) if snapshot is None else (snapshot[1], snapshot[0])
+        if snapshot is not None:
+            self._prepared.origin = self.restored.get("origin", {})
+        if found is None and self._prepared.origin:
+            self._progress.say(f"weights    {from_words(self._prepared.origin)}")
         if found is not None:
             self._progress.advance(step)
             where = "" if snapshot is None else f", a snapshot in {self._config.checkpoint.fast_dir}"
@@ -106,7 +111,8 @@ class Resume:
     def describe(self, state: PyTree, validated: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata of a checkpoint of this state; `validated` is the newest validation."""
         guard = record_to_plain(state.get("guard", {}))
-        return self._now | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
+        origin = {"origin": self._prepared.origin} if self._prepared.origin else {}
+        return self._now | origin | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
 
     def reached_before(self, step: int) -> str | None:
         """Return why the run has nothing left at `step`, where it stopped for its validation loss and may not go below it."""
@@ -140,6 +146,7 @@ class Resume:
         if found is None:
             with self._progress.during("initialising"):
                 return self._prepared.create_state(), 0
+        self._prepared.origin = self.restored.get("origin", {})
         saved = Rollbacks.from_plain(self.restored.get("rollbacks", []))
         if len(saved) > len(self.rollbacks):  # the folder was moved without the file
             self.rollbacks = saved

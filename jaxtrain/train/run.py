@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from jaxtrain.checkpoint import Checkpoints, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import to_json
 from jaxtrain.data.pipeline import Data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError, Stopped
 from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
@@ -51,6 +53,7 @@ from jaxtrain.train.hooks import (
     Validation,
     multiples,
 )
+from jaxtrain.train.initial_weights import keep_files
 from jaxtrain.train.loop import Hooks, Loop
 from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.prepared import Prepared
@@ -169,6 +172,7 @@ class Run:
             self.state, first = self._go_on_from(held) if held else self.resume.begin()
             if self._first_process:  # not before the run is known to go on here: it must not cover up another run's
                 self.files.write(self.directory / "config.json", to_json(self.config) + "\n")
+                keep_files(self.config)
             if (reached := self.resume.reached_before(first)) or first == self.config.train.steps:
                 reason = reached or f"all {first} steps were done before; a larger --train.steps trains on"
                 return self._nothing_left(first, reason)
@@ -191,6 +195,8 @@ class Run:
             return self._stopped(number, step)
         reason = reason or f"all {step} steps"
         self.progress.say(f"done       {reason}")
+        if self.config.checkpoint.export_hf and self._first_process:
+            self._export(self.config.checkpoint.export_hf)
         if self.config.train.sample_tokens:
             with contextlib.suppress(Stopped):  # the run is done, with or without a sample
                 self._sample()
@@ -365,7 +371,8 @@ class Run:
         if self.fast is not None:
             saved = multiples(checkpoint.every, train.steps)
             taken = multiples(checkpoint.fast_every)
-            hooks.add(Snapshots(telemetry, self.fast, self.metadata), every=lambda step: taken(step) and not saved(step))
+            described = self.metadata | {"origin": self.prepared.origin}
+            hooks.add(Snapshots(telemetry, self.fast, described), every=lambda step: taken(step) and not saved(step))
         hooks.add(self.stop)
         return hooks
 
@@ -427,6 +434,19 @@ class Run:
                 self.progress.say(f"picture    {picture}")
         except Exception as error:  # of the disk, or of matplotlib, which may be broken: a picture is no reason to fail
             self.progress.say(f"warning    {picture} was not drawn: {type(error).__name__}: {error}")
+
+    def _export(self, folder: str) -> None:
+        """Write the last checkpoint as a HuggingFace folder, in a process of its own, on the CPU.
+
+        Raises:
+          ExplainedError: it cannot be written; says why.
+        """
+        with self.progress.during("exporting"):
+            command = [sys.executable, "-m", "jaxtrain", "export", str(self.directory), folder]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ExplainedError(f"the run is done and saved, but not exported: {done.stderr.strip().splitlines()[-1]}")
+        self.progress.say(f"export     {folder}")
 
     def _sample(self) -> None:
         """Show a continuation of held-out text."""

@@ -56,9 +56,19 @@ def _replica_shapes(config: Config, optimizer: optax.GradientTransformation) -> 
     return jax.eval_shape(lambda: _replica_state(config, optimizer))
 
 
-def initial_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
-    """Return the state at step 0, equal on all replicas. `seed` is that of `initial_params`."""
-    state, replicas = _replica_state(config, optimizer, seed), config.mesh.replica
+def initial_state(
+    config: Config, optimizer: optax.GradientTransformation, seed: Any = None, given: PyTree | None = None
+) -> PyTree:
+    """Return the state at step 0, equal on all replicas.
+
+    Args:
+      seed: that of `initial_params`.
+      given: one replica's {"params"}, and "optimizer" if its state is given too, in place of random ones.
+    """
+    replicas = config.mesh.replica
+    state = _replica_state(config, optimizer, seed) if given is None else {"optimizer": None} | given
+    if state["optimizer"] is None:
+        state["optimizer"] = optimizer.init(state["params"])
     kept = sync.initial_state(config.sync, state["params"], replicas)
     if config.sync.replicas_differ:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
@@ -141,6 +151,18 @@ def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransforma
         compiler_options=options,
     )
     return born(seed_words(config.train.seed))
+
+
+@settled()
+def state_of(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, given: PyTree) -> PyTree:
+    """Return the state at step 0 with these parameters, and optimizer state if given, which are donated."""
+    born = jax.jit(
+        lambda given: initial_state(config, optimizer, given=given),
+        out_shardings=state_shardings(config, mesh, optimizer),
+        donate_argnums=0,
+        compiler_options=options_of_rare_programs(mesh.devices.flat[0].platform),
+    )
+    return born(given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,20 +274,24 @@ class Canonical:
         """Return the canonical form of a state, which is left unchanged."""
         return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, _without_record(state))
 
+    def part_to_state(self, canonical: PyTree) -> PyTree:
+        """Return some parts of a state, {"params": ...}, of their canonical form, which is freed leaf by leaf."""
+        return {name: jax.tree.map(_converted, self._from[name], tree) for name, tree in canonical.items()}
+
     def to_state(self, canonical: PyTree, record: Mapping[str, Any] | None = None) -> PyTree:
         """Return the state of a canonical form, which is freed leaf by leaf.
 
         Args:
           record: the guard's, as `step_acceptance.record_to_plain` gives it; None: that of step 0.
         """
+        return self.part_to_state(canonical) | _if_any(record_from_plain(self._guard, record or {}, self._mesh))
 
-        def leaf(convert: Any, value: jax.Array) -> jax.Array:
-            converted = jax.block_until_ready(convert(value))
-            value.delete()
-            return converted
 
-        state = jax.tree.map(leaf, self._from, canonical)
-        return state | _if_any(record_from_plain(self._guard, record or {}, self._mesh))
+def _converted(convert: Any, value: jax.Array) -> jax.Array:
+    """Return the converted array, and free the original."""
+    converted = jax.block_until_ready(convert(value))
+    value.delete()
+    return converted
 
 
 def _without_record(state: PyTree) -> PyTree:

@@ -263,7 +263,7 @@ class Trainer:
         with only_run_in(config.directory), Checkpoints(config.directory / "checkpoints", config.checkpoint) as checkpoints:
             guard = record_to_plain(self.state.get("guard", {}))
             described = metadata(config, self.data, {}) | {"rollbacks": self._rollbacks.to_plain(), "guard": guard}
-            described["validation"] = {}
+            described |= {"validation": {}} | ({"origin": prepared.origin} if prepared.origin else {})
             checkpoints.save(self._step, prepared.canonical().from_state(self.state), described, wait=True)
         self._saved = self._step
         return self._step
@@ -286,6 +286,7 @@ class Trainer:
         canonical = self.prepared.canonical()
         self.close()
         self._state = canonical.to_state(restore(folder, step, canonical.abstract), saved.get("guard"))
+        self.prepared.origin = saved.get("origin", {})
         self._rollbacks = Rollbacks.from_plain(saved.get("rollbacks", []))
         self._rows = [row for row in self._rows if row["step"] <= step]
         self._step = self._saved = step

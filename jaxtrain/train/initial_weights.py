@@ -1,0 +1,149 @@
+"""Initial weights from elsewhere, straight onto the mesh: `init_from` names a HuggingFace folder, or another run of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.stored import digest as digest_of
+from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
+from jaxtrain.config import Config, ModelConfig, SyncConfig
+from jaxtrain.config.fields import from_json
+from jaxtrain.errors import CheckpointError, ConfigError, ExplainedError
+from jaxtrain.files import user_path
+from jaxtrain.huggingface.config import differing
+from jaxtrain.huggingface.files import WeightsFolder
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, keep_travelling, origin_of
+from jaxtrain.huggingface.placing import place
+from jaxtrain.models.decoder import canonical_dims
+from jaxtrain.sharding import is_dims
+from jaxtrain.train.state import Canonical, make_stacking
+
+PyTree = Any
+
+
+def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, dict[str, Any]]:
+    """Return one replica's {"params"}, with init_from_optimizer "optimizer" too, and where they come from.
+
+    Raises:
+      ExplainedError: init_from cannot be read.
+      ConfigError: it holds another model; lists the fields.
+    """
+    if not is_folder(config.init_from):
+        return _of_run(config, mesh, optimizer)
+    if config.init_from_optimizer:
+        raise ExplainedError(f"init_from={config.init_from} is a HuggingFace folder, which holds no optimizer state")
+    with WeightsFolder(config.init_from) as folder:
+        _check_same_model(config, folder.model)
+        params = place(config.model, make_stacking(config), mesh, folder.table, folder.fetch)
+        return {"params": params}, origin_of(folder)
+
+
+def is_folder(source: str) -> bool:
+    """Return whether the folder is of a HuggingFace model, not of a run of ours."""
+    path = user_path(source)
+    if (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
+        return False
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # it says itself what is wrong
+
+
+def keep_files(config: Config) -> None:
+    """Copy what goes with init_from's weights, as the tokenizer, into run_dir for an export. Process 0 calls it."""
+    beside = config.directory / TRAVELLING_FOLDER
+    if not config.init_from or beside.is_dir():
+        return
+    if is_folder(config.init_from):
+        with WeightsFolder(config.init_from) as folder:
+            keep_travelling(folder, config.directory)
+        return
+    source = Path(find(_with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+    if source.is_dir():
+        shutil.copytree(source, beside)
+
+
+def _with_colon(run: str) -> str:
+    """Return RUN@STEP as RUN:STEP."""
+    return re.sub(r"@(\d+)$", r":\1", run)
+
+
+def from_words(origin: dict[str, Any]) -> str:
+    """Return an origin in words."""
+    step = f", step {origin['step']}" if "step" in origin else ""
+    return f"of {origin['from']}{step} ({origin['kind']}, {origin['sha256'][:12]})"
+
+
+def _check_same_model(config: Config, found: ModelConfig) -> None:
+    """Check that the weights are those of the config's model, whose vocabulary may be larger."""
+    wanted = config.model
+    grown = replace(found, vocab_size=max(found.vocab_size, wanted.vocab_size))
+    names = differing(grown, wanted)
+    if names:
+        lines = [f"model.{name}: {getattr(found, name)} in init_from, {getattr(wanted, name)} in the config" for name in names]
+        raise ConfigError(lines, f"with init_from={config.init_from}, whose weights are of another model")
+
+
+def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, dict[str, Any]]:
+    """Return the weights of a checkpoint of another run."""
+    folder, step = find(_with_colon(config.init_from))
+    saved = read_metadata(folder, step)
+    source = from_json(json.dumps(saved["config"]))
+    _check_same_model(config, source.model)
+    if source.sync.replicas_differ:
+        raise CheckpointError(f"init_from={config.init_from}: its replicas differ (sync.mode={source.sync.mode})")
+    plain = replace(config, sync=SyncConfig(), parts=config.parts)
+    canonical = Canonical(plain, mesh, optimizer)
+    before, now = source.model.vocab_size, config.model.vocab_size
+    names = ("params", "optimizer") if config.init_from_optimizer else ("params",)
+    if before != now and config.init_from_optimizer:
+        raise ExplainedError(
+            f"init_from_optimizer with another vocabulary ({before} -> {now}): moments of new rows are unknown"
+        )
+    abstract = {name: canonical.abstract[name] for name in names}
+    dims = canonical_dims(config.model)
+    if before != now:
+        abstract["params"] = jax.tree.map(
+            lambda d, leaf: _of_vocabulary(leaf, d, before), dims, abstract["params"], is_leaf=is_dims
+        )
+    state = restore(folder, step, abstract, part=True)
+    if before != now:
+        state["params"] = jax.tree.map(lambda d, leaf: _grown(leaf, d, now), dims, state["params"], is_leaf=is_dims)
+    seal = digest_of(read_stored(step_path(folder, step)))
+    origin = {"from": os.path.dirname(os.path.abspath(folder)), "kind": "run", "step": step, "sha256": seal}
+    return canonical.part_to_state(state), origin | ({"origin": saved["origin"]} if saved.get("origin") else {})
+
+
+def _of_vocabulary(leaf: jax.ShapeDtypeStruct, dims: tuple[str, ...], size: int) -> jax.ShapeDtypeStruct:
+    """Return the leaf with another vocabulary, whole on every device along it."""
+    if "vocab" not in dims:
+        return leaf
+    axis, sharding = dims.index("vocab"), leaf.sharding
+    spec = [None if dim == axis else name for dim, name in enumerate(sharding.spec)]
+    shape = tuple(size if dim == axis else n for dim, n in enumerate(leaf.shape))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
+def _grown(leaf: jax.Array, dims: tuple[str, ...], size: int) -> jax.Array:
+    """Return the leaf with rows of new tokens, which are the mean of the others."""
+    if "vocab" not in dims:
+        return leaf
+    axis = dims.index("vocab")
+
+    def grow(held: jax.Array) -> jax.Array:
+        mean = held.astype(jnp.float32).mean(axis, keepdims=True).astype(held.dtype)
+        return jnp.concatenate([held, jnp.repeat(mean, size - held.shape[axis], axis)], axis)
+
+    return jax.jit(grow, out_shardings=leaf.sharding)(leaf)
