@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from jaxtrain.checkpoint import Checkpoints, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import to_json
 from jaxtrain.data.pipeline import Data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ExplainedError, NumbersError, Stopped
+from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
 from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
@@ -53,7 +51,7 @@ from jaxtrain.train.hooks import (
     Validation,
     multiples,
 )
-from jaxtrain.train.initial_weights import keep_files
+from jaxtrain.train.initial_weights import export_apart, keep_files
 from jaxtrain.train.loop import Hooks, Loop
 from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.prepared import Prepared
@@ -196,7 +194,9 @@ class Run:
         reason = reason or f"all {step} steps"
         self.progress.say(f"done       {reason}")
         if self.config.checkpoint.export_hf and self._first_process:
-            self._export(self.config.checkpoint.export_hf)
+            with self.progress.during("exporting"):
+                export_apart(self.directory, self.config.checkpoint.export_hf)
+            self.progress.say(f"export     {self.config.checkpoint.export_hf}")
         if self.config.train.sample_tokens:
             with contextlib.suppress(Stopped):  # the run is done, with or without a sample
                 self._sample()
@@ -434,19 +434,6 @@ class Run:
                 self.progress.say(f"picture    {picture}")
         except Exception as error:  # of the disk, or of matplotlib, which may be broken: a picture is no reason to fail
             self.progress.say(f"warning    {picture} was not drawn: {type(error).__name__}: {error}")
-
-    def _export(self, folder: str) -> None:
-        """Write the last checkpoint as a HuggingFace folder, in a process of its own, on the CPU.
-
-        Raises:
-          ExplainedError: it cannot be written; says why.
-        """
-        with self.progress.during("exporting"):
-            command = [sys.executable, "-m", "jaxtrain", "export", str(self.directory), folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ExplainedError(f"the run is done and saved, but not exported: {done.stderr.strip().splitlines()[-1]}")
-        self.progress.say(f"export     {folder}")
 
     def _sample(self) -> None:
         """Show a continuation of held-out text."""
