@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtrain.objectives import Objective
     from jaxtrain.parts import ModelParts
     from jaxtrain.planner.plan import plan
+    from jaxtrain.train.loading import load
     from jaxtrain.train.loop import Hook
     from jaxtrain.train.trainer import Trainer
 
@@ -34,6 +35,7 @@ __all__ = [
     "ModelParts",
     "Objective",
     "Trainer",
+    "load",
     "load_config",
     "parameter",
     "plan",
@@ -48,6 +50,7 @@ _HOMES = {
     "ModelParts": "parts",
     "Objective": "objectives",
     "Trainer": "train.trainer",
+    "load": "train.loading",
     "load_config": "config.loading",
     "parameter": "models.parameters",
     "plan": "planner.plan",

@@ -72,12 +72,12 @@ def keep_files(config: Config) -> None:
         with WeightsFolder(config.init_from) as folder:
             keep_travelling(folder, config.directory)
         return
-    source = Path(find(_with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+    source = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
     if source.is_dir():
         shutil.copytree(source, beside)
 
 
-def _with_colon(run: str) -> str:
+def with_colon(run: str) -> str:
     """Return RUN@STEP as RUN:STEP."""
     return re.sub(r"@(\d+)$", r":\1", run)
 
@@ -100,7 +100,7 @@ def _check_same_model(config: Config, found: ModelConfig) -> None:
 
 def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, dict[str, Any]]:
     """Return the weights of a checkpoint of another run."""
-    folder, step = find(_with_colon(config.init_from))
+    folder, step = find(with_colon(config.init_from))
     saved = read_metadata(folder, step)
     source = from_json(json.dumps(saved["config"]))
     _check_same_model(config, source.model)

@@ -1,0 +1,91 @@
+"""Load a model from a HuggingFace folder or a run, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.stored import read_metadata
+from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
+from jaxtrain.config.fields import from_json
+from jaxtrain.config.rules import find_problems
+from jaxtrain.data.tokenizers import load_tokenizer
+from jaxtrain.errors import ConfigError
+from jaxtrain.files import user_path
+from jaxtrain.huggingface.files import WeightsFolder
+from jaxtrain.inference.model import Model
+from jaxtrain.mesh import make_mesh
+from jaxtrain.numerics import settled
+from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
+
+
+@settled()
+def load(source: str | os.PathLike, mesh: MeshConfig | None = None, dtype: DType | None = None) -> Model:
+    """Return the model of a HuggingFace folder, or of a run: its newest checkpoint, or RUN@STEP.
+
+    Args:
+      mesh: how devices hold it; by default one device does.
+      dtype: of matmuls and activations; by default float32 for a folder, the run's own for a run.
+
+    Raises:
+      ExplainedError: it cannot be read, or the mesh does not fit the model.
+    """
+    source = str(source)
+    config, ends = _of_folder(source) if is_folder(source) else _of_run(source)
+    mesh = mesh or MeshConfig(fsdp=1)
+    sizes = [size for size in mesh.shape if size > 0]
+    count = math.prod(sizes) if len(sizes) == len(mesh.shape) else jax.device_count()
+    model = replace(config.model, dtype=dtype or config.model.dtype)
+    config, problems = find_problems(replace(config, model=model, mesh=mesh, sync=SyncConfig(), init_from=source), count)
+    problems = [problem for problem in problems if problem.startswith(("mesh.", "model."))]
+    if problems:
+        raise ConfigError(problems, f"with {source}")
+    devices = make_mesh(config.mesh, jax.devices()[:count])
+    params = initial_weights(config, devices, optax.identity())[0]["params"]
+    tokenizer = _tokenizer(config.data.tokenizer)
+    if not ends and tokenizer is not None and tokenizer.separator >= 0:
+        ends = (tokenizer.separator,)
+    return Model(config, devices, params, tokenizer, ends)
+
+
+def _of_folder(source: str) -> tuple[Config, tuple[int, ...]]:
+    """Return a config of the folder's model, and the tokens that end an answer."""
+    with WeightsFolder(source) as folder:
+        model, path = replace(folder.model, dtype="float32"), folder.path
+        files = [path / "generation_config.json", path / "config.json"]
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    config = Config(model=model)
+    length = min(config.data.sequence_length, model.learned_positions or config.data.sequence_length)
+    tokenizer = str(path / "tokenizer.json") if has_tokenizer else "none"
+    config = replace(config, data=replace(config.data, tokenizer=tokenizer, sequence_length=length))
+    return config, next((ends for file in files if (ends := _ends(file, model.vocab_size))), ())
+
+
+def _ends(file: Path, vocab_size: int) -> tuple[int, ...]:
+    """Return eos_token_id of a JSON file: one id, several, or none."""
+    if not file.is_file():
+        return ()
+    found: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
+
+
+def _of_run(source: str) -> tuple[Config, tuple[int, ...]]:
+    """Return the config that a checkpoint was saved with."""
+    folder, step = find(with_colon(source))
+    return from_json(json.dumps(read_metadata(folder, step)["config"])), ()
+
+
+def _tokenizer(name: str) -> Any:
+    """Return the tokenizer of that name, or None where it is made from data that is not at hand."""
+    if name != "byte" and not user_path(name).exists():
+        return None
+    return load_tokenizer(name)
