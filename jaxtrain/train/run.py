@@ -59,7 +59,7 @@ from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.resume import Resume, metadata
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
-from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
+from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
 from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
@@ -113,7 +113,6 @@ class Run:
         self.log = progress.log = RunLog(self.directory, progress.say) if self._first_process else None
         if self._first_process:
             check_wandb(self.config.telemetry.wandb_project)
-        use_compilation_cache(self.config, progress)
         self._say_what_it_is()
         self.meter = self._open_meter()
         with progress.during("reading data"), self.stop.breakable():
@@ -154,7 +153,8 @@ class Run:
           ExplainedError: run_dir belongs to another run, or to a process that is training there; what is written or read on
             the way cannot be.
         """
-        with contextlib.ExitStack() as log:
+        platform = self.mesh.devices.flat[0].platform
+        with contextlib.ExitStack() as log, compilation_cache(self.config, platform, self.progress):
             return self._train(log, held)
 
     def _train(self, log: contextlib.ExitStack, held: Held | None) -> Ended:

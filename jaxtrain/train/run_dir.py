@@ -10,10 +10,12 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_compilation_cache
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
@@ -69,26 +71,55 @@ def only_run_in(directory: Path) -> Iterator[None]:
         yield
 
 
-def use_compilation_cache(config: Config, progress: Progress) -> None:
-    """Turn on jax's persistent compilation cache, so that a restart compiles nothing again."""
+@contextlib.contextmanager
+def compilation_cache(config: Config, platform: str, progress: Progress) -> Iterator[None]:
+    """Use jax's persistent compilation cache during the block, so that a restart compiles nothing again.
+
+    Not for pipelines on CPUs: a program with collectives in branches that XLA:CPU loads from the cache may start them in
+    another order on each device, and then waits forever (jaxlib 0.10.2; never seen with the program as it was compiled).
+    """
+    folder = _usable_cache(config, progress)
+    if platform == "cpu" and config.mesh.pipe > 1:
+        settings: dict[str, Any] = {"jax_enable_compilation_cache": False}
+    elif folder:
+        # 0 seconds: a start has a hundred small programs.
+        settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    else:
+        settings = {}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        _set_cache(settings)
+        yield
+    finally:
+        _set_cache(before)
+
+
+def _set_cache(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    if settings:
+        jax_compilation_cache.reset_cache()  # jax looks at these settings once
+
+
+def _usable_cache(config: Config, progress: Progress) -> str:
+    """Return the cache's folder; empty where there is none, and say why it cannot be used."""
     if not config.train.compilation_cache:
-        return
+        return ""
     directory = user_path(config.train.compilation_cache)
     if not is_utf8(str(directory.absolute())):
         progress.say(f"warning    no compilation cache: XLA cannot name {directory}, which is not UTF-8")
-        return
+        return ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
-        return
+        return ""
     free = shutil.disk_usage(directory).free
     if not os.access(directory, os.W_OK) or free < LEAST_CACHE_BYTES:
         why = f"has {readable_size(free)} of free space" if os.access(directory, os.W_OK) else "cannot be written"
         progress.say(f"warning    compilation cache: {directory} {why}; the next start may have to compile again")
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one for each program
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a start has a hundred small programs
+    return str(directory)
 
 
 def largest_before(metrics_jsonl: Path, step: int, name: str) -> float:

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxtrain.config import Config, TrainConfig
+from jaxtrain.config import Config, MeshConfig, TrainConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train import run_dir
-from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in, use_compilation_cache
+from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
 from tests.conftest import ERRNOS
 
 
@@ -53,22 +53,32 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, monkeypat
         make_run_dir(tmp_path / "run")
 
 
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
+
+
+def cache_settings():
+    return [getattr(jax.config, name) for name in CACHE]
+
+
 def test_a_full_compilation_cache_is_told_once_and_not_for_each_program(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     said = Said()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            use_compilation_cache(Config(name="x", train=TrainConfig(compilation_cache=str(tmp_path))), said)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with compilation_cache(Config(name="x", train=TrainConfig(compilation_cache=str(tmp_path))), "cpu", said):
             warnings.warn("Error writing persistent compilation cache entry for 'jit_f': OSError: No space", stacklevel=1)
             warnings.warn("another warning", stacklevel=1)
-        assert [str(warning.message) for warning in caught] == ["another warning"]
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    assert [str(warning.message) for warning in caught] == ["another warning"]
     assert said.lines == [
         f"warning    compilation cache: {tmp_path} has 1000 B of free space; the next start may have to compile again"
     ]
+
+
+@pytest.mark.parametrize(("platform", "pipe", "is_used"), [("cpu", 1, True), ("cuda", 2, True), ("cpu", 2, False)])
+def test_the_compilation_cache_is_used_where_it_is_safe_and_left_as_it_was(tmp_path, platform, pipe, is_used):
+    config = Config(name="x", mesh=MeshConfig(pipe=pipe), train=TrainConfig(compilation_cache=str(tmp_path)))
+    before = cache_settings()
+    with compilation_cache(config, platform, Said()):
+        assert cache_settings() == ([str(tmp_path), 0.0, True] if is_used else [*before[:2], False])
+    assert cache_settings() == before
