@@ -124,7 +124,7 @@ class Signals:
 
     @property
     def interrupted(self) -> bool:
-        """Whether `Interrupted` was raised."""
+        """Return whether `Interrupted` was raised."""
         return self._raised
 
     def work(self) -> None:

@@ -113,7 +113,7 @@ class Tolerance:
     def __init__(self, what: object, say: Say):
         self._what, self._say = what, say
         self.failing = False
-        """Whether the newest attempt failed."""
+        """Return whether the newest attempt failed."""
 
     def attempt(self, work: Callable[[], None], kept: str = "") -> bool:
         """Do the work; return whether it succeeded. An OSError is reported, unless the previous attempt failed too.

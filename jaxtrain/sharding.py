@@ -61,6 +61,7 @@ def spec(dims: Dims) -> PartitionSpec:
 
 
 def specs(dims_tree: Any) -> Any:
+    """Return the PartitionSpec of every leaf of a tree of dims."""
     return jax.tree.map(spec, dims_tree, is_leaf=is_dims)
 
 

@@ -115,7 +115,7 @@ class SyncConfig:
 
     @property
     def replicas_differ(self) -> bool:
-        """Whether each replica has its own parameters and optimizer state."""
+        """Return whether each replica has its own parameters and optimizer state."""
         return self.mode in ("local", "diloco")
 
     @property
@@ -125,7 +125,7 @@ class SyncConfig:
 
     @property
     def sums_apart(self) -> bool:
-        """Whether a step's gradients are summed inside a replica only, and `parallel/sync.py` does the rest."""
+        """Return whether a step's gradients are summed inside a replica only, and `parallel/sync.py` does the rest."""
         return self.replicas_differ or self.queued > 0 or self.compression != "none"
 
     @property
@@ -315,7 +315,7 @@ class GuardConfig:
 
     @property
     def classifies_steps(self) -> bool:
-        """Whether the compiled step itself decides if its update is applied."""
+        """Return whether the compiled step itself decides if its update is applied."""
         return self.debug_nans or self.spike != "off" or self.non_finite in ("skip", "rollback")
 
 

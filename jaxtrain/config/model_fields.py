@@ -126,7 +126,7 @@ class MoEConfig:
 
     @property
     def has_selection_bias(self) -> bool:
-        """Whether experts are chosen by score + bias."""
+        """Return whether experts are chosen by score + bias."""
         return self.selection_bias or self.bias_update_rate > 0
 
 

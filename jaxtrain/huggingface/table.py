@@ -34,7 +34,7 @@ class Row:
 
     @property
     def per_expert(self) -> bool:
-        """Whether each expert has a tensor of its own."""
+        """Return whether each expert has a tensor of its own."""
         return "{expert}" in self.theirs
 
 

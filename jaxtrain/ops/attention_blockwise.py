@@ -340,32 +340,18 @@ def _forward(
 _opaque_forward = opaque(_forward, (5, 6))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Optional,
-    sinks: Optional,
-    rule: Rule,
-    block: int | None,
-    name: str | None,
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _attention(arrays: tuple[Any, ...], rule: Rule, block: int | None, name: str | None) -> jax.Array:
+    q, k, v, segments, sinks = arrays
     return _forward(q, k, v, segments, sinks, rule, block)[0]
 
 
 def _attention_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Optional,
-    sinks: Optional,
-    rule: Rule,
-    block: int | None,
-    name: str | None,
+    arrays: tuple[Any, ...], rule: Rule, block: int | None, name: str | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    o, logsumexp = name_residuals(name, *_opaque_forward(q, k, v, segments, sinks, rule, block))
-    return o, (q, k, v, segments, sinks, o, logsumexp)
+    o, logsumexp = _opaque_forward(*arrays, rule, block)
+    o, logsumexp = name_residuals(name, o, logsumexp)
+    return o, (*arrays, o, logsumexp)
 
 
 def _attention_backward(
@@ -375,7 +361,7 @@ def _attention_backward(
     q, k, v, segments, sinks, o, logsumexp = residuals
     dq, dk, dv = blocks_gradients(q, k, v, o, logsumexp, do_BLHM, own_segments(segments), rule, block)
     d_sinks = sinks_gradient(sinks, o, logsumexp, do_BLHM)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
+    return ((dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -408,5 +394,4 @@ def blockwise_attention(
     Returns:
       [B, L, H, M] in the dtype of the queries. Logits, softmax and all sums are float32.
     """
-    q, k, v, segments, sinks = _alike(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
-    return _attention(q, k, v, segments, sinks, rule, block_size, residual_name)
+    return _attention(_alike(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H), rule, block_size, residual_name)

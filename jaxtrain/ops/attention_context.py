@@ -68,7 +68,7 @@ class AttentionPlan(NamedTuple):
 
     @property
     def absorbs(self) -> bool:
-        """Whether latent attention attends to the latents themselves."""
+        """Return whether latent attention attends to the latents themselves."""
         return False
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:

@@ -47,7 +47,7 @@ class Schedule:
 
     @property
     def is_accumulation(self) -> bool:
-        """Whether each microbatch goes forward and backward through the whole stack in a tick: nothing waits for a backward."""
+        """Return whether each microbatch goes forward and backward in one tick: nothing waits for a backward."""
         return self.parts == 1 and bool((self.forward_microbatch == self.backward_microbatch).all())
 
 

@@ -46,7 +46,7 @@ class Stacking:
 
     @property
     def is_even(self) -> bool:
-        """Whether every slot holds a layer."""
+        """Return whether every slot holds a layer."""
         return math.prod(self.shape) == self.num_layers
 
     def counts(self) -> np.ndarray:

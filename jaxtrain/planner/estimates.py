@@ -123,7 +123,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest device has room."""
+        """Return whether the fullest device has room."""
         return self.memory.total <= self.cluster.budget_bytes
 
     @property

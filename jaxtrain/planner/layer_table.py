@@ -69,12 +69,12 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is kept in shards over fsdp, and so gathered; norms and biases are not."""
+        """Return whether it is kept in shards over fsdp, and so gathered; norms and biases are not."""
         return "fsdp" in self.axes
 
     @property
     def is_of_experts(self) -> bool:
-        """Whether it is one matrix of each expert."""
+        """Return whether it is one matrix of each expert."""
         return self.dims[:1] == ("experts",)
 
     @property

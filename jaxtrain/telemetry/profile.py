@@ -28,7 +28,7 @@ class ProfileWindow:
         self.directory = Path(run_dir) / "profile"
         """Folder of the traces, each in a folder of its own below plugins/profile."""
         self.tracing = False
-        """Whether a trace is open."""
+        """Return whether a trace is open."""
 
     def on_step(self, step: int, in_flight: Any = None) -> bool:
         """Start or stop the trace; call it just before `step` is dispatched. Return whether this call has written a trace.

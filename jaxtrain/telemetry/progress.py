@@ -175,6 +175,7 @@ class LiveProgress(Progress):
 
 
 def is_validation(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of metrics.jsonl is of a validation, not of a training step."""
     return "validation_loss" in row
 
 

@@ -53,7 +53,7 @@ class LeafAxes:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the leaf maps vectors to vectors. Norm scales and biases do not, those of a head [H, N] included."""
+        """Return whether the leaf maps vectors to vectors. Norm scales and biases do not, those of a head [H, N] included."""
         return bool(self.inputs)
 
 
@@ -79,6 +79,7 @@ def leaf_axes(dims: Dims) -> LeafAxes:
 
 
 def axes_tree(dims: PyTree) -> PyTree:
+    """Return the `LeafAxes` of every leaf of a tree of dims."""
     return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)
 
 

@@ -112,7 +112,7 @@ class Replayed:
 
     @property
     def same(self) -> bool:
-        """Whether all differences are within the tolerance."""
+        """Return whether all differences are within the tolerance."""
         return all(each.difference <= self.tolerance for each in self.differences)
 
 

@@ -38,7 +38,7 @@ class StopOnSignal(Hook):
         self.received: signal.Signals | None = None
         """The first signal."""
         self.couples: Callable[[int], bool] = lambda step: True
-        """Whether no process can finish a step before all have begun it."""
+        """Return whether no process can finish a step before all have begun it."""
         self.newest_saved: Callable[[], int] = lambda: 0
         """The step that a run started now would go on from."""
         self._last_step: int | None = None
