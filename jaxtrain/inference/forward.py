@@ -23,6 +23,7 @@ from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
 from jaxtrain.models.layers import run_layer
 from jaxtrain.models.packing import Packing
 from jaxtrain.ops.losses import Logits
+from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import all_gather, shift, specs, vary
 
@@ -47,32 +48,24 @@ class Rows(NamedTuple):
     choice: Choice
 
 
-class _Weights(NamedTuple):
-    """This device's parameters: outer, and layers [chunks, layers of the part, ...]."""
-
-    outer: PyTree
-    layers: PyTree
-
-
 def _layers(
-    decoder: Decoder, weights: _Weights, x: jax.Array, positions_BL: jax.Array, chunk: int, caches: tuple
+    decoder: Decoder, weights: Parameters, x: jax.Array, positions_BL: jax.Array, chunk: int, caches: tuple
 ) -> tuple[jax.Array, tuple]:
     """Run one part of the stack over its caches, one of each place in the pattern."""
     config, stacking = decoder.config, decoder.stacking
-    groups, period = stacking.layers_per_part // stacking.period, stacking.period
+    period = stacking.period
     held = jnp.asarray(stacking.counts())[chunk, lax.axis_index("pipe")]
-    of_chunk = jax.tree.map(lambda leaf: leaf[chunk].reshape(groups, period, *leaf.shape[2:]), weights.layers)
+    of_chunk = jax.tree.map(lambda leaf: leaf[chunk], weights.layers)
 
     def group(carry: tuple, slot: tuple) -> tuple[tuple, None]:
         (x, caches), (own, index) = carry, slot
         for place in range(period):
-            one = jax.tree.map(lambda leaf, place=place: leaf[place], own)
-            y, entries = _layer(decoder, config, one, place, x, positions_BL, caches[place], index)
+            y, entries = _layer(decoder, config, own[place], place, x, positions_BL, caches[place], index)
             x = y if stacking.is_even else jnp.where(index * period + place < held, y, x)
             caches = (*caches[:place], entries, *caches[place + 1 :])
         return (x, caches), None
 
-    (x, caches), _ = lax.scan(group, (x, caches), (of_chunk, jnp.arange(groups)))
+    (x, caches), _ = lax.scan(group, (x, caches), (of_chunk, jnp.arange(stacking.layers_per_part // period)))
     return x, caches
 
 
@@ -96,7 +89,7 @@ def _layer(
 
 
 def _through_stages(
-    decoder: Decoder, weights: _Weights, x: jax.Array, positions_BL: jax.Array, stack: tuple
+    decoder: Decoder, weights: Parameters, x: jax.Array, positions_BL: jax.Array, stack: tuple
 ) -> tuple[jax.Array, tuple]:
     """Run the whole stack, stage after stage; every stage ends with the result."""
     stages, stage = decoder.stacking.stages, lax.axis_index("pipe")
@@ -119,7 +112,7 @@ def _through_stages(
 
 
 def _forward(
-    decoder: Decoder, weights: _Weights, cache: PyTree, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array
+    decoder: Decoder, weights: Parameters, cache: PyTree, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array
 ) -> tuple[PyTree, jax.Array]:
     """Return (the cache with the new tokens, logits [B, V] after token `last_B` of each row).
 
@@ -191,9 +184,9 @@ class Programs:
         places = jax.tree.map(lambda place: NamedSharding(self.mesh, place), (self._cache_specs, self._row_spec))
         return jax.jit(zeros, out_shardings=places)()
 
-    def _weights(self, params: PyTree) -> _Weights:
+    def _weights(self, params: PyTree) -> Parameters:
         params = to_compute(vary(params), parameter_dims(self.config.model), self.config.model.dtype)
-        return _Weights(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
+        return Parameters(params["outer"], self._decoder.stacking.by_place(params["layers"]))
 
     def _begin(
         self, params: PyTree, cache: PyTree, rows: Rows, tokens_BL: jax.Array, count_B: jax.Array, is_end_B: jax.Array

@@ -30,7 +30,7 @@ def _region(config: Config, mesh: Mesh) -> Any:
 
     def region(params: PyTree, batch: PyTree) -> jax.Array:
         params = to_compute(vary(params), dims, config.model.dtype)
-        held = Parameters(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
+        held = Parameters(params["outer"], model.stacking.by_place(params["layers"]))
         rows = jax.tree.map(lambda array: array[None], share_out(batch, model.attention.kind))
         return lax.psum(pipeline.forward(functions, schedule, held, held, rows)["logits"], "pipe")
 

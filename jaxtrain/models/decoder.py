@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -232,16 +231,14 @@ class Decoder:
                 return (ys, auxiliary + more, clock, reduced), reports
 
             def group(carry: tuple, slots: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
+                (master, compute), indices = slots
                 reports = []
                 for place, layer in enumerate(places):
-                    own = slots if period == 1 else jax.tree.map(operator.itemgetter(place), slots)
-                    carry, more = step(layer, carry, own)
+                    carry, more = step(layer, carry, ((master[place], compute[place]), indices[place]))
                     reports.append(more)
                 return carry, jax.tree.map(lambda *of_places: jnp.stack(of_places), *reports)
 
-            slots = (weights, jnp.arange(slots_of_part))
-            if period > 1:  # reshaped, weights are no longer those that a pipeline knows by identity and does not store
-                slots = jax.tree.map(lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), slots)
+            slots = (weights, jnp.arange(slots_of_part).reshape(groups, period))
             start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 3))
             (xs, auxiliary, clock, _), reports = lax.scan(group, start, slots, unroll=in_iteration // period)
             reports = jax.tree.map(lambda leaf: leaf.reshape(slots_of_part, *leaf.shape[2:]), reports)

@@ -42,7 +42,7 @@ class Functions(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Parameter trees as this device holds them; leaves of `layers` are [chunks, layers_per_part, ...]."""
+    """Parameter trees as this device holds them; leaves of `layers` begin with [chunks, ...]."""
 
     outer: PyTree
     layers: PyTree

@@ -82,6 +82,30 @@ class Stacking:
         flat = stacked.reshape(-1, *stacked.shape[3:])
         return flat if self.is_even else flat[self.layer_slots()]
 
+    def by_place(self, layers: PyTree) -> tuple[PyTree, ...]:
+        """Return a stage's layers [chunks, 1, layers_per_part, ...] for each place in the group, [chunks, groups, ...].
+
+        A scan over groups then takes each layer's weights as they are: cut inside, they would be new arrays, which a pipeline
+        does not know as parameters and stores for the backward pass.
+        """
+
+        def at(leaf: jax.Array, place: int) -> jax.Array:
+            own = leaf[:, 0]
+            if self.period == 1:
+                return own
+            return own.reshape(own.shape[0], -1, self.period, *own.shape[2:])[:, :, place]
+
+        return tuple(jax.tree.map(lambda leaf, place=place: at(leaf, place), layers) for place in range(self.period))
+
+    def from_places(self, places: tuple[PyTree, ...]) -> PyTree:
+        """Return the inverse of `by_place`."""
+
+        def leaf(*of_places: jax.Array) -> jax.Array:
+            joined = jnp.stack(of_places, axis=2)
+            return joined.reshape(joined.shape[0], 1, -1, *joined.shape[3:])
+
+        return jax.tree.map(leaf, *places)
+
 
 def make_stacking(config: Config) -> Stacking:
     """Return how a resolved config distributes its layers over stages."""

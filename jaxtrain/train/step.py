@@ -85,18 +85,15 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
-def _local_parameters(params: PyTree) -> Parameters:
-    """Return this device's parameters: its stage's layers, [chunks, layers_per_part, ...]."""
-    return Parameters(params["outer"], jax.tree.map(lambda leaf: leaf[:, 0], params["layers"]))
-
-
 def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
     """(master, compute) parameters."""
     dims = decoder.parameter_dims(config.model)
     master = vary(params)
     compute = decoder.to_compute(master, dims, config.model.dtype)
     master, compute = gather_once(master, compute, dims, config.sharding.zero)
-    return _local_parameters(master), _local_parameters(compute)
+    stacking = make_stacking(config)
+    master, compute = (Parameters(tree["outer"], stacking.by_place(tree["layers"])) for tree in (master, compute))
+    return master, compute
 
 
 def _microbatches(batch: PyTree, count: int) -> PyTree:
@@ -130,8 +127,8 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
         master, compute = _both(config, own(held, params))
         result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
-        layers, reports = jax.tree.map(lambda leaf: leaf[:, None], (result.gradients.layers, result.reports))
-        tree = {"outer": result.gradients.outer, "layers": layers}
+        reports = jax.tree.map(lambda leaf: leaf[:, None], result.reports)
+        tree = {"outer": result.gradients.outer, "layers": model.stacking.from_places(result.gradients.layers)}
         gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero, apart)
         metrics = {name: sum_over(value, _all_but(apart)) for name, value in result.sums.items()}
         metrics["total_loss"] += sum_over(result.auxiliary, _all_but(apart))
