@@ -158,7 +158,7 @@ def export_apart(run_dir: Path, folder: str) -> None:
       ExplainedError: it cannot be written; says why.
     """
     command = [sys.executable, "-m", "jaxtrain", "export", str(run_dir), folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ExplainedError(f"the run is done and saved, but not exported: {why}")
