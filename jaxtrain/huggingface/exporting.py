@@ -16,18 +16,22 @@ from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint.inspection import arrays, find
 from jaxtrain.checkpoint.stored import read_stored, step_path
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config.fields import from_json
 from jaxtrain.data.progress import progress
 from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.config import family_of, read_config, same_model, table_of, write_config
-from jaxtrain.huggingface.files import INDEX, SINGLE
+from jaxtrain.huggingface.files import INDEX, SINGLE, travelling_files
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, is_stacked
 from jaxtrain.huggingface.table import Table
 
 SHARD_BYTES = 512 << 20
 """Bytes of a weight file; a larger tensor has one of its own. A file is held in memory until it is written."""
+
+
+Read = Callable[[list[str]], Iterator[tuple[str, Any]]]
+"""Names of a checkpoint's arrays -> (name, array), one at a time."""
 
 
 def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
@@ -40,14 +44,28 @@ def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
       ExplainedError: there is no such checkpoint, no family has the model's settings, or the folder is not empty.
     """
     folder, step = find(re.sub(r"@(\d+)$", r":\1", run))
-    goal = user_path(target)
-    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
-        raise ExplainedError(f"{target} is there already; give a new folder")
     stored = read_stored(step_path(folder, step))
     config = from_json(json.dumps(stored["metadata"]["config"]))
     if config.sync.replicas_differ:
         raise CheckpointError(f"{run}: the replicas of sync.mode={config.sync.mode} differ; an export needs one set of weights")
     beside = Path(folder).parent / TRAVELLING_FOLDER
+    return write_folder(config, lambda names: arrays(folder, step, names), target, beside, dtype)
+
+
+def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: str = "") -> dict[str, Any]:
+    """Write the weights of a config's model as the folder `target`, and return the config.json that it has.
+
+    Args:
+      read: gives our parameters by the names of a checkpoint, in canonical form.
+      beside: the folder of the files that travel with the weights, if there is one.
+      dtype: of the matrices; empty for that of the imported folder, or model.dtype.
+
+    Raises:
+      ExplainedError: no family has the model's settings, or the folder is there.
+    """
+    goal = user_path(target)
+    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
+        raise ExplainedError(f"{target} is there already; give a new folder")
     described = described_as(config.model, beside, config.data.sequence_length)
     dtype = dtype or described.get("dtype") or config.model.dtype
     described = {name: value for name, value in described.items() if name != "torch_dtype"} | {"dtype": dtype}
@@ -55,8 +73,8 @@ def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
     unfinished = goal.with_name(f"{goal.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
-        write_weights(table, lambda names: arrays(folder, step, names), unfinished, dtype, f"exporting {goal.name}")
-        for file in sorted(beside.iterdir()) if beside.is_dir() else []:
+        write_weights(table, read, unfinished, dtype, f"exporting {goal.name}")
+        for file in travelling_files(beside):
             shutil.copyfile(file, unfinished / file.name)
         (unfinished / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         if goal.is_dir():
@@ -83,10 +101,6 @@ def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any
         return config
     own = config | family_of(config).write(model)
     return own if same_model(read_config(own), model) else write_config(model, length)
-
-
-Read = Callable[[list[str]], Iterator[tuple[str, Any]]]
-"""Names of a checkpoint's arrays -> (name, array), one at a time."""
 
 
 def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str) -> None:

@@ -236,10 +236,10 @@ class WeightsFolder:
                 self._handles[tensor.file] = safe_open(tensor.file, framework="numpy").__enter__()
             return self._handles[tensor.file].get_slice(tensor.name)[index]
 
-    def travelling(self) -> Iterator[Path]:
-        """Yield the files that go with the weights: config, tokenizer, chat template, licence."""
-        seen = {file for kind in TRAVELLING for file in self.path.glob(kind) if file.is_file()}
-        yield from sorted(seen)
+
+def travelling_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, if it is there, that go with the weights: config, tokenizer, chat template, licence."""
+    return sorted({file for kind in TRAVELLING for file in folder.glob(kind) if file.is_file()})
 
 
 def _numpy(dtype: str) -> np.dtype:

@@ -17,7 +17,7 @@ from jaxtrain.config import Config, ModelConfig, to_json, to_plain
 from jaxtrain.config.fields import DType
 from jaxtrain.data.progress import progress
 from jaxtrain.files import replace_file, user_path
-from jaxtrain.huggingface.files import WeightsFolder
+from jaxtrain.huggingface.files import WeightsFolder, travelling_files
 from jaxtrain.huggingface.table import FIRST, Table
 from jaxtrain.models.decoder import canonical_dims
 from jaxtrain.models.parameters import held_dtype
@@ -68,7 +68,7 @@ def keep_travelling(folder: WeightsFolder, run_dir: Path) -> None:
     """Copy the files that go with the weights into run_dir."""
     beside = run_dir / TRAVELLING_FOLDER
     beside.mkdir(parents=True, exist_ok=True)
-    for file in folder.travelling():
+    for file in travelling_files(folder.path):
         shutil.copyfile(file, beside / file.name)
 
 

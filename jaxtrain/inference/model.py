@@ -47,8 +47,8 @@ class Model:
     """Has `encode(text) -> ids` and `decode(ids) -> text`; None if there is none."""
     ends: tuple[int, ...] = ()
     """Token ids that end an answer."""
-    export: Callable[[Model, str | os.PathLike], None] | None = None
-    """What `save_hf` does."""
+    write: Callable[[Model, str], Any] | None = field(default=None, repr=False)
+    """Writes the weights as a HuggingFace folder, for `save_hf`."""
     _programs: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     def logits(self, tokens: Any) -> np.ndarray:
@@ -101,8 +101,9 @@ class Model:
         given = Sampling(max_new_tokens, **sampling)
         settings = [replace(given, seed=(given.seed + i) % 2**32) for i in range(len(ids))]
         answers = [_Answer(self, tuple(stop)) for _ in ids]
-        engine = self._program("engine", Engine, self.config)
-        runs = engine.run(self.params, ids, settings, slots=slots, wants_more=lambda i, made: not answers[i].has_stop(made))
+        runs = self.engine.run(
+            self.params, ids, settings, slots=slots, wants_more=lambda i, made: not answers[i].has_stop(made)
+        )
         for made in runs:
             answers[made.request].add(made.token, made.log_probability)
             if on_text and (new := answers[made.request].new_text(made.is_last)):
@@ -112,14 +113,19 @@ class Model:
         return results[0] if is_one else results
 
     def save_hf(self, directory: str | os.PathLike) -> None:
-        """Write the model as a HuggingFace folder.
+        """Write the model as a HuggingFace folder, with the tokenizer and the other files that came with it.
 
         Raises:
-          ExplainedError: no family of HuggingFace models has its settings, or the folder cannot be written.
+          ExplainedError: no family of HuggingFace models has its settings, or the folder is there already.
         """
-        if self.export is None:
-            raise ExplainedError("this model was not made by jaxtrain.load, which knows how to write it")
-        self.export(self, directory)
+        if self.write is None:
+            raise ExplainedError("only models of jaxtrain.load and Trainer.model() can be written")
+        self.write(self, os.fspath(directory))
+
+    @property
+    def engine(self) -> Engine:
+        """What generates, with the programs it has compiled."""
+        return self._program("engine", Engine, self.config)
 
     def _program(self, name: str, make: Callable[..., Any], config: Config) -> Any:
         key = (name, config)

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 
 from jaxtrain.data.pipeline import Data
-from jaxtrain.inference.engine import Engine, Sampling
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
+from jaxtrain.inference.engine import Sampling
 from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import named
+from jaxtrain.train.export import hf_writer
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.step import make_evaluation_step
 
@@ -51,16 +53,11 @@ def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:
         )
         params = first(params)
     ends = (data.tokenizer.separator,) if data.tokenizer.separator >= 0 else ()
-    return Model(config, prepared.mesh, params, data.tokenizer, ends)
+    return Model(config, prepared.mesh, params, data.tokenizer, ends, hf_writer(config.directory / TRAVELLING_FOLDER))
 
 
 def continue_text(
-    prepared: Prepared,
-    params: PyTree,
-    data: Data,
-    prompt: np.ndarray,
-    num_tokens: int,
-    before_each: Callable[[], None] = lambda: None,
+    model: Model, prompt: np.ndarray, num_tokens: int, before_each: Callable[[], None] = lambda: None
 ) -> list[int]:
     """Return a continuation of `prompt` at temperature 0.8, seeded by train.seed; the same in all processes.
 
@@ -70,13 +67,11 @@ def continue_text(
       prompt: token ids, [n], n >= 1.
       before_each: called after every few tokens; may raise to end it.
     """
-    model, seed = model_in_hand(prepared, params, data), prepared.config.train.seed % 2**32
-    table = prepared.config.model.learned_positions or len(prompt) + num_tokens
+    seed, table = model.config.train.seed % 2**32, model.config.model.learned_positions or len(prompt) + num_tokens
 
     def goes_on(*_: Any) -> bool:
         before_each()
         return True
 
-    engine = Engine(prepared.config, prepared.mesh, model.ends)
     sampling = Sampling(max(1, min(num_tokens, table - len(prompt))), temperature=0.8, seed=seed)
-    return [made.token for made in engine.run(model.params, [prompt.tolist()], [sampling], wants_more=goes_on)]
+    return [made.token for made in model.engine.run(model.params, [prompt.tolist()], [sampling], wants_more=goes_on)]

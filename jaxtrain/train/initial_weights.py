@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,16 +147,3 @@ def _grown(leaf: jax.Array, dims: tuple[str, ...], size: int) -> jax.Array:
         return jnp.concatenate([held, jnp.repeat(mean, size - held.shape[axis], axis)], axis)
 
     return jax.jit(grow, out_shardings=leaf.sharding)(leaf)
-
-
-def export_apart(run_dir: Path, folder: str) -> None:
-    """Write a run's last checkpoint as a HuggingFace folder, in a process of its own, on the CPU.
-
-    Raises:
-      ExplainedError: it cannot be written; says why.
-    """
-    command = [sys.executable, "-m", "jaxtrain", "export", str(run_dir), folder]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ExplainedError(f"the run is done and saved, but not exported: {why}")

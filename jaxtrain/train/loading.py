@@ -21,9 +21,11 @@ from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import ConfigError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.inference.model import Model
 from jaxtrain.mesh import make_mesh
 from jaxtrain.numerics import settled
+from jaxtrain.train.export import hf_writer
 from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
 
 
@@ -39,7 +41,7 @@ def load(source: str | os.PathLike, mesh: MeshConfig | None = None, dtype: DType
       ExplainedError: it cannot be read, or the mesh does not fit the model.
     """
     source = str(source)
-    config, ends = _of_folder(source) if is_folder(source) else _of_run(source)
+    config, ends, beside = _of_folder(source) if is_folder(source) else _of_run(source)
     mesh = mesh or MeshConfig(fsdp=1)
     sizes = [size for size in mesh.shape if size > 0]
     count = math.prod(sizes) if len(sizes) == len(mesh.shape) else jax.device_count()
@@ -53,11 +55,11 @@ def load(source: str | os.PathLike, mesh: MeshConfig | None = None, dtype: DType
     tokenizer = _tokenizer(config.data.tokenizer)
     if not ends and tokenizer is not None and tokenizer.separator >= 0:
         ends = (tokenizer.separator,)
-    return Model(config, devices, params, tokenizer, ends)
+    return Model(config, devices, params, tokenizer, ends, hf_writer(beside))
 
 
-def _of_folder(source: str) -> tuple[Config, tuple[int, ...]]:
-    """Return a config of the folder's model, and the tokens that end an answer."""
+def _of_folder(source: str) -> tuple[Config, tuple[int, ...], Path]:
+    """Return a config of the folder's model, the tokens that end an answer, and where the files beside the weights are."""
     with WeightsFolder(source) as folder:
         model, path = replace(folder.model, dtype="float32"), folder.path
         files = [path / "generation_config.json", path / "config.json"]
@@ -66,7 +68,7 @@ def _of_folder(source: str) -> tuple[Config, tuple[int, ...]]:
     length = min(config.data.sequence_length, model.learned_positions or config.data.sequence_length)
     tokenizer = str(path / "tokenizer.json") if has_tokenizer else "none"
     config = replace(config, data=replace(config.data, tokenizer=tokenizer, sequence_length=length))
-    return config, next((ends for file in files if (ends := _ends(file, model.vocab_size))), ())
+    return config, next((ends for file in files if (ends := _ends(file, model.vocab_size))), ()), path
 
 
 def _ends(file: Path, vocab_size: int) -> tuple[int, ...]:
@@ -78,10 +80,10 @@ def _ends(file: Path, vocab_size: int) -> tuple[int, ...]:
     return tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
 
 
-def _of_run(source: str) -> tuple[Config, tuple[int, ...]]:
-    """Return the config that a checkpoint was saved with."""
+def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
+    """Return the config that a checkpoint was saved with, no tokens, and where the files beside its weights are."""
     folder, step = find(with_colon(source))
-    return from_json(json.dumps(read_metadata(folder, step)["config"])), ()
+    return from_json(json.dumps(read_metadata(folder, step)["config"])), (), Path(folder).parent / TRAVELLING_FOLDER
 
 
 def _tokenizer(name: str) -> Any:

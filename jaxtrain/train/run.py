@@ -39,7 +39,8 @@ from jaxtrain.telemetry.run_log import RunLog, about_program, describe_program
 from jaxtrain.telemetry.stragglers import Stragglers
 from jaxtrain.text import readable_size
 from jaxtrain.train.bad_steps import BadSteps, RollBack
-from jaxtrain.train.evaluation import Evaluation, continue_text
+from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
+from jaxtrain.train.export import export_apart
 from jaxtrain.train.hooks import (
     HeartbeatHook,
     Logging,
@@ -51,7 +52,7 @@ from jaxtrain.train.hooks import (
     Validation,
     multiples,
 )
-from jaxtrain.train.initial_weights import export_apart, keep_files
+from jaxtrain.train.initial_weights import keep_files
 from jaxtrain.train.loop import Hooks, Loop
 from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.prepared import Prepared
@@ -440,7 +441,6 @@ class Run:
         config, decode = self.config, self.data.tokenizer.decode
         prompt = self.data.sample_prompt(min(64, config.data.sequence_length // 2))
         with self.progress.during("sampling"):
-            made = continue_text(
-                self.prepared, self.state["params"], self.data, prompt, config.train.sample_tokens, self.stop.check
-            )
+            model = model_in_hand(self.prepared, self.state["params"], self.data)
+            made = continue_text(model, prompt, config.train.sample_tokens, self.stop.check)
         self.progress.say(f"--- held-out text:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(made)}\n---")

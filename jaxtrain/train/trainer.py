@@ -83,6 +83,7 @@ class Trainer:
         self._state: PyTree = None
         self._step = 0
         self._steps: TrainSteps | None = None
+        self._model: Model | None = None
         self._rows: list[dict[str, Any]] = []
         self._saved: int | None = None  # the step of the state that the newest checkpoint holds too
         self._rollbacks = Rollbacks()
@@ -232,8 +233,13 @@ class Trainer:
 
     @settled()
     def model(self) -> Model:
-        """Return the parameters as they are now as a `Model`: logits, scores, generation. Training on frees them."""
-        return model_in_hand(self.prepared, self.state["params"], self.data)
+        """Return the parameters as they are now as a `Model`: logits, scores, generation, a HuggingFace folder.
+
+        Training on frees them; the next call compiles nothing again.
+        """
+        model = model_in_hand(self.prepared, self.state["params"], self.data)
+        self._model = replace(self._model, params=model.params) if self._model else model
+        return self._model
 
     @settled()
     def generate(self, prompts: Any, max_new_tokens: int = 64, **options: Any) -> Any:
@@ -246,7 +252,7 @@ class Trainer:
         ids = np.asarray(self.data.tokenizer.encode(prompt), np.int32)
         if not ids.size:
             raise ExplainedError("the prompt is empty; give some text")
-        return self.data.tokenizer.decode(continue_text(self.prepared, self.state["params"], self.data, ids, num_tokens))
+        return self.data.tokenizer.decode(continue_text(self.model(), ids, num_tokens))
 
     @settled()
     def save(self) -> int:

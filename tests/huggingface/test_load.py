@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxtrain
 from jaxtrain.config import MeshConfig
@@ -46,6 +48,20 @@ def test_a_run_gives_what_its_folder_gives(folder: Path, tmp_path: Path):
     tokens = first_documents()[0]
     of_run = jaxtrain.load(tmp_path / "run", dtype="float32").score(tokens)
     np.testing.assert_array_equal(of_run, jaxtrain.load(folder).score(tokens))
+
+
+def test_a_model_on_a_mesh_is_written_as_the_folder_it_came_from(folder: Path, tmp_path: Path):
+    jaxtrain.load(folder, MeshConfig(fsdp=2, pipe=2)).save_hf(tmp_path / "back")
+    assert tensors(tmp_path / "back") == tensors(folder)
+    before, after = (json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (folder, tmp_path / "back"))
+    assert before == after
+    with pytest.raises(ExplainedError, match="back is there already"):
+        jaxtrain.load(folder).save_hf(tmp_path / "back")
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """Return the bits of each weight."""
+    return {name: array.tobytes() for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
 def test_what_cannot_be_loaded_is_said(folder: Path, tmp_path: Path):
