@@ -117,10 +117,7 @@ def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any], part: bool) -> d
     loaded: dict[tuple[str, ...], Any] = {}
     try:
         with abandoned_io_unsaid():
-            # Each process reads alone: a barrier inside would keep the others waiting 300 s for one that has found damage.
-            here = jax.process_index()
-            alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-            context = ocp.Context(multiprocessing_options=alone)
+            context = ocp.Context()
             context.pytree.loading.partial_load = part
             with context:
                 loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))

@@ -27,6 +27,8 @@ STEPS_AT_A_TIME = 8
 UNIT = 64
 """Lengths of caches are multiples of this, so that few programs are compiled."""
 
+NEVER = 2**31  # tokens that no sequence has
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -81,11 +83,18 @@ class _Request:
 
     number: int
     tokens: Sequence[int]
-    """The prompt."""
+    """The prompt; with LongRoPE, once the answer has come to the long factors, the answer until then too."""
     sampling: Sampling
     sent: int = 0
-    """Tokens of the prompt that the cache holds."""
+    """Tokens of these that the cache holds."""
     made: list[int] = field(default_factory=list)
+    before: int = 0
+    """Tokens made that are among `tokens`."""
+
+    @property
+    def length(self) -> int:
+        """Return the tokens of prompt and answer."""
+        return len(self.tokens) + len(self.made) - self.before
 
 
 class Engine:
@@ -101,6 +110,9 @@ class Engine:
         self._config, self._mesh, self._ends = config, mesh, tuple(ends)
         self._programs: dict[CacheSize, Programs] = {}
         self._unit = math.prod(mesh.shape[axis] for axis in (*ROW_AXES, "tensor"))
+        scaling = config.model.rope_scaling
+        self._turn = scaling.original_length if scaling and scaling.kind == "longrope" else NEVER
+        """Tokens of a sequence up to which LongRoPE has short factors: a row that outgrows them is put into the cache anew."""
 
     def run(
         self,
@@ -133,6 +145,7 @@ class Engine:
             new = [i for i, request in enumerate(held) if request is None][: max(0, len(requests))]
             if new:
                 rows = self._admit(programs, rows, held, new, requests)
+            rows = self._begin_anew(programs, rows, held)
             chunk = self._next_chunk(programs, held)
             if chunk is not None:
                 cache, rows, made = programs.begin(params, cache, rows, *self._place(*chunk))
@@ -144,7 +157,7 @@ class Engine:
 
     def _programs_for(self, requests: Sequence[_Request], slots: int) -> Programs:
         longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
-        prompt, table = max(len(request.tokens) for request in requests), self._config.model.learned_positions
+        prompt, table = max(map(self._longest_prefill, requests)), self._config.model.learned_positions
         if min(len(request.tokens) for request in requests) == 0:
             raise ExplainedError("a prompt is empty: give at least one token, e.g. the one that begins documents")
         if table and longest > table:
@@ -181,6 +194,20 @@ class Engine:
         placed = self._place(Rows(zeros, zeros, zeros, left, seen, ends, Choice(*choice)), which)
         return programs.admit(rows, *placed)
 
+    def _longest_prefill(self, request: _Request) -> int:
+        """Return the most tokens that a request puts into the cache before the next one is made."""
+        count = len(request.tokens)
+        return self._turn + 1 if count <= self._turn < count + request.sampling.max_new_tokens - 1 else count
+
+    def _begin_anew(self, programs: Programs, rows: Rows, held: list[_Request | None]) -> Rows:
+        """Take the rows that have outgrown LongRoPE's short factors back to the first token, as `transformers` does."""
+        which = np.zeros(len(held), bool)
+        for row, request in enumerate(held):
+            if request is not None and len(request.tokens) <= self._turn < request.length:
+                request.tokens, request.before, request.sent = [*request.tokens, *request.made], len(request.made), 0
+                which[row] = True
+        return programs.rewind(rows, *self._place(which)) if which.any() else rows
+
     def _next_chunk(self, programs: Programs, held: list[_Request | None]) -> tuple[np.ndarray, ...] | None:
         """Return the next tokens of all prompts that the cache does not hold whole; None if there are none."""
         waiting = [(row, r) for row, r in enumerate(held) if r is not None and r.sent < len(r.tokens)]
@@ -189,17 +216,19 @@ class Engine:
         tensor, most = self._mesh.shape["tensor"], max(len(r.tokens) - r.sent for _, r in waiting)
         length = min(programs.room.chunk, math.ceil(2 ** math.ceil(math.log2(most)) / tensor) * tensor)
         tokens, count = np.zeros((len(held), length), np.int32), np.zeros(len(held), np.int32)
-        is_end = np.zeros(len(held), bool)
+        prompt = np.zeros(len(held), np.int32)
         for row, request in waiting:
             piece = request.tokens[request.sent : request.sent + length]
             tokens[row, : len(piece)], count[row] = piece, len(piece)
             request.sent += len(piece)
-            is_end[row] = request.sent == len(request.tokens)
-        return tokens, count, is_end
+            prompt[row] = len(request.tokens)
+        return tokens, count, prompt
 
     def _steps(self, held: list[_Request | None]) -> int:
         """Return how many steps to decode: none that no row needs, in powers of two, so that few programs are compiled."""
-        most = max(r.sampling.max_new_tokens - len(r.made) for r in held if r is not None)
+        running = [r for r in held if r is not None]
+        most = max(r.sampling.max_new_tokens - len(r.made) for r in running)
+        most = min([most, *(self._turn + 1 - r.length for r in running if r.length <= self._turn)])
         return min(STEPS_AT_A_TIME, 2 ** math.floor(math.log2(most)))
 
     def _hand_out(

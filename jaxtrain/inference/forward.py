@@ -48,8 +48,17 @@ class Rows(NamedTuple):
     choice: Choice
 
 
+class Places(NamedTuple):
+    """Where the new tokens stand in their rows."""
+
+    positions_BL: jax.Array
+    """int32; -1 for padding."""
+    lengths_B1: jax.Array
+    """int32, tokens of the whole row: of its prompt, or with the new token."""
+
+
 def _layers(
-    decoder: Decoder, weights: Parameters, x: jax.Array, positions_BL: jax.Array, chunk: int, caches: tuple
+    decoder: Decoder, weights: Parameters, x: jax.Array, places: Places, chunk: int, caches: tuple
 ) -> tuple[jax.Array, tuple]:
     """Run one part of the stack over its caches, one of each place in the pattern."""
     config, stacking = decoder.config, decoder.stacking
@@ -60,7 +69,7 @@ def _layers(
     def group(carry: tuple, slot: tuple) -> tuple[tuple, None]:
         (x, caches), (own, index) = carry, slot
         for place in range(period):
-            y, entries = _layer(decoder, config, own[place], place, x, positions_BL, caches[place], index)
+            y, entries = _layer(decoder, config, own[place], place, x, places, caches[place], index)
             x = y if stacking.is_even else jnp.where(index * period + place < held, y, x)
             caches = (*caches[:place], entries, *caches[place + 1 :])
         return (x, caches), None
@@ -75,21 +84,22 @@ def _layer(
     weights: PyTree,
     place: int,
     x: jax.Array,
-    positions_BL: jax.Array,
+    places: Places,
     entries: Any,
     index: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Run one layer; return (x, the cache with its new entries)."""
     rule = decoder.attention.rule._replace(window=config.window_of(config.kinds[place]))
-    attention = CachedAttention(entries, index, positions_BL, rule)
-    packing = Packing(jnp.maximum(positions_BL.reshape(x.shape[0], -1), 0), None, None, None)
+    attention = CachedAttention(entries, index, places.positions_BL, rule)
+    positions, lengths = (array.reshape(x.shape[0], -1) for array in places)
+    packing = Packing(jnp.maximum(positions, 0), None, None, None, lengths)
     layer = decoder.layer(config, (weights, weights), place)
     x, _, _ = alone(run_layer(layer, x, packing, attention, decoder.experts))  # type: ignore[arg-type]
     return x, attention.entries
 
 
 def _through_stages(
-    decoder: Decoder, weights: Parameters, x: jax.Array, positions_BL: jax.Array, stack: tuple
+    decoder: Decoder, weights: Parameters, x: jax.Array, places: Places, stack: tuple
 ) -> tuple[jax.Array, tuple]:
     """Run the whole stack, stage after stage; every stage ends with the result."""
     stages, stage = decoder.stacking.stages, lax.axis_index("pipe")
@@ -98,7 +108,7 @@ def _through_stages(
         for turn in range(stages):
 
             def part(x: jax.Array, caches: tuple, chunk: int = chunk) -> tuple[jax.Array, tuple]:
-                return _layers(decoder, weights, x, positions_BL, chunk, caches)
+                return _layers(decoder, weights, x, places, chunk, caches)
 
             if stages == 1:
                 x, caches = part(x, caches)
@@ -112,7 +122,7 @@ def _through_stages(
 
 
 def _forward(
-    decoder: Decoder, weights: Parameters, cache: PyTree, tokens_BL: jax.Array, positions_BL: jax.Array, last_B: jax.Array
+    decoder: Decoder, weights: Parameters, cache: PyTree, tokens_BL: jax.Array, places: Places, last_B: jax.Array
 ) -> tuple[PyTree, jax.Array]:
     """Return (the cache with the new tokens, logits [B, V] after token `last_B` of each row).
 
@@ -121,13 +131,13 @@ def _forward(
     rows, count = tokens_BL.shape
     shape = (1, rows) if count == 1 else (rows, count)
     outer = decoder.outer((weights.outer, weights.outer))
-    places = jnp.maximum(positions_BL, 0).reshape(shape)
-    x = outer.embed(jnp.where(positions_BL >= 0, tokens_BL, 0).reshape(shape), places)
+    positions_BL = places.positions_BL
+    x = outer.embed(jnp.where(positions_BL >= 0, tokens_BL, 0).reshape(shape), jnp.maximum(positions_BL, 0).reshape(shape))
     first, config = cache["first"], decoder.dense_config()
     for index in range(decoder.config.first_dense_layers):
         one = jax.tree.map(lambda leaf, index=index: leaf[index], weights.outer["first_layers"])
-        x, first = _layer(decoder, config, one, 0, x, positions_BL, first, jnp.int32(index))
-    x, stack = _through_stages(decoder, weights, x, positions_BL, cache["stack"])
+        x, first = _layer(decoder, config, one, 0, x, places, first, jnp.int32(index))
+    x, stack = _through_stages(decoder, weights, x, places, cache["stack"])
     x_BLD = all_gather(x, "tensor", dim=1).reshape(rows, count, -1)
     x_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
     logits = Logits(decoder.config.vocab_size, decoder.config.logit_softcap).of(outer.head_input(x_B1D), outer.head_DV())
@@ -154,9 +164,11 @@ class Programs:
         self._row_spec = rows
         self._cache_specs, self._ends = cache_specs(self.config), ends
         self.begin = self._jit(self._begin, (rows, rows, rows), rows)
-        """(params, cache, rows, tokens [B, L], new tokens of each row, whether they end its prompt) -> (cache, rows, made)."""
+        """(params, cache, rows, tokens [B, L], new tokens of each row, tokens of its prompt) -> (cache, rows, made)."""
         self.admit = jax.jit(_admit, donate_argnums=0)
         """(rows, new rows, which) -> rows."""
+        self.rewind = jax.jit(_rewind, donate_argnums=0)
+        """(rows, which) -> rows."""
         self.decode = functools.lru_cache(maxsize=None)(self._decode_program)
 
     def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
@@ -189,16 +201,18 @@ class Programs:
         return Parameters(params["outer"], self._decoder.stacking.by_place(params["layers"]))
 
     def _begin(
-        self, params: PyTree, cache: PyTree, rows: Rows, tokens_BL: jax.Array, count_B: jax.Array, is_end_B: jax.Array
+        self, params: PyTree, cache: PyTree, rows: Rows, tokens_BL: jax.Array, count_B: jax.Array, prompt_B: jax.Array
     ) -> tuple[PyTree, Rows, tuple]:
         """Put `count_B` new tokens into each row; where they end its prompt, choose the first token of its answer."""
         index = jnp.arange(tokens_BL.shape[1])
         positions_BL = jnp.where(index < count_B[:, None], rows.length[:, None] + index, -1)
         last_B = jnp.maximum(count_B - 1, 0)
-        cache, logits = _forward(self._decoder, self._weights(params), cache, tokens_BL, positions_BL, last_B)
+        places = Places(positions_BL, prompt_B[:, None])
+        cache, logits = _forward(self._decoder, self._weights(params), cache, tokens_BL, places, last_B)
         here = jnp.where(positions_BL >= 0, tokens_BL, self.config.model.vocab_size)
         seen = rows.seen.at[jnp.arange(here.shape[0])[:, None], here].set(True, mode="drop")
         rows = rows._replace(length=rows.length + count_B, seen=seen)
+        is_end_B = (count_B > 0) & (rows.length == prompt_B)
         return cache, *_advance(rows, logits, is_end_B & (rows.left > 0))
 
     def _decode_program(self, steps: int) -> Any:
@@ -210,9 +224,9 @@ class Programs:
             def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
                 cache, rows = carry
                 active = (rows.left > 0) & (rows.number > 0)
-                positions_B1 = jnp.where(active, rows.length, -1)[:, None]
+                places = Places(jnp.where(active, rows.length, -1)[:, None], rows.length[:, None] + 1)
                 zeros = jnp.zeros_like(rows.length)
-                cache, logits = _forward(self._decoder, weights, cache, rows.token[:, None], positions_B1, zeros)
+                cache, logits = _forward(self._decoder, weights, cache, rows.token[:, None], places, zeros)
                 rows = rows._replace(length=rows.length + active)
                 rows, made = _advance(rows, logits, active)
                 return (cache, rows), made
@@ -230,6 +244,11 @@ def _admit(rows: Rows, new: Rows, which_B: jax.Array) -> Rows:
         return jnp.where(which_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     return jax.tree.map(leaf, rows, new)
+
+
+def _rewind(rows: Rows, which_B: jax.Array) -> Rows:
+    """Return the rows, some with a cache that holds nothing of them."""
+    return rows._replace(length=jnp.where(which_B, 0, rows.length))
 
 
 def _advance(rows: Rows, logits_BV: jax.Array, active_B: jax.Array) -> tuple[Rows, tuple]:

@@ -86,7 +86,7 @@ class LatentAttention(Block):
         q_BLQ, c_BLC, turned_BLR = yield self._latents(x_BLD)
 
         def turn(x_BLHR: jax.Array) -> jax.Array:
-            return with_positions(x_BLHR, packing.positions, config)
+            return with_positions(x_BLHR, packing, config)
 
         q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
         if plan.absorbs:

@@ -67,20 +67,20 @@ class Attention(Block):
             heads_BLHN = heads_BLHN + getattr(self, f"{name}_bias")[...].astype(h_BLD.dtype)
         return checkpoint_name(heads_BLHN, name)
 
-    def _placed(self, x_BLHN: jax.Array, norm: nnx.Param | None, positions_BL: jax.Array) -> jax.Array:
+    def _placed(self, x_BLHN: jax.Array, norm: nnx.Param | None, packing: Packing) -> jax.Array:
         """Return queries or keys after their norm, with their positions in them."""
         config = self.config
         if norm is not None:
             norm_of_kind = heads_norm if config.qk_norm == "width" else rms_norm
             x_BLHN = norm_of_kind(x_BLHN, norm_scale(norm[...], config), config.norm_epsilon)
-        return with_positions(x_BLHN, positions_BL, config)
+        return with_positions(x_BLHN, packing, config)
 
     def __call__(self, x_BLD: jax.Array, packing: Packing, plan: AttentionPlan) -> Turn[jax.Array]:
         x_BLD = yield x_BLD
         h_BLD = yield all_gather(self.normed(x_BLD), "tensor", dim=1)
         q_BLHN, k_BLKN, v_BLKN = yield tuple(self._projected(h_BLD, name) for name in ("query", "key", "value"))
-        q_BLHN = self._placed(q_BLHN, getattr(self, "query_norm", None), packing.positions)
-        k_BLKN = self._placed(k_BLKN, getattr(self, "key_norm", None), packing.positions)
+        q_BLHN = self._placed(q_BLHN, getattr(self, "query_norm", None), packing)
+        k_BLKN = self._placed(k_BLKN, getattr(self, "key_norm", None), packing)
         sinks_H = self.sinks[...] if self.config.attention_sinks else None
         with jax.named_scope("attention"):
             options = {"segments_BL": packing.segments, "sinks_H": sinks_H, "residual_name": "attention"}

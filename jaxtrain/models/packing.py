@@ -19,3 +19,5 @@ class Packing(NamedTuple):
     """bool [B, L], whether a position carries a loss; None without a loss (sampling)."""
     scale: jax.Array | None
     """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""
+    lengths: jax.Array | None = None
+    """int32 [B, L or 1], tokens of the whole sequence that each token is part of; None if the arrays hold it whole."""

@@ -6,10 +6,11 @@ import jax
 from jax import lax
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.packing import Packing
 from jaxtrain.ops.rope import rope
 
 
-def with_positions(x_BLHN: jax.Array, positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
+def with_positions(x_BLHN: jax.Array, packing: Packing, config: ModelConfig) -> jax.Array:
     """Rotate queries or keys by RoPE as the layer's kind says; return them unchanged where the layer has none.
 
     Args:
@@ -21,5 +22,5 @@ def with_positions(x_BLHN: jax.Array, positions_BL: jax.Array, config: ModelConf
         return x_BLHN
     own_base = kind == "local" and config.local_rope_theta > 0
     theta, scaling = (config.local_rope_theta, None) if own_base else (config.rope_theta, config.rope_scaling)
-    length = positions_BL.shape[1] * lax.axis_size("context")
-    return rope(x_BLHN, positions_BL, theta, scaling, config.rope_fraction, length)
+    length = packing.positions.shape[1] * lax.axis_size("context") if packing.lengths is None else packing.lengths
+    return rope(x_BLHN, packing.positions, theta, scaling, config.rope_fraction, length)

@@ -72,7 +72,7 @@ def rope(
     theta: float,
     scaling: RopeScaling | None = None,
     fraction: float = 1.0,
-    length: int = 0,
+    length: int | jax.Array = 0,
 ) -> jax.Array:
     """Rotate each pair (x_i, x_{i + N/2}) of a head by the angle position * frequency_i.
 
@@ -87,19 +87,28 @@ def rope(
       theta: base of the wavelengths.
       scaling: stretching of the wavelengths, or None. Its attention_factor multiplies sines and cosines.
       fraction: share of the N numbers, the first ones, that is rotated; their number is even.
-      length: see `rope_frequencies`.
+      length: see `rope_frequencies`; int32 [B, L or 1] where sequences differ.
 
     Returns:
       The shape and dtype of x_BLHN.
     """
     width = rotated_width(x_BLHN.shape[-1], fraction)
-    frequencies = jnp.asarray(rope_frequencies(width, theta, scaling, length), jnp.float32)
+    frequencies = _frequencies(width, theta, scaling, length)
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     factor = scaling.attention_factor if scaling else 1.0
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     x32 = x_BLHN.astype(jnp.promote_types(x_BLHN.dtype, jnp.float32))
     first, second, rest = jnp.split(x32, [width // 2, width], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x_BLHN.dtype)
+
+
+def _frequencies(width: int, theta: float, scaling: RopeScaling | None, length: int | jax.Array) -> jax.Array:
+    """Return `rope_frequencies` in float32, [width / 2] or, by each token's sequence, [B, L or 1, 1, width / 2]."""
+    if isinstance(length, int) or scaling is None or scaling.kind != "longrope":
+        return jnp.asarray(rope_frequencies(width, theta, scaling, length if isinstance(length, int) else 0), jnp.float32)
+    short, stretched = (rope_frequencies(width, theta, scaling, n) for n in (0, scaling.original_length + 1))
+    is_long_BL11 = (length > scaling.original_length)[..., None, None]
+    return jnp.where(is_long_BL11, stretched.astype(np.float32), short.astype(np.float32))
 
 
 def rotated_width(head_dim: int, fraction: float) -> int:

@@ -148,3 +148,20 @@ def batch() -> dict[str, np.ndarray]:
     targets[:, :-1] = np.where(same, tokens[:, 1:], IGNORED)
     ints = {"tokens": tokens, "positions": places - starts, "segments": segments, "targets": targets}
     return {name: value.astype(np.int32) for name, value in ints.items()}
+
+
+NEW_TOKENS = 64
+"""Tokens of an answer, longer than every window and than the contexts that RoPE stretches."""
+
+
+def prompts() -> list[list[int]]:
+    """Prompts of unequal lengths."""
+    random = np.random.default_rng(7)
+    return [random.integers(0, VOCAB, count).tolist() for count in (3, 19, 9)]
+
+
+def with_room(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return a config.json, and the shapes of its weights, with positions for an answer, which no token ends."""
+    length = "n_positions" if "n_positions" in config else "max_position_embeddings"
+    tables = {"transformer.wpe.weight": (128, 48)} if length == "n_positions" else {}
+    return config | {length: 128, "eos_token_id": None}, shapes | tables
