@@ -23,6 +23,7 @@ from jaxtrain.checkpoint.stored import (
     outdated,
     read_metadata,
     read_stored,
+    reading_alone,
     step_path,
     wrong_leaves,
 )
@@ -56,8 +57,6 @@ def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[
       DamagedCheckpoint: an array cannot be read.
     """
     path, here = step_path(folder, step), SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
     leaves = read_stored(path)["leaves"]
     for name in names or leaves:
         words = leaves.get(name)
@@ -67,7 +66,7 @@ def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[
         dims = tuple(int(size) for size in shape.split(",") if size)
         leaf = jax.ShapeDtypeStruct(dims, np.dtype(dtype), sharding=here)
         try:
-            with context:
+            with reading_alone(part=True):
                 loaded, _ = leaves_by_path(ocp.load(path, nested({tuple(name.split("/")): leaf})))
         except Exception as error:
             raise DamagedCheckpoint(f"{path}: {name} cannot be read: {cause(error)}") from error

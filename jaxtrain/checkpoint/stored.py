@@ -29,7 +29,7 @@ from jaxtrain.checkpoint.checksums import checksums
 from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
 from jaxtrain.files import user_path
-from jaxtrain.processes import exchange_next
+from jaxtrain.processes import exchange_next, own_index
 from jaxtrain.text import printable
 
 COMMIT_MARK = "committed.json"
@@ -112,15 +112,24 @@ def wrong_leaves(saved: dict[str, str], leaves: dict[str, jax.Array]) -> list[st
     return [name for name, found in checksums(leaves).items() if saved.get(name) != found]
 
 
+def reading_alone(part: bool) -> ocp.Context:
+    """Return the context of a load that waits for no other process; `part`: the checkpoint may hold further leaves.
+
+    Each process reads the files that hold its shards. Orbax's own barrier would keep those whose files are intact waiting
+    for one that failed, 300 s.
+    """
+    context = ocp.Context()
+    context.pytree.loading.partial_load = part
+    context.multiprocessing.active_processes, context.multiprocessing.primary_host = {own_index()}, own_index()
+    return context
+
+
 def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any], part: bool) -> dict[tuple[str, ...], jax.Array]:
     problem: Exception | None = None
     loaded: dict[tuple[str, ...], Any] = {}
     try:
-        with abandoned_io_unsaid():
-            context = ocp.Context()
-            context.pytree.loading.partial_load = part
-            with context:
-                loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
+        with abandoned_io_unsaid(), reading_alone(part):
+            loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
     except Exception as error:
         problem = error
     for name, leaf in leaves.items():

@@ -562,15 +562,16 @@ def test_kill_at_any_moment_of_saving_leaves_an_exact_latest_step(tmp_path):
 
 PEER = """
 import os, sys, jax, numpy as np
+from pathlib import Path
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtrain.checkpoint import Checkpoints, saving
 from jaxtrain.config import CheckpointConfig
-from jaxtrain.errors import CheckpointError, LostSave
+from jaxtrain.errors import CheckpointError, DamagedCheckpoint, LostSave
 rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, coordinator_bind_address=f"127.0.0.1:{port}")
 def placed(shape, spec):
     return NamedSharding(jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2), spec)
-w = np.arange(64, dtype=np.float32).reshape(8, 8)
+w = np.arange(4096, dtype=np.float32).reshape(64, 64)
 make = lambda value, sharding: jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 def fail(*_):
     raise OSError("a fault of the test's")
@@ -592,12 +593,21 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
     saving.commit = commit
     save(3)
     checkpoints.wait()
-    like = {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=placed((1, 4), P("b", "a"))),
+    like = {"w": jax.ShapeDtypeStruct(w.shape, np.float32, sharding=placed((1, 4), P("b", "a"))),
             "step": jax.ShapeDtypeStruct((), np.int32, sharding=placed((1, 4), P()))}
     state = checkpoints.restore(checkpoints.latest_step(), like)
     for shard in state["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, (w * 3)[shard.index])
     assert int(state["step"].addressable_data(0)) == 3
+    if rank == 1:  # process 0 reads nothing of this file
+        largest = max(Path(directory, "2", "state", "ocdbt.process_1", "d").iterdir(), key=lambda file: file.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+    try:
+        checkpoints.restore(2, like)
+    except DamagedCheckpoint as error:
+        assert ("another process failed" in str(error)) == (rank == 0), error
+    else:
+        raise AssertionError("a checkpoint with half a file counts here")
     if rank == 0:
         checkpoints._mirror.wait()
     saving._PATIENCE = 0.5
@@ -640,11 +650,11 @@ def test_two_processes_save_together_agree_on_what_fails_and_one_restores(tmp_pa
     onto = NamedSharding(mesh(4, 2), P("tensor", "fsdp"))
     everywhere = NamedSharding(mesh(4, 2), P())
     like = {
-        "w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=onto),
+        "w": jax.ShapeDtypeStruct((64, 64), np.float32, sharding=onto),
         "step": jax.ShapeDtypeStruct((), np.int32, sharding=everywhere),
     }
     restored = checkpoint.restore(tmp_path, 3, like)
-    np.testing.assert_array_equal(restored["w"], 3 * np.arange(64, dtype=np.float32).reshape(8, 8))
+    np.testing.assert_array_equal(restored["w"], 3 * np.arange(4096, dtype=np.float32).reshape(64, 64))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
