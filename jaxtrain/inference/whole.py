@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,8 +23,14 @@ from jaxtrain.sharding import BATCH_AXES, specs, vary
 PyTree = Any
 
 
+def gathers_each_layer(config: Config) -> Config:
+    """Return the config at ZeRO level 3, whatever a run trains with: parameters lie in shards over fsdp at every level."""
+    return replace(config, sharding=replace(config.sharding, zero=3))
+
+
 def _region(config: Config, mesh: Mesh) -> Any:
     """Return (params, batch) -> logits [B, L, padded vocabulary], sharded over batch, context and tensor."""
+    config = gathers_each_layer(config)
     model = make_decoder(config, mesh, choose_attention(config, mesh)[0])
     functions, dims = model.logits_functions(), parameter_dims(config.model)
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)

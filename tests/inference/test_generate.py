@@ -54,10 +54,10 @@ COUNT = 9
 
 
 @functools.cache
-def model(name: str, **mesh: int) -> Model:
-    config = validate(
-        replace(BASE, model=MODELS[name], mesh=MeshConfig(**{"fsdp": 1, **mesh})), math.prod(mesh.values() or [1])
-    )
+def model(name: str, zero: int = 3, **mesh: int) -> Model:
+    config = replace(BASE, model=MODELS[name], mesh=MeshConfig(**{"fsdp": 1, **mesh}))
+    config = replace(config, sharding=replace(config.sharding, zero=zero))
+    config = validate(config, math.prod(mesh.values() or [1]))
     devices = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
     born = jax.jit(lambda: initial_params(config), out_shardings=named(devices, parameter_dims(config.model)))
     return Model(config, devices, born())
@@ -85,7 +85,7 @@ def test_the_cache_gives_what_whole_sequences_give(name: str):
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("windows", {"pipe": 2, "fsdp": 2, "tensor": 2}),
+        ("windows", {"pipe": 2, "fsdp": 2, "tensor": 2, "zero": 1}),
         ("latents", {"expert": 2, "context": 2, "tensor": 2}),
         ("table", {"data": 2, "context": 2, "tensor": 2}),
     ],
