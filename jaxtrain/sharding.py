@@ -211,9 +211,11 @@ def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtyp
 
 
 def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
-    """Apply `gather_weight` to every leaf of a tree."""
+    """Apply `gather_weight` to every leaf of a tree; a weight in 8 bits gathers itself."""
 
-    def leaf(dims: Dims, master: jax.Array, compute: jax.Array) -> jax.Array:
+    def leaf(dims: Dims, master: Any, compute: Any) -> jax.Array:
+        if not isinstance(compute, jax.Array):
+            return compute.gathered(dims)
         return gather_weight(master, compute, dims, reduce_dtype, zero)
 
     return jax.tree.map(leaf, dims_tree, master, compute, is_leaf=is_dims)

@@ -23,10 +23,11 @@ from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
 from jaxtrain.models.layers import run_layer
 from jaxtrain.models.packing import Packing
+from jaxtrain.models.quantised_weights import weight_specs
 from jaxtrain.ops.losses import Logits
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.turns import alone
-from jaxtrain.sharding import all_gather, shift, specs, vary
+from jaxtrain.sharding import all_gather, shift, vary
 
 PyTree = Any
 
@@ -174,11 +175,15 @@ class Programs:
 
     def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
         """Return the jit of a region (params, cache, rows, *extra) -> (cache, rows, outputs)."""
-        inputs = (specs(parameter_dims(self.config.model)), self._cache_specs, self._row_spec, *extra)
-        results = (self._cache_specs, self._row_spec, outputs)
-        # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
-        mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate)
+        results, dims = (self._cache_specs, self._row_spec, outputs), parameter_dims(self.config.model)
+
+        def program(params: PyTree, *more: Any) -> Any:
+            inputs = (weight_specs(params, dims), self._cache_specs, self._row_spec, *extra)
+            # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
+            mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
+            return mapped(params, *more)
+
+        return jax.jit(program, donate_argnums=donate)
 
     def empty(self) -> tuple[PyTree, Rows]:
         """Return a cache without tokens, and rows at rest."""

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtrain.config import Config
 from jaxtrain.models.building import choose_attention, make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
+from jaxtrain.models.quantised_weights import weight_specs
 from jaxtrain.ops.attention_order import IN_PIECES, share_out, zigzag_order
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only
-from jaxtrain.sharding import BATCH_AXES, specs, vary
+from jaxtrain.sharding import BATCH_AXES, vary
 
 PyTree = Any
 
@@ -42,12 +43,13 @@ def _region(config: Config, mesh: Mesh) -> Any:
         return lax.psum(pipeline.forward(functions, schedule, held, held, rows)["logits"], "pipe")
 
     names = ("tokens", "positions", *(("segments",) if config.data.mask_documents else ()))
-    rows = dict.fromkeys(names, PartitionSpec(BATCH_AXES, "context"))
+    sharded = dict.fromkeys(names, PartitionSpec(BATCH_AXES, "context"))
     logits = PartitionSpec(BATCH_AXES, "context", "tensor")
-    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=logits, check_vma=True)
     context = config.mesh.context
 
     def in_order(params: PyTree, batch: PyTree) -> jax.Array:
+        inputs = (weight_specs(params, dims), sharded)
+        mapped = jax.shard_map(region, mesh=mesh, in_specs=inputs, out_specs=logits, check_vma=True)
         logits_BLV = mapped(params, {name: batch[name] for name in names})
         if context == 1 or model.attention.kind not in IN_PIECES:
             return logits_BLV

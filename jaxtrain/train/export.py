@@ -17,6 +17,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface.exporting import write_folder
 from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.quantised_weights import Quantised
 from jaxtrain.train.state import to_canonical
 
 
@@ -36,6 +37,8 @@ def hf_writer(beside: Path) -> Callable[[Model, str], dict[str, Any]]:
             for name in names:
                 path = name.split("/")[1:]
                 leaf, its_dims = (functools.reduce(operator.getitem, path, tree) for tree in (model.params, dims))
+                if isinstance(leaf, Quantised):
+                    raise ExplainedError("the weights are in 8 bits; load the model without quantisation to write it")
                 yield name, np.asarray(to_canonical(model.config, leaf, its_dims))
 
         return write_folder(model.config, read, target, beside)

@@ -24,18 +24,29 @@ from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.inference.model import Model
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.quantised_weights import Kind, quantised
 from jaxtrain.numerics import settled
 from jaxtrain.train.export import hf_writer
 from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
 
 
 @settled()
-def load(source: str | os.PathLike, mesh: MeshConfig | None = None, dtype: DType | None = None) -> Model:
+def load(
+    source: str | os.PathLike,
+    mesh: MeshConfig | None = None,
+    dtype: DType | None = None,
+    quantisation: Kind | None = None,
+    group: int = 0,
+) -> Model:
     """Return the model of a HuggingFace folder, or of a run: its newest checkpoint, or RUN@STEP.
 
     Args:
       mesh: how devices hold it; by default one device does.
       dtype: of matmuls and activations; by default float32 for a folder, the run's own for a run.
+      quantisation: int8 or float8 to hold matrices in 8 bits (`jaxtrain.models.quantised_weights`); each is read before it is
+        quantised, and matmuls stay in `dtype`.
+      group: neighbouring inputs with a scale of their own; 0: one scale for an output channel.
 
     Raises:
       ExplainedError: it cannot be read, or the mesh does not fit the model.
@@ -52,6 +63,8 @@ def load(source: str | os.PathLike, mesh: MeshConfig | None = None, dtype: DType
         raise ConfigError(problems, f"with {source}")
     devices = make_mesh(config.mesh, jax.devices()[:count])
     params = initial_weights(config, devices, optax.identity())[0]["params"]
+    if quantisation:
+        params = quantised(params, parameter_dims(config.model), quantisation, group, devices)
     tokenizer = _tokenizer(config.data.tokenizer)
     if not ends and tokenizer is not None and tokenizer.separator >= 0:
         ends = (tokenizer.separator,)

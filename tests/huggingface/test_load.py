@@ -59,6 +59,15 @@ def test_a_model_on_a_mesh_is_written_as_the_folder_it_came_from(folder: Path, t
         jaxtrain.load(folder).save_hf(tmp_path / "back")
 
 
+def test_weights_in_8_bits_give_nearly_the_same_and_are_not_written(folder: Path, tmp_path: Path):
+    tokens = first_documents()[0]
+    exact, held = jaxtrain.load(folder).logits(tokens), jaxtrain.load(folder, quantisation="int8", group=2)
+    assert 0 < np.abs(held.logits(tokens) - exact).max() < 0.1 * np.abs(exact).max()
+    with pytest.raises(ExplainedError, match="in 8 bits"):
+        held.save_hf(tmp_path / "held")
+    assert list(tmp_path.iterdir()) == []
+
+
 def tensors(folder: Path) -> dict[str, bytes]:
     """Return the bits of each weight."""
     return {name: array.tobytes() for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
