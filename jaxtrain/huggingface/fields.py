@@ -16,18 +16,28 @@ OF_ACTIVATION = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh
 
 HARMLESS = frozenset(
     # What a file is and where it is from; ids of tokens; what generation, dropout, losses and initial values use.
-    "architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache "
-    "_attn_implementation_autoset attn_implementation _flash_attn_2_enabled gradient_checkpointing is_decoder "
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id max_position_embeddings "
-    "n_positions n_ctx max_length model_max_length initializer_range init_std embd_pdrop resid_pdrop attn_pdrop embd_pdrop "
-    "attention_dropout hidden_dropout classifier_dropout output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux "
-    "router_jitter_noise pretraining_tp use_bfloat16 summary_activation summary_first_dropout summary_proj_to_labels "
-    "summary_type summary_use_proj task_specific_params ep_size num_nextn_predict_layers num_mtp_layers max_window_layers "
-    "no_rope_layer_interval _sliding_window_pattern sliding_window_pattern cache_implementation qk_head_dim "
-    "initial_context_length experts_per_token swiglu_alpha moe_layer_freq scoring_func num_return_sequences "
-    "output_attentions output_hidden_states return_dict id2label label2id problem_type chunk_size_feed_forward "
-    "finetuning_task hidden_dropout_prob layer_norm_eps_ tokenizer_class prefix vocab_file".split()
+    "architectures model_type torch_dtype dtype transformers_version name_or_path auto_map use_cache attn_implementation "
+    "gradient_checkpointing is_decoder bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
+    "unk_token_id max_position_embeddings n_positions n_ctx max_length model_max_length initializer_range init_std "
+    "embd_pdrop resid_pdrop attn_pdrop attention_dropout hidden_dropout classifier_dropout output_router_logits "
+    "router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise pretraining_tp use_bfloat16 summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params ep_size "
+    "num_nextn_predict_layers num_mtp_layers max_window_layers no_rope_layer_interval sliding_window_pattern "
+    "cache_implementation qk_head_dim initial_context_length experts_per_token swiglu_alpha "
+    "num_return_sequences output_attentions output_hidden_states return_dict id2label label2id problem_type "
+    "chunk_size_feed_forward finetuning_task hidden_dropout_prob layer_norm_eps_ tokenizer_class prefix vocab_file "
+    "cross_attention_hidden_size tie_encoder_decoder torchscript "
+    "tf_legacy_loss bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty "
+    "min_length no_repeat_ngram_size num_beam_groups num_beams remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens temperature top_k top_p typical_p is_llama_config transformers.js_config "
+    "unsloth_fixed unsloth_version base_model_tp_plan".split()
 )
+OFF = frozenset(
+    "use_mrope rope_interleaved pruned_heads add_cross_attention is_encoder_decoder use_bidirectional_attention "
+    "alibi use_alibi attention_bias mlp_bias".split()
+)
+"""Fields that leave the computation alone where they are false or empty."""
 
 
 class Fields:
@@ -81,7 +91,7 @@ class Fields:
         Raises:
           ExplainedError: names them all.
         """
-        left = {name: value for name, value in self._left.items() if value is not None and name not in HARMLESS}
+        left = {name: value for name, value in self._left.items() if value is not None and not is_harmless(name, value)}
         if left:
             listed = "; ".join(f"{name}={json.dumps(value)[:80]}" for name, value in left.items())
             kind = self._all.get("model_type")
@@ -89,6 +99,11 @@ class Fields:
                 f"{self._where} has fields that jaxtrain's {kind} does not know, and that may change the result: {listed}. "
                 "If they do not, remove them from a copy of the file"
             )
+
+
+def is_harmless(name: str, value: Any) -> bool:
+    """Return whether a field leaves the computation alone; those with an underscore are transformers' notes to itself."""
+    return name in HARMLESS or name.startswith("_") or (name in OFF and not value)
 
 
 @dataclass(frozen=True)

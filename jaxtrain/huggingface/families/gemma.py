@@ -15,6 +15,7 @@ def shared(fields: Fields, activation: str = "hidden_activation") -> dict[str, A
     """Translate what all Gemmas share."""
     fields.expect("use_bidirectional_attention", False)
     model = standard(fields, tied=True, activation=activation)
+    fields.take("hidden_act", None)  # `transformers` reads hidden_activation alone; published files have both
     if model["activation"] == "gelu":  # as `transformers` reads it: the models were trained with the tanh form
         model["activation"] = "gelu_tanh"
     return model | biases(fields) | {"norm_offset": 1.0, "embedding_scale": math.sqrt(model["embed_dim"])}

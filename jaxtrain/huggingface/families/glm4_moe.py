@@ -12,6 +12,8 @@ from jaxtrain.huggingface.rope import read_rope, write_rope
 
 def grouped(fields: Fields, router: str = "sigmoid") -> MoEConfig:
     """Translate the experts of DeepSeek-V3 and its kin."""
+    fields.expect("scoring_func", router)
+    fields.expect("moe_layer_freq", 1)
     return MoEConfig(
         num_experts=fields.take("n_routed_experts"),
         experts_per_token=fields.take("num_experts_per_tok"),
