@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import dealt
 from tests.quick import fake_devices
 
 platform = os.environ.get("JAXTRAIN_TEST_PLATFORM", "cpu")
@@ -19,6 +20,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # jax makes millions of objects that live long: with Python's own limit of 700 new ones a sixth of the time of a trace is spent
 # looking for cycles among them.
 gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.hookimpl(trylast=True)  # what is left out is gone by then
+def pytest_collection_modifyitems(items):
+    """Have every worker begin with long tests."""
+    tests, workers = Path(__file__).parent, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    items[:] = dealt(items, lambda item: item.path.relative_to(tests).as_posix(), workers)
 
 
 def pytest_runtest_setup(item):

@@ -1,9 +1,11 @@
-"""Every test asserts something itself, so that a reader sees at the test what would make it fail."""
+"""Every test asserts something itself, so that a reader sees at the test what would make it fail; long ones come first."""
 
 import ast
 from pathlib import Path
 
 import pytest
+
+from tests.order import LONG, dealt
 
 TESTS = Path(__file__).parent
 FILES = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py"))
@@ -30,3 +32,14 @@ def test_every_test_asserts(file: str):
 def test_the_walk_sees_a_test_without():
     assert not asserts(ast.parse("def test_a():\n    check(b)"))
     assert asserts(ast.parse("def test_a():\n    np.testing.assert_allclose(b, c)"))
+
+
+def test_every_worker_begins_with_long_files():
+    tests = [(file, number) for file in FILES for number in range(7)]
+    order = dealt(tests, lambda test: test[0], 3)
+    assert sorted(order) == sorted(tests)
+    size = -(-len(tests) // 3)
+    assert [order[worker * size][0] for worker in range(3)] == list(LONG[:3])
+    assert all(file not in LONG for file, _ in order[size - 7 : size])
+    assert [test for test in order if test[0] not in LONG] == [test for test in tests if test[0] not in LONG]
+    assert set(LONG) <= set(FILES)
