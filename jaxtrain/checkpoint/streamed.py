@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.checksums import checksums
+from jaxtrain.checkpoint.checksums import checksum_by_parts
 from jaxtrain.checkpoint.folder import partial, probe, remove_leftovers
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.stored import FORMAT, absolute, cause, commit, committed_steps
@@ -43,8 +43,9 @@ def save_streamed(
     try:
         for name, array in leaves:
             leaf = jax.device_put(array, jax.local_devices(backend="cpu")[0])
-            described[name], sums[name] = describe(leaf), checksums({name: leaf})[name]
-            ocp.partial.save(path, nested({tuple(name.split("/")): leaf}), custom_metadata=stored | {"leaves": described})
+            described[name], sums[name] = describe(leaf), checksum_by_parts(array)
+            with _uncompressed():
+                ocp.partial.save(path, nested({tuple(name.split("/")): leaf}), custom_metadata=stored | {"leaves": described})
             leaf.delete()
         ocp.partial.finalize(path)
         commit(path, stored | {"leaves": described}, sums)
@@ -53,3 +54,10 @@ def save_streamed(
         if isinstance(error, ExplainedError) or not isinstance(error, Exception):
             raise
         raise CheckpointError(f"{root / str(step)} cannot be written: {cause(error)}") from error
+
+
+def _uncompressed() -> ocp.Context:
+    """Return a context that writes at the disk's speed: zstd on one core is seven times slower, for half of the size."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context

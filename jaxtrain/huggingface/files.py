@@ -32,6 +32,8 @@ TRAVELLING = (
     "added_tokens.json chat_template.* vocab.json vocab.txt merges.txt *.tiktoken preprocessor_config.json LICENSE* USE_POLICY*"
 ).split()
 """Files that go with the weights, into a run and out of it again."""
+MAPPED_BYTES = 128 << 20
+"""Bytes read before the files are closed: what was read of a mapped file counts as resident memory until then."""
 SHOWN = 5
 """Tensors that one line of an error lists."""
 
@@ -61,6 +63,7 @@ class WeightsFolder:
         self.family, self.model = family_of(self.config, where), read_config(self.config, where)
         self.table = table_of(self.family, self.model)
         self._handles: dict[Path, Any] = {}
+        self._read_bytes = 0  # through these handles
         self._stored = self._headers()
         self._check()
 
@@ -232,9 +235,14 @@ class WeightsFolder:
     def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._stored[name]
         with _named(tensor.file):
+            if self._read_bytes > MAPPED_BYTES:
+                self.__exit__()
+                self._read_bytes = 0
             if tensor.file not in self._handles:  # a large header takes milliseconds to parse
                 self._handles[tensor.file] = safe_open(tensor.file, framework="numpy").__enter__()
-            return self._handles[tensor.file].get_slice(tensor.name)[index]
+            array = self._handles[tensor.file].get_slice(tensor.name)[index]
+            self._read_bytes += array.nbytes
+            return array
 
 
 def travelling_files(folder: Path) -> list[Path]:

@@ -40,5 +40,6 @@ def main(arguments: Sequence[str]) -> int:
     from jaxtrain.huggingface.exporting import export
 
     config = export(flags.run, flags.folder, flags.dtype)
-    show(f"exported a {config['architectures'][0]} in {config['dtype']} to {flags.folder}")
+    kind = (config.get("architectures") or [config["model_type"]])[0]
+    show(f"exported a {kind} in {config['dtype']} to {flags.folder}")
     return EXIT_DONE

@@ -95,6 +95,9 @@ def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert verbs["import"].main([str(tmp_path / "in"), f"--run_dir={tmp_path / 'run'}"]) == 0
     assert verbs["export"].main([str(tmp_path / "run"), str(tmp_path / "out"), "--dtype=bfloat16"]) == 0
     assert "exported a LlamaForCausalLM in bfloat16" in capsys.readouterr().out
+    edit(architectures="gone")(tmp_path / "run" / "huggingface")
+    assert verbs["export"].main([str(tmp_path / "run"), str(tmp_path / "unnamed")]) == 0
+    assert "exported a llama in float32" in capsys.readouterr().out
     with pytest.raises(ExplainedError, match="there already"):
         verbs["export"].main([str(tmp_path / "run"), str(tmp_path / "out")])
     with pytest.raises(ExplainedError, match="holds checkpoints already"):
