@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from dataclasses import replace
 
 import jax
@@ -24,40 +23,17 @@ from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, NumbersError
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train import run as run_module
 from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rollbacks import Rollback, Rollbacks
 from jaxtrain.train.run import Run
 from jaxtrain.train.state_check import StateCheck
-from jaxtrain.train.stop import StopOnSignal
 from tests.tiny import MODEL
 from tests.train.poison import NAN, SPIKE, poisonable
+from tests.train.runs import Said, StopAt
 
 STEPS, ROWS = 20, 16
-
-
-class Said(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-class StopAt(StopOnSignal):
-    """As if SIGTERM had come during a step."""
-
-    def __init__(self, step):
-        super().__init__(Progress())
-        self.step = step
-
-    def before_step(self, step, state):
-        if step == self.step:
-            self.received = signal.SIGTERM
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """A run in this process, on eight fake devices: resumed on other layouts, stopped by hooks, refused where it is another run."""
 
 import json
-import signal
 from dataclasses import replace
 
 import jax
@@ -24,38 +23,15 @@ from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.run import Run
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in
 from jaxtrain.train.step import make_evaluation_step
-from jaxtrain.train.stop import StopOnSignal
 from tests.tiny import MODEL
+from tests.train.runs import Said, StopAt
 
 WORDS = ["alpha ", "beta ", "gamma\n", "été ", "0 1 2 "]
 STEPS, FIRST_STOP, SECOND_STOP = 45, 5, 25
-
-
-class Said(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-class StopAt(StopOnSignal):
-    """As if SIGTERM had come during a step."""
-
-    def __init__(self, step):
-        super().__init__(Progress())
-        self.step = step
-
-    def before_step(self, step, state):
-        if step == self.step:
-            self.received = signal.SIGTERM
 
 
 class Recorded(Prepared):

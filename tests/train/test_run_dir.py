@@ -11,20 +11,10 @@ import pytest
 
 from jaxtrain.config import Config, MeshConfig, TrainConfig
 from jaxtrain.errors import ExplainedError
-from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train import run_dir
 from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
 from tests.conftest import ERRNOS
-
-
-class Said(Progress):
-    """Keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
+from tests.train.runs import Said
 
 
 @pytest.fixture(params=ERRNOS, ids=errno.errorcode.get)
