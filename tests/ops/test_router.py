@@ -46,3 +46,33 @@ def test_mixtral_takes_the_softmax_of_the_chosen_logits():
 def test_unnormalised_weights_are_the_scores():
     _, weights, affinities = routed([0.3, 2.0, -1.0, 1.5], normalize_weights=False)
     np.testing.assert_allclose(weights, affinities[[1, 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v2", "softmax", "renormalised"])
+def test_routing_by_a_loop(kind: str):
+    """Every token by hand, in float64: DeepSeek-V3's best groups by the sum of two biased scores, V2's by the largest score."""
+    random = np.random.default_rng(0)
+    logits, bias = random.normal(size=(30, 12)), random.normal(size=12) * 0.2
+    groups = {"groups": 4, "groups_per_token": 2, "weight_scale": 2.5}
+    fields = {
+        "deepseek_v3": {"router": "sigmoid", **groups},
+        "deepseek_v2": {"normalize_weights": False, "group_score": "max", **groups},
+        "softmax": {"normalize_weights": False},
+        "renormalised": {},
+    }[kind]
+    for row in logits:
+        exps = [np.exp(x) for x in row]
+        scores = [1 / (1 + np.exp(-x)) for x in row] if kind == "deepseek_v3" else [e / sum(exps) for e in exps]
+        chosen_by = [s + b for s, b in zip(scores, bias, strict=True)] if kind == "deepseek_v3" else scores
+        closed = set()
+        if "groups" in fields:
+            parts = [sorted(chosen_by[3 * g : 3 * g + 3]) for g in range(4)]
+            rank = [part[-1] + part[-2] if kind == "deepseek_v3" else part[-1] for part in parts]
+            closed = {e for g in np.argsort(rank)[:2] for e in range(3 * g, 3 * g + 3)}
+        best = sorted((e for e in range(12) if e not in closed), key=lambda e: -chosen_by[e])[:3]  # noqa: B023
+        weights = np.array([scores[e] for e in best])
+        if kind in ("deepseek_v3", "renormalised"):
+            weights = weights / weights.sum()
+        experts, got, _ = routed(row, bias if kind == "deepseek_v3" else None, experts_per_token=3, **fields)
+        assert experts.tolist() == best
+        np.testing.assert_allclose(got, weights * fields.get("weight_scale", 1.0), rtol=1e-5)
