@@ -53,7 +53,7 @@ class JsonTokenizer:
             if what := _another_file(description):
                 raise DataError(f"{where}: is not a tokenizer.json but {what}; look for tokenizer.json in the same folder")
             separator = _separator_name(description, eos_name)
-            separator = _hide_control_tokens(description, separator) if separator else ""
+            hidden = _hide_control_tokens(description, separator) if separator else {}
             self._backend = Backend.from_str(json.dumps(description))
         except BaseException as error:  # the library raises bare Exception, and panics that derive only from BaseException
             if isinstance(error, DataError):
@@ -63,9 +63,10 @@ class JsonTokenizer:
         if not separator:
             raise DataError(f"{where}: has no token to separate documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
         self._backend.encode_special_tokens = True
+        self._hidden, self._apart = hidden, secrets.token_hex(16)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.separator = vocabulary[separator]
+        self.separator = vocabulary[hidden[separator]]
         self.fingerprint = hashlib.sha256(f"json-2 {self.separator} {content}".encode()).hexdigest()[:32]
 
     def encode(self, text: str) -> np.ndarray:
@@ -79,6 +80,25 @@ class JsonTokenizer:
         except BaseException as error:
             raise failed_encoding(self._where, texts, self._backend.encode, error) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def spell_apart(self, text: str) -> str:
+        """Return the text such that no control token that it spells is one in `encode_marked`."""
+        for name in self._hidden:
+            text = text.replace(name, name[:1] + self._apart + name[1:])
+        return text
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Return the ids of a text in which control tokens are spelled out, as in a rendered chat template, [length] int32.
+
+        Control tokens that went through `spell_apart` stay plain text. Raises DataError where the library fails.
+        """
+        for name in sorted(self._hidden, key=len, reverse=True):
+            text = text.replace(name, self._hidden[name])
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text.replace(self._apart, ""))
+        finally:
+            self._backend.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control tokens."""
@@ -145,8 +165,8 @@ def _separator_name(description: dict[str, Any], eos_name: str | None) -> str | 
     return next((name for name in found if name != unknown), found[0] if found else None)
 
 
-def _hide_control_tokens(description: dict[str, Any], separator: str) -> str:
-    """Give every control token a name that no text holds, in place, and return that of the separator.
+def _hide_control_tokens(description: dict[str, Any], separator: str) -> dict[str, str]:
+    """Give every control token a name that no text holds, in place; return {name: new name}, the separator among them.
 
     The library ignores special added tokens that are spelled out (encode_special_tokens), but no others, and a model finds
     the pieces of its own vocabulary: the </s> of T5 is a piece of score 0, which no other spelling can beat. An id does not
@@ -164,7 +184,7 @@ def _hide_control_tokens(description: dict[str, Any], separator: str) -> str:
         _rename_pieces(model, hidden)
     model.pop("dropout", None)
     description |= {"truncation": None, "padding": None, "post_processor": None}
-    return hidden[separator]
+    return hidden
 
 
 def _rename_pieces(model: dict[str, Any], names: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -32,6 +32,8 @@ class Generation:
     """Of each, under softmax(logits)."""
     text: str | None
     """The answer as text, without what ended it; None for a model without a tokenizer."""
+    finish: Literal["stop", "length"] = "length"
+    """Whether a token or a text ended it, or `max_new_tokens`."""
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Model:
         stop: Sequence[str] = (),
         slots: int = 8,
         on_text: Callable[[int, str], None] | None = None,
+        on_done: Callable[[int, Generation], None] | None = None,
         details: bool = False,
         **sampling: Any,
     ) -> Any:
@@ -83,6 +86,7 @@ class Model:
           stop: texts that end an answer; the answer holds what stands before the first of them.
           slots: most prompts that are answered at a time; the others wait for a free place.
           on_text: called with (index of the prompt, new text) as it is made.
+          on_done: called with (index of the prompt, its answer) as soon as that is whole.
           details: return `Generation`s.
           sampling: temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `Sampling`.
 
@@ -108,6 +112,8 @@ class Model:
             answers[made.request].add(made.token, made.log_probability)
             if on_text and (new := answers[made.request].new_text(made.is_last)):
                 on_text(made.request, new)
+            if on_done and made.is_last:
+                on_done(made.request, answers[made.request].generation())
         done = [answer.generation() for answer in answers]
         results: list[Any] = done if details else [one.text if is_text else one.ids for one in done]
         return results[0] if is_one else results
@@ -223,4 +229,5 @@ class _Answer:
     def generation(self) -> Generation:
         """Return the whole answer."""
         text = self._text() if self._model.tokenizer is not None else None
-        return Generation(self._ids, self._log_ps, text)
+        is_ended = self._ids[-1] in self._model.ends or self.has_stop(self._ids)
+        return Generation(self._ids, self._log_ps, text, "stop" if is_ended else "length")

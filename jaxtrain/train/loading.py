@@ -18,7 +18,7 @@ from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
 from jaxtrain.config.fields import from_json
 from jaxtrain.config.rules import find_problems
 from jaxtrain.data.tokenizers import load_tokenizer
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
@@ -61,6 +61,8 @@ def load(
     problems = [problem for problem in problems if problem.startswith(("mesh.", "model."))]
     if problems:
         raise ConfigError(problems, f"with {source}")
+    if count > jax.device_count():
+        raise ExplainedError(f"the mesh wants {count} devices, there are {jax.device_count()}; give a smaller mesh.*")
     devices = make_mesh(config.mesh, jax.devices()[:count])
     params = initial_weights(config, devices, optax.identity())[0]["params"]
     if quantisation:
