@@ -263,6 +263,11 @@ CORRUPTIONS = {
     "integers": (tensors(lambda held: held | {FIRST: held[FIRST].astype(np.int32)}), "is I32"),
     "NaN": (tensors(poison(np.nan)), "mlp.down_proj.weight holds numbers that are not finite"),
     "infinity": (tensors(poison(-np.inf)), "not finite"),
+    "a tokenizer of more tokens": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 101}]}'),
+        "has ids up to 101, but config.json has vocab_size=101: .*vocab_size=102",
+    ),
+    "a truncated tokenizer": (bytes_of(lambda data: data[:-1], "tokenizer.json"), "is no tokenizer.json"),
     "a pickle": (as_pickle, "run code of whoever made them"),
     "no weights": (lambda folder: [file.unlink() for file in folder.glob("model*")], "neither model.safetensors nor"),
 }
