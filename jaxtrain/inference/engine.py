@@ -114,6 +114,11 @@ class Engine:
         self._turn = scaling.original_length if scaling and scaling.kind == "longrope" else NEVER
         """Tokens of a sequence up to which LongRoPE has short factors: a row that outgrows them is put into the cache anew."""
 
+    @property
+    def rooms(self) -> tuple[CacheSize, ...]:
+        """Return the sizes of the caches that there were so far."""
+        return tuple(self._programs)
+
     def run(
         self,
         params: PyTree,

@@ -16,7 +16,7 @@ from jaxtrain.command import Usage, parse
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
 from jaxtrain.signals import Request, Watch, end_at_once, say
-from jaxtrain.text import printable
+from jaxtrain.text import printable, readable_size
 
 if TYPE_CHECKING:
     from jaxtrain.inference.model import Generation, Model
@@ -161,13 +161,19 @@ class _Speed:
         """Count an answer."""
         self.prompts, self.tokens = self.prompts + 1, self.tokens + len(answer.ids)
 
-    def tell(self) -> None:
-        """Print the line."""
+    def tell(self, model: Model) -> None:
+        """Print the line, and another of what a device held."""
+        from jaxtrain.planner.generation_memory import generation_memory
+
         seconds = time.monotonic() - self.begun
         first = f", first text after {self.first:.2f} s" if self.first else ""
         plural = "" if self.prompts == 1 else "s"
         line = f"{self.prompts} prompt{plural}, {self.tokens} tokens, {self.tokens / seconds:.1f} tokens/s{first}"
         print(f"{line} (with compilation)", file=sys.stderr)
+        if rooms := model.engine.rooms:
+            memory = max(generation_memory(model.config, room) for room in rooms)
+            weights, cache = map(readable_size, memory)
+            print(f"a device held {weights} of weights and {cache} of cache", file=sys.stderr)
 
 
 def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -> None:
@@ -191,7 +197,7 @@ def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -
             shown += 1
 
     _generate(model, flags, ids, on_text=on_text, on_done=on_done)
-    speed.tell()
+    speed.tell(model)
 
 
 def _ids(model: Model, text: str) -> list[int]:
@@ -229,7 +235,7 @@ def _chat(model: Model, flags: GenerateFlags) -> None:
             messages.append({"role": "user", "content": said})
             messages.append({"role": "assistant", "content": _turn(model, flags, conversations.encode(messages), speed)})
             flags = dataclasses.replace(flags, seed=(flags.seed + 1) % 2**32)
-    speed.tell()
+    speed.tell(model)
 
 
 def _said() -> str | None:

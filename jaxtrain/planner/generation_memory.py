@@ -1,0 +1,49 @@
+"""The memory that generation holds on a device from token to token: weights and the cache of keys and values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.inference.cache import CacheSize, cache_shapes, cache_specs
+from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.sharding import specs
+from jaxtrain.train.state import initial_params
+
+
+class GenerationMemory(NamedTuple):
+    """Bytes of one device."""
+
+    weights: int
+    """In `model.param_dtype`, as the state of training holds them."""
+    cache: int
+    """Windows have rings of entries, latent attention an entry of kv_rank + rope_dim numbers."""
+
+
+def generation_memory(config: Config, room: CacheSize) -> GenerationMemory:
+    """Return what a device holds of a model that generates; sums of exact shapes.
+
+    Args:
+      config: resolved.
+      room: rows of all devices, a multiple of the devices that rows are cut over.
+    """
+    weights = jax.eval_shape(functools.partial(initial_params, config))
+    return GenerationMemory(
+        _bytes_of_device(config, weights, specs(parameter_dims(config.model))),
+        _bytes_of_device(config, cache_shapes(config, room), cache_specs(config)),
+    )
+
+
+def _bytes_of_device(config: Config, shapes: Any, places: Any) -> int:
+    sizes: dict[str, int] = dict(zip(MESH_AXES, config.mesh.shape, strict=True))
+
+    def of(leaf: Any, place: Any) -> int:
+        axes = [axis for part in place if part for axis in ((part,) if isinstance(part, str) else part)]
+        return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize // math.prod(sizes[axis] for axis in axes)
+
+    return sum(jax.tree.leaves(jax.tree.map(of, shapes, places)))
