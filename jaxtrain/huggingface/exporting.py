@@ -121,6 +121,7 @@ def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str
             for name in theirs:
                 files.add(name, table.write(name, part, _numpy(dtypes[name])))
                 advance(sizes[name])
+            held.clear()  # before the next is read
     files.finish(sum(sizes.values()))
 
 
