@@ -16,14 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.inference.cache import ROW_AXES, CacheSize
-from jaxtrain.inference.forward import Programs, Rows
+from jaxtrain.inference.forward import STEPS, Programs, Rows
 from jaxtrain.inference.sampling import Choice
 
 PyTree = Any
 LARGEST_CHUNK = 512
 """Tokens of a prompt that go through the model at a time: longer ones go in pieces."""
-STEPS_AT_A_TIME = 8
-"""Decoding steps between two looks at the host: a row that ends may rest for the others."""
 UNIT = 64
 """Lengths of caches are multiples of this, so that few programs are compiled."""
 
@@ -156,7 +154,7 @@ class Engine:
                 cache, rows, made = programs.begin(params, cache, rows, *self._place(*chunk))
                 tokens, log_ps = (self._fetch(array)[None] for array in made)
             else:
-                cache, rows, made = programs.decode(self._steps(held))(params, cache, rows)
+                cache, rows, made = programs.decode(params, cache, rows, np.int32(self._steps(held)))
                 tokens, log_ps = map(self._fetch, made)
             yield from self._hand_out(held, tokens, log_ps, wants_more)
 
@@ -230,11 +228,11 @@ class Engine:
         return tokens, count, prompt
 
     def _steps(self, held: list[_Request | None]) -> int:
-        """Return how many steps to decode: none that no row needs, in powers of two, so that few programs are compiled."""
+        """Return how many steps to decode: none that no row needs."""
         running = [r for r in held if r is not None]
         most = max(r.sampling.max_new_tokens - len(r.made) for r in running)
         most = min([most, *(self._turn + 1 - r.length for r in running if r.length <= self._turn)])
-        return min(STEPS_AT_A_TIME, 2 ** math.floor(math.log2(most)))
+        return min(STEPS, most)
 
     def _hand_out(
         self, held: list[_Request | None], tokens: np.ndarray, log_ps: np.ndarray, wants_more: Callable[[int, list[int]], bool]

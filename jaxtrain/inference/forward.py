@@ -30,6 +30,8 @@ from jaxtrain.parallel.turns import alone
 from jaxtrain.sharding import all_gather, shift, vary
 
 PyTree = Any
+STEPS = 8
+"""Most decoding steps between two looks at the host: a row that ends rests for the others."""
 
 
 class Rows(NamedTuple):
@@ -171,7 +173,8 @@ class Programs:
         """(rows, new rows, which) -> rows."""
         self.rewind = jax.jit(_rewind, donate_argnums=0)
         """(rows, which) -> rows."""
-        self.decode = functools.lru_cache(maxsize=None)(self._decode_program)
+        self.decode = self._decode_program()
+        """(params, cache, rows, steps) -> (cache, rows, (tokens or -1, log-probabilities) [STEPS, B])."""
 
     def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
         """Return the jit of a region (params, cache, rows, *extra) -> (cache, rows, outputs)."""
@@ -221,26 +224,27 @@ class Programs:
         is_end_B = (count_B > 0) & (rows.length == prompt_B)
         return cache, *_advance(rows, logits, is_end_B & (rows.left > 0))
 
-    def _decode_program(self, steps: int) -> Any:
-        """Return the program of some decoding steps; its outputs are tokens and log-probabilities, [steps, B]."""
+    def _decode_program(self) -> Any:
+        """Return the program of some decoding steps, at most STEPS: one for any number, since a compile takes seconds."""
 
-        def region(params: PyTree, cache: PyTree, rows: Rows) -> tuple[PyTree, Rows, tuple]:
+        def region(params: PyTree, cache: PyTree, rows: Rows, steps: jax.Array) -> tuple[PyTree, Rows, tuple]:
             weights = self._weights(params)
+            count = rows.left.shape[0]
+            none = (jnp.full((STEPS, count), -1, jnp.int32), jnp.zeros((STEPS, count), jnp.float32))
 
-            def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
-                cache, rows = carry
+            def step(number: jax.Array, carry: tuple) -> tuple:
+                cache, rows, made = carry
                 active = (rows.left > 0) & (rows.number > 0)
                 places = Places(jnp.where(active, rows.length, -1)[:, None], rows.length[:, None] + 1)
                 zeros = jnp.zeros_like(rows.length)
                 cache, logits = _forward(self._decoder, weights, cache, rows.token[:, None], places, zeros)
                 rows = rows._replace(length=rows.length + active)
-                rows, made = _advance(rows, logits, active)
-                return (cache, rows), made
+                rows, new = _advance(rows, logits, active)
+                return cache, rows, jax.tree.map(lambda held, own: held.at[number].set(own), made, new)
 
-            (cache, rows), made = lax.scan(step, (cache, rows), None, length=steps)
-            return cache, rows, made
+            return lax.fori_loop(0, steps, step, (cache, rows, none))
 
-        return self._jit(region, (), PartitionSpec(None, ROW_AXES))
+        return self._jit(region, (PartitionSpec(),), PartitionSpec(None, ROW_AXES))
 
 
 def _admit(rows: Rows, new: Rows, which_B: jax.Array) -> Rows:

@@ -49,6 +49,8 @@ class Model:
     """Has `encode(text) -> ids` and `decode(ids) -> text`; None if there is none."""
     ends: tuple[int, ...] = ()
     """Token ids that end an answer."""
+    begins: tuple[int, ...] = ()
+    """Token ids that go before a prompt of text."""
     write: Callable[[Model, str], Any] | None = field(default=None, repr=False)
     """Writes the weights as a HuggingFace folder, for `save_hf`."""
     _programs: dict[tuple, Any] = field(default_factory=dict, repr=False)
@@ -99,7 +101,7 @@ class Model:
         is_text, is_one, asked = _prompts(prompts)
         if (is_text or stop or on_text) and self.tokenizer is None:
             raise ExplainedError("this model has no tokenizer: give prompts as token ids, without stop and on_text")
-        ids = [list(self.tokenizer.encode(p)) for p in asked] if is_text else [[int(i) for i in p] for p in asked]
+        ids = [self.ids(p) if is_text else [int(i) for i in p] for p in asked]
         for prompt in ids:
             self._checked([prompt or [0]])
         given = Sampling(max_new_tokens, **sampling)
@@ -127,6 +129,10 @@ class Model:
         if self.write is None:
             raise ExplainedError("only models of jaxtrain.load and Trainer.model() can be written")
         self.write(self, os.fspath(directory))
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a prompt."""
+        return [*self.begins, *(int(i) for i in self.tokenizer.encode(text))]
 
     @property
     def engine(self) -> Engine:

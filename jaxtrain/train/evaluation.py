@@ -53,7 +53,7 @@ def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:
         )
         params = first(params)
     ends = (data.tokenizer.separator,) if data.tokenizer.separator >= 0 else ()
-    return Model(config, prepared.mesh, params, data.tokenizer, ends, hf_writer(config.directory / TRAVELLING_FOLDER))
+    return Model(config, prepared.mesh, params, data.tokenizer, ends, (), hf_writer(config.directory / TRAVELLING_FOLDER))
 
 
 def continue_text(

@@ -23,7 +23,7 @@ from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.inference.model import Model
-from jaxtrain.mesh import make_mesh
+from jaxtrain.mesh import count_devices, make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.quantised_weights import Kind, quantised
 from jaxtrain.numerics import settled
@@ -54,15 +54,15 @@ def load(
     source = str(source)
     config, ends, beside = _of_folder(source) if is_folder(source) else _of_run(source)
     mesh = mesh or MeshConfig(fsdp=1)
-    sizes = [size for size in mesh.shape if size > 0]
-    count = math.prod(sizes) if len(sizes) == len(mesh.shape) else jax.device_count()
+    sizes, here = [size for size in mesh.shape if size > 0], count_devices()
+    count = math.prod(sizes) if len(sizes) == len(mesh.shape) else here
     model = replace(config.model, dtype=dtype or config.model.dtype)
     config, problems = find_problems(replace(config, model=model, mesh=mesh, sync=SyncConfig(), init_from=source), count)
     problems = [problem for problem in problems if problem.startswith(("mesh.", "model."))]
     if problems:
         raise ConfigError(problems, f"with {source}")
-    if count > jax.device_count():
-        raise ExplainedError(f"the mesh wants {count} devices, there are {jax.device_count()}; give a smaller mesh.*")
+    if count > here:
+        raise ExplainedError(f"the mesh wants {count} devices, there are {here}; give a smaller mesh.*")
     devices = make_mesh(config.mesh, jax.devices()[:count])
     params = initial_weights(config, devices, optax.identity())[0]["params"]
     if quantisation:
@@ -70,7 +70,7 @@ def load(
     tokenizer = _tokenizer(config.data.tokenizer)
     if not ends and tokenizer is not None and tokenizer.separator >= 0:
         ends = (tokenizer.separator,)
-    return Model(config, devices, params, tokenizer, ends, hf_writer(beside))
+    return Model(config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json"), hf_writer(beside))
 
 
 def _of_folder(source: str) -> tuple[Config, tuple[int, ...], Path]:
@@ -99,6 +99,17 @@ def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
     """Return the config that a checkpoint was saved with, no tokens, and where the files beside its weights are."""
     folder, step = find(with_colon(source))
     return from_json(json.dumps(read_metadata(folder, step)["config"])), (), Path(folder).parent / TRAVELLING_FOLDER
+
+
+def _begins(tokenizer: Path) -> tuple[int, ...]:
+    """Return the token ids that a tokenizer.json puts before a text, which our own encoding leaves out."""
+    if not tokenizer.is_file():
+        return ()
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(tokenizer))
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
 
 
 def _tokenizer(name: str) -> Any:

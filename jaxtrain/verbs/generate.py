@@ -59,6 +59,10 @@ class GenerateFlags:
     """Print one JSON object a line: prompt, text, tokens, logprobs, finish."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of matmuls and activations; empty: float32 for a folder, the run's own for a run."""
+    quantisation: Literal["", "int8", "float8"] = ""
+    """Hold the matrices in 8 bits."""
+    group: int = 0
+    """With quantisation: neighbouring inputs with a scale of their own; 0: one scale for an output channel."""
 
 
 USAGE = Usage(
@@ -91,7 +95,9 @@ def main(arguments: Sequence[str]) -> int:
     prompts = [] if flags.chat else _prompts(flags)
     from jaxtrain.train.loading import load
 
-    model = load(flags.model, line.config.mesh if line.given else None, flags.dtype or None)
+    model = load(
+        flags.model, line.config.mesh if line.given else None, flags.dtype or None, flags.quantisation or None, flags.group
+    )
     if model.tokenizer is None or model.config.data.tokenizer == "none":
         raise ExplainedError(f"{flags.model}: has no tokenizer.json, so no text can be given to its model")
     if flags.chat:
@@ -179,7 +185,7 @@ class _Speed:
 def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -> None:
     """Print the answers in the order of the prompts, each as soon as those before it are whole; a single one as it is made."""
     conversations = _Conversations(model) if any(prompt.messages for prompt in prompts) else None
-    ids = [conversations.encode(p.messages) if conversations and p.messages else _ids(model, p.text) for p in prompts]
+    ids = [conversations.encode(p.messages) if conversations and p.messages else model.ids(p.text) for p in prompts]
     speed, waiting, shown = _Speed(), dict[int, Any](), 0
     streams = len(prompts) == 1 and not flags.json and not flags.logprobs
 
@@ -198,10 +204,6 @@ def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -
 
     _generate(model, flags, ids, on_text=on_text, on_done=on_done)
     speed.tell(model)
-
-
-def _ids(model: Model, text: str) -> list[int]:
-    return [int(i) for i in model.tokenizer.encode(text)]
 
 
 def _generate(model: Model, flags: GenerateFlags, ids: Sequence[Sequence[int]], **calls: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,32 @@ def test_weights_in_8_bits_give_nearly_the_same_and_are_not_written(folder: Path
     with pytest.raises(ExplainedError, match="in 8 bits"):
         held.save_hf(tmp_path / "held")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_begins_as_the_tokenizer_says(folder: Path, tmp_path: Path):
+    """With <s>, which our own encoding leaves out; token ids are taken as they are."""
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun)
+    vocabulary = {"<s>": 0, "</s>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    whole = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": content, **special} for i, content in enumerate(("<s>", "</s>"))],
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": whole,
+            "pair": whole,
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "</s>"},
+    }
+    (begun / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    model = jaxtrain.load(begun)
+    assert model.ids("ab") == [0, 2, 3]
+    assert model.generate("ab", 4) == model.tokenizer.decode(model.generate([0, 2, 3], 4))
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
