@@ -177,9 +177,12 @@ class _Speed:
         line = f"{self.prompts} prompt{plural}, {self.tokens} tokens, {self.tokens / seconds:.1f} tokens/s{first}"
         print(f"{line} (with compilation)", file=sys.stderr)
         if rooms := model.engine.rooms:
-            memory = max(generation_memory(model.config, room) for room in rooms)
-            weights, cache = map(readable_size, memory)
-            print(f"a device held {weights} of weights and {cache} of cache", file=sys.stderr)
+            import jax
+
+            cache = max(generation_memory(model.config, room).cache for room in rooms)
+            weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))  # 8 bits or not
+            held = f"{readable_size(weights)} of weights and {readable_size(cache)} of cache"
+            print(f"a device held {held}", file=sys.stderr)
 
 
 def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -> None:
