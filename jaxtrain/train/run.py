@@ -399,7 +399,9 @@ class Run:
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
         evaluate = Evaluation(self.prepared, self.data, train.validate_batches)
-        self.validation = Validation(telemetry, evaluate, self.data.bits_per_byte, train.stop_at_validation_loss)
+        self.validation = Validation(
+            telemetry, evaluate, self.stop.ends_before, self.data.bits_per_byte, train.stop_at_validation_loss
+        )
         return self.validation
 
     def _diagnose(self, state: PyTree, step: int) -> str:

@@ -71,6 +71,22 @@ class StopOnSignal(Hook):
         if self.received is not None and not are_several():
             raise Stopped(f"{self.received.name} received outside the training loop")
 
+    def ends_before(self, what: str, part: int) -> bool:
+        """Return whether a signal ends work of several parts before this one, from 0; all processes say the same.
+
+        No process can finish a part before all have begun it. So when one is about to begin part n, others have at most begun
+        it: it posts n + 1, and all look before that part (compare `_agree`).
+
+        Args:
+          what: the work, by a name that no other has.
+        """
+        if not are_several():
+            return self.received is not None
+        if self.received is not None and look(f"stop {what}") is None:
+            post(f"stop {what}", str(part + 1))
+        said = look(f"stop {what}")
+        return said is not None and part >= int(said)
+
     def before_step(self, step: int, state: PyTree) -> None:
         self._step = step
 

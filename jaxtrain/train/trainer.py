@@ -227,6 +227,7 @@ class Trainer:
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
         loss = evaluation(self.state["params"])
+        assert loss is not None  # nothing ends it
         found = {"validation_loss": loss, "validation_bits_per_byte": self.data.bits_per_byte(loss)}
         self._rows.append({"step": self._step, **found})
         return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -228,7 +229,8 @@ def test_rows_hold_the_energy_where_it_is_measured():
 
 def validation(losses, stop_at=0.0):
     losses = iter(losses)
-    return Validation(Telemetry(Log(), Said(), Clock()), lambda params: next(losses), lambda loss: loss / 2, stop_at)
+    telemetry = Telemetry(Log(), Said(), Clock())
+    return Validation(telemetry, lambda params, ends: next(losses), lambda what, part: False, lambda loss: loss / 2, stop_at)
 
 
 def test_multiples_and_other_steps_are_due():
@@ -243,6 +245,40 @@ def test_validation_writes_its_row():
     row = {"step": 10, "validation_loss": 3.0, "validation_bits_per_byte": 1.5}
     assert telemetry.log.rows == telemetry.progress.rows == [row]
     assert telemetry.clock.pauses == 1
+
+
+def test_a_validation_that_a_signal_leaves_writes_no_row():
+    hook = validation([None])
+    hook.after_step(10, {"params": None})
+    assert hook._telemetry.log.rows == []
+    assert hook._telemetry.progress.lines == ["validation that of step 10 is left unfinished"]
+    assert hook.newest == {}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_processes_leave_a_validation_before_the_same_part(seed, monkeypatch):
+    """Four processes in a random order, of which two hear of a signal at random moments; none finishes a part alone."""
+    draw, keys, parts, count = random.Random(seed), {}, 30, 4
+    monkeypatch.setattr("jaxtrain.train.stop.are_several", lambda: True)
+    monkeypatch.setattr("jaxtrain.train.stop.look", keys.get)
+    monkeypatch.setattr("jaxtrain.train.stop.post", keys.setdefault)
+    stops = [StopOnSignal(Said()) for _ in range(count)]
+    begun, ended = [0] * count, [None] * count
+    heard = {draw.randrange(count): draw.randrange(60) for _ in range(2)}
+    for moment in range(10_000):
+        for process in (process for process, when in heard.items() if moment >= when):
+            stops[process].received = signal.SIGTERM
+        ready = [i for i in range(count) if ended[i] is None and begun[i] < parts and begun[i] <= min(begun)]
+        if not ready:
+            break
+        process = draw.choice(ready)
+        if stops[process].ends_before("validating 8", begun[process]):
+            ended[process] = begun[process]
+            begun[process] = parts  # waits for no other
+        else:
+            begun[process] += 1
+    assert len(set(ended)) == 1
+    assert ended[0] is None or ended[0] < parts
 
 
 @pytest.mark.parametrize(
