@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.inference.cache import ROW_AXES, CachedAttention, CacheSize, cache_shapes, cache_specs
 from jaxtrain.inference.sampling import Choice, choose
-from jaxtrain.inference.whole import gathers_each_layer
+from jaxtrain.inference.whole import at_level_three
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
 from jaxtrain.models.layers import run_layer
@@ -162,7 +162,7 @@ class Programs:
         model = config.model
         if model.moe:
             model = replace(model, moe=replace(model.moe, dispatch="dropless"))
-        self.config, self.mesh, self.room = gathers_each_layer(replace(config, model=model)), mesh, room
+        self.config, self.mesh, self.room = at_level_three(replace(config, model=model)), mesh, room
         self._decoder = make_decoder(self.config, mesh, "reference")
         rows = PartitionSpec(ROW_AXES)
         self._row_spec = rows

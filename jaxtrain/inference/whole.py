@@ -24,14 +24,14 @@ from jaxtrain.sharding import BATCH_AXES, vary
 PyTree = Any
 
 
-def gathers_each_layer(config: Config) -> Config:
+def at_level_three(config: Config) -> Config:
     """Return the config at ZeRO level 3, whatever a run trains with: parameters lie in shards over fsdp at every level."""
     return replace(config, sharding=replace(config.sharding, zero=3))
 
 
 def _region(config: Config, mesh: Mesh) -> Any:
     """Return (params, batch) -> logits [B, L, padded vocabulary], sharded over batch, context and tensor."""
-    config = gathers_each_layer(config)
+    config = at_level_three(config)
     model = make_decoder(config, mesh, choose_attention(config, mesh)[0])
     functions, dims = model.logits_functions(), parameter_dims(config.model)
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)

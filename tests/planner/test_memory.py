@@ -120,13 +120,15 @@ def test_what_replicas_keep(sync: SyncConfig):
 def traced_bytes(config: Config, backend: str) -> int:
     """What the layers of a config keep of one microbatch: the residuals of their vjp that are no parameters."""
     mesh, dims, kept = make_mesh(config.mesh, jax.devices()[:8]), parameter_dims(config.model), []
-    functions = make_decoder(config, mesh, backend).loss_functions()
+    decoder = make_decoder(config, mesh, backend)
+    functions = decoder.loss_functions()
     length = config.data.sequence_length // config.mesh.context
     rows = config.train.global_batch_size // config.mesh.batch_shards
 
     def region(params: Any) -> jax.Array:
         master = vary(params)
-        trees = [jax.tree.map(lambda leaf: leaf[0, 0], t["layers"]) for t in (master, to_compute(master, dims, "bfloat16"))]
+        both = (master, to_compute(master, dims, "bfloat16"))
+        trees = [jax.tree.map(lambda leaf: leaf[0], decoder.stacking.by_place(params["layers"])) for params in both]
         whole = vary(jnp.zeros((rows, length), jnp.int32))
         microbatch = {"tokens": whole, "targets": whole, "positions": whole, "scale": vary(jnp.ones(()))}
         x = vary(jnp.zeros((rows, length // config.mesh.tensor, config.model.embed_dim), jnp.bfloat16))
