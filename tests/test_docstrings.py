@@ -81,6 +81,18 @@ def begins_badly(docstring: str) -> bool:
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_classes_and_properties_are_described_by_no_question(name: str):
+    """ "What ..." and "How ..." name neither a thing nor an action."""
+    described = [
+        n for n in ast.walk(TREES[name]) if isinstance(n, ast.ClassDef) or (isinstance(n, Definition) and is_property(n))
+    ]
+    first = {n.name: text.split()[0] for n in described if (text := ast.get_docstring(n))}
+    assert not {
+        n: word for n, word in first.items() if word in ("What", "Where", "Whether", "Which", "How", "When", "Why", "Of")
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_a_function_is_documented_by_an_imperative_or_a_formula(name: str):
     functions = [
         n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and not is_property(n)

@@ -9,7 +9,7 @@ from jaxtrain.config import Config, MoEConfig
 
 
 class Condition(NamedTuple):
-    """What a field needs to have an effect."""
+    """A requirement without which a field has no effect."""
 
     words: str
     holds: Callable[[Config], bool]

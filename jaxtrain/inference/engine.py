@@ -30,7 +30,7 @@ NEVER = 2**31  # tokens that no sequence has
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request is continued."""
+    """The settings by which a request is continued."""
 
     max_new_tokens: int = 64
     """Most tokens that are made."""

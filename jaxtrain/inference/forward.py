@@ -35,7 +35,7 @@ STEPS = 8
 
 
 class Rows(NamedTuple):
-    """What each row of the cache is doing; rows are sharded, [B]."""
+    """The state of each row of the cache; rows are sharded, [B]."""
 
     token: jax.Array
     """int32, the newest token, which the cache does not hold yet."""
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the new tokens stand in their rows."""
+    """The positions of new tokens, and the lengths of their rows."""
 
     positions_BL: jax.Array
     """int32; -1 for padding."""

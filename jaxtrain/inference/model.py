@@ -136,7 +136,7 @@ class Model:
 
     @property
     def engine(self) -> Engine:
-        """What generates, with the programs it has compiled."""
+        """Return the engine that generates, with the programs it has compiled."""
         return self._program("engine", Engine, self.config)
 
     def _program(self, name: str, make: Callable[..., Any], config: Config) -> Any:

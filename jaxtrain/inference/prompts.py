@@ -12,7 +12,7 @@ from jaxtrain.inference.chat_template import Message
 
 
 class Prompt(NamedTuple):
-    """What to continue: a text, or a conversation to answer."""
+    """A text to continue, or a conversation to answer."""
 
     text: str
     messages: tuple[Message, ...] = ()

@@ -62,7 +62,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a generation ended."""
+    """The end of a generation."""
 
     kind: Kind
     words: str

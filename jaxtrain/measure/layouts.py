@@ -324,7 +324,7 @@ class Errors:
 
     @property
     def problem(self) -> str | None:
-        """Which result differs from one device's, or None."""
+        """Return the result that differs from one device's, in words, or None."""
         limits = {"loss": 1e-6, "gradient": 1e-5, "curve": 1e-5}
         over = [
             f"{name} is off by {getattr(self, name):.1e}" for name, most in limits.items() if not getattr(self, name) <= most

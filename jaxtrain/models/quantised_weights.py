@@ -84,8 +84,8 @@ def quantise(weight: jax.Array, dims: Dims, kind: Kind, group: int, mesh: Mesh) 
     length = min(group, size) or size
     parts = mesh.shape[axis] if isinstance(axis, str) else 1
     if size % length or group and size // length % parts:
-        among = f" into groups for each of {parts} devices of mesh.{axis}" if parts > 1 else ""
-        raise ExplainedError(f"group={group} does not divide {size}, the {dims[last]} of a matrix {' x '.join(dims)},{among}")
+        among = f", into groups for each of the {parts} devices of mesh.{axis}" if parts > 1 else ""
+        raise ExplainedError(f"group={group} does not divide {size}, the {dims[last]} of a matrix {' x '.join(dims)}{among}")
     scale_dims = dims if group else tuple(WHOLE if i in axes else name for i, name in enumerate(dims))
     over = (last + 1,) if group else (*axes, last + 1)
     places = [NamedSharding(mesh, spec(names)) for names in (dims, scale_dims)]

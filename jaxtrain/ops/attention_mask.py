@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 class Rule(NamedTuple):
-    """What is known of scores and mask at trace time; the mask may exclude whole blocks."""
+    """The facts of scores and mask that are known at trace time; the mask may exclude whole blocks."""
 
     causal: bool = True
     """Queries and keys are the same positions in ascending order, and a query sees no later one. False: every key precedes

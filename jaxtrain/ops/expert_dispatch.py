@@ -20,7 +20,7 @@ from jaxtrain.sharding import all_gather, all_to_all, vary
 
 
 class ExpertBackend(NamedTuple):
-    """How to move and multiply tokens on a platform. Every choice gives the same result."""
+    """The way to move and multiply tokens on a platform. Every choice gives the same result."""
 
     ragged: bool
     """Whether dropless tokens move by `ragged_all_to_all`, else by `all_to_all` of padded slots."""

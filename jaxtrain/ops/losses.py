@@ -27,7 +27,7 @@ def count_targets(targets: jax.Array) -> jax.Array:
 
 
 class Logits(NamedTuple):
-    """How hidden states become logits."""
+    """Hidden states times the head: logits."""
 
     vocab_size: int
     """Higher ids are padding of the table."""

@@ -55,7 +55,7 @@ STEP_OVERHEAD = 1e-3
 
 @dataclass(frozen=True)
 class Practice:
-    """What a program hides; the defaults are this trainer's. Published runs of others are compared with what they do."""
+    """The transfers that a program hides; by default as this trainer does. Published runs are compared with what they do."""
 
     hides_tensor: bool = False
     """Transfers along tensor travel behind the matmul that they feed, whatever the number of rows (Megatron's
@@ -100,7 +100,7 @@ class _Direction(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """What layouts have in common that differ in their schedule alone. Seconds of waiting for..."""
+    """The parts that layouts have in common that differ in their schedule alone. Seconds of waiting for..."""
 
     forward: _Direction
     backward: _Direction

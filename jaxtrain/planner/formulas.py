@@ -18,7 +18,7 @@ from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, 
 
 @dataclass(frozen=True)
 class Ticks:
-    """What the schedule makes every stage do in a step."""
+    """The work that the schedule gives every stage in a step."""
 
     forward: int
     """Ticks in which a forward pass runs (on any stage)."""

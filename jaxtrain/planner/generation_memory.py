@@ -33,10 +33,12 @@ def generation_memory(config: Config, room: CacheSize) -> GenerationMemory:
       room: rows of all devices, a multiple of the devices that rows are cut over.
     """
     weights = jax.eval_shape(functools.partial(initial_params, config))
-    return GenerationMemory(
-        _bytes_of_device(config, weights, specs(parameter_dims(config.model))),
-        _bytes_of_device(config, cache_shapes(config, room), cache_specs(config)),
-    )
+    return GenerationMemory(_bytes_of_device(config, weights, specs(parameter_dims(config.model))), cache_bytes(config, room))
+
+
+def cache_bytes(config: Config, room: CacheSize) -> int:
+    """Return a device's bytes of the cache; see `generation_memory`."""
+    return _bytes_of_device(config, cache_shapes(config, room), cache_specs(config))
 
 
 def _bytes_of_device(config: Config, shapes: Any, places: Any) -> int:

@@ -156,7 +156,7 @@ GATHERED = 1.0
 
 
 class Arrays(NamedTuple):
-    """How many arrays of each size are alive in the backward of a layer, in compute dtype."""
+    """The number of arrays of each size that are alive in the backward of a layer, in compute dtype."""
 
     sequence: float
     """B L D, gathered over tensor."""

@@ -33,7 +33,7 @@ def multiples(every: int, *also: int) -> Due:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """Where the hooks of a loop tell of it."""
+    """The outlets through which the hooks of a loop tell of it."""
 
     log: MetricsLog
     progress: Progress

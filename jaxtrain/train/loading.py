@@ -70,7 +70,9 @@ def load(
     tokenizer = _tokenizer(config.data.tokenizer)
     if not ends and tokenizer is not None and tokenizer.separator >= 0:
         ends = (tokenizer.separator,)
-    return Model(config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json"), hf_writer(beside))
+    return Model(
+        config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json", config.data.tokenizer), hf_writer(beside)
+    )
 
 
 def _of_folder(source: str) -> tuple[Config, tuple[int, ...], Path]:
@@ -101,13 +103,17 @@ def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
     return from_json(json.dumps(read_metadata(folder, step)["config"])), (), Path(folder).parent / TRAVELLING_FOLDER
 
 
-def _begins(tokenizer: Path) -> tuple[int, ...]:
-    """Return the token ids that a tokenizer.json puts before a text, which our own encoding leaves out."""
-    if not tokenizer.is_file():
+def _begins(file: Path, used: str) -> tuple[int, ...]:
+    """Return the token ids that a folder's tokenizer.json puts before a text, which our own encoding leaves out.
+
+    Args:
+      used: the model's tokenizer; a run may have another than the folder its weights came from.
+    """
+    if not file.is_file() or not user_path(used).is_file() or file.read_bytes() != user_path(used).read_bytes():
         return ()
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(tokenizer))
+    backend = Tokenizer.from_file(str(file))
     plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
 

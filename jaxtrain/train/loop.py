@@ -16,7 +16,7 @@ Due = Callable[[int], bool]
 
 
 class Hook:
-    """What may happen around a step. Every method may be left out."""
+    """An observer of steps. Every method may be left out."""
 
     every: int = 0
     """Steps between two calls of `after_step`, where `Hooks.add` is not told otherwise; 0 for no call."""

@@ -42,7 +42,7 @@ def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, A
 
 
 class Resume:
-    """Where a run begins, and what its checkpoints say of it.
+    """The beginning of a run, and what its checkpoints say of it.
 
     Args:
       checkpoints: None where the run saves nothing.

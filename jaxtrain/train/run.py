@@ -74,7 +74,7 @@ DATA_WAY_OUT = "give every host the same data and tokenizer files, and a --run_d
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """The end of a run."""
 
     step: int
     """Steps done in all."""

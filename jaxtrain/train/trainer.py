@@ -239,8 +239,8 @@ class Trainer:
         Training on frees them; the next call compiles nothing again.
         """
         model = model_in_hand(self.prepared, self.state["params"], self.data)
-        self._model = replace(self._model, params=model.params) if self._model else model
-        return self._model
+        self._model = self._model or replace(model, params=None)  # its programs; parameters must not outlive their step
+        return replace(self._model, params=model.params)
 
     @settled()
     def generate(self, prompts: Any, max_new_tokens: int = 64, **options: Any) -> Any:

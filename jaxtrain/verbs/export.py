@@ -14,7 +14,7 @@ from jaxtrain.text import show
 
 @dataclass(frozen=True)
 class ExportFlags:
-    """What to export, and where to."""
+    """Flags of `jaxtrain export`."""
 
     run: str
     """RUN or RUN@STEP; without a step, the newest."""

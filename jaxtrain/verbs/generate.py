@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """What to continue, and how."""
+    """Flags of `jaxtrain generate`."""
 
     model: str
     """HuggingFace folder, run (its newest checkpoint) or RUN@STEP."""
@@ -152,7 +152,7 @@ class _Conversations:
 
 @dataclass
 class _Speed:
-    """What the last line reports."""
+    """Counts and times for the last line."""
 
     begun: float = field(default_factory=time.monotonic)
     first: float = 0.0
@@ -169,7 +169,7 @@ class _Speed:
 
     def tell(self, model: Model) -> None:
         """Print the line, and another of what a device held."""
-        from jaxtrain.planner.generation_memory import generation_memory
+        from jaxtrain.planner.generation_memory import cache_bytes
 
         seconds = time.monotonic() - self.begun
         first = f", first text after {self.first:.2f} s" if self.first else ""
@@ -179,7 +179,7 @@ class _Speed:
         if rooms := model.engine.rooms:
             import jax
 
-            cache = max(generation_memory(model.config, room).cache for room in rooms)
+            cache = max(cache_bytes(model.config, room) for room in rooms)
             weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model.params))  # 8 bits or not
             held = f"{readable_size(weights)} of weights and {readable_size(cache)} of cache"
             print(f"a device held {held}", file=sys.stderr)

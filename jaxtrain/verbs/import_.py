@@ -14,7 +14,7 @@ from jaxtrain.text import show
 
 @dataclass(frozen=True)
 class ImportFlags:
-    """What to import, and where to."""
+    """Flags of `jaxtrain import`."""
 
     folder: str
     """Folder with config.json and safetensors files."""

@@ -27,7 +27,7 @@ COLUMN = 60
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """What to do beside training."""
+    """Flags of `jaxtrain train` beside those of the config."""
 
     dry_run: bool = False
     """Do not train: print every field of the config with where its value comes from, the mesh, the memory and the programs that
