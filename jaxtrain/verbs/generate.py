@@ -235,7 +235,7 @@ def _chat(model: Model, flags: GenerateFlags) -> None:
     conversations, messages, speed = _Conversations(model), list[dict[str, str]](), _Speed()
     if sys.stdin.isatty():
         print("Ctrl-C ends an answer, a second one or Ctrl-D the conversation.", file=sys.stderr)
-    while (said := _said()) is not None:
+    while (said := _said(speed)) is not None:
         if said.strip():
             messages.append({"role": "user", "content": said})
             messages.append({"role": "assistant", "content": _turn(model, flags, conversations.encode(messages), speed)})
@@ -243,11 +243,13 @@ def _chat(model: Model, flags: GenerateFlags) -> None:
     speed.tell(model)
 
 
-def _said() -> str | None:
+def _said(speed: _Speed) -> str | None:
     """Return the user's next line; None where there is no more."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
+    asked = time.monotonic()
     line = sys.stdin.readline()
+    speed.begun += time.monotonic() - asked  # the user's time is not the model's
     return line.rstrip("\r\n") if line else None
 
 
