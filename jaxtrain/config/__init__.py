@@ -1,4 +1,8 @@
-"""The configuration of a run: `fields.py` and `model_fields.py`. Nothing here imports jax or anything else that is slow."""
+"""The configuration of a run: `fields.py`, `data_fields.py`, `model_fields.py`.
 
-from jaxtrain.config.fields import *  # noqa: F403  # all its names are public
+Nothing here imports jax or anything else that is slow.
+"""
+
+from jaxtrain.config.data_fields import *  # noqa: F403  # all its names are public
+from jaxtrain.config.fields import *  # noqa: F403
 from jaxtrain.config.model_fields import *  # noqa: F403

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from jaxtrain.config.data_fields import DataConfig
 from jaxtrain.config.model_fields import DType, ModelConfig
 from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.files import user_path
@@ -25,8 +26,6 @@ REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidde
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
 RematPolicy = Literal["none", "dots", "named", "full"]
-ROW_KINDS = ("jsonl", "parquet", "array_record")
-SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_record", "synthetic"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
 ResumeMode = Literal["auto", "never", "required"]
@@ -142,51 +141,6 @@ class PipelineConfig:
     """Order of forward and backward work over the stages."""
     chunks: int = 1
     """Number of parts of the layer stack per stage; more than 1 needs schedule=interleaved."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One source of documents."""
-
-    kind: SourceKind = "stdlib"
-    """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document per row. tokens: .bin made by
-    `jaxtrain tokenize`, or .npy. array_record: one UTF-8 document per record. synthetic: random tokens."""
-    path: str = ""
-    """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text and jsonl may be compressed:
-    gzip, bzip2, xz, zstd."""
-    text_field: str = "text"
-    """Field of a JSONL or Parquet row that holds the text."""
-    max_bad_rows: float = 0.0
-    """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
-    first one is an error."""
-    separator: int = -1
-    """Only for .npy tokens: the id with which each document begins; -1: the ids are one stream."""
-    weight: float = 1.0
-    """Share of this source in the mixture, relative to the other sources."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The training data. Batch n is a pure function of the data, train.seed and n."""
-
-    sources: tuple[DataSource, ...] = (DataSource(),)
-    """The mixture; flags are --data.sources.0.kind and so on."""
-    tokenizer: str = "byte"
-    """byte; bpe:SIZE (a byte-level BPE trained on the data at first use); a tokenizer.json; a SentencePiece .model; or none,
-    if every source is token ids already."""
-    sequence_length: int = 256
-    """Tokens in a sequence."""
-    mask_documents: bool = True
-    """Restrict attention to the document, and restart positions with it, if several are packed into a sequence."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out, chosen by the hash of their text, so that copies are never on both sides; of a
-    document of more than 100,000 characters, its end. With few documents none may be held out."""
-    prefetch: int = 4
-    """Number of batches made ahead of the step."""
-    workers: int = 0
-    """Number of threads that make batches; 0: one."""
-    cache_dir: str = "~/.cache/jaxtrain/data"
-    """Folder that keeps tokenized text and trained tokenizers between runs."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _APART = Condition("sync.mode=local or diloco", lambda c: c.sync.replicas_differ
 _REPLICAS = Condition("mesh.replica above 1", lambda c: c.mesh.replica > 1)
 _SPIKE = Condition("guard.spike", lambda c: c.guard.spike != "off")
 _CAPACITY = Condition("model.moe.dispatch=capacity", lambda c: c.model.moe is None or c.model.moe.dispatch == "capacity")
+_CHAT = Condition("a source of kind=chat", lambda c: any(source.kind == "chat" for source in c.data.sources))
 _DEFAULTS = Config()
 _FALLING = ("cosine", "warmup_stable_decay")
 _CONDITIONS = {
@@ -50,6 +51,8 @@ _CONDITIONS = {
     ),
     "model.moe.capacity_factor": _CAPACITY,
     "model.moe.capacity_group": _CAPACITY,
+    "data.chat_template": _CHAT,
+    "data.too_long": _CHAT,
     "checkpoint.keep": Condition("checkpoint.every", lambda c: c.checkpoint.every > 0),
     "checkpoint.fast_dir": Condition("checkpoint.fast_every", lambda c: c.checkpoint.fast_every > 0),
 }

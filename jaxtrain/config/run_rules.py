@@ -29,6 +29,9 @@ def run_problems(config: Config) -> list[str]:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
         problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
     problems += remote_problems("data.tokenizer", config.data.tokenizer)
+    problems += remote_problems("data.chat_template", config.data.chat_template)
+    if not config.data.mask_documents and any(source.kind == "chat" for source in config.data.sources):
+        problems.append("data.mask_documents=False: samples of kind=chat are packed, and must not see one another; use True")
     problems += remote_problems("data.cache_dir", config.data.cache_dir)
     problems += tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
     if "://" in config.run_dir:

@@ -87,7 +87,7 @@ def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[Any]:
+def open_text(path: Path) -> Iterator[Any]:
     """Open a text file, decompressed. Raises DataError that names its kind if it is not text."""
     with open_content(path) as file:
         if what := what_it_is(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
@@ -96,7 +96,7 @@ def _open_text(path: Path) -> Iterator[Any]:
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         yield _decode_utf8(file.read(), str(path)).removeprefix(BYTE_ORDER_MARK)
 
 
@@ -125,7 +125,7 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
     offset = 0
-    with _open_text(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
@@ -138,14 +138,24 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
 
 def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
     """Return the text field of a JSON line that starts at byte `offset`. Joined files leave a byte order mark inside."""
+    row = row_of_line(line, where, offset)
+    return "" if row is None else _text_of_row(row, text_field, where)
+
+
+def row_of_line(line: bytes, where: str, offset: int) -> Any:
+    """Return the JSON value of a line that starts at byte `offset`; None for a blank one. Raises DataError with the place."""
     text = _decode_utf8(line, where, offset).lstrip(BYTE_ORDER_MARK)
+    if not text.strip():
+        return None
     try:
-        row = json.loads(text) if text.strip() else {text_field: ""}
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
         one_value = offset == 0 and text.strip() in ("[", "{")
         way_out = "; a row is one whole line: jq -c '.[]' writes the items of an array so" if one_value else ""
         raise DataError(f"{where}: not JSON ({error}){way_out}") from error
-    return _text_of_row(row, text_field, where)
+    if row is None:
+        raise DataError(f"{where}: a row must be a JSON object, but this is null")
+    return row
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
@@ -165,7 +175,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
                         yield DataError(f"{path}: row {number} of column {text_field!r} is {_named(text)}, not text")
                     number += 1
     except arrow.ArrowException as error:
-        raise _broken(path, "Parquet", error) from error
+        raise broken_file(path, "Parquet", error) from error
 
 
 def _values(column: Any) -> list[Any]:
@@ -191,7 +201,7 @@ def _read_array_record(path: Path, text_field: str) -> Iterator[str | DataError]
             try:
                 records = reader.read(range(start, min(start + ROWS_AT_ONCE, count)))
             except Exception as error:  # the library's exception class depends on its C++ status
-                raise _broken(path, "ArrayRecord", error) from error
+                raise broken_file(path, "ArrayRecord", error) from error
             for number, record in enumerate(records, start):
                 try:
                     text = _decode_utf8(record, f"{path}: record {number}")
@@ -207,7 +217,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
         if not reader.ok():
             reader.close()  # a broken file looks empty; only closing it reports why
     except Exception as error:
-        raise _broken(path, "ArrayRecord", error) from error
+        raise broken_file(path, "ArrayRecord", error) from error
     try:
         yield reader
     finally:
@@ -215,7 +225,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
             reader.close()
 
 
-def _broken(path: Path, kind: str, error: Exception) -> DataError:
+def broken_file(path: Path, kind: str, error: Exception) -> DataError:
     """Return the error for a file that is not a whole one of `kind`; names its true kind if known."""
     with path.open("rb") as file:
         what = what_it_is(file.read(HEAD_BYTES))

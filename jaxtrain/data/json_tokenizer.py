@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtrain.data.control_words import ControlWords
 from jaxtrain.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,6 +29,25 @@ SEPARATOR_NAMES = (
     "<bos>",
     "<|startoftext|>",
 )
+
+
+class CutIds(NamedTuple):
+    """The ids of a text, [length] int32, and for each cut of the text how many of its tokens end, and begin, before it.
+
+    The two numbers are equal where no token reaches over the cut.
+    """
+
+    ids: np.ndarray
+    ended: dict[int, int]
+    begun: dict[int, int]
+
+
+def _cut_ids(encoding: Any, moved: dict[int, int]) -> CutIds:
+    """Return the tokens of a library's encoding; `moved` gives each cut's position in the text that was encoded."""
+    offsets = encoding.offsets
+    ended = {cut: bisect_right(offsets, place, key=itemgetter(1)) for cut, place in moved.items()}
+    begun = {cut: bisect_left(offsets, place, key=itemgetter(0)) for cut, place in moved.items()}
+    return CutIds(np.array(encoding.ids, dtype=np.int32), ended, begun)
 
 
 class JsonTokenizer:
@@ -63,10 +85,12 @@ class JsonTokenizer:
         if not separator:
             raise DataError(f"{where}: has no token to separate documents; it needs one of {', '.join(SEPARATOR_NAMES)}")
         self._backend.encode_special_tokens = True
-        self._hidden, self._apart = hidden, secrets.token_hex(16)
+        self.control = ControlWords(hidden)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator = vocabulary[hidden[separator]]
+        self.end = vocabulary.get(hidden.get(eos_name, eos_name), self.separator) if eos_name else self.separator
+        self._names = {vocabulary[mark]: name for name, mark in hidden.items()}
         self.fingerprint = hashlib.sha256(f"json-2 {self.separator} {content}".encode()).hexdigest()[:32]
 
     def encode(self, text: str) -> np.ndarray:
@@ -81,24 +105,28 @@ class JsonTokenizer:
             raise failed_encoding(self._where, texts, self._backend.encode, error) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def spell_apart(self, text: str) -> str:
-        """Return the text such that no control token that it spells is one in `encode_marked`."""
-        for name in self._hidden:
-            text = text.replace(name, name[:1] + self._apart + name[1:])
-        return text
-
     def encode_marked(self, text: str) -> np.ndarray:
         """Return the ids of a text in which control tokens are spelled out, as in a rendered chat template, [length] int32.
 
-        Control tokens that went through `spell_apart` stay plain text. Raises DataError where the library fails.
+        Control tokens that went through `control.spell_apart` stay plain text. Raises DataError where the library fails.
         """
-        for name in sorted(self._hidden, key=len, reverse=True):
-            text = text.replace(name, self._hidden[name])
+        return self.encode_marked_batch([text], [[]])[0].ids
+
+    def encode_marked_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[CutIds]:
+        """Encode each text as `encode_marked`, and say which tokens lie before each of its cuts, positions in the text."""
+        marked = [self.control.marked_with_cuts(text, places) for text, places in zip(texts, cuts, strict=True)]
         self._backend.encode_special_tokens = False
         try:
-            return self.encode(text.replace(self._apart, ""))
+            encodings = self._backend.encode_batch([text for text, _ in marked], add_special_tokens=False)
+        except BaseException as error:
+            raise failed_encoding(self._where, texts, self._backend.encode, error) from error
         finally:
             self._backend.encode_special_tokens = True
+        return [_cut_ids(encoding, moved) for encoding, (_, moved) in zip(encodings, marked, strict=True)]
+
+    def token(self, token_id: int) -> str:
+        """Return a token's text, or a control token's name, for messages."""
+        return self._names.get(token_id) or self._backend.decode([token_id], skip_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control tokens."""

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.config import Config, DataSource
+from jaxtrain.data.chat_source import open_chat
+from jaxtrain.data.chat_store import StoredSamples
+from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
@@ -39,11 +42,12 @@ class OpenSource:
 
     words: str
     weight: float
-    train: Windows
-    validation: Windows
+    train: Windows | PackedRows
+    validation: Windows | PackedRows
     validation_parts: tuple[TokenPart, ...]
     split_rules: frozenset[str]
     identity: object
+    chat: StoredSamples | None = None
 
 
 def open_data(config: Config) -> Data:
@@ -59,7 +63,7 @@ def open_data(config: Config) -> Data:
     corpora = {
         i: open_corpus(source, f"data.sources.{i}", data.validation_fraction, cache_dir)
         for i, source in enumerate(data.sources)
-        if source.kind not in ("tokens", "synthetic")
+        if source.kind not in ("tokens", "synthetic", "chat")
     }
     tokenizer = open_tokenizer(config, list(corpora.values()), cache_dir)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -74,9 +78,12 @@ def open_data(config: Config) -> Data:
     for i, source in enumerate(data.sources):
         if source.kind == "synthetic":
             sources.append(_open_synthetic(source, i, config, only_synthetic))
+        elif source.kind == "chat":
+            sources.append(_open_chat(source, i, config, tokenizer, cache_dir))
         else:
             sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
     _check_split_rules(sources)
+    _check_sorts(sources)
     return Data(config, tokenizer, sources)
 
 
@@ -93,6 +100,16 @@ def _check_split_rules(sources: Sequence[OpenSource]) -> None:
     )
 
 
+def _check_sorts(sources: Sequence[OpenSource]) -> None:
+    """Raise DataError where pairs or prompts are mixed with anything else: a run has one kind of sample."""
+    sorts = ["samples" if source.chat is None else source.chat.sort for source in sources]
+    other = next((i for i, sort in enumerate(sorts) if sort != sorts[0]), None)
+    if other is not None:
+        raise DataError(
+            f"data.sources.0 has {sorts[0]}, data.sources.{other} has {sorts[other]}; pairs and prompts stand alone"
+        )
+
+
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
     """Return the tokenizer named by data.tokenizer, trained on the corpora's training documents if it is bpe:SIZE.
 
@@ -100,12 +117,18 @@ def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -
     """
     name = config.data.tokenizer
     if name == NO_TOKENIZER or all(source.kind == "synthetic" for source in config.data.sources):
-        if corpora:
-            raise DataError(f"data.tokenizer=none, but {corpora[0].name} is text; use byte, bpe:SIZE or a tokenizer's file")
+        texts = [
+            f"data.sources.{i}" for i, source in enumerate(config.data.sources) if source.kind not in ("tokens", "synthetic")
+        ]
+        if texts:
+            raise DataError(f"data.tokenizer=none, but {texts[0]} is text; use byte, bpe:SIZE or a tokenizer's file")
         return IdTokenizer(config.model.vocab_size)
     if name.startswith("bpe:"):
         if not corpora:
-            raise DataError(f"data.tokenizer={name}: there is no text to train it on; name the tokenizer that made the tokens")
+            raise DataError(
+                f"data.tokenizer={name}: there is no text to train it on; name the tokenizer that made the tokens, or "
+                "that of the model to fine-tune"
+            )
         return trained_tokenizer(corpora, int(name[4:]), cache_dir)[0]
     return load_tokenizer(name)
 
@@ -140,6 +163,12 @@ def _open_tokens(
     identity = [source.kind, [part.sha256 for part in train], [part.sha256 for part in validation], windows.separator]
     rules = frozenset(part.split_rule for part in (*train, *validation)) - {""}
     return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), rules, identity)
+
+
+def _open_chat(source: DataSource, index: int, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> OpenSource:
+    """Open a source of chat data. It has no rule for the split to agree with others': a sample is no document of a text."""
+    chat = open_chat(source, f"data.sources.{index}", config, tokenizer, cache_dir)
+    return OpenSource(chat.words, source.weight, chat.train, chat.validation, (), frozenset(), chat.identity, chat.stored)
 
 
 def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
@@ -203,7 +232,8 @@ class Data:
         self.tokens_per_epoch = sum(windows.num_targets for windows in self._train)
         self.validation_tokens = sum(windows.num_targets for windows in self._validation)
         parts = [part for source in sources for part in source.validation_parts if len(part.tokens) > 1]
-        self.validation_bytes = sum(part.utf8_bytes for part in parts) if all(part.utf8_bytes for part in parts) else 0
+        is_text = all(part.utf8_bytes for part in parts) and not any(source.chat for source in sources)
+        self.validation_bytes = sum(part.utf8_bytes for part in parts) if is_text else 0
         gzip_input = sum(part.gzip_input_bytes for part in parts) if all(part.gzip_input_bytes for part in parts) else 0
         self.gzip_bits_per_byte = 8 * sum(part.gzip_bytes for part in parts) / gzip_input if gzip_input else None
 
@@ -212,9 +242,24 @@ class Data:
 
         It is a pure function: any caller gets the same rows.
         """
+        return self._read(self._train, self.train_row_numbers(step, rows))
+
+    def train_row_numbers(self, step: int, rows: slice) -> list[tuple[int, int]]:
+        """Return for each of the rows that `train_batch` gives the index of its source, and its own in that source.
+
+        A row of chat data is the same in every epoch, so what is computed of it once can be looked up by these numbers.
+        """
         batch_size = self._config.train.global_batch_size
-        picks = [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
-        return self._read(self._train, picks)
+        return [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Return how many training rows each source has."""
+        return [windows.count for windows in self._train]
+
+    def row(self, source: int, row: int) -> Batch:
+        """Return one training row, as a batch of one, by the numbers of `train_row_numbers`."""
+        return self._read(self._train, [(source, row)])
 
     def train_batches(
         self, first_step: int, rows: slice, batch_of: Callable[[int], int] = lambda step: step
@@ -262,14 +307,13 @@ class Data:
         window = self._read(self._train, [(0, 0)])["tokens"][0]
         return window[:num_tokens]
 
-    def _read(self, sources: Sequence[Windows], picks: Sequence[tuple[int, int] | None]) -> Batch:
+    def _read(self, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]) -> Batch:
         """Return the batch of the given (source, window) pairs; None gives a row of padding."""
         windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
         for row, pick in enumerate(picks):
-            if pick is not None:
-                source = sources[pick[0]]
+            if pick is not None and not isinstance(source := sources[pick[0]], PackedRows):
                 sizes[row] = source.read(pick[1], windows[row])
                 separators[row] = source.separator
         limit = self._config.model.vocab_size
@@ -278,7 +322,11 @@ class Data:
                 f"token id {windows.min() if windows.min() < 0 else windows.max()} is outside model.vocab_size={limit}: "
                 "the token files were changed while this run was reading them; put them back, and start it again"
             )
-        return pack(windows, sizes, separators, self._config.data.mask_documents)
+        batch = pack(windows, sizes, separators, self._config.data.mask_documents)
+        for row, pick in enumerate(picks):
+            if pick is not None and isinstance(source := sources[pick[0]], PackedRows):
+                source.fill(pick[1], batch, row)
+        return batch
 
 
 def _document_start(ids: np.ndarray, separator: int, length: int) -> int:

@@ -142,10 +142,10 @@ def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, ca
     def open_both() -> SplitStreams:
         return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
 
-    return _made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, tokenizer_name, temporary))
+    return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, tokenizer_name, temporary))
 
 
-def _made_once(folder: Path, open_it: Callable[[], T], make: Callable[[Path], object]) -> T:
+def made_once(folder: Path, open_it: Callable[[], T], make: Callable[[Path], object]) -> T:
     """Return what is in a folder of the cache; if it is missing or damaged, make it first, in one process of the host."""
     with suppress(DataError):
         return open_it()
@@ -177,4 +177,4 @@ def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Pat
         content = train_bpe(training_texts(corpora, LARGEST_TRAINING_SAMPLE), vocab_size)
         (folder / path.name).write_text(content, encoding="utf-8")
 
-    return _made_once(path.parent, load, train), path
+    return made_once(path.parent, load, train), path

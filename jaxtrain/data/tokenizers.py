@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,9 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from jaxtrain.data.compressed import HEAD_BYTES
+from jaxtrain.data.control_words import ControlWords
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.file_kinds import known_kind
-from jaxtrain.data.json_tokenizer import JsonTokenizer, failed_encoding, reason
+from jaxtrain.data.json_tokenizer import END_OF_TEXT, CutIds, JsonTokenizer, failed_encoding, reason
 from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
 from jaxtrain.files import user_path
@@ -30,6 +32,8 @@ class Tokenizer(Protocol):
     """Number of ids, the separator included: every id is below it."""
     separator: int
     """The id before, between and after documents; -1: none."""
+    end: int
+    """The id after an answer that is a text: the tokenizer's eos_token, else the separator; -1: none."""
     fingerprint: str
     """Changes whenever the mapping from text to ids does."""
 
@@ -50,14 +54,34 @@ class ByteTokenizer:
     """The UTF-8 bytes of the text, 0 to 255, and the separator 256."""
 
     vocab_size = 257
-    separator = 256
+    separator = end = 256
     fingerprint = "byte-1"
+
+    def __init__(self):
+        self._mark = secrets.token_hex(16)
+        self.control = ControlWords({END_OF_TEXT: self._mark})
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
+
+    def encode_marked_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[CutIds]:
+        """Encode texts in which <|endoftext|> is the separator, as `JsonTokenizer.encode_marked_batch` does."""
+        return [self._encode_cut(*self.control.marked_with_cuts(*one)) for one in zip(texts, cuts, strict=True)]
+
+    def _encode_cut(self, text: str, moved: dict[int, int]) -> CutIds:
+        before = {cut: len(self._encode_pieces(text[:place])) for cut, place in moved.items()}
+        return CutIds(self._encode_pieces(text), before, before)
+
+    def _encode_pieces(self, text: str) -> np.ndarray:
+        pieces = [np.array([*piece.encode(), self.separator], np.int32) for piece in text.split(self._mark)]
+        return np.concatenate(pieces)[:-1]
+
+    def token(self, token_id: int) -> str:
+        """Return a token's text for messages."""
+        return END_OF_TEXT if token_id == self.separator else self.decode([token_id])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids)
@@ -67,7 +91,7 @@ class ByteTokenizer:
 class IdTokenizer:
     """No tokenizer, for sources that are already token ids: shows ids as numbers and encodes nothing."""
 
-    separator = -1
+    separator = end = -1
     fingerprint = NO_TOKENIZER
 
     def __init__(self, vocab_size: int):
@@ -105,7 +129,7 @@ class SentencePieceTokenizer:
         marks = [i for i in (self._backend.eos_id(), self._backend.bos_id()) if i >= 0]
         if not marks:
             raise DataError(f"{where}: has no token to separate documents; train it with an eos or a bos piece")
-        self.separator = int(marks[0])
+        self.separator = self.end = int(marks[0])
         self.fingerprint = hashlib.sha256(b"sentencepiece-1 " + content).hexdigest()[:32]
 
     def encode(self, text: str) -> np.ndarray:
@@ -173,3 +197,12 @@ def _eos_name(path: Path) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def begin_ids(file: Path) -> tuple[int, ...]:
+    """Return the ids that a tokenizer.json puts before a text, which our own encoding leaves out."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(file))
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import user_path
-from jaxtrain.inference.chat_template import Message
+
+Message = dict[str, str]
+"""role (system, user or assistant) and content."""
 
 
 class Prompt(NamedTuple):

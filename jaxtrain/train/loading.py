@@ -17,7 +17,7 @@ from jaxtrain.checkpoint.stored import read_metadata
 from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
 from jaxtrain.config.fields import from_json
 from jaxtrain.config.rules import find_problems
-from jaxtrain.data.tokenizers import load_tokenizer
+from jaxtrain.data.tokenizers import begin_ids, load_tokenizer
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
@@ -111,11 +111,7 @@ def _begins(file: Path, used: str) -> tuple[int, ...]:
     """
     if not file.is_file() or not user_path(used).is_file() or file.read_bytes() != user_path(used).read_bytes():
         return ()
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(file))
-    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
-    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+    return begin_ids(file)
 
 
 def _tokenizer(name: str) -> Any:

@@ -19,6 +19,7 @@ from jaxtrain.signals import Request, Watch, end_at_once, say
 from jaxtrain.text import printable, readable_size
 
 if TYPE_CHECKING:
+    from jaxtrain.data.conversations import Conversations
     from jaxtrain.inference.model import Generation, Model
     from jaxtrain.inference.prompts import Prompt
 
@@ -133,21 +134,12 @@ def _input_lines() -> list[str]:
         raise ExplainedError(f"standard input is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-class _Conversations:
-    """Encodes conversations by the chat template beside the model's tokenizer."""
+def _conversations(model: Model) -> Conversations:
+    """Return what encodes conversations, by the chat template beside the model's tokenizer."""
+    from jaxtrain.data.chat_template import read_chat_template
+    from jaxtrain.data.conversations import Conversations
 
-    def __init__(self, model: Model):
-        from jaxtrain.inference.chat_template import read_chat_template
-
-        self._tokenizer = model.tokenizer
-        self._template = read_chat_template(Path(model.config.data.tokenizer).expanduser().parent)
-        if not hasattr(self._tokenizer, "encode_marked"):
-            raise ExplainedError(f"{model.config.data.tokenizer}: chat needs a tokenizer.json, which names its control tokens")
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the ids of a conversation; control tokens that a message spells are plain text."""
-        safe = [message | {"content": self._tokenizer.spell_apart(message["content"])} for message in messages]
-        return self._tokenizer.encode_marked(self._template.render(safe)).tolist()
+    return Conversations(model.tokenizer, read_chat_template(Path(model.config.data.tokenizer).expanduser().parent))
 
 
 @dataclass
@@ -187,8 +179,8 @@ class _Speed:
 
 def _answer_all(model: Model, flags: GenerateFlags, prompts: Sequence[Prompt]) -> None:
     """Print the answers in the order of the prompts, each as soon as those before it are whole; a single one as it is made."""
-    conversations = _Conversations(model) if any(prompt.messages for prompt in prompts) else None
-    ids = [conversations.encode(p.messages) if conversations and p.messages else model.ids(p.text) for p in prompts]
+    conversations = _conversations(model) if any(prompt.messages for prompt in prompts) else None
+    ids = [conversations.prompt(p.messages) if conversations and p.messages else model.ids(p.text) for p in prompts]
     speed, waiting, shown = _Speed(), dict[int, Any](), 0
     streams = len(prompts) == 1 and not flags.json and not flags.logprobs
 
@@ -232,13 +224,13 @@ class _Broken(Exception):
 
 def _chat(model: Model, flags: GenerateFlags) -> None:
     """Run a conversation until the input ends."""
-    conversations, messages, speed = _Conversations(model), list[dict[str, str]](), _Speed()
+    conversations, messages, speed = _conversations(model), list[dict[str, str]](), _Speed()
     if sys.stdin.isatty():
         print("Ctrl-C ends an answer, a second one or Ctrl-D the conversation.", file=sys.stderr)
     while (said := _said(speed)) is not None:
         if said.strip():
             messages.append({"role": "user", "content": said})
-            messages.append({"role": "assistant", "content": _turn(model, flags, conversations.encode(messages), speed)})
+            messages.append({"role": "assistant", "content": _turn(model, flags, conversations.prompt(messages), speed)})
             flags = dataclasses.replace(flags, seed=(flags.seed + 1) % 2**32)
     speed.tell(model)
 

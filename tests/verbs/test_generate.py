@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import jaxtrain
+from jaxtrain.data.chat_template import ChatTemplate, read_chat_template
 from jaxtrain.errors import ExplainedError
-from jaxtrain.inference.chat_template import ChatTemplate, read_chat_template
 from jaxtrain.inference.model import Model
 from jaxtrain.train import loading
 from jaxtrain.verbs import generate

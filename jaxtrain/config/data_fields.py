@@ -1,0 +1,62 @@
+"""The fields of the training data: section `data` of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ROW_KINDS = ("jsonl", "parquet", "array_record", "chat")
+SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_record", "synthetic", "chat"]
+TooLong = Literal["drop", "truncate", "refuse"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One source of documents."""
+
+    kind: SourceKind = "stdlib"
+    """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document per row. tokens: .bin made by
+    `jaxtrain tokenize`, or .npy. array_record: one UTF-8 document per record. synthetic: random tokens. chat: JSONL or Parquet
+    rows of messages; prompt and completion; chosen and rejected; or prompts alone (jaxtrain/data/README.md)."""
+    path: str = ""
+    """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text, jsonl and chat may be
+    compressed: gzip, bzip2, xz, zstd."""
+    text_field: str = "text"
+    """Field of a JSONL or Parquet row that holds the text."""
+    max_bad_rows: float = 0.0
+    """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
+    first one is an error."""
+    separator: int = -1
+    """Only for .npy tokens: the id with which each document begins; -1: the ids are one stream."""
+    weight: float = 1.0
+    """Share of this source in the mixture, relative to the other sources."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training data. Batch n is a pure function of the data, train.seed and n."""
+
+    sources: tuple[DataSource, ...] = (DataSource(),)
+    """The mixture; flags are --data.sources.0.kind and so on."""
+    tokenizer: str = "byte"
+    """byte; bpe:SIZE (a byte-level BPE trained on the data at first use); a tokenizer.json; a SentencePiece .model; or none,
+    if every source is token ids already."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+    mask_documents: bool = True
+    """Restrict attention to the document, and restart positions with it, if several are packed into a sequence."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out, chosen by the hash of their text, so that copies are never on both sides; of a
+    document of more than 100,000 characters, its end. With few documents none may be held out."""
+    chat_template: str = ""
+    """Chat template of sources of kind=chat: a .jinja file, or a folder with one; empty: that beside data.tokenizer, or in the
+    folder init_from."""
+    too_long: TooLong = "drop"
+    """What happens to a chat sample of more than sequence_length tokens. drop: left out. truncate: its end is cut off, if an
+    answer's token remains; pairs and prompts are dropped. refuse: the run ends. Each is counted in the log."""
+    prefetch: int = 4
+    """Number of batches made ahead of the step."""
+    workers: int = 0
+    """Number of threads that make batches; 0: one."""
+    cache_dir: str = "~/.cache/jaxtrain/data"
+    """Folder that keeps tokenized text and trained tokenizers between runs."""

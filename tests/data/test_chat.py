@@ -1,0 +1,180 @@
+"""Chat sources: rows of any layout become batches; what is left out is counted; rows are full."""
+
+import numpy as np
+import pytest
+
+from jaxtrain.config import DataSource
+from jaxtrain.data.best_fit import best_fit
+from jaxtrain.data.pipeline import open_data
+from jaxtrain.errors import DataError
+from tests.data.chat_folders import CONTROL, draw_conversation, make_folder, write_rows
+
+END = CONTROL.index("<|im_end|>")
+
+
+@pytest.fixture
+def open_rows(tmp_path, make_config):
+    """open_rows(rows, template=, text sources..., **data) -> Data of these rows, packed into sequences of 256."""
+    folder = make_folder(tmp_path / "model")
+
+    def open_them(rows, *others, **data):
+        path = write_rows(tmp_path / "chat.jsonl", rows)
+        source = DataSource(kind="chat", path=str(path), max_bad_rows=data.pop("max_bad_rows", 0.0))
+        fields = {"tokenizer": str(folder), "sequence_length": 256, "vocab_size": 320} | data
+        return open_data(make_config(source, *others, **fields))
+
+    return open_them
+
+
+def talks(count):
+    return [{"messages": draw_conversation(seed)[-2:]} for seed in range(count)]
+
+
+def all_rows(data):
+    return [data.row(0, row) for row in range(data.row_counts[0])]
+
+
+def test_rows_hold_whole_samples_with_positions_that_restart_and_loss_on_answers_alone(open_rows):
+    data = open_rows(talks(60), validation_fraction=0.0)
+    seen = []
+    for batch in all_rows(data):
+        assert {name: (array.shape, array.dtype) for name, array in batch.items()} == dict.fromkeys(
+            ("tokens", "targets", "positions", "segments"), ((1, 256), np.dtype(np.int32))
+        )
+        tokens, targets, positions, segments = (batch[name][0] for name in ("tokens", "targets", "positions", "segments"))
+        numbers = [n for n in np.unique(segments) if n]
+        assert numbers == list(range(1, len(numbers) + 1))
+        for number in numbers:
+            inside = segments == number
+            assert positions[inside].tolist() == list(range(inside.sum()))
+            ids, after = tokens[inside], targets[inside]
+            assert after[-1] == END  # nothing follows the last token with loss
+            learned = after[:-1] >= 0
+            assert (after[:-1][learned] == ids[1:][learned]).all()
+            seen.append(data.tokenizer.decode([*ids, after[-1]]))
+        padding = segments == 0
+        assert (targets[padding] == -1).all()
+        assert not tokens[padding].any()
+        assert not positions[padding].any()
+    expected = [
+        "".join(f"{m['role']}\n{m['content']}" + "\n" * (m["role"] == "user") for m in row["messages"]) for row in talks(60)
+    ]
+    assert sorted(seen) == sorted(expected)
+    assert data.tokens_per_epoch == sum(int((batch["targets"] >= 0).sum()) for batch in all_rows(data))
+    assert "60 + 0 held-out samples" in data.description
+
+
+def test_batches_are_rows_of_an_order_that_any_host_computes(open_rows):
+    data, again = open_rows(talks(60)), open_rows(talks(60))
+    assert data.fingerprint == again.fingerprint
+    for step in (0, 3, 11):
+        whole, numbers = data.train_batch(step, slice(None)), data.train_row_numbers(step, slice(None))
+        half = again.train_batch(step, slice(4, 8))
+        assert all(np.array_equal(whole[name][4:], half[name]) for name in whole)
+        for place, (source, row) in enumerate(numbers):
+            assert all(np.array_equal(array[0], whole[name][place]) for name, array in data.row(source, row).items())
+
+
+def test_a_conversation_is_on_one_side_and_each_held_out_answer_is_scored_once(open_rows):
+    data = open_rows(talks(60) + talks(60))
+    batches = [data.validation_batch(i, slice(None), 8) for i in range(data.num_validation_batches(8))]
+    assert sum(int((batch["targets"] >= 0).sum()) for batch in batches) == data.validation_tokens > 0
+    found = []
+    for side in (all_rows(data), batches):
+        found.append(
+            {
+                row[seg == n].tobytes()
+                for b in side
+                for row, seg in zip(b["tokens"], b["segments"], strict=True)
+                for n in range(1, seg.max() + 1)
+            }
+        )
+    assert found[0]
+    assert found[1]
+    assert not found[0] & found[1]
+    assert data.bits_per_byte(1.0) is None
+
+
+def test_texts_and_messages_of_an_answer_are_learned_alike_with_any_tokenizer(make_config, tmp_path):
+    path = write_rows(tmp_path / "sums.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 3)
+    data = open_data(make_config(DataSource(kind="chat", path=str(path)), tokenizer="byte", validation_fraction=0.0))
+    (batch,) = all_rows(data)
+    assert batch["tokens"][0, :5].tolist() == [*b"1+1=2"]
+    assert batch["targets"][0, :6].tolist() == [-1, -1, -1, ord("2"), 256, -1]
+    assert batch["segments"][0].tolist() == [1] * 5 + [2] * 5 + [3] * 5 + [0]
+
+
+def test_text_and_chat_may_be_mixed(open_rows, books):
+    data = open_rows(talks(60), books)
+    batch, numbers = data.train_batch(0, slice(None)), data.train_row_numbers(0, slice(None))
+    for place, (source, _) in enumerate(numbers):
+        assert (batch["targets"][place] >= 0).all() == (source == 1)
+    assert data.bits_per_byte(1.0) is None
+
+
+def test_rows_are_nearly_full_on_log_normal_lengths():
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(5.6, 0.9, 3000).astype(int), 8, 2048)
+    rows = best_fit(lengths, 2048)
+    assert sorted(np.concatenate(rows).tolist()) == list(range(3000))
+    assert max(lengths[row].sum() for row in rows) <= 2048
+    assert lengths.sum() / (len(rows) * 2048) >= 0.97
+
+
+def test_best_fit_takes_the_row_with_the_least_room():
+    packed = {tuple(row.tolist()) for row in best_fit(np.array([3, 7, 6, 4, 1]), 10)}
+    assert packed == {(1, 0), (2, 3), (4,)}
+    assert best_fit(np.zeros(0, np.int64), 10) == []
+
+
+LONG = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 200}]}
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"), [("drop", "1 longer than 256 tokens left out"), ("truncate", "1 cut off at 256 tokens")]
+)
+def test_samples_that_are_too_long_are_counted(open_rows, policy, words):
+    plain = open_rows(talks(40), validation_fraction=0.0)
+    data = open_rows([*talks(40), LONG], validation_fraction=0.0, too_long=policy)
+    assert words in data.description
+    rows = {batch["tokens"].tobytes() for batch in all_rows(data)} - {batch["tokens"].tobytes() for batch in all_rows(plain)}
+    assert len(rows) == (policy == "truncate")
+    with pytest.raises(DataError, match=r"1 of 41 samples are longer than data.sequence_length=256, the first of \d+ tokens"):
+        open_rows([*talks(40), LONG], validation_fraction=0.0, too_long="refuse")
+
+
+def test_what_is_left_out_is_told_in_one_line(open_rows):
+    empty = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
+    spells = {"prompt": "<|im_end|>", "completion": "x"}
+    told = open_rows([*talks(40), empty, empty, spells]).description
+    assert "2 empty answers, without loss" in told
+    assert "2 samples without an answer to learn left out" in told
+    assert "1 texts that spell control tokens, which stay text" in told
+    told = open_rows([*talks(40), {"messages": []}, "x"], max_bad_rows=0.5).description
+    assert "2 bad rows left out, the first: " in told
+    assert "line 41: messages is not a list" in told
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "line 2: a row must be a JSON object, but this is a list"),
+        ({"text": "a"}, "line 2: a row of chat data has messages; prompt and completion; .*this one has the fields text"),
+        ({"messages": [{"role": "user"}, {"content": "a"}]}, r"line 2: messages\[1\] is no message"),
+        ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\]: content is a int, not a text"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "its weight is 0.5"),
+        ({"chosen": "a", "rejected": "b"}, "chosen and rejected are texts without a prompt"),
+        ({"prompt": "q"}, "is one of prompts, but the rows before it are samples"),
+        ({"messages": [{"role": "assistant", "content": "\n\nx"}]}, "the whole conversation does not begin as it does"),
+    ],
+)
+def test_bad_rows_are_named(open_rows, row, message):
+    with pytest.raises(DataError, match=message):
+        open_rows([talks(1)[0], row])
+
+
+def test_all_samples_held_out_or_too_long_is_an_error(open_rows):
+    with pytest.raises(DataError, match="no sample to train on: each of its 1 is longer"):
+        open_rows([LONG], validation_fraction=0.0)
+    with pytest.raises(DataError, match="no sample to train on: all 3 are held out"):
+        open_rows(talks(3), validation_fraction=1.0)
