@@ -45,7 +45,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "delay": None,
     "latent": "fsdp",
     "rank": None,
+    "lora": None,
 }
+LORA = "lora"
+"""Logical dim between the two factors of an adapter (`models/lora.py`)."""
 
 Dims = tuple[str, ...]
 
@@ -166,10 +169,13 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
     Level 3 leaves compute in shards. Levels 1 and 2 gather it over fsdp.
 
     A gradient has the shape and dtype of its primal, and a microbatch's are float32, at level 1 whole over fsdp. So a master
-    that differs is replaced by float32 zeros of the gradient's shape. They are never read, so XLA drops them.
+    that differs is replaced by float32 zeros of the gradient's shape. They are never read, so XLA drops them. A frozen weight's
+    master is None, as its gradient.
     """
 
-    def gradient_like(dims: Dims, shard: jax.Array) -> jax.Array:
+    def gradient_like(dims: Dims, shard: jax.Array | None) -> jax.Array | None:
+        if shard is None:
+            return None
         if reduces_each_pass(zero) and shard.dtype == jnp.float32:
             return shard
         factors = [
@@ -183,22 +189,24 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
     return jax.tree.map(gradient_like, dims_tree, master, is_leaf=is_dims), compute
 
 
-def gather_weight(master: jax.Array, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
+def gather_weight(master: jax.Array | None, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
     """Return the whole weight (over fsdp) in compute dtype, from `gather_once`'s version of this device's shard.
 
     `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and no
     cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
-    reduce-scattered over fsdp (except at ZeRO level 1), and cast to master's dtype, float32.
+    reduce-scattered over fsdp (except at ZeRO level 1), and cast to master's dtype, float32. It is dropped if master is None.
     """
 
-    def gather(master: jax.Array, compute: jax.Array) -> jax.Array:
+    def gather(master: jax.Array | None, compute: jax.Array) -> jax.Array:
         return _gather_over_fsdp(dims, compute) if gathers_each_layer(zero) else compute
 
     # Not the differentiable call itself: a remat policy would see only that call, not the all_gather inside.
-    def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
+    def forward(master: jax.Array | None, compute: jax.Array) -> tuple[jax.Array, None]:
         return gather(master, compute), None
 
-    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        if master is None:
+            return None, vary(jnp.zeros(compute.shape, compute.dtype))
         gradient = gradient.astype(reduce_dtype)
         if reduces_each_pass(zero):
             gradient = _scatter_over_fsdp(dims, gradient)

@@ -13,7 +13,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config.names import field_values
 from jaxtrain.measure.layouts import LAYOUTS_A_TASK, draw_configs
 
-DEVICES, CANDIDATES = 8, 100
+DEVICES, CANDIDATES = 8, 250
 SURE = {
     ("expert", "pipe"),
     ("expert", "fsdp"),
@@ -23,6 +23,7 @@ SURE = {
     ("fsdp", "sharding.context_attention=gather"),
     ("context", "model.latent_attention.query_rank=12"),
     ("pipe", "pipeline.schedule=interleaved"),
+    ("tensor", "lora.rank=4"),
 }
 """Features that the few of every run must have, since no other test of a run has them."""
 

@@ -8,15 +8,12 @@ help text.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from jaxtrain.config.data_fields import DataConfig
-from jaxtrain.config.model_fields import DType, ModelConfig
-from jaxtrain.errors import ConfigError, nearest
+from jaxtrain.config.model_fields import DType, LoraConfig, ModelConfig
 from jaxtrain.files import user_path
 from jaxtrain.parts import Parts
 
@@ -199,6 +196,8 @@ class TrainConfig:
     """Dtype in which gradients are summed over devices."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss, which keeps logits from drifting; 0: none."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, as patterns of their names ("outer/*", "layers/mlp/*")."""
     loss_chunk: int = 512
     """Tokens of a sequence whose logits exist at one time."""
     sample_tokens: int = 0
@@ -323,6 +322,7 @@ class Config:
     init_from_optimizer: bool = False
     """Take the optimizer state of init_from's run too."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -336,62 +336,14 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     parts: Parts = field(default=Parts(), repr=False)
 
+    def __post_init__(self) -> None:
+        """Tell the model of its adapters, which are parameters of its layers."""
+        if isinstance(self.model, ModelConfig) and isinstance(self.lora, LoraConfig):
+            adapters = dataclasses.replace(self.lora, init_from="")
+            if self.model.adapters != adapters:
+                object.__setattr__(self, "model", dataclasses.replace(self.model, adapters=adapters))
+
     @property
     def directory(self) -> Path:
         """run_dir, or by default runs/NAME."""
         return user_path(self.run_dir) if self.run_dir else Path("runs") / self.name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As JSON
-
-
-PARTS = "parts"
-"""The field of `Config` and `ModelConfig` that is not a setting: no flag and no JSON holds it."""
-
-
-def to_plain(part: Any) -> Any:
-    """Return a config, or a section of one, as dicts, without the plugged-in parts."""
-    if dataclasses.is_dataclass(part):
-        return {field.name: to_plain(getattr(part, field.name)) for field in dataclasses.fields(part) if field.name != PARTS}
-    return tuple(map(to_plain, part)) if isinstance(part, tuple) else part
-
-
-def to_json(config: Config) -> str:
-    """Return the fully resolved config as JSON, as in run_dir/config.json and every checkpoint."""
-    plugged_by = {PARTS: config.parts.file} if config.parts.file else {}  # `loading.written_config` plugs them in again
-    return json.dumps(to_plain(config) | plugged_by, indent=2)
-
-
-def from_json(text: str, like: Config | None = None) -> Config:
-    """Return the config that `to_json` wrote. It only builds dataclasses; `validate` checks the values.
-
-    Args:
-      like: a config of the same sections, which may be subclasses, and with the parts to plug in; None: `Config()`.
-
-    Raises:
-      ConfigError: the text is no such JSON; names the field.
-    """
-    try:
-        return _from_plain(json.loads(text), Config, "config", like or Config())
-    except (ValueError, RecursionError) as error:  # raised by json
-        raise ConfigError([f"not the JSON of a config: {error}"]) from error
-
-
-def _from_plain(value: Any, hint: Any, path: str, like: Any = None) -> Any:
-    """Return a JSON value as a field's type: objects become dataclasses, lists tuples; other values are unchanged."""
-    if get_origin(hint) is UnionType:  # X | None
-        return None if value is None else _from_plain(value, get_args(hint)[0], path, like)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_from_plain(item, get_args(hint)[0], f"{path}.{i}") for i, item in enumerate(value))
-    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
-        return value
-    if not isinstance(value, dict):
-        raise ConfigError([f"{path}={value!r} is not an object of fields"])
-    kind = type(like) if isinstance(like, hint) else hint
-    hints = {name: of for name, of in get_type_hints(kind).items() if name != PARTS}
-    unknown = [f"{path}.{name}: there is no such field; {nearest(name, hints)}" for name in value if name not in hints]
-    if unknown:
-        raise ConfigError(unknown)
-    fields = {n: _from_plain(item, hints[n], f"{path}.{n}", getattr(like, n, None)) for n, item in value.items()}
-    return kind(**fields, **({PARTS: getattr(like, PARTS)} if hasattr(like, PARTS) else {}))

@@ -131,6 +131,31 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685): a matrix is W + s A B, of which only A and B are trained.
+
+    W is [inputs, outputs], A [inputs, rank], B [rank, outputs]; an expert has its own. B is 0 at first.
+    """
+
+    rank: int = 0
+    """Rank of the adapters; 0: none, and all weights are trained."""
+    alpha: float = 0.0
+    """s = alpha / rank; 0: alpha is twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Matrices with an adapter, as patterns of their names in a layer (attention/query, mlp/*, up); empty: all."""
+    rank_stabilised: bool = False
+    """s = alpha / sqrt(rank), so that the output's size does not depend on the rank (arXiv:2312.03732)."""
+    init_from: str = ""
+    """Folder of a PEFT adapter to begin with; empty: new ones."""
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        alpha = self.alpha or 2.0 * self.rank
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder: causal grouped-query attention softmax(QK^T/sqrt(d_k))V and an MLP, by default with RoPE, RMSNorm, SwiGLU.
 
@@ -221,6 +246,7 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for projections into the residual stream."""
     parts: ModelParts = field(default=ModelParts(), repr=False)
+    adapters: LoraConfig = field(default=LoraConfig(), repr=False)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

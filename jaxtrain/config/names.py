@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import PARTS, Config
+from jaxtrain.config import NO_SETTINGS, Config
 from jaxtrain.errors import ExplainedError, nearest
 
 LONGEST_NUMBER = 40
@@ -81,7 +81,7 @@ class NoSuchField(ExplainedError):
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """Return {name: type} of a dataclass's fields, without plugged-in parts, which are not settings."""
-    return {name: hint for name, hint in get_type_hints(kind).items() if name != PARTS}
+    return {name: hint for name, hint in get_type_hints(kind).items() if name not in NO_SETTINGS}
 
 
 def nested(hint: Any) -> type | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import MESH_AXES, PARTS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config import MESH_AXES, NO_SETTINGS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
 from jaxtrain.errors import ConfigError, nearest
@@ -77,7 +77,7 @@ _LARGEST = {"train.seed": 2**63}  # limit of whole numbers; 2^31 for all others,
 def _type_problems(value: Any, path: str = "") -> list[str]:
     """Return the values whose type or choice is not the field's (a config file is Python, and may hold anything)."""
     hints = get_type_hints(type(value))
-    names = [f.name for f in dataclasses.fields(value) if f.name != PARTS]
+    names = [f.name for f in dataclasses.fields(value) if f.name not in NO_SETTINGS]
     return [problem for name in names for problem in _field_problems(getattr(value, name), hints[name], path + name)]
 
 
@@ -119,8 +119,9 @@ _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
     "checkpoint.keep_every checkpoint.fast_every model.sliding_window model.local_rope_theta model.learned_positions "
-    "model.attention_scale model.attention_softcap model.logit_softcap sync.delay sync.overlap distributed.processes "
-    "guard.budget guard.copies_every guard.repeat_every distributed.hang_seconds distributed.phase_seconds"
+    "model.attention_scale model.attention_softcap model.logit_softcap lora.rank lora.alpha sync.delay "
+    "sync.overlap distributed.processes guard.budget guard.copies_every guard.repeat_every "
+    "distributed.hang_seconds distributed.phase_seconds"
 ).split()
 _ABOVE_ZERO = (
     "model.rope_theta model.norm_epsilon model.init_std model.residual_scale model.embedding_scale model.logit_scale "

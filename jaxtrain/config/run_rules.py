@@ -47,6 +47,9 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.export_hf exports the last checkpoint: give --checkpoint.every=1000 or so too")
     if config.init_from_optimizer and not config.init_from:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
+    unused = [name for name in ("alpha", "targets", "rank_stabilised", "init_from") if getattr(config.lora, name)]
+    if unused and not config.lora.rank:
+        problems.append(f"lora.{unused[0]} is of adapters, but lora.rank=0 makes none: give --lora.rank=16 or so too")
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:

@@ -13,7 +13,7 @@ from jaxtrain.huggingface.fields import Family, Fields
 from jaxtrain.huggingface.known import FAMILIES
 from jaxtrain.huggingface.table import Table
 
-OF_TRAINING = ("dtype", "param_dtype", "attention", "init_std", "parts")
+OF_TRAINING = ("dtype", "param_dtype", "attention", "init_std", "parts", "adapters")
 """Fields of `ModelConfig` that a config.json says nothing about."""
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxtrain.checkpoint.inspection import arrays, find
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.config.fields import from_json
+from jaxtrain.config.as_json import from_json
 from jaxtrain.data.progress import progress
 from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.files import user_path

@@ -22,6 +22,7 @@ from jaxtrain.config import (
     Config,
     DataConfig,
     LatentAttentionConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -36,8 +37,10 @@ from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.trained import trained, trained_dims, with_trained
 from jaxtrain.objectives import objective_of
 from jaxtrain.parallel.stacking import make_stacking
+from jaxtrain.sharding import LORA, is_dims
 from jaxtrain.train.balance import step_biases
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rounding import apply_updates
@@ -162,7 +165,10 @@ def draw_pattern(model: ModelConfig, choose: Choose) -> ModelConfig:
 
 def draw_task(choose: Choose) -> Config:
     """Draw a config for one device."""
-    return replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
+    task = replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
+    adapters = LoraConfig(rank=4, alpha=8.0, targets=choose(((), ("attention/*",), ("up", "down"))))
+    frozen = choose(((), ("outer/*",), ("layers/attention/*",)))
+    return choose((task, task, replace(task, lora=adapters), replace(task, train=replace(task.train, frozen=frozen))))
 
 
 def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
@@ -275,34 +281,50 @@ class Outcome:
     gradients: Any
 
 
+def _with_second_factors(config: Config, params: Any) -> Any:
+    """Return the parameters with waves in place of the adapters' B, whose zeros would leave A without a gradient."""
+
+    def leaf(path: tuple, dims: tuple[str, ...], value: jax.Array) -> jax.Array:
+        if LORA not in dims or path[-1].key != "b":
+            return value
+        own = value.shape[dims.index(LORA) :]
+        return value + 0.05 * jnp.sin(jnp.arange(math.prod(own), dtype=jnp.float32)).reshape(own)
+
+    if not config.lora.rank:
+        return params
+    return jax.tree_util.tree_map_with_path(leaf, parameter_dims(config.model), params, is_leaf=is_dims)
+
+
 def run(config: Config, steps: int = STEPS) -> Outcome:
     """Return initial parameters, the first gradients, and the losses of `steps` optimizer steps on the same batch."""
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
-    dims, layers = parameter_dims(config.model), make_stacking(config).layer_numbers()
+    layers = make_stacking(config).layer_numbers()
+    all_dims, dims = parameter_dims(config.model), trained_dims(config)
     seed = jnp.asarray(seed_words(config.train.seed))
     optimizer = optimizer_of(config)
     state = create_state(config, mesh, optimizer)
-    params, optimizer_state = state["params"], state["optimizer"]
+    params, optimizer_state = _with_second_factors(config, state["params"]), state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
     rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs}
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     region = make_loss_and_gradients(config, mesh, config.model.attention)
     loss_and_gradients = jax.jit(region).lower(params, batch).compile()
 
-    def canonical(tree: Any) -> Any:
+    def canonical(tree: Any, dims: Any) -> Any:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any, step: Any) -> tuple[Any, Any]:
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        params = apply_updates(params, updates, dims, layers, seed, step)
-        return step_biases(config.model, params, reports), optimizer_state
+        before = trained(config, params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before)
+        after = step_biases(config.model, apply_updates(before, updates, dims, layers, seed, step), reports)
+        return with_trained(config, params, after), optimizer_state
 
-    initial, losses, first = canonical(params), [], None
+    initial, losses, first = canonical(params, all_dims), [], None
     for step in range(steps):
         metrics, reports, gradients = loss_and_gradients(params, batch)
         losses.append(float(metrics["total_loss"]))
-        first = first or canonical(gradients)
+        first = first or canonical(gradients, dims)
         params, optimizer_state = update(params, optimizer_state, gradients, reports, step)
     return Outcome(initial, losses, first)
 

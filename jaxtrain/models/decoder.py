@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxtrain.config import MeshConfig, ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.layout import kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
+from jaxtrain.config import REMAT_NAMES, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
+from jaxtrain.layout import keeps, kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
+from jaxtrain.models import lora
 from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, run_layer
 from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.objectives import PRETRAIN, Objective
@@ -37,6 +38,12 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
     state = nnx.state(declare(module, config), nnx.Param)
     is_param = lambda leaf: isinstance(leaf, nnx.Param)  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata()["dims"], state, is_leaf=is_param))
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_dims(config: ModelConfig) -> PyTree:
+    """Return the logical dims of a layer's parameters, adapters included; cached and shared, as `_dims`."""
+    return lora.with_adapters(config.adapters, _dims(*layer_kind(config)))
 
 
 def cut_rows(tree: PyTree, parts: int) -> tuple[PyTree, ...]:
@@ -64,8 +71,14 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     """
     outer = dict(_dims(EmbeddingAndHead, config))
     if config.first_dense_layers:
-        outer["first_layers"] = _under(("layer",), _dims(*layer_kind(_dense(config))))
-    return {"outer": outer, "layers": _under(lead, _dims(*layer_kind(config)))}
+        outer["first_layers"] = _under(("layer",), _layer_dims(_dense(config)))
+    return {"outer": outer, "layers": _under(lead, _layer_dims(config))}
+
+
+def layer_kinds_dims(config: ModelConfig) -> list[PyTree]:
+    """Return the logical dims of one layer's own parameters, without adapters, of each kind of layer."""
+    kinds = [config, *([_dense(config)] if config.first_dense_layers else [])]
+    return [_dims(*layer_kind(kind)) for kind in kinds]
 
 
 def canonical_dims(config: ModelConfig) -> PyTree:
@@ -74,7 +87,8 @@ def canonical_dims(config: ModelConfig) -> PyTree:
 
 
 def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
-    """Return the parameters at step 0. A layer's depend on the key and its number alone; the vocabulary's padding is zero.
+    """Return the parameters at step 0, adapters included. A layer's depend on the key and its number alone; the vocabulary's
+    padding is zero.
 
     Layers are made in their final order: from a sharded result XLA can then make each device compute only its own share
     (a stack made in canonical order and then reshaped was computed whole on every device).
@@ -99,6 +113,7 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
 
     def layer(number: jax.Array) -> PyTree:
         weights = build(*layer_kind(config), jax.random.fold_in(layers_key, first + number))
+        weights |= _new_adapters(config, key, first + number)
         return jax.tree.map(lambda w: jnp.where(number >= 0, w, 0), weights)
 
     stacked = layer
@@ -108,9 +123,35 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
         clear_padding, _dims(EmbeddingAndHead, config), build(EmbeddingAndHead, config, outer_key), is_leaf=is_dims
     )
     if first:
-        dense = jax.vmap(lambda number: build(*layer_kind(_dense(config)), jax.random.fold_in(layers_key, number)))
-        outer["first_layers"] = dense(jnp.arange(first))
+
+        def dense(number: jax.Array) -> PyTree:
+            weights = build(*layer_kind(_dense(config)), jax.random.fold_in(layers_key, number))
+            return weights | _new_adapters(_dense(config), key, number)
+
+        outer["first_layers"] = jax.vmap(dense)(jnp.arange(first))
     return {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}
+
+
+def _new_adapters(config: ModelConfig, key: jax.Array, number: jax.Array) -> PyTree:
+    """Return a layer's branch of adapters at step 0, {} without any; the other parameters are the same with and without."""
+    dims = _dims(*layer_kind(config))
+    if not lora.targets_of(config.adapters, dims):
+        return {}
+    shapes = nnx.to_pure_dict(nnx.state(declare(*layer_kind(config)), nnx.Param))
+    own_key = jax.random.fold_in(jax.random.fold_in(key, lora.KEY), number)
+    return {lora.BRANCH: lora.initial_adapters(config.adapters, dims, shapes, own_key)}
+
+
+def add_adapters(config: ModelConfig, params: PyTree, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
+    """Return parameters without adapters with new ones, those of `initialize`."""
+
+    def add(found: PyTree, new: PyTree) -> PyTree:
+        return found | {lora.BRANCH: new[lora.BRANCH]} if lora.BRANCH in new else found
+
+    new = initialize(config, key, layer_numbers)
+    outer, first = params["outer"], "first_layers"
+    outer = outer | {first: add(outer[first], new["outer"][first])} if first in outer else outer
+    return {"outer": outer, "layers": add(params["layers"], new["layers"])}
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
@@ -133,24 +174,25 @@ def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], 
     return merge
 
 
-def remat_policy(train: TrainConfig) -> Callable[..., bool] | None:
+def remat_policy(train: TrainConfig, has_adapters: bool = False) -> Callable[..., bool] | None:
     """Return the policy of which intermediates a layer keeps for its backward; None keeps only the layer's input.
 
     No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as the output of
-    `take_turns`' barriers), since a policy by name would still keep the value from just before its name.
+    `take_turns`' barriers), since a policy by name would still keep the value from just before its name. With adapters,
+    whose sum with a weight is an array of its own, `none` and `dots` keep what has a name.
     """
     if train.remat == "full":
         return None
-    if train.remat == "none":
+    if train.remat == "none" and not has_adapters:
         return lambda primitive, *_, **__: primitive.name not in ("all_gather", "optimization_barrier")
-    names = kept_names(train)
-    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    names = tuple(name for name in REMAT_NAMES if keeps(train, name)) if has_adapters else kept_names(train)
+    by_name, dots = jax.checkpoint_policies.save_only_these_names(*names), train.remat == "dots" and not has_adapters
 
     def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
         # A name cannot reach into cuDNN's forward kernel, so its result is kept by primitive too.
         if primitive.name == CUDNN_FORWARD_PRIMITIVE:
             return "attention" in names
-        if train.remat == "dots" and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
+        if dots and jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **parameters):
             return True
         return by_name(primitive, *avals, **parameters)
 
@@ -178,7 +220,8 @@ class Decoder:
 
     def layer(self, config: ModelConfig, weights: Weights, place: int = 0) -> Any:
         """Return the module of a layer at a place of the pattern, with its weights gathered."""
-        return _merge(*layer_kind(config, place))(self._gathered(weights, _dims(*layer_kind(config))))
+        held = lora.merged(config.adapters, self._gathered(weights, _layer_dims(config)))
+        return _merge(*layer_kind(config, place))(held)
 
     def dense_config(self) -> ModelConfig:
         """Return the config of the first dense layers."""
@@ -206,7 +249,7 @@ class Decoder:
             ys, auxiliary, reports = zip(*results, strict=True)
             return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
 
-        return jax.checkpoint(layer, policy=remat_policy(self.train), prevent_cse=False)
+        return jax.checkpoint(layer, policy=remat_policy(self.train, bool(config.adapters.rank)), prevent_cse=False)
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts, period, slots_of_part = self.stacking.counts(), self.stacking.period, self.stacking.layers_per_part

@@ -10,15 +10,16 @@ from flax import nnx
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.parts import plugged
-from jaxtrain.sharding import Dims
+from jaxtrain.sharding import LORA, Dims
 
 
 def held_dtype(dims: Dims, dtype: str) -> str:
-    """Return a parameter's dtype by its logical dims: float32 for norms, routers and biases, else `dtype`.
+    """Return a parameter's dtype by its logical dims: float32 for norms, routers, biases and adapters, else `dtype`.
 
     Those are few, and lie around 1 or decide by small differences, where bfloat16's steps of 0.8% matter.
     """
-    return "float32" if dims[-1] in ("norm", "router") or dims[-1].endswith("bias") else dtype
+    is_fine = dims[-1] in ("norm", "router") or dims[-1].endswith("bias") or LORA in dims
+    return "float32" if is_fine else dtype
 
 
 def parameter(

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jaxtrain.config
-from jaxtrain.config import PARTS, Config, to_json, to_plain
+from jaxtrain.config import NO_SETTINGS, Config, to_json, to_plain
 from jaxtrain.config.loading import load_config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file, user_path
@@ -81,7 +81,7 @@ def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int,
 
 def _set_fields(value: Any) -> list[dataclasses.Field]:
     """Return the fields without their default value."""
-    return [f for f in dataclasses.fields(value) if f.name != PARTS and getattr(value, f.name) != _default(f)]
+    return [f for f in dataclasses.fields(value) if f.name not in NO_SETTINGS and getattr(value, f.name) != _default(f)]
 
 
 def _default(field: dataclasses.Field) -> Any:

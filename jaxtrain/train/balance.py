@@ -39,9 +39,9 @@ def step_biases(model: ModelConfig, params: PyTree, reports: PyTree) -> PyTree:
     """Move every router's bias in params: b_e += rate * sign(mean load - load_e) (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
 
     Loads are those of the whole global batch. The bias is a parameter without gradient: clipping, decay and the optimizer do
-    not change it, since they turn a zero gradient into 0 (and only matrices decay).
+    not change it, since they turn a zero gradient into 0 (and only matrices decay). A frozen one, None in params, stays.
     """
-    if model.moe is None or not model.moe.bias_update_rate:
+    if model.moe is None or not model.moe.bias_update_rate or params["layers"]["moe"]["bias"] is None:
         return params
     load = reports["expert_load"]
     step = model.moe.bias_update_rate * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.config import Config
-from jaxtrain.models import decoder
+from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.sharding import RULES, Dims, is_dims, named, spec, specs, sum_over
-from jaxtrain.train.state import initial_params, params_dims
+from jaxtrain.train.state import initial_params, trained_of_each_replica
 
 PyTree = Any
 Region = Any  # a shard_map: called in a jitted step
@@ -44,7 +44,7 @@ def make_gradient_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange
 
     In a step that applies nothing the gradients are zeros.
     """
-    dims = decoder.parameter_dims(config.model)
+    dims = trained_dims(config)
     kept = sync.state_dims(config.sync, dims)
     of_each = under(("replica",), dims)
 
@@ -66,12 +66,12 @@ def make_gradient_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange
 
 
 def make_parameter_exchange(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> Region:
-    """(params [replica, ...], sync state) -> (params, sync state, metrics [replica]), a shard_map.
+    """(trained params [replica, ...], sync state) -> (params, sync state, metrics [replica]), a shard_map.
 
     Metrics: replica_divergence, in a step that sends parameters: |P_r - mean_r P_r| / |mean_r P_r| over the part of each
     replica's parameters P_r that is sent in this step, as of the start of its exchange. It costs no bytes between replicas.
     """
-    dims, held = decoder.parameter_dims(config.model), params_dims(config)
+    dims, held = trained_dims(config), trained_of_each_replica(config)
     kept = sync.state_dims(config.sync, dims)
 
     def region(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -102,8 +102,8 @@ def exchanged_bytes(config: Config, mesh: Mesh, exchange: ReplicaExchange) -> fl
     replicas = config.mesh.replica
     if replicas == 1:
         return None
-    dims = decoder.parameter_dims(config.model)
-    shapes = jax.eval_shape(lambda: initial_params(config))
+    dims = trained_dims(config)
+    shapes = jax.eval_shape(lambda: trained(config, initial_params(config)))
     shards = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), shapes, named(mesh, dims)
     )

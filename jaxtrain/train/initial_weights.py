@@ -19,7 +19,7 @@ from jaxtrain.checkpoint.inspection import find
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
 from jaxtrain.config import Config, ModelConfig, SyncConfig
-from jaxtrain.config.fields import from_json
+from jaxtrain.config.as_json import from_json
 from jaxtrain.errors import CheckpointError, ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.config import differing

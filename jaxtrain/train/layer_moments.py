@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import STACKED, Decoder, parameter_dims
+from jaxtrain.models.trained import trained_dims
 from jaxtrain.parallel.pipeline import Weights
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
@@ -104,7 +105,7 @@ def make_layer_moments(config: Config, mesh: Mesh, backend: str) -> Callable[[Py
         return {
             "loss": metrics["loss"],
             "moments": stacking.unstack(reports["moments"]) / tokens,
-            "gradients": jax.tree.map(sums, dims, gradients, is_leaf=is_dims),
+            "gradients": jax.tree.map(sums, trained_dims(config), gradients, is_leaf=is_dims),
         }
 
     program = jax.jit(

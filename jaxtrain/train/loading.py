@@ -15,7 +15,7 @@ import optax
 from jaxtrain.checkpoint.inspection import find
 from jaxtrain.checkpoint.stored import read_metadata
 from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
-from jaxtrain.config.fields import from_json
+from jaxtrain.config.as_json import from_json
 from jaxtrain.config.rules import find_problems
 from jaxtrain.data.tokenizers import begin_ids, load_tokenizer
 from jaxtrain.errors import ConfigError, ExplainedError

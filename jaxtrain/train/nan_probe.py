@@ -226,9 +226,11 @@ class NanProbe:
         return step
 
     def _wrong_numbers(self, tree: PyTree) -> PyTree:
-        """Count the non-finite numbers of each leaf; of a stacked leaf in each layer, [layers]."""
+        """Count the non-finite numbers of each leaf, of a stacked leaf in each layer, [layers]; None where it is frozen."""
 
-        def leaf(dims: Dims, value: jax.Array) -> jax.Array:
+        def leaf(dims: Dims, value: jax.Array | None) -> jax.Array | None:
+            if value is None:
+                return None
             wrong = ~jnp.isfinite(value)
             if dims[:3] != STACKED:
                 return jnp.sum(wrong)
@@ -252,7 +254,7 @@ class NanProbe:
     def _gradients(self, counts: PyTree) -> str:
         """Describe the gradients that the backward pass reaches first; empty if all are finite."""
         head = self._names({"outer": {n: c for n, c in counts["outer"].items() if n in ("head", "norm")}})
-        layers = np.stack([np.asarray(leaf) for leaf in jax.tree.leaves(counts["layers"])]).any(0)
+        layers = np.any([np.asarray(leaf) for leaf in jax.tree.leaves(counts["layers"])], axis=0)
         if head:
             return f"the forward pass is finite, and the gradients of the head are not: {_some(head)}"
         if layers.any():

@@ -22,7 +22,7 @@ from jax import lax
 
 from jaxtrain.config import Config, OptimizerConfig
 from jaxtrain.errors import ExplainedError, nearest
-from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import Dims, is_dims
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
@@ -309,7 +309,7 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
     if config.parts.optimizer is not None:
         return in_float32(config.parts.optimizer)
-    return make_optimizer(config.optimizer, config.train.steps, parameter_dims(config.model))
+    return make_optimizer(config.optimizer, config.train.steps, trained_dims(config))
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformationExtraArgs:

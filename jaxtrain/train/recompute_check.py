@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.config import Config
 from jaxtrain.errors import NumbersError
-from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import is_dims, replicated, specs
 from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.exchange import under
@@ -32,7 +32,7 @@ class RecomputeCheck:
 
     def __init__(self, config: Config, mesh: Mesh, backend: str, steps: TrainSteps, first: int):
         self._guard, self._mesh, self._steps, self._step = config.guard, mesh, steps, first
-        dims = under(("replica",) if config.sync.sums_apart else (), parameter_dims(config.model))
+        dims = under(("replica",) if config.sync.sums_apart else (), trained_dims(config))
         structure = jax.tree.structure(dims, is_leaf=is_dims)
         self._names = ["/".join(path) for path in leaves_by_path(jax.tree.unflatten(structure, range(structure.num_leaves)))[0]]
         loss_and_gradients = make_loss_and_gradients(config, mesh, backend)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config, SyncConfig
 from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
+from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
@@ -48,7 +49,7 @@ def initial_params(config: Config, seed: Any = None) -> PyTree:
 def _replica_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
     """Return one replica's parameters and optimizer state at step 0."""
     params = initial_params(config, seed)
-    return {"params": params, "optimizer": optimizer.init(params)}
+    return {"params": params, "optimizer": optimizer.init(trained(config, params))}
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,9 +68,10 @@ def initial_state(
     """
     replicas = config.mesh.replica
     state = _replica_state(config, optimizer, seed) if given is None else {"optimizer": None} | given
+    changing = trained(config, state["params"])
     if state["optimizer"] is None:
-        state["optimizer"] = optimizer.init(state["params"])
-    kept = sync.initial_state(config.sync, state["params"], replicas)
+        state["optimizer"] = optimizer.init(changing)
+    kept = sync.initial_state(config.sync, changing, replicas)
     if config.sync.replicas_differ:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
     return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)} | _if_any(initial_record(config.guard))
@@ -106,6 +108,11 @@ def params_dims(config: Config) -> PyTree:
     return _of_each_replica(config, decoder.parameter_dims(config.model))
 
 
+def trained_of_each_replica(config: Config) -> PyTree:
+    """Return the logical dims of the trained parameters: with a leading "replica" if replicas differ."""
+    return _of_each_replica(config, trained_dims(config))
+
+
 def _of_each_replica(config: Config, dims: PyTree) -> PyTree:
     return jax.tree.map(lambda own: ("replica", *own), dims, is_leaf=is_dims) if config.sync.replicas_differ else dims
 
@@ -120,8 +127,9 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
     optimizer_dims = jax.tree_util.tree_map_with_path(
         lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
     )
-    trained = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims})
-    return trained | {"sync": sync.state_dims(config.sync, params), "step": ()} | _if_any(record_dims(config.guard))
+    changing = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims})
+    kept = sync.state_dims(config.sync, trained_dims(config))
+    return changing | {"sync": kept, "step": ()} | _if_any(record_dims(config.guard))
 
 
 def state_shardings(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:

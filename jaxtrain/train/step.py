@@ -15,6 +15,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
+from jaxtrain.models.trained import trained, trained_dims, with_trained
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import objective_of
 from jaxtrain.ops.attention_order import share_out
@@ -87,10 +88,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
     """(master, compute) parameters."""
-    dims = decoder.parameter_dims(config.model)
-    master = vary(params)
-    compute = decoder.to_compute(master, dims, config.model.dtype)
-    master, compute = gather_once(master, compute, dims, config.sharding.zero)
+    dims, params = decoder.parameter_dims(config.model), vary(params)
+    compute = decoder.to_compute(params, dims, config.model.dtype)
+    master, compute = gather_once(trained(config, params), compute, dims, config.sharding.zero)
     stacking = make_stacking(config)
     master, compute = (Parameters(tree["outer"], stacking.by_place(tree["layers"])) for tree in (master, compute))
     return master, compute
@@ -117,7 +117,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
     model = model or make_decoder(config, mesh, backend)
     functions = model.loss_functions(objective_of(config))
     schedule = schedule_of(config)
-    dims, held = decoder.parameter_dims(config.model), params_dims(config)
+    dims, held = trained_dims(config), params_dims(config)
     apart: Dims = ("replica",) if config.sync.sums_apart else ()
     differ: Dims = ("replica",) if config.sync.replicas_differ else ()
 
@@ -169,16 +169,18 @@ def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Ste
     """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), for each replica if
     they differ.
     """
-    dims, layers = decoder.parameter_dims(config.model), make_stacking(config).layer_numbers()
+    dims, layers = trained_dims(config), make_stacking(config).layer_numbers()
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
         params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: Hyperparameters, step: jax.Array
     ) -> tuple[PyTree, PyTree, PyTree]:
         metrics = {"grad_norm": optax.global_norm(gradients)}
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params, **numbers._asdict())
-        params = apply_updates(params, updates, dims, layers, numbers.seed, step)
-        params = step_biases(config.model, params, reports)
+        before = trained(config, params)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, **numbers._asdict())
+        after = apply_updates(before, updates, dims, layers, numbers.seed, step)
+        after = step_biases(config.model, after, reports)
+        params = with_trained(config, params, after)
         return params, optimizer_state, metrics | expert_metrics(config.model, make_stacking(config), reports)
 
     of_each = (0, 0, 0, 0, None, None)
@@ -220,8 +222,9 @@ def make_train_step(
             with jax.named_scope("optimizer"):
                 params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers, state["step"])
         if differ and exchange != ReplicaExchange():
-            params, kept, divergence = make_parameter_exchange(config, mesh, exchange)(params, kept)
-            metrics |= divergence
+            exchanged = make_parameter_exchange(config, mesh, exchange)(trained(config, params), kept)
+            params, kept = with_trained(config, params, exchanged[0]), exchanged[1]
+            metrics |= exchanged[2]
         new = {"params": params, "optimizer": optimizer_state, "sync": kept}
         if config.guard.classifies_steps:
             new, kind = apply_if_good(config.guard, state, new, metrics | more)

@@ -1,0 +1,172 @@
+"""Adapters and frozen parameters: gradients in closed form, and what exists for a frozen parameter."""
+
+import functools
+import operator
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.config import Config, LatentAttentionConfig, LoraConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.measure.layouts import BASE, batch_of
+from jaxtrain.mesh import make_mesh
+from jaxtrain.models.lora import merge
+from jaxtrain.models.trained import trained, trained_dims
+from jaxtrain.train.optimizer import optimizer_of
+from jaxtrain.train.state import create_state
+from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, make_loss_and_gradients, place_numbers
+
+LORA = LoraConfig(rank=3, alpha=5.0, rank_stabilised=True)
+MIXTURE = replace(
+    BASE.model,
+    num_layers=3,
+    moe=MoEConfig(num_experts=4, mlp_dim=16, shared_experts=1, first_dense_layers=1, bias_update_rate=0.1),
+    latent_attention=LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6),
+)
+
+
+def tiny(model: ModelConfig = BASE.model, **changes) -> Config:
+    """Return a config of one device with a batch of four."""
+    return replace(BASE, model=model, train=replace(BASE.train, global_batch_size=4, microbatches=2), **changes)
+
+
+def batch(config: Config, mesh) -> dict:
+    """Return a batch of the config on the mesh."""
+    rows = batch_of(config.train.global_batch_size)
+    return jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    """Return the leaves by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def put(tree: dict, path: str, value: np.ndarray) -> None:
+    """Replace a leaf of nested dicts."""
+    *above, last = path.split("/")
+    functools.reduce(operator.getitem, above, tree)[last] = value
+
+
+def without_adapters(params: dict, scale: float) -> tuple[dict, dict[str, tuple[str, np.ndarray, np.ndarray]]]:
+    """Return merged parameters, and {path of a matrix: (path of its adapter, A, B)}."""
+    leaves, adapters = flat(params), {}
+    for path in [p.removesuffix("/a") for p in leaves if "/lora/" in p and p.endswith("/a")]:
+        adapters[path.replace("/lora/", "/")] = (path, leaves[f"{path}/a"], leaves[f"{path}/b"])
+    tree = jax.tree.map(np.asarray, params)
+    for part in (tree["layers"], tree["outer"].get("first_layers", {})):
+        part.pop("lora", None)
+    for path, (_, a, b) in adapters.items():
+        put(tree, path, merge(np, scale, leaves[path], a, b))
+    return tree, adapters
+
+
+def matrix(array: np.ndarray, lead: int, inputs: int) -> np.ndarray:
+    """Return an array as [matrices, inputs, outputs]."""
+    shape = array.shape
+    count, rows = np.prod(shape[:lead], dtype=int), np.prod(shape[lead : lead + inputs], dtype=int)
+    return array.reshape(count, rows, -1).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(MIXTURE, id="mixture"), pytest.param(BASE.model, id="dense", marks=pytest.mark.slow)]
+)
+def test_gradients_are_those_of_the_full_weight_times_the_other_factor(model):
+    config = tiny(model, lora=LORA)
+    mesh, scale = make_mesh(config.mesh, jax.devices()[:1]), 5 / np.sqrt(3)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf), create_state(config, mesh, optimizer_of(config))["params"])
+    for path, leaf in flat(params).items():
+        if path.endswith("/b"):
+            assert not leaf.any()
+            put(params, path, rng.normal(0, 0.02, leaf.shape).astype(np.float32))
+    full = replace(config, lora=LoraConfig())
+    whole, adapters = without_adapters(params, scale)
+    assert {path.rpartition("/")[2] for path in adapters} >= {"out", "up"}
+    rows = batch(config, mesh)
+    metrics, _, got = jax.jit(make_loss_and_gradients(config, mesh, "reference"))(params, rows)
+    expected, _, d_whole = jax.jit(make_loss_and_gradients(full, mesh, "reference"))(whole, rows)
+    assert float(metrics["total_loss"]) == pytest.approx(float(expected["total_loss"]), rel=1e-6)
+    got, d_whole = flat(got), flat(d_whole)
+    assert sorted(got) == sorted(f"{path}/{factor}" for path, _, _ in adapters.values() for factor in "ab")
+    for path, (adapter, a, b) in adapters.items():
+        lead = a.ndim + b.ndim - d_whole[path].ndim - 2
+        inputs = a.ndim - lead - 1
+        d, a, b = matrix(d_whole[path], lead, inputs), matrix(a, lead, inputs), matrix(b, lead, 1)
+        for factor, true in (("a", d @ b.transpose(0, 2, 1)), ("b", a.transpose(0, 2, 1) @ d)):
+            own = got[f"{adapter}/{factor}"]
+            found = own.reshape(true.shape)
+            assert np.linalg.norm(found - scale * true) <= 1e-5 * np.linalg.norm(scale * true), (adapter, factor)
+
+
+def test_the_start_is_the_base_model_bit_for_bit():
+    config = tiny(lora=LORA)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    found, base = (
+        flat(create_state(each, mesh, optimizer_of(each))["params"]) for each in (config, replace(config, lora=LoraConfig()))
+    )
+    assert len(base) < len(found)
+    assert all(np.array_equal(found[path], leaf) for path, leaf in base.items())
+
+
+def bytes_of(tree) -> int:
+    """Return the bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("model", "frozen", "lora", "optimizer"),
+    [
+        pytest.param(BASE.model, (), LORA, "muon", id="adapters with muon"),
+        pytest.param(MIXTURE, (), LORA, "adafactor", id="adapters with adafactor", marks=pytest.mark.slow),
+        pytest.param(MIXTURE, ("outer/*", "layers/moe/[rb]*"), LoraConfig(), "adamw", id="by name", marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_parameter_stays_and_has_neither_gradient_nor_moments(model, frozen, lora, optimizer):
+    config = tiny(model, lora=lora, optimizer=OptimizerConfig(name=optimizer), mesh=MeshConfig(fsdp=2))
+    config = replace(config, train=replace(config.train, frozen=frozen))
+    mesh, optimizer = make_mesh(config.mesh, jax.devices()[:2]), optimizer_of(config)
+    state, rows = create_state(config, mesh, optimizer), batch(config, mesh)
+    before, moving = flat(state["params"]), flat(trained(config, state["params"]))
+    assert 0 < len(moving) < len(before)
+    program = jax.jit(make_loss_and_gradients(config, mesh, "reference")).lower(state["params"], rows).compile()
+    dims = jax.tree.leaves(trained_dims(config), is_leaf=lambda leaf: type(leaf) is tuple)
+    assert len(dims) == len(moving) == len(jax.tree.leaves(program.out_info[2]))
+    moments = bytes_of(state["optimizer"])
+    assert moments <= 2.01 * sum(leaf.size for leaf in moving.values()) * 4 + 64
+    step, numbers = compile_train_step(config, mesh, optimizer, "reference"), place_numbers(config, mesh)
+    for _ in range(20):
+        state, _ = step(state, rows, numbers)
+    after = flat(state["params"])
+    assert {path for path, leaf in before.items() if np.array_equal(leaf, after[path])} == set(before) - set(moving)
+
+
+def test_no_buffer_holds_gradients_of_frozen_parameters():
+    """Accumulated over microbatches, the gradients of all parameters would be float32 arrays of a loop."""
+    full = tiny()
+    mesh = make_mesh(full.mesh, jax.devices()[:1])
+
+    def temporaries(config: Config) -> tuple[int, int]:
+        optimizer = optimizer_of(config)
+        params = create_state(config, mesh, optimizer)["params"]
+        program = jax.jit(make_loss_and_gradients(config, mesh, "reference")).lower(params, batch(config, mesh)).compile()
+        return program.memory_analysis().temp_size_in_bytes, bytes_of(trained(config, params))
+
+    (all_bytes, all_gradients), (some_bytes, some_gradients) = temporaries(full), temporaries(replace(full, lora=LORA))
+    assert some_gradients < 0.3 * all_gradients
+    assert all_bytes - some_bytes > 0.7 * (all_gradients - some_gradients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": LoraConfig(rank=2, targets=("attention/querry",))}, "attention/query"),
+        ({"train": replace(BASE.train, frozen=("outer/tables",))}, "outer/table"),
+        ({"train": replace(BASE.train, frozen=("*",))}, "leaves no parameter"),
+    ],
+)
+def test_a_name_of_no_parameter_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        trained_dims(replace(BASE, **changes))
