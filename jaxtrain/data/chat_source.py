@@ -168,6 +168,9 @@ class _Encoding:
         if sample.sort != "prompts" and not all((ids < 0).any() for ids in sequences):
             counts["samples without an answer to learn left out"] += 1
             return
+        if not all(map(len, sequences)):
+            counts["prompts without a token left out"] += 1
+            return
         if len(sequences) == 2 and sequences[0].tobytes() == sequences[1].tobytes():
             counts["pairs of equal answers left out"] += 1
             return

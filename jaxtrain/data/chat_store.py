@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +79,36 @@ class StoredSamples:
     sort: Sort
     told: Told
     sides: dict[str, StoredSide]
+
+
+class ChatPrompt(NamedTuple):
+    """A prompt's ids, [length] int32, and the row of data that it comes from."""
+
+    ids: np.ndarray
+    row: dict[str, Any]
+
+
+class Prompts:
+    """The prompts of one side of several sources, one source after the other."""
+
+    def __init__(self, sides: Sequence[tuple[StoredSide, np.ndarray]]):
+        """Take each source's side, and the indices of the prompts in it that are used."""
+        self._sides = sides
+        self._ends = list(accumulate(len(used) for _, used in sides))
+
+    @property
+    def count(self) -> int:
+        """Number of prompts."""
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> ChatPrompt:
+        """Return prompt `index`, 0 to count - 1. Raises IndexError beyond."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"prompt {index} of {self.count}")
+        source = bisect_right(self._ends, index)
+        side, used = self._sides[source]
+        own = int(used[index - (self._ends[source - 1] if source else 0)])
+        return ChatPrompt(side.sequence(own).copy(), side.row(own))
 
 
 def ids_of(marked: np.ndarray) -> np.ndarray:

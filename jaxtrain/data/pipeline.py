@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxtrain.config import Config, DataSource
 from jaxtrain.data.chat_source import open_chat
-from jaxtrain.data.chat_store import StoredSamples
+from jaxtrain.data.chat_store import Prompts, StoredSamples
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.documents_of_function import with_documents_kept
@@ -108,6 +109,8 @@ def _check_sorts(sources: Sequence[OpenSource]) -> None:
         raise DataError(
             f"data.sources.0 has {sorts[0]}, data.sources.{other} has {sorts[other]}; pairs and prompts stand alone"
         )
+    if sorts[0] == "prompts" and len({source.weight for source in sources}) > 1:
+        raise DataError("data.sources: prompts of several sources are taken in equal shares; leave their weights out")
 
 
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
@@ -252,6 +255,25 @@ class Data:
         batch_size = self._config.train.global_batch_size
         return [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
 
+    @functools.cached_property
+    def prompts(self) -> Prompts:
+        """Prompts to train on, of all sources one after the other; none where the sources hold samples or pairs."""
+        return self._prompts("train", self._train)
+
+    @functools.cached_property
+    def validation_prompts(self) -> Prompts:
+        """Held-out prompts."""
+        return self._prompts("validation", self._validation)
+
+    def _prompts(self, side: str, windows: Sequence[Windows | PackedRows]) -> Prompts:
+        """Return the prompts of one side, without those longer than sequence_length."""
+        chats = [
+            (s.chat.sides[side], w.fit.kept)
+            for s, w in zip(self._sources, windows, strict=True)
+            if s.chat and isinstance(w, PackedRows) and s.chat.sort == "prompts"
+        ]
+        return Prompts(chats)
+
     @property
     def row_counts(self) -> list[int]:
         """Return how many training rows each source has."""
@@ -280,13 +302,17 @@ class Data:
 
         Rows beyond the last window are padding: tokens and segments 0, targets -1.
         """
+        return self._read(self._validation, self.validation_row_numbers(index, rows, batch_size))
+
+    def validation_row_numbers(self, index: int, rows: slice, batch_size: int) -> list[tuple[int, int] | None]:
+        """Return for each row of `validation_batch` the index of its source, and its own in that source; None for padding."""
         picks = []
         for row in range(*rows.indices(batch_size)):
             window = index * batch_size + row
             source = int(np.searchsorted(self._validation_ends, window, side="right"))
             first = int(self._validation_ends[source - 1]) if source else 0
             picks.append((source, window - first) if source < len(self._validation) else None)
-        return self._read(self._validation, picks)
+        return picks
 
     def bits_per_byte(self, mean_loss: float) -> float | None:
         """mean_loss (nats per token, over all held-out tokens) x tokens / bytes / ln 2; None if the bytes are unknown."""

@@ -178,3 +178,71 @@ def test_all_samples_held_out_or_too_long_is_an_error(open_rows):
         open_rows([LONG], validation_fraction=0.0)
     with pytest.raises(DataError, match="no sample to train on: all 3 are held out"):
         open_rows(talks(3), validation_fraction=1.0)
+
+
+ASK, HI = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "good"}]
+PAIRS = {
+    "messages": {"chosen": [*ASK, *HI], "rejected": [*ASK, {"role": "assistant", "content": "bad"}]},
+    "prompt and answers": {"prompt": ASK, "chosen": HI, "rejected": [{"role": "assistant", "content": "bad"}]},
+    "prompt in all": {"prompt": ASK, "chosen": [*ASK, *HI], "rejected": [*ASK, {"role": "assistant", "content": "bad"}]},
+    "prompt as text too": {"prompt": "q", "chosen": [*ASK, *HI], "rejected": [*ASK, {"role": "assistant", "content": "bad"}]},
+    "answers as texts": {"prompt": ASK, "chosen": "good", "rejected": "bad"},
+    "earlier answer": {
+        "chosen": [*ASK, *HI, *ASK, *HI],
+        "rejected": [*ASK, *HI, *ASK, {"role": "assistant", "content": "bad"}],
+    },
+}
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_a_pair_lies_in_one_row_with_loss_on_its_answers_alone(open_rows, layout):
+    data = open_rows([PAIRS[layout]], validation_fraction=0.0)
+    (batch,) = all_rows(data)
+    tokens, targets, segments = (batch[name][0] for name in ("tokens", "targets", "segments"))
+    assert sorted(set(segments.tolist())) == [0, 1, 2]
+    for number, answer in ((1, "good"), (2, "bad")):
+        learned = targets[(segments == number) & (targets >= 0)]
+        assert [*learned] == [*data.tokenizer.encode(answer), END]
+    prompt = int((targets[segments == 1] >= 0).argmax())
+    assert tokens[segments == 1][: prompt + 1].tolist() == tokens[segments == 2][: prompt + 1].tolist()
+
+
+def test_pairs_of_texts_stay_together_in_every_row(open_rows):
+    rows = [{"prompt": f"{n}" * (n % 40), "chosen": "c" * (1 + n % 17), "rejected": "r" * (1 + n % 23)} for n in range(100)]
+    data = open_rows(
+        [*rows, {"prompt": "same", "chosen": "a", "rejected": "a"}, {"prompt": "q" * 200, "chosen": "a", "rejected": "b"}]
+    )
+    assert "1 pairs of equal answers left out" in data.description
+    assert "1 longer than 256 tokens left out" in data.description  # each fits alone, the two do not
+    for batch in all_rows(data):
+        for tokens, targets, segments in zip(batch["tokens"], batch["targets"], batch["segments"], strict=True):
+            assert segments.max() % 2 == 0
+            for number in range(1, segments.max() + 1):
+                answer = data.tokenizer.decode(targets[(segments == number) & (targets >= 0)]).removesuffix("<|im_end|>")
+                assert set(answer) == ({"c"} if number % 2 else {"r"})
+            for number in range(1, segments.max() + 1, 2):
+                prompts = [tokens[(segments == n) & (targets < 0)].tolist() for n in (number, number + 1)]
+                assert prompts[0] == prompts[1]
+
+
+def test_prompts_travel_with_their_rows_and_end_where_the_answer_begins(open_rows):
+    rows = [{"prompt": [{"role": "user", "content": f"{n}+1?"}], "answer": n + 1, "more": {"n": n}} for n in range(50)]
+    data = open_rows([*rows, {"prompt": "x" * 600}])
+    assert data.prompts.count + data.validation_prompts.count == 50
+    assert data.validation_prompts.count
+    assert "1 longer than 256 tokens left out" in data.description
+    for prompts in (data.prompts, data.validation_prompts):
+        for i in range(prompts.count):
+            ids, row = prompts[i]
+            assert row == rows[row["more"]["n"]]
+            assert ids.dtype == np.int32
+            assert data.tokenizer.decode(ids) == f"user\n{row['prompt'][0]['content']}\nassistant\n"
+    with pytest.raises(IndexError):
+        data.prompts[data.prompts.count]
+    assert (data.train_batch(0, slice(None))["targets"] == -1).all()
+
+
+def test_pairs_and_prompts_are_not_mixed_with_others(open_rows, books):
+    for rows in ([PAIRS["messages"]], [{"prompt": "q"}]):
+        with pytest.raises(DataError, match="pairs and prompts stand alone"):
+            open_rows(rows, books, validation_fraction=0.0)
