@@ -22,7 +22,7 @@ class ControlWords:
     def spell_apart(self, value: Any) -> Any:
         """Return a text, or what holds texts, such that no control token that it spells is one in `marked`."""
         if isinstance(value, str):
-            return self._start.sub(rf"\g<1>{self._apart}", value)
+            return self._start.sub(lambda match: match[1] + self._apart, value) if self._name.search(value) else value
         if isinstance(value, dict):
             return {self.spell_apart(key): self.spell_apart(item) for key, item in value.items()}
         return [self.spell_apart(item) for item in value] if isinstance(value, list) else value

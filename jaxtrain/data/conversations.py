@@ -149,7 +149,7 @@ class Conversations:
         for i, learns in enumerate(part.learned):
             if learns:
                 asked = template.render(part.messages[:i], True, part.tools)
-                answered = template.render(part.messages[: i + 1], False, part.tools)
+                answered = whole if i + 1 == len(part.messages) else template.render(part.messages[: i + 1], False, part.tools)
                 for text in (asked, answered):
                     if not whole.startswith(text):
                         raise self._mismatch(text, whole, f"{where}: messages[{i}]")

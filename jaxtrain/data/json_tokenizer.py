@@ -204,7 +204,8 @@ def _hide_control_tokens(description: dict[str, Any], separator: str) -> dict[st
     secret = secrets.token_hex(16)  # not a function of the file, or a text could hold it
     control = [token["content"] for token in tokens if token["special"]]
     control = [separator, *(name for name in control if name not in (separator, _unknown(model)))]
-    hidden = {name: f"{secret}-{i}" for i, name in enumerate(control)}
+    # The number ends in a dash, or mark 9 before another mark, which begins with a digit, would read as mark 91.
+    hidden = {name: f"{secret}-{i}-" for i, name in enumerate(control)}
     for token in tokens:
         if token["content"] in hidden:
             token |= {"content": hidden[token["content"]], "special": True, "normalized": False}

@@ -20,7 +20,7 @@ def open_rows(tmp_path, make_config):
     def open_them(rows, *others, **data):
         path = write_rows(tmp_path / "chat.jsonl", rows)
         source = DataSource(kind="chat", path=str(path), max_bad_rows=data.pop("max_bad_rows", 0.0))
-        fields = {"tokenizer": str(folder), "sequence_length": 256, "vocab_size": 320} | data
+        fields = {"tokenizer": str(folder), "sequence_length": 256, "vocab_size": 440} | data
         return open_data(make_config(source, *others, **fields))
 
     return open_them
