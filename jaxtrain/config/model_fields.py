@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jaxtrain.parts import ModelParts
@@ -247,6 +247,11 @@ class ModelConfig:
     """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for projections into the residual stream."""
     parts: ModelParts = field(default=ModelParts(), repr=False)
     adapters: LoraConfig = field(default=LoraConfig(), repr=False)
+
+    @property
+    def base(self) -> ModelConfig:
+        """The model without adapters."""
+        return replace(self, adapters=LoraConfig())
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:

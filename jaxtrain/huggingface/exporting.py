@@ -23,8 +23,9 @@ from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.config import family_of, read_config, same_model, table_of, write_config
 from jaxtrain.huggingface.files import INDEX, SINGLE, travelling_files
-from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, is_stacked
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, dims_of, is_stacked
 from jaxtrain.huggingface.table import Table
+from jaxtrain.models import lora
 
 SHARD_BYTES = 512 << 20
 """Bytes of a weight file; a larger tensor has one of its own. A file is held in memory until it is written."""
@@ -55,6 +56,8 @@ def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
 def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: str = "") -> dict[str, Any]:
     """Write the weights of a config's model as the folder `target`, and return the config.json that it has.
 
+    Adapters are added to their weights.
+
     Args:
       read: gives our parameters by the names of a checkpoint, in canonical form.
       beside: the folder of the files that travel with the weights, if there is one.
@@ -69,7 +72,7 @@ def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: s
     described = described_as(config.model, beside, config.data.sequence_length)
     dtype = dtype or described.get("dtype") or config.model.dtype
     described = {name: value for name, value in described.items() if name != "torch_dtype"} | {"dtype": dtype}
-    table = table_of(family_of(described), config.model)
+    table, read = table_of(family_of(described), config.model), merging(config.model, read)
     unfinished = goal.with_name(f"{goal.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
@@ -83,6 +86,22 @@ def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: s
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return described
+
+
+def merging(model: ModelConfig, read: Read) -> Read:
+    """Return `read` with W + s A B in place of a matrix W that has an adapter, computed in float32, in W's dtype."""
+    known = dims_of(model)
+
+    def merged(names: list[str]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            factors = [f"params/{path}" for path in lora.adapter_of(name.removeprefix("params/"))]
+            if factors[0].removeprefix("params/") not in known:
+                yield from read([name])
+                continue
+            held = {own: np.asarray(array) for own, array in read([name, *factors])}
+            yield name, lora.merge(np, model.adapters.scale, *(held[own] for own in (name, *factors)))
+
+    return merged
 
 
 def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any]:

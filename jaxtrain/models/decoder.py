@@ -143,15 +143,17 @@ def _new_adapters(config: ModelConfig, key: jax.Array, number: jax.Array) -> PyT
 
 
 def add_adapters(config: ModelConfig, params: PyTree, key: jax.Array, layer_numbers: np.ndarray) -> PyTree:
-    """Return parameters without adapters with new ones, those of `initialize`."""
+    """Return the parameters with the adapters of `initialize` where the model has some and `params` none."""
+    outer, layers, first = params["outer"], params["layers"], "first_layers"
+    if not config.adapters.rank or lora.BRANCH in (*layers, *outer.get(first, ())):
+        return params
 
     def add(found: PyTree, new: PyTree) -> PyTree:
-        return found | {lora.BRANCH: new[lora.BRANCH]} if lora.BRANCH in new else found
+        return found | {name: tree for name, tree in new.items() if name == lora.BRANCH}
 
     new = initialize(config, key, layer_numbers)
-    outer, first = params["outer"], "first_layers"
     outer = outer | {first: add(outer[first], new["outer"][first])} if first in outer else outer
-    return {"outer": outer, "layers": add(params["layers"], new["layers"])}
+    return {"outer": outer, "layers": add(layers, new["layers"])}
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:

@@ -124,6 +124,13 @@ def initial_adapters(lora: LoraConfig, dims: PyTree, shapes: PyTree, key: jax.Ar
     return _nested(found)
 
 
+def adapter_of(path: str) -> tuple[str, str]:
+    """Return the paths of A and B in a tree of parameters, of the matrix at `path` ("layers/mlp/up")."""
+    above = "outer/first_layers/" if path.startswith("outer/") else "layers/"
+    own = f"{above}{BRANCH}/{path.removeprefix(above)}"
+    return f"{own}/a", f"{own}/b"
+
+
 def merged(lora: LoraConfig, weights: PyTree) -> PyTree:
     """Return one layer's weights with W + s A B in place of W, and without the branch of the adapters."""
     if BRANCH not in weights:

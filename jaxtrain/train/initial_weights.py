@@ -46,7 +46,7 @@ def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
         raise ExplainedError(f"init_from={config.init_from} is a HuggingFace folder, which holds no optimizer state")
     with WeightsFolder(config.init_from) as folder:
         _check_same_model(config, folder.model)
-        params = place(config.model, make_stacking(config), mesh, folder.table, folder.fetch)
+        params = place(config.model.base, make_stacking(config), mesh, folder.table, folder.fetch)
         return {"params": params}, origin_of(folder)
 
 
@@ -96,6 +96,19 @@ def _check_same_model(config: Config, found: ModelConfig) -> None:
         raise ConfigError(lines, f"with init_from={config.init_from}, whose weights are of another model")
 
 
+def _check_adapters(config: Config, source: Config) -> None:
+    """Check that adapters of the run that weights come from are those of this run, if it has any."""
+    before, now = source.model.adapters, config.model.adapters
+    if before.rank and before != now:
+        raise ExplainedError(
+            f"init_from={config.init_from} was trained with adapters (lora.rank={before.rank}, scale {before.scale:g}, targets "
+            f"{','.join(before.targets) or 'all'}), which this run's lora settings do not have: give the same ones, or begin "
+            "from its merged weights, `jaxtrain export RUN DIR`"
+        )
+    if config.init_from_optimizer and before != now:
+        raise ExplainedError(f"init_from_optimizer: the moments of init_from={config.init_from} are not of adapters")
+
+
 def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, dict[str, Any]]:
     """Return the weights of a checkpoint of another run."""
     folder, step = find(with_colon(config.init_from))
@@ -104,7 +117,10 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
     _check_same_model(config, source.model)
     if source.sync.replicas_differ:
         raise CheckpointError(f"init_from={config.init_from}: its replicas differ (sync.mode={source.sync.mode})")
-    plain = replace(config, sync=SyncConfig(), parts=config.parts)
+    _check_adapters(config, source)
+    plain = replace(config, sync=SyncConfig(), lora=source.lora)
+    if not config.init_from_optimizer:
+        plain, optimizer = replace(plain, train=replace(plain.train, frozen=())), optax.identity()
     canonical = Canonical(plain, mesh, optimizer)
     before, now = source.model.vocab_size, config.model.vocab_size
     names = ("params", "optimizer") if config.init_from_optimizer else ("params",)
@@ -113,7 +129,7 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
             f"init_from_optimizer with another vocabulary ({before} -> {now}): moments of new rows are unknown"
         )
     abstract = {name: canonical.abstract[name] for name in names}
-    dims = canonical_dims(config.model)
+    dims = canonical_dims(plain.model)
     if before != now:
         abstract["params"] = jax.tree.map(
             lambda d, leaf: _of_vocabulary(leaf, d, before), dims, abstract["params"], is_leaf=is_dims

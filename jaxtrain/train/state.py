@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,9 +42,16 @@ def initial_params(config: Config, seed: Any = None) -> PyTree:
     Args:
       seed: `seed_words`, if an input of the program; None: those of train.seed.
     """
+    return decoder.initialize(config.model, _key(config, seed), _layer_numbers(config))
+
+
+def _key(config: Config, seed: Any) -> jax.Array:
     words = jnp.asarray(seed_words(config.train.seed) if seed is None else seed)
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    return decoder.initialize(config.model, key, make_stacking(config).layer_numbers())
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def _layer_numbers(config: Config) -> np.ndarray:
+    return make_stacking(config).layer_numbers()
 
 
 def _replica_state(config: Config, optimizer: optax.GradientTransformation, seed: Any = None) -> PyTree:
@@ -64,10 +72,13 @@ def initial_state(
 
     Args:
       seed: that of `initial_params`.
-      given: one replica's {"params"}, and "optimizer" if its state is given too, in place of random ones.
+      given: one replica's {"params"}, and "optimizer" if its state is given too, in place of random ones; adapters that are
+        not among them are new.
     """
     replicas = config.mesh.replica
     state = _replica_state(config, optimizer, seed) if given is None else {"optimizer": None} | given
+    if given is not None:
+        state["params"] = decoder.add_adapters(config.model, state["params"], _key(config, seed), _layer_numbers(config))
     changing = trained(config, state["params"])
     if state["optimizer"] is None:
         state["optimizer"] = optimizer.init(changing)
