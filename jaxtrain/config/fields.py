@@ -14,6 +14,7 @@ from typing import Literal
 
 from jaxtrain.config.data_fields import DataConfig
 from jaxtrain.config.model_fields import DType, LoraConfig, ModelConfig
+from jaxtrain.config.objective_fields import ObjectiveConfig
 from jaxtrain.files import user_path
 from jaxtrain.parts import Parts
 
@@ -328,6 +329,7 @@ class Config:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

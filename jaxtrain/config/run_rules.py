@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from jaxtrain.config import REMAT_NAMES, Config
+from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.config.source_rules import remote_problems, source_problems, tokenizer_problems
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.hardware import load_chip
@@ -54,7 +55,7 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:
         problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
-    problems += _idle_problems(config) + _guard_problems(config)
+    problems += _idle_problems(config) + _guard_problems(config) + objective_problems(config)
     if config.telemetry.hardware != "auto":
         problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
     for option in config.train.xla_options:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -15,7 +14,7 @@ from jaxtrain.config import Config
 from jaxtrain.models.building import choose_attention, make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.models.quantised_weights import weight_specs
-from jaxtrain.ops.attention_order import IN_PIECES, share_out, zigzag_order
+from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only
@@ -45,17 +44,12 @@ def _region(config: Config, mesh: Mesh) -> Any:
     names = ("tokens", "positions", *(("segments",) if config.data.mask_documents else ()))
     sharded = dict.fromkeys(names, PartitionSpec(BATCH_AXES, "context"))
     logits = PartitionSpec(BATCH_AXES, "context", "tensor")
-    context = config.mesh.context
 
     def in_order(params: PyTree, batch: PyTree) -> jax.Array:
         inputs = (weight_specs(params, dims), sharded)
         mapped = jax.shard_map(region, mesh=mesh, in_specs=inputs, out_specs=logits, check_vma=True)
         logits_BLV = mapped(params, {name: batch[name] for name in names})
-        if context == 1 or model.attention.kind not in IN_PIECES:
-            return logits_BLV
-        rows, length, vocabulary = logits_BLV.shape
-        pieces = logits_BLV.reshape(rows, 2 * context, length // (2 * context), vocabulary)
-        return pieces[:, np.argsort(zigzag_order(context))].reshape(rows, length, vocabulary)
+        return in_sequence_order(logits_BLV, model.attention.kind, config.mesh.context)
 
     return in_order
 

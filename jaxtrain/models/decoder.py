@@ -324,14 +324,16 @@ class Decoder:
         """Return the functions for training, and for validation with the pretraining objective.
 
         A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks) segments, as `share_out` gives them,
-        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss.
+        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss. Where log-probabilities
+        are kept, `place` is 1 in the microbatch's own row of [microbatches] and 0 elsewhere, and what is reported is
+        [microbatches, B, L].
         """
         head = self._head()
 
         def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             with jax.named_scope("loss"):
                 x, head_DV = head(weights, x)
-                terms: Any = token_losses(
+                losses: Any = token_losses(
                     x,
                     head_DV,
                     microbatch["targets"],
@@ -339,11 +341,13 @@ class Decoder:
                     Logits(self.config.vocab_size, self.config.logit_softcap),
                     self.train.loss_chunk,
                     self.train.z_loss,
-                    objective.loss,
+                    objective.terms,
                     {name: microbatch[name] for name in objective.inputs},
                 )
-            total, likelihood = terms
-            return total, {"loss": likelihood, "total_loss": lax.stop_gradient(total)}
+            total, reported = losses
+            if objective.keeps_log_probs:
+                reported["log_probs"] = microbatch["place"][:, None, None] * reported["log_probs"]
+            return total, {**reported, "total_loss": lax.stop_gradient(total)}
 
         return Functions(self._embed(), self._layers(), loss)
 

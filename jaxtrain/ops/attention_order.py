@@ -53,7 +53,7 @@ def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
     in place, and only segments are gathered.
 
     Args:
-      batch: int32 arrays [B, L / C], this device's contiguous share.
+      batch: int32 or float32 arrays [B, L / C], this device's contiguous share.
 
     Returns:
       The same names, [B, L / C]; but `segments`, if given, is [B, L], of the whole sequence in the devices' order.
@@ -65,12 +65,21 @@ def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
         whole = {"segments": all_gather(batch["segments"], "context", dim=1)} if "segments" in batch else {}
         return batch | whole
     with jax.named_scope("zigzag"):
-        stacked_TBL = jnp.stack([batch[name] for name in names])
+        stacked_TBL = jnp.stack([lax.bitcast_convert_type(batch[name], jnp.int32) for name in names])
         count, rows, length = stacked_TBL.shape
         pieces = all_gather(stacked_TBL, "context", dim=2).reshape(count, rows, 2 * context, length // 2)
         ordered_TBL = pieces[:, :, zigzag_order(context)].reshape(count, rows, context * length)
         share_TBL = lax.dynamic_slice_in_dim(ordered_TBL, lax.axis_index("context") * length, length, axis=2)
-        share = dict(zip(names, share_TBL, strict=True))
+        share = {name: lax.bitcast_convert_type(bits, batch[name].dtype) for name, bits in zip(names, share_TBL, strict=True)}
         if "segments" in batch:
             share["segments"] = ordered_TBL[names.index("segments")]
     return share
+
+
+def in_sequence_order(array: jax.Array, kind: str, context: int) -> jax.Array:
+    """Return a global array [B, L, ...] of tokens in the devices' order as one in the order of the sequence."""
+    if context == 1 or kind not in IN_PIECES:
+        return array
+    rows, length, *rest = array.shape
+    pieces = array.reshape(rows, 2 * context, length // (2 * context), *rest)
+    return pieces[:, np.argsort(zigzag_order(context))].reshape(array.shape)

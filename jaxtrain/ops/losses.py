@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Inputs = Mapping[str, jax.Array]
 """Named per-token floats, [B, L] each."""
 TokenLoss = Callable[[jax.Array, Inputs], jax.Array]
 """(log p of the target, inputs) -> the token's loss; elementwise."""
+Average = Literal["targets", "sum"]
 IGNORED = -1  # target of a position that carries no loss
 MASKED_LOGIT = -1e30
 
@@ -47,6 +48,25 @@ class Logits(NamedTuple):
         if not self.softcap:
             return d_logits
         return d_logits * (1 - jnp.square(jnp.maximum(logits, -self.softcap) / self.softcap))
+
+
+def negative_log_likelihood(log_probs: jax.Array, inputs: Inputs) -> jax.Array:
+    """Return -log p, the loss of pretraining."""
+    del inputs
+    return -log_probs
+
+
+class TokenTerms(NamedTuple):
+    """A loss, and further numbers to report, of each token's log-probability."""
+
+    loss: TokenLoss = negative_log_likelihood
+    average: Average = "targets"
+    """targets: the sum of the losses is divided by the number of targets in the global batch. sum: it is not, since the inputs
+    hold the denominators."""
+    measures: tuple[tuple[str, TokenLoss], ...] = ()
+    """Named numbers of a token, reported as their mean over all targets."""
+    keeps_log_probs: bool = False
+    """Whether log p of every target is reported too."""
 
 
 def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tuple[jax.Array, jax.Array, Inputs]:
@@ -83,21 +103,38 @@ def _log_probs(logits: jax.Array, log_z: jax.Array, one_hot: jax.Array) -> jax.A
     return sum_over(jnp.where(one_hot, logits, 0.0).sum(-1), ("tensor",)) - log_z
 
 
-def _chunk_sums(log_probs: jax.Array, losses: jax.Array, log_z: jax.Array, counted: jax.Array, z_loss: float) -> jax.Array:
-    """[sum of losses, sum of z_loss * (log Z)^2, sum of -log p] of one chunk, equal on all devices along tensor."""
+def _chunk_sums(
+    log_probs: jax.Array, losses: jax.Array, measured: list[jax.Array], log_z: jax.Array, counted: jax.Array, z_loss: float
+) -> jax.Array:
+    """[sum of losses, sum of z_loss * (log Z)^2, sum of -log p, sums of measures] of one chunk, equal on all devices along
+    tensor.
+    """
     z_term = z_loss * jnp.sum(jnp.square(log_z) * counted)
-    return jnp.stack([jnp.sum(jnp.where(counted, losses, 0)), z_term, -jnp.sum(log_probs * counted)])
-
-
-def negative_log_likelihood(log_probs: jax.Array, inputs: Inputs) -> jax.Array:
-    """Return -log p, the loss of pretraining."""
-    del inputs
-    return -log_probs
+    more = [jnp.sum(jnp.where(counted, values, 0)) for values in measured]
+    return jnp.stack([jnp.sum(jnp.where(counted, losses, 0)), z_term, -jnp.sum(log_probs * counted), *more])
 
 
 def _share(sums: jax.Array) -> jax.Array:
     """Keep the replicated value on tensor index 0, zero elsewhere, so that a later psum counts it once."""
     return jnp.where(lax.axis_index("tensor") == 0, sums, jnp.zeros_like(sums))
+
+
+def _of_tokens(terms: TokenTerms, scale: jax.Array, log_probs: jax.Array, inputs: Inputs) -> tuple[jax.Array, list[jax.Array]]:
+    """Return each token's loss, of which scale * sum is minimised, and its measures."""
+    losses = terms.loss(log_probs, inputs)
+    losses = losses if terms.average == "targets" else losses / scale
+    return losses, [measure(log_probs, inputs) for _, measure in terms.measures]
+
+
+def _report(terms: TokenTerms, scale: jax.Array, total: jax.Array, kept: jax.Array | None, length: int) -> tuple:
+    """(the loss, what is reported) of the sums over all chunks; kept log-probabilities are [n, B, tensor * c]."""
+    means = {name: scale * value for name, value in zip(("loss", *dict(terms.measures)), total[2:], strict=True)}
+    if kept is not None:
+        count, batch, width = kept.shape
+        tensor = lax.axis_size("tensor")
+        in_order = kept.reshape(count, batch, tensor, width // tensor).transpose(1, 2, 0, 3)
+        means["log_probs"] = _share(in_order.reshape(batch, tensor, -1)[..., :length].reshape(batch, -1))
+    return scale * (total[0] + total[1]), means
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -109,9 +146,9 @@ def token_losses(
     to_logits: Logits,
     chunk: int,
     z_loss: float,
-    loss: TokenLoss = negative_log_likelihood,
+    terms: TokenTerms = TokenTerms(),  # noqa: B008, it is frozen
     inputs: Inputs | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """scale * sum_t [loss(log p_t, inputs_t) + z_loss * (log Z_t)^2], with log p_t = logit_target - log Z_t, logits = x W.
 
     The sum runs over positions whose target is not -1; a global token-weighted mean takes scale = 1 / (targets in the global
@@ -128,23 +165,24 @@ def token_losses(
       to_logits: the vocabulary's size, and the bound of the logits.
       chunk: positions whose logits exist at one time.
       z_loss: weight of (log Z)^2.
-      loss: of a token; the default is -log p.
+      terms: loss of a token, by default -log p, and what else is reported.
       inputs: float32 [B, L] each, the whole length; no gradient goes into them.
 
     Returns:
-      (the sum, the same sum of -log p alone): this device's share, to be summed over all mesh axes.
+      (the sum, {"loss": scale * sum of -log p, each measure likewise, "log_probs" [B, L] if kept, 0 where there is no target}):
+      this device's share, to be summed over all mesh axes (log_probs over tensor and pipe).
     """
     xs = _chunked(x, targets, inputs or {}, chunk)
 
-    def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, None]:
+    def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, jax.Array | None]:
         x, targets, inputs = chunk_inputs
         _, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
-        log_probs = _log_probs(logits, log_z, one_hot)
-        sums = _chunk_sums(log_probs, loss(log_probs, inputs), log_z, targets != IGNORED, z_loss)
-        return total + vary(_share(sums)), None
+        counted, log_probs = targets != IGNORED, _log_probs(logits, log_z, one_hot)
+        sums = _chunk_sums(log_probs, *_of_tokens(terms, scale, log_probs, inputs), log_z, counted, z_loss)
+        return total + vary(_share(sums)), vary(log_probs * counted) if terms.keeps_log_probs else None
 
-    total, _ = lax.scan(step, vary(jnp.zeros(3)), xs)
-    return scale * (total[0] + total[1]), scale * total[2]
+    total, kept = lax.scan(step, vary(jnp.zeros(3 + len(terms.measures))), xs)
+    return _report(terms, scale, total, kept, x.shape[1])
 
 
 def _token_losses_forward(
@@ -155,36 +193,39 @@ def _token_losses_forward(
     to_logits: Logits,
     chunk: int,
     z_loss: float,
-    loss: TokenLoss,
+    terms: TokenTerms,
     inputs: Inputs | None,
 ) -> tuple:
     length = x.shape[1]
 
-    def step(carry: tuple, chunk_inputs: tuple) -> tuple[tuple, jax.Array]:
+    def step(carry: tuple, chunk_inputs: tuple) -> tuple[tuple, tuple]:
         total, d_head = carry
         x, targets, inputs = chunk_inputs
         counted = targets != IGNORED
         x, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
         log_probs = _log_probs(logits, log_z, one_hot)
-        losses, pull = jax.vjp(lambda log_probs: loss(log_probs, inputs), log_probs)
+        # Typed as equal along tensor, their gradient would be summed over it where an input of the objective varies.
+        losses, pull, measured = jax.vjp(lambda log_ps: _of_tokens(terms, scale, log_ps, inputs), vary(log_probs), has_aux=True)
         g = jnp.where(counted, pull(jnp.ones_like(losses))[0], 0)[..., None]
         softmax = jnp.exp(logits - log_z[..., None])
         d_logits = (softmax * (2 * z_loss * log_z[..., None] - g) + g * one_hot) * (counted * scale)[..., None]
         d_logits = to_logits.before_softcap(logits, d_logits).astype(x.dtype)
         d_head = d_head + jnp.einsum("BLD,BLV->DV", x, d_logits, preferred_element_type=jnp.float32)
         dx = reduce_scatter(jnp.einsum("BLV,DV->BLD", d_logits, head), "tensor", dim=1)
-        return (total + vary(_share(_chunk_sums(log_probs, losses, log_z, counted, z_loss))), d_head), dx
+        sums = _chunk_sums(log_probs, losses, measured, log_z, counted, z_loss)
+        kept = vary(log_probs * counted) if terms.keeps_log_probs else None
+        return (total + vary(_share(sums)), d_head), (dx, kept)
 
-    start = vary((jnp.zeros(3), jnp.zeros(head.shape, jnp.float32)))
-    (total, d_head), dx = lax.scan(step, start, _chunked(x, targets, inputs or {}, chunk))
+    start = vary((jnp.zeros(3 + len(terms.measures)), jnp.zeros(head.shape, jnp.float32)))
+    (total, d_head), (dx, kept) = lax.scan(step, start, _chunked(x, targets, inputs or {}, chunk))
     dx = dx.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, x.shape[2])[:, :length]
-    return (scale * (total[0] + total[1]), scale * total[2]), (dx, d_head.astype(head.dtype), scale, inputs)
+    return _report(terms, scale, total, kept, length), (dx, d_head.astype(head.dtype), scale, inputs)
 
 
 def _token_losses_backward(
-    to_logits: Logits, chunk: int, z_loss: float, loss: TokenLoss, kept: tuple, cotangents: tuple
+    to_logits: Logits, chunk: int, z_loss: float, terms: TokenTerms, kept: tuple, cotangents: tuple
 ) -> tuple[Any, ...]:
-    """Return the cotangent of the loss is the same on all devices along tensor, since the loss is summed over them."""
+    """Return the cotangents; that of the loss is the same on all devices along tensor, since the loss is summed over them."""
     dx, d_head, scale, inputs = kept
     factor = cotangents[0]
     return (

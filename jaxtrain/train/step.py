@@ -17,8 +17,8 @@ from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.models.trained import trained, trained_dims, with_trained
 from jaxtrain.numerics import settled
-from jaxtrain.objectives import objective_of
-from jaxtrain.ops.attention_order import share_out
+from jaxtrain.objectives import COEFFICIENTS, SCORE, Objective, objective_of
+from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.ops.losses import count_targets
 from jaxtrain.parallel import pipeline, sync
 from jaxtrain.parallel.pipeline import Parameters
@@ -70,7 +70,7 @@ def token_names(config: Config) -> tuple[str, ...]:
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
-    """Return the names of a batch's arrays, each int32 [global_batch_size, sequence_length]."""
+    """Return the names of a batch's arrays, [global_batch_size, sequence_length] each: the tokens', and the objective's."""
     return (*token_names(config), *objective_of(config).inputs)
 
 
@@ -106,7 +106,8 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
 
     The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
     every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the result. Reports are summed
-    over the global batch, [chunk, stage, layer, ...].
+    over the global batch, [chunk, stage, layer, ...]. A sequence objective scores all rows first, in a shard_map of its own
+    (`SequenceObjective`).
 
     If replicas are summed apart (`sync.sums_apart`) all this holds for each replica's own part of the batch: metrics are
     [replica], gradients [replica, ...], and so are reports if replicas differ. No byte leaves a replica then.
@@ -114,36 +115,111 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
     Args:
       model: a decoder with further reports; by default that of `make_decoder`.
     """
-    model = model or make_decoder(config, mesh, backend)
-    functions = model.loss_functions(objective_of(config))
-    schedule = schedule_of(config)
+    model, objective = model or make_decoder(config, mesh, backend), objective_of(config)
+    if isinstance(objective, Objective):
+        return _token_gradients(config, mesh, model, objective)
+    gradients_of, score = _token_gradients(config, mesh, model, objective.weighted), _scores(config, mesh, model)
+
+    def weighed(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        with jax.named_scope("weigh"):
+            coefficients, loss, more = objective.weigh(score(params, batch), batch)
+        metrics, reports, gradients = gradients_of(params, batch | {COEFFICIENTS: coefficients})
+        return metrics | more | {"loss": loss, "total_loss": metrics["total_loss"] + loss}, reports, gradients
+
+    return weighed
+
+
+def _token_gradients(config: Config, mesh: Mesh, model: Decoder, objective: Objective) -> Step:
+    """Return `make_loss_and_gradients` of an objective of single tokens."""
+    functions, schedule, names = model.loss_functions(objective), schedule_of(config), (*token_names(config), *objective.inputs)
     dims, held = trained_dims(config), params_dims(config)
     apart: Dims = ("replica",) if config.sync.sums_apart else ()
     differ: Dims = ("replica",) if config.sync.replicas_differ else ()
 
-    def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
         targets = sum_over(count_targets(batch["targets"]), _all_but(apart, _BATCH_AXES))
-        microbatches = _microbatches(share_out(batch, model.attention.kind), config.train.microbatches)
+        microbatches = _placed_microbatches(config, model, objective, batch)
         microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
         master, compute = _both(config, own(held, params))
         result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
         reports = jax.tree.map(lambda leaf: leaf[:, None], result.reports)
         tree = {"outer": result.gradients.outer, "layers": model.stacking.from_places(result.gradients.layers)}
         gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero, apart)
-        metrics = {name: sum_over(value, _all_but(apart)) for name, value in result.sums.items()}
+        sums, kept = _kept_apart(result.sums)
+        metrics = {name: sum_over(value, _all_but(apart)) for name, value in sums.items()}
         metrics["total_loss"] += sum_over(result.auxiliary, _all_but(apart))
         reports = jax.tree.map(lambda leaf: sum_over(leaf, _all_but((*differ, "pipe"))), reports)
         metrics, gradients = jax.tree.map(
             lambda leaf: leaf[None] if apart else leaf, (metrics | {"targets": targets}, gradients)
         )
-        return metrics, jax.tree.map(lambda leaf: leaf[None] if differ else leaf, reports), gradients
+        return metrics, kept, jax.tree.map(lambda leaf: leaf[None] if differ else leaf, reports), gradients
 
-    return jax.shard_map(
+    mapped = jax.shard_map(
         region,
         mesh=mesh,
-        in_specs=(specs(held), specs(dict.fromkeys(batch_names(config), BATCH_DIMS))),
-        out_specs=(spec(apart), spec((*differ, *decoder.STACKED)), specs(under(apart, dims))),
+        in_specs=(specs(held), specs(dict.fromkeys(names, BATCH_DIMS))),
+        out_specs=(spec(apart), spec(BATCH_DIMS), spec((*differ, *decoder.STACKED)), specs(under(apart, dims))),
         check_vma=True,
+    )
+
+    def loss_and_gradients(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        metrics, kept, reports, gradients = mapped(params, {name: batch[name] for name in names})
+        return metrics | _in_sequence_order(kept, model), reports, gradients
+
+    return loss_and_gradients
+
+
+def _placed_microbatches(config: Config, model: Decoder, objective: Objective, batch: PyTree) -> PyTree:
+    """Return this device's rows as microbatches, which know their place where log-probabilities are kept."""
+    count = config.train.microbatches
+    microbatches = _microbatches(share_out(batch, model.attention.kind), count)
+    return microbatches | ({"place": jnp.eye(count)} if objective.keeps_log_probs else {})
+
+
+def _kept_apart(sums: PyTree) -> tuple[PyTree, PyTree]:
+    """Return (the sums, {"log_probs": [B, L] of this device's rows, in its order} where they are kept)."""
+    sums = dict(sums)
+    if "log_probs" not in sums:
+        return sums, {}
+    log_probs = sum_over(sums.pop("log_probs"), ("pipe", "tensor"))
+    return sums, {"log_probs": log_probs.reshape(-1, log_probs.shape[-1])}
+
+
+def _in_sequence_order(kept: PyTree, model: Decoder) -> PyTree:
+    return {name: in_sequence_order(array, model.attention.kind, model.mesh.context) for name, array in kept.items()}
+
+
+def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
+    """(params, batch) -> log p of every target, float32 [B, L], 0 where there is none: chunk by chunk, as in training."""
+    functions, names = model.loss_functions(SCORE), token_names(config)
+    held, count = params_dims(config), config.train.microbatches
+    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, count)
+
+    def region(params: PyTree, batch: PyTree) -> PyTree:
+        rows = _placed_microbatches(config, model, SCORE, batch) | {"scale": jnp.ones(count)}
+        return _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]
+
+    mapped = jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(specs(held), specs(dict.fromkeys(names, BATCH_DIMS))),
+        out_specs=spec(BATCH_DIMS),
+        check_vma=True,
+    )
+
+    def score(params: PyTree, batch: PyTree) -> jax.Array:
+        return _in_sequence_order(mapped(params, {name: batch[name] for name in names}), model)["log_probs"]
+
+    return score
+
+
+def make_score(config: Config, mesh: Mesh, backend: str) -> Step:
+    """Return the jitted (params, batch) -> log p of every target, float32 [B, L], 0 where there is none."""
+    score = _scores(config, mesh, make_decoder(config, mesh, backend))
+    return jax.jit(
+        score,
+        out_shardings=batch_sharding(mesh),
+        compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None,
     )
 
 
@@ -203,41 +279,44 @@ def make_train_step(
     losses), grad_norm (before clipping), targets; for a mixture of experts also `expert_metrics`; in a step that sends
     parameters replica_divergence (`make_parameter_exchange`); if the step classifies itself bad_step, skipped_steps
     and the deviations of loss and grad_norm (`step_acceptance.classify`). If replicas are summed apart each metric has
-    a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both.
+    a leading dim [replica], so that no step waits for a slow link to report; `read_metrics` reads both. Where the objective
+    keeps log-probabilities, (metrics, log p [B, L] under the parameters before the update) stands in place of the metrics.
 
     Args:
       exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
     """
     loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, optimizer)
+    keeps = getattr(objective_of(config), "keeps_log_probs", False)
     replicas, differ, apart = config.mesh.replica, config.sync.replicas_differ, config.sync.sums_apart
 
     def train_step(state: PyTree, batch: PyTree, numbers: Hyperparameters) -> tuple[PyTree, PyTree]:
         metrics, reports, gradients = loss_and_gradients(state["params"], batch)
-        params, optimizer_state, kept = state["params"], state["optimizer"], state["sync"]
+        kept = metrics.pop("log_probs", None)
+        params, optimizer_state, synced = state["params"], state["optimizer"], state["sync"]
         if apart and not differ:
             exchanged = make_gradient_exchange(config, mesh, exchange)
-            gradients, kept = exchanged(gradients, metrics["targets"], state["step"], kept)
+            gradients, synced = exchanged(gradients, metrics["targets"], state["step"], synced)
         more = {"grad_norm": jnp.zeros(())}
         if exchange.applies:
             with jax.named_scope("optimizer"):
                 params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers, state["step"])
         if differ and exchange != ReplicaExchange():
-            exchanged = make_parameter_exchange(config, mesh, exchange)(trained(config, params), kept)
-            params, kept = with_trained(config, params, exchanged[0]), exchanged[1]
+            exchanged = make_parameter_exchange(config, mesh, exchange)(trained(config, params), synced)
+            params, synced = with_trained(config, params, exchanged[0]), exchanged[1]
             metrics |= exchanged[2]
-        new = {"params": params, "optimizer": optimizer_state, "sync": kept}
+        new = {"params": params, "optimizer": optimizer_state, "sync": synced}
         if config.guard.classifies_steps:
             new, kind = apply_if_good(config.guard, state, new, metrics | more)
             more |= kind
         if apart and not differ:
             more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
-        return new | {"step": state["step"] + 1}, metrics | more
+        return new | {"step": state["step"] + 1}, (metrics | more, kept) if keeps else metrics | more
 
-    shardings = state_shardings(config, mesh, optimizer)
+    shardings, of_metrics = state_shardings(config, mesh, optimizer), named(mesh, ("replica",)) if apart else replicated(mesh)
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, named(mesh, ("replica",)) if apart else replicated(mesh)),
+        out_shardings=(shardings, (of_metrics, batch_sharding(mesh)) if keeps else of_metrics),
         donate_argnums=0,
     )
 
@@ -302,6 +381,9 @@ class TrainSteps:
         self._step += 1
         kind = sync.exchange_at(self._sync, self._step)
         state, metrics = self.programs[kind](state, batch, self._numbers)
+        if isinstance(metrics, tuple):
+            metrics, log_probs = metrics
+            metrics |= {"log_probs": log_probs}
         newest = {name: value for name, value in metrics.items() if name == "replica_divergence"}
         self._newest_divergence = newest or self._newest_divergence
         sent = self._bytes[kind]

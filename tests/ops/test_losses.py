@@ -60,11 +60,13 @@ def compiled(tensor: int, chunk: int, z_loss: float, factor: float = 1.0):
         x, head, targets, scale = vary((x, head, targets, scale))
 
         def loss(x, head):
-            total, likelihood = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)
+            total, reported = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)
+            likelihood = reported["loss"]
             return factor * total, (total, likelihood)
 
         (dx, d_head), (total, likelihood) = jax.grad(loss, (0, 1), has_aux=True)(x, head)
-        value, alone = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)  # the path without gradients
+        value, reported = token_losses(x, head, targets, scale, Logits(VOCAB), chunk, z_loss)  # the path without gradients
+        alone = reported["loss"]
         sums = sum_over(jnp.stack([total, likelihood, value, alone]), MESH_AXES)
         return sums, sum_over(dx, ALL_BUT_TENSOR), sum_over(d_head, ALL_BUT_TENSOR)
 

@@ -1,0 +1,89 @@
+"""The configuration of the objective: what training minimises (`jaxtrain/objectives/`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ObjectiveKind = Literal["pretrain", "sft", "dpo", "distill", "grpo"]
+PreferenceLoss = Literal["sigmoid", "ipo", "orpo"]
+Reference = Literal["initial", "none"]
+Advantage = Literal["grpo", "dr_grpo", "rloo"]
+RewardFailure = Literal["zero", "stop"]
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Preferences: pairs of a chosen and a rejected answer."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """sigmoid: DPO (Rafailov et al. 2023). ipo: the squared loss of Azar et al. 2023. orpo: the likelihood of the chosen answer
+    with an odds ratio (Hong et al. 2024), which needs no reference."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference; orpo: weight of the odds ratio."""
+    label_smoothing: float = 0.0
+    """sigmoid: probability that a pair's label is the wrong way round."""
+    reference: Reference = "initial"
+    """Model to stay near to: initial: the weights that the run begins with, whose log-probabilities are computed once, before
+    the first step; none: no model (the reference's log-probabilities are 0)."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distillation: the most likely next tokens of a teacher."""
+
+    teacher: str = ""
+    """The teacher, with the same tokenizer: a HuggingFace folder, or RUN[@STEP]. It lies on the same mesh, in model.dtype."""
+    top_k: int = 32
+    """Tokens of the teacher's distribution; the others together are one more."""
+    temperature: float = 1.0
+    """Divides the logits of teacher and student."""
+    weight: float = 1.0
+    """Share of the teacher's loss; the rest is that of the data."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Reinforcement: answers of the model being trained, and a reward for each."""
+
+    reward: str = ""
+    """PATH.py or PATH.py:FUNCTION: a function of (prompts, completions, rows) that gives a number for each answer."""
+    group_size: int = 8
+    """Answers to each prompt; train.global_batch_size is a multiple of it."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Temperature at which answers are sampled, and under which their log-probabilities are trained."""
+    updates: int = 1
+    """Optimizer steps on the same answers."""
+    advantage: Advantage = "grpo"
+    """grpo: (reward - mean) / std of the group, each answer's tokens averaged. dr_grpo: reward - mean, tokens summed and
+    divided by max_new_tokens. rloo: reward - mean of the group's others."""
+    clip_low: float = 0.2
+    """The ratio of new to old probability counts down to 1 - this."""
+    clip_high: float = 0.2
+    """The ratio of new to old probability counts up to 1 + this."""
+    kl: float = 0.0
+    """Weight of the KL divergence from the initial weights; 0: none, and they are not kept."""
+    importance_cap: float = 2.0
+    """Largest factor by which a token counts more because training gives it a higher probability than sampling did."""
+    max_sampler_difference: float = 0.05
+    """Largest mean |log p of training - log p of sampling| in a step; above it the run stops. 0: no limit."""
+    reward_seconds: float = 30.0
+    """Time limit of a call of the reward function, in seconds."""
+    reward_workers: int = 4
+    """Threads that call the reward function, each for one group."""
+    on_reward_error: RewardFailure = "stop"
+    """Reaction to an exception or a timeout in the reward function: stop the run, or count the reward as zero."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective of training, and the settings of each kind."""
+
+    kind: ObjectiveKind = "pretrain"
+    """pretrain: -log p of the next token. sft: the same, on the answers of conversations. dpo: preferences. distill: a
+    teacher's probabilities. grpo: rewards."""
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
