@@ -103,11 +103,8 @@ class _Encoding:
         self._fraction = config.data.validation_fraction
         self._files = [file.path for file in list_files(source.path, f"{name}.path")]
         hashes = file_hashes(self._files, cache_dir, f"reading {name}")
-        template = chat_template_of(config)
-        begins = _begins(config.data.tokenizer)
-        self._conversations = Conversations(tokenizer, template, begins, tokenizer.end)
-        self._dated = template is not None and template.dated
-        encoder = [tokenizer.fingerprint, template and template.fingerprint, begins, tokenizer.end]
+        self._tokenizer_name, self._template = config.data.tokenizer, chat_template_of(config)
+        encoder = [tokenizer.fingerprint, self._template and self._template.fingerprint, tokenizer.end]
         self.key = short_hash([FORMAT, hashes, split_rule(self._fraction), source.max_bad_rows, encoder])
 
     def write(self, folder: Path) -> None:
@@ -115,18 +112,19 @@ class _Encoding:
         bad_rows, counts = BadRows(self._source.max_bad_rows), Counter[str]()
         sort: Sort | None = None
         sides = {side: SideWriter(folder, side) for side in SIDES}
+        conversations = Conversations(self._tokenizer, self._template, _begins(self._tokenizer_name), self._tokenizer.end)
         with progress(f"encoding {self._name}", sum(path.stat().st_size for path in self._files)) as advance:
             rows = (row for path in self._files for row in read_rows(path, bad_rows))
             while chunk := list(islice(rows, ROWS_AT_ONCE)):
                 samples = list(self._samples(chunk, bad_rows, sort))
                 sort = sort or next((sample.sort for sample in samples), None)
-                for sample, encoded in zip(samples, self._encode(samples), strict=True):
+                for sample, encoded in zip(samples, _encode(conversations, samples), strict=True):
                     self._keep(sample, encoded, sides, bad_rows, counts)
                 advance(sum(row.size for row in chunk))
         bad_rows.check(self._name)
         if sort is None:
             raise DataError(f"{self._name}: no row in {self._source.path}")
-        if self._dated:
+        if self._template is not None and self._template.dated:
             counts[f"template that prints the date: it is told {TODAY:%d %B %Y}"] = 1
         write_note(folder, sort, Told(bad_rows.rows, bad_rows.count, bad_rows.first, dict(counts)), sides)
 
@@ -141,13 +139,6 @@ class _Encoding:
                 yield sample
             except DataError as fault:
                 bad_rows.leave_out(fault)
-
-    def _encode(self, samples: Sequence[ChatSample]) -> Iterator[list[Encoded | DataError]]:
-        """Yield the encoded parts of each sample."""
-        parts = [(sample.where, part) for sample in samples for part in sample.parts]
-        encoded = iter(self._conversations.encode(parts))
-        for sample in samples:
-            yield [next(encoded) for _ in sample.parts]
 
     def _keep(
         self,
@@ -183,6 +174,13 @@ class _Encoding:
     def _spells(self, part: Conversation | Texts) -> bool:
         control = getattr(self._tokenizer, "control", None)
         return isinstance(part, Texts) and control is not None and bool(control.found(part.prompt + (part.completion or "")))
+
+
+def _encode(conversations: Conversations, samples: Sequence[ChatSample]) -> Iterator[list[Encoded | DataError]]:
+    """Yield the encoded parts of each sample."""
+    encoded = iter(conversations.encode([(sample.where, part) for sample in samples for part in sample.parts]))
+    for sample in samples:
+        yield [next(encoded) for _ in sample.parts]
 
 
 def _begins(name: str) -> tuple[int, ...]:

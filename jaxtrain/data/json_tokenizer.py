@@ -90,7 +90,7 @@ class JsonTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.separator = vocabulary[hidden[separator]]
         self.end = vocabulary.get(hidden.get(eos_name, eos_name), self.separator) if eos_name else self.separator
-        self._names = {vocabulary[mark]: name for name, mark in hidden.items()}
+        self.names = {vocabulary[mark]: name for name, mark in hidden.items()}
         self.fingerprint = hashlib.sha256(f"json-2 {self.separator} {content}".encode()).hexdigest()[:32]
 
     def encode(self, text: str) -> np.ndarray:
@@ -126,7 +126,7 @@ class JsonTokenizer:
 
     def token(self, token_id: int) -> str:
         """Return a token's text, or a control token's name, for messages."""
-        return self._names.get(token_id) or self._backend.decode([token_id], skip_special_tokens=False)
+        return self.names.get(token_id) or self._backend.decode([token_id], skip_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control tokens."""

@@ -275,6 +275,11 @@ class Data:
         return Prompts(chats)
 
     @property
+    def segment_names(self) -> tuple[str, ...]:
+        """Names that the segments of a row take in turn: chosen, rejected for pairs; empty for others."""
+        return ("chosen", "rejected") if any(s.chat and s.chat.sort == "pairs" for s in self._sources) else ()
+
+    @property
     def row_counts(self) -> list[int]:
         """Return how many training rows each source has."""
         return [windows.count for windows in self._train]

@@ -32,6 +32,8 @@ class Tokenizer(Protocol):
     """Number of ids, the separator included: every id is below it."""
     separator: int
     """The id before, between and after documents; -1: none."""
+    names: dict[int, str]
+    """Names of the control tokens that may be shown; their ids are left out of a decoded text."""
     end: int
     """The id after an answer that is a text: the tokenizer's eos_token, else the separator; -1: none."""
     fingerprint: str
@@ -60,6 +62,7 @@ class ByteTokenizer:
     def __init__(self):
         self._mark = secrets.token_hex(16)
         self.control = ControlWords({END_OF_TEXT: self._mark})
+        self.names = {self.separator: END_OF_TEXT}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
@@ -81,7 +84,7 @@ class ByteTokenizer:
 
     def token(self, token_id: int) -> str:
         """Return a token's text for messages."""
-        return END_OF_TEXT if token_id == self.separator else self.decode([token_id])
+        return self.names.get(token_id) or self.decode([token_id])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids)
@@ -95,7 +98,7 @@ class IdTokenizer:
     fingerprint = NO_TOKENIZER
 
     def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.names = vocab_size, {}
 
     def encode(self, text: str) -> np.ndarray:
         """Raise DataError: there is no tokenizer to encode text with."""
@@ -118,7 +121,7 @@ class SentencePieceTokenizer:
         library = require("sentencepiece", where)
         if re.match(rb"[A-Za-z0-9+/=]+ \d+\n", content):
             raise DataError(f"{where}: is a vocabulary of tiktoken; use the tokenizer.json of the same model")
-        self._where = where
+        self._where, self.names = where, {}
         try:
             self._backend = library.SentencePieceProcessor(model_proto=content)
             self.vocab_size = int(self._backend.piece_size())

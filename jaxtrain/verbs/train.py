@@ -8,6 +8,8 @@ signal after saving.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,9 @@ class TrainFlags:
     dry_run: bool = False
     """Do not train: print every field of the config with where its value comes from, the mesh, the memory and the programs that
     a run would compile. Writes nothing."""
+    show_data: int = 0
+    """Do not train: print this many rows of the first batches, with the tokens that carry loss marked: by colour on a terminal,
+    else by [brackets]."""
 
 
 USAGE = Usage("train", "Train a transformer, from the newest checkpoint on where there is one.", TrainFlags)
@@ -65,6 +70,9 @@ def main(arguments: Sequence[str]) -> int:
         if place is not None:
             notes.append(f"launch     {distributed.describe(place)}")
         notes += [f"config     {line}" for line in idle_fields(config)]
+        if line.own.show_data:
+            _show_data(config, line.own.show_data)
+            return EXIT_DONE
         if line.own.dry_run:
             tell = show if jax.process_index() == 0 else lambda words: None
             for words in (*origins(line, config), *notes, *programs(config)):
@@ -80,6 +88,19 @@ def main(arguments: Sequence[str]) -> int:
             trainer = Trainer(config)
             with memory_explained(config, trainer.prepared.backend):
                 return trainer.train(progress, stop).exit_code
+
+
+def _show_data(config: Config, count: int) -> None:
+    """Print the first rows of the data, in process 0."""
+    import jax
+
+    from jaxtrain.data.pipeline import open_data
+    from jaxtrain.data.show import shown_rows
+
+    if jax.process_index() == 0:
+        marks = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("[", "]")
+        for words in shown_rows(open_data(config), config.train.global_batch_size, count, marks):
+            print(words)
 
 
 def origins(line: CommandLine[TrainFlags], resolved: Config) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 from jaxtrain.config import DataSource
 from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.pipeline import open_data
+from jaxtrain.data.show import shown_rows
 from jaxtrain.errors import DataError
 from tests.data.chat_folders import CONTROL, draw_conversation, make_folder, write_rows
 
@@ -246,3 +247,16 @@ def test_pairs_and_prompts_are_not_mixed_with_others(open_rows, books):
     for rows in ([PAIRS["messages"]], [{"prompt": "q"}]):
         with pytest.raises(DataError, match="pairs and prompts stand alone"):
             open_rows(rows, books, validation_fraction=0.0)
+
+
+def test_shown_rows_mark_the_tokens_that_carry_loss(open_rows, books):
+    data = open_rows([PAIRS["earlier answer"]], validation_fraction=0.0)
+    shown = list(shown_rows(data, 8, 9, ("[", "]")))
+    assert len(shown) == 9 * 4
+    assert shown[-4].startswith("batch 1, row 0: row 0 of data.sources.0, ")
+    assert "in 2 documents, " in shown[0]
+    turn = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert shown[1] == f"--- 1 (chosen)\n{turn}good<|im_end|>\n{turn}[good<|im_end|>]"
+    assert shown[2] == f"--- 2 (rejected)\n{turn}good<|im_end|>\n{turn}[bad<|im_end|>]"
+    text = list(shown_rows(open_rows(talks(9), books, validation_fraction=0.0), 8, 8, ("<", ">")))
+    assert any(document.startswith("--- 1\n<|endoftext|><") for document in text)
