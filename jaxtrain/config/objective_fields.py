@@ -69,6 +69,11 @@ class GrpoConfig:
     """Largest factor by which a token counts more because training gives it a higher probability than sampling did."""
     max_sampler_difference: float = 0.05
     """Largest mean |log p of training - log p of sampling| in a step; above it the run stops. 0: no limit."""
+    max_sampler_outside: float = 0.2
+    """Largest share of tokens in a step whose probabilities in training and sampling differ by more than a tenth; above it the
+    run stops. 0: no limit."""
+    max_sampler_kl: float = 0.05
+    """Largest KL divergence of sampling from training, in nats a token; above it the run stops. 0: no limit."""
     reward_seconds: float = 30.0
     """Time limit of a call of the reward function, in seconds."""
     reward_workers: int = 4

@@ -51,7 +51,7 @@ def _distill_problems(distill: DistillConfig, config: Config) -> list[str]:
 def _grpo_problems(grpo: GrpoConfig, config: Config) -> list[str]:
     positive = ("group_size", "max_new_tokens", "updates", "reward_workers", "temperature", "importance_cap", "reward_seconds")
     problems = [f"objective.grpo.{n}={getattr(grpo, n)} must be above 0" for n in positive if getattr(grpo, n) <= 0]
-    not_negative = ("kl", "clip_high", "max_sampler_difference")
+    not_negative = ("kl", "clip_high", "max_sampler_difference", "max_sampler_outside", "max_sampler_kl")
     problems += [f"objective.grpo.{n}={getattr(grpo, n)} must be 0 or more" for n in not_negative if getattr(grpo, n) < 0]
     if not 0 <= grpo.clip_low < 1:
         problems.append(f"objective.grpo.clip_low={grpo.clip_low} must be at least 0 and below 1")
@@ -62,6 +62,20 @@ def _grpo_problems(grpo: GrpoConfig, config: Config) -> list[str]:
         problems.append(f"train.global_batch_size={batch} is not a multiple of objective.grpo.group_size={grpo.group_size}")
     if grpo.group_size == 1:
         problems.append("objective.grpo.group_size=1: an answer is compared with the others of its group; use 2 or more")
+    if config.model.moe and config.model.moe.dispatch != "dropless":
+        problems.append(
+            f"model.moe.dispatch={config.model.moe.dispatch} drops tokens in training that sampling has kept; use dropless"
+        )
+    if grpo.updates > 1 and config.checkpoint.fast_every % grpo.updates:
+        problems.append(
+            f"checkpoint.fast_every={config.checkpoint.fast_every} is not a multiple of objective.grpo.updates={grpo.updates}: "
+            "a snapshot holds no rollout"
+        )
+    if grpo.updates > 1 and "rollback" in (config.guard.non_finite, config.guard.spike):
+        problems.append(
+            f"guard.non_finite or guard.spike=rollback leaves batches out, but objective.grpo.updates={grpo.updates} of them "
+            "share a rollout; use skip"
+        )
     if grpo.max_new_tokens >= config.data.sequence_length:
         problems.append(
             f"objective.grpo.max_new_tokens={grpo.max_new_tokens} leaves no room for a prompt in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,8 @@ class Sampling:
     """Divides positive logits of tokens that are there already, multiplies negative ones; 1: none."""
     seed: int = 0
     """Of the random numbers; prompt i of a call uses seed + i, so the others change nothing."""
+    policy_temperature: float = 1.0
+    """Divides the logits of the reported log-probabilities, not those that tokens are chosen by."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -56,12 +59,13 @@ class Sampling:
             "min_p": 0 <= self.min_p <= 1,
             "repetition_penalty": 0 < self.repetition_penalty < math.inf,
             "seed": 0 <= self.seed < 2**32,
+            "policy_temperature": 0 < self.policy_temperature < math.inf,
         }
         wrong = [f"{name}={getattr(self, name)}" for name, holds in limits.items() if not holds]
         if wrong:
             raise ExplainedError(
                 f"{', '.join(wrong)}: max_new_tokens is at least 1, temperature and top_k 0 or more, top_p above 0, up to 1, "
-                "min_p from 0 to 1, repetition_penalty above 0, seed from 0 to 2^32 - 1"
+                "min_p from 0 to 1, repetition_penalty and policy_temperature above 0, seed from 0 to 2^32 - 1"
             )
 
 
@@ -125,6 +129,7 @@ class Engine:
         *,
         slots: int = 8,
         wants_more: Callable[[int, list[int]], bool] = lambda request, made: True,
+        ends_before: Callable[[int], bool] = lambda part: False,
     ) -> Iterator[Made]:
         """Yield the tokens of all requests as they are made.
 
@@ -134,6 +139,8 @@ class Engine:
           samplings: of each prompt.
           slots: most requests at a time.
           wants_more: (request, tokens made) -> False ends it; asked after every look at the host.
+          ends_before: asked before each call of a program, by its number; True leaves all that is unfinished. All processes say
+            the same.
 
         Raises:
           ExplainedError: a prompt is empty, or longer than a learned table of positions.
@@ -144,7 +151,8 @@ class Engine:
         programs = self._programs_for(requests, slots)
         cache, rows = programs.empty()
         held: list[_Request | None] = [None] * programs.room.rows
-        while requests or any(held):
+        part = itertools.count()
+        while (requests or any(held)) and not ends_before(next(part)):
             new = [i for i, request in enumerate(held) if request is None][: max(0, len(requests))]
             if new:
                 rows = self._admit(programs, rows, held, new, requests)
@@ -183,9 +191,9 @@ class Engine:
         count = len(held)
         zeros: Any = np.zeros(count, np.int32)
         which, left = np.zeros(count, bool), zeros.copy()
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        choice: list[Any] = [np.zeros(count, dtype) for dtype in dtypes]
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "policy_temperature")
+        dtypes = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32, np.float32)
+        choice: list[Any] = [np.ones(count, dtype) for dtype in dtypes]
         for row in new:
             held[row] = request = requests.popleft()
             which[row], left[row] = True, request.sampling.max_new_tokens

@@ -197,7 +197,7 @@ class Programs:
                 return jnp.zeros((count, *more), dtype)
 
             floats, ints = functools.partial(of, jnp.float32), functools.partial(of, jnp.int32)
-            choice = Choice(floats(), ints(), floats(), floats(), floats(), of(jnp.uint32))
+            choice = Choice(floats(), ints(), floats(), floats(), floats(), of(jnp.uint32), jnp.ones(count))
             seen, ends = of(jnp.bool_, self.config.model.vocab_size), ints(self._ends)
             cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             return cache, Rows(ints(), ints(), ints(), ints(), seen, ends, choice)

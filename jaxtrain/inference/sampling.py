@@ -26,6 +26,8 @@ class Choice(NamedTuple):
     (Keskar et al. 2019, arXiv:1909.05858)."""
     seed: jax.Array
     """uint32 [B]."""
+    policy_temperature: jax.Array
+    """float32 [B]; divides the logits of the reported log-probabilities."""
 
 
 def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:
@@ -53,7 +55,7 @@ def _drawn(logits_BV: jax.Array, choice: Choice, number_B: jax.Array) -> jax.Arr
 
 
 def choose(logits_BV: jax.Array, seen_BV: jax.Array, choice: Choice, number_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (the next token of each row, its log-probability under softmax(logits)), int32 and float32 [B].
+    """Return (the next token of each row, its log p under softmax(logits / policy_temperature)), int32 and float32 [B].
 
     Args:
       seen_BV: bool, the tokens that the row holds.
@@ -63,5 +65,5 @@ def choose(logits_BV: jax.Array, seen_BV: jax.Array, choice: Choice, number_B: j
     likeliest_B = adjusted_BV.argmax(-1)
     drawn_B = lax.cond((choice.temperature > 0).any(), lambda: _drawn(adjusted_BV, choice, number_B), lambda: likeliest_B)
     token_B = jnp.where(choice.temperature > 0, drawn_B, likeliest_B).astype(jnp.int32)
-    log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    log_p_BV = jax.nn.log_softmax(logits_BV / choice.policy_temperature[:, None], axis=-1)
     return token_B, jnp.take_along_axis(log_p_BV, token_B[:, None], axis=-1)[:, 0]

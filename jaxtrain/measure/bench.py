@@ -96,7 +96,7 @@ class Bench(Prepared):
             hooks, due = Hooks(), multiples(self.config.train.log_every, 1, count + 1)
             hooks.add(stopwatch)
             hooks.add(Logging(Telemetry(log, progress, clock), due))
-            next_batch: Callable[[], PyTree] = lambda: self.place(next(batches))  # noqa: E731
+            next_batch: Callable[[PyTree, int], PyTree] = lambda state, step: self.place(next(batches))  # noqa: E731
             loop = Loop(self.step, next_batch, jax.block_until_ready, hooks, self.state, 0, count + 1)
             loop.run()
         self.state = loop.state

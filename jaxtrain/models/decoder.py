@@ -338,7 +338,7 @@ class Decoder:
                     head_DV,
                     microbatch["targets"],
                     microbatch["scale"],
-                    Logits(self.config.vocab_size, self.config.logit_softcap),
+                    Logits(self.config.vocab_size, self.config.logit_softcap, objective.temperature),
                     self.train.loss_chunk,
                     self.train.z_loss,
                     objective.terms,

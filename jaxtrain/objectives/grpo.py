@@ -61,7 +61,16 @@ def grpo_objective(grpo: GrpoConfig) -> Objective:
         factor = jnp.exp(old(log_p, inputs) - inputs[SAMPLER])
         return ((factor < 0.9) | (factor > 1.1)).astype(jnp.float32)
 
-    measures = {"ratio": ratio, "clipped": clipped, "sampler_difference": sampler_difference}
-    measures |= {"sampler_outside": sampler_outside} | ({"kl": divergence} if grpo.kl else {})
+    def sampler_kl(log_p: jax.Array, inputs: Inputs) -> jax.Array:
+        """Return the same estimate of KL(sampler | p_old)."""
+        difference = old(log_p, inputs) - inputs[SAMPLER]
+        return jnp.exp(difference) - difference - 1
+
+    def ratio_change(log_p: jax.Array, inputs: Inputs) -> jax.Array:
+        """Return r - 1, whose mean in the first update is 0 to the bit."""
+        return ratio(log_p, inputs) - 1
+
+    measures = {"ratio_change": ratio_change, "clipped": clipped, "sampler_difference": sampler_difference}
+    measures |= {"sampler_outside": sampler_outside, "sampler_kl": sampler_kl} | ({"kl": divergence} if grpo.kl else {})
     inputs = (ADVANTAGES, WEIGHTS, OLD, SAMPLER, *((REFERENCE,) if grpo.kl else ()))
-    return Objective(loss, inputs, "sum", measures, keeps_log_probs=True)
+    return Objective(loss, inputs, "sum", measures, grpo.temperature, keeps_log_probs=True)

@@ -30,6 +30,8 @@ class Objective:
     """targets: the mean over all targets. sum: their sum, where `inputs` hold the denominators."""
     measures: Mapping[str, TokenLoss] = field(default_factory=dict, hash=False)
     """Further numbers of a token, as the loss: their means over all targets are metrics of the step."""
+    temperature: float = 1.0
+    """Divides the logits under which log p is taken."""
     keeps_log_probs: bool = False
     """Whether a step's metrics hold `log_probs`, float32 [B, L], of the parameters before its update."""
 

@@ -34,17 +34,26 @@ class Logits(NamedTuple):
     """Higher ids are padding of the table."""
     softcap: float = 0.0
     """Bound c: logits l become c tanh(l / c); 0 for none."""
+    temperature: float = 1.0
+    """Divides the logits, after the bound."""
 
     def of(self, x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
         """Return this device's share of the logits, float32 [B, L, V/tensor]; MASKED_LOGIT for padding of the vocabulary."""
         logits = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
         if self.softcap:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         start = lax.axis_index("tensor") * logits.shape[-1]
         return jnp.where(start + jnp.arange(logits.shape[-1]) < self.vocab_size, logits, MASKED_LOGIT)
 
     def before_softcap(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
-        """Return the gradient of x W from that of the bounded logits: d (1 - (l / c)^2); that of padding is zero anyway."""
+        """Return the gradient of x W from that of these logits: d (1 - (l / c)^2) / temperature, with l before it is divided.
+
+        That of padding is zero anyway.
+        """
+        if self.temperature != 1:
+            logits, d_logits = logits * self.temperature, d_logits / self.temperature
         if not self.softcap:
             return d_logits
         return d_logits * (1 - jnp.square(jnp.maximum(logits, -self.softcap) / self.softcap))

@@ -176,7 +176,7 @@ class LiveProgress(Progress):
 
 def is_validation(row: Mapping[str, Any]) -> bool:
     """Return whether a row of metrics.jsonl is of a validation, not of a training step."""
-    return "validation_loss" in row
+    return any(name.startswith("validation_") for name in row)
 
 
 def describe(row: Mapping[str, Any], total_steps: int) -> str:
@@ -193,7 +193,9 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
             parts.append(words.format(row[key] * scale))
 
     add("loss", "loss {:.3f}")
+    add("reward", "reward {:.3f}")
     add("validation_loss", "validation loss {:.4f}")
+    add("validation_reward", "validation reward {:.3f}")
     add("validation_bits_per_byte", "{:.4f} bits/byte" if is_validation(row) else "validation {:.3f} bits/byte")
     add("tokens_per_second", "{:,.0f} tokens/s")
     add("tflops_per_second_per_device_full", "{:,.3g} TFLOP/s/device")

@@ -49,6 +49,11 @@ class Evaluation:
             sums.append(jax.device_get(self._step(params, batch)))
         return float(np.sum([s["loss"] for s in sums], dtype=np.float64) / np.sum([s["targets"] for s in sums]))
 
+    def row(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
+        """Return the loss as `validation_loss`, and `validation_bits_per_byte`; None where `ends` ended it."""
+        loss = self(params, ends)
+        return None if loss is None else {"validation_loss": loss, "validation_bits_per_byte": self._data.bits_per_byte(loss)}
+
 
 def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:
     """Return the parameters being trained as a `Model`; of replicas that differ, the first one's."""

@@ -120,28 +120,31 @@ class HeartbeatHook(Hook):
 
 
 class Validation(Hook):
-    """Scores held-out data, and stops the run at `stop_at_loss` nats a token (0: never)."""
+    """Scores held-out data, and stops the run at `stop_at_loss` nats a token (0: never).
+
+    Args:
+      evaluate: (params, ends) -> the row to log; None where `ends` ended it.
+    """
 
     def __init__(
         self,
         telemetry: Telemetry,
-        evaluate: Callable[[PyTree, Callable[[int], bool]], float | None],
+        evaluate: Callable[[PyTree, Callable[[int], bool]], dict[str, float | None] | None],
         ends_before: Callable[[str, int], bool],
-        bits_per_byte: Callable[[float], float | None],
         stop_at_loss: float,
     ):
-        self._telemetry, self._evaluate, self._bits_per_byte = telemetry, evaluate, bits_per_byte
+        self._telemetry, self._evaluate = telemetry, evaluate
         self._ends_before = ends_before
         self._stop_at_loss = stop_at_loss
         self.newest: dict[str, Any] = {}
 
     def after_step(self, step: int, state: PyTree) -> None:
         with self._telemetry.pause("validating"):
-            loss = self._evaluate(state["params"], functools.partial(self._ends_before, f"validating {step}"))
-        if loss is None:  # the grace of a signal may be shorter than a validation
+            row = self._evaluate(state["params"], functools.partial(self._ends_before, f"validating {step}"))
+        if row is None:  # the grace of a signal may be shorter than a validation
             self._telemetry.progress.say(f"validation that of step {step} is left unfinished")
             return
-        self.newest = {"step": step, "validation_loss": loss, "validation_bits_per_byte": self._bits_per_byte(loss)}
+        self.newest = {"step": step, **row}
         self._telemetry.log.write(self.newest)
         self._telemetry.progress.update(self.newest)
 

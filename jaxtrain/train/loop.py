@@ -76,13 +76,13 @@ class Loop:
 
     Attributes:
       step_function: (state, batch) -> (state, metrics), compiled; the state is donated.
-      next_batch: gives the batch of the next step, in order.
+      next_batch: (state, steps done) -> the batch of the next step, in order; None ends the run, as a signal asked for.
       wait: blocks until a step's metrics are there.
       outside: gives a context for the `after_step` of a hook, to leave its time out of the step's.
     """
 
     step_function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-    next_batch: Callable[[], PyTree]
+    next_batch: Callable[[PyTree, int], PyTree | None]
     wait: Callable[[PyTree], PyTree]
     hooks: Hooks
     state: PyTree
@@ -96,7 +96,10 @@ class Loop:
         while self.step < self.last_step:
             for hook in self.hooks:
                 hook.before_step(self.step + 1, self.state)
-            batch = self.next_batch()
+            batch = self.next_batch(self.state, self.step)
+            if batch is None:
+                self._read(unread, keep=0)
+                return "a signal was received"
             self.state, metrics = self.step_function(self.state, batch)
             self.step += 1
             unread.append((self.step, metrics))

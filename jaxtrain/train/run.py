@@ -10,7 +10,6 @@ import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jaxtrain.checkpoint import Checkpoints, committed_steps
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import to_json
 from jaxtrain.data.pipeline import Data
-from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, NumbersError, Stopped
+from jaxtrain.errors import CheckpointError, NumbersError, Stopped
 from jaxtrain.files import AppendedFile, ReplacedFiles, user_path
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
@@ -32,14 +31,16 @@ from jaxtrain.telemetry.clock import StepClock, StepWork
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
-from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.telemetry.run_log import RunLog, about_program, describe_program
 from jaxtrain.telemetry.stragglers import Stragglers
 from jaxtrain.text import readable_size
+from jaxtrain.train.answers import Answering
 from jaxtrain.train.bad_steps import BadSteps, RollBack
-from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
+from jaxtrain.train.batch_feed import DataFeed, Feed
+from jaxtrain.train.ending import Ended, draw, sample_words
+from jaxtrain.train.evaluation import Evaluation, model_in_hand
 from jaxtrain.train.export import export_apart
 from jaxtrain.train.hooks import (
     HeartbeatHook,
@@ -60,7 +61,9 @@ from jaxtrain.train.recompute_check import RecomputeCheck
 from jaxtrain.train.resume import Resume, metadata
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
+from jaxtrain.train.rollouts import RewardEvaluation, Rollouts
 from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
+from jaxtrain.train.sampler_limits import SamplerLimits
 from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
@@ -70,25 +73,6 @@ PyTree = Any
 Held = tuple[PyTree, int, Rollbacks]
 PICTURE = "loss.png"
 DATA_WAY_OUT = "give every host the same data and tokenizer files, and a --run_dir that all hosts share"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of a run."""
-
-    step: int
-    """Steps done in all."""
-    reason: str
-    """Why there are no more, in words."""
-    signal: int | None = None
-    """The signal that stopped it."""
-    saved: bool = True
-    """Whether the same command goes on from `step`."""
-
-    @property
-    def exit_code(self) -> int:
-        """0 done; 76 stopped by a signal after saving; 128 + the signal where nothing is saved."""
-        return EXIT_DONE if self.signal is None else EXIT_STOPPED if self.saved else 128 + self.signal
 
 
 class Run:
@@ -295,20 +279,20 @@ class Run:
                 log.write(row)
             clock, energy = self._clocks(first)
             telemetry = Telemetry(log, self.progress, clock)
+            self.feed = feed = self._feed(first, clock)
+            stack.callback(feed.close)
             saving = self._saving(telemetry)
             hooks = self._hooks(telemetry, energy, saving)
             stack.callback(hooks.close)
-            batches = stack.enter_context(self.data.train_batches(first, self.prepared.rows(), self.resume.rollbacks.batch))
 
-            def next_batch() -> PyTree:
-                with clock.waiting_for_data():
-                    batch = next(batches)
-                return self.prepared.place(batch)
+            def take_step(state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+                state, metrics = steps(state, batch)
+                return state, feed.stepped(metrics)
 
             theirs = self.config.parts.hooks
             outside = lambda hook: clock.paused() if hook in theirs else contextlib.nullcontext()  # noqa: E731
-            step_function, wait = map(clock.timed_as_waiting, (steps, jax.block_until_ready))
-            loop = Loop(step_function, next_batch, wait, hooks, self.state, first, self.config.train.steps, outside)
+            step_function, wait = map(clock.timed_as_waiting, (take_step, jax.block_until_ready))
+            loop = Loop(step_function, feed.next, wait, hooks, self.state, first, self.config.train.steps, outside)
             self.state = None  # the loop's alone, since it is donated
             clock.start()
             energy.start()
@@ -325,6 +309,23 @@ class Run:
             finally:
                 self.state = loop.state
             return loop.step, reason
+
+    def _feed(self, first: int, clock: StepClock) -> Feed:
+        """Return what gives the steps after `first` their batches."""
+        batch_of = self.resume.rollbacks.batch
+        if self.answering is None:
+            return DataFeed(self.prepared, self.data, first, batch_of, clock.waiting_for_data)
+        stop = self.stop
+
+        def ends_before(work: str, part: int) -> bool:
+            return stop.ends_before(work, part) and stop.end_loop()
+
+        return Rollouts(self.prepared, self.answering, self.data.prompts, first, self.progress, batch_of, ends_before)
+
+    @functools.cached_property
+    def answering(self) -> Answering | None:
+        """The maker and judge of answers, where the objective learns from rewards."""
+        return Answering(self.prepared, self.data.tokenizer) if self.config.objective.kind == "grpo" else None
 
     def _open_log(self, first: int) -> MetricsLog:
         config = self.config
@@ -362,6 +363,8 @@ class Run:
         hooks.add(Logging(telemetry, due, rate, energy, stragglers))
         diagnose = self._diagnose if guard.debug_nans else None
         hooks.add(BadSteps(config, telemetry.log, progress, self.resume.rollbacks, diagnose), every=int(guard.debug_nans))
+        if self.answering is not None:
+            hooks.add(SamplerLimits(config))
         if (validation := self._validation(telemetry)) is not None:
             hooks.add(validation, every=multiples(train.validate_every, train.steps))
         for hook in config.parts.hooks:
@@ -386,6 +389,7 @@ class Run:
 
         def save(step: int, state: PyTree, wait: bool) -> None:
             self._check(step, state)
+            self.feed.save(step)
             described = self.resume.describe(state, self.validation.finite() if self.validation else {})
             checkpoints.save(step, self.resume.canonical.from_state(state), described, wait=wait)
 
@@ -394,21 +398,23 @@ class Run:
     def _validation(self, telemetry: Telemetry) -> Validation | None:
         """Return the validation hook, where there is held-out data and the config wants it looked at."""
         train = self.config.train
+        if train.validate_every and self.answering is not None and self.data.validation_prompts.count:
+            most = train.validate_batches * train.global_batch_size
+            evaluate = RewardEvaluation(self.prepared, self.answering, self.data.validation_prompts, most).row
+            self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
+            return self.validation
         if not train.validate_every or not self.data.num_validation_batches(train.global_batch_size):
             return None
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
-        evaluate = Evaluation(self.prepared, self.data, train.validate_batches)
-        self.validation = Validation(
-            telemetry, evaluate, self.stop.ends_before, self.data.bits_per_byte, train.stop_at_validation_loss
-        )
+        evaluate = Evaluation(self.prepared, self.data, train.validate_batches).row
+        self.validation = Validation(telemetry, evaluate, self.stop.ends_before, train.stop_at_validation_loss)
         return self.validation
 
     def _diagnose(self, state: PyTree, step: int) -> str:
         """Return where a step's numbers first went wrong, in words; `state` is that from before it."""
-        batch = self.data.train_batch(self.resume.rollbacks.batch(step - 1), self.prepared.rows())
         probe = NanProbe(self.config, self.mesh, self.prepared.backend)
-        return probe(jax.block_until_ready(state["params"]), self.prepared.place(batch))
+        return probe(jax.block_until_ready(state["params"]), self.feed.batch(step - 1))
 
     def _open_meter(self) -> Meter | None:
         """Return what measures the energy here; the log says which. Processes that log nothing need none."""
@@ -422,27 +428,14 @@ class Run:
             self.progress.say(f"energy     {words}{others}")
         return meter
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The end
-
     def _draw(self) -> None:
         """Draw loss.png in process 0."""
-        if not self._first_process:
-            return
-        baseline = self.data.gzip_bits_per_byte
-        title = f"{self.config.name}: {num_parameters(self.config.model).total:,} parameters"
-        picture = self.directory / PICTURE
-        try:
-            if plot_losses(self.directory / "metrics.jsonl", picture, title, {"gzip -9": baseline} if baseline else None):
-                self.progress.say(f"picture    {picture}")
-        except Exception as error:  # of the disk, or of matplotlib, which may be broken: a picture is no reason to fail
-            self.progress.say(f"warning    {picture} was not drawn: {type(error).__name__}: {error}")
+        if self._first_process:
+            draw(self.config, self.data, self.directory / PICTURE, self.progress.say)
 
     def _sample(self) -> None:
         """Show a continuation of held-out text."""
-        config, decode = self.config, self.data.tokenizer.decode
-        prompt = self.data.sample_prompt(min(64, config.data.sequence_length // 2))
         with self.progress.during("sampling"):
             model = model_in_hand(self.prepared, self.state["params"], self.data)
-            made = continue_text(model, prompt, config.train.sample_tokens, self.stop.check)
-        self.progress.say(f"--- held-out text:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(made)}\n---")
+            shown = sample_words(model, self.data, self.stop.check)
+        self.progress.say(shown)

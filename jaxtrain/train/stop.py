@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from jaxtrain import processes
 from jaxtrain.errors import Stopped
 from jaxtrain.processes import are_several, look, post
 from jaxtrain.signals import Request, Watch, end_at_once
@@ -86,6 +87,14 @@ class StopOnSignal(Hook):
             post(f"stop {what}", str(part + 1))
         said = look(f"stop {what}")
         return said is not None and part >= int(said)
+
+    def end_loop(self) -> bool:
+        """End the loop before the step that is about to be dispatched, in all processes; called where `ends_before` is true."""
+        if are_several():
+            if self.received is not None:
+                post("stop", f"{self.received.value} {self._step - 1}")  # for `agreed`
+            processes.wait_for("stop", processes.limit_seconds)
+        return True
 
     def before_step(self, step: int, state: PyTree) -> None:
         self._step = step

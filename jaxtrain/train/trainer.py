@@ -172,7 +172,7 @@ class Trainer:
         Raises:
           ExplainedError: data, folder, checkpoint or numbers are not as they must be; says what to do.
         """
-        if objective_of(self.config).inputs:
+        if objective_of(self.config).inputs and self.config.objective.kind != "grpo":
             names = ", ".join(objective_of(self.config).inputs)
             raise ExplainedError(f"the objective wants {names} of each token, which data.sources do not give; use step(batch)")
         held = (self._state, self._step, self._rollbacks) if self._state is not None else None

@@ -11,7 +11,7 @@ LOGITS = np.array([0.3, 2.0, -1.0, 1.2, 0.9, -3.0, 1.9, 0.0], np.float32)
 
 
 def choice(rows: int, **settings) -> Choice:
-    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0} | settings
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0, "policy_temperature": 1.0} | settings
     dtypes = {"top_k": np.int32}
     arrays = {name: jnp.full(rows, value, dtypes.get(name, np.float32)) for name, value in values.items()}
     return Choice(**arrays, seed=jnp.arange(rows, dtype=jnp.uint32))
@@ -66,3 +66,9 @@ def test_temperature_zero_takes_the_likeliest_and_numbers_differ():
     again, _ = choose(logits, seen, same, jnp.arange(40))
     assert len(set(np.asarray(drawn).tolist())) > 2
     assert drawn.tolist() == again.tolist()
+
+
+def test_log_probabilities_are_those_of_the_policy_temperature():
+    logits = jnp.asarray(LOGITS)[None]
+    token, log_p = choose(logits, jnp.zeros((1, 8), bool), choice(1, policy_temperature=0.5), jnp.zeros(1, jnp.int32))
+    np.testing.assert_allclose(log_p[0], np.log(expected(temperature=0.5)[token[0]]), rtol=1e-5)

@@ -53,7 +53,7 @@ def main() -> None:
         progress, clock = PlainProgress(STEPS, io.StringIO()), StepClock(work.work, STEPS)
         hooks = Hooks()
         hooks.add(Logging(Telemetry(log, progress, clock), multiples(10, 1, STEPS)))
-        loop = Loop(device.step, lambda: work.place(next(batches)), device.wait, hooks, None, 0, STEPS)
+        loop = Loop(device.step, lambda state, step: work.place(next(batches)), device.wait, hooks, None, 0, STEPS)
         started = time.perf_counter()
         loop.run()
         seconds = (time.perf_counter() - started) / STEPS

@@ -230,7 +230,8 @@ def test_rows_hold_the_energy_where_it_is_measured():
 def validation(losses, stop_at=0.0):
     losses = iter(losses)
     telemetry = Telemetry(Log(), Said(), Clock())
-    return Validation(telemetry, lambda params, ends: next(losses), lambda what, part: False, lambda loss: loss / 2, stop_at)
+    rows = (None if loss is None else {"validation_loss": loss, "validation_bits_per_byte": loss / 2} for loss in losses)
+    return Validation(telemetry, lambda params, ends: next(rows), lambda what, part: False, stop_at)
 
 
 def test_multiples_and_other_steps_are_due():

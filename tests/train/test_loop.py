@@ -44,7 +44,7 @@ def make_loop(events, hooks, last_step, first_step=0):
     registered = Hooks()
     for hook in hooks:
         registered.add(hook, every=lambda step, hook=hook: step in hook.wanted)
-    return Loop(step_function, lambda: next(batches), wait, registered, first_step, first_step, last_step)
+    return Loop(step_function, lambda state, step: next(batches), wait, registered, first_step, first_step, last_step)
 
 
 def only(events, *kinds):

@@ -1,0 +1,74 @@
+"""The feed of a run: what each step trains on. The data's batches are one; rollouts (`rollouts.py`) are another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from jaxtrain.data.pipeline import Data
+from jaxtrain.train.prepared import Prepared
+
+PyTree = Any
+
+
+class Feed(Protocol):
+    """Gives each step its batch."""
+
+    def next(self, state: PyTree, step: int) -> PyTree | None:
+        """Return the batch of the step after `step` steps, placed; None where a signal ends the run before it."""
+        ...
+
+    def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Take the metrics of the step that was just dispatched; return those to log."""
+        ...
+
+    def batch(self, step: int) -> PyTree:
+        """Return the batch of a step that was taken, counted from 0, again."""
+        ...
+
+    def save(self, step: int) -> None:
+        """Keep on disk what a run needs, beside the state after `step` steps, to go on from there."""
+        ...
+
+    def close(self) -> None:
+        """End threads and close files."""
+        ...
+
+
+class DataFeed:
+    """The batches of the data, made ahead.
+
+    Args:
+      first: steps done.
+      batch_of: step from 0 -> number of its batch.
+      waiting: gives a context for the time that a step waits for its batch.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        data: Data,
+        first: int,
+        batch_of: Callable[[int], int],
+        waiting: Callable[[], AbstractContextManager[None]],
+    ):
+        self._prepared, self._data, self._batch_of, self._waiting = prepared, data, batch_of, waiting
+        self._batches = data.train_batches(first, prepared.rows(), batch_of)
+
+    def next(self, state: PyTree, step: int) -> PyTree:
+        with self._waiting():
+            batch = next(self._batches)
+        return self._prepared.place(batch)
+
+    def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return metrics
+
+    def batch(self, step: int) -> PyTree:
+        return self._prepared.place(self._data.train_batch(self._batch_of(step), self._prepared.rows()))
+
+    def save(self, step: int) -> None:
+        """Do nothing: batch n is a pure function of the data and n."""
+
+    def close(self) -> None:
+        self._batches.close()

@@ -1,0 +1,260 @@
+"""Rollouts: the rows of answers, and whole runs of objective.kind=grpo on fake devices."""
+
+import json
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.config import CheckpointConfig, DataSource, MeshConfig, MoEConfig
+from jaxtrain.config.objective_fields import GrpoConfig, ObjectiveConfig
+from jaxtrain.data.tokenizers import load_tokenizer
+from jaxtrain.errors import CheckpointError, DataError, ExplainedError, NumbersError
+from jaxtrain.mesh import make_mesh
+from jaxtrain.objectives.grpo import ADVANTAGES, OLD, SAMPLER, WEIGHTS
+from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train.answers import Answer, Answering
+from jaxtrain.train.rewards import Scores
+from jaxtrain.train.rollouts import Rollouts, answer_seed, rows_of, usable, weighed
+from jaxtrain.train.sampler_limits import SamplerLimits
+from jaxtrain.train.stop import StopOnSignal
+from jaxtrain.train.trainer import Trainer
+from tests.tiny import tiny
+from tests.train.runs import Said
+
+REWARD = """
+def reward(prompts, completions, rows):
+    return [float(sum(c.encode()) % 7) + float(row["answer"]) for c, row in zip(completions, rows)]
+"""
+FOUR_MESHES = [{"fsdp": 4, "tensor": 2}, {"pipe": 2, "fsdp": 4}, {"context": 2, "fsdp": 4}, {"data": 2, "fsdp": 4}]
+
+
+def on(**mesh):
+    return MeshConfig(**({"fsdp": 1} | mesh))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A reward function and prompts, some of which are held out."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [json.dumps({"prompt": f"{i:02d}", "answer": str(i % 3)}) for i in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def config_of(files, name="run", updates=1, steps=4, mesh=None, **more):
+    grpo = GrpoConfig(reward=str(files / "reward.py"), group_size=4, max_new_tokens=6, updates=updates, **more.pop("grpo", {}))
+    train = {"steps": steps, "global_batch_size": 16, "log_every": 1, "validate_every": 0} | more.pop("train", {})
+    return tiny(
+        name=name,
+        run_dir=str(files / name),
+        mesh=on(**(mesh or {"data": 8})),
+        model={"vocab_size": 260, "num_layers": 2} | more.pop("model", {}),
+        data={
+            "sources": (DataSource(kind="chat", path=str(files / "prompts.jsonl")),),
+            "sequence_length": 16,
+            "validation_fraction": 0.2,
+            "cache_dir": str(files / "cache"),
+        },
+        objective=ObjectiveConfig(kind="grpo", grpo=grpo),
+        train=train,
+        checkpoint=CheckpointConfig(every=1),
+        optimizer={"peak_lr": 1e-2, "schedule": "constant"},
+        **more,
+    )
+
+
+def trained(config, stop=None):
+    trainer = Trainer(config)
+    trainer.ended = trainer.train(stop=stop)
+    return trainer
+
+
+def rows(config):
+    return [row for row in read_rows(config.directory / "metrics.jsonl") if "loss" in row]
+
+
+def bits(trainer):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.state)]
+
+
+# --- rows
+
+
+def test_an_answer_is_one_row_after_its_prompt():
+    asked = [SimpleNamespace(ids=[7, 8], row={}), SimpleNamespace(ids=[9], row={})]
+    answers = [Answer([1, 2, 3], [-0.1, -0.2, -0.3], True), Answer([4], [-0.4], False)]
+    batch = rows_of(asked, answers, 5)
+    assert batch["tokens"].tolist() == [[7, 8, 1, 2, 0], [9, 0, 0, 0, 0]]
+    assert batch["targets"].tolist() == [[-1, 1, 2, 3, -1], [4, -1, -1, -1, -1]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 0], [0, 0, 0, 0, 0]]
+    assert batch["segments"].tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    np.testing.assert_allclose(batch[SAMPLER], [[0, -0.1, -0.2, -0.3, 0], [-0.4, 0, 0, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_weights_are_shares_of_the_whole_batch(advantage):
+    grpo = GrpoConfig(group_size=2, max_new_tokens=3, advantage=advantage)
+    config = tiny(objective=ObjectiveConfig(kind="grpo", grpo=grpo))
+    asked = [SimpleNamespace(ids=[7], row={})] * 2
+    batch = rows_of(asked, [Answer([1, 2, 3], [0.0] * 3, True), Answer([4], [0.0], True)], 4)
+    found = weighed(batch, Scores(np.array([[1.0, 0.0]], np.float32), (), 0.0), config)
+    expected = {"grpo": [[1 / 6] * 3, [1 / 2]], "dr_grpo": [[1 / 6] * 3, [1 / 6]], "rloo": [[1 / 4] * 3, [1 / 4]]}[advantage]
+    np.testing.assert_allclose(found[WEIGHTS], [[*expected[0], 0], [*expected[1], 0, 0, 0]], rtol=1e-6)
+    assert np.sign(found[ADVANTAGES]).tolist() == [[1, 1, 1, 0], [-1, 0, 0, 0]]
+    assert np.isnan(found[OLD]).all()
+
+
+def test_prompts_without_room_for_an_answer_are_left_out():
+    prompts = [SimpleNamespace(ids=[1] * n, row={}) for n in (2, 11, 12)]
+    config = tiny(data={"sequence_length": 16}, objective=ObjectiveConfig(kind="grpo", grpo=GrpoConfig(max_new_tokens=6)))
+    assert usable(_Numbered(prompts), config) == [0, 1]
+    with pytest.raises(DataError, match="none of 1 prompts has 1 to 11 tokens.*the shortest has 12"):
+        usable(_Numbered(prompts[2:]), config)
+
+
+class _Numbered(list):
+    @property
+    def count(self):
+        return len(self)
+
+
+def test_seeds_differ_by_run_rollout_and_answer():
+    seeds = {answer_seed(seed, rollout, answer) for seed in range(3) for rollout in range(10) for answer in range(10)}
+    assert len(seeds) == 300
+
+
+# --- without a device
+
+
+def judged(files, on_reward_error):
+    """What the reward function makes of two answers to two prompts."""
+    config = config_of(files, grpo={"on_reward_error": on_reward_error})
+    answering = Answering(SimpleNamespace(config=config, mesh=make_mesh(config.mesh)), load_tokenizer("byte"))
+    asked = [SimpleNamespace(ids=[65 + i], row={"answer": "0"}) for i in range(2)]
+    return answering.scores(asked, [[Answer([66, 256], [0.0, 0.0], True), Answer([67], [0.0], False)]] * 2)
+
+
+def test_answers_reach_the_reward_function_as_text_without_their_end(files):
+    (files / "reward.py").write_text("def reward(p, c, rows): return [float(p == ['A', 'A']), float(c == ['B', 'C'])]")
+    assert judged(files, "stop").rewards.tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_reward_that_fails_stops_the_run_or_counts_zero(files):
+    (files / "reward.py").write_text("def reward(prompts, completions, rows): raise OSError('no judge')")
+    with pytest.raises(ExplainedError, match="failed in 2 of 2 calls, first with OSError: no judge.*on_reward_error=zero"):
+        judged(files, "stop")
+    scores = judged(files, "zero")
+    assert not scores.rewards.any()
+    assert len(scores.failures) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "measured", "words"),
+    [
+        ({}, {"sampler_difference": 0.06}, "0.06, above objective.grpo.max_sampler_difference=0.05. In float32 rounding is no"),
+        ({"dtype": "bfloat16"}, {"sampler_outside": 0.3}, "max_sampler_outside=0.2. The likely cause is rounding in bfloat16"),
+        ({"moe": MoEConfig(num_experts=4)}, {"sampler_kl": 0.1}, "max_sampler_kl=0.05. The likely cause is the router"),
+    ],
+)
+def test_a_sampler_that_differs_stops_the_run(model, measured, words):
+    limits = SamplerLimits(tiny(model=model))
+    fine = {"sampler_difference": 0.04, "sampler_outside": 0.1, "sampler_kl": 0.04}
+    limits.metrics_read(1, fine)
+    with pytest.raises(NumbersError, match=words):
+        limits.metrics_read(2, fine | measured)
+
+
+def test_a_lost_rollout_is_an_error_that_names_its_file(files):
+    config = config_of(files, updates=2)
+    config.directory.mkdir()
+    with pytest.raises(CheckpointError, match="step 3 lies between the 2 updates on a rollout, and .*3.npz cannot be read"):
+        Rollouts(SimpleNamespace(config=config, mesh=None), SimpleNamespace(), _Numbered([SimpleNamespace(ids=[1])]), 3, Said())
+
+
+# --- runs
+
+
+def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files):
+    config = config_of(files, steps=2, mesh={"fsdp": 4, "tensor": 2}, train={"microbatches": 2, "validate_every": 2})
+    trained(config)
+    for row in rows(config):
+        assert row["ratio_change"] == 0
+        assert row["sampler_difference"] < 1e-6
+        assert row["reward_std"] > 0
+    held_out = [row for row in read_rows(config.directory / "metrics.jsonl") if "validation_reward" in row]
+    assert [row["step"] for row in held_out] == [2]
+    assert 0 < held_out[0]["validation_response_length"] <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", FOUR_MESHES, ids=lambda mesh: "-".join(mesh))
+def test_the_layout_changes_neither_answers_nor_steps(files, mesh):
+    alone, other = config_of(files, "alone", steps=2), config_of(files, "other", steps=2, mesh=mesh)
+    trained(alone)
+    trained(other)
+    for row, one in zip(rows(other), rows(alone), strict=True):
+        assert row["ratio_change"] == 0
+        assert row["sampler_difference"] < 1e-6
+        assert row["reward"] == one["reward"]
+        assert row["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", FOUR_MESHES, ids=lambda mesh: "-".join(mesh))
+def test_sampling_agrees_with_training_in_bfloat16(files, mesh):
+    config = config_of(files, steps=2, mesh=mesh, model={"dtype": "bfloat16"})
+    trained(config)
+    for row in rows(config):
+        assert row["ratio_change"] == 0
+        assert row["sampler_difference"] < 2e-3
+
+
+def test_a_run_that_ends_between_updates_and_in_a_rollout_goes_on_to_the_same_bits(files):
+    whole = trained(config_of(files, "whole", updates=2))
+    assert [row["ratio_change"] == 0 for row in rows(whole.config)] == [True, False, True, False]
+    config = config_of(files, "broken", updates=2)
+    ended = trained(config, StopAfter(1)).ended
+    assert (ended.step, ended.exit_code) == (1, 76)
+    assert [path.name for path in (config.directory / "rollouts").glob("*")] == ["1.npz"]
+    in_rollout = StopInRollout(1)
+    assert trained(config, in_rollout).ended.step == 2
+    assert in_rollout.received == signal.SIGTERM
+    again = trained(config)
+    assert bits(again) == bits(whole)
+    same = ("step", "loss", "reward", "ratio_change", "grad_norm", "sampler_difference", "entropy")
+    assert [[row[name] for name in same] for row in rows(config)] == [
+        [row[name] for name in same] for row in rows(whole.config)
+    ]
+    texts = [(run.config.directory / "rollouts.jsonl").read_text() for run in (whole, again)]
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 8
+
+
+class StopAfter(StopOnSignal):
+    """As if SIGTERM had come at the end of a step."""
+
+    def __init__(self, step):
+        super().__init__(Said())
+        self.last = step
+
+    def stop_reason(self):
+        if self._step == self.last:
+            self.received = signal.SIGTERM
+        return super().stop_reason()
+
+
+class StopInRollout(StopOnSignal):
+    """As if SIGTERM had come while a rollout's answers were made."""
+
+    def __init__(self, rollout):
+        super().__init__(Said())
+        self.rollout = rollout
+
+    def ends_before(self, what, part):
+        if (what, part) == (f"rollout {self.rollout}", 1):
+            self.received = signal.SIGTERM
+        return super().ends_before(what, part)
