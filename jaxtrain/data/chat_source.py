@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
@@ -71,10 +72,10 @@ def _words(source: DataSource, stored: StoredSamples, train: PackedRows, validat
     return f"{source.path} ({'; '.join(words)}): {targets}, in {train.count:,} rows, {full:.1%} full"
 
 
-def chat_template_of(config: Config) -> ChatTemplate | None:
+def chat_template_of(config: Config, now: datetime | None = TODAY) -> ChatTemplate | None:
     """Return the template named by data.chat_template, else that beside data.tokenizer, or in init_from; None if there is none.
 
-    Raises ExplainedError where it cannot be read.
+    `now` is the time that it is told; None: that of each rendering. Raises ExplainedError where it cannot be read.
     """
     named = config.data.tokenizer not in ("byte", "none") and not config.data.tokenizer.startswith("bpe:")
     beside = tokenizer_file(config.data.tokenizer).parent if named else None
@@ -82,10 +83,10 @@ def chat_template_of(config: Config) -> ChatTemplate | None:
         path = user_path(config.data.chat_template)
         if not path.exists():
             raise DataError(f"data.chat_template={config.data.chat_template}: there is no such file or folder")
-        return read_chat_template(path, beside, TODAY)
+        return read_chat_template(path, beside, now)
     for folder in (beside, user_path(config.init_from) if config.init_from else None):
         if folder is not None and _has_template(folder):
-            return read_chat_template(folder, beside, TODAY)
+            return read_chat_template(folder, beside, now)
     return None
 
 

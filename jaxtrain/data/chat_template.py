@@ -51,7 +51,7 @@ class ChatTemplate:
         environment.extend(generation_marks=self._marks)
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: (now or _now()).strftime(form)}
-        self.tokens, self.where = tokens, where
+        self.source, self.tokens, self.where = source, tokens, where
         self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         """Whether the template says by {% generation %} which text is the model's."""
         self.dated = "strftime_now" in source

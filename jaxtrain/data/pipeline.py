@@ -84,7 +84,7 @@ def open_data(config: Config) -> Data:
         else:
             sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
     _check_split_rules(sources)
-    _check_sorts(sources)
+    _check_sorts(sources, config)
     return Data(config, tokenizer, sources)
 
 
@@ -101,13 +101,20 @@ def _check_split_rules(sources: Sequence[OpenSource]) -> None:
     )
 
 
-def _check_sorts(sources: Sequence[OpenSource]) -> None:
-    """Raise DataError where pairs or prompts are mixed with anything else: a run has one kind of sample."""
+def _check_sorts(sources: Sequence[OpenSource], config: Config) -> None:
+    """Raise DataError where pairs or prompts are mixed with anything else, or are not what the objective reads."""
     sorts = ["samples" if source.chat is None else source.chat.sort for source in sources]
     other = next((i for i, sort in enumerate(sorts) if sort != sorts[0]), None)
     if other is not None:
         raise DataError(
             f"data.sources.0 has {sorts[0]}, data.sources.{other} has {sorts[other]}; pairs and prompts stand alone"
+        )
+    kind = config.objective.kind
+    wanted = {"dpo": "pairs", "grpo": "prompts"}.get(kind, "samples")
+    if sorts[0] != wanted and config.parts.objective is None:
+        raise DataError(
+            f"data.sources.0 has {sorts[0]}, but objective.kind={kind} needs {wanted}: rows of kind=chat with chosen and "
+            "rejected are pairs, those with a prompt alone are prompts; other rows, and texts, are samples"
         )
     if sorts[0] == "prompts" and len({source.weight for source in sources}) > 1:
         raise DataError("data.sources: prompts of several sources are taken in equal shares; leave their weights out")

@@ -20,6 +20,7 @@ from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
 from jaxtrain.config import Config, ModelConfig, SyncConfig
 from jaxtrain.config.as_json import from_json
+from jaxtrain.data.chat_template import read_chat_template
 from jaxtrain.errors import CheckpointError, ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.config import differing
@@ -69,10 +70,13 @@ def keep_files(config: Config) -> None:
     if is_folder(config.init_from):
         with WeightsFolder(config.init_from) as folder:
             keep_travelling(folder, config.directory)
-        return
-    source = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
-    if source.is_dir():
-        shutil.copytree(source, beside)
+    else:
+        source = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+        if source.is_dir():
+            shutil.copytree(source, beside)
+    if config.data.chat_template and beside.is_dir():  # what it is trained with is what it must be asked with
+        template = read_chat_template(user_path(config.data.chat_template))
+        (beside / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
 
 def with_colon(run: str) -> str:

@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtrain.command import Usage, parse
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
+from jaxtrain.files import user_path
 from jaxtrain.signals import Request, Watch, end_at_once, say
 from jaxtrain.text import printable, readable_size
 
@@ -135,11 +135,13 @@ def _input_lines() -> list[str]:
 
 
 def _conversations(model: Model) -> Conversations:
-    """Return what encodes conversations, by the chat template beside the model's tokenizer."""
+    """Return what encodes conversations, by the chat template of the run, or that beside the model's tokenizer."""
+    from jaxtrain.data.chat_source import chat_template_of
     from jaxtrain.data.chat_template import read_chat_template
     from jaxtrain.data.conversations import Conversations
 
-    return Conversations(model.tokenizer, read_chat_template(Path(model.config.data.tokenizer).expanduser().parent))
+    template = chat_template_of(model.config, None)
+    return Conversations(model.tokenizer, template or read_chat_template(user_path(model.config.data.tokenizer).parent))
 
 
 @dataclass

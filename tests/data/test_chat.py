@@ -1,28 +1,34 @@
 """Chat sources: rows of any layout become batches; what is left out is counted; rows are full."""
 
+import dataclasses
+import gzip
+
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataSource
+from jaxtrain.config import DataSource, ObjectiveConfig
+from jaxtrain.config.rules import validate
 from jaxtrain.data.best_fit import best_fit
+from jaxtrain.data.conversations import Conversations
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.show import shown_rows
-from jaxtrain.errors import DataError
-from tests.data.chat_folders import CONTROL, draw_conversation, make_folder, write_rows
+from jaxtrain.errors import ConfigError, DataError
+from tests.data.chat_folders import CONTROL, MARKED, draw_conversation, make_folder, write_rows
 
 END = CONTROL.index("<|im_end|>")
 
 
 @pytest.fixture
 def open_rows(tmp_path, make_config):
-    """open_rows(rows, template=, text sources..., **data) -> Data of these rows, packed into sequences of 256."""
+    """open_rows(rows, further sources..., kind= of the objective, **data) -> Data, in sequences of 256."""
     folder = make_folder(tmp_path / "model")
 
     def open_them(rows, *others, **data):
         path = write_rows(tmp_path / "chat.jsonl", rows)
         source = DataSource(kind="chat", path=str(path), max_bad_rows=data.pop("max_bad_rows", 0.0))
+        objective = ObjectiveConfig(kind=data.pop("kind", "sft"))
         fields = {"tokenizer": str(folder), "sequence_length": 256, "vocab_size": 440} | data
-        return open_data(make_config(source, *others, **fields))
+        return open_data(dataclasses.replace(make_config(source, *others, **fields), objective=objective))
 
     return open_them
 
@@ -197,7 +203,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("layout", PAIRS)
 def test_a_pair_lies_in_one_row_with_loss_on_its_answers_alone(open_rows, layout):
-    data = open_rows([PAIRS[layout]], validation_fraction=0.0)
+    data = open_rows([PAIRS[layout]], kind="dpo", validation_fraction=0.0)
     (batch,) = all_rows(data)
     tokens, targets, segments = (batch[name][0] for name in ("tokens", "targets", "segments"))
     assert sorted(set(segments.tolist())) == [0, 1, 2]
@@ -210,9 +216,8 @@ def test_a_pair_lies_in_one_row_with_loss_on_its_answers_alone(open_rows, layout
 
 def test_pairs_of_texts_stay_together_in_every_row(open_rows):
     rows = [{"prompt": f"{n}" * (n % 40), "chosen": "c" * (1 + n % 17), "rejected": "r" * (1 + n % 23)} for n in range(100)]
-    data = open_rows(
-        [*rows, {"prompt": "same", "chosen": "a", "rejected": "a"}, {"prompt": "q" * 200, "chosen": "a", "rejected": "b"}]
-    )
+    equal, long = {"prompt": "same", "chosen": "a", "rejected": "a"}, {"prompt": "q" * 200, "chosen": "a", "rejected": "b"}
+    data = open_rows([*rows, equal, long], kind="dpo")
     assert "1 pairs of equal answers left out" in data.description
     assert "1 longer than 256 tokens left out" in data.description  # each fits alone, the two do not
     for batch in all_rows(data):
@@ -228,7 +233,7 @@ def test_pairs_of_texts_stay_together_in_every_row(open_rows):
 
 def test_prompts_travel_with_their_rows_and_end_where_the_answer_begins(open_rows):
     rows = [{"prompt": [{"role": "user", "content": f"{n}+1?"}], "answer": n + 1, "more": {"n": n}} for n in range(50)]
-    data = open_rows([*rows, {"prompt": "x" * 600}])
+    data = open_rows([*rows, {"prompt": "x" * 600}], kind="grpo")
     assert data.prompts.count + data.validation_prompts.count == 50
     assert data.validation_prompts.count
     assert "1 longer than 256 tokens left out" in data.description
@@ -249,8 +254,22 @@ def test_pairs_and_prompts_are_not_mixed_with_others(open_rows, books):
             open_rows(rows, books, validation_fraction=0.0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "words"),
+    [
+        ("sft", [PAIRS["messages"]], "has pairs, but objective.kind=sft needs samples"),
+        ("pretrain", [{"prompt": "q"}], "has prompts, but objective.kind=pretrain needs samples"),
+        ("dpo", [{"prompt": "q", "completion": "a"}], "has samples, but objective.kind=dpo needs pairs"),
+        ("grpo", [PAIRS["messages"]], "has pairs, but objective.kind=grpo needs prompts"),
+    ],
+)
+def test_an_objective_needs_its_sort_of_sample(open_rows, kind, rows, words):
+    with pytest.raises(DataError, match=words):
+        open_rows(rows, kind=kind, validation_fraction=0.0)
+
+
 def test_shown_rows_mark_the_tokens_that_carry_loss(open_rows, books):
-    data = open_rows([PAIRS["earlier answer"]], validation_fraction=0.0)
+    data = open_rows([PAIRS["earlier answer"]], kind="dpo", validation_fraction=0.0)
     shown = list(shown_rows(data, 8, 9, ("[", "]")))
     assert len(shown) == 9 * 4
     assert shown[-4].startswith("batch 1, row 0: row 0 of data.sources.0, ")
@@ -260,3 +279,49 @@ def test_shown_rows_mark_the_tokens_that_carry_loss(open_rows, books):
     assert shown[2] == f"--- 2 (rejected)\n{turn}good<|im_end|>\n{turn}[bad<|im_end|>]"
     text = list(shown_rows(open_rows(talks(9), books, validation_fraction=0.0), 8, 8, ("<", ">")))
     assert any(document.startswith("--- 1\n<|endoftext|><") for document in text)
+
+
+def test_the_template_of_data_chat_template_is_used_and_its_day_is_fixed(open_rows, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text(MARKED.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}"))
+    data = open_rows(talks(3), validation_fraction=0.0, chat_template=str(template))
+    assert "1 template that prints the date: it is told 26 July 2024" in data.description
+    assert data.tokenizer.decode(data.row(0, 0)["tokens"][0]).startswith("2024-07-26")
+    assert data.row(0, 0)["tokens"][0, 0] == CONTROL.index("<s>")  # bos_token is that of the tokenizer's folder
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        open_rows(talks(3), chat_template="nowhere.jinja")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="messages need a chat template, and there is none beside data.tokenizer"):
+        open_rows(talks(3))
+
+
+def test_parquet_and_compressed_rows_give_the_same_batches(make_config, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [row | {"messages": [m | {"weight": 1} for m in row["messages"]]} for row in talks(20)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    fields = {"tokenizer": str(make_folder(tmp_path / "model")), "sequence_length": 256, "vocab_size": 440}
+    sources = [DataSource(kind="chat", path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet")]
+    assert len({open_data(make_config(source, **fields)).fingerprint for source in sources}) == 1
+
+
+def test_encoded_samples_are_read_from_the_cache_and_made_again_where_damaged(open_rows, tmp_path, monkeypatch):
+    first = open_rows(talks(20))
+    monkeypatch.setattr(Conversations, "encode", lambda *_: pytest.fail("encoded again"))
+    assert open_rows(talks(20)).fingerprint == first.fingerprint
+    monkeypatch.undo()
+    (file,) = (tmp_path / "cache" / "chat").glob("*/train.tokens")
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    again = open_rows(talks(20))
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.train_batch(0, slice(None))["tokens"], first.train_batch(0, slice(None))["tokens"])
+    assert open_rows(talks(20), too_long="truncate").fingerprint != first.fingerprint
+
+
+def test_documents_must_be_masked(make_config):
+    config = make_config(DataSource(kind="chat", path="x"), mask_documents=False)
+    with pytest.raises(ConfigError, match="data.mask_documents=False: samples of kind=chat are packed"):
+        validate(config, 1)
