@@ -51,6 +51,8 @@ def run_problems(config: Config) -> list[str]:
     unused = [name for name in ("alpha", "targets", "rank_stabilised", "init_from") if getattr(config.lora, name)]
     if unused and not config.lora.rank:
         problems.append(f"lora.{unused[0]} is of adapters, but lora.rank=0 makes none: give --lora.rank=16 or so too")
+    if config.lora.init_from and not config.init_from:
+        problems.append("lora.init_from is an adapter of given weights: give --init_from=FOLDER too")
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:

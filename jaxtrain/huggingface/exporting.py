@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,13 +45,26 @@ def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
     Raises:
       ExplainedError: there is no such checkpoint, no family has the model's settings, or the folder is not empty.
     """
+    config, read, beside, _ = opened(run)
+    return write_folder(config, read, target, beside, dtype)
+
+
+def opened(run: str) -> tuple[Config, Read, Path, dict[str, Any]]:
+    """Return a checkpoint's config, its arrays, the folder of the files that travel with its weights, and their origin.
+
+    Args:
+      run: RUN, RUN@STEP or RUN:STEP.
+
+    Raises:
+      ExplainedError: there is no such checkpoint, or its replicas differ.
+    """
     folder, step = find(re.sub(r"@(\d+)$", r":\1", run))
-    stored = read_stored(step_path(folder, step))
-    config = from_json(json.dumps(stored["metadata"]["config"]))
+    metadata = read_stored(step_path(folder, step))["metadata"]
+    config = from_json(json.dumps(metadata["config"]))
     if config.sync.replicas_differ:
         raise CheckpointError(f"{run}: the replicas of sync.mode={config.sync.mode} differ; an export needs one set of weights")
     beside = Path(folder).parent / TRAVELLING_FOLDER
-    return write_folder(config, lambda names: arrays(folder, step, names), target, beside, dtype)
+    return config, lambda names: arrays(folder, step, names), beside, metadata.get("origin") or {}
 
 
 def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: str = "") -> dict[str, Any]:
@@ -66,26 +80,37 @@ def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: s
     Raises:
       ExplainedError: no family has the model's settings, or the folder is there.
     """
-    goal = user_path(target)
-    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
-        raise ExplainedError(f"{target} is there already; give a new folder")
     described = described_as(config.model, beside, config.data.sequence_length)
     dtype = dtype or described.get("dtype") or config.model.dtype
     described = {name: value for name, value in described.items() if name != "torch_dtype"} | {"dtype": dtype}
     table, read = table_of(family_of(described), config.model), merging(config.model, read)
-    unfinished = goal.with_name(f"{goal.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
-        write_weights(table, read, unfinished, dtype, f"exporting {goal.name}")
+    with new_folder(target) as unfinished:
+        write_weights(table, read, unfinished, dtype, f"exporting {user_path(target).name}")
         for file in travelling_files(beside):
             shutil.copyfile(file, unfinished / file.name)
         (unfinished / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return described
+
+
+@contextlib.contextmanager
+def new_folder(target: str) -> Iterator[Path]:
+    """Give a folder to fill, which becomes `target` at the end, and is removed after an error.
+
+    Raises:
+      ExplainedError: the target is there.
+    """
+    goal = user_path(target)
+    if goal.exists() and (not goal.is_dir() or any(goal.iterdir())):
+        raise ExplainedError(f"{target} is there already; give a new folder")
+    unfinished = goal.with_name(f"{goal.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
         if goal.is_dir():
             goal.rmdir()
         unfinished.rename(goal)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return described
 
 
 def merging(model: ModelConfig, read: Read) -> Read:
@@ -123,25 +148,32 @@ def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any
 
 
 def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str) -> None:
-    """Write the tensors of a table into weight files, with an index if there are several.
-
-    Our parameters are read one at a time, and together only where one of their tensors holds parts of several.
-    """
+    """Write the tensors of a table into weight files, with an index if there are several."""
     dtypes, files = table.dtypes(dtype), _Shards(folder)
     sizes = {name: int(np.prod(shape)) * _numpy(dtypes[name]).itemsize for name, shape in table.shapes().items()}
     with progress(title, sum(sizes.values())) as advance:
-        for ours, theirs in table.groups():
-            held = {name.removeprefix("params/"): np.asarray(array) for name, array in read([f"params/{own}" for own in ours])}
-
-            def part(own: str, layer: int, expert: int | None, held: dict[str, np.ndarray] = held) -> np.ndarray:
-                whole = held[own][layer] if is_stacked(own) else held[own]
-                return whole if expert is None else whole[expert]
-
-            for name in theirs:
-                files.add(name, table.write(name, part, _numpy(dtypes[name])))
-                advance(sizes[name])
-            held.clear()  # before the next is read
+        for name, tensor in tensors(table, read, dtype):
+            files.add(name, tensor)
+            advance(sizes[name])
     files.finish(sum(sizes.values()))
+
+
+def tensors(table: Table, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield every tensor of a table by name, put together from our parameters.
+
+    Those are read one at a time, and together only where one tensor holds parts of several.
+    """
+    dtypes = table.dtypes(dtype)
+    for ours, theirs in table.groups():
+        held = {name.removeprefix("params/"): np.asarray(array) for name, array in read([f"params/{own}" for own in ours])}
+
+        def part(own: str, layer: int, expert: int | None, held: dict[str, np.ndarray] = held) -> np.ndarray:
+            whole = held[own][layer] if is_stacked(own) else held[own]
+            return whole if expert is None else whole[expert]
+
+        for name in theirs:
+            yield name, table.write(name, part, _numpy(dtypes[name]))
+        held.clear()  # before the next is read
 
 
 class _Shards:

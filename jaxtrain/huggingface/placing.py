@@ -21,7 +21,10 @@ Index = tuple[slice, ...]
 
 
 def place(model: ModelConfig, stacking: Stacking, mesh: Mesh, table: Table, fetch: Fetch) -> Any:
-    """Return the parameters as `decoder.initialize` shapes them, sharded over the mesh; empty slots and padding are zero."""
+    """Return the parameters of a table as `decoder.initialize` shapes them, sharded over the mesh.
+
+    Empty slots and padding are zero. A table of adapters alone gives their branches of the tree.
+    """
     dims_tree = parameter_dims(model)
     flat = jax.tree_util.tree_flatten_with_path(dims_tree, is_leaf=is_dims)[0]
     shardings = jax.tree.leaves(named(mesh, dims_tree))
@@ -29,6 +32,8 @@ def place(model: ModelConfig, stacking: Stacking, mesh: Mesh, table: Table, fetc
     for (path, dims), sharding in zip(flat, shardings, strict=True):
         names = tuple(key.key for key in path)
         ours = "/".join(names)
+        if ours not in table.parameters:
+            continue
         read = functools.partial(_read, model, stacking, table, fetch, ours, dims)
         leaves[names] = jax.make_array_from_callback(_shape(model, stacking, table, ours, dims), sharding, read)
     return nested(leaves)

@@ -47,10 +47,11 @@ def sizes_of(model: ModelConfig) -> dict[str, int]:
 
     D width, H heads, K kv heads, N width of a head, F of the MLP, V vocabulary, P learned positions; E experts, X width of an
     expert, S of the shared experts; with latent attention Q and C the ranks, R width of the rotated part, p R / 2, M of a
-    value. Where neighbours of a whole head are rotated, p is N / 2.
+    value. Where neighbours of a whole head are rotated, p is N / 2. r is the rank of adapters.
     """
     sizes = {"D": model.embed_dim, "H": model.num_heads, "K": model.num_kv_heads, "N": model.head_dim, "F": model.mlp_dim}
     sizes |= {"V": model.vocab_size, "P": model.learned_positions, "p": model.head_dim // 2}
+    sizes["r"] = model.adapters.rank
     if moe := model.moe:
         sizes |= {"E": moe.num_experts, "X": moe.mlp_dim, "S": moe.shared_experts * moe.mlp_dim}
     if latent := model.latent_attention:

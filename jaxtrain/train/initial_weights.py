@@ -23,10 +23,13 @@ from jaxtrain.config.as_json import from_json
 from jaxtrain.data.chat_template import read_chat_template
 from jaxtrain.errors import CheckpointError, ConfigError, ExplainedError
 from jaxtrain.files import user_path
-from jaxtrain.huggingface.config import differing
+from jaxtrain.huggingface.adapters import joined, read_adapter
+from jaxtrain.huggingface.config import differing, family_of, table_of
+from jaxtrain.huggingface.exporting import described_as
 from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, keep_travelling, origin_of
 from jaxtrain.huggingface.placing import place
+from jaxtrain.huggingface.table import Table
 from jaxtrain.models.decoder import canonical_dims
 from jaxtrain.sharding import is_dims
 from jaxtrain.train.state import Canonical, make_stacking
@@ -42,13 +45,28 @@ def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
       ConfigError: it holds another model; lists the fields.
     """
     if not is_folder(config.init_from):
-        return _of_run(config, mesh, optimizer)
+        given, origin = _of_run(config, mesh, optimizer)
+        return (_with_adapter(config, mesh, given, _table_of_run(config)), origin) if config.lora.init_from else (given, origin)
     if config.init_from_optimizer:
         raise ExplainedError(f"init_from={config.init_from} is a HuggingFace folder, which holds no optimizer state")
     with WeightsFolder(config.init_from) as folder:
         _check_same_model(config, folder.model)
         params = place(config.model.base, make_stacking(config), mesh, folder.table, folder.fetch)
-        return {"params": params}, origin_of(folder)
+        given = {"params": params}
+        return _with_adapter(config, mesh, given, folder.table) if config.lora.init_from else given, origin_of(folder)
+
+
+def _table_of_run(config: Config) -> Table:
+    """Return the table of the weights of init_from's run."""
+    beside = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+    described = described_as(config.model.base, beside, config.data.sequence_length)
+    return table_of(family_of(described), config.model.base)
+
+
+def _with_adapter(config: Config, mesh: Mesh, given: dict[str, Any], table: Table) -> dict[str, Any]:
+    """Return the weights with the adapters of lora.init_from."""
+    adapters = read_adapter(config, table, make_stacking(config), mesh)
+    return given | {"params": joined(given["params"], adapters)}
 
 
 def is_folder(source: str) -> bool:

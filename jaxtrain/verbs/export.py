@@ -22,6 +22,8 @@ class ExportFlags:
     """Folder to make."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Dtype of the matrices; empty: that of the folder the weights were imported from, or else model.dtype."""
+    adapter: bool = False
+    """Write the adapters alone, for the PEFT library, in float32."""
 
 
 USAGE = Usage(
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, export, print; return the exit code."""
     flags = parse(USAGE, arguments).own
     os.environ["JAX_PLATFORMS"] = "cpu"  # must not take a GPU away from a run
+    if flags.adapter:
+        from jaxtrain.huggingface.adapters import export_adapter
+
+        modules = export_adapter(flags.run, flags.folder)
+        show(f"exported an adapter of {', '.join(modules)} to {flags.folder}")
+        return EXIT_DONE
     from jaxtrain.huggingface.exporting import export
 
     config = export(flags.run, flags.folder, flags.dtype)
