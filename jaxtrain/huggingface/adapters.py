@@ -2,7 +2,7 @@
 
 A layer's A [inputs, rank] is their lora_A [rank, inputs], B [rank, outputs] their lora_B [outputs, rank]; inputs and outputs
 are those of the family's table. A matrix that is not one Linear layer of theirs has no adapter there: experts, and matrices
-that share a tensor.
+that share a tensor. In a model with experts PEFT (0.21) renames the adapters of other MLPs to theirs.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def adapter_table(table: Table, model: ModelConfig) -> Table:
         count = len(known[a]) - 2  # of the inputs' axes, without the layers' and the rank
         if row.per_expert or len(left) != 2:
             refused[row.ours] = "it is of experts"
+        elif model.moe and "/attention/" not in row.ours:
+            refused[row.ours] = "beside experts, PEFT takes adapters of MLPs for theirs"
         elif len(sharing[row.theirs]) > 1:
             refused[row.ours] = f"{row.theirs} holds other matrices too"
         elif not all(word in left[1] for word in right[:count]):

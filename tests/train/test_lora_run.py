@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxtrain import Trainer, load
 from jaxtrain.config import CheckpointConfig, Config, LoraConfig, MeshConfig, OptimizerConfig
 from jaxtrain.errors import CheckpointError, ExplainedError
+from jaxtrain.huggingface.adapters import adapter_table, export_adapter
+from jaxtrain.huggingface.config import family_of, read_config, table_of
 from jaxtrain.huggingface.exporting import export
-from tests.huggingface.test_folders import make
+from tests.huggingface import goldens
+from tests.huggingface.test_folders import make, weights_of
 from tests.huggingface.test_init_from import config_of
 
 LORA = LoraConfig(rank=2, targets=("attention/*", "down"))
@@ -75,3 +80,49 @@ def test_what_is_exported_is_what_was_trained(run: Config, tmp_path: Path):
     loaded.save_hf(str(tmp_path / "again"))
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert first == second
+
+
+def test_an_adapter_of_peft_goes_out_and_comes_in(run: Config, tmp_path: Path):
+    """PEFT's form is x W^T + s (x lora_A^T) lora_B^T; other settings, and other matrices, are refused by name."""
+    target = tmp_path / "adapter"
+    modules = export_adapter(run.run_dir, str(target))
+    assert modules == [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.down_proj"]
+    described, held = json.loads((target / "adapter_config.json").read_text()), load_file(target / "adapter_model.safetensors")
+    assert {name: described[name] for name in ("r", "lora_alpha", "target_modules")} == {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": modules,
+    }
+    export(run.run_dir, str(tmp_path / "merged"))
+    base, merged = weights_of(Path(run.init_from)), weights_of(tmp_path / "merged")
+    changed = [name for name in base if name != "model.embed_tokens.weight" and not np.array_equal(base[name], merged[name])]
+    assert len(held) == 2 * len(changed) == 2 * 5 * run.model.num_layers
+    for name in changed:
+        a, b = (held[f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"] for factor in "AB")
+        assert np.abs(base[name] + 2 * b @ a - merged[name]).max() <= 1e-6
+    again = replace(run, run_dir=str(tmp_path / "again"), lora=replace(LORA, init_from=str(target)))
+    ours, theirs = (trainer.state["params"]["layers"]["lora"] for trainer in (restored(run), Trainer(again)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+    for wrong, words in (
+        ({"alpha": 3.0}, r"lora_alpha=4 with use_rslora=False scales by 2, but lora\.alpha=3 .* by 1\.5"),
+        ({"targets": ("attention/*",)}, "which lora.targets does not name"),
+        ({"targets": ()}, "leave them out of lora.targets"),
+    ):
+        with pytest.raises(ExplainedError, match=words):
+            _ = Trainer(replace(again, lora=replace(again.lora, **wrong))).state
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "words"),
+    [
+        ("phi3", (), "layers/attention/query: .* holds other matrices too"),
+        ("qwen3_moe", (), "layers/moe/gate: it is of experts"),
+        ("gpt2", ("down",), "layers/mlp/down: .* is stored with its inputs first"),
+        ("deepseek_v3", ("mlp/*",), "outer/first_layers/mlp/gate: beside experts"),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused_with_the_reason(family: str, targets: tuple[str, ...], words: str):
+    config = goldens.load(family)["config"]
+    model = replace(read_config(config), adapters=LoraConfig(rank=2, targets=targets))
+    with pytest.raises(ExplainedError, match=words):
+        adapter_table(table_of(family_of(config), model), model)
