@@ -90,6 +90,19 @@ def chat_template_of(config: Config, now: datetime | None = TODAY) -> ChatTempla
     return None
 
 
+def answer_ends(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer: the separator, the tokenizer's eos_token, and the token that the chat template puts
+    after an answer. Raises ExplainedError where the template cannot be read.
+    """
+    ends, template = {tokenizer.separator, tokenizer.end}, chat_template_of(config)
+    if template is not None and hasattr(tokenizer, "control"):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (probe,) = Conversations(tokenizer, template).encode([("", Conversation(messages, [False, True]))])
+        if isinstance(probe, Encoded):
+            ends |= {int(token) for token in probe.ids[probe.learned] if int(token) in tokenizer.names}
+    return tuple(sorted(end for end in ends if end >= 0))
+
+
 def _has_template(folder: Path) -> bool:
     settings = folder / "tokenizer_config.json"
     is_in_settings = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.config import Config, DataSource
-from jaxtrain.data.chat_source import open_chat
+from jaxtrain.data.chat_source import answer_ends, open_chat
 from jaxtrain.data.chat_store import Prompts, StoredSamples
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
@@ -280,6 +280,11 @@ class Data:
             if s.chat and isinstance(w, PackedRows) and s.chat.sort == "prompts"
         ]
         return Prompts(chats)
+
+    @functools.cached_property
+    def answer_ends(self) -> tuple[int, ...]:
+        """Ids that end an answer or a document; see `chat_source.answer_ends`."""
+        return answer_ends(self._config, self.tokenizer)
 
     @property
     def segment_names(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import processes
+from jaxtrain.data.chat_source import answer_ends
 from jaxtrain.data.chat_store import ChatPrompt
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import ExplainedError
@@ -47,7 +48,7 @@ class Answering:
 
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer):
         self._grpo, self._tokenizer = prepared.config.objective.grpo, tokenizer
-        self._ends = tuple(sorted({end for end in (tokenizer.end, tokenizer.separator) if end >= 0}))
+        self._ends = answer_ends(prepared.config, tokenizer)
         self._slots = prepared.config.train.global_batch_size
         self._engine = Engine(prepared.config, prepared.mesh, self._ends)
         self._reward = load_reward(self._grpo.reward)

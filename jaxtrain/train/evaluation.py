@@ -64,8 +64,9 @@ def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:
             out_shardings=named(prepared.mesh, parameter_dims(config.model)),
         )
         params = first(params)
-    ends = (data.tokenizer.separator,) if data.tokenizer.separator >= 0 else ()
-    return Model(config, prepared.mesh, params, data.tokenizer, ends, (), hf_writer(config.directory / TRAVELLING_FOLDER))
+    return Model(
+        config, prepared.mesh, params, data.tokenizer, data.answer_ends, (), hf_writer(config.directory / TRAVELLING_FOLDER)
+    )
 
 
 def continue_text(

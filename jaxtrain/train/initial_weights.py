@@ -20,7 +20,9 @@ from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
 from jaxtrain.config import Config, ModelConfig, SyncConfig
 from jaxtrain.config.as_json import from_json
+from jaxtrain.data.chat_source import answer_ends
 from jaxtrain.data.chat_template import read_chat_template
+from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import CheckpointError, ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.adapters import joined, read_adapter
@@ -92,9 +94,26 @@ def keep_files(config: Config) -> None:
         source = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
         if source.is_dir():
             shutil.copytree(source, beside)
-    if config.data.chat_template and beside.is_dir():  # what it is trained with is what it must be asked with
+    if beside.is_dir() and any(source.kind == "chat" for source in config.data.sources):
+        _keep_chat(config, beside)
+
+
+def _keep_chat(config: Config, beside: Path) -> None:
+    """Write the template that a run is trained with, and the ids that end its answers, into the files that go with its weights.
+
+    A base model's own files know neither, and an export would not stop.
+    """
+    if config.data.chat_template:
         template = read_chat_template(user_path(config.data.chat_template))
         (beside / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    file = beside / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = settings or json.loads((beside / "config.json").read_text(encoding="utf-8"))
+    ends = named.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [end for end in [ends] if end is not None]
+    added = [end for end in answer_ends(config, load_tokenizer(config.data.tokenizer)) if end not in ends]
+    if added:
+        file.write_text(json.dumps(settings | {"eos_token_id": [*ends, *added]}, indent=2), encoding="utf-8")
 
 
 def with_colon(run: str) -> str:

@@ -17,7 +17,8 @@ from jaxtrain.checkpoint.stored import read_metadata
 from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
 from jaxtrain.config.as_json import from_json
 from jaxtrain.config.rules import find_problems
-from jaxtrain.data.tokenizers import begin_ids, load_tokenizer
+from jaxtrain.data.chat_source import answer_ends
+from jaxtrain.data.tokenizers import Tokenizer, begin_ids, load_tokenizer
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
@@ -68,8 +69,8 @@ def load(
     if quantisation:
         params = quantised(params, parameter_dims(config.model), quantisation, group, devices)
     tokenizer = _tokenizer(config.data.tokenizer)
-    if not ends and tokenizer is not None and tokenizer.separator >= 0:
-        ends = (tokenizer.separator,)
+    if not ends and tokenizer is not None:
+        ends = _answer_ends(config, tokenizer)
     return Model(
         config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json", config.data.tokenizer), hf_writer(beside)
     )
@@ -100,7 +101,19 @@ def _ends(file: Path, vocab_size: int) -> tuple[int, ...]:
 def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
     """Return the config that a checkpoint was saved with, no tokens, and where the files beside its weights are."""
     folder, step = find(with_colon(source))
-    return from_json(json.dumps(read_metadata(folder, step)["config"])), (), Path(folder).parent / TRAVELLING_FOLDER
+    beside = Path(folder).parent / TRAVELLING_FOLDER
+    config, kept = from_json(json.dumps(read_metadata(folder, step)["config"])), beside / "chat_template.jinja"
+    if config.data.chat_template and kept.is_file():
+        config = replace(config, data=replace(config.data, chat_template=str(kept)))
+    return config, (), beside
+
+
+def _answer_ends(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end an answer, without the chat template's own where that is no longer there."""
+    try:
+        return answer_ends(config, tokenizer)
+    except ExplainedError:
+        return tuple(sorted({end for end in (tokenizer.separator, tokenizer.end) if end >= 0}))
 
 
 def _begins(file: Path, used: str) -> tuple[int, ...]:

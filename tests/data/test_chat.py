@@ -288,6 +288,10 @@ def test_the_template_of_data_chat_template_is_used_and_its_day_is_fixed(open_ro
     assert "1 template that prints the date: it is told 26 July 2024" in data.description
     assert data.tokenizer.decode(data.row(0, 0)["tokens"][0]).startswith("2024-07-26")
     assert data.row(0, 0)["tokens"][0, 0] == CONTROL.index("<s>")  # bos_token is that of the tokenizer's folder
+    ends = [CONTROL.index(name) for name in ("<|endoftext|>", "<|im_end|>")]
+    assert list(data.answer_ends) == ends  # the separator, and the tokenizer's eos_token, which the template uses
+    template.write_text(MARKED.replace("<|im_end|>", "<|reserved_7|>"))
+    assert [*open_rows(talks(3), chat_template=str(template)).answer_ends] == [*ends, CONTROL.index("<|reserved_7|>")]
     with pytest.raises(DataError, match="there is no such file or folder"):
         open_rows(talks(3), chat_template="nowhere.jinja")
     (tmp_path / "model" / "chat_template.jinja").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from jaxtrain.config import CheckpointConfig, Config, DataConfig, DataSource, Me
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.huggingface.exporting import export
 from jaxtrain.huggingface.files import WeightsFolder
-from jaxtrain.huggingface.importing import import_folder, read_whole
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, import_folder, read_whole
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.initial_weights import keep_files
 from jaxtrain.train.state import to_canonical
+from tests.data.chat_folders import CHATML, CONTROL, make_folder
 from tests.huggingface.test_folders import make, weights_of
 
 
@@ -114,3 +117,18 @@ def test_another_model_is_refused(folder: Path, tmp_path: Path):
         _ = Trainer(replace(config, init_from_optimizer=True)).state
     with pytest.raises(ExplainedError, match="holds no checkpoint"):
         _ = Trainer(replace(config, init_from=str(tmp_path / "nothing"))).state
+
+
+def test_a_run_on_chat_data_keeps_its_template_and_the_ends_of_its_answers(folder: Path, tmp_path: Path):
+    chat = make_folder(tmp_path / "chat", CHATML.replace("<|im_end|>", "<|reserved_7|>"))
+    data = DataConfig(
+        sources=(DataSource(kind="chat", path="x"),), tokenizer=str(chat), chat_template=str(chat / "chat_template.jinja")
+    )
+    keep_files(replace(config_of(folder, tmp_path / "run"), data=data))
+    beside = tmp_path / "run" / TRAVELLING_FOLDER
+    assert (beside / "chat_template.jinja").read_text() == (chat / "chat_template.jinja").read_text()
+    ends = json.loads((beside / "generation_config.json").read_text())["eos_token_id"]
+    before = json.loads((folder / "config.json").read_text()).get("eos_token_id")
+    before = [before] if isinstance(before, int) else before or []
+    assert ends[: len(before)] == before
+    assert {*map(CONTROL.index, ("<|endoftext|>", "<|im_end|>", "<|reserved_7|>"))} <= {*ends}
