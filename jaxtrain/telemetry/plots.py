@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,14 +44,14 @@ STYLE: dict[Any, Any] = {
 def plot_losses(
     metrics_jsonl: Path, png_path: Path, title: str = "", baselines: Mapping[str, float] | None = None, dots_per_inch: int = 150
 ) -> bool:
-    """Draw training loss (nats per token), learning rate, and validation (bits per byte) over steps into a PNG.
+    """Draw training loss (nats per token), learning rate, and validation (bits per byte) or rewards over steps into a PNG.
 
     Args:
       metrics_jsonl: the run's metrics.
       png_path: the picture; replaced atomically.
       title: drawn above it.
       baselines: horizontal lines on the validation panel, in bits per byte, e.g. {"gzip -9": 2.02}.
-      dots_per_inch: the picture is 11 x 4.6 inches, or 6.8 x 4.6 without validation.
+      dots_per_inch: the picture is 11 x 4.6 inches, or 6.8 x 4.6 without validation and rewards.
 
     Returns False, and draws nothing, if there is no training loss yet.
     """
@@ -58,12 +59,16 @@ def plot_losses(
     steps, losses = column(rows, "loss")
     if not steps.size:
         return False
-    has_validation = column(rows, "validation_bits_per_byte")[0].size > 0
+    beside: Callable[[Axes], None] | None = None
+    if column(rows, "reward")[0].size:
+        beside = functools.partial(_draw_reward, rows=rows)
+    elif column(rows, "validation_bits_per_byte")[0].size:
+        beside = functools.partial(_draw_validation, rows=rows, baselines=dict(baselines or {}))
 
     def draw(figure: Figure) -> None:
-        _draw(figure, rows, has_validation, dict(baselines or {}))
+        _draw(figure, rows, beside)
 
-    _save(png_path, draw, 11 if has_validation else 6.8, title, dots_per_inch)
+    _save(png_path, draw, 11 if beside else 6.8, title, dots_per_inch)
     return True
 
 
@@ -142,8 +147,9 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
     return np.where(flat, wy / w, (wdd * wy - wd * wdy) / np.where(flat, 1.0, below))
 
 
-def _draw(figure: Figure, rows: list[dict[str, Any]], has_validation: bool, baselines: dict[str, float]) -> None:
-    grid = figure.add_gridspec(2, 2 if has_validation else 1, height_ratios=(3.4, 1), width_ratios=None)
+def _draw(figure: Figure, rows: list[dict[str, Any]], beside: Callable[[Axes], None] | None) -> None:
+    """Draw loss and learning rate, and `beside` in a panel to the right of them."""
+    grid = figure.add_gridspec(2, 2 if beside else 1, height_ratios=(3.4, 1), width_ratios=None)
     loss = figure.add_subplot(grid[0, 0])
     rate = figure.add_subplot(grid[1, 0], sharex=loss)
     _draw_loss(loss, rows)
@@ -154,10 +160,9 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], has_validation: bool, base
     rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     panels = [loss, rate]
-    if has_validation:
-        validation = figure.add_subplot(grid[:, 1])
-        _draw_validation(validation, rows, baselines)
-        panels.append(validation)
+    if beside:
+        panels.append(figure.add_subplot(grid[:, 1]))
+        beside(panels[-1])
     last = max(row["step"] for row in rows)
     for panel in panels:
         panel.set_xlim(0, last * 1.02)
@@ -188,6 +193,19 @@ def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
     margin = 0.06 * (high - low) or 0.1
     axes.set(title="Loss", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
     axes.legend(loc="upper right")
+
+
+def _draw_reward(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    steps, rewards = column(rows, "reward")
+    smoothed = smooth(rewards, width=max(len(rewards) / 40, 0.5))
+    axes.plot(steps, rewards, color=TRAINING, alpha=0.35, linewidth=1.0, label="sampled answers, each logged step")
+    axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label="sampled answers, smoothed")
+    held_out = column(rows, "validation_reward")
+    if held_out[0].size:
+        label = "held-out prompts, likeliest answers"
+        axes.plot(*held_out, "-o", color=VALIDATION, linewidth=1.6, markersize=5, markeredgecolor="white", label=label)
+    axes.set(title="Reward", xlabel="step", ylabel="mean reward of an answer")
+    axes.legend(loc="best")
 
 
 def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:

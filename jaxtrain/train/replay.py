@@ -32,6 +32,8 @@ class ReplayedLayout(Prepared):
     """A config made ready on a mesh, to compute a step of its run again."""
 
     def __init__(self, config: Config):
+        if config.objective.kind == "grpo":
+            raise UsageError("replay computes steps on batches of the data again; those of objective.kind=grpo are rollouts")
         if config.sync.sums_apart:
             raise UsageError(
                 f"replay computes steps of replicas that are summed together; sync.mode={config.sync.mode} with "

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from jaxtrain.config.loading import neighbours_importable
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import user_path
 
@@ -67,7 +68,8 @@ def load_reward(where: str) -> Reward:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with neighbours_importable(file.resolve().parent):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise ExplainedError(f"objective.grpo.reward={where}: {file} raises {_words(error)}") from error
     function = getattr(module, name, None)

@@ -198,6 +198,10 @@ class Trainer:
         Raises:
           ExplainedError: an array is missing.
         """
+        if batch is None and self.config.objective.kind == "grpo":
+            raise ExplainedError(
+                "objective.kind=grpo takes its steps on rollouts; use train(), or give step() a batch of your own"
+            )
         if batch is None:
             batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
         missing = [name for name in batch_names(self.config) if name not in batch]

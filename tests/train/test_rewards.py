@@ -87,6 +87,9 @@ def test_the_function_comes_from_a_file(tmp_path):
     file.write_text("def reward(p, c, r): return [1.0]\ndef other(p, c, r): return [2.0]\n")
     assert load_reward(str(file))([], [], []) == [1.0]
     assert load_reward(f"{file}:other")([], [], []) == [2.0]
+    (tmp_path / "beside.py").write_text("SCALE = 3.0")
+    file.write_text(file.read_text() + "from beside import SCALE\ndef scaled(p, c, r): return [SCALE]\n")
+    assert load_reward(f"{file}:scaled")([], [], []) == [3.0]
     with pytest.raises(ExplainedError, match="has no function third"):
         load_reward(f"{file}:third")
     with pytest.raises(ExplainedError, match="is no Python file"):

@@ -21,6 +21,7 @@ from jaxtrain.train.rollouts import Rollouts, answer_seed, rows_of, usable, weig
 from jaxtrain.train.sampler_limits import SamplerLimits
 from jaxtrain.train.stop import StopOnSignal
 from jaxtrain.train.trainer import Trainer
+from tests.launch.processes import started, wait_for_line
 from tests.tiny import tiny
 from tests.train.runs import Said
 
@@ -258,3 +259,64 @@ class StopInRollout(StopOnSignal):
         if (what, part) == (f"rollout {self.rollout}", 1):
             self.received = signal.SIGTERM
         return super().ends_before(what, part)
+
+
+# --- processes
+
+
+def arguments(files, name):
+    """The flags of a run like `config_of`, with two updates a rollout."""
+    flags = {
+        "run_dir": files / name,
+        "model.num_layers": 2,
+        "model.embed_dim": 16,
+        "model.num_heads": 2,
+        "model.num_kv_heads": 2,
+        "model.head_dim": 8,
+        "model.mlp_dim": 16,
+        "model.vocab_size": 260,
+        "model.dtype": "float32",
+        "data.sources.0.kind": "chat",
+        "data.sources.0.path": files / "prompts.jsonl",
+        "data.tokenizer": "byte",
+        "data.sequence_length": 16,
+        "data.validation_fraction": 0.2,
+        "data.cache_dir": files / "cache",
+        "objective.kind": "grpo",
+        "objective.grpo.reward": files / "reward.py",
+        "objective.grpo.group_size": 4,
+        "objective.grpo.max_new_tokens": 6,
+        "objective.grpo.updates": 2,
+        "optimizer.peak_lr": 0.01,
+        "train.steps": 6,
+        "train.global_batch_size": 16,
+        "train.log_every": 1,
+        "train.validate_every": 3,
+        "train.compilation_cache": "",
+        "checkpoint.every": 1,
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_as_one_and_a_killed_one_goes_on_to_the_same(files, tmp_path):
+    for name, count, devices in (("one", 1, 4), ("two", 2, 2)):
+        (tmp_path / name).mkdir()
+        with started(count, devices, arguments(files, f"run_{name}"), tmp_path / name) as running:
+            assert [process.wait(300) for process in running] == [0] * count, (tmp_path / name / "0.log").read_text()[-3000:]
+    (tmp_path / "killed").mkdir()
+    for words in ("step 1/6", "step 4/6"):
+        with started(2, 2, arguments(files, "run_killed"), tmp_path / "killed") as running:
+            wait_for_line(tmp_path / "killed" / "0.log", words)
+            running[1].kill()
+            running[0].wait(120)
+    with started(2, 2, arguments(files, "run_killed"), tmp_path / "killed") as running:
+        assert [process.wait(300) for process in running] == [0, 0], (tmp_path / "killed" / "0.log").read_text()[-3000:]
+    logged = {name: read_rows(files / f"run_{name}" / "metrics.jsonl") for name in ("one", "two", "killed")}
+    for name in ("two", "killed"):
+        assert len(logged[name]) == len(logged["one"])
+        for row, one in zip(logged[name], logged["one"], strict=True):
+            assert {key: row.get(key) for key in SAME} == {key: one.get(key) for key in SAME}
+
+
+SAME = ("step", "loss", "reward", "ratio_change", "grad_norm", "sampler_difference", "validation_reward", "entropy")
