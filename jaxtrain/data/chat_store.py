@@ -28,6 +28,8 @@ from jaxtrain.data.mapped import map_array
 from jaxtrain.errors import DataError
 
 FORMAT = "jaxtrain-chat-1"
+SEARCHED = 1000
+"""Samples of a side that are searched for a short question."""
 SIDES = ("train", "validation")
 _FILES = {"tokens": np.int32, "ends": np.int64, "targets": np.int32, "rows": np.uint8, "row_ends": np.int64}
 
@@ -109,6 +111,23 @@ class Prompts:
         side, used = self._sides[source]
         own = int(used[index - (self._ends[source - 1] if source else 0)])
         return ChatPrompt(side.sequence(own).copy(), side.row(own))
+
+
+def first_question(stored: StoredSamples, num_tokens: int) -> np.ndarray:
+    """Return the ids before an answer, [up to num_tokens] int32, of the first held-out sample with few enough of them.
+
+    If there is none: of a training sample, or the end of a longer one.
+    """
+    longer = np.zeros(0, np.int32)
+    for side in (stored.sides["validation"], stored.sides["train"]):
+        for index in range(min(len(side.ends), SEARCHED)):
+            sequence = side.sequence(index)
+            learned = np.flatnonzero(sequence < 0)
+            question = sequence[: int(learned[0]) if learned.size else None]
+            if 0 < len(question) <= num_tokens:
+                return question
+            longer = longer if longer.size else question[-num_tokens:]
+    return longer
 
 
 def ids_of(marked: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtrain.config import Config, DataSource
 from jaxtrain.data.chat_source import answer_ends, open_chat
-from jaxtrain.data.chat_store import Prompts, StoredSamples
+from jaxtrain.data.chat_store import Prompts, StoredSamples, first_question
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.documents_of_function import with_documents_kept
@@ -340,9 +340,12 @@ class Data:
     def sample_prompt(self, num_tokens: int) -> np.ndarray:
         """Return the first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long.
 
-        If there is none: of any held-out text, else of training text; fewer ids only if the data has fewer.
+        If there is none: of any held-out text, else of training text; fewer ids only if the data has fewer. Of chat data: what
+        comes before an answer, of at most `num_tokens` ids.
         """
         for source in self._sources:
+            if source.chat:
+                return first_question(source.chat, num_tokens)
             for part in source.validation_parts:
                 ids = part.tokens[:PROMPT_SEARCH_TOKENS]
                 if len(ids) > 1:

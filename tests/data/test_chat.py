@@ -71,6 +71,13 @@ def test_rows_hold_whole_samples_with_positions_that_restart_and_loss_on_answers
     assert "60 + 0 held-out samples" in data.description
 
 
+def test_the_prompt_of_a_sample_is_a_question(open_rows):
+    data = open_rows(talks(60))
+    assert data.tokenizer.decode(data.sample_prompt(200)).endswith("assistant\n")
+    asked = open_rows([{"prompt": "12345"}], kind="grpo", validation_fraction=0.0)
+    assert asked.tokenizer.decode(asked.sample_prompt(3)) == "345"
+
+
 def test_batches_are_rows_of_an_order_that_any_host_computes(open_rows):
     data, again = open_rows(talks(60)), open_rows(talks(60))
     assert data.fingerprint == again.fingerprint
