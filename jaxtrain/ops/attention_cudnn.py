@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -56,7 +57,8 @@ def cudnn_attention(
 def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
     """Return the static parameters of JAX's cuDNN primitives."""
     library = fused_attention()
-    return {
+    has_score_mod = "score_mod" in inspect.signature(library._dot_product_attention_fwd).parameters  # since jax 0.12
+    return ({"score_mod": None} if has_score_mod else {}) | {
         "scale": rule.factor(head_dim),
         "seed": 42,
         "dropout_rate": 0.0,
@@ -80,9 +82,9 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
     """Return the attention of a piece of queries over a piece of as many keys by cuDNN's forward kernel.
 
     `jax.nn.dot_product_attention(return_residual=True)` would round the logsumexp to the queries' dtype, and its derivative
-    ignores other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the
-    same in jax 0.10.2 and 0.11.1). cuDNN's softmax statistics are max + log(sum(exp(logit - max))) of the scaled logits, the
-    natural logsumexp (arXiv:2307.08691, section 3.1.1).
+    ignores other pieces; so this binds the primitive below it (`jax_private.fused_attention`, the same in jax 0.10.2 and
+    0.11.1, with one more setting in 0.12). cuDNN's softmax statistics are max + log(sum(exp(logit - max))) of the scaled
+    logits, the natural logsumexp (arXiv:2307.08691, section 3.1.1).
 
     Returns:
       o_BLHM in the queries' dtype and logsumexp_BLH float32.
