@@ -227,6 +227,7 @@ class Data:
         self._config, self._sources = config, sources
         self._train = [source.train for source in sources]
         self._validation = [source.validation for source in sources]
+        self._attached: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._validation_ends = np.cumsum([windows.count for windows in self._validation])
         weights = [source.weight for source in sources]
         self._order = Order([windows.count for windows in self._train], weights, config.train.seed)
@@ -252,7 +253,7 @@ class Data:
 
         It is a pure function: any caller gets the same rows.
         """
-        return self._read(self._train, self.train_row_numbers(step, rows))
+        return self.rows(self.train_row_numbers(step, rows))
 
     def train_row_numbers(self, step: int, rows: slice) -> list[tuple[int, int]]:
         """Return for each of the rows that `train_batch` gives the index of its source, and its own in that source.
@@ -296,9 +297,33 @@ class Data:
         """Return how many training rows each source has."""
         return [windows.count for windows in self._train]
 
-    def row(self, source: int, row: int) -> Batch:
-        """Return one training row, as a batch of one, by the numbers of `train_row_numbers`."""
-        return self._read(self._train, [(source, row)])
+    def rows(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
+        """Return training rows by the numbers of `train_row_numbers`; None gives a row of padding."""
+        return self._read(self._train, picks) | self._attached_rows(0, self._train, picks)
+
+    def attach(self, name: str, train: np.ndarray, validation: np.ndarray) -> None:
+        """Add a float32 array to every batch from now on.
+
+        Args:
+          train, validation: [rows, L] of all sources' rows, one source after the other.
+        """
+        self._attached[name] = (train, validation)
+
+    def has(self, name: str) -> bool:
+        """Return whether batches have an attached array of this name."""
+        return name in self._attached
+
+    def _attached_rows(
+        self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]
+    ) -> dict[str, np.ndarray]:
+        firsts = np.cumsum([0, *(windows.count for windows in sources)])
+        found = {}
+        for name, sides in self._attached.items():
+            found[name] = np.zeros((len(picks), self._config.data.sequence_length), np.float32)
+            for row, pick in enumerate(picks):
+                if pick is not None:
+                    found[name][row] = sides[side][firsts[pick[0]] + pick[1]]
+        return found
 
     def train_batches(
         self, first_step: int, rows: slice, batch_of: Callable[[int], int] = lambda step: step
@@ -319,7 +344,8 @@ class Data:
 
         Rows beyond the last window are padding: tokens and segments 0, targets -1.
         """
-        return self._read(self._validation, self.validation_row_numbers(index, rows, batch_size))
+        picks = self.validation_row_numbers(index, rows, batch_size)
+        return self._read(self._validation, picks) | self._attached_rows(1, self._validation, picks)
 
     def validation_row_numbers(self, index: int, rows: slice, batch_size: int) -> list[tuple[int, int] | None]:
         """Return for each row of `validation_batch` the index of its source, and its own in that source; None for padding."""

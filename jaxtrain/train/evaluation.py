@@ -36,23 +36,35 @@ class Evaluation:
         self._step = make_evaluation_step(prepared.config, prepared.mesh, prepared.backend)
 
     def __call__(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> float | None:
-        """Return the mean negative log likelihood of the held-out tokens, in nats a token.
+        """Return the mean negative log likelihood of the held-out tokens, in nats a token; of a sequence objective its loss.
 
         Args:
           ends: asked before each batch, by its number; True leaves the rest, and None is returned. All processes say the same.
         """
+        means = self._means(params, ends)
+        return None if means is None else means["loss"]
+
+    def row(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
+        """Return the loss as `validation_loss`, `validation_bits_per_byte`, and a sequence objective's own metrics; None where
+        `ends` ended it.
+        """
+        means = self._means(params, ends)
+        if means is None:
+            return None
+        loss = means.pop("loss")
+        found = {"validation_loss": loss, "validation_bits_per_byte": self._data.bits_per_byte(loss)}
+        return found | {f"validation_{name}": value for name, value in means.items()}
+
+    def _means(self, params: PyTree, ends: Callable[[int], bool]) -> dict[str, float] | None:
         size, rows, sums = self._prepared.config.train.global_batch_size, self._prepared.rows(), []
         for number in range(self.batches):
             if ends(number):
                 return None
             batch = self._prepared.place(self._data.validation_batch(number, rows, size))
             sums.append(jax.device_get(self._step(params, batch)))
-        return float(np.sum([s["loss"] for s in sums], dtype=np.float64) / np.sum([s["targets"] for s in sums]))
-
-    def row(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
-        """Return the loss as `validation_loss`, and `validation_bits_per_byte`; None where `ends` ended it."""
-        loss = self(params, ends)
-        return None if loss is None else {"validation_loss": loss, "validation_bits_per_byte": self._data.bits_per_byte(loss)}
+        total = {name: np.sum([each[name] for each in sums], dtype=np.float64) for name in (sums[0] if sums else ())}
+        count = total.pop("targets")
+        return {name: float(value / count) for name, value in total.items()}
 
 
 def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:

@@ -58,6 +58,7 @@ from jaxtrain.train.loop import Hooks, Loop
 from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.recompute_check import RecomputeCheck
+from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import Resume, metadata
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
@@ -159,6 +160,9 @@ class Run:
             if (reached := self.resume.reached_before(first)) or first == self.config.train.steps:
                 reason = reached or f"all {first} steps were done before; a larger --train.steps trains on"
                 return self._nothing_left(first, reason)
+            if wants_reference(self.config):
+                with self.progress.during("scoring the reference"):
+                    attach_reference(self.prepared, self.data, self._initial_params(first), self.progress)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -186,6 +190,10 @@ class Run:
             with contextlib.suppress(Stopped):  # the run is done, with or without a sample
                 self._sample()
         return Ended(step, reason)
+
+    def _initial_params(self, step: int) -> Callable[[], PyTree]:
+        """Return what gives the weights of step 0."""
+        return lambda: self.state["params"] if step == 0 else self.prepared.create_state()["params"]
 
     def _go_on_from(self, held: Held) -> tuple[PyTree, int]:
         """Return the state that the caller holds, and its step.

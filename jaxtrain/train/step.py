@@ -216,11 +216,7 @@ def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
 def make_score(config: Config, mesh: Mesh, backend: str) -> Step:
     """Return the jitted (params, batch) -> log p of every target, float32 [B, L], 0 where there is none."""
     score = _scores(config, mesh, make_decoder(config, mesh, backend))
-    return jax.jit(
-        score,
-        out_shardings=batch_sharding(mesh),
-        compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None,
-    )
+    return jax.jit(score, out_shardings=batch_sharding(mesh), compiler_options=_reproducible(config, mesh))
 
 
 def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
@@ -420,8 +416,21 @@ def _own_replicas(value: Any) -> np.ndarray:
 
 
 def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
-    """Return the jitted (params, batch) -> {"loss": summed negative log likelihood in nats, "targets": their number}."""
-    model = make_decoder(config, mesh, backend)
+    """Return the jitted (params, batch) -> {"loss": summed negative log likelihood in nats, "targets": their number}.
+
+    Of a sequence objective: its loss and metrics, each times the pairs of the batch where it counts them, else its targets, and
+    that number as "targets".
+    """
+    model, objective = make_decoder(config, mesh, backend), objective_of(config)
+    if not isinstance(objective, Objective):
+        score = _scores(config, mesh, model)
+
+        def weighed(params: PyTree, batch: PyTree) -> PyTree:
+            _, loss, metrics = objective.weigh(score(params, batch), batch)
+            count = metrics.pop("pairs", count_targets(batch["targets"]))
+            return {name: value * count for name, value in (metrics | {"loss": loss}).items()} | {"targets": count}
+
+        return jax.jit(weighed, out_shardings=replicated(mesh), compiler_options=_reproducible(config, mesh))
     functions = model.loss_functions()
     microbatches, held = config.train.microbatches, params_dims(config)
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
@@ -434,9 +443,14 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
     return _jit_region(config, mesh, region, outputs=PartitionSpec())
 
 
+def _reproducible(config: Config, mesh: Mesh) -> dict[str, Any] | None:
+    """Return the compiler's options of a read-only program."""
+    return deterministic_options(config, mesh.devices.flat[0].platform) or None
+
+
 def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec) -> Step:
     """Return the jit of a read-only region over (params, batch)."""
     dims = params_dims(config)
     rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=outputs, check_vma=True)
-    return jax.jit(mapped, compiler_options=deterministic_options(config, mesh.devices.flat[0].platform) or None)
+    return jax.jit(mapped, compiler_options=_reproducible(config, mesh))

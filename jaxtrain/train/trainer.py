@@ -36,6 +36,7 @@ from jaxtrain.telemetry.progress import Progress, open_progress
 from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run import Ended, Run
@@ -172,7 +173,7 @@ class Trainer:
         Raises:
           ExplainedError: data, folder, checkpoint or numbers are not as they must be; says what to do.
         """
-        if objective_of(self.config).inputs and self.config.objective.kind != "grpo":
+        if objective_of(self.config).inputs and self.config.objective.kind not in ("grpo", "dpo"):
             names = ", ".join(objective_of(self.config).inputs)
             raise ExplainedError(f"the objective wants {names} of each token, which data.sources do not give; use step(batch)")
         held = (self._state, self._step, self._rollbacks) if self._state is not None else None
@@ -203,6 +204,7 @@ class Trainer:
                 "objective.kind=grpo takes its steps on rollouts; use train(), or give step() a batch of your own"
             )
         if batch is None:
+            self._attach_reference()
             batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
         missing = [name for name in batch_names(self.config) if name not in batch]
         if missing:
@@ -217,9 +219,14 @@ class Trainer:
         self._rows.append({"step": self._step, **values})
         return values
 
+    def _attach_reference(self) -> None:
+        if wants_reference(self.config):
+            attach_reference(self.prepared, self.data, lambda: self.prepared.create_state()["params"])
+
     @settled()
     def evaluate(self, batches: int = 0) -> dict[str, float | None]:
-        """Return `validation_loss`, in nats a held-out token, and `validation_bits_per_byte`.
+        """Return `validation_loss`, in nats a held-out token, and `validation_bits_per_byte`; of preferences their loss, and
+        `validation_preference_accuracy`.
 
         Args:
           batches: validation batches to score; 0 for all.
@@ -230,9 +237,9 @@ class Trainer:
         evaluation = Evaluation(self.prepared, self.data, batches)
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
-        loss = evaluation(self.state["params"])
-        assert loss is not None  # nothing ends it
-        found = {"validation_loss": loss, "validation_bits_per_byte": self.data.bits_per_byte(loss)}
+        self._attach_reference()
+        found = evaluation.row(self.state["params"])
+        assert found is not None  # nothing ends it
         self._rows.append({"step": self._step, **found})
         return found
 
