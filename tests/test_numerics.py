@@ -17,9 +17,10 @@ from jaxtrain.errors import UsageError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.numerics import NEEDED, set_aside, settle, settled
+from jaxtrain.train.gradients import batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
-from jaxtrain.train.step import TrainSteps, batch_sharding
+from jaxtrain.train.step import TrainSteps
 from tests.tiny import tiny
 
 OTHERWISE = {

@@ -42,11 +42,11 @@ from jaxtrain.objectives import objective_of
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import LORA, is_dims
 from jaxtrain.train.balance import step_biases
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import create_state, to_canonical
-from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 
 BATCH, LENGTH, VOCAB, STEPS = 32, 32, 100, 3
 LAYOUTS_A_TASK = 2

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.preflight.checks import Check, Finding, Site, odd_ones
 from jaxtrain.train.feed import owned_rows
-from jaxtrain.train.step import batch_sharding
+from jaxtrain.train.gradients import batch_sharding
 
 
 def look_at_data(site: Site) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import named
 from jaxtrain.train.export import hf_writer
+from jaxtrain.train.gradients import make_evaluation_step
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.step import make_evaluation_step
 
 PyTree = Any
 

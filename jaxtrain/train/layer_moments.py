@@ -30,7 +30,7 @@ from jaxtrain.models.trained import trained_dims
 from jaxtrain.parallel.pipeline import Weights
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
-from jaxtrain.train.step import batch_sharding, make_loss_and_gradients
+from jaxtrain.train.gradients import batch_sharding, make_loss_and_gradients
 from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any

@@ -29,7 +29,7 @@ from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims, named, replicated, vary
-from jaxtrain.train.step import batch_sharding, make_loss_and_gradients
+from jaxtrain.train.gradients import batch_sharding, make_loss_and_gradients
 
 PyTree = Any
 SHOWN = 4  # arrays that one message names

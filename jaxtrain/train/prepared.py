@@ -12,10 +12,10 @@ from jaxtrain.config import Config
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.train.feed import owned_rows, to_global
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.initial_weights import initial_weights
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import Canonical, create_state, state_of
-from jaxtrain.train.step import batch_names, batch_sharding
 
 PyTree = Any
 

@@ -20,8 +20,9 @@ from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import is_dims, replicated, specs
 from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.exchange import under
+from jaxtrain.train.gradients import make_loss_and_gradients
 from jaxtrain.train.state_check import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
-from jaxtrain.train.step import TrainSteps, make_loss_and_gradients
+from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any

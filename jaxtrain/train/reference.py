@@ -22,8 +22,8 @@ from jaxtrain.files import replace_file, replacing
 from jaxtrain.objectives import objective_of
 from jaxtrain.objectives.dpo import REFERENCE
 from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.gradients import make_score
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.step import make_score
 
 PyTree = Any
 FOLDER, NOTE = "reference", "reference.json"

@@ -34,6 +34,7 @@ from jaxtrain.parts import ModelParts
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress, open_progress
 from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
+from jaxtrain.train.gradients import batch_names
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.reference import attach_reference, wants_reference
@@ -42,7 +43,7 @@ from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.run import Ended, Run
 from jaxtrain.train.run_dir import make_run_dir, only_run_in
 from jaxtrain.train.state_check import StateCheck
-from jaxtrain.train.step import TrainSteps, batch_names, read_metrics
+from jaxtrain.train.step import TrainSteps, read_metrics
 from jaxtrain.train.step_acceptance import record_to_plain
 from jaxtrain.train.stop import StopOnSignal
 

@@ -19,8 +19,8 @@ from jaxtrain.huggingface.placing import place
 from jaxtrain.inference.whole import make_logits
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.state import make_stacking, to_canonical
-from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients
 from tests.huggingface import tiny
 from tests.huggingface.test_families import described, theirs
 

@@ -14,9 +14,10 @@ from jaxtrain.measure.layouts import BASE, batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.lora import merge
 from jaxtrain.models.trained import trained, trained_dims
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import create_state
-from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, make_loss_and_gradients, place_numbers
+from jaxtrain.train.step import compile_train_step, place_numbers
 
 LORA = LoraConfig(rank=3, alpha=5.0, rank_stabilised=True)
 MIXTURE = replace(

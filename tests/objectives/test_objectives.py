@@ -18,8 +18,8 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.objectives import Objective, SequenceObjective, objective_of
 from jaxtrain.ops.losses import negative_log_likelihood
 from jaxtrain.sharding import named
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients, make_score
 from jaxtrain.train.state import initial_params, params_dims, to_canonical
-from jaxtrain.train.step import batch_names, batch_sharding, make_loss_and_gradients, make_score
 from tests.tiny import UNEVEN, tiny
 
 ROWS, LENGTH = 8, 16

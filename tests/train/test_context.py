@@ -15,14 +15,9 @@ from jaxtrain.measure.layouts import BASE, batch_of, on_one_device
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_evaluation_step, make_loss_and_gradients
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, to_canonical
-from jaxtrain.train.step import (
-    batch_names,
-    batch_sharding,
-    make_evaluation_step,
-    make_loss_and_gradients,
-)
 
 LATENT = LatentAttentionConfig(query_rank=12, kv_rank=8, rope_dim=4, value_dim=6)
 

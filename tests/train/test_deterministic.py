@@ -12,9 +12,10 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.planner import deviceless
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
-from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers
+from jaxtrain.train.step import compile_train_step, place_numbers
 from jaxtrain.train.xla_options import DETERMINISTIC, compile_with_options, deterministic_options
 from tests.tiny import tiny
 

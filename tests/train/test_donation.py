@@ -18,9 +18,10 @@ from jaxtrain.config import (
 )
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.gradients import batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import Canonical, abstract_state, create_state
-from jaxtrain.train.step import batch_sharding, compile_train_step, place_numbers
+from jaxtrain.train.step import compile_train_step, place_numbers
 from jaxtrain.train.step_acceptance import record_to_plain
 from tests.tiny import tiny
 

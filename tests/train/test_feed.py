@@ -8,7 +8,7 @@ from jaxtrain.config import MeshConfig
 from jaxtrain.mesh import make_mesh
 from jaxtrain.train import feed
 from jaxtrain.train.feed import owned_rows, to_global
-from jaxtrain.train.step import batch_sharding
+from jaxtrain.train.gradients import batch_sharding
 
 ROWS, LENGTH = 16, 6
 WHOLE = {

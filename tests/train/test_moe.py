@@ -12,9 +12,10 @@ from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig, Optimi
 from jaxtrain.measure.layouts import BASE, batch_of, compare
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, params_dims, to_canonical
-from jaxtrain.train.step import TrainSteps, batch_names, batch_sharding
+from jaxtrain.train.step import TrainSteps
 
 RATE = 0.01
 MOE = MoEConfig(

@@ -13,9 +13,9 @@ from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import named
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.nan_probe import NanProbe, Watched
 from jaxtrain.train.state import initial_params, params_dims
-from jaxtrain.train.step import batch_names, batch_sharding
 from tests.tiny import tiny
 
 BASE = tiny(model={"num_layers": 5}, train={"microbatches": 2, "loss_chunk": 4})

@@ -23,6 +23,7 @@ from jaxtrain.program.groups import layout_of
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train import state as state_module
 from jaxtrain.train.exchange import exchanged_bytes
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_evaluation_step, make_loss_and_gradients
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import (
     Canonical,
@@ -32,16 +33,7 @@ from jaxtrain.train.state import (
     params_dims,
     to_canonical,
 )
-from jaxtrain.train.step import (
-    TrainSteps,
-    abstract_arguments,
-    batch_names,
-    batch_sharding,
-    make_evaluation_step,
-    make_loss_and_gradients,
-    make_train_step,
-    read_metrics,
-)
+from jaxtrain.train.step import TrainSteps, abstract_arguments, make_train_step, read_metrics
 from tests.replicas import GradientSimulation, OuterSimulation
 from tests.tiny import tiny
 

@@ -24,11 +24,12 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.sharding import is_dims, spec
+from jaxtrain.train.gradients import batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.rounding import apply_updates, random_bits, round_stochastically
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import Canonical, create_state, initial_params
-from jaxtrain.train.step import batch_sharding, make_train_step, place_numbers
+from jaxtrain.train.step import make_train_step, place_numbers
 from tests.tiny import tiny
 
 SEED = jnp.asarray(seed_words(2**40 + 1))

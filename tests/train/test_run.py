@@ -23,10 +23,10 @@ from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, ExplainedError
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train.gradients import make_evaluation_step
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.run import Run
 from jaxtrain.train.run_dir import largest_before, make_run_dir, only_run_in
-from jaxtrain.train.step import make_evaluation_step
 from tests.tiny import MODEL
 from tests.train.runs import Said, StopAt
 

@@ -18,6 +18,7 @@ from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import RULES, is_dims, named
 from jaxtrain.train import state as state_module
 from jaxtrain.train import step as step_module
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.state import (
@@ -31,13 +32,7 @@ from jaxtrain.train.state import (
     state_shardings,
     to_canonical,
 )
-from jaxtrain.train.step import (
-    abstract_arguments,
-    batch_names,
-    batch_sharding,
-    make_train_step,
-    place_numbers,
-)
+from jaxtrain.train.step import abstract_arguments, make_train_step, place_numbers
 from tests.tiny import UNEVEN, tiny
 
 OPTIMIZERS = ["adamw", "sgd", "adafactor", "lion", "muon"]

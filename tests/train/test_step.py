@@ -19,18 +19,10 @@ from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.losses import MASKED_LOGIT
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import is_dims, named
+from jaxtrain.train.gradients import abstract_batch, batch_names, batch_sharding, make_evaluation_step, make_loss_and_gradients
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import initial_params, state_shardings, to_canonical
-from jaxtrain.train.step import (
-    abstract_arguments,
-    abstract_batch,
-    batch_names,
-    batch_sharding,
-    make_evaluation_step,
-    make_loss_and_gradients,
-    make_train_step,
-    place_numbers,
-)
+from jaxtrain.train.step import abstract_arguments, make_train_step, place_numbers
 from tests.tiny import UNEVEN, tiny
 
 ROWS, LENGTH, VOCAB, Z_LOSS = 8, 8, 100, 0.01

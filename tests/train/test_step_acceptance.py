@@ -22,9 +22,10 @@ from jaxtrain.config import (
 from jaxtrain.config.rules import find_problems
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import abstract_state, create_state, state_dims
-from jaxtrain.train.step import batch_names, batch_sharding, compile_train_step, place_numbers, read_metrics
+from jaxtrain.train.step import compile_train_step, place_numbers, read_metrics
 from jaxtrain.train.step_acceptance import (
     GOOD,
     LOSS_SPIKE,

@@ -1,0 +1,247 @@
+"""The manual region of a step: loss and gradients, log-probabilities, evaluation. One shard_map over all mesh axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.models import decoder
+from jaxtrain.models.building import make_decoder
+from jaxtrain.models.decoder import Decoder
+from jaxtrain.models.trained import trained, trained_dims
+from jaxtrain.objectives import COEFFICIENTS, SCORE, Objective, objective_of
+from jaxtrain.ops.attention_order import in_sequence_order, share_out
+from jaxtrain.ops.losses import count_targets
+from jaxtrain.parallel import pipeline
+from jaxtrain.parallel.pipeline import Parameters
+from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
+from jaxtrain.parallel.stacking import make_stacking
+from jaxtrain.sharding import (
+    BATCH_AXES,
+    Dims,
+    gather_once,
+    named,
+    reduce_gradients,
+    replicated,
+    spec,
+    specs,
+    sum_over,
+    vary,
+)
+from jaxtrain.train.exchange import (
+    own,
+    under,
+)
+from jaxtrain.train.state import params_dims
+from jaxtrain.train.xla_options import (
+    deterministic_options,
+)
+
+PyTree = Any
+BATCH_DIMS = ("batch", "length")
+_BATCH_AXES = (*BATCH_AXES, "context")
+Step = Any  # a jitted function: called, or lowered
+
+
+def token_names(config: Config) -> tuple[str, ...]:
+    """Return the arrays of a batch that the model reads, each int32 [global_batch_size, sequence_length]."""
+    return ("tokens", "targets", "positions", *(("segments",) if config.data.mask_documents else ()))
+
+
+def batch_names(config: Config) -> tuple[str, ...]:
+    """Return the names of a batch's arrays, [global_batch_size, sequence_length] each: the tokens', and the objective's."""
+    return (*token_names(config), *objective_of(config).inputs)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of each array of a batch."""
+    return named(mesh, BATCH_DIMS)
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch."""
+    shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
+    dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
+
+
+def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
+    """(master, compute) parameters."""
+    dims, params = decoder.parameter_dims(config.model), vary(params)
+    compute = decoder.to_compute(params, dims, config.model.dtype)
+    master, compute = gather_once(trained(config, params), compute, dims, config.sharding.zero)
+    stacking = make_stacking(config)
+    master, compute = (Parameters(tree["outer"], stacking.by_place(tree["layers"])) for tree in (master, compute))
+    return master, compute
+
+
+def _microbatches(batch: PyTree, count: int) -> PyTree:
+    """[B, L] -> [microbatches, B / microbatches, L], on each device's own rows."""
+    return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), batch)
+
+
+def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Decoder | None = None) -> Step:
+    """(params, batch) -> (metrics, reports of the layers, gradients): one shard_map, manual over all mesh axes.
+
+    The loss is the token-weighted mean over the global batch, sum over sum: targets are counted over all devices first, and
+    every microbatch's loss is scaled by that count, so neither microbatches nor mesh can change the result. Reports are summed
+    over the global batch, [chunk, stage, layer, ...]. A sequence objective scores all rows first, in a shard_map of its own
+    (`SequenceObjective`).
+
+    If replicas are summed apart (`sync.sums_apart`) all this holds for each replica's own part of the batch: metrics are
+    [replica], gradients [replica, ...], and so are reports if replicas differ. No byte leaves a replica then.
+
+    Args:
+      model: a decoder with further reports; by default that of `make_decoder`.
+    """
+    model, objective = model or make_decoder(config, mesh, backend), objective_of(config)
+    if isinstance(objective, Objective):
+        return _token_gradients(config, mesh, model, objective)
+    gradients_of, score = _token_gradients(config, mesh, model, objective.weighted), _scores(config, mesh, model)
+
+    def weighed(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        with jax.named_scope("weigh"):
+            coefficients, loss, more = objective.weigh(score(params, batch), batch)
+        metrics, reports, gradients = gradients_of(params, batch | {COEFFICIENTS: coefficients})
+        return metrics | more | {"loss": loss, "total_loss": metrics["total_loss"] + loss}, reports, gradients
+
+    return weighed
+
+
+def _token_gradients(config: Config, mesh: Mesh, model: Decoder, objective: Objective) -> Step:
+    """Return `make_loss_and_gradients` of an objective of single tokens."""
+    functions, schedule, names = model.loss_functions(objective), schedule_of(config), (*token_names(config), *objective.inputs)
+    dims, held = trained_dims(config), params_dims(config)
+    apart: Dims = ("replica",) if config.sync.sums_apart else ()
+    differ: Dims = ("replica",) if config.sync.replicas_differ else ()
+
+    def region(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        targets = sum_over(count_targets(batch["targets"]), _all_but(apart, _BATCH_AXES))
+        microbatches = _placed_microbatches(config, model, objective, batch)
+        microbatches["scale"] = jnp.full(config.train.microbatches, 1.0) / jnp.maximum(targets, 1)
+        master, compute = _both(config, own(held, params))
+        result = pipeline.loss_and_gradients(functions, schedule, master, compute, microbatches)
+        reports = jax.tree.map(lambda leaf: leaf[:, None], result.reports)
+        tree = {"outer": result.gradients.outer, "layers": model.stacking.from_places(result.gradients.layers)}
+        gradients = reduce_gradients(tree, dims, config.train.reduce_dtype, config.sharding.zero, apart)
+        sums, kept = _kept_apart(result.sums)
+        metrics = {name: sum_over(value, _all_but(apart)) for name, value in sums.items()}
+        metrics["total_loss"] += sum_over(result.auxiliary, _all_but(apart))
+        reports = jax.tree.map(lambda leaf: sum_over(leaf, _all_but((*differ, "pipe"))), reports)
+        metrics, gradients = jax.tree.map(
+            lambda leaf: leaf[None] if apart else leaf, (metrics | {"targets": targets}, gradients)
+        )
+        return metrics, kept, jax.tree.map(lambda leaf: leaf[None] if differ else leaf, reports), gradients
+
+    mapped = jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(specs(held), specs(dict.fromkeys(names, BATCH_DIMS))),
+        out_specs=(spec(apart), spec(BATCH_DIMS), spec((*differ, *decoder.STACKED)), specs(under(apart, dims))),
+        check_vma=True,
+    )
+
+    def loss_and_gradients(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        metrics, kept, reports, gradients = mapped(params, {name: batch[name] for name in names})
+        return metrics | _in_sequence_order(kept, model), reports, gradients
+
+    return loss_and_gradients
+
+
+def _placed_microbatches(config: Config, model: Decoder, objective: Objective, batch: PyTree) -> PyTree:
+    """Return this device's rows as microbatches, which know their place where log-probabilities are kept."""
+    count = config.train.microbatches
+    microbatches = _microbatches(share_out(batch, model.attention.kind), count)
+    return microbatches | ({"place": jnp.eye(count)} if objective.keeps_log_probs else {})
+
+
+def _kept_apart(sums: PyTree) -> tuple[PyTree, PyTree]:
+    """Return (the sums, {"log_probs": [B, L] of this device's rows, in its order} where they are kept)."""
+    sums = dict(sums)
+    if "log_probs" not in sums:
+        return sums, {}
+    log_probs = sum_over(sums.pop("log_probs"), ("pipe", "tensor"))
+    return sums, {"log_probs": log_probs.reshape(-1, log_probs.shape[-1])}
+
+
+def _in_sequence_order(kept: PyTree, model: Decoder) -> PyTree:
+    return {name: in_sequence_order(array, model.attention.kind, model.mesh.context) for name, array in kept.items()}
+
+
+def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
+    """(params, batch) -> log p of every target, float32 [B, L], 0 where there is none: chunk by chunk, as in training."""
+    functions, names = model.loss_functions(SCORE), token_names(config)
+    held, count = params_dims(config), config.train.microbatches
+    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, count)
+
+    def region(params: PyTree, batch: PyTree) -> PyTree:
+        rows = _placed_microbatches(config, model, SCORE, batch) | {"scale": jnp.ones(count)}
+        return _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]
+
+    mapped = jax.shard_map(
+        region,
+        mesh=mesh,
+        in_specs=(specs(held), specs(dict.fromkeys(names, BATCH_DIMS))),
+        out_specs=spec(BATCH_DIMS),
+        check_vma=True,
+    )
+
+    def score(params: PyTree, batch: PyTree) -> jax.Array:
+        return _in_sequence_order(mapped(params, {name: batch[name] for name in names}), model)["log_probs"]
+
+    return score
+
+
+def make_score(config: Config, mesh: Mesh, backend: str) -> Step:
+    """Return the jitted (params, batch) -> log p of every target, float32 [B, L], 0 where there is none."""
+    score = _scores(config, mesh, make_decoder(config, mesh, backend))
+    return jax.jit(score, out_shardings=batch_sharding(mesh), compiler_options=_reproducible(config, mesh))
+
+
+def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
+    return tuple(axis for axis in axes if axis not in left_out)
+
+
+def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
+    """Return the jitted (params, batch) -> {"loss": summed negative log likelihood in nats, "targets": their number}.
+
+    Of a sequence objective: its loss and metrics, each times the pairs of the batch where it counts them, else its targets, and
+    that number as "targets".
+    """
+    model, objective = make_decoder(config, mesh, backend), objective_of(config)
+    if not isinstance(objective, Objective):
+        score = _scores(config, mesh, model)
+
+        def weighed(params: PyTree, batch: PyTree) -> PyTree:
+            _, loss, metrics = objective.weigh(score(params, batch), batch)
+            count = metrics.pop("pairs", count_targets(batch["targets"]))
+            return {name: value * count for name, value in (metrics | {"loss": loss}).items()} | {"targets": count}
+
+        return jax.jit(weighed, out_shardings=replicated(mesh), compiler_options=_reproducible(config, mesh))
+    functions = model.loss_functions()
+    microbatches, held = config.train.microbatches, params_dims(config)
+    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
+
+    def region(params: PyTree, batch: PyTree) -> PyTree:
+        rows = _microbatches(share_out(batch, model.attention.kind), microbatches) | {"scale": jnp.ones(microbatches)}
+        sums = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)
+        return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
+
+    return _jit_region(config, mesh, region, outputs=PartitionSpec())
+
+
+def _reproducible(config: Config, mesh: Mesh) -> dict[str, Any] | None:
+    """Return the compiler's options of a read-only program."""
+    return deterministic_options(config, mesh.devices.flat[0].platform) or None
+
+
+def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec) -> Step:
+    """Return the jit of a read-only region over (params, batch)."""
+    dims = params_dims(config)
+    rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=outputs, check_vma=True)
+    return jax.jit(mapped, compiler_options=_reproducible(config, mesh))
