@@ -38,7 +38,7 @@ def talks(count):
 
 
 def all_rows(data):
-    return [data.row(0, row) for row in range(data.row_counts[0])]
+    return [data.rows([(0, row)]) for row in range(data.row_counts[0])]
 
 
 def test_rows_hold_whole_samples_with_positions_that_restart_and_loss_on_answers_alone(open_rows):
@@ -86,7 +86,7 @@ def test_batches_are_rows_of_an_order_that_any_host_computes(open_rows):
         half = again.train_batch(step, slice(4, 8))
         assert all(np.array_equal(whole[name][4:], half[name]) for name in whole)
         for place, (source, row) in enumerate(numbers):
-            assert all(np.array_equal(array[0], whole[name][place]) for name, array in data.row(source, row).items())
+            assert all(np.array_equal(array[0], whole[name][place]) for name, array in data.rows([(source, row)]).items())
 
 
 def test_a_conversation_is_on_one_side_and_each_held_out_answer_is_scored_once(open_rows):
@@ -167,6 +167,18 @@ def test_what_is_left_out_is_told_in_one_line(open_rows):
     told = open_rows([*talks(40), {"messages": []}, "x"], max_bad_rows=0.5).description
     assert "2 bad rows left out, the first: " in told
     assert "line 41: messages is not a list" in told
+
+
+def test_a_template_without_an_end_or_with_two_beginnings_is_told(open_rows, tmp_path):
+    (tmp_path / "model" / "chat_template.jinja").write_text("<s>" + MARKED.replace("<|im_end|>", "\n"))
+    told = open_rows(talks(40)).description
+    assert "40 texts that began twice, one beginning removed" in told
+    assert "40 last answers without an end token, after which the model will not stop" in told
+
+
+def test_a_source_of_bad_rows_alone_is_given_up_early(open_rows):
+    with pytest.raises(DataError, match="each of the first 1,000 rows is bad; the first: .*line 1: "):
+        open_rows([{"text": "a"}] * 1001 + talks(3000), max_bad_rows=0.99)
 
 
 @pytest.mark.parametrize(
@@ -293,8 +305,8 @@ def test_the_template_of_data_chat_template_is_used_and_its_day_is_fixed(open_ro
     template.write_text(MARKED.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}"))
     data = open_rows(talks(3), validation_fraction=0.0, chat_template=str(template))
     assert "1 template that prints the date: it is told 26 July 2024" in data.description
-    assert data.tokenizer.decode(data.row(0, 0)["tokens"][0]).startswith("2024-07-26")
-    assert data.row(0, 0)["tokens"][0, 0] == CONTROL.index("<s>")  # bos_token is that of the tokenizer's folder
+    assert data.tokenizer.decode(data.rows([(0, 0)])["tokens"][0]).startswith("2024-07-26")
+    assert data.rows([(0, 0)])["tokens"][0, 0] == CONTROL.index("<s>")  # bos_token is that of the tokenizer's folder
     ends = [CONTROL.index(name) for name in ("<|endoftext|>", "<|im_end|>")]
     assert list(data.answer_ends) == ends  # the separator, and the tokenizer's eos_token, which the template uses
     template.write_text(MARKED.replace("<|im_end|>", "<|reserved_7|>"))
