@@ -20,6 +20,8 @@ from jaxtrain.config import Config
 from jaxtrain.config.loading import read_config
 from jaxtrain.config.names import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
 from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.files import user_path
+from jaxtrain.huggingface.starting import folder_config, is_model_folder
 
 EXAMPLE = "e.g. --config=configs/quickstart.py"
 
@@ -70,8 +72,9 @@ def parse(usage: Usage[Flags], arguments: Sequence[str], over: Config | None = N
     path, rest = "", list(arguments)
     if usage.config != "none" and over is None:
         path, rest = _take_config(arguments, usage.config == "needed" and section is None)
-    source = read_config(path) if path else None
-    file = source.config if source else over or Config()
+    folder = user_path(path) if path and is_model_folder(user_path(path)) else None
+    source = read_config(path) if path and folder is None else None
+    file = folder_config(folder) if folder else source.config if source else over or Config()
     if section is not None:
         print_help(usage, file, section)
         raise SystemExit(0)
@@ -215,7 +218,10 @@ def _hint_or_none(name: str, config: Config) -> Any:
 
 
 def _take_config(arguments: Sequence[str], needed: bool) -> tuple[str, list[str]]:
-    """(value of --config, all other arguments); of several --config the last counts."""
+    """(value of --config, all other arguments); of several --config the last counts.
+
+    Without it, a HuggingFace folder that --init_from names is its own config.
+    """
     rest, path, i = [], None, 0
     while i < len(arguments):
         name, equals, text = arguments[i].partition("=")
@@ -229,6 +235,18 @@ def _take_config(arguments: Sequence[str], needed: bool) -> tuple[str, list[str]
         i += 1
     if path == "":
         raise ConfigError([f"--config needs a file, {EXAMPLE}"])
+    if path is None and (found := _model_folder(rest)):
+        return found, rest
     if path is None and needed:
         raise ConfigError([f"--config is missing; give a config file, {EXAMPLE}"])
     return path or "", rest
+
+
+def _model_folder(arguments: Sequence[str]) -> str:
+    """Return the HuggingFace folder that --init_from names; empty if it names none."""
+    path = ""
+    for i, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        if name.replace("-", "_") == "__init_from":
+            path = text if equals else "".join(arguments[i + 1 : i + 2])
+    return path if path and is_model_folder(user_path(path)) else ""

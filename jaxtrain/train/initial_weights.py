@@ -31,6 +31,7 @@ from jaxtrain.huggingface.exporting import described_as
 from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, keep_travelling, origin_of
 from jaxtrain.huggingface.placing import place
+from jaxtrain.huggingface.starting import is_model_folder
 from jaxtrain.huggingface.table import Table
 from jaxtrain.models.decoder import canonical_dims
 from jaxtrain.sharding import is_dims
@@ -73,13 +74,7 @@ def _with_adapter(config: Config, mesh: Mesh, given: dict[str, Any], table: Tabl
 
 def is_folder(source: str) -> bool:
     """Return whether the folder is of a HuggingFace model, not of a run of ours."""
-    path = user_path(source)
-    if (path / "checkpoints").is_dir() or not (path / "config.json").is_file():
-        return False
-    try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return True  # it says itself what is wrong
+    return is_model_folder(user_path(source))
 
 
 def keep_files(config: Config) -> None:

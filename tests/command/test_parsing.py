@@ -153,7 +153,7 @@ def test_a_flag_of_a_part_that_is_none_makes_it(part: str, tmp_path: Path):
         ("--seq-len=8", "did you mean --data.sequence_length?"),
         ("--train.max_steps=8", "did you mean --train.steps?"),
         ("--fsdp=8", "did you mean --mesh.fsdp?"),
-        ("--kind=text", "or --data.sources.0.kind?"),
+        ("--kind=text", "or --data.sources.0.kind or --objective.kind?"),
         ("--model.num_experts=4", "did you mean --model.moe.num_experts?"),
         ("--hots=2", "did you mean --hosts?"),
         ("--mesh.xyzzy=2", "one of: --mesh.replica, --mesh.pipe,"),
