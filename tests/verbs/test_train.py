@@ -517,6 +517,22 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(folder, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_the_data_are_shown_instead_of_training(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 12)
+    flags = ["--data.sources.0.kind=chat", "--data.sources.0.path=sums.jsonl", "--data.validation_fraction=0", "--show_data=2"]
+    assert train.main([f"--config={folder}/tiny.py", "--objective.kind=sft", *flags]) == EXIT_DONE
+    heads, documents = [], []
+    for line in capsys.readouterr().out.splitlines():
+        (heads if line.startswith("batch") else documents).append(line)
+    sizes = "30 tokens in 6 documents, 12 with loss"
+    assert [re.sub("row . of data", "row N of data", head) for head in heads] == [
+        f"batch 0, row {place}: row N of data.sources.0, {sizes}" for place in (0, 1)
+    ]
+    assert documents.count("1+1=[2<|endoftext|>]") == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["sums.jsonl"]
+
+
 def test_a_dry_run_refuses_what_a_run_would(complain, tmp_path):
     assert complain("--dry_run", "--mesh.fsdp=16")[0] == EXIT_USAGE
     assert is_one_line(complain("--dry_run", "--model.attention=cudnn"), "model.attention=cudnn")
