@@ -35,7 +35,7 @@ from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
-from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_held
+from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_trained
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
@@ -238,7 +238,7 @@ class CostModel:
         _, pipe, _, fsdp, expert, _, tensor = layout.mesh
 
         key = ("parameters", pipe, layout.chunks, fsdp, expert, tensor)
-        return self._once(key, lambda: parameters_held(with_layout(self.base, layout)))
+        return self._once(key, lambda: parameters_trained(with_layout(self.base, layout)))
 
     def state_bytes(self, layout: Candidate) -> float:
         """Return the bytes of parameters and moments of one device: less than the layout takes."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jaxtrain.config import Config
 from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
 from jaxtrain.parallel.pipeline_schedule import count_executed
-from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again
+from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again, trained_weights
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,10 @@ def parameters_held(config: Config) -> int:
     slots = layers_of_part(config) * config.pipeline.chunks
     inner = sum(weight.shard(config) for weight in layer_weights(config.model).values())
     return slots * inner + sum(weight.shard(config) for weight in outer_weights(config.model).values())
+
+
+def parameters_trained(config: Config) -> int:
+    """Return those of `parameters_held` that the optimizer updates, and adapters."""
+    slots = layers_of_part(config) * config.pipeline.chunks
+    layer, outer = trained_weights(config.model, config.train.frozen)
+    return slots * sum(weight.shard(config) for weight in layer) + sum(weight.shard(config) for weight in outer)

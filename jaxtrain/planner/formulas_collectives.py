@@ -32,11 +32,13 @@ from jaxtrain.planner.layer_table import (
     BYTES,
     HLO_DTYPE,
     Weight,
+    adapters,
     expert_rows,
     is_read_again,
     layer_weights,
     outer_weights,
     runs_again,
+    trained_weights,
 )
 from jaxtrain.program.collectives import wire_factor
 from jaxtrain.train.optimizer import MUON_ITERATIONS
@@ -108,6 +110,7 @@ def uncovered(config: Config) -> list[str]:
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
+        "optimizer.name=muon with lora": config.optimizer.name == "muon" and config.lora.rank > 0,
         "optimizer.name=muon with tensor or experts": config.optimizer.name == "muon"
         and (config.mesh.tensor > 1 or config.model.moe is not None),
     }
@@ -160,7 +163,9 @@ def _weights(config: Config) -> Iterator[Transfers]:
     loss, which makes its gradients at once; a tied table both, but for one stage, where XLA joins them.
     ZeRO 1 and 2: every matrix that the device holds a shard of, once a step.
     """
-    layer, outer = ([w for w in of(config.model).values() if w.is_matrix] for of in (layer_weights, outer_weights))
+    own = layer_weights(config.model).values(), outer_weights(config.model).values()
+    new = adapters(config.model) if config.lora.rank else ((), ())
+    layer, outer = ([w for w in (*held, *more) if w.is_matrix] for held, more in zip(own, new, strict=True))
 
     def gathers(weights: list[Weight], phase: str, purpose: str) -> Iterator[Transfers]:
         for weight in weights:
@@ -180,7 +185,7 @@ def _weights(config: Config) -> Iterator[Transfers]:
 
 
 def _gradients(config: Config) -> Iterator[Transfers]:
-    """Sum gradients, in reduce_dtype.
+    """Sum gradients of what is trained, in reduce_dtype.
 
     Over fsdp: matrices are reduce-scattered, payload P/t; at ZeRO 2 and 3 in each backward pass (the head in each forward, with
     the loss), at ZeRO 1 once a step. Over all other axes that do not shard a leaf (replica, data, and expert and context for
@@ -189,8 +194,9 @@ def _gradients(config: Config) -> Iterator[Transfers]:
     """
     dtype, bytes_each = HLO_DTYPE[config.train.reduce_dtype], BYTES[config.train.reduce_dtype]
     each_pass = reduces_each_pass(config.sharding.zero)
-    for weights, is_outer in ((layer_weights(config.model), False), (outer_weights(config.model), True)):
-        for name, weight in weights.items():
+    for weights, is_outer in zip(trained_weights(config.model, config.train.frozen), (False, True), strict=True):
+        for weight in weights:
+            name = weight.name
             purpose, phase = f"gradient of {name}", "once" if is_outer else "held"
             if weight.is_matrix:
                 phases = [phase]
@@ -348,10 +354,11 @@ def _scalars(config: Config) -> Iterator[Transfers]:
         loads = _entry(config, "held", axes, "all-reduce", "f32", moe.num_experts + 3, purpose, 4)
         yield replace(loads, is_stacked=True)
     norms = 2 if config.optimizer.clip_norm else 1
-    for name, weight in layer_weights(config.model).items():
-        yield numbers(("pipe", *weight.axes), f"gradient norm of {name}", norms)
-    for name, weight in outer_weights(config.model).items():
-        yield numbers(weight.axes, f"gradient norm of {name}", norms)
+    layer, outer = trained_weights(config.model, config.train.frozen)
+    for weight in layer:
+        yield numbers(("pipe", *weight.axes), f"gradient norm of {weight.name}", norms)
+    for weight in outer:
+        yield numbers(weight.axes, f"gradient norm of {weight.name}", norms)
 
 
 def _muon(config: Config) -> Iterator[Transfers]:
@@ -368,7 +375,8 @@ def _muon(config: Config) -> Iterator[Transfers]:
     d = config.model.embed_dim
     if config.optimizer.name != "muon":
         return
-    for name, weight in layer_weights(config.model).items():
+    for weight in trained_weights(config.model, config.train.frozen)[0]:
+        name = weight.name
         if not weight.is_matrix:
             continue
         other, own = weight.inputs * weight.outputs // d, weight.experts

@@ -10,16 +10,20 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
+from jaxtrain.checkpoint.trees import nested
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
+from jaxtrain.models import lora
 from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
 from jaxtrain.models.parameters import declare, held_dtype
-from jaxtrain.sharding import RULES
+from jaxtrain.sharding import LORA, RULES, is_dims
 
 BYTES = {"bfloat16": 2, "float32": 4}
 FLOAT32 = BYTES["float32"]
@@ -128,6 +132,44 @@ def outer_weights(model: ModelConfig) -> Mapping[str, Weight]:
     first = model.first_dense_layers
     dense = _declared(*layer_kind(replace(model, moe=None)), first, "first_layers.") if first else {}
     return MappingProxyType(_declared(EmbeddingAndHead, model) | dense)
+
+
+@functools.lru_cache(maxsize=1024)
+def trained_weights(model: ModelConfig, frozen: tuple[str, ...]) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Return the weights that are trained (`models.trained`), adapters among them, of a layer and of what is outside."""
+    layer, outer = dict(layer_weights(model)), dict(outer_weights(model))
+    if not model.adapters.rank and not frozen:
+        return tuple(layer.values()), tuple(outer.values())
+    of_layer, of_outer = adapters(model)
+    every = [*(("layers", w) for w in (*layer.values(), *of_layer)), *(("outer", w) for w in (*outer.values(), *of_outer))]
+
+    def is_trained(lead: str, weight: Weight) -> bool:
+        name = f"{lead}/{weight.name.replace('.', '/')}"
+        return (not model.adapters.rank or LORA in weight.dims) and not any(fnmatchcase(name, p) for p in frozen)
+
+    kept = [(lead, weight) for lead, weight in every if is_trained(lead, weight)]
+    return tuple(w for lead, w in kept if lead == "layers"), tuple(w for lead, w in kept if lead == "outer")
+
+
+@functools.lru_cache(maxsize=1024)
+def adapters(model: ModelConfig) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
+    """Return the factors of the adapters of a layer, and of a mixture's first layers."""
+
+    def factors(kind: ModelConfig, layers: int = 1, lead: str = "") -> tuple[Weight, ...]:
+        module, own = layer_kind(kind)
+        state = nnx.state(declare(module, own), nnx.Param)
+        shapes = nnx.to_pure_dict(state)
+        dims = {path: leaf.get_metadata()["dims"] for path, leaf in nnx.to_flat_state(state)}
+        tree = lora.with_adapters(model.adapters, nested(dims))
+        new = jax.eval_shape(lambda key: lora.initial_adapters(model.adapters, nested(dims), shapes, key), jax.random.key(0))
+        flat = jax.tree_util.tree_flatten_with_path(tree.get(lora.BRANCH, {}), is_leaf=is_dims)[0]
+        return tuple(
+            Weight(f"{lead}lora.{'.'.join(str(key.key) for key in path)}", leaf.shape, own_dims, layers)
+            for (path, own_dims), leaf in zip(flat, jax.tree.leaves(new), strict=True)
+        )
+
+    first = model.first_dense_layers
+    return factors(model), factors(replace(model, moe=None), first, "first_layers.") if first else ()
 
 
 class Matmul(NamedTuple):

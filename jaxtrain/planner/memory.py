@@ -17,7 +17,7 @@ The optimizer's update is never worse: by then the activations are gone, and XLA
 Exact are the state, compute copies, accumulated gradients, and what layers keep (tests count them). Measured are the factors
 of these moments, on those layouts and on others that `tests.planner.drawn_layouts` draws with seeds 1 to 4. Approximate,
 for want of compiled programs to hold them against, are these factors for latent attention, for attention that is not cuDNN's,
-and for odd numbers of layers with experts.
+for odd numbers of layers with experts, and with adapters or frozen weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ from jaxtrain.layout import (
 from jaxtrain.planner.activations import Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
-from jaxtrain.planner.state_memory import Cut, cut_model, head_numbers, optimizer_state, parameter_bytes, sync_state
+from jaxtrain.planner.state_memory import (
+    Cut,
+    cut_model,
+    head_numbers,
+    optimizer_state,
+    parameter_bytes,
+    sync_state,
+    trains_head,
+)
 
 
 def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
@@ -93,14 +101,14 @@ def _weights(config: Config, cut: Cut) -> float:
 
 
 def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
-    """Return the bytes of float32 gradients: shards at ZeRO 2 and 3, whole over fsdp at 1.
+    """Return the bytes of float32 gradients of what is trained: shards at ZeRO 2 and 3, whole over fsdp at 1.
 
     Accumulated over the step, those of all that the device holds; `copies` more of a tick's own part, and of `late` ticks that
     are not added up yet. In a step of one tick the head's gradient is what the loss sums up, and is counted there where it is
     not also cut into shards.
     """
     is_whole = not reduces_each_pass(config.sharding.zero)
-    of_layer, of_outer = (share.gathered if is_whole else share.sharded for share in (cut.layer, cut.outer))
+    of_layer, of_outer = (share.gathered if is_whole else share.sharded for share in (cut.trained, cut.trained_outer))
     outer_copies = 1 + (copies > 0) + late if cut.is_loop else int(of_outer < cut.outer.gathered)
     return FLOAT32 * ((cut.chunks + copies + late) * cut.layers * of_layer + outer_copies * of_outer)
 
@@ -221,7 +229,8 @@ def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     _, chunk = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
     logits = microbatch_rows(config) * chunk * config.model.padded_vocab_size
     ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config.mesh))
-    sums = (HEAD_SUMS - moves_activations(config.mesh) - cut.is_pipe) * FLOAT32 + bytes_each * _gathers(config)
+    sums = (HEAD_SUMS - moves_activations(config.mesh) - cut.is_pipe) * FLOAT32 * trains_head(config)
+    sums += bytes_each * _gathers(config)
     copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config.mesh)))
     working = sums * head_numbers(config) + bytes_each * (logits + ahead + 4 * sizes.stream)
     return Moment(_gradients(config, cut, copies), working)
@@ -230,12 +239,12 @@ def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
 def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Moment:
     """Return the moment of a layer's backward.
 
-    There are gathered weights and whole gradients of about a layer; what is left of the loss; the layer's own arrays. A loop
-    over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA unrolls that loop by two (double
-    buffering, `train.xla_options`), the next tick's zeros too.
+    There are gathered weights (with adapters, their sums too) and whole gradients of about a layer; what is left of the loss;
+    the layer's own arrays. A loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA
+    unrolls that loop by two (double buffering, `train.xla_options`), the next tick's zeros too.
     """
     layer = cut.layer.gathered
-    weights = GATHERED * BYTES[config.model.dtype] * layer * _gathers(config)
+    weights = GATHERED * BYTES[config.model.dtype] * layer * (_gathers(config) + bool(config.lora.rank))
     waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config.mesh) else UNREDUCED
     if _in_order(config, cut):
         again = sizes.parts > 1 and config.train.remat == "full" and not folds(config)
@@ -243,7 +252,7 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero)
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * scatters
     by_two = cut.is_loop and not moves_activations(config.mesh)
-    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut))
+    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut)) * trains_head(config)
     # Where layers do not scatter gradients, the second's zeros wait for the first's sums. Experts' leave gaps as large.
     is_late = not scatters and not cut.is_pipe and (config.train.microbatches == 2 or not config.model.moe)
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
@@ -264,7 +273,7 @@ def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) ->
     is_kept = remat != "none" and keeps(config.train, "expert_out")
     working = is_kept * bytes_each * cut.layers * sizes.choices * config.model.embed_dim
     if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config.mesh):
-        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * head_numbers(config)
+        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * head_numbers(config) * trains_head(config)
     return Moment(backward.gradients, working)
 
 

@@ -7,10 +7,11 @@ import math
 from collections.abc import Collection
 from typing import NamedTuple
 
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config, MeshConfig, ModelConfig
 from jaxtrain.layout import layers_of_part, whole_moments
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
-from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, layer_weights, outer_weights
+from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, adapters, layer_weights, outer_weights, trained_weights
+from jaxtrain.train.optimizer import leaf_axes
 
 
 class Shares(NamedTuple):
@@ -20,8 +21,8 @@ class Shares(NamedTuple):
     """As the state holds them: matrices over fsdp and tensor, experts over expert, norms whole."""
     gathered: float
     """Whole over fsdp."""
-    vectors: float
-    """Of them, norms and biases."""
+    second: float
+    """Of them, those of which muon keeps adamw's two moments: all but hidden matrices."""
     float32: float
     """Of them, those that are kept in float32 whatever param_dtype says: norms, biases, routers."""
 
@@ -45,11 +46,22 @@ class Cut(NamedTuple):
     is_pipe: bool
     runs: tuple[int, ...]
     """Ticks in each run of like ticks of the pipeline; a run of one tick is no loop to XLA."""
+    trained: Shares
+    """Of one layer, what is trained."""
+    trained_outer: Shares
+    """Of what is outside, what is trained."""
+    adapters: float
+    """Numbers of all adapters, float32, that are not among `layer` and `outer`."""
 
     @property
     def held(self) -> float:
         """Parameters: the share of all of the stage's layers (empty slots too) and of what is outside."""
         return self.chunks * self.layers * self.layer.sharded + self.outer.sharded
+
+    @property
+    def moving(self) -> float:
+        """Parameters of the same that are trained."""
+        return self.chunks * self.layers * self.trained.sharded + self.trained_outer.sharded
 
 
 @functools.cache
@@ -62,36 +74,57 @@ def _table(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[
     return residuals + 1, activations + gradients + 2, tuple(run.stop - run.start for run in cut_into_runs(table))
 
 
+def _share(weights: Collection[Weight], mesh: MeshConfig) -> Shares:
+    cut = [(w, w.elements / math.prod(getattr(mesh, axis) for axis in w.axes)) for w in weights]
+    matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
+    fine = sum(n for w, n in cut if w.dtype("") == "float32")
+    second = sum(n for w, n in cut if not _is_hidden_matrix(w))
+    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine)
+
+
+def _is_hidden_matrix(weight: Weight) -> bool:
+    axes = leaf_axes(weight.dims)
+    return axes.is_matrix and not axes.in_vocabulary
+
+
+class _Held(NamedTuple):
+    layer: Shares
+    outer: Shares
+    trained: Shares
+    trained_outer: Shares
+    layer_adapters: float
+    outer_adapters: float
+
+
 @functools.lru_cache(maxsize=4096)
-def _shares(model: ModelConfig, fsdp: int, tensor: int, expert: int) -> tuple[Shares, Shares]:
-    """Return a device's share of one layer, and of what is outside of the stack."""
-    sizes = {"fsdp": fsdp, "tensor": tensor, "expert": expert}
-
-    def share(weights: Collection[Weight]) -> Shares:
-        cut = [(w, w.elements / math.prod(sizes[axis] for axis in w.axes)) for w in weights]
-        matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
-        fine = sum(n for w, n in cut if w.dtype("") == "float32")
-        return Shares(matrices + vectors, fsdp * matrices + vectors, vectors, fine)
-
-    return share(layer_weights(model).values()), share(outer_weights(model).values())
+def _shares(model: ModelConfig, frozen: tuple[str, ...], fsdp: int, tensor: int, expert: int) -> _Held:
+    """Return a device's share of one layer, and of what is outside of the stack; the same of what is trained; adapters."""
+    mesh, (layer, outer), new = MeshConfig(fsdp=fsdp, tensor=tensor, expert=expert), trained_weights(model, frozen), ((), ())
+    if model.adapters.rank:
+        new = adapters(model)
+    weights = layer_weights(model).values(), outer_weights(model).values(), layer, outer
+    return _Held(*(_share(each, mesh) for each in weights), *(_share(each, mesh).sharded for each in new))
 
 
 def cut_model(config: Config) -> Cut:
     """Return how a valid config cuts its model."""
     mesh, chunks, microbatches = config.mesh, config.pipeline.chunks, config.train.microbatches
-    shares = _shares(config.model, mesh.fsdp, mesh.tensor, mesh.expert)
+    held = _shares(config.model, config.train.frozen, mesh.fsdp, mesh.tensor, mesh.expert)
+    layers = layers_of_part(config)
     residuals, boundaries, runs = _table(config.pipeline.schedule, mesh.pipe, chunks, microbatches)
-    return Cut(*shares, layers_of_part(config), chunks, residuals, boundaries, microbatches > 1 or bool(runs), bool(runs), runs)
+    slots = (residuals, boundaries, microbatches > 1 or bool(runs), bool(runs), runs)
+    new = chunks * layers * held.layer_adapters + held.outer_adapters
+    return Cut(held.layer, held.outer, layers, chunks, *slots, held.trained, held.trained_outer, new)
 
 
 def parameter_bytes(config: Config, cut: Cut) -> float:
-    """Return the bytes of the parameters: param_dtype, but float32 for norms, biases and routers."""
+    """Return the bytes of the parameters: param_dtype, but float32 for norms, biases, routers and adapters."""
     fine = cut.chunks * cut.layers * cut.layer.float32 + cut.outer.float32
-    return BYTES[config.model.param_dtype] * (cut.held - fine) + FLOAT32 * fine
+    return BYTES[config.model.param_dtype] * (cut.held - fine) + FLOAT32 * (fine + cut.adapters)
 
 
 def optimizer_state(config: Config, cut: Cut) -> float:
-    """Return the bytes of the moments, float32 and sharded like the parameters.
+    """Return the bytes of the moments, float32 and sharded like the trained parameters.
 
     adamw keeps two, lion and sgd with momentum one. muon keeps one for layers' matrices and adamw's two for norms, table and
     head. adafactor keeps a mean over the outputs and one over the inputs of each matrix, whole on every device of a stage, and
@@ -99,19 +132,25 @@ def optimizer_state(config: Config, cut: Cut) -> float:
     """
     name, layers = config.optimizer.name, cut.chunks * cut.layers
     if name == "adafactor":
-        return FLOAT32 * (layers * _factors(config.model, True) + _factors(config.model, False))
+        of_layer, of_outer = map(_factors, trained_weights(config.model, config.train.frozen))
+        return FLOAT32 * (layers * of_layer + of_outer)
     if name == "muon":
-        tables = head_numbers(config) / config.mesh.fsdp * (1 if config.model.tie_embeddings else 2)
-        return FLOAT32 * (cut.held + layers * cut.layer.vectors + cut.outer.vectors + tables)
-    return FLOAT32 * whole_moments(config.optimizer) * cut.held
+        return FLOAT32 * (cut.moving + layers * cut.trained.second + cut.trained_outer.second)
+    return FLOAT32 * whole_moments(config.optimizer) * cut.moving
 
 
 @functools.lru_cache(maxsize=64)
-def _factors(model: ModelConfig, of_layer: bool) -> int:
-    """Adafactor's numbers for one layer, or for what is outside of layers: a + b for a matrix a x b (of each expert), and all
-    of a norm. One side is the model's width, or the latent that heads are projected up from."""
-    weights = layer_weights(model) if of_layer else outer_weights(model)
-    return sum(w.layers * w.experts * (w.inputs + w.outputs) if w.is_matrix else w.elements for w in weights.values())
+def _factors(weights: tuple[Weight, ...]) -> int:
+    """Adafactor's numbers for some weights: a + b for a matrix a x b (of each expert), and all of a norm."""
+
+    def of(weight: Weight) -> int:
+        axes = leaf_axes(weight.dims)
+        if not axes.is_matrix:
+            return weight.elements
+        sides = (math.prod(weight.shape[axis] for axis in side) for side in (axes.inputs, axes.outputs))
+        return weight.layers * weight.experts * sum(sides)
+
+    return sum(map(of, weights))
 
 
 def sync_state(config: Config, cut: Cut) -> float:
@@ -123,9 +162,15 @@ def sync_state(config: Config, cut: Cut) -> float:
     sync = config.sync
     copies = 1 + bool(sync.outer[1]) + bool(sync.overlap) if sync.replicas_differ else sync.queued
     copies += sync.error_feedback and sync.compression != "none"
-    return FLOAT32 * copies * cut.held
+    return FLOAT32 * copies * cut.moving
 
 
 def head_numbers(config: Config) -> float:
     """Return the numbers of the head on one device, whole over fsdp."""
     return config.model.embed_dim * config.model.padded_vocab_size / config.mesh.tensor
+
+
+def trains_head(config: Config) -> bool:
+    """Return whether the output projection has a gradient."""
+    name = "table" if config.model.tie_embeddings else "head"
+    return any(weight.name == name for weight in trained_weights(config.model, config.train.frozen)[1])

@@ -16,6 +16,7 @@ from jaxtrain.config import (
     Config,
     DataConfig,
     LatentAttentionConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -34,7 +35,7 @@ from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.sharding import specs, vary
-from jaxtrain.train.optimizer import make_optimizer
+from jaxtrain.train.optimizer import make_optimizer, optimizer_of
 from jaxtrain.train.state import abstract_state, initial_params
 from tests.planner import reference_layouts
 from tests.planner.reference_layouts import LAYOUTS, compare, worst_deviation
@@ -87,6 +88,29 @@ def test_the_state_of_every_optimizer(model: ModelConfig, mesh: MeshConfig, opti
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:8]), rule)
     memory = estimate_memory(config)
     assert (memory.parameters, memory.optimizer) == (held(state["params"]), held(state["optimizer"]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize(
+    ("model", "lora", "frozen"),
+    [
+        (DENSE, LoraConfig(rank=4), ()),
+        (LATENT, LoraConfig(rank=20, targets=("attention/*", "gate")), ()),
+        (LATENT, LoraConfig(), ("outer/*", "layers/moe/up")),
+    ],
+)
+def test_the_state_of_what_is_trained(model: ModelConfig, lora: LoraConfig, frozen: tuple[str, ...], optimizer: str):
+    """Frozen weights have no moments and adapters are float32, whatever param_dtype is."""
+    mesh = MeshConfig(fsdp=2, expert=2, tensor=2) if model.moe else MeshConfig(pipe=2, fsdp=2, tensor=2)
+    rule = OptimizerConfig(name=optimizer)  # type: ignore[arg-type]
+    config = config_of(replace(model, param_dtype="bfloat16"), mesh, lora=lora, optimizer=rule)
+    config = replace(config, train=replace(config.train, frozen=frozen))
+    state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:8]), optimizer_of(config))
+    memory = estimate_memory(config)
+    assert (memory.parameters, memory.optimizer) == (held(state["params"]), held(state["optimizer"]))
+    whole = replace(config, lora=LoraConfig(), train=replace(config.train, frozen=()))
+    of_all = estimate_memory(whole)
+    assert memory.optimizer + memory.gradients < (0.9 if frozen else 0.4) * (of_all.optimizer + of_all.gradients)
 
 
 @pytest.mark.parametrize("model", [replace(DENSE, param_dtype="bfloat16"), replace(LATENT, param_dtype="bfloat16")])
