@@ -43,7 +43,12 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
 @functools.lru_cache(maxsize=64)
 def _layer_dims(config: ModelConfig) -> PyTree:
     """Return the logical dims of a layer's parameters, adapters included; cached and shared, as `_dims`."""
-    return lora.with_adapters(config.adapters, _dims(*layer_kind(config)))
+    return lora.with_adapters(config.adapters, _dims(*layer_kind(config)), _declared(config))
+
+
+def _declared(config: ModelConfig) -> PyTree:
+    """Return the shapes of a layer's own parameters."""
+    return nnx.to_pure_dict(nnx.state(declare(*layer_kind(config)), nnx.Param))
 
 
 def cut_rows(tree: PyTree, parts: int) -> tuple[PyTree, ...]:
@@ -73,6 +78,12 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     if config.first_dense_layers:
         outer["first_layers"] = _under(("layer",), _layer_dims(_dense(config)))
     return {"outer": outer, "layers": _under(lead, _layer_dims(config))}
+
+
+def adapter_factors(config: ModelConfig) -> list[dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """Return `lora.factors` of one layer, of each kind of layer."""
+    kinds = [config, *([_dense(config)] if config.first_dense_layers else [])]
+    return [lora.factors(kind.adapters, _dims(*layer_kind(kind)), _declared(kind)) for kind in kinds]
 
 
 def layer_kinds_dims(config: ModelConfig) -> list[PyTree]:
@@ -137,7 +148,7 @@ def _new_adapters(config: ModelConfig, key: jax.Array, number: jax.Array) -> PyT
     dims = _dims(*layer_kind(config))
     if not lora.targets_of(config.adapters, dims):
         return {}
-    shapes = nnx.to_pure_dict(nnx.state(declare(*layer_kind(config)), nnx.Param))
+    shapes = _declared(config)
     own_key = jax.random.fold_in(jax.random.fold_in(key, lora.KEY), number)
     return {lora.BRANCH: lora.initial_adapters(config.adapters, dims, shapes, own_key)}
 

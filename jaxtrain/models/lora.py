@@ -95,32 +95,45 @@ def _split(own: Dims) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]
     return numbered, inputs, tuple(i for i in range(len(own)) if i not in (*numbered, *inputs))
 
 
-def with_adapters(lora: LoraConfig, dims: PyTree) -> PyTree:
-    """Return the logical dims of one layer's parameters with those of its adapters."""
-    found, by_path = {}, _by_path(dims)
-    for path in targets_of(lora, dims):
-        own = by_path[path]
-        numbered, inputs, outputs = (tuple(own[i] for i in axes) for axes in _split(own))
-        found |= {f"{path}/a": (*numbered, *inputs, LORA), f"{path}/b": (*numbered, LORA, *outputs)}
-    return dims | {BRANCH: _nested(found)} if found else dims
-
-
-def initial_adapters(lora: LoraConfig, dims: PyTree, shapes: PyTree, key: jax.Array) -> PyTree:
-    """Return a layer's new adapters: A uniform in +-1 / sqrt(inputs), as in PEFT, and B 0.
-
-    An A depends on the key and the matrix's name alone.
+def factors(lora: LoraConfig, dims: PyTree, shapes: PyTree) -> dict[str, tuple[Dims, tuple[int, ...]]]:
+    """Return (logical dims, shape) of every A and B of one layer, by path: "attention/query/a".
 
     Args:
       dims: logical dims of the layer's own parameters, without adapters.
       shapes: of the same, any leaves with `shape`.
     """
-    found, by_path, sizes = {}, _by_path(dims), _by_path(shapes)
+    found, by_path, sizes = dict[str, tuple[Dims, tuple[int, ...]]](), _by_path(dims), _by_path(shapes)
     for path in targets_of(lora, dims):
-        shape = sizes[path].shape
-        numbered, inputs, outputs = (tuple(shape[i] for i in axes) for axes in _split(by_path[path]))
-        bound, own = 1 / math.sqrt(math.prod(inputs)), jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-        found[f"{path}/a"] = jax.random.uniform(own, (*numbered, *inputs, lora.rank), minval=-bound, maxval=bound)
-        found[f"{path}/b"] = jnp.zeros((*numbered, lora.rank, *outputs))
+        own, shape = by_path[path], sizes[path].shape
+        numbered, inputs, outputs = _split(own)
+
+        def take(*axes: int | str, own: Dims = own, shape: tuple[int, ...] = shape) -> tuple[Dims, tuple[int, ...]]:
+            names = tuple(LORA if isinstance(axis, str) else own[axis] for axis in axes)
+            return names, tuple(lora.rank if isinstance(axis, str) else shape[axis] for axis in axes)
+
+        found |= {f"{path}/a": take(*numbered, *inputs, LORA), f"{path}/b": take(*numbered, LORA, *outputs)}
+    return found
+
+
+def with_adapters(lora: LoraConfig, dims: PyTree, shapes: PyTree) -> PyTree:
+    """Return the logical dims of one layer's parameters with those of its adapters; arguments as of `factors`."""
+    found = {path: own for path, (own, _) in factors(lora, dims, shapes).items()}
+    return dims | {BRANCH: _nested(found)} if found else dims
+
+
+def initial_adapters(lora: LoraConfig, dims: PyTree, shapes: PyTree, key: jax.Array) -> PyTree:
+    """Return a layer's new adapters: A uniform in +-1 / sqrt(inputs), as in PEFT, and B 0; arguments as of `factors`.
+
+    An A depends on the key and the matrix's name alone.
+    """
+    found = dict[str, jax.Array]()
+    for path, (own, shape) in factors(lora, dims, shapes).items():
+        if path.endswith("/b"):
+            found[path] = jnp.zeros(shape)
+            continue
+        inputs = math.prod(size for name, size in zip(own[:-1], shape[:-1], strict=True) if name not in NUMBERED)
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        found[path] = jax.random.uniform(own_key, shape, minval=-1 / math.sqrt(inputs), maxval=1 / math.sqrt(inputs))
     return _nested(found)
 
 

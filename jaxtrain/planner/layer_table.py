@@ -14,16 +14,15 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 from flax import nnx
 
-from jaxtrain.checkpoint.trees import nested
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
 from jaxtrain.models import lora
+from jaxtrain.models.decoder import adapter_factors
 from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
 from jaxtrain.models.parameters import declare, held_dtype
-from jaxtrain.sharding import LORA, RULES, is_dims
+from jaxtrain.sharding import LORA, RULES
 
 BYTES = {"bfloat16": 2, "float32": 4}
 FLOAT32 = BYTES["float32"]
@@ -155,21 +154,14 @@ def trained_weights(model: ModelConfig, frozen: tuple[str, ...]) -> tuple[tuple[
 def adapters(model: ModelConfig) -> tuple[tuple[Weight, ...], tuple[Weight, ...]]:
     """Return the factors of the adapters of a layer, and of a mixture's first layers."""
 
-    def factors(kind: ModelConfig, layers: int = 1, lead: str = "") -> tuple[Weight, ...]:
-        module, own = layer_kind(kind)
-        state = nnx.state(declare(module, own), nnx.Param)
-        shapes = nnx.to_pure_dict(state)
-        dims = {path: leaf.get_metadata()["dims"] for path, leaf in nnx.to_flat_state(state)}
-        tree = lora.with_adapters(model.adapters, nested(dims))
-        new = jax.eval_shape(lambda key: lora.initial_adapters(model.adapters, nested(dims), shapes, key), jax.random.key(0))
-        flat = jax.tree_util.tree_flatten_with_path(tree.get(lora.BRANCH, {}), is_leaf=is_dims)[0]
-        return tuple(
-            Weight(f"{lead}lora.{'.'.join(str(key.key) for key in path)}", leaf.shape, own_dims, layers)
-            for (path, own_dims), leaf in zip(flat, jax.tree.leaves(new), strict=True)
+    leads = (("", 1), ("first_layers.", model.first_dense_layers))
+    found = [
+        tuple(
+            Weight(f"{lead}{lora.BRANCH}.{path.replace('/', '.')}", shape, dims, layers) for path, (dims, shape) in own.items()
         )
-
-    first = model.first_dense_layers
-    return factors(model), factors(replace(model, moe=None), first, "first_layers.") if first else ()
+        for (lead, layers), own in zip(leads, adapter_factors(model), strict=False)
+    ]
+    return found[0], found[1] if model.first_dense_layers else ()
 
 
 class Matmul(NamedTuple):

@@ -103,7 +103,8 @@ def _shares(model: ModelConfig, frozen: tuple[str, ...], fsdp: int, tensor: int,
     if model.adapters.rank:
         new = adapters(model)
     weights = layer_weights(model).values(), outer_weights(model).values(), layer, outer
-    return _Held(*(_share(each, mesh) for each in weights), *(_share(each, mesh).sharded for each in new))
+    own, outside, moving, moving_outside = (_share(each, mesh) for each in weights)
+    return _Held(own, outside, moving, moving_outside, *(_share(each, mesh).sharded for each in new))
 
 
 def cut_model(config: Config) -> Cut:
