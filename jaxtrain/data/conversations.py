@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -49,6 +49,19 @@ class Rendered:
         return [place for span in self.spans for place in span]
 
 
+Part = TypeVar("Part", Rendered, Texts)
+
+
+def _encodable(part: Part, where: str) -> Part:
+    """Return the part. Raises DataError where UTF-8 cannot hold its text."""
+    text = part.text if isinstance(part, Rendered) else part.prompt + (part.completion or "")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half a surrogate pair ({text[error.start]!a})") from error
+    return part
+
+
 class Conversations:
     """Encodes conversations by a chat template, the same way for training and for answering."""
 
@@ -79,20 +92,18 @@ class Conversations:
     def encode(self, parts: Sequence[tuple[str, Conversation | Texts]]) -> list[Encoded | DataError]:
         """Return the ids of each part, or its fault, in order; each comes with its place, for messages."""
         found: dict[int, Encoded | DataError] = {}
-        texts = {i: part for i, (_, part) in enumerate(parts) if isinstance(part, Texts)}
         rendered: dict[int, Rendered] = {}
+        texts: dict[int, Texts] = {}
         for i, (where, part) in enumerate(parts):
-            if isinstance(part, Conversation):
-                try:
-                    rendered[i] = self._render(part, where)
-                except DataError as fault:
-                    found[i] = fault
-        one_by_one = (
-            self._tokenizer.encode_marked_batch([r.text for r in rendered.values()], [r.cuts for r in rendered.values()])
-            if rendered
-            else []
-        )
-        for (i, one), cut in zip(rendered.items(), one_by_one, strict=True):
+            try:
+                if isinstance(part, Conversation):
+                    rendered[i] = _encodable(self._render(part, where), where)
+                else:
+                    texts[i] = _encodable(part, where)
+            except DataError as fault:
+                found[i] = fault
+        cuts = self._cut(list(rendered.values()))
+        for (i, one), cut in zip(rendered.items(), cuts, strict=True):
             try:
                 found[i] = self._with_marks(one, cut, parts[i][0])
             except DataError as fault:
@@ -121,14 +132,16 @@ class Conversations:
                 rendered = self._by_blocks(template, safe, where)
             else:
                 rendered = self._by_prefixes(template, safe, where)
-            rendered.text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: holds half a surrogate pair ({error.object[error.start]!a})") from error
         except DataError:
             raise
         except ExplainedError as error:
             raise DataError(f"{where}: {error}") from error
         return rendered
+
+    def _cut(self, rendered: Sequence[Rendered]) -> list[CutIds]:
+        if not rendered:
+            return []
+        return self._tokenizer.encode_marked_batch([one.text for one in rendered], [one.cuts for one in rendered])
 
     def _by_blocks(self, template: ChatTemplate, part: Conversation, where: str) -> Rendered:
         """Return the spans of {% generation %}, without those of answers that carry no loss."""
@@ -216,11 +229,11 @@ class Conversations:
     # ------------------------------------------------------------------------------------------------------------------
     # Texts
 
-    def _encode_texts(self, texts: Sequence[Texts]) -> list[Encoded | DataError]:
+    def _encode_texts(self, texts: Sequence[Texts]) -> list[Encoded]:
         """Return the ids of prompts and completions; where a token would join the two, each is encoded by itself."""
         prompts = self._tokenizer.encode_batch([text.prompt for text in texts]) if texts else []
         joined = self._tokenizer.encode_batch([text.prompt + (text.completion or "") for text in texts]) if texts else []
-        found: list[Encoded | DataError] = []
+        found = []
         for text, prompt, whole in zip(texts, prompts, joined, strict=True):
             rest = whole[len(prompt) :]
             if text.completion and not np.array_equal(whole[: len(prompt)], prompt):

@@ -158,9 +158,12 @@ def test_control_tokens_stay_text_wherever_they_are_spelled(opened):
 def test_half_a_surrogate_pair_is_a_fault_of_its_row_alone(opened):
     _, conversations = opened()
     bad = part_of([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}])
-    fault, good = conversations.encode([bad, part_of(draw_conversation(0))])
-    assert "half a surrogate pair" in str(fault)
+    parts = [bad, part_of(draw_conversation(0)), ("there", Texts("a\udc00", "b")), ("there", Texts("a", "b"))]
+    fault, good, text_fault, text = conversations.encode(parts)
+    assert str(fault) == "here: holds half a surrogate pair ('\\ud800')"
+    assert str(text_fault) == "there: holds half a surrogate pair ('\\udc00')"
     assert good.learned.any()
+    assert text.learned.any()
 
 
 @pytest.mark.skipif("JAXTRAIN_ORACLE" not in os.environ, reason="needs transformers; JAXTRAIN_ORACLE=1 asks for it")
