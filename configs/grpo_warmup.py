@@ -1,4 +1,4 @@
-"""Before configs/grpo_quickstart.py: a small decoder learns to add badly, from examples that are off by up to 6.
+"""Before configs/grpo_quickstart.py: a small decoder learns to add badly, from examples that are off by up to 7.
 
 A minute on 2 cores. `python configs/grpo_warmup.py` writes the examples, and the sums for rewards, in runs/arithmetic.
 """
@@ -20,7 +20,7 @@ from jaxtrain.config import (
 
 FOLDER = Path("runs/arithmetic")
 TERMS = range(10)
-MOST_OFF = 6
+MOST_OFF = 7
 
 
 def get_config() -> Config:
@@ -51,7 +51,7 @@ def get_config() -> Config:
 
 
 def write_rows() -> None:
-    """Write guesses.jsonl, whose answers are right one time in thirteen or so, and prompts.jsonl with the right answers."""
+    """Write guesses.jsonl, whose answers are right one time in fifteen or so, and prompts.jsonl with the right answers."""
     chance = random.Random(0)
     sums = [(a, b) for a in TERMS for b in TERMS]
     guesses = [

@@ -267,6 +267,7 @@ class StopInRollout(StopOnSignal):
 def arguments(files, name):
     """The flags of a run like `config_of`, with two updates a rollout."""
     flags = {
+        "config": "configs/quickstart.py",
         "run_dir": files / name,
         "model.num_layers": 2,
         "model.embed_dim": 16,
@@ -293,6 +294,7 @@ def arguments(files, name):
         "train.log_every": 1,
         "train.validate_every": 3,
         "train.compilation_cache": "",
+        "train.sample_tokens": 0,
         "checkpoint.every": 1,
     }
     return [f"--{name}={value}" for name, value in flags.items()]
@@ -313,10 +315,10 @@ def test_two_processes_give_the_same_as_one_and_a_killed_one_goes_on_to_the_same
     with started(2, 2, arguments(files, "run_killed"), tmp_path / "killed") as running:
         assert [process.wait(300) for process in running] == [0, 0], (tmp_path / "killed" / "0.log").read_text()[-3000:]
     logged = {name: read_rows(files / f"run_{name}" / "metrics.jsonl") for name in ("one", "two", "killed")}
-    for name in ("two", "killed"):
-        assert len(logged[name]) == len(logged["one"])
-        for row, one in zip(logged[name], logged["one"], strict=True):
-            assert {key: row.get(key) for key in SAME} == {key: one.get(key) for key in SAME}
+    figures = {name: [[row.get(key) for key in SAME] for row in found] for name, found in logged.items()}
+    assert figures["killed"] == figures["two"]
+    for two, one in zip(figures["two"], figures["one"], strict=True):  # gloo sums in another order
+        assert [value for value in two if value] == pytest.approx([value for value in one if value], rel=1e-4)
 
 
-SAME = ("step", "loss", "reward", "ratio_change", "grad_norm", "sampler_difference", "validation_reward", "entropy")
+SAME = ("step", "loss", "reward", "ratio_change", "grad_norm", "validation_reward", "entropy")
