@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -174,12 +175,13 @@ def _in_sequence_order(kept: PyTree, model: Decoder) -> PyTree:
 
 def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
     """(params, batch) -> log p of every target, float32 [B, L], 0 where there is none: chunk by chunk, as in training."""
-    functions, names = model.loss_functions(SCORE), token_names(config)
+    objective = dataclasses.replace(SCORE, temperature=getattr(objective_of(config), "temperature", 1.0))
+    functions, names = model.loss_functions(objective), token_names(config)
     held, count = params_dims(config), config.train.microbatches
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, count)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
-        rows = _placed_microbatches(config, model, SCORE, batch) | {"scale": jnp.ones(count)}
+        rows = _placed_microbatches(config, model, objective, batch) | {"scale": jnp.ones(count)}
         return _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]
 
     mapped = jax.shard_map(

@@ -27,11 +27,12 @@ from jaxtrain.data.order import Order
 from jaxtrain.errors import CheckpointError, DataError
 from jaxtrain.files import AppendedFile, replacing
 from jaxtrain.inference.engine import Sampling
-from jaxtrain.objectives.grpo import ADVANTAGES, OLD, SAMPLER, WEIGHTS
+from jaxtrain.objectives.grpo import ADVANTAGES, OLD, REFERENCE, SAMPLER, WEIGHTS
 from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.advantages import answer_weights, group_advantages, no_spread
 from jaxtrain.train.answers import Answer, Answering
+from jaxtrain.train.gradients import make_score
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
 
@@ -155,7 +156,11 @@ class Rollouts:
         self._batch_of, self._ends_before = batch_of, ends_before
         self._numbers = usable(self._prompts, self._config)
         self._order = Order([len(self._numbers)], [1.0], self._config.train.seed)
-        self._update = 0
+        self._update, self._reference = 0, None
+        if self._grpo.kl:
+            with progress.during("making the reference"):
+                self._reference = prepared.create_state()["params"]
+            self._score = make_score(self._config, prepared.mesh, prepared.backend)
         self._held: Rollout | None = None
         self._folder = self._config.directory / FOLDER
         self._file = AppendedFile(self._config.directory / FILE, progress.say, lambda path: size_up_to(path, first))
@@ -261,7 +266,10 @@ class Rollouts:
 
     def _place(self, rows: dict[str, np.ndarray]) -> PyTree:
         own = self._prepared.rows()
-        return self._prepared.place({name: array[own] for name, array in rows.items()})
+        placed = self._prepared.place({name: array[own] for name, array in rows.items()})
+        if self._reference is not None:
+            placed[REFERENCE] = self._score(self._reference, placed)
+        return placed
 
     def _show(self, step: int, prompts: Sequence[ChatPrompt], groups: Sequence[Sequence[Answer]], scores: Scores) -> None:
         """Append the first answers of a rollout to run_dir/rollouts.jsonl, as text."""

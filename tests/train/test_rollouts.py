@@ -179,8 +179,17 @@ def test_a_lost_rollout_is_an_error_that_names_its_file(files):
 
 
 def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files):
-    config = config_of(files, steps=2, mesh={"fsdp": 4, "tensor": 2}, train={"microbatches": 2, "validate_every": 2})
+    config = config_of(
+        files,
+        steps=2,
+        mesh={"fsdp": 4, "tensor": 2},
+        train={"microbatches": 2, "validate_every": 2},
+        grpo={"kl": 0.1, "temperature": 0.7},
+    )
     trained(config)
+    divergence = [row["kl"] for row in rows(config)]
+    assert abs(divergence[0]) < 1e-9, "the reference is not the weights that the run began with"
+    assert divergence[1] > 1e-6
     for row in rows(config):
         assert row["ratio_change"] == 0
         assert row["sampler_difference"] < 1e-6
