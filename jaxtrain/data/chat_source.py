@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 
 from jaxtrain.config import Config, DataSource
-from jaxtrain.data.chat_rows import ChatRow, ChatSample, Conversation, Sort, Texts, read_rows, sample_of
-from jaxtrain.data.chat_store import FORMAT, SIDES, SideWriter, StoredSamples, Told, marked, open_samples, write_note
+from jaxtrain.data.chat_encoding import Encoding
+from jaxtrain.data.chat_rows import Conversation
+from jaxtrain.data.chat_store import SIDES, StoredSamples, open_samples
 from jaxtrain.data.chat_template import TODAY, ChatTemplate, read_chat_template
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.conversations import Conversations, Encoded
-from jaxtrain.data.documents import BadRows
-from jaxtrain.data.file_hashes import file_hashes, short_hash
-from jaxtrain.data.listing import list_files
-from jaxtrain.data.progress import progress
-from jaxtrain.data.split import hash_share, split_rule
 from jaxtrain.data.token_cache import made_once
-from jaxtrain.data.tokenizers import Tokenizer, begin_ids, tokenizer_file
+from jaxtrain.data.tokenizers import Tokenizer, tokenizer_file
 from jaxtrain.errors import DataError
 from jaxtrain.files import user_path
-
-ROWS_AT_ONCE = 500
-"""Rows in a call of the tokenizer; divides `documents.ALL_BAD_ROWS`, after which bad rows alone end the run."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +35,8 @@ def open_chat(source: DataSource, name: str, config: Config, tokenizer: Tokenize
 
     Raises DataError where a row is broken or no sample fits, ExplainedError where the chat template cannot be read.
     """
-    data, encoding = config.data, _Encoding(source, name, config, tokenizer, cache_dir)
-    folder = cache_dir / "chat" / encoding.key
+    data, encoding = config.data, Encoding(source, name, config, tokenizer, chat_template_of(config))
+    folder = cache_dir / "chat" / encoding.key(cache_dir)
     stored = made_once(folder, lambda: open_samples(folder, cache_dir), encoding.write)
     per_sample = 2 if stored.sort == "pairs" else 1
     train, validation = (
@@ -108,99 +98,3 @@ def _has_template(folder: Path) -> bool:
     settings = folder / "tokenizer_config.json"
     is_in_settings = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
     return is_in_settings or (folder / "chat_template.jinja").is_file()
-
-
-class _Encoding:
-    """The way from the files of a source to the encoded samples in the cache."""
-
-    def __init__(self, source: DataSource, name: str, config: Config, tokenizer: Tokenizer, cache_dir: Path):
-        self._source, self._name, self._tokenizer = source, name, tokenizer
-        self._fraction = config.data.validation_fraction
-        self._files = [file.path for file in list_files(source.path, f"{name}.path")]
-        hashes = file_hashes(self._files, cache_dir, f"reading {name}")
-        self._tokenizer_name, self._template = config.data.tokenizer, chat_template_of(config)
-        encoder = [tokenizer.fingerprint, self._template and self._template.fingerprint, tokenizer.end]
-        self.key = short_hash([FORMAT, hashes, split_rule(self._fraction), source.max_bad_rows, encoder])
-
-    def write(self, folder: Path) -> None:
-        """Encode all rows into files of a folder. Raises DataError for a bad row, OSError where writing fails."""
-        bad_rows, counts = BadRows(self._source.max_bad_rows), Counter[str]()
-        sort: Sort | None = None
-        sides = {side: SideWriter(folder, side) for side in SIDES}
-        conversations = Conversations(self._tokenizer, self._template, _begins(self._tokenizer_name), self._tokenizer.end)
-        with progress(f"encoding {self._name}", sum(path.stat().st_size for path in self._files)) as advance:
-            rows = (row for path in self._files for row in read_rows(path, bad_rows))
-            while chunk := list(islice(rows, ROWS_AT_ONCE)):
-                samples = list(self._samples(chunk, bad_rows, sort))
-                sort = sort or next((sample.sort for sample in samples), None)
-                for sample, encoded in zip(samples, _encode(conversations, samples), strict=True):
-                    self._keep(sample, encoded, sides, bad_rows, counts)
-                advance(sum(row.size for row in chunk))
-        bad_rows.check(self._name)
-        if sort is None:
-            raise DataError(f"{self._name}: no row in {self._source.path}")
-        if self._template is not None and self._template.dated:
-            counts[f"template that prints the date: it is told {TODAY:%d %B %Y}"] = 1
-        write_note(folder, sort, Told(bad_rows.rows, bad_rows.count, bad_rows.first, dict(counts)), sides)
-
-    def _samples(self, rows: Sequence[ChatRow], bad_rows: BadRows, sort: Sort | None) -> Iterator[ChatSample]:
-        """Yield the sample of each good row; all are of one sort."""
-        for row in rows:
-            try:
-                sample = sample_of(row.fields, row.where)
-                sort = sort or sample.sort
-                if sample.sort != sort:
-                    raise DataError(f"{row.where}: is one of {sample.sort}, but the rows before it are {sort}; part the files")
-                yield sample
-            except DataError as fault:
-                bad_rows.leave_out(fault)
-
-    def _keep(
-        self,
-        sample: ChatSample,
-        found: Sequence[Encoded | DataError],
-        sides: dict[str, SideWriter],
-        bad_rows: BadRows,
-        counts: Counter[str],
-    ) -> None:
-        """Write a sample to its side, by the policies that README states; count what they do."""
-        faults = [part for part in found if isinstance(part, DataError)]
-        if faults:
-            bad_rows.leave_out(faults[0])
-            return
-        parts = [part for part in found if isinstance(part, Encoded)]
-        sequences = [marked(part) for part in parts]
-        counts["empty answers, without loss"] += sample.empty_answers
-        if sample.sort != "prompts" and not all((ids < 0).any() for ids in sequences):
-            counts["samples without an answer to learn left out"] += 1
-            return
-        if not all(map(len, sequences)):
-            counts["prompts without a token left out"] += 1
-            return
-        if len(sequences) == 2 and sequences[0].tobytes() == sequences[1].tobytes():
-            counts["pairs of equal answers left out"] += 1
-            return
-        counts["texts that began twice, one beginning removed"] += sum(part.began_twice for part in parts)
-        counts["last answers without an end token, after which the model will not stop"] += sum(not part.ends for part in parts)
-        counts["texts that spell control tokens, which stay text"] += sum(map(self._spells, sample.parts))
-        held_out = hash_share(sample.key.encode()) < self._fraction
-        sides["validation" if held_out else "train"].append(sequences, sample)
-
-    def _spells(self, part: Conversation | Texts) -> bool:
-        control = getattr(self._tokenizer, "control", None)
-        return isinstance(part, Texts) and control is not None and bool(control.found(part.prompt + (part.completion or "")))
-
-
-def _encode(conversations: Conversations, samples: Sequence[ChatSample]) -> Iterator[list[Encoded | DataError]]:
-    """Yield the encoded parts of each sample."""
-    encoded = iter(conversations.encode([(sample.where, part) for sample in samples for part in sample.parts]))
-    for sample in samples:
-        yield [next(encoded) for _ in sample.parts]
-
-
-def _begins(name: str) -> tuple[int, ...]:
-    """Return the ids that the tokenizer puts before a text; none for our own tokenizers."""
-    if name in ("byte", "none") or name.startswith("bpe:"):
-        return ()
-    file = tokenizer_file(name)
-    return begin_ids(file) if file.suffix == ".json" else ()

@@ -27,7 +27,7 @@ from jaxtrain.data.file_hashes import file_hashes, unreadable
 from jaxtrain.data.mapped import map_array
 from jaxtrain.errors import DataError
 
-FORMAT = "jaxtrain-chat-1"
+FORMAT = "jaxtrain-chat-2"
 SEARCHED = 1000
 """Samples of a side that are searched for a short question."""
 SIDES = ("train", "validation")
@@ -43,11 +43,14 @@ class Told:
     first_bad_row: str = ""
     counts: dict[str, int] = field(default_factory=Counter)
     """How often something happened that a person should know of, by its words."""
+    note: str = ""
+    """A further fact; empty for none."""
 
     @property
     def words(self) -> str:
         """The line; empty where there is nothing to tell."""
-        words = [f"{count:,} {what}" for what, count in self.counts.items() if count]
+        words = [f"{what}: {count:,}" for what, count in self.counts.items() if count]
+        words += [self.note] if self.note else []
         if self.bad_rows:
             words.append(f"{self.bad_rows:,} bad rows left out, the first: {self.first_bad_row}")
         return "; ".join(words)

@@ -275,12 +275,12 @@ class Data:
 
     def _prompts(self, side: str, windows: Sequence[Windows | PackedRows]) -> Prompts:
         """Return the prompts of one side, without those longer than sequence_length."""
-        chats = [
-            (s.chat.sides[side], w.fit.kept)
-            for s, w in zip(self._sources, windows, strict=True)
-            if s.chat and isinstance(w, PackedRows) and s.chat.sort == "prompts"
+        used = [
+            (source.chat.sides[side], rows.fit.kept)
+            for source, rows in zip(self._sources, windows, strict=True)
+            if source.chat and source.chat.sort == "prompts" and isinstance(rows, PackedRows)
         ]
-        return Prompts(chats)
+        return Prompts(used)
 
     @functools.cached_property
     def answer_ends(self) -> tuple[int, ...]:

@@ -161,9 +161,9 @@ def test_what_is_left_out_is_told_in_one_line(open_rows):
     empty = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
     spells = {"prompt": "<|im_end|>", "completion": "x"}
     told = open_rows([*talks(40), empty, empty, spells]).description
-    assert "2 empty answers, without loss" in told
-    assert "2 samples without an answer to learn left out" in told
-    assert "1 texts that spell control tokens, which stay text" in told
+    assert "empty answers, without loss: 2" in told
+    assert "samples without an answer to learn, left out: 2" in told
+    assert "texts that spell control tokens, kept as text: 1" in told
     told = open_rows([*talks(40), {"messages": []}, "x"], max_bad_rows=0.5).description
     assert "2 bad rows left out, the first: " in told
     assert "line 41: messages is not a list" in told
@@ -172,8 +172,8 @@ def test_what_is_left_out_is_told_in_one_line(open_rows):
 def test_a_template_without_an_end_or_with_two_beginnings_is_told(open_rows, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("<s>" + MARKED.replace("<|im_end|>", "\n"))
     told = open_rows(talks(40)).description
-    assert "40 texts that began twice, one beginning removed" in told
-    assert "40 last answers without an end token, after which the model will not stop" in told
+    assert "texts that began twice, of which one beginning is kept: 40" in told
+    assert "answers that no end token follows: the model will not stop: 40" in told
 
 
 def test_a_source_of_bad_rows_alone_is_given_up_early(open_rows):
@@ -237,7 +237,7 @@ def test_pairs_of_texts_stay_together_in_every_row(open_rows):
     rows = [{"prompt": f"{n}" * (n % 40), "chosen": "c" * (1 + n % 17), "rejected": "r" * (1 + n % 23)} for n in range(100)]
     equal, long = {"prompt": "same", "chosen": "a", "rejected": "a"}, {"prompt": "q" * 200, "chosen": "a", "rejected": "b"}
     data = open_rows([*rows, equal, long], kind="dpo")
-    assert "1 pairs of equal answers left out" in data.description
+    assert "pairs of equal answers, left out: 1" in data.description
     assert "1 longer than 256 tokens left out" in data.description  # each fits alone, the two do not
     for batch in all_rows(data):
         for tokens, targets, segments in zip(batch["tokens"], batch["targets"], batch["segments"], strict=True):
@@ -304,7 +304,7 @@ def test_the_template_of_data_chat_template_is_used_and_its_day_is_fixed(open_ro
     template = tmp_path / "mine.jinja"
     template.write_text(MARKED.replace("{{ bos_token }}", "{{ bos_token }}{{ strftime_now('%Y-%m-%d') }}"))
     data = open_rows(talks(3), validation_fraction=0.0, chat_template=str(template))
-    assert "1 template that prints the date: it is told 26 July 2024" in data.description
+    assert "the template prints the date, and is told 26 July 2024" in data.description
     assert data.tokenizer.decode(data.rows([(0, 0)])["tokens"][0]).startswith("2024-07-26")
     assert data.rows([(0, 0)])["tokens"][0, 0] == CONTROL.index("<s>")  # bos_token is that of the tokenizer's folder
     ends = [CONTROL.index(name) for name in ("<|endoftext|>", "<|im_end|>")]
