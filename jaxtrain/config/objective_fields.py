@@ -36,8 +36,6 @@ class DistillConfig:
     """The teacher, with the same tokenizer: a HuggingFace folder, or RUN[@STEP]. It lies on the same mesh, in model.dtype."""
     top_k: int = 32
     """Tokens of the teacher's distribution; the others together are one more."""
-    temperature: float = 1.0
-    """Divides the logits of teacher and student."""
     weight: float = 1.0
     """Share of the teacher's loss; the rest is that of the data."""
 

@@ -41,8 +41,6 @@ def _distill_problems(distill: DistillConfig, config: Config) -> list[str]:
     if not 1 <= distill.top_k <= min(1024, config.model.vocab_size):
         most = min(1024, config.model.vocab_size)
         problems.append(f"objective.distill.top_k={distill.top_k} is from 1 to {most}")
-    if distill.temperature <= 0:
-        problems.append(f"objective.distill.temperature={distill.temperature} must be above 0")
     if not 0 < distill.weight <= 1:
         problems.append(f"objective.distill.weight={distill.weight} is a share above 0, up to 1")
     return problems

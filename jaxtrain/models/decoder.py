@@ -22,7 +22,7 @@ from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.expert_dispatch import ExpertBackend
-from jaxtrain.ops.losses import IGNORED, Logits, token_losses
+from jaxtrain.ops.losses import IGNORED, OF_TOKENS, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.parallel.turns import reduce_behind_next, take_turns
@@ -335,9 +335,9 @@ class Decoder:
         """Return the functions for training, and for validation with the pretraining objective.
 
         A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks) segments, as `share_out` gives them,
-        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss. Where log-probabilities
-        are kept, `place` is 1 in the microbatch's own row of [microbatches] and 0 elsewhere, and what is reported is
-        [microbatches, B, L].
+        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss. Where numbers of single
+        tokens are reported, `place` is 1 in the microbatch's own row of [microbatches] and 0 elsewhere, and they are
+        [microbatches, B, L, ...].
         """
         head = self._head()
 
@@ -356,8 +356,8 @@ class Decoder:
                     {name: microbatch[name] for name in objective.inputs},
                 )
             total, reported = losses
-            if objective.keeps_log_probs:
-                reported["log_probs"] = microbatch["place"][:, None, None] * reported["log_probs"]
+            for name in reported.keys() & OF_TOKENS:
+                reported[name] = jnp.tensordot(microbatch["place"], reported[name], axes=0)
             return total, {**reported, "total_loss": lax.stop_gradient(total)}
 
         return Functions(self._embed(), self._layers(), loss)

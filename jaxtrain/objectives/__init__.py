@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.config import Config
+from jaxtrain.objectives.distill import distill_objective
 from jaxtrain.objectives.dpo import dpo_objective
 from jaxtrain.objectives.grpo import grpo_objective
 from jaxtrain.objectives.kinds import COEFFICIENTS, PRETRAIN, SCORE, Objective, SequenceObjective
@@ -28,6 +29,7 @@ def objective_of(config: Config) -> Objective | SequenceObjective:
     section = config.objective
     kinds: dict[str, Callable[[], Objective | SequenceObjective]] = {
         "dpo": lambda: dpo_objective(section.dpo),
+        "distill": lambda: distill_objective(section.distill),
         "grpo": lambda: grpo_objective(section.grpo),
     }
     return kinds.get(section.kind, lambda: PRETRAIN)()

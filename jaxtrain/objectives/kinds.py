@@ -35,10 +35,24 @@ class Objective:
     keeps_log_probs: bool = False
     """Whether a step's metrics hold `log_probs`, float32 [B, L], of the parameters before its update."""
 
+    candidates: str = ""
+    """Name of an input [B, L, K] of token ids: `loss` and `measures` then get log p of the target and these."""
+    widths: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """K of each input that is [B, L, K]."""
+    top_k: int = 0
+    """Forward only: report so many of the most likely next tokens."""
+
     @property
     def terms(self) -> TokenTerms:
         """The terms that the kernel computes."""
-        return TokenTerms(self.loss, self.average, tuple(self.measures.items()), self.keeps_log_probs)
+        return TokenTerms(
+            self.loss, self.average, tuple(self.measures.items()), self.keeps_log_probs, self.candidates, self.top_k
+        )
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """True where reports have a number for each token."""
+        return self.keeps_log_probs or self.top_k > 0
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,10 @@ def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
     in place, and only segments are gathered.
 
     Args:
-      batch: int32 or float32 arrays [B, L / C], this device's contiguous share.
+      batch: int32 or float32 arrays [B, L / C], or [B, L / C, K], this device's contiguous share.
 
     Returns:
-      The same names, [B, L / C]; but `segments`, if given, is [B, L], of the whole sequence in the devices' order.
+      The same names and shapes; but `segments`, if given, is [B, L], of the whole sequence in the devices' order.
     """
     context, names = lax.axis_size("context"), list(batch)
     if context == 1:
@@ -65,14 +65,20 @@ def share_out(batch: dict[str, jax.Array], kind: str) -> dict[str, jax.Array]:
         whole = {"segments": all_gather(batch["segments"], "context", dim=1)} if "segments" in batch else {}
         return batch | whole
     with jax.named_scope("zigzag"):
-        stacked_TBL = jnp.stack([lax.bitcast_convert_type(batch[name], jnp.int32) for name in names])
+        bits = {name: lax.bitcast_convert_type(array, jnp.int32) for name, array in batch.items()}
+        slices = [array[None] if array.ndim == 2 else jnp.moveaxis(array, -1, 0) for array in bits.values()]
+        ends = np.cumsum([len(each) for each in slices])
+        stacked_TBL = jnp.concatenate(slices)
         count, rows, length = stacked_TBL.shape
         pieces = all_gather(stacked_TBL, "context", dim=2).reshape(count, rows, 2 * context, length // 2)
         ordered_TBL = pieces[:, :, zigzag_order(context)].reshape(count, rows, context * length)
         share_TBL = lax.dynamic_slice_in_dim(ordered_TBL, lax.axis_index("context") * length, length, axis=2)
-        share = {name: lax.bitcast_convert_type(bits, batch[name].dtype) for name, bits in zip(names, share_TBL, strict=True)}
+        share = {}
+        for name, of_name in zip(names, jnp.split(share_TBL, ends[:-1]), strict=True):
+            own = of_name[0] if batch[name].ndim == 2 else jnp.moveaxis(of_name, 0, -1)
+            share[name] = lax.bitcast_convert_type(own, batch[name].dtype)
         if "segments" in batch:
-            share["segments"] = ordered_TBL[names.index("segments")]
+            share["segments"] = ordered_TBL[ends[names.index("segments")] - 1]
     return share
 
 

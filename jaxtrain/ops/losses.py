@@ -18,6 +18,8 @@ Inputs = Mapping[str, jax.Array]
 TokenLoss = Callable[[jax.Array, Inputs], jax.Array]
 """(log p of the target, inputs) -> the token's loss; elementwise."""
 Average = Literal["targets", "sum"]
+OF_TOKENS = ("log_probs", "top_ids", "top_log_probs")
+"""Names of reports that have a number, or several, for each token."""
 IGNORED = -1  # target of a position that carries no loss
 MASKED_LOGIT = -1e30
 
@@ -76,6 +78,10 @@ class TokenTerms(NamedTuple):
     """Named numbers of a token, reported as their mean over all targets."""
     keeps_log_probs: bool = False
     """Whether log p of every target is reported too."""
+    candidates: str = ""
+    """Name of an input [B, L, K] of token ids: loss and measures then get log p of the target and of these, [B, L, 1 + K]."""
+    top_k: int = 0
+    """Without gradients only: report the most likely next tokens, `top_ids` (float32) and `top_log_probs`, [B, L, top_k]."""
 
 
 def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tuple[jax.Array, jax.Array, Inputs]:
@@ -87,6 +93,8 @@ def _chunked(x: jax.Array, targets: jax.Array, inputs: Inputs, chunk: int) -> tu
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, size, width)
 
     def per_token(values: jax.Array, beyond: int) -> jax.Array:
+        if values.ndim == 3:
+            return jax.vmap(lambda each: per_token(each, beyond), -1, -1)(values)
         values = jnp.pad(values.reshape(batch, tensor, length), ((0, 0), (0, 0), (0, padding)), constant_values=beyond)
         return values.reshape(batch, tensor, count, size).transpose(2, 0, 1, 3).reshape(count, batch, tensor * size)
 
@@ -112,6 +120,34 @@ def _log_probs(logits: jax.Array, log_z: jax.Array, one_hot: jax.Array) -> jax.A
     return sum_over(jnp.where(one_hot, logits, 0.0).sum(-1), ("tensor",)) - log_z
 
 
+def _own_logits(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the logits of tokens [B, L, K] that are in this device's share of the vocabulary; 0 for others."""
+    places = ids.astype(jnp.int32) - lax.axis_index("tensor") * logits.shape[-1]
+    taken = jnp.take_along_axis(logits, jnp.clip(places, 0, logits.shape[-1] - 1), axis=-1)
+    return jnp.where((places >= 0) & (places < logits.shape[-1]), taken, 0.0)
+
+
+def _with_candidates(terms: TokenTerms, log_probs: jax.Array, logits: jax.Array, log_z: jax.Array, inputs: Inputs) -> jax.Array:
+    """Return log p of the targets, and of the candidates after them where there are any."""
+    if not terms.candidates:
+        return log_probs
+    others = sum_over(_own_logits(logits, inputs[terms.candidates]), ("tensor",)) - log_z[..., None]
+    return jnp.concatenate([log_probs[..., None], others], axis=-1)
+
+
+def _kept(terms: TokenTerms, log_probs: jax.Array, logits: jax.Array, log_z: jax.Array, counted: jax.Array) -> dict:
+    """Return what is reported of each token."""
+    kept = {"log_probs": vary(log_probs * counted)} if terms.keeps_log_probs else {}
+    if terms.top_k:
+        values, ids = lax.top_k(logits, min(terms.top_k, logits.shape[-1]))
+        ids = ids + lax.axis_index("tensor") * logits.shape[-1]
+        values, ids = (all_gather(array, "tensor", dim=2) for array in (values, ids))
+        values, places = lax.top_k(values, terms.top_k)
+        ids = jnp.take_along_axis(ids, places, axis=-1).astype(jnp.float32)
+        kept |= {"top_ids": vary(ids), "top_log_probs": vary(values - log_z[..., None])}
+    return kept
+
+
 def _chunk_sums(
     log_probs: jax.Array, losses: jax.Array, measured: list[jax.Array], log_z: jax.Array, counted: jax.Array, z_loss: float
 ) -> jax.Array:
@@ -135,14 +171,15 @@ def _of_tokens(terms: TokenTerms, scale: jax.Array, log_probs: jax.Array, inputs
     return losses, [measure(log_probs, inputs) for _, measure in terms.measures]
 
 
-def _report(terms: TokenTerms, scale: jax.Array, total: jax.Array, kept: jax.Array | None, length: int) -> tuple:
-    """(the loss, what is reported) of the sums over all chunks; kept log-probabilities are [n, B, tensor * c]."""
+def _report(terms: TokenTerms, scale: jax.Array, total: jax.Array, kept: dict[str, jax.Array], length: int) -> tuple:
+    """(the loss, what is reported) of the sums over all chunks; what is kept of tokens is [n, B, tensor * c, ...]."""
     means = {name: scale * value for name, value in zip(("loss", *dict(terms.measures)), total[2:], strict=True)}
-    if kept is not None:
-        count, batch, width = kept.shape
-        tensor = lax.axis_size("tensor")
-        in_order = kept.reshape(count, batch, tensor, width // tensor).transpose(1, 2, 0, 3)
-        means["log_probs"] = _share(in_order.reshape(batch, tensor, -1)[..., :length].reshape(batch, -1))
+    tensor = lax.axis_size("tensor")
+    for name, values in kept.items():
+        count, batch, width, *rest = values.shape
+        in_order = jnp.moveaxis(values.reshape(count, batch, tensor, width // tensor, *rest), 0, 2)
+        in_order = in_order.reshape(batch, tensor, -1, *rest)[:, :, :length]
+        means[name] = _share(in_order.reshape(batch, -1, *rest))
     return scale * (total[0] + total[1]), means
 
 
@@ -164,7 +201,7 @@ def token_losses(
     batch). The z term is PaLM's (Chowdhery et al. 2022, section 5). Softmax and sums are float32. The gradients are made
     together with the loss, chunk by chunk, so the head costs three matmuls and no logits are kept or recomputed:
     d logits = scale * (softmax * (2 z_loss log Z - g) + g one_hot), with g = d loss / d log p, which is -1 for the loss of
-    pretraining, -log p: then this is the cross-entropy.
+    pretraining, -log p: then this is the cross-entropy. Where the loss sees candidates too, it is the sum over them all.
 
     Args:
       x: [B, L/tensor, D], hidden states, this device's slice of the length.
@@ -175,20 +212,22 @@ def token_losses(
       chunk: positions whose logits exist at one time.
       z_loss: weight of (log Z)^2.
       terms: loss of a token, by default -log p, and what else is reported.
-      inputs: float32 [B, L] each, the whole length; no gradient goes into them.
+      inputs: float32 [B, L], or [B, L, K], the whole length; no gradient goes into them.
 
     Returns:
-      (the sum, {"loss": scale * sum of -log p, each measure likewise, "log_probs" [B, L] if kept, 0 where there is no target}):
-      this device's share, to be summed over all mesh axes (log_probs over tensor and pipe).
+      (the sum, {"loss": scale * sum of -log p, each measure likewise, "log_probs" [B, L] if kept, 0 where there is no target,
+      and the most likely tokens if asked for}): this device's share, to be summed over all mesh axes (what is of single tokens
+      over tensor and pipe).
     """
     xs = _chunked(x, targets, inputs or {}, chunk)
 
-    def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, jax.Array | None]:
+    def step(total: jax.Array, chunk_inputs: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, targets, inputs = chunk_inputs
         _, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
         counted, log_probs = targets != IGNORED, _log_probs(logits, log_z, one_hot)
-        sums = _chunk_sums(log_probs, *_of_tokens(terms, scale, log_probs, inputs), log_z, counted, z_loss)
-        return total + vary(_share(sums)), vary(log_probs * counted) if terms.keeps_log_probs else None
+        of_all = _with_candidates(terms, log_probs, logits, log_z, inputs)
+        sums = _chunk_sums(log_probs, *_of_tokens(terms, scale, of_all, inputs), log_z, counted, z_loss)
+        return total + vary(_share(sums)), _kept(terms, log_probs, logits, log_z, counted)
 
     total, kept = lax.scan(step, vary(jnp.zeros(3 + len(terms.measures))), xs)
     return _report(terms, scale, total, kept, x.shape[1])
@@ -213,17 +252,24 @@ def _token_losses_forward(
         counted = targets != IGNORED
         x, logits, log_z, one_hot = _chunk_terms(x, head, targets, to_logits)
         log_probs = _log_probs(logits, log_z, one_hot)
+        of_all = _with_candidates(terms, log_probs, logits, log_z, inputs)
         # Typed as equal along tensor, their gradient would be summed over it where an input of the objective varies.
-        losses, pull, measured = jax.vjp(lambda log_ps: _of_tokens(terms, scale, log_ps, inputs), vary(log_probs), has_aux=True)
-        g = jnp.where(counted, pull(jnp.ones_like(losses))[0], 0)[..., None]
+        losses, pull, measured = jax.vjp(lambda log_ps: _of_tokens(terms, scale, log_ps, inputs), vary(of_all), has_aux=True)
+        g_all = pull(jnp.ones_like(losses))[0]
+        g = jnp.where(counted, g_all[..., 0] if terms.candidates else g_all, 0)[..., None]
+        g_sum, of_others = g, 0.0
+        if terms.candidates:
+            g_others = jnp.where(counted[..., None], g_all[..., 1:], 0)
+            g_sum = g + g_others.sum(-1, keepdims=True)
+            of_others = jax.vjp(lambda logits: _own_logits(logits, inputs[terms.candidates]), logits)[1](g_others)[0]
         softmax = jnp.exp(logits - log_z[..., None])
-        d_logits = (softmax * (2 * z_loss * log_z[..., None] - g) + g * one_hot) * (counted * scale)[..., None]
+        d_logits = softmax * (2 * z_loss * log_z[..., None] - g_sum) + g * one_hot
+        d_logits = (d_logits + of_others if terms.candidates else d_logits) * (counted * scale)[..., None]
         d_logits = to_logits.before_softcap(logits, d_logits).astype(x.dtype)
         d_head = d_head + jnp.einsum("BLD,BLV->DV", x, d_logits, preferred_element_type=jnp.float32)
         dx = reduce_scatter(jnp.einsum("BLV,DV->BLD", d_logits, head), "tensor", dim=1)
         sums = _chunk_sums(log_probs, losses, measured, log_z, counted, z_loss)
-        kept = vary(log_probs * counted) if terms.keeps_log_probs else None
-        return (total + vary(_share(sums)), d_head), (dx, kept)
+        return (total + vary(_share(sums)), d_head), (dx, _kept(terms, log_probs, logits, log_z, counted))
 
     start = vary((jnp.zeros(3 + len(terms.measures)), jnp.zeros(head.shape, jnp.float32)))
     (total, d_head), (dx, kept) = lax.scan(step, start, _chunked(x, targets, inputs or {}, chunk))

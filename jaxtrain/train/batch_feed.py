@@ -43,6 +43,7 @@ class DataFeed:
       first: steps done.
       batch_of: step from 0 -> number of its batch.
       waiting: gives a context for the time that a step waits for its batch.
+      completed: adds arrays to a placed batch.
     """
 
     def __init__(
@@ -52,20 +53,22 @@ class DataFeed:
         first: int,
         batch_of: Callable[[int], int],
         waiting: Callable[[], AbstractContextManager[None]],
+        completed: Callable[[PyTree], PyTree] = lambda batch: batch,
     ):
         self._prepared, self._data, self._batch_of, self._waiting = prepared, data, batch_of, waiting
+        self._completed = completed
         self._batches = data.train_batches(first, prepared.rows(), batch_of)
 
     def next(self, state: PyTree, step: int) -> PyTree:
         with self._waiting():
             batch = next(self._batches)
-        return self._prepared.place(batch)
+        return self._completed(self._prepared.place(batch))
 
     def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
         return metrics
 
     def batch(self, step: int) -> PyTree:
-        return self._prepared.place(self._data.train_batch(self._batch_of(step), self._prepared.rows()))
+        return self._completed(self._prepared.place(self._data.train_batch(self._batch_of(step), self._prepared.rows())))
 
     def save(self, step: int) -> None:
         """Do nothing: batch n is a pure function of the data and n."""

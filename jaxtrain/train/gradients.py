@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ from jaxtrain.models import decoder
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.models.trained import trained, trained_dims
-from jaxtrain.objectives import COEFFICIENTS, SCORE, Objective, objective_of
+from jaxtrain.objectives import COEFFICIENTS, PRETRAIN, SCORE, Objective, objective_of
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
-from jaxtrain.ops.losses import count_targets
+from jaxtrain.ops.losses import OF_TOKENS, count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
@@ -67,7 +67,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     """Return the shapes of a batch."""
     shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
     dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
+    widths = getattr(objective_of(config), "widths", {})
+    shapes = {name: (*shape, widths[name]) if name in widths else shape for name in dtypes}
+    return {name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
 def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
@@ -157,25 +159,22 @@ def _placed_microbatches(config: Config, model: Decoder, objective: Objective, b
     """Return this device's rows as microbatches, which know their place where log-probabilities are kept."""
     count = config.train.microbatches
     microbatches = _microbatches(share_out(batch, model.attention.kind), count)
-    return microbatches | ({"place": jnp.eye(count)} if objective.keeps_log_probs else {})
+    return microbatches | ({"place": jnp.eye(count)} if objective.keeps_tokens else {})
 
 
 def _kept_apart(sums: PyTree) -> tuple[PyTree, PyTree]:
-    """Return (the sums, {"log_probs": [B, L] of this device's rows, in its order} where they are kept)."""
-    sums = dict(sums)
-    if "log_probs" not in sums:
-        return sums, {}
-    log_probs = sum_over(sums.pop("log_probs"), ("pipe", "tensor"))
-    return sums, {"log_probs": log_probs.reshape(-1, log_probs.shape[-1])}
+    """Return (the sums, what is reported of each token: [B, L, ...] of this device's rows, in its order)."""
+    kept = {name: sum_over(value, ("pipe", "tensor")) for name, value in sums.items() if name in OF_TOKENS}
+    rest = {name: value for name, value in sums.items() if name not in OF_TOKENS}
+    return rest, {name: value.reshape(-1, *value.shape[2:]) for name, value in kept.items()}
 
 
 def _in_sequence_order(kept: PyTree, model: Decoder) -> PyTree:
     return {name: in_sequence_order(array, model.attention.kind, model.mesh.context) for name, array in kept.items()}
 
 
-def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
-    """(params, batch) -> log p of every target, float32 [B, L], 0 where there is none: chunk by chunk, as in training."""
-    objective = dataclasses.replace(SCORE, temperature=getattr(objective_of(config), "temperature", 1.0))
+def _of_tokens(config: Config, mesh: Mesh, model: Decoder, objective: Objective) -> Step:
+    """(params, batch) -> what the objective reports of each token, float32 [B, L, ...]: chunk by chunk, as in training."""
     functions, names = model.loss_functions(objective), token_names(config)
     held, count = params_dims(config), config.train.microbatches
     schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, count)
@@ -192,10 +191,22 @@ def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
         check_vma=True,
     )
 
-    def score(params: PyTree, batch: PyTree) -> jax.Array:
-        return _in_sequence_order(mapped(params, {name: batch[name] for name in names}), model)["log_probs"]
+    def of_tokens(params: PyTree, batch: PyTree) -> PyTree:
+        return _in_sequence_order(mapped(params, {name: batch[name] for name in names}), model)
 
-    return score
+    return of_tokens
+
+
+def _scores(config: Config, mesh: Mesh, model: Decoder) -> Step:
+    """(params, batch) -> log p of every target, float32 [B, L], 0 where there is none."""
+    of_tokens = _of_tokens(config, mesh, model, replace(SCORE, temperature=getattr(objective_of(config), "temperature", 1.0)))
+    return lambda params, batch: of_tokens(params, batch)["log_probs"]
+
+
+def make_top_k(config: Config, mesh: Mesh, backend: str, count: int) -> Step:
+    """Return the jitted (params, batch) -> {"top_ids", "top_log_probs"}, the most likely next tokens, float32 [B, L, count]."""
+    of_tokens = _of_tokens(config, mesh, make_decoder(config, mesh, backend), replace(PRETRAIN, top_k=count))
+    return jax.jit(of_tokens, out_shardings=batch_sharding(mesh), compiler_options=_reproducible(config, mesh))
 
 
 def make_score(config: Config, mesh: Mesh, backend: str) -> Step:

@@ -53,7 +53,7 @@ def load(
       ExplainedError: it cannot be read, or the mesh does not fit the model.
     """
     source = str(source)
-    config, ends, beside = _of_folder(source) if is_folder(source) else _of_run(source)
+    config, ends, beside = _of_source(source)
     mesh = mesh or MeshConfig(fsdp=1)
     sizes, here = [size for size in mesh.shape if size > 0], count_devices()
     count = math.prod(sizes) if len(sizes) == len(mesh.shape) else here
@@ -74,6 +74,19 @@ def load(
     return Model(
         config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json", config.data.tokenizer), hf_writer(beside)
     )
+
+
+def config_of_source(source: str) -> Config:
+    """Return a config of the model in a HuggingFace folder or a run; its mesh and training are of no meaning.
+
+    Raises:
+      ExplainedError: it cannot be read.
+    """
+    return _of_source(source)[0]
+
+
+def _of_source(source: str) -> tuple[Config, tuple[int, ...], Path]:
+    return _of_folder(source) if is_folder(source) else _of_run(source)
 
 
 def _of_folder(source: str) -> tuple[Config, tuple[int, ...], Path]:

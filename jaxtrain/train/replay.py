@@ -20,9 +20,11 @@ from jaxtrain.errors import UsageError
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
 from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.step import TrainSteps
+from jaxtrain.train.teacher import completion_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 PyTree = Any
@@ -41,10 +43,13 @@ class ReplayedLayout(Prepared):
             )
         super().__init__(config)
         self.canonical_form, self.rollbacks = self.canonical(), Rollbacks.load(config.directory)
+        self._completed = completion_of(self)
 
     def batch(self, data: Data, steps_before: int) -> PyTree:
         """Return the global arrays of the step that has `steps_before` steps before it, with left-out batches skipped."""
-        return self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows()))
+        if wants_reference(self.config):
+            attach_reference(self, data, lambda: self.create_state()["params"])
+        return self._completed(self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows())))
 
     def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:
         """(the state before the step, the step of the checkpoint that it was computed from)."""

@@ -69,6 +69,7 @@ from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.stop import StopOnSignal
+from jaxtrain.train.teacher import completion_of
 
 PyTree = Any
 Held = tuple[PyTree, int, Rollbacks]
@@ -162,7 +163,8 @@ class Run:
                 return self._nothing_left(first, reason)
             if wants_reference(self.config):
                 with self.progress.during("scoring the reference"):
-                    attach_reference(self.prepared, self.data, self._initial_params(first), self.progress)
+                    state_at_0 = self.prepared.create_state if first else lambda: self.state
+                    attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -190,10 +192,6 @@ class Run:
             with contextlib.suppress(Stopped):  # the run is done, with or without a sample
                 self._sample()
         return Ended(step, reason)
-
-    def _initial_params(self, step: int) -> Callable[[], PyTree]:
-        """Return what gives the weights of step 0."""
-        return lambda: self.state["params"] if step == 0 else self.prepared.create_state()["params"]
 
     def _go_on_from(self, held: Held) -> tuple[PyTree, int]:
         """Return the state that the caller holds, and its step.
@@ -322,13 +320,16 @@ class Run:
         """Return what gives the steps after `first` their batches."""
         batch_of = self.resume.rollbacks.batch
         if self.answering is None:
-            return DataFeed(self.prepared, self.data, first, batch_of, clock.waiting_for_data)
+            return DataFeed(self.prepared, self.data, first, batch_of, clock.waiting_for_data, self.completed)
         stop = self.stop
 
         def ends_before(work: str, part: int) -> bool:
             return stop.ends_before(work, part) and stop.end_loop()
 
         return Rollouts(self.prepared, self.answering, self.data.prompts, first, self.progress, batch_of, ends_before)
+
+    completed = functools.cached_property(lambda self: completion_of(self.prepared))
+    """Adds the arrays of another model to a batch."""
 
     @functools.cached_property
     def answering(self) -> Answering | None:

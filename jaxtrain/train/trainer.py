@@ -46,6 +46,7 @@ from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps, read_metrics
 from jaxtrain.train.step_acceptance import record_to_plain
 from jaxtrain.train.stop import StopOnSignal
+from jaxtrain.train.teacher import completion_of
 
 PyTree = Any
 
@@ -174,7 +175,7 @@ class Trainer:
         Raises:
           ExplainedError: data, folder, checkpoint or numbers are not as they must be; says what to do.
         """
-        if objective_of(self.config).inputs and self.config.objective.kind not in ("grpo", "dpo"):
+        if objective_of(self.config).inputs and self.config.objective.kind not in ("grpo", "dpo", "distill"):
             names = ", ".join(objective_of(self.config).inputs)
             raise ExplainedError(f"the objective wants {names} of each token, which data.sources do not give; use step(batch)")
         held = (self._state, self._step, self._rollbacks) if self._state is not None else None
@@ -207,18 +208,23 @@ class Trainer:
         if batch is None:
             self._attach_reference()
             batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
-        missing = [name for name in batch_names(self.config) if name not in batch]
+        given = {*batch, *(objective_of(self.config).inputs if self.config.objective.kind == "distill" else ())}
+        missing = [name for name in batch_names(self.config) if name not in given]
         if missing:
             raise ExplainedError(f"the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
         state, prepared = self.state, self.prepared
         if self._steps is None:
             last = max(prepared.config.train.steps, self._step + 1)
             self._steps = TrainSteps(prepared.config, prepared.mesh, prepared.optimizer, prepared.backend, self._step, last)
-        self._state, metrics = self._steps(state, prepared.place(batch))
+        self._state, metrics = self._steps(state, self._completed(prepared.place(batch)))
         self._step += 1
         values = read_metrics(metrics)
         self._rows.append({"step": self._step, **values})
         return values
+
+    @functools.cached_property
+    def _completed(self) -> Callable[[PyTree], PyTree]:
+        return completion_of(self.prepared)
 
     def _attach_reference(self) -> None:
         if wants_reference(self.config):

@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DpoConfig, GrpoConfig, MeshConfig, ObjectiveConfig
+from jaxtrain.config import Config, DistillConfig, DpoConfig, GrpoConfig, MeshConfig, ObjectiveConfig
 from jaxtrain.inference.whole import make_logits
 from jaxtrain.measure.layouts import batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.objectives import Objective, SequenceObjective, objective_of
 from jaxtrain.ops.losses import negative_log_likelihood
 from jaxtrain.sharding import named
-from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients, make_score
+from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients, make_score, make_top_k
 from jaxtrain.train.state import initial_params, params_dims, to_canonical
 from tests.tiny import UNEVEN, tiny
 
-ROWS, LENGTH = 8, 16
+ROWS, LENGTH, TOP = 8, 16, 5
 MESHES = [
     {"fsdp": 1},
     {"pipe": 2, "fsdp": 2, "tensor": 2},
@@ -62,6 +62,9 @@ def pairs(seed: int = 0) -> dict[str, np.ndarray]:
     batch["old_log_probs"][0] = np.nan
     batch["advantages"] = rng.normal(size=(ROWS, LENGTH)).astype(np.float32)
     batch["weights"] = rng.uniform(0, 0.1, (ROWS, LENGTH)).astype(np.float32)
+    teacher = np.asarray(jax.nn.log_softmax(2 * rng.normal(size=(ROWS, LENGTH, 100)).astype(np.float32)))
+    batch["teacher_ids"] = np.argsort(-teacher)[..., :TOP].astype(np.float32)
+    batch["teacher_log_probs"] = -np.sort(-teacher)[..., :TOP]
     return batch
 
 
@@ -76,15 +79,19 @@ def outcome(config: Config) -> tuple[dict[str, np.ndarray], Any]:
     return jax.tree.map(np.asarray, metrics), jax.tree.map(np.asarray, to_canonical(config, gradients, dims))
 
 
+def plain_distribution(config: Config) -> Any:
+    """Return params -> log p of every token [B, L, V], of whole logits, on one device."""
+    logits = make_logits(config, make_mesh(config.mesh, jax.devices()[:1]))
+    batch = {k: pairs()[k] for k in ("tokens", "positions", "segments")}
+    return lambda params: jax.nn.log_softmax(logits(params, batch)[..., :100])
+
+
 def plain_log_probs(config: Config) -> Any:
     """Return params -> log p of each target [B, L], of whole logits, on one device."""
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    logits = make_logits(config, mesh)
-    targets = pairs()["targets"]
+    targets, distribution = pairs()["targets"], plain_distribution(config)
 
     def log_probs(params: Any) -> jax.Array:
-        log_ps = jax.nn.log_softmax(logits(params, {k: pairs()[k] for k in ("tokens", "positions", "segments")})[..., :100])
-        taken = jnp.take_along_axis(log_ps, np.maximum(targets, 0)[..., None], -1)[..., 0]
+        taken = jnp.take_along_axis(distribution(params), np.maximum(targets, 0)[..., None], -1)[..., 0]
         return jnp.where(targets >= 0, taken, 0)
 
     return log_probs
@@ -121,19 +128,33 @@ def grpo_formula(grpo: GrpoConfig, log_ps: Any) -> Any:
     return jnp.sum(jnp.where(batch["targets"] >= 0, terms, 0))
 
 
+def distill_formula(distill: DistillConfig, log_ps: Any) -> Any:
+    """State KL(q || p) over the teacher's best tokens and the rest, token by token, with the data's own loss beside it."""
+    batch, total = pairs(), 0.0
+    for row, place in zip(*np.nonzero(batch["targets"] >= 0), strict=True):
+        ids, q = batch["teacher_ids"][row, place].astype(int), np.exp(batch["teacher_log_probs"][row, place])
+        p = jnp.exp(log_ps[row, place])
+        q, p_all = np.append(q, 1 - q.sum()), jnp.append(p[ids], 1 - p[ids].sum())
+        total += distill.weight * jnp.sum(q * jnp.log(q / p_all)) - (1 - distill.weight) * jnp.log(
+            p[batch["targets"][row, place]]
+        )
+    return total / (batch["targets"] >= 0).sum()
+
+
 CASES = {
     "dpo": ObjectiveConfig("dpo", dpo=DpoConfig(beta=0.5)),
     "smoothed": ObjectiveConfig("dpo", dpo=DpoConfig(beta=0.5, label_smoothing=0.2, reference="none")),
     "ipo": ObjectiveConfig("dpo", dpo=DpoConfig("ipo", beta=0.5)),
     "orpo": ObjectiveConfig("dpo", dpo=DpoConfig("orpo", beta=0.5)),
+    "distill": ObjectiveConfig("distill", distill=DistillConfig("teacher", top_k=TOP, weight=0.7)),
     "grpo": ObjectiveConfig("grpo", grpo=GrpoConfig("r.py", kl=0.1, clip_low=0.1, clip_high=0.3, importance_cap=1.2)),
 }
 
 
 def formula_of(objective: ObjectiveConfig) -> Any:
     """Return log p [B, L] -> the published loss."""
-    formula, section = (dpo_formula, objective.dpo) if objective.kind == "dpo" else (grpo_formula, objective.grpo)
-    return functools.partial(formula, section)
+    formulas = {"dpo": dpo_formula, "grpo": grpo_formula, "distill": distill_formula}
+    return functools.partial(formulas[objective.kind], getattr(objective, objective.kind))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "dpo"])
@@ -150,10 +171,10 @@ def test_coefficients_are_the_derivatives_of_the_published_loss(name: str):
     assert metrics["pairs"] == sum(rows.max() // 2 for rows in pairs()["segments"])
 
 
-@pytest.mark.parametrize("name", ["dpo", "grpo"])
+@pytest.mark.parametrize("name", ["dpo", "grpo", "distill"])
 def test_loss_and_gradients_are_those_of_the_formula(name: str):
     objective, config = CASES[name], config_of(CASES[name], {}, microbatches=1)
-    params, log_probs = initial_params(config), plain_log_probs(config)
+    params, log_probs = initial_params(config), (plain_distribution if name == "distill" else plain_log_probs)(config)
     value, gradients = jax.value_and_grad(lambda params: formula_of(objective)(log_probs(params)))(params)
     metrics, ours = outcome(config)
     np.testing.assert_allclose(metrics["total_loss"], value, rtol=1e-5)
@@ -162,10 +183,16 @@ def test_loss_and_gradients_are_those_of_the_formula(name: str):
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("dpo", MESHES[1]), ("grpo", MESHES[2])]
+    [("dpo", MESHES[1]), ("grpo", MESHES[2]), ("distill", MESHES[3])]
     + [
         pytest.param(name, mesh, marks=pytest.mark.slow)
-        for name, mesh in (("dpo", MESHES[2]), ("dpo", MESHES[3]), ("grpo", MESHES[1]), ("grpo", MESHES[3]))
+        for name, mesh in (
+            ("dpo", MESHES[2]),
+            ("dpo", MESHES[3]),
+            ("grpo", MESHES[1]),
+            ("grpo", MESHES[3]),
+            ("distill", MESHES[1]),
+        )
     ],
     ids=str,
 )
@@ -188,6 +215,19 @@ def test_scores_are_log_probabilities_of_the_targets(mesh: dict[str, int]):
     batch = {name: pairs()[name] for name in ("tokens", "targets", "positions", "segments")}
     got = make_score(config, devices, "reference")(params, jax.device_put(batch, batch_sharding(devices)))
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("mesh", [MESHES[2], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[1:4:2])], ids=str)
+def test_the_most_likely_tokens_are_those_of_the_whole_distribution(mesh: dict[str, int]):
+    one, config = (config_of(ObjectiveConfig(), m) for m in ({}, mesh))
+    want = np.asarray(plain_distribution(one)(initial_params(one)))
+    devices = make_mesh(config.mesh, jax.devices()[: int(np.prod(config.mesh.shape))])
+    params = jax.jit(lambda: initial_params(config), out_shardings=named(devices, params_dims(config)))()
+    batch = jax.device_put({name: pairs()[name] for name in batch_names(config)}, batch_sharding(devices))
+    got = jax.tree.map(np.asarray, make_top_k(config, devices, "reference", TOP)(params, batch))
+    np.testing.assert_allclose(got["top_log_probs"], -np.sort(-want)[..., :TOP], atol=2e-6)
+    ids = got["top_ids"].astype(int)
+    np.testing.assert_allclose(np.take_along_axis(want, ids, -1), got["top_log_probs"], atol=2e-6)
 
 
 def test_a_step_tells_its_log_probabilities_and_a_ratio_of_one():
