@@ -291,13 +291,16 @@ class RewardEvaluation:
     """The mean reward of held-out prompts, each answered by the most likely tokens.
 
     Args:
-      most: prompts to answer; 0 for all.
+      batches: train.global_batch_size prompts each, to be answered; 0 for all.
     """
 
-    def __init__(self, prepared: Prepared, answering: Answering, prompts: Prompts, most: int = 0):
+    def __init__(self, prepared: Prepared, answering: Answering, prompts: Prompts, batches: int = 0):
         self._answering, self._grpo = answering, prepared.config.objective.grpo
-        numbers = usable(prompts, prepared.config)
-        self._prompts = [prompts[number] for number in numbers[: most or None]]
+        size = prepared.config.train.global_batch_size
+        numbers = usable(prompts, prepared.config) if prompts.count else []
+        self._prompts = [prompts[number] for number in numbers[: batches * size or None]]
+        self.batches = -(-len(self._prompts) // size)
+        """Batches that are answered; 0 where nothing is held out."""
 
     def row(self, params: PyTree, ends: Callable[[int], bool] = lambda part: False) -> dict[str, float | None] | None:
         """Return the mean reward, the tokens of an answer and the share of answers that no token ended; None where `ends` ended

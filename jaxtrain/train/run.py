@@ -408,8 +408,8 @@ class Run:
         """Return the validation hook, where there is held-out data and the config wants it looked at."""
         train = self.config.train
         if train.validate_every and self.answering is not None and self.data.validation_prompts.count:
-            most = train.validate_batches * train.global_batch_size
-            evaluate = RewardEvaluation(self.prepared, self.answering, self.data.validation_prompts, most).row
+            prompts = self.data.validation_prompts
+            evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).row
             self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
             return self.validation
         if not train.validate_every or not self.data.num_validation_batches(train.global_batch_size):

@@ -32,7 +32,8 @@ from jaxtrain.ops.losses import TokenLoss
 from jaxtrain.parallel.pipeline_schedule import Schedule
 from jaxtrain.parts import ModelParts
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress, open_progress
+from jaxtrain.telemetry.progress import Progress, is_validation, open_progress
+from jaxtrain.train.answers import Answering
 from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
 from jaxtrain.train.gradients import batch_names
 from jaxtrain.train.loop import Hook
@@ -40,6 +41,7 @@ from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
+from jaxtrain.train.rollouts import RewardEvaluation
 from jaxtrain.train.run import Ended, Run
 from jaxtrain.train.run_dir import make_run_dir, only_run_in
 from jaxtrain.train.state_check import StateCheck
@@ -153,9 +155,11 @@ class Trainer:
         path = self.config.directory / "metrics.jsonl"
         rows = {(row["step"], "loss" in row): row for row in [*self._rows, *(read_rows(path) if path.exists() else [])]}
         training = [row for _, row in sorted(rows.items()) if "loss" in row]
-        validation = [row for _, row in sorted(rows.items()) if "validation_loss" in row]
+        validation = [row for _, row in sorted(rows.items()) if is_validation(row)]
         scored = {"validation_step": _column(validation, "step")}
-        scored |= {name: _column(validation, name) for name in ("validation_loss", "validation_bits_per_byte")}
+        always = ("validation_loss", "validation_bits_per_byte")
+        further = (name for row in validation for name in row if name.startswith("validation_"))
+        scored |= {name: _column(validation, name) for name in dict.fromkeys((*always, *further))}
         names = dict.fromkeys(name for row in training for name, value in row.items() if isinstance(value, int | float))
         return {name: _column(training, name) for name in names} | scored
 
@@ -233,7 +237,7 @@ class Trainer:
     @settled()
     def evaluate(self, batches: int = 0) -> dict[str, float | None]:
         """Return `validation_loss`, in nats a held-out token, and `validation_bits_per_byte`; of preferences their loss, and
-        `validation_preference_accuracy`.
+        `validation_preference_accuracy`; of rewards `validation_reward` and the figures of `RewardEvaluation`.
 
         Args:
           batches: validation batches to score; 0 for all.
@@ -241,7 +245,7 @@ class Trainer:
         Raises:
           ExplainedError: nothing is held out.
         """
-        evaluation = Evaluation(self.prepared, self.data, batches)
+        evaluation = self._evaluation(batches)
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
         self._attach_reference()
@@ -249,6 +253,13 @@ class Trainer:
         assert found is not None  # nothing ends it
         self._rows.append({"step": self._step, **found})
         return found
+
+    def _evaluation(self, batches: int) -> Evaluation | RewardEvaluation:
+        if self.config.objective.kind != "grpo":
+            return Evaluation(self.prepared, self.data, batches)
+        return RewardEvaluation(
+            self.prepared, Answering(self.prepared, self.data.tokenizer), self.data.validation_prompts, batches
+        )
 
     @settled()
     def model(self) -> Model:

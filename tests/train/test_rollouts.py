@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from jaxtrain.config import CheckpointConfig, DataSource, MeshConfig, MoEConfig
 from jaxtrain.config.objective_fields import GrpoConfig, ObjectiveConfig
+from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import CheckpointError, DataError, ExplainedError, NumbersError
 from jaxtrain.mesh import make_mesh
@@ -130,6 +132,21 @@ def test_seeds_differ_by_run_rollout_and_answer():
 # --- without a device
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"moe": MoEConfig(num_experts=4, dispatch="capacity")}}, "drops tokens in training that sampling has kept"),
+        ({"checkpoint": CheckpointConfig(every=4, fast_every=3)}, "fast_every=3 is not a multiple of objective.grpo.updates=2"),
+        ({"guard": {"non_finite": "rollback"}}, "rollback leaves batches out, but objective.grpo.updates=2 of them share"),
+        ({"train": {"global_batch_size": 18}}, "train.global_batch_size=18 is not a multiple of objective.grpo.group_size=4"),
+    ],
+)
+def test_settings_that_rollouts_cannot_have(files, sections, words):
+    config = config_of(files, updates=2)
+    changed = {n: replace(getattr(config, n), **v) if isinstance(v, dict) else v for n, v in sections.items()}
+    assert any(words in problem for problem in objective_problems(replace(config, **changed)))
+
+
 def judged(files, on_reward_error):
     """What the reward function makes of two answers to two prompts."""
     config = config_of(files, grpo={"on_reward_error": on_reward_error})
@@ -186,7 +203,7 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
         train={"microbatches": 2, "validate_every": 2},
         grpo={"kl": 0.1, "temperature": 0.7},
     )
-    trained(config)
+    trainer = trained(config)
     divergence = [row["kl"] for row in rows(config)]
     assert abs(divergence[0]) < 1e-9, "the reference is not the weights that the run began with"
     assert divergence[1] > 1e-6
@@ -197,6 +214,7 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
     held_out = [row for row in read_rows(config.directory / "metrics.jsonl") if "validation_reward" in row]
     assert [row["step"] for row in held_out] == [2]
     assert 0 < held_out[0]["validation_response_length"] <= 6
+    assert trainer.metrics["validation_reward"].tolist() == [trainer.evaluate()["validation_reward"]]
 
 
 @pytest.mark.slow
