@@ -85,8 +85,7 @@ def check_targets(lora: LoraConfig, kinds: list[PyTree]) -> None:
     known = list(dict.fromkeys(path for dims in kinds for path in matrices_of(dims)))
     unknown = [pattern for pattern in lora.targets if not any(_fits(path, pattern) for path in known)]
     if unknown:
-        problems = [f"lora.targets has {pattern!r}: {nearest(pattern, known)}" for pattern in unknown]
-        raise ConfigError(problems, f"this model's layers have the matrices {', '.join(known)}")
+        raise ConfigError([f"lora.targets has {pattern!r}: {nearest(pattern, known)}" for pattern in unknown])
 
 
 def _split(own: Dims) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -7,16 +7,18 @@ of a frozen one. None is no leaf, so no buffer, no sum over devices and no momen
 from __future__ import annotations
 
 import functools
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.models import lora
-from jaxtrain.models.decoder import layer_kinds_dims, parameter_dims
-from jaxtrain.sharding import LORA, is_dims
+from jaxtrain.models.decoder import initialize, layer_kinds_dims, parameter_dims
+from jaxtrain.sharding import LORA, Dims, is_dims
 
 PyTree = Any
 
@@ -61,3 +63,23 @@ def with_trained(config: Config, params: PyTree, new: PyTree) -> PyTree:
     structure = jax.tree.structure(parameter_dims(config.model), is_leaf=is_dims)
     pairs = zip(structure.flatten_up_to(params), structure.flatten_up_to(new), strict=True)
     return structure.unflatten([old if changed is None else changed for old, changed in pairs])
+
+
+def describe_trained(config: Config) -> str:
+    """Return ", 24,576 of them trained" with adapters or frozen parameters, else nothing.
+
+    Raises:
+      ConfigError: as `trained_dims`.
+    """
+    kept, model = trained_dims(config), config.model
+    if not model.adapters.rank and not config.train.frozen:
+        return ""
+    numbers = np.arange(model.stacked_layers)[None, None]
+    shapes = jax.eval_shape(lambda: trained(config, initialize(model, jax.random.key(0), numbers)))
+
+    def size(own: Dims, leaf: Any) -> int:
+        sizes = zip(own, leaf.shape, strict=True)
+        return math.prod(model.vocab_size if name == "vocab" else count for name, count in sizes)
+
+    total = sum(jax.tree.leaves(jax.tree.map(size, kept, shapes, is_leaf=is_dims)))
+    return f", {total:,} {'in adapters, which alone are' if model.adapters.rank else 'of them'} trained"

@@ -48,7 +48,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import Config, ModelConfig
 from jaxtrain.parts import plugged
 
 Convention = Literal["full", "causal"]
@@ -138,6 +138,18 @@ def num_parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
+def describe_parameters(config: Config) -> str:
+    """Return a config's numbers of parameters in words; with adapters or frozen parameters also that of the trained ones.
+
+    Raises:
+      ConfigError: lora.targets or train.frozen names no parameter.
+    """
+    from jaxtrain.models.trained import describe_trained
+
+    count = num_parameters(config.model)
+    return f"{count.total:,} parameters ({count.non_embedding:,} without embeddings){describe_trained(config)}"
+
+
 def _count_declared(model: ModelConfig) -> ParameterCount:
     """Return the parameters by the shapes that the decoder declares; leaves of two dims and more are matrices."""
     import jax
@@ -145,7 +157,7 @@ def _count_declared(model: ModelConfig) -> ParameterCount:
     from jaxtrain.models.decoder import initialize
 
     numbers = np.arange(model.stacked_layers)[None, None]
-    shapes = jax.eval_shape(lambda: initialize(model, jax.random.key(0), numbers))
+    shapes = jax.eval_shape(lambda: initialize(model.base, jax.random.key(0), numbers))
     layers = jax.tree.leaves(shapes["layers"])
     first = jax.tree.leaves(shapes["outer"].get("first_layers", {}))
     table = model.vocab_size * model.embed_dim

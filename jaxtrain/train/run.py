@@ -29,7 +29,7 @@ from jaxtrain.parts import digests
 from jaxtrain.processes import LONG_SECONDS
 from jaxtrain.telemetry.clock import StepClock, StepWork
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
-from jaxtrain.telemetry.flops import num_parameters
+from jaxtrain.telemetry.flops import describe_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
 from jaxtrain.telemetry.profile import ProfileWindow
 from jaxtrain.telemetry.progress import Progress
@@ -115,13 +115,12 @@ class Run:
 
     def _say_what_it_is(self) -> None:
         config, say = self.config, self.progress.say
-        count = num_parameters(config.model)
         say(f"run        {config.name} in {self.directory}")
         if self.program:
             say(f"program    {describe_program(self.program)}")
         for name, part in digests(config.parts, config.model.parts).items():
             say(f"plugged    {name}: {part}")
-        say(f"model      {count.total:,} parameters ({count.non_embedding:,} without embeddings)")
+        say(f"model      {describe_parameters(config)}")
         say(f"mesh       {describe_mesh(self.mesh)}")
         say(f"attention  {self.prepared.backend} ({self.prepared.why_backend})")
         warmup = warmup_steps(config.optimizer, config.train.steps)

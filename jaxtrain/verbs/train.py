@@ -123,14 +123,14 @@ def programs(config: Config) -> list[str]:
     from jaxtrain.models.building import choose_attention
     from jaxtrain.parallel import sync
     from jaxtrain.planner.wording import how_words
-    from jaxtrain.telemetry.flops import num_parameters
+    from jaxtrain.telemetry.flops import describe_parameters
 
     mesh, train, steps = make_mesh(config.mesh), config.train, range(1, config.train.steps + 1)
     kinds = len({sync.exchange_at(config.sync, step) for step in steps})
     names = ["initial state", "train step" if kinds == 1 else f"{kinds} train steps, which differ in what replicas exchange"]
     names += ["validation step"] * (train.validate_every > 0) + ["next token"] * (train.sample_tokens > 0)
     return [
-        f"model      {num_parameters(config.model).total:,} parameters",
+        f"model      {describe_parameters(config)}",
         f"mesh       {describe_mesh(mesh)}",
         f"step       {how_words(config)}; {train.global_batch_size} sequences of {config.data.sequence_length} tokens",
         "attention  {} ({})".format(*choose_attention(config, mesh)),

@@ -13,7 +13,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.measure.layouts import BASE, batch_of
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.lora import merge
-from jaxtrain.models.trained import trained, trained_dims
+from jaxtrain.models.trained import describe_trained, trained, trained_dims
 from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import create_state
@@ -155,7 +155,9 @@ def test_no_buffer_holds_gradients_of_frozen_parameters():
         program = jax.jit(make_loss_and_gradients(config, mesh, "reference")).lower(params, batch(config, mesh)).compile()
         return program.memory_analysis().temp_size_in_bytes, bytes_of(trained(config, params))
 
+    assert describe_trained(full) == ""
     (all_bytes, all_gradients), (some_bytes, some_gradients) = temporaries(full), temporaries(replace(full, lora=LORA))
+    assert describe_trained(replace(full, lora=LORA)) == f", {some_gradients // 4:,} in adapters, which alone are trained"
     assert some_gradients < 0.3 * all_gradients
     assert all_bytes - some_bytes > 0.7 * (all_gradients - some_gradients)
 
