@@ -107,6 +107,15 @@ def draw_replicas(path: Path) -> None:
         plot_comparison({name: run / "metrics.jsonl" for name, run in runs.items()}, path)
 
 
+def draw_rewards(path: Path) -> None:
+    """Draw the rewards of configs/grpo_quickstart.py, which begins with the weights of configs/grpo_warmup.py."""
+    subprocess.run([sys.executable, "configs/grpo_warmup.py"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        first = _train(folder, "--config=configs/grpo_warmup.py")
+        then = _train(folder, "--config=configs/grpo_quickstart.py", f"--init_from={first}")
+        path.write_bytes((then / "loss.png").read_bytes())
+
+
 def draw_plan(path: Path) -> None:
     """Draw mesh, schedule and map of the best of all layouts of 405b on 16,384 H100s."""
     from jaxtrain.config.loading import load_config
@@ -141,6 +150,7 @@ PLANNER = tuple(
 )
 PICTURES = {
     ".github/quickstart.png": Picture(draw_quickstart, ("configs/quickstart.py", PLOTS)),
+    ".github/rewards.png": Picture(draw_rewards, ("configs/grpo_warmup.py", "configs/grpo_quickstart.py", PLOTS)),
     "jaxtrain/parallel/replicas.png": Picture(draw_replicas, ("configs/replicas.py", PLOTS)),
     "jaxtrain/planner/plan.svg": Picture(draw_plan, ("configs/405b.py", *PLANNER)),
 }
