@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtrain.config.rules import validate
     from jaxtrain.errors import ExplainedError
     from jaxtrain.models.parameters import parameter
-    from jaxtrain.objectives import Objective
+    from jaxtrain.objectives import Objective, SequenceObjective
     from jaxtrain.parts import ModelParts
     from jaxtrain.planner.plan import plan
     from jaxtrain.train.loading import load
@@ -34,6 +34,7 @@ __all__ = [
     "Hook",
     "ModelParts",
     "Objective",
+    "SequenceObjective",
     "Trainer",
     "load",
     "load_config",
@@ -49,6 +50,7 @@ _HOMES = {
     "Hook": "train.loop",
     "ModelParts": "parts",
     "Objective": "objectives",
+    "SequenceObjective": "objectives",
     "Trainer": "train.trainer",
     "load": "train.loading",
     "load_config": "config.loading",

@@ -21,11 +21,15 @@ from jaxtrain.config import (
     MESH_AXES,
     Config,
     DataConfig,
+    DistillConfig,
+    DpoConfig,
+    GrpoConfig,
     LatentAttentionConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     PipelineConfig,
     RopeScaling,
@@ -168,7 +172,16 @@ def draw_task(choose: Choose) -> Config:
     task = replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
     adapters = LoraConfig(rank=4, alpha=8.0, targets=choose(((), ("attention/*",), ("up", "down"))))
     frozen = choose(((), ("outer/*",), ("layers/attention/*",)))
-    return choose((task, task, replace(task, lora=adapters), replace(task, train=replace(task.train, frozen=frozen))))
+    task = choose((task, task, replace(task, lora=adapters), replace(task, train=replace(task.train, frozen=frozen))))
+    return replace(task, objective=draw_objective(choose, task.data.mask_documents))
+
+
+def draw_objective(choose: Choose, with_documents: bool) -> ObjectiveConfig:
+    """Draw an objective; preferences are between documents of a row."""
+    others = [ObjectiveConfig("grpo", grpo=GrpoConfig("reward.py", kl=0.1, temperature=1.3))]
+    others += [ObjectiveConfig("distill", distill=DistillConfig("teacher", top_k=3, weight=0.7))]
+    others += [ObjectiveConfig("dpo", dpo=DpoConfig(loss)) for loss in ("sigmoid", "orpo")] if with_documents else []
+    return choose((*[ObjectiveConfig()] * 4, *others))
 
 
 def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
@@ -263,9 +276,14 @@ def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = V
 
 
 def _inputs_of(config: Config, name: str) -> np.ndarray:
-    """Return floats from 0.5 to 1.5 for an input of the objective, float32 [B, L]."""
-    shape = (config.train.global_batch_size, config.data.sequence_length)
-    return np.random.default_rng(list(name.encode())).uniform(0.5, 1.5, shape).astype(np.float32)
+    """Return an input of the objective, float32 [B, L] or [B, L, K]: token ids, log-probabilities, or floats around 1."""
+    widths, vocabulary = getattr(objective_of(config), "widths", {}), config.model.vocab_size
+    shape = (config.train.global_batch_size, config.data.sequence_length, *((widths[name],) if name in widths else ()))
+    rng = np.random.default_rng(list(name.encode()))
+    if name.endswith("_ids"):
+        return rng.random((*shape[:2], vocabulary)).argsort(-1)[..., : shape[-1]].astype(np.float32)
+    low, high = (-5.0, -3.0) if name.endswith("_log_probs") else (0.5, 1.5)
+    return rng.uniform(low, high, shape).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

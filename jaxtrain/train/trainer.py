@@ -27,7 +27,7 @@ from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.inference.model import Model
 from jaxtrain.mesh import count_devices
 from jaxtrain.numerics import settled
-from jaxtrain.objectives import Objective, objective_of
+from jaxtrain.objectives import Objective, SequenceObjective, objective_of
 from jaxtrain.ops.losses import TokenLoss
 from jaxtrain.parallel.pipeline_schedule import Schedule
 from jaxtrain.parts import ModelParts
@@ -59,7 +59,8 @@ class Trainer:
     Args:
       config: `Config`, e.g. of `load_config("quickstart")`.
       model: attention, MLP or layer of your own, in place of the decoder's.
-      objective: what is minimised: `Objective`, or a function (log p of each target [B, L], {}) -> loss [B, L].
+      objective: what is minimised: `Objective`, `SequenceObjective`, or a function (log p of each target [B, L], {}) -> loss
+        [B, L].
       optimizer: an optax transform, the whole update rule, in place of config section `optimizer`.
       schedule: (stages, chunks a stage, microbatches) -> a table of a pipeline's work, in place of pipeline.schedule.
       hooks: told of each step (`Hook`).
@@ -72,7 +73,7 @@ class Trainer:
         config: Config,
         *,
         model: ModelParts | None = None,
-        objective: Objective | TokenLoss | None = None,
+        objective: Objective | SequenceObjective | TokenLoss | None = None,
         optimizer: optax.GradientTransformation | None = None,
         schedule: Callable[[int, int, int], Schedule] | None = None,
         hooks: Iterable[Hook] = (),
