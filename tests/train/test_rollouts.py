@@ -232,9 +232,9 @@ def test_the_layout_changes_neither_answers_nor_steps(files, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", FOUR_MESHES, ids=lambda mesh: "-".join(mesh))
-def test_sampling_agrees_with_training_in_bfloat16(files, mesh):
-    config = config_of(files, steps=2, mesh=mesh, model={"dtype": "bfloat16"})
+def test_sampling_agrees_with_training_in_bfloat16(files):
+    """On one mesh: of others XLA:CPU 0.10.2 cannot run every program in bfloat16 ("DotThunk: BF16 x BF16 = F32")."""
+    config = config_of(files, steps=2, mesh={"fsdp": 4, "tensor": 2}, model={"dtype": "bfloat16"})
     trained(config)
     for row in rows(config):
         assert row["ratio_change"] == 0
