@@ -29,9 +29,10 @@ BANNED_MODULES = set("pickle cPickle dill cloudpickle shelve marshal joblib json
 BANNED_NAMES = set("eval exec compile __import__".split())
 BANNED_METHODS = set("system popen exec_module start_server".split())
 BANNED_FLAGS = set("allow_pickle shell trust_remote_code create_perfetto_link".split())
-# A config file is code, and is named by the person who starts the run: see SECURITY.md. jax's installed plugin is loaded as
-# Python itself loads it.
-ALLOWED = {("jaxtrain/config/loading.py", "exec_module"), ("jaxtrain/quiet_plugin.py", "exec_module")}
+# A config file is code, as is a reward function, and is named by the person who starts the run: see SECURITY.md. jax's
+# installed plugin is loaded as Python itself loads it.
+CODE = ("jaxtrain/config/loading.py", "jaxtrain/quiet_plugin.py", "jaxtrain/train/rewards.py")
+ALLOWED = {(file, "exec_module") for file in CODE}
 
 
 def dangers(tree: ast.AST) -> set[str]:
@@ -185,7 +186,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path):
 def test_no_field_of_a_config_is_for_a_secret():
     """Configs are saved and shown, so there is nowhere to put one."""
     words = ("token", "password", "secret", "api_key", "credential")
-    innocent = {"tokenizer", "experts_per_token", "sample_tokens"}
+    innocent = {"tokenizer", "experts_per_token", "sample_tokens", "max_new_tokens"}
 
     def names(value):
         for field in dataclasses.fields(value):

@@ -133,7 +133,8 @@ def initial_adapters(lora: LoraConfig, dims: PyTree, shapes: PyTree, key: jax.Ar
             continue
         inputs = math.prod(size for name, size in zip(own[:-1], shape[:-1], strict=True) if name not in NUMBERED)
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-        found[path] = jax.random.uniform(own_key, shape, minval=-1 / math.sqrt(inputs), maxval=1 / math.sqrt(inputs))
+        # Not drawn between the bounds: the sum that this takes is rounded once or twice, as the compiler likes, on each mesh.
+        found[path] = jax.random.uniform(own_key, shape, minval=-1.0, maxval=1.0) * (1 / math.sqrt(inputs))
     return _nested(found)
 
 

@@ -176,7 +176,7 @@ class LiveProgress(Progress):
 
 def is_validation(row: Mapping[str, Any]) -> bool:
     """Return whether a row of metrics.jsonl is of a validation, not of a training step."""
-    return any(name.startswith("validation_") for name in row)
+    return "validation_loss" in row or "validation_reward" in row
 
 
 def describe(row: Mapping[str, Any], total_steps: int) -> str:

@@ -254,6 +254,9 @@ class Noted:
     def __exit__(self, *error):
         return self._batches.__exit__(*error)
 
+    def close(self):
+        self._batches.close()
+
     def __iter__(self):
         return self
 

@@ -253,6 +253,7 @@ def test_microbatches_without_a_target_change_nothing():
         close(ours, gradients, 1e-6)
 
 
+@pytest.mark.slow
 def test_users_measures_are_means_over_targets():
     config = config_of(ObjectiveConfig(), {})
     seen = Objective(negative_log_likelihood, measures={"squared": lambda log_p, _: jnp.square(log_p)})

@@ -14,6 +14,7 @@ from jaxtrain.train.trainer import Trainer
 from tests.tiny import tiny
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_to_its_teacher(tmp_path: Path):
     (tmp_path / "text.txt").write_text("\n".join(f"{n} is {n % 7} and {n * n}" for n in range(600)))
     data = DataConfig((replace(DataConfig().sources[0], kind="text", path=str(tmp_path / "text.txt")),), sequence_length=16)
