@@ -65,7 +65,11 @@ def model(kind, group: int, **mesh: int) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("kind", "group", "mesh"), [("int8", 4, {"pipe": 2, "fsdp": 2}), ("float8", 0, {"expert": 2, "tensor": 2})]
+    ("kind", "group", "mesh"),
+    [
+        ("int8", 4, {"pipe": 2, "fsdp": 2}),
+        pytest.param("float8", 0, {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_every_mesh_computes_the_same(kind, group: int, mesh: dict[str, int]):
     one, on_mesh = model(kind, group), model(kind, group, **mesh)

@@ -8,7 +8,7 @@ from jaxtrain.config import MeshConfig
 from jaxtrain.measure.layouts import BASE, compare
 from tests.layouts import SURE, candidates, covering, features_of
 
-TASKS, MORE = 4, 20  # of two layouts each: 8 in every run, 48 with -m "slow or not slow"
+TASKS, MORE = 5, 19  # of two layouts each: 10 in every run, 48 with -m "slow or not slow"
 
 
 @pytest.mark.parametrize("task", [*range(TASKS), *(pytest.param(TASKS + i, marks=pytest.mark.slow) for i in range(MORE))])
