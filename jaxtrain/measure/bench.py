@@ -11,17 +11,18 @@ import dataclasses
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.config import Config, DataSource
+from jaxtrain.config import Config, DataSource, ObjectiveConfig
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
+from jaxtrain.objectives import objective_of
 from jaxtrain.telemetry.clock import StepClock, StepWork, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
@@ -38,10 +39,14 @@ PyTree = Any
 
 
 def bench_config(config: Config) -> Config:
-    """Return the config with synthetic data and nothing that interrupts the steps."""
+    """Return the config with synthetic data and nothing that interrupts the steps.
+
+    Its objective is plugged in, which asks for no pairs or prompts: the program is the same.
+    """
     train = dataclasses.replace(config.train, validate_every=0, sample_tokens=0)
     data = dataclasses.replace(config.data, sources=(DataSource(kind="synthetic"),))
-    return dataclasses.replace(config, train=train, data=data)
+    parts = dataclasses.replace(config.parts, objective=objective_of(config))
+    return dataclasses.replace(config, train=train, data=data, objective=ObjectiveConfig(), parts=parts)
 
 
 class Bench(Prepared):
@@ -60,6 +65,15 @@ class Bench(Prepared):
     def step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """Run one step: (state, metrics)."""
         return self.program(state, batch, self.numbers)
+
+    def place(self, batch: Mapping[str, np.ndarray], num_rows: int | None = None) -> dict[str, jax.Array]:
+        """Return global arrays, as `Prepared.place`; what the objective wants beside the data (a reference, a teacher, rewards)
+        is zero here, and is not timed.
+        """
+        objective, shape = objective_of(self.config), batch["tokens"].shape
+        widths = getattr(objective, "widths", {})
+        missing = {name: (*shape, widths[name]) if name in widths else shape for name in objective.inputs if name not in batch}
+        return super().place({**batch, **{name: np.zeros(size, np.float32) for name, size in missing.items()}}, num_rows)
 
     def bare_steps(self, count: int) -> list[float]:
         """Return the seconds of each of `count` steps, each dispatched before the metrics of the one before are waited for."""

@@ -28,6 +28,6 @@ def to_global(
             start, stop, _ = index[0].indices(num_rows)
             return local[start - rows.start : stop - rows.start, index[1]]
 
-        return jax.make_array_from_callback((num_rows, local.shape[1]), sharding, shard)
+        return jax.make_array_from_callback((num_rows, *local.shape[1:]), sharding, shard)
 
     return {name: place(batch[name]) for name in names}

@@ -33,14 +33,9 @@ from jaxtrain.sharding import (
     sum_over,
     vary,
 )
-from jaxtrain.train.exchange import (
-    own,
-    under,
-)
+from jaxtrain.train.exchange import own, under
 from jaxtrain.train.state import params_dims
-from jaxtrain.train.xla_options import (
-    deterministic_options,
-)
+from jaxtrain.train.xla_options import deterministic_options
 
 PyTree = Any
 BATCH_DIMS = ("batch", "length")

@@ -163,7 +163,7 @@ class Run:
             if wants_reference(self.config):
                 with self.progress.during("scoring the reference"):
                     state_at_0 = self.prepared.create_state if first else lambda: self.state
-                    attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress)
+                    attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress, self.stop.check)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()

@@ -19,28 +19,15 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.program import xla_costs
-from jaxtrain.sharding import (
-    named,
-    replicated,
-)
+from jaxtrain.sharding import named, replicated
 from jaxtrain.train.balance import expert_metrics, step_biases
-from jaxtrain.train.exchange import (
-    describe_exchange,
-    exchanged_bytes,
-    make_gradient_exchange,
-    make_parameter_exchange,
-)
+from jaxtrain.train.exchange import describe_exchange, exchanged_bytes, make_gradient_exchange, make_parameter_exchange
 from jaxtrain.train.gradients import abstract_batch, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters
 from jaxtrain.train.state import abstract_state, state_shardings
 from jaxtrain.train.step_acceptance import apply_if_good
-from jaxtrain.train.xla_options import (
-    compile_with_options,
-    default_options,
-    deterministic_options,
-    parse_options,
-)
+from jaxtrain.train.xla_options import compile_with_options, default_options, deterministic_options, parse_options
 
 PyTree = Any
 Step = Any  # a jitted function: called, or lowered

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.config import ObjectiveConfig
+from jaxtrain.config import ObjectiveConfig, SyncConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.models.building import choose_attention
@@ -40,7 +40,7 @@ class Teacher:
         model = replace(found, dtype=config.model.dtype, param_dtype=config.model.dtype)
         config = replace(
             config, model=model, init_from=distill.teacher, init_from_optimizer=False, lora=type(config.lora)(),
-            objective=ObjectiveConfig(), train=replace(config.train, frozen=()),
+            objective=ObjectiveConfig(), sync=SyncConfig(), train=replace(config.train, frozen=()),
         )  # fmt: skip
         config, problems = find_problems(config, prepared.mesh.devices.size)
         problems = [problem for problem in problems if problem.startswith(("mesh.", "model."))]

@@ -3,9 +3,20 @@
 import json
 from dataclasses import replace
 
-from jaxtrain.config import MeshConfig
+import pytest
+
+from jaxtrain.config import DistillConfig, MeshConfig, ObjectiveConfig
 from jaxtrain.measure import bench
 from jaxtrain.measure.layouts import BASE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective", [ObjectiveConfig("dpo"), ObjectiveConfig("distill", distill=DistillConfig("teacher", top_k=4))]
+)
+def test_the_step_of_every_objective_can_be_measured(objective: ObjectiveConfig):
+    config = bench.bench_config(replace(BASE, mesh=MeshConfig(fsdp=8), objective=objective))
+    assert min(bench.Bench(config).bare_steps(1)) > 0
 
 
 def test_reports_what_the_issue_names(monkeypatch):
