@@ -235,18 +235,20 @@ def _take_config(arguments: Sequence[str], needed: bool) -> tuple[str, list[str]
         i += 1
     if path == "":
         raise ConfigError([f"--config needs a file, {EXAMPLE}"])
-    if path is None and (found := _model_folder(rest)):
-        return found, rest
+    source = _init_from(rest) if path is None else ""
+    if source and is_model_folder(user_path(source)):
+        return source, rest
     if path is None and needed:
-        raise ConfigError([f"--config is missing; give a config file, {EXAMPLE}"])
+        other = f"; {source}, of --init_from, is no folder of a HuggingFace model, which would do" if source else ""
+        raise ConfigError([f"--config is missing; give a config file, {EXAMPLE}{other}"])
     return path or "", rest
 
 
-def _model_folder(arguments: Sequence[str]) -> str:
-    """Return the HuggingFace folder that --init_from names; empty if it names none."""
+def _init_from(arguments: Sequence[str]) -> str:
+    """Return the value of --init_from; empty without it."""
     path = ""
     for i, argument in enumerate(arguments):
         name, equals, text = argument.partition("=")
         if name.replace("-", "_") == "__init_from":
             path = text if equals else "".join(arguments[i + 1 : i + 2])
-    return path if path and is_model_folder(user_path(path)) else ""
+    return path

@@ -160,10 +160,7 @@ class Run:
             if (reached := self.resume.reached_before(first)) or first == self.config.train.steps:
                 reason = reached or f"all {first} steps were done before; a larger --train.steps trains on"
                 return self._nothing_left(first, reason)
-            if wants_reference(self.config):
-                with self.progress.during("scoring the reference"):
-                    state_at_0 = self.prepared.create_state if first else lambda: self.state
-                    attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress, self.stop.check)
+            self._prepare_batches(first)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -320,15 +317,19 @@ class Run:
         batch_of = self.resume.rollbacks.batch
         if self.answering is None:
             return DataFeed(self.prepared, self.data, first, batch_of, clock.waiting_for_data, self.completed)
-        stop = self.stop
 
         def ends_before(work: str, part: int) -> bool:
-            return stop.ends_before(work, part) and stop.end_loop()
+            return self.stop.ends_before(work, part) and self.stop.end_loop()
 
         return Rollouts(self.prepared, self.answering, self.data.prompts, first, self.progress, batch_of, ends_before)
 
-    completed = functools.cached_property(lambda self: completion_of(self.prepared))
-    """Adds the arrays of another model to a batch."""
+    def _prepare_batches(self, first: int) -> None:
+        """Load what adds to batches: a teacher; or the log-probabilities of the weights of step 0."""
+        with self.progress.during("reading other models"):
+            self.completed = completion_of(self.prepared)
+            if wants_reference(self.config):
+                state_at_0 = self.prepared.create_state if first else lambda: self.state
+                attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress, self.stop.check)
 
     @functools.cached_property
     def answering(self) -> Answering | None:
@@ -445,5 +446,4 @@ class Run:
         """Show a continuation of held-out text."""
         with self.progress.during("sampling"):
             model = model_in_hand(self.prepared, self.state["params"], self.data)
-            shown = sample_words(model, self.data, self.stop.check)
-        self.progress.say(shown)
+            self.progress.say(sample_words(model, self.data, self.stop.check))

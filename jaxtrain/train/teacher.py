@@ -31,7 +31,10 @@ class Teacher:
 
     def __init__(self, prepared: Prepared):
         config, distill = prepared.config, prepared.config.objective.distill
-        found = config_of_source(distill.teacher).model
+        try:
+            found = config_of_source(distill.teacher).model
+        except ExplainedError as error:
+            raise ExplainedError(f"objective.distill.teacher: {error}") from error
         if found.vocab_size != config.model.vocab_size:
             raise ExplainedError(
                 f"objective.distill.teacher={distill.teacher} has {found.vocab_size} token ids, the student has "
