@@ -112,7 +112,7 @@ CASES = {
         sharding=ShardingConfig(context_attention="ulysses"),
     ),
 }
-FEW = ("data", "fsdp x tensor", "pipe, 1f1b", "expert, dropless")
+FEW = ("fsdp x tensor", "pipe, 1f1b", "expert, dropless")
 """Compiled for GPUs in every run with the extra `plan`; 14 to 57 s of CPU each."""
 
 # ---------------------------------------------------------------------------------------------------------------------

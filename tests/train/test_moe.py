@@ -62,10 +62,10 @@ def laid_out(base, microbatches, remat, schedule="1f1b", **axes):
 @pytest.mark.parametrize(
     "config",
     [
-        # Three layers in the stack: uneven parts. The layout law draws pipe x expert and expert x fsdp in every run.
+        # Three layers in the stack: uneven parts. The layout law draws pipe x expert, expert x fsdp and capacity in every run.
         pytest.param(laid_out(DEEPSEEK, 2, "dots", pipe=2, expert=2, tensor=2), marks=pytest.mark.slow),
         pytest.param(laid_out(DEEPSEEK, 1, "full", expert=4, fsdp=2), marks=pytest.mark.slow),
-        laid_out(CAPACITY, 4, "none", expert=2, data=2, tensor=2),
+        pytest.param(laid_out(CAPACITY, 4, "none", expert=2, data=2, tensor=2), marks=pytest.mark.slow),
     ],
     ids=["pipe_expert_tensor", "expert_fsdp", "capacity"],
 )
@@ -125,6 +125,7 @@ def test_train_steps_on_a_mesh_equal_one_device():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
 
 
+@pytest.mark.slow
 def test_replicas_with_spread_experts_equal_replicas_of_one_device():
     """DiLoCo: experts move tokens within their replica alone, whose routers' biases follow its own loads till the exchange."""
     model = replace(SGD.model, num_layers=1, embed_dim=16, moe=replace(MOE, first_dense_layers=0))

@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> Config:
         data=DataConfig((source,), sequence_length=64, cache_dir=str(tmp_path / "cache"), validation_fraction=0.2),
         objective=ObjectiveConfig("dpo", dpo=DpoConfig(beta=0.5)),
         optimizer=OptimizerConfig(peak_lr=0.02, schedule="constant"),
-        train={"steps": STEPS, "log_every": 1, "validate_every": STEPS, "compilation_cache": ""},
+        train={"steps": STEPS, "log_every": 1, "validate_every": STEPS, "compilation_cache": str(tmp_path / "programs")},
         checkpoint={"every": 3, "asynchronous": False},
     )
 
