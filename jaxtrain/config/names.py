@@ -70,8 +70,17 @@ PEERS = {
     "tp": "mesh.tensor",
     "pp": "mesh.pipe",
     "wandb": "telemetry.wandb_project",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "target_modules": "lora.targets",
+    "num_generations": "objective.grpo.group_size",
+    "max_completion_length": "objective.grpo.max_new_tokens",
+    "num_iterations": "objective.grpo.updates",
+    "reward_funcs": "objective.grpo.reward",
 }
 """Other trainers' names of our fields."""
+CUTS = ("top_k", "top_p", "min_p")
+"""Restrictions of sampling that rewards cannot have."""
 
 
 class NoSuchField(ExplainedError):
@@ -244,6 +253,8 @@ def meant(name: str, others: tuple[str, ...] = (), dashes: str = "", fields: boo
       config: the config with these fields; None: `Config`'s.
     """
     names, last = [*others, *(field_names(config or Config) if fields else ())], name.rpartition(".")[2]
+    if fields and last in CUTS and name.startswith("objective"):
+        return f"answers are drawn at {dashes}objective.grpo.temperature from all tokens; a cut one is not the policy's"
     by_last = {known.rpartition(".")[2]: known for known in reversed(names)}
     same_last = [known for known in names if known.rpartition(".")[2] == last and known != name]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,13 @@ from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
 
 ROWS_AT_ONCE = 1024
-LAYOUTS = "messages; prompt and completion; chosen and rejected, texts with a prompt; or a prompt alone"
+LAYOUTS = (
+    "messages (or conversations); prompt and completion (or instruction and output); chosen and rejected, texts with a prompt; "
+    "or a prompt alone"
+)
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+"""Names of roles in rows of `from` and `value` (ShareGPT), where they are not the roles' own."""
+ROLES = ("system", "user", "assistant", "tool")
 
 Sort = Literal["samples", "pairs", "prompts"]
 """samples: with answers to learn. pairs: of a chosen and a rejected answer. prompts: for the model to answer."""
@@ -107,6 +113,29 @@ def sample_of(row: Any, where: str) -> ChatSample:
     """Return what a row trains on. Raises DataError with the place where its fields are none of LAYOUTS, or of wrong types."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be a JSON object, but this is a {type(row).__name__}")
+    given, row = row, _with_standard_fields(row)
+    return replace(_sample_of(row, where), row=given)
+
+
+def _with_standard_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of ShareGPT (conversations) or Alpaca (instruction, input, output) as one of messages, or prompt and answer.
+
+    A `system` text beside them is their first message.
+    """
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if "messages" not in row and isinstance(row.get("conversations"), list):
+        name = "prompt" if "chosen" in row else "messages"
+        row = {name: [*system, *row["conversations"]], **{key: row[key] for key in row if key != "conversations"}}
+    elif "instruction" in row and "prompt" not in row and "messages" not in row:
+        asked = [text for text in (row["instruction"], row.get("input")) if text]
+        content = "\n\n".join(asked) if all(isinstance(text, str) for text in asked) else row["instruction"]
+        answer = {"completion": row["output"]} if "output" in row else {}
+        row = row | {"prompt": [*system, {"role": "user", "content": content}]} | answer
+    # The answers of a pair may be single messages.
+    return row | {name: [row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), dict)}
+
+
+def _sample_of(row: dict[str, Any], where: str) -> ChatSample:
     tools = _tools(row.get("tools"), where)
     if "chosen" in row and "rejected" in row:
         return _pair(row, tools, where)
@@ -182,6 +211,12 @@ def _messages(value: Any, name: str, where: str) -> tuple[list[Message], list[bo
 
 def _message(value: Any, where: str) -> tuple[Message, bool]:
     """Return a message and whether its weight is 1."""
+    if isinstance(value, dict) and "role" not in value and {"from", "value"} <= set(value):
+        value = {("content" if key == "value" else key): item for key, item in value.items() if key != "from"} | {
+            "role": SPEAKERS.get(value["from"], value["from"])
+        }
+        if value["role"] not in ROLES:
+            raise DataError(f"{where} is from {value['role']!r}: known are {', '.join((*SPEAKERS, *ROLES))}")
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise DataError(f'{where} is no message {{"role": "user", "content": "..."}}')
     message = {key: item for key, item in value.items() if item is not None and key != "weight"}  # Parquet fills with nulls

@@ -169,6 +169,7 @@ def test_a_flag_of_a_part_that_is_none_makes_it(part: str, tmp_path: Path):
         ("--optimizer.name=adamv", "did you mean 'adamw'"),
         ("--model.norm_bias=perhaps", "--model.norm_bias=perhaps: give True or False"),
         ("--no-train.steps", "no such flag"),
+        ("--objective.grpo.top_p=0.9", "a cut one is not the policy's"),
         ("train.steps=3", "train.steps=3: flags begin with --"),
         ("b.txt", "put a pattern"),
     ],

@@ -185,7 +185,7 @@ def test_a_source_of_bad_rows_alone_is_given_up_early(open_rows):
     ("row", "message"),
     [
         ([], "line 2: a row must be a JSON object, but this is a list"),
-        ({"text": "a"}, "line 2: a row of chat data has messages; prompt and completion; .*this one has the fields text"),
+        ({"text": "a"}, "line 2: a row of chat data has messages .*this one has the fields text"),
         ({"messages": [{"role": "user"}, {"content": "a"}]}, r"line 2: messages\[1\] is no message"),
         ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\]: content is a int, not a text"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "its weight is 0.5"),

@@ -200,3 +200,43 @@ def _with_blocks(template):
         "{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
         "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
     )
+
+
+def test_rows_of_other_trainers_are_those_of_messages():
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    system = {"role": "system", "content": "S"}
+    spoken = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    for row, like in (
+        ({"conversations": spoken}, {"messages": [user, answer]}),
+        ({"conversations": spoken, "system": "S"}, {"messages": [system, user, answer]}),
+        ({"conversations": [user, answer]}, {"messages": [user, answer]}),
+        ({"instruction": "q", "output": "a"}, {"prompt": [user], "completion": "a"}),
+        ({"instruction": "q", "input": "", "output": "a", "system": "S"}, {"prompt": [system, user], "completion": "a"}),
+        ({"instruction": "do", "input": "it", "output": "a"}, {"prompt": "do\n\nit", "completion": [answer]}),
+        ({"instruction": "q"}, {"prompt": [user]}),
+        (
+            {"conversations": spoken[:1], "chosen": spoken[1], "rejected": {"from": "gpt", "value": "b"}},
+            {"prompt": [user], "chosen": "a", "rejected": "b"},
+        ),
+    ):
+        found, wanted = sample_of(row, "here"), sample_of(like, "here")
+        assert (found.sort, found.parts, found.row) == (wanted.sort, wanted.parts, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "messages[0] is from 'function_call': known are human",
+        ),
+        ({"conversations": [{"from": "human"}]}, "messages[0] is no message"),
+        ({"conversations": []}, "messages is not a list"),
+        ({"instruction": 3, "output": "a"}, "content is a int, not a text"),
+        ({"conversations": "q"}, "a row of chat data has messages (or conversations)"),
+    ],
+)
+def test_wrong_rows_of_other_trainers_are_named(row, words):
+    with pytest.raises(DataError) as caught:
+        sample_of(row, "here")
+    assert words in str(caught.value)
