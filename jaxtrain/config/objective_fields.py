@@ -34,6 +34,9 @@ class DistillConfig:
 
     teacher: str = ""
     """The teacher, with the same tokenizer: a HuggingFace folder, or RUN[@STEP]. It lies on the same mesh, in model.dtype."""
+    kept: str = ""
+    """Folder that keeps the teacher's tokens of all training rows: read if it holds them, without a teacher too, else written
+    before the first step (8 top_k bytes a token). Empty: the teacher stays on the mesh, and tells them of each batch."""
     top_k: int = 32
     """Tokens of the teacher's distribution; the others together are one more."""
     weight: float = 1.0

@@ -36,8 +36,11 @@ def _dpo_problems(dpo: DpoConfig, config: Config) -> list[str]:
 
 def _distill_problems(distill: DistillConfig, config: Config) -> list[str]:
     problems = []
-    if not distill.teacher:
-        problems.append("objective.kind=distill needs objective.distill.teacher: a HuggingFace folder, or RUN[@STEP]")
+    if not distill.teacher and not distill.kept:
+        problems.append(
+            "objective.kind=distill needs objective.distill.teacher, a HuggingFace folder or RUN[@STEP], or its tokens in "
+            "objective.distill.kept"
+        )
     if not 1 <= distill.top_k <= min(1024, config.model.vocab_size):
         most = min(1024, config.model.vocab_size)
         problems.append(f"objective.distill.top_k={distill.top_k} is from 1 to {most}")

@@ -227,7 +227,7 @@ class Data:
         self._config, self._sources = config, sources
         self._train = [source.train for source in sources]
         self._validation = [source.validation for source in sources]
-        self._attached: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._attached: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._validation_ends = np.cumsum([windows.count for windows in self._validation])
         weights = [source.weight for source in sources]
         self._order = Order([windows.count for windows in self._train], weights, config.train.seed)
@@ -301,11 +301,12 @@ class Data:
         """Return training rows by the numbers of `train_row_numbers`; None gives a row of padding."""
         return self._read(self._train, picks) | self._attached_rows(0, self._train, picks)
 
-    def attach(self, name: str, train: np.ndarray, validation: np.ndarray) -> None:
+    def attach(self, name: str, train: np.ndarray, validation: np.ndarray | None) -> None:
         """Add a float32 array to every batch from now on.
 
         Args:
-          train, validation: [rows, L] of all sources' rows, one source after the other.
+          train: [rows, L, ...] of all sources' rows, one source after the other.
+          validation: the same of held-out rows; None: their batches do without.
         """
         self._attached[name] = (train, validation)
 
@@ -319,10 +320,12 @@ class Data:
         firsts = np.cumsum([0, *(windows.count for windows in sources)])
         found = {}
         for name, sides in self._attached.items():
-            found[name] = np.zeros((len(picks), self._config.data.sequence_length), np.float32)
+            if (held := sides[side]) is None:
+                continue
+            found[name] = np.zeros((len(picks), *held.shape[1:]), np.float32)
             for row, pick in enumerate(picks):
                 if pick is not None:
-                    found[name][row] = sides[side][firsts[pick[0]] + pick[1]]
+                    found[name][row] = held[firsts[pick[0]] + pick[1]]
         return found
 
     def train_batches(

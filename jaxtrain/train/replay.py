@@ -18,13 +18,12 @@ from jaxtrain.config import Config
 from jaxtrain.data.pipeline import Data, open_data
 from jaxtrain.errors import UsageError
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train.completion import Completion, completion_of
 from jaxtrain.train.layer_moments import Difference, LayerMoments, differences, make_layer_moments, relative
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.step import TrainSteps
-from jaxtrain.train.teacher import completion_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 PyTree = Any
@@ -43,12 +42,12 @@ class ReplayedLayout(Prepared):
             )
         super().__init__(config)
         self.canonical_form, self.rollbacks = self.canonical(), Rollbacks.load(config.directory)
-        self._completed = completion_of(self)
+        self._completed: Completion | None = None
 
     def batch(self, data: Data, steps_before: int) -> PyTree:
         """Return the global arrays of the step that has `steps_before` steps before it, with left-out batches skipped."""
-        if wants_reference(self.config):
-            attach_reference(self, data, lambda: self.create_state()["params"])
+        if self._completed is None:
+            self._completed = completion_of(self, lambda: data, lambda: self.create_state()["params"])
         return self._completed(self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows())))
 
     def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:

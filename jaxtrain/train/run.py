@@ -39,6 +39,7 @@ from jaxtrain.text import readable_size
 from jaxtrain.train.answers import Answering
 from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.batch_feed import DataFeed, Feed
+from jaxtrain.train.completion import completion_of
 from jaxtrain.train.ending import Ended, draw, sample_words
 from jaxtrain.train.evaluation import Evaluation, model_in_hand
 from jaxtrain.train.export import export_apart
@@ -58,7 +59,6 @@ from jaxtrain.train.loop import Hooks, Loop
 from jaxtrain.train.nan_probe import NanProbe
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.recompute_check import RecomputeCheck
-from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import Resume, metadata
 from jaxtrain.train.rollbacks import FILE as ROLLBACKS_FILE
 from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
@@ -69,7 +69,6 @@ from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.stop import StopOnSignal
-from jaxtrain.train.teacher import completion_of
 
 PyTree = Any
 Held = tuple[PyTree, int, Rollbacks]
@@ -326,10 +325,9 @@ class Run:
     def _prepare_batches(self, first: int) -> None:
         """Load what adds to batches: a teacher; or the log-probabilities of the weights of step 0."""
         with self.progress.during("reading other models"):
-            self.completed = completion_of(self.prepared)
-            if wants_reference(self.config):
-                state_at_0 = self.prepared.create_state if first else lambda: self.state
-                attach_reference(self.prepared, self.data, lambda: state_at_0()["params"], self.progress, self.stop.check)
+            state_at_0 = self.prepared.create_state if first else lambda: self.state
+            initial = lambda: state_at_0()["params"]  # noqa: E731
+            self.completed = completion_of(self.prepared, lambda: self.data, initial, self.progress, self.stop.check)
 
     @functools.cached_property
     def answering(self) -> Answering | None:

@@ -1,21 +1,30 @@
-"""The teacher of a distillation: another model on the same mesh, which tells its most likely tokens of every batch."""
+"""The teacher of a distillation: another model on the same mesh, which tells its most likely tokens of every batch.
+
+With objective.distill.kept it tells them once, before the first step (`kept_numbers.py`), and is not held in training.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
 import optax
 
-from jaxtrain.config import ObjectiveConfig, SyncConfig
+from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.stored import digest as digest_of
+from jaxtrain.checkpoint.stored import read_stored, step_path
+from jaxtrain.config import Config, ObjectiveConfig, SyncConfig
 from jaxtrain.config.rules import find_problems
+from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.files import user_path
+from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.models.building import choose_attention
 from jaxtrain.objectives.distill import TEACHER_IDS, TEACHER_LOG_PROBS
 from jaxtrain.train.gradients import make_top_k
-from jaxtrain.train.initial_weights import initial_weights
+from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
+from jaxtrain.train.kept_numbers import TRAINING, KeptNumbers, identity_of
 from jaxtrain.train.loading import config_of_source
 from jaxtrain.train.prepared import Prepared
 
@@ -31,6 +40,10 @@ class Teacher:
 
     def __init__(self, prepared: Prepared):
         config, distill = prepared.config, prepared.config.objective.distill
+        if not distill.teacher:
+            raise ExplainedError(
+                f"objective.distill.kept={distill.kept} holds nothing whole; give objective.distill.teacher too"
+            )
         try:
             found = config_of_source(distill.teacher).model
         except ExplainedError as error:
@@ -55,10 +68,30 @@ class Teacher:
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Return a placed batch with the teacher's tokens, [B, L, top_k] each."""
+        return batch | self.numbers(batch)
+
+    def numbers(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the teacher's tokens of a placed batch, and their log-probabilities."""
         found = self._top(self._params, batch)
-        return batch | {TEACHER_IDS: found["top_ids"], TEACHER_LOG_PROBS: found["top_log_probs"]}
+        return {TEACHER_IDS: found["top_ids"], TEACHER_LOG_PROBS: found["top_log_probs"]}
 
 
-def completion_of(prepared: Prepared) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
-    """Return what adds to a placed batch the arrays that another model gives; without one, nothing."""
-    return Teacher(prepared) if prepared.config.objective.kind == "distill" else lambda batch: batch
+def kept_by_teacher(config: Config, data: Data) -> KeptNumbers:
+    """Return where a teacher's numbers are kept, and what they depend on."""
+    distill = config.objective.distill
+    of = {"data": identity_of(data), "teacher": _identity(distill.teacher) if distill.teacher else ""}
+    width = (distill.top_k,)
+    widths = {TEACHER_IDS: width, TEACHER_LOG_PROBS: width}
+    return KeptNumbers(user_path(distill.kept), "objective.distill.kept", of, widths, (TRAINING,))
+
+
+def _identity(teacher: str) -> str:
+    """Return the hash of a teacher's weights, read from its files."""
+    try:
+        if is_folder(teacher):
+            with WeightsFolder(teacher) as folder:
+                return folder.sha256
+        folder, step = find(with_colon(teacher))
+        return digest_of(read_stored(step_path(folder, step)))
+    except ExplainedError as error:
+        raise ExplainedError(f"objective.distill.teacher: {error}") from error

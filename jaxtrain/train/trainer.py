@@ -34,11 +34,11 @@ from jaxtrain.parts import ModelParts
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress, is_validation, open_progress
 from jaxtrain.train.answers import Answering
+from jaxtrain.train.completion import Completion, completion_of
 from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
 from jaxtrain.train.gradients import batch_names
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.reference import attach_reference, wants_reference
 from jaxtrain.train.resume import metadata
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.rollouts import RewardEvaluation
@@ -48,7 +48,6 @@ from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps, read_metrics
 from jaxtrain.train.step_acceptance import record_to_plain
 from jaxtrain.train.stop import StopOnSignal
-from jaxtrain.train.teacher import completion_of
 
 PyTree = Any
 
@@ -211,29 +210,29 @@ class Trainer:
                 "objective.kind=grpo takes its steps on rollouts; use train(), or give step() a batch of your own"
             )
         if batch is None:
-            self._attach_reference()
+            _ = self._completed  # it may add to the data's batches
             batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
-        given = {*batch, *(objective_of(self.config).inputs if self.config.objective.kind == "distill" else ())}
-        missing = [name for name in batch_names(self.config) if name not in given]
+        objective, distill = objective_of(self.config), self.config.objective.distill
+        has_teacher = self.config.objective.kind == "distill" and not distill.kept
+        missing = [
+            name for name in batch_names(self.config) if name not in {*batch, *(objective.inputs if has_teacher else ())}
+        ]
         if missing:
             raise ExplainedError(f"the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
         state, prepared = self.state, self.prepared
         if self._steps is None:
             last = max(prepared.config.train.steps, self._step + 1)
             self._steps = TrainSteps(prepared.config, prepared.mesh, prepared.optimizer, prepared.backend, self._step, last)
-        self._state, metrics = self._steps(state, self._completed(prepared.place(batch)))
+        placed = prepared.place(batch)
+        self._state, metrics = self._steps(state, self._completed(placed) if has_teacher else placed)
         self._step += 1
         values = read_metrics(metrics)
         self._rows.append({"step": self._step, **values})
         return values
 
     @functools.cached_property
-    def _completed(self) -> Callable[[PyTree], PyTree]:
-        return completion_of(self.prepared)
-
-    def _attach_reference(self) -> None:
-        if wants_reference(self.config):
-            attach_reference(self.prepared, self.data, lambda: self.prepared.create_state()["params"])
+    def _completed(self) -> Completion:
+        return completion_of(self.prepared, lambda: self.data, lambda: self.prepared.create_state()["params"])
 
     @settled()
     def evaluate(self, batches: int = 0) -> dict[str, float | None]:
@@ -249,7 +248,7 @@ class Trainer:
         evaluation = self._evaluation(batches)
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
-        self._attach_reference()
+        _ = self._completed
         found = evaluation.row(self.state["params"])
         assert found is not None  # nothing ends it
         self._rows.append({"step": self._step, **found})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, DataSource, DpoConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
-from jaxtrain.train import reference
+from jaxtrain.train import completion
 from jaxtrain.train.trainer import Trainer
 from tests.tiny import tiny
 
@@ -47,26 +47,7 @@ def test_preferences_are_learned_and_a_resumed_run_keeps_its_reference(config: C
 
     halves = replace(config, run_dir=config.run_dir + "2")
     Trainer(replace(halves, train=replace(halves.train, steps=3))).train()
-    monkeypatch.setattr(reference, "_computed", lambda *_: pytest.fail("the reference is computed again"))
+    monkeypatch.setattr(completion, "reference_numbers", lambda *_: pytest.fail("the reference is computed again"))
     resumed = Trainer(halves)
     resumed.train()
     np.testing.assert_array_equal(resumed.metrics["loss"], rows["loss"])
-
-
-def test_damaged_files_are_none_and_a_full_disk_is_told(tmp_path: Path):
-    folder, arrays = tmp_path / "reference", (np.ones((3, 4), np.float32), np.ones((2, 4), np.float32))
-    shapes = tuple(array.shape for array in arrays)
-    assert reference._held(folder, "a", shapes) is None
-    assert reference._written(folder, "a", arrays) == ""
-    held = reference._held(folder, "a", shapes)
-    assert held is not None
-    np.testing.assert_array_equal(held[0], arrays[0])
-    assert reference._held(folder, "b", shapes) is None
-    assert reference._held(folder, "a", ((4, 4), (2, 4))) is None
-    for content in (b"", (folder / "train.npy").read_bytes()[:-3], b"rubbish"):
-        (folder / "train.npy").write_bytes(content)
-        assert reference._held(folder, "a", shapes) is None
-    (folder / "reference.json").write_text("[]")
-    assert reference._held(folder, "a", shapes) is None
-    (tmp_path / "file").touch()
-    assert "Not a directory" in reference._written(tmp_path / "file" / "reference", "a", arrays)

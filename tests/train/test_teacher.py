@@ -37,6 +37,17 @@ def test_a_student_comes_near_to_its_teacher(tmp_path: Path):
     by_hand = Trainer(replace(student, run_dir=str(tmp_path / "by hand")))
     assert by_hand.step()["teacher_divergence"] == pytest.approx(divergence[0], rel=1e-5)
     assert 0.1 < np.min(trainer.metrics["teacher_mass"]) <= np.max(trainer.metrics["teacher_mass"]) <= 1 + 1e-6
+    kept = replace(distill, distill=replace(distill.distill, kept=str(tmp_path / "kept")))
+    first = Trainer(replace(student, run_dir=str(tmp_path / "first"), objective=kept))
+    first.train()
+    np.testing.assert_array_equal(first.metrics["teacher_divergence"], divergence)
+    alone = replace(kept, distill=replace(kept.distill, teacher=""))
+    assert (
+        Trainer(replace(student, run_dir=str(tmp_path / "second"), objective=alone)).step()["loss"] == first.metrics["loss"][0]
+    )
+    another = replace(alone, distill=replace(alone.distill, kept=str(tmp_path / "nothing")))
+    with pytest.raises(ExplainedError, match=r"nothing holds nothing whole; give objective\.distill\.teacher too"):
+        Trainer(replace(student, run_dir=str(tmp_path / "third"), objective=another)).step()
     other = replace(student, model=replace(student.model, vocab_size=300))
     with pytest.raises(ExplainedError, match="260 token ids, the student has model.vocab_size=300"):
         Trainer(other).step()
