@@ -27,6 +27,7 @@ from jaxtrain.data.order import Order
 from jaxtrain.errors import CheckpointError, DataError
 from jaxtrain.files import AppendedFile, replacing
 from jaxtrain.inference.engine import Sampling
+from jaxtrain.models.trained import trained, with_trained
 from jaxtrain.objectives.grpo import ADVANTAGES, OLD, REFERENCE, SAMPLER, WEIGHTS
 from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
@@ -159,7 +160,7 @@ class Rollouts:
         self._update, self._reference = 0, None
         if self._grpo.kl:
             with progress.during("making the reference"):
-                self._reference = prepared.create_state()["params"]
+                self._reference = trained(self._config, prepared.create_state()["params"])  # the others are the state's own
             self._score = make_score(self._config, prepared.mesh, prepared.backend)
         self._held: Rollout | None = None
         self._folder = self._config.directory / FOLDER
@@ -183,7 +184,12 @@ class Rollouts:
             jax.block_until_ready(state["params"])  # else XLA:CPU may run the step's collectives beside the engine's
             with self._progress.during("rolling out"):
                 self._held = self._make(state["params"], number, step)
-        return None if self._held is None else self._held.placed
+        if self._held is None:
+            return None
+        if self._reference is not None and REFERENCE not in self._held.placed:
+            initial = with_trained(self._config, state["params"], self._reference)
+            self._held.placed = self._held.placed | {REFERENCE: self._score(initial, self._held.placed)}
+        return self._held.placed
 
     def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
         assert self._held is not None
@@ -266,10 +272,7 @@ class Rollouts:
 
     def _place(self, rows: dict[str, np.ndarray]) -> PyTree:
         own = self._prepared.rows()
-        placed = self._prepared.place({name: array[own] for name, array in rows.items()})
-        if self._reference is not None:
-            placed[REFERENCE] = self._score(self._reference, placed)
-        return placed
+        return self._prepared.place({name: array[own] for name, array in rows.items()})
 
     def _show(self, step: int, prompts: Sequence[ChatPrompt], groups: Sequence[Sequence[Answer]], scores: Scores) -> None:
         """Append the first answers of a rollout to run_dir/rollouts.jsonl, as text."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import CheckpointConfig, DataSource, MeshConfig, MoEConfig
+from jaxtrain.config import CheckpointConfig, DataSource, LoraConfig, MeshConfig, MoEConfig
 from jaxtrain.config.objective_fields import GrpoConfig, ObjectiveConfig
 from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.data.tokenizers import load_tokenizer
@@ -202,6 +202,7 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
         mesh={"fsdp": 4, "tensor": 2},
         train={"microbatches": 2, "validate_every": 2},
         grpo={"kl": 0.1, "temperature": 0.7},
+        lora=LoraConfig(rank=2),  # the reference has the state's own frozen weights
     )
     trainer = trained(config)
     divergence = [row["kl"] for row in rows(config)]
