@@ -21,6 +21,7 @@ from jaxtrain.planner.wording import (
     joules,
     mesh_words,
     percent,
+    present,
     seconds,
 )
 from jaxtrain.tables import plain_table
@@ -117,13 +118,14 @@ def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest
     """Return a table of the fullest device's memory by category, against its budget."""
     table = plain_table(title)
     table.add_column("#", justify="right")
-    for head in (*MEMORY_WORDS.values(), "total", "budget", "used"):
+    words = present(MEMORY_WORDS, [estimate.memory for estimate in ranked])
+    for head in (*words.values(), "total", "budget", "used"):
         table.add_column(head, justify="right", no_wrap=True)
     for rank, estimate in enumerate(ranked, 1):
         budget = estimate.cluster.budget_bytes
         table.add_row(
             str(rank),
-            *(gib(getattr(estimate.memory, name)) for name in MEMORY_WORDS),
+            *(gib(getattr(estimate.memory, name)) for name in words),
             gib(estimate.memory.total),
             gib(budget) if math.isfinite(budget) else "?",
             f"{estimate.memory.total / budget:.0%}" if math.isfinite(budget) else "?",

@@ -54,7 +54,8 @@ def stand_in(config: Config) -> Config:
     """Return the nearest config that the closed forms cover: itself, where they cover all of it (`uncovered`).
 
     First dense layers become layers like the others. Latent attention becomes attention of as many heads, each as wide as the
-    mean of its query, key and value. A window along context is dropped. Replicas that keep apart sum nothing in a step.
+    mean of its query, key and value. A window along context is dropped. Replicas that keep apart sum nothing in a step. Other
+    models (`other_models`) are no part of it.
     """
     model, mesh = config.model, config.mesh
     latent: LatentAttentionConfig | None = model.latent_attention

@@ -35,10 +35,11 @@ from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
-from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_trained
+from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_trained, scoring_flops
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.planner.other_models import forward_model
 from jaxtrain.planner.roofline import Seconds
 from jaxtrain.planner.traffic import Flow, Placement, Times, flows_by_phase, place, require_links, seconds, wire
 from jaxtrain.telemetry.flops import model_flops_per_step
@@ -46,9 +47,6 @@ from jaxtrain.telemetry.flops import model_flops_per_step
 UNHIDDEN = {"weights": 0.06, "sequence": 0.11, "experts": 0.5, "context": 0.06, "gradients": 0.06}
 """Share of the bytes that could travel behind matmuls, and do not: 7b on fsdp=64, 70b on fsdp=32 x tensor=8, mixtral_8x7b on
 fsdp=8 x expert=8, compiled for H100s (BENCHMARKS.md, "no matmul")."""
-TRANSFER_CORES = 16
-"""Multiprocessors that NCCL's kernels hold while they move bytes: compute beside them is slower by as much, and that counts as
-exposed. NCCL takes one a channel, and has 16 to 32 channels on an H100."""
 STEP_OVERHEAD = 1e-3
 """Seconds of a step in which the device has no kernel: the host's dispatch, metrics, the batch."""
 
@@ -143,8 +141,10 @@ class CostModel:
         self.chip = roofline.roofline(cluster.chip, config.model.dtype, practice.attention_share)
         if cluster.devices > 1:
             require_links(cluster.chip, cluster.hosts)
-        self.taken = taken_by_transfers(self.chip)
         self._known: dict[Hashable, Any] = {}
+        before = forward_model(config)
+        self.before_step = CostModel(before, cluster, practice) if before else None
+        """Costs of the model that goes forward over each batch first."""
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         found = self._known.get(key)
@@ -266,7 +266,7 @@ class CostModel:
             if part in ("weights", "gradients"):
                 ends += time.total
         exposed = max(max(link, nic) - work.total, floor)
-        exposed += self.taken * max(0.0, link + nic - exposed)
+        exposed += self.chip.taken * max(0.0, link + nic - exposed)
         share = 1.0 - min(1.0, exposed / (link + nic)) if link + nic else 0.0
         hidden = {part: share if hides[part] else 0.0 for part in hides}
         round_ring = times.get("context", {}).get(phase, Times()).total
@@ -304,12 +304,24 @@ class CostModel:
             gradients_held=held.get("gradients", 0.0),
         )
 
+    def forward_seconds(self, layout: Candidate) -> float:
+        """Return the seconds of a forward pass of the batch alone, which waits for all its sends.
+
+        The head takes one matmul of the three that it takes with gradients.
+        """
+        step, shared = self.step(layout), self._shared_of(layout)
+        one = step.layers * (step.forward.work.total + step.forward.waits) + step.forward.ends + shared.send_on
+        return step.passes.forward * one + layout.microbatches * (shared.outer.total + shared.outer_waits) / 3
+
+    def _shared_of(self, layout: Candidate) -> _Shared:
+        rows, joined = self.rows(layout), layout.mesh[1] * layout.chunks == 1
+        key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, joined)
+        return self._once(key, lambda: self._shared(layout, rows))
+
     def step(self, layout: Candidate) -> Step:
         """Return the step of a valid layout."""
         pipe, chunks, microbatches = layout.mesh[1], layout.chunks, layout.microbatches
-        rows = self.rows(layout)
-        key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, pipe * chunks == 1)
-        shared: _Shared = self._once(key, lambda: self._shared(layout, rows))
+        shared = self._shared_of(layout)
         forward, backward = shared.forward, shared.backward
         passes = count_passes(layout.schedule, pipe, chunks, microbatches)
         model = self.base.model
@@ -335,6 +347,7 @@ class CostModel:
             overhead=busy_layers * (forward.work.overhead + backward.work.overhead)
             + microbatches * shared.outer.overhead
             + STEP_OVERHEAD,
+            other_models=self.before_step.forward_seconds(layout) if self.before_step else 0.0,
         )
         return Step(time, passes, layers, forward, backward)
 
@@ -375,7 +388,9 @@ class CostModel:
     def _flops(self, layout: Candidate, step: Step) -> float:
         """Return the matmul FLOPs of a device in a step, of the passes in which it works."""
         config, passes = with_layout(self.base, layout), layout.chunks * layout.microbatches
-        return passes * step.layers * sum(layer_flops(config, "cudnn")) + layout.microbatches * head_flops(config)
+        layers, (ahead, back) = passes * step.layers, layer_flops(config, "cudnn")
+        training = layers * (ahead + back) + layout.microbatches * head_flops(config)
+        return training + scoring_flops(config, ahead, layers, layout.microbatches)
 
     def _wires(self, layout: Candidate, step: Step) -> tuple[Wire, ...]:
         """Return everything that a device sends in a step, by axes, kind and dtype, the longest first."""
@@ -401,11 +416,6 @@ class CostModel:
                         total[i] += more
         wires = [Wire(*key, *total, crosses_hosts=placement.of(key[0])[1] > 1) for key, total in sums.items()]
         return tuple(sorted(wires, key=lambda wire: -wire.seconds))
-
-
-def taken_by_transfers(chip: roofline.Roofline) -> float:
-    """Return the share of a chip's multiprocessors that transfers hold while they travel behind compute."""
-    return TRANSFER_CORES / chip.cores if chip.cores else 0.0
 
 
 def joules(time: StepTime, cluster: Cluster) -> float | None:

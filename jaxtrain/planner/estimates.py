@@ -56,11 +56,14 @@ class Memory:
     """What the forward pass keeps for the backward pass, of all microbatches under way."""
     working: float
     """What one layer, or the head, needs while it is computed; buffers of transfers under way."""
+    other_models: float = 0.0
+    """A teacher's weights, or those that rewards stay near."""
 
     @property
     def total(self) -> float:
         """Bytes in all."""
-        return self.parameters + self.optimizer + self.gradients + self.weights + self.activations + self.working
+        held = self.parameters + self.optimizer + self.gradients + self.weights + self.activations + self.working
+        return held + self.other_models
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,14 @@ class StepTime:
     """Waiting for other pipeline stages."""
     overhead: float = 0.0
     """Launching kernels, and the host."""
+    other_models: float = 0.0
+    """Forward passes before the step: of the model itself, to score sequences, or of a teacher."""
 
     @property
     def total(self) -> float:
         """Seconds of a step."""
-        return self.matmul + self.attention + self.memory_bound + self.optimizer + self.exposed + self.bubble + self.overhead
+        device = self.matmul + self.attention + self.memory_bound + self.optimizer
+        return device + self.exposed + self.bubble + self.overhead + self.other_models
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
 from jaxtrain.planner.formulas_collectives import Transfers, collectives
 from jaxtrain.planner.timeline import text_gantt, timeline_of
-from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, seconds
+from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, present, seconds
 from jaxtrain.tables import plain_table, print_table
 from jaxtrain.telemetry.flops import num_parameters
 
@@ -33,6 +33,7 @@ HOLDS = {
     "gradients": "in float32, as they are accumulated",
     "weights": "copies in {dtype}, and those gathered",
     "activations": "kept for the backward pass, of at most {live} passes at a time",
+    "other_models": "a teacher's weights, or those that rewards stay near",
     "working": "one layer or the head while it is computed, buffers of transfers",
 }
 
@@ -108,7 +109,7 @@ def holdings_table(explanation: Explanation) -> Table:
         "live": explanation.live_parts,
     }
     table = _table("The fullest device holds", ("", "GiB", "of the budget", "what"), numbers=("GiB", "of the budget"))
-    for name, title in MEMORY_WORDS.items():
+    for name, title in present(MEMORY_WORDS, [memory]).items():
         value = getattr(memory, name)
         table.add_row(title, gib(value), _share(value, budget), HOLDS[name].format(**words))
     room = f"budget {gib(budget)} GiB" if math.isfinite(budget) else "the chip's memory is not known"
@@ -156,7 +157,7 @@ def _add_wires(table: Table, wires: Sequence[Wire]) -> None:
 def time_table(layout: Estimate) -> Table:
     """Return a table of the step's time by part."""
     table = _table("A step takes", ("", "time", "share"), numbers=("time", "share"))
-    for name, title in TIME_WORDS.items():
+    for name, title in present(TIME_WORDS, [layout.time]).items():
         value = getattr(layout.time, name)
         table.add_row(title, seconds(value), f"{value / layout.time.total:.1%}")
     rate = f"{layout.tokens_per_second:,.0f} tokens/s, MFU {percent(layout.mfu)}"

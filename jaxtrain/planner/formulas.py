@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from jaxtrain.config import Config
 from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
+from jaxtrain.objectives import objective_of
+from jaxtrain.objectives.kinds import Objective
 from jaxtrain.parallel.pipeline_schedule import count_executed
 from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again, trained_weights
 
@@ -87,7 +89,19 @@ def step_flops(config: Config, backend: str) -> float:
       ValueError: the attention backend has no closed form.
     """
     ticks, (ahead, back) = count_ticks(config), layer_flops(config, backend)
-    return ticks.forward * (ticks.layers * ahead + head_flops(config)) + ticks.backward * ticks.layers * back
+    training = ticks.forward * (ticks.layers * ahead + head_flops(config)) + ticks.backward * ticks.layers * back
+    return training + scoring_flops(config, ahead, ticks.forward * ticks.layers, ticks.forward)
+
+
+def scoring_flops(config: Config, layer_forward: float, layers: int, heads: int) -> float:
+    """Return the matmul FLOPs of the forward pass that scores sequences before the step, where the objective needs it.
+
+    Args:
+      layer_forward: of one layer on one microbatch.
+      layers, heads: how often a device computes a layer, and the head, which takes one matmul of three here.
+    """
+    scores = not isinstance(objective_of(config), Objective)
+    return layers * layer_forward + heads * head_flops(config) / 3 if scores else 0.0
 
 
 def parameters_held(config: Config) -> int:

@@ -26,6 +26,8 @@ from jaxtrain.layout import (
     parts_in_turns,
     reduces_each_pass,
 )
+from jaxtrain.objectives import objective_of
+from jaxtrain.objectives.kinds import Objective
 from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.planner.formulas import Ticks, count_ticks, loss_positions
 from jaxtrain.planner.layer_table import (
@@ -110,6 +112,7 @@ def uncovered(config: Config) -> list[str]:
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
+        "the forward pass that scores sequences": not isinstance(objective_of(config), Objective),
         "optimizer.name=muon with lora": config.optimizer.name == "muon" and config.lora.rank > 0,
         "optimizer.name=muon with tensor or experts": config.optimizer.name == "muon"
         and (config.mesh.tensor > 1 or config.model.moe is not None),

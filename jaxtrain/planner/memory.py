@@ -41,6 +41,7 @@ from jaxtrain.layout import (
 from jaxtrain.planner.activations import Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
+from jaxtrain.planner.other_models import other_weights
 from jaxtrain.planner.state_memory import (
     Cut,
     cut_model,
@@ -69,6 +70,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
         weights=weights,
         activations=activations,
         working=worst.working + _batch(config) + GAPS * (weights + activations + sum(worst)),
+        other_models=other_weights(config),
     )
 
 

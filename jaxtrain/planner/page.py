@@ -37,11 +37,13 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #f7f7f5; --card: #ffffff; --ink: #16191d; --soft: #5c6570; --line: #e3e3df; --idle: #ececea; --grid: #eeeeeb;
   --accent: #2f5bd0; --limit: #c22f2f; --beyond: #c22f2f0d;
-  --c0: #3d68cf; --c1: #7a9bea; --c2: #2aa198; --c3: #86b94c; --c4: #eab02e; --c5: #e5703a; --c6: #a1a7b0; }
+  --c0: #3d68cf; --c1: #7a9bea; --c2: #2aa198; --c3: #86b94c; --c4: #eab02e; --c5: #e5703a; --c6: #a1a7b0;
+  --c7: #a974c4; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #111316; --card: #191c20; --ink: #e9ebee; --soft: #9aa3ad; --line: #2a2f35; --idle: #23272c; --grid: #24282d;
   --accent: #86a5f5; --limit: #f07070; --beyond: #f0707012;
-  --c0: #5b82e0; --c1: #93aff2; --c2: #35b3a9; --c3: #93c45c; --c4: #e8b844; --c5: #e88352; --c6: #7c848e; } }
+  --c0: #5b82e0; --c1: #93aff2; --c2: #35b3a9; --c3: #93c45c; --c4: #e8b844; --c5: #e88352; --c6: #7c848e;
+  --c7: #c194d8; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
@@ -69,7 +71,7 @@ svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
 .host { fill: none; stroke: var(--line); stroke-width: 1.2; }
 .forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
 .c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
-.c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); }
+.c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); } .c7 { fill: var(--c7); }
 .limit { stroke: var(--limit); stroke-width: 1.4; stroke-dasharray: 5 4; } .limit-words { fill: var(--limit); }
 .grid { stroke: var(--grid); } .beyond { fill: var(--beyond); }
 .k0 { fill: var(--c6); } .k1 { fill: var(--c2); } .k2 { fill: var(--c4); } .k3 { fill: var(--c0); }

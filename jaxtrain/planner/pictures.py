@@ -19,6 +19,7 @@ from jaxtrain.planner.wording import (
     gib,
     how_words,
     mesh_words,
+    present,
     seconds,
     shape_words,
 )
@@ -174,16 +175,18 @@ def _box(box: Box, x: float, y: float, width: float, height: float, opacity: flo
 
 def memory_picture(ranked: Sequence[Estimate]) -> str:
     """Draw the memory of the fullest device by category, against the budget."""
-    rows = [(layout, {name: getattr(layout.memory, name) / GIBI for name in MEMORY_WORDS}) for layout in ranked]
+    names = present(MEMORY_WORDS, [layout.memory for layout in ranked])
+    rows = [(layout, {name: getattr(layout.memory, name) / GIBI for name in names}) for layout in ranked]
     budget = ranked[0].cluster.budget_bytes / GIBI
     limit = (budget, f"budget {gib(ranked[0].cluster.budget_bytes)} GiB") if math.isfinite(budget) else None
-    return _bars(rows, MEMORY_WORDS, "GiB", limit, lambda value: f"{gib(value * GIBI)} GiB")
+    return _bars(rows, names, "GiB", limit, lambda value: f"{gib(value * GIBI)} GiB")
 
 
 def time_picture(ranked: Sequence[Estimate]) -> str:
     """Draw the seconds of a step by part."""
-    rows = [(layout, {name: getattr(layout.time, name) for name in TIME_WORDS}) for layout in ranked]
-    return _bars(rows, TIME_WORDS, "s", None, seconds)
+    names = present(TIME_WORDS, [layout.time for layout in ranked])
+    rows = [(layout, {name: getattr(layout.time, name) for name in names}) for layout in ranked]
+    return _bars(rows, names, "s", None, seconds)
 
 
 def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[str, str], unit: str, limit, write) -> str:

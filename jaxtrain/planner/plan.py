@@ -12,17 +12,12 @@ from jaxtrain.hardware import load_chip
 from jaxtrain.parts import plugged
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster
+from jaxtrain.planner.other_models import left_out
 from jaxtrain.planner.search import Objective, search
 from jaxtrain.planner.verify import choose_count, verify
 from jaxtrain.planner.words import explain_plan
 
 MOST_SHOWN = 10
-NOT_COUNTED = {
-    "dpo": "the forward pass that scores the pairs",
-    "distill": "the teacher's weights and its forward pass",
-    "grpo": "rollouts, their time and their cache",
-}
-"""What an objective does beside the pass that is estimated."""
 
 
 def check_model(config: Config) -> None:
@@ -79,8 +74,8 @@ def make_plan(
             f"plugged in: {', '.join(own)}; estimates count the decoder's own parts and config section optimizer, and only "
             "layouts that are compiled (--verify) count yours"
         )
-    if (left_out := NOT_COUNTED.get(config.objective.kind)) is not None:
-        tell(f"objective.kind={config.objective.kind}: estimates are of one forward and backward pass, without {left_out}")
+    if missing := left_out(config):
+        tell(f"objective.kind={config.objective.kind}: estimates leave out {missing}")
     look = functools.partial(search, objective=objective)
     found = look(config, cluster)
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")

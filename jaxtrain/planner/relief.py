@@ -35,6 +35,7 @@ WORDS = {
     "weights": "weights in the compute dtype",
     "activations": "activations kept for the backward pass",
     "working": "what one layer or the loss needs while it is computed",
+    "other_models": "a teacher's weights, or those that rewards stay near",
 }
 
 

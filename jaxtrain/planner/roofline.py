@@ -46,6 +46,11 @@ _KERNELS = {"forward": 18, "backward": 36}
 """Kernels of one layer: 7 matmuls (14 backward), attention, and about as many that XLA fuses between them."""
 
 
+TRANSFER_CORES = 16
+"""Multiprocessors that NCCL's kernels hold while they move bytes: compute beside them is slower by as much, and that counts as
+exposed. NCCL takes one a channel, and has 16 to 32 channels on an H100."""
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Seconds that a stretch of work computes, by what limits it."""
@@ -87,6 +92,11 @@ class Roofline:
     dtype: str
     attention_share: float = 1.0
     """Of what the formula says of attention: another kernel's."""
+
+    @property
+    def taken(self) -> float:
+        """Share of the multiprocessors that transfers hold while they travel behind compute."""
+        return TRANSFER_CORES / self.cores if self.cores else 0.0
 
     def matmul(self, m: int, k: int, n: int, batch: int = 1) -> float:
         """Return the seconds of `batch` products [m, k] x [k, n] in one kernel, operands and result of 2 bytes."""

@@ -22,7 +22,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.parallel.pipeline_schedule import count_passes
 from jaxtrain.planner.candidate import stand_in
-from jaxtrain.planner.cost import joules, taken_by_transfers
+from jaxtrain.planner.cost import joules
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
@@ -127,7 +127,7 @@ def with_report(estimate: Estimate, report: CompiledStep) -> Estimate:
     passes = count_passes(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, config.train.microbatches)
     working = config.pipeline.chunks * config.train.microbatches / passes.forward
     sums = [sum(wire.exposed_seconds for wire in wires if wire.crosses_hosts == crosses) for crosses in (False, True)]
-    taken = taken_by_transfers(roofline(estimate.cluster.chip, config.model.dtype))
+    taken = roofline(estimate.cluster.chip, config.model.dtype).taken
     slowed = taken * (sum(wire.seconds for wire in wires) - sum(sums))
     more = report.flops / step_flops(stand_in(config), "cudnn")
     time = dataclasses.replace(time, matmul=time.matmul * more, exposed=(max(sums) + slowed) * working)
@@ -142,10 +142,10 @@ def _memory(estimated: Memory, report: CompiledStep) -> Memory:
     proportions.
     """
     state = estimated.parameters + estimated.optimizer
-    rest = estimated.total - state
+    rest = estimated.total - estimated.other_models - state
     given, made = report.argument_bytes, report.memory_bytes - report.argument_bytes
     of_state, of_rest = given / state, made / rest if rest else 1.0
-    names = {"parameters": of_state, "optimizer": of_state}
+    names = {"parameters": of_state, "optimizer": of_state, "other_models": 1.0}  # which are not of the step's program
     return Memory(
         **{field.name: getattr(estimated, field.name) * names.get(field.name, of_rest) for field in dataclasses.fields(Memory)}
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig
 from jaxtrain.planner.estimates import Cluster, Estimate, Wire
@@ -16,6 +17,7 @@ MEMORY_WORDS = {
     "weights": "weights in use",
     "activations": "activations",
     "working": "working",
+    "other_models": "other models",
 }
 """Names of `estimates.Memory`'s fields in tables."""
 TIME_WORDS = {
@@ -26,8 +28,14 @@ TIME_WORDS = {
     "exposed": "transfers",
     "bubble": "bubble",
     "overhead": "overhead",
+    "other_models": "other models",
 }
 """Names of `estimates.StepTime`'s fields in tables."""
+
+
+def present(words: Mapping[str, str], parts: Sequence[Any]) -> dict[str, str]:
+    """Return the names of fields, other_models only where one of the parts has some."""
+    return {name: title for name, title in words.items() if name != "other_models" or any(part.other_models for part in parts)}
 
 
 def _three(value: float) -> str:

@@ -39,6 +39,7 @@ SPENT_ON = {
     "exposed": "waiting for transfers",
     "bubble": "waiting for other stages",
     "overhead": "launching kernels",
+    "other_models": "forward passes before the step",
 }
 
 
@@ -185,6 +186,7 @@ def limiting_part(step: StepTime) -> str:
         "bubble": step.bubble,
         "bandwidth": step.memory_bound + step.optimizer,
         "overhead": step.overhead,
+        "other models": step.other_models,
     }
     return max(parts, key=lambda name: parts[name])
 
@@ -195,6 +197,7 @@ LIMITED_BY = {
     "bubble": "The pipeline's bubble limits it",
     "bandwidth": "Memory bandwidth limits it",
     "overhead": "Launching kernels limits it",
+    "other models": "Another model limits it",
 }
 
 

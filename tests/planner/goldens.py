@@ -71,7 +71,8 @@ def figures_of(layout: Layout) -> dict[str, Any]:
 
 
 def _fields(parts: Any) -> dict[str, float]:
-    return {name: _rounded(value) for name, value in (dataclasses.asdict(parts) | {"total": parts.total}).items()}
+    every = dataclasses.asdict(parts) | {"total": parts.total}
+    return {name: _rounded(value) for name, value in every.items() if name != "other_models" or value}
 
 
 def _rounded(value: float) -> float:

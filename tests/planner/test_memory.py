@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec
 from jaxtrain.config import (
     Config,
     DataConfig,
+    GrpoConfig,
     LatentAttentionConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     PipelineConfig,
     ShardingConfig,
@@ -30,6 +32,7 @@ from jaxtrain.config.rules import validate
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
+from jaxtrain.models.trained import trained
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers
@@ -108,6 +111,8 @@ def test_the_state_of_what_is_trained(model: ModelConfig, lora: LoraConfig, froz
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:8]), optimizer_of(config))
     memory = estimate_memory(config)
     assert (memory.parameters, memory.optimizer) == (held(state["params"]), held(state["optimizer"]))
+    rewarded = replace(config, objective=ObjectiveConfig("grpo", grpo=GrpoConfig("reward.py", kl=0.1)))
+    assert estimate_memory(rewarded).other_models == held(trained(config, state["params"]))
     whole = replace(config, lora=LoraConfig(), train=replace(config.train, frozen=()))
     of_all = estimate_memory(whole)
     assert memory.optimizer + memory.gradients < (0.9 if frozen else 0.4) * (of_all.optimizer + of_all.gradients)
