@@ -102,3 +102,20 @@ def test_cudnn_primitives_take_and_return_what_attention_in_pieces_gives_and_wan
     assert made == (q, logsumexp)
     gradients = jax.eval_shape(lambda *x: cudnn_piece_gradients(*x, Mask(), Rule()), q, q, q, q, logsumexp, q)
     assert gradients == (q, q, q)
+
+
+def test_the_primitives_below_jaxs_wrapper_take_lengths_and_offsets_of_documents(monkeypatch):
+    """Four documents a row; the names and the parameters are those of `ops.attention_packed`, for jax 0.10.2 and 0.12."""
+    from jaxtrain.ops.attention_mask import Rule
+    from jaxtrain.ops.attention_packed import packed_self, packed_self_gradients
+
+    library = jax_private.fused_attention()
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    assert library._dot_product_attention_fwd_p.name == "dot_product_attention_fwd"
+    assert library._dot_product_attention_bwd_p.name == "dot_product_attention_bwd"
+    q, k = (jax.ShapeDtypeStruct((2, 64, heads, 32), jnp.bfloat16) for heads in (4, 2))
+    logsumexp, segments = jax.ShapeDtypeStruct((2, 64, 4), jnp.float32), jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    made = jax.eval_shape(lambda q, k, s: packed_self(q, k, k, s, Rule()), q, k, segments)
+    assert made == (q, logsumexp)
+    gradients = jax.eval_shape(lambda q, k, x, s: packed_self_gradients(q, k, k, q, x, q, s, Rule()), q, k, logsumexp, segments)
+    assert gradients == (q, k, k)

@@ -17,10 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.ops.attention_blockwise import MASKED, accumulator_dtype, blockwise_attention
-from jaxtrain.ops.attention_cudnn import cudnn_attention, cudnn_obstacle
+from jaxtrain.ops.attention_cudnn import cudnn_attention, cudnn_obstacle, needs_dense_mask
 from jaxtrain.ops.attention_mask import CAUSAL, Rule, own_segments, visible_BLS
+from jaxtrain.ops.attention_packed import packed_attention
 
 BACKENDS = ("reference", "blockwise", "cudnn")
+DENSE = "cudnn_dense"
+"""cudnn where its kernel has to be given the mask as an array (`needs_dense_mask`)."""
 # Forward and backward on 2 CPU cores, blockwise over reference (4 query heads, 2 kv heads, head_dim 64, 2048 tokens): float32
 # 0.99 at length 128, 0.91 at 256, 0.52 at 512, 0.39 at 1024, 0.48 at 2048; bfloat16 1.26, 1.03, 0.55, 0.50, 0.37.
 # Printed by `python -m tests.measure.blockwise_time`.
@@ -82,13 +85,13 @@ def attention(
 
     Under a remat policy that saves `residual_name`: `reference` keeps the [B, H, L, L] weights, so the scores are recomputed
     whatever is saved by name; `blockwise` keeps the output and the logsumexp, both named, and recomputes nothing of its
-    forward pass; `cudnn` keeps the same, but names do not reach into it: save CUDNN_FORWARD_PRIMITIVE too, or the forward
-    kernel runs once more.
+    forward pass, nor does `cudnn` within documents; without them names do not reach into it: save CUDNN_FORWARD_PRIMITIVE
+    too, or the forward kernel runs once more.
 
     Args:
       q_BLHN: queries, H a multiple of K.
       k_BLKN, v_BLKM: keys and values.
-      backend: the result of `choose_backend`: reference, blockwise or cudnn.
+      backend: the result of `choose_backend`: reference, blockwise, cudnn or cudnn_dense.
       rule: window, scale and bound of the scores.
       segments_BL: int32 document numbers, 0 for padding; None for one document.
       sinks_H: one more score of each query head, whose value is zero; None for none. cudnn has none.
@@ -105,13 +108,22 @@ def attention(
         if backend == "blockwise":
             arrays = (q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H)
             return blockwise_attention(*arrays, rule=rule, residual_name=residual_name)
-        if backend not in BACKENDS:
+        if backend == "cudnn" and segments_BL is not None:
+            return packed_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, rule, residual_name)
+        if backend not in (*BACKENDS, DENSE):
             raise ValueError(f"attention backend {backend!r}: {nearest(backend, BACKENDS)}")
-        if backend == "cudnn":
+        if backend.startswith("cudnn"):
             o = cudnn_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, rule)
         else:
             o = reference_attention(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H, rule)
         return o if residual_name is None else checkpoint_name(o, residual_name)
+
+
+def _fused(*, masks_documents: bool, dense: bool) -> tuple[str, str]:
+    """Return the form of cuDNN's attention, and how it is given the masks, in words; empty if there are none."""
+    if dense:
+        return DENSE, "masks as a dense array"
+    return "cudnn", "documents in its packed layout, a call for each range of lengths" if masks_documents else ""
 
 
 def choose_backend(
@@ -131,12 +143,13 @@ def choose_backend(
     obstacle = cudnn_obstacle(platform=platform, dtype=dtype, head_dim=head_dim, sequence_length=sequence_length, **facts)
     if requested == "cudnn" and obstacle:
         raise ExplainedError(f"model.attention=cudnn: {obstacle}; use auto, blockwise or reference")
+    fused, how = _fused(masks_documents=facts["masks_documents"], dense=needs_dense_mask(**facts))
     if requested in BACKENDS:
-        return requested, "asked for"
+        return (fused, f"asked for; {how}") if requested == "cudnn" and how else (requested, "asked for")
     if requested != "auto":
         raise ExplainedError(f"model.attention={requested!r}: {nearest(requested, ('auto', *BACKENDS))}")
     if not obstacle:
-        return "cudnn", f"fused kernel on {platform} for {jnp.dtype(dtype)}, head_dim {head_dim}"
+        return fused, f"fused kernel on {platform} for {jnp.dtype(dtype)}, head_dim {head_dim}" + (f"; {how}" if how else "")
     if sequence_length >= BLOCKWISE_FROM_LENGTH:
         return "blockwise", f"length {sequence_length} is at least {BLOCKWISE_FROM_LENGTH}; {obstacle}"
     return "reference", f"length {sequence_length} is below {BLOCKWISE_FROM_LENGTH}; {obstacle}"

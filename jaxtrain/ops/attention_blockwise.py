@@ -211,7 +211,7 @@ def _sight(rule: Rule, mask: Mask, length: int, block: int) -> _Sight:
     return _Sight(rule, Mask(*(None if part is None else _to_blocks(part, block) for part in mask)), length, block)
 
 
-def _alike(*trees: Any) -> Any:
+def alike(*trees: Any) -> Any:
     """Return the trees typed as varying over all mesh axes that any leaf varies over."""
     return vary(trees, tuple(sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(trees))))))
 
@@ -224,7 +224,7 @@ def blocks_forward(
     Returns:
       o_BLHM and logsumexp_BLH, float32, as `block_attention`.
     """
-    q_BLHN, k_BLKN, v_BLKM, mask = _alike(q_BLHN, k_BLKN, v_BLKM, mask)
+    q_BLHN, k_BLKN, v_BLKM, mask = alike(q_BLHN, k_BLKN, v_BLKM, mask)
     length, groups = q_BLHN.shape[1], q_BLHN.shape[2] // k_BLKN.shape[2]
     block = min(block or pick_block_size(length), length)
     q, k, v = _to_blocks(q_BLHN, block, groups), _to_blocks(k_BLKN, block), _to_blocks(v_BLKM, block)
@@ -261,7 +261,7 @@ def blocks_gradients(
     Returns:
       dq_BLHN, dk_BLKN, dv_BLKM, float32.
     """
-    arrays = _alike(q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM, mask)
+    arrays = alike(q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM, mask)
     q_BLHN, k_BLKN, v_BLKM, o_BLHM, logsumexp_BLH, do_BLHM, mask = arrays
     length, groups = q_BLHN.shape[1], q_BLHN.shape[2] // k_BLKN.shape[2]
     block = min(block or pick_block_size(length), length)
@@ -394,4 +394,4 @@ def blockwise_attention(
     Returns:
       [B, L, H, M] in the dtype of the queries. Logits, softmax and all sums are float32.
     """
-    return _attention(_alike(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H), rule, block_size, residual_name)
+    return _attention(alike(q_BLHN, k_BLKN, v_BLKM, segments_BL, sinks_H), rule, block_size, residual_name)

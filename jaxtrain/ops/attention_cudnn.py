@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jaxtrain.jax_private import fused_attention
 from jaxtrain.ops.attention_mask import CAUSAL, Mask, Rule, own_segments, visible_BLS
 
+PACKED_FROM_CAPABILITY = 9.0  # Hopper
 LARGEST_MASKED_LENGTH = 4096  # a dense mask is a bf16 bias of 2 L^2 bytes a sequence and its gradient: 2 x 32 MiB
 # The primitive whose outputs are cuDNN's output and logsumexp. A remat policy that saves it by `primitive.name` avoids a
 # second forward kernel in the backward pass; names cannot reach inside, because the kernel's vjp rule is JAX's own.
 CUDNN_FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 
-def _one_width(*arrays: jax.Array) -> list[jax.Array]:
+def one_width(*arrays: jax.Array) -> list[jax.Array]:
     """Pad the last dim with zeros to the widest: cuDNN needs one width, and zeros change neither scores nor sums."""
     width = max(x.shape[-1] for x in arrays)
     return [jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in arrays]
@@ -39,7 +40,7 @@ def cudnn_attention(
     Segments become a dense mask [B, 1, L, L], which cuDNN takes as a bias of 2 L^2 bytes per sequence. The window is cuDNN's
     own. If values are not as wide as queries and keys, the narrower are padded with zeros.
     """
-    q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
+    q, k, v = one_width(q_BLHN, k_BLKN, v_BLKM)
     length = q.shape[1]
     o = jax.nn.dot_product_attention(
         q,
@@ -54,7 +55,7 @@ def cudnn_attention(
     return o[..., : v_BLKM.shape[-1]]
 
 
-def _settings(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
+def settings_of(head_dim: int, has_mask: bool, rule: Rule, mask: Mask) -> dict[str, Any]:
     """Return the static parameters of JAX's cuDNN primitives."""
     library = fused_attention()
     has_score_mod = "score_mod" in inspect.signature(library._dot_product_attention_fwd).parameters  # since jax 0.12
@@ -91,9 +92,9 @@ def cudnn_piece(q_BLHN: jax.Array, k_BLKN: jax.Array, v_BLKM: jax.Array, mask: M
     """
     library = fused_attention()
     library.check_cudnn_version()  # raises if the library is missing
-    q, k, v = _one_width(q_BLHN, k_BLKN, v_BLKM)
+    q, k, v = one_width(q_BLHN, k_BLKN, v_BLKM)
     operands = _operands(q, k, v, mask, rule)
-    settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
+    settings = settings_of(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
     o, logsumexp_BHL = library._dot_product_attention_fwd_p_wrapper.bind(*operands, **settings, is_training=True)
     return o[..., : v_BLKM.shape[-1]], logsumexp_BHL.transpose(0, 2, 1)
 
@@ -117,12 +118,23 @@ def cudnn_piece_gradients(
       dq_BLHN, dk_BLKN, dv_BLKM in the queries' dtype.
     """
     library = fused_attention()
-    q, k, v, o, do = _one_width(q_BLHN, k_BLKN, v_BLKM, o_BLHM.astype(q_BLHN.dtype), do_BLHM.astype(q_BLHN.dtype))
+    q, k, v, o, do = one_width(q_BLHN, k_BLKN, v_BLKM, o_BLHM.astype(q_BLHN.dtype), do_BLHM.astype(q_BLHN.dtype))
     operands = _operands(q, k, v, mask, rule)
-    settings = _settings(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
+    settings = settings_of(q_BLHN.shape[-1], operands[3].size > 0, rule, mask)
     statistics_BHL = logsumexp_BLH.transpose(0, 2, 1)
     dq, dk, dv = library._dot_product_attention_bwd_p_wrapper.bind(*operands, statistics_BHL, o, do, **settings)
     return dq[..., : q_BLHN.shape[-1]], dk[..., : k_BLKN.shape[-1]], dv[..., : v_BLKM.shape[-1]]
+
+
+def needs_dense_mask(
+    *, masks_documents: bool, window: int = 0, in_pieces: bool = False, compute_capability: float = 8.0, **_: Any
+) -> bool:
+    """Return whether cuDNN must be given the mask as an array: documents before Hopper, and windows over pieces.
+
+    Args:
+      masks_documents, window, in_pieces, compute_capability: see `cudnn_obstacle`, whose other arguments make no difference.
+    """
+    return (masks_documents and compute_capability < PACKED_FROM_CAPABILITY) or bool(window and in_pieces)
 
 
 def cudnn_obstacle(
@@ -142,7 +154,7 @@ def cudnn_obstacle(
     """Return why cuDNN's fused attention cannot be used, or None where it can.
 
     The limits are those of `check_layout` and `check_is_flash_attention` in jax/_src/cudnn/fused_attention_stablehlo.py,
-    and our own on the size of the dense mask, which documents need, and a window where the sequence comes in pieces.
+    and our own on the size of a dense mask, where one is needed.
 
     Args:
       platform: the devices': cpu, gpu, cuda, tpu.
@@ -153,7 +165,7 @@ def cudnn_obstacle(
       window: sliding-window attention's; 0 for none.
       softcap, sinks: whether scores are bounded, and whether heads have sinks.
       in_pieces: whether attention goes piece by piece over the devices of the context axis (ring, gather).
-      compute_capability: the GPU's, e.g. 9.0 (Hopper); it only widens the range of head_dim.
+      compute_capability: the GPU's, e.g. 9.0 (Hopper), which takes wider heads and packed documents.
     """
     largest_head = 256 if compute_capability >= 9.0 else 128
     width = max(head_dim, value_dim or 0)
@@ -168,7 +180,8 @@ def cudnn_obstacle(
     if sequence_length % 2:
         return f"cuDNN needs an even sequence length, not {sequence_length}"
     masks = ["document masks"] * masks_documents + ["sliding windows over pieces"] * bool(window and in_pieces)
-    if masks and sequence_length > LARGEST_MASKED_LENGTH:
+    asked = {"masks_documents": masks_documents, "window": window, "in_pieces": in_pieces}
+    if needs_dense_mask(**asked, compute_capability=compute_capability) and sequence_length > LARGEST_MASKED_LENGTH:
         mebibytes = 2 * sequence_length**2 / 2**20
         return (
             f"{' and '.join(masks)} are a dense {mebibytes:.0f} MiB a sequence for cuDNN at length {sequence_length}, and are "

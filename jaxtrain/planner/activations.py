@@ -124,9 +124,10 @@ def _attention_kept(config: Config, sizes: Sizes, backend: str) -> float:
     """Return the bytes of attention's result and logsumexp.
 
     Of cuDNN's kernel the policy keeps the result twice: as the primitive's output, which names cannot reach (in latent
-    attention padded to the width of queries), and under its name.
+    attention padded to the width of queries), and under its name. Within documents, and folded, its derivative is our own.
     """
-    by_kernel = max(sizes.query, sizes.result) if backend == "cudnn" and not folds(config) else 0.0
+    is_own = folds(config) or (backend == "cudnn" and config.data.mask_documents)
+    by_kernel = max(sizes.query, sizes.result) if backend.startswith("cudnn") and not is_own else 0.0
     statistics = 0.0 if backend == "reference" else FLOAT32 * sizes.statistics
     return BYTES[config.model.dtype] * (by_kernel + sizes.result) + statistics
 

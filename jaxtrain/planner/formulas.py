@@ -52,15 +52,16 @@ def attention_flops(config: Config, backend: str) -> tuple[float, float]:
     """(forward, backward with all that is recomputed) of one layer's attention on one microbatch.
 
     One matmul over the whole square is U = 2 B (H/t) L^2 N / c FLOPs: along context, devices share heads or queries evenly.
-    cudnn runs half of the square under the causal mask, 2 U / 2 forward and 5 U / 2 backward (the scores once more); remat that
-    does not keep attention's result runs the forward again. reference runs the whole square, 2 U and 4 U; its scores are
-    computed again unless everything is kept, and the product with V too under `full`.
+    cudnn runs half of the square under the causal mask, 2 U / 2 forward and 5 U / 2 backward (the scores once more); within
+    documents that is counted as of one a row, the most it can be. remat that does not keep attention's result runs the forward
+    again. reference runs the whole square, 2 U and 4 U; its scores are computed again unless everything is kept, and the
+    product with V too under `full`.
     """
     model = config.model
     heads = model.num_heads / (config.mesh.tensor * config.mesh.context)
     square = 2.0 * microbatch_rows(config) * heads * config.data.sequence_length**2 * model.head_dim
     again = runs_again(config, "attention")
-    if backend == "cudnn":
+    if backend.startswith("cudnn"):
         return square, (2.5 + again) * square
     if backend == "reference":
         scores_again = config.train.remat != "none"

@@ -57,7 +57,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     """Estimate the memory of a valid config (no mesh axis -1) on its fullest device.
 
     Args:
-      backend: of attention; cudnn, blockwise, or reference (which holds scores of L^2).
+      backend: of attention; cudnn, cudnn_dense, blockwise, or reference (the second and the last hold numbers of L^2).
     """
     cut, sizes = cut_model(config), Sizes.of(config)
     backward = _backward_moment(config, cut, sizes, backend)
@@ -282,14 +282,14 @@ def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) ->
 def _scores(config: Config, backend: str) -> float:
     """Return the bytes of L^2 that attention holds.
 
-    The reference holds its scores and weights, and the gradients of both; cuDNN a mask of documents as a bias, and its
-    gradient. The other kernels hold none.
+    The reference holds its scores and weights, and the gradients of both; cuDNN, where it is given the mask as an array, a bias
+    and its gradient. The other kernels hold none.
     """
     square = BYTES[config.model.dtype] * microbatch_rows(config) * local_length(config) ** 2
     if backend == "reference":
         heads = config.model.num_heads / config.mesh.tensor
         return 2 * (1 + FLOAT32 / BYTES[config.model.dtype]) * square * heads
-    return 2 * square if backend == "cudnn" and config.data.mask_documents else 0.0
+    return 2 * square if backend == "cudnn_dense" else 0.0
 
 
 def _first_layers(config: Config, backend: str) -> float:

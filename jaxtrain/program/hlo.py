@@ -25,6 +25,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
+_FURTHER_CALLS = "/further_documents/"
+"""Scope of the calls of cuDNN's attention that take of the first one's documents (`ops.attention_packed`)."""
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
@@ -184,11 +186,14 @@ class Program:
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
         """Return the trip count of a loop as XLA recorded it, or found by running the loop's counter.
 
-        XLA drops the count of a loop that it changed (a pipelined loop, of which it took an iteration out).
+        XLA drops the count of a loop that it changed (a pipelined loop, of which it took an iteration out). The loop over
+        documents that are more than one call takes runs by the data, as a rule not at all, and has 0.
 
         Raises:
           ProgramError: neither is possible.
         """
+        if _FURTHER_CALLS in loop.attributes:
+            return 0
         known = _TRIP_COUNT.search(loop.attributes)
         if known:
             return int(known.group(1))
@@ -233,9 +238,9 @@ def _parse(text: str) -> Program:
 def matmul_flops(text: str) -> float:
     """Return the FLOPs of all matmuls that one device executes in one run of the compiled program.
 
-    Counted are dots and ragged dots (inside fusions too), cuBLAS calls, cuDNN's fused attention, and our own kernels of grouped
-    matmuls on their expected rows (`ops.grouped_matmul`: the data decide, and empty tiles are skipped). A conditional counts as
-    its most expensive branch.
+    Counted are dots and ragged dots (inside fusions too), cuBLAS calls, cuDNN's fused attention (within documents as of one a
+    row, the most it can be), and our own kernels of grouped matmuls on their expected rows (`ops.grouped_matmul`: the data
+    decide, and empty tiles are skipped). A conditional counts as its most expensive branch.
 
     Raises:
       ProgramError: a loop's trip count is neither recorded nor can be counted.
@@ -260,6 +265,8 @@ def _own_flops(computation: Computation, instruction: Instruction) -> float:
         return _matmul_flops(computation, instruction, _GEMM_CONTRACTED)
     if "/grouped_matmul/" in instruction.attributes:
         return _grouped_flops(computation, instruction)
+    if _FURTHER_CALLS in instruction.attributes:
+        return 0.0
     return _attention_flops(computation, instruction, target) if target.startswith("__cudnn$fmha") else 0.0
 
 

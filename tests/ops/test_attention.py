@@ -184,19 +184,22 @@ CHOICE = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128, "sequence_len
 @pytest.mark.parametrize(
     ("change", "expected", "reason"),
     [
-        ({}, "cudnn", "fused kernel"),
+        ({}, "cudnn_dense", "masks as a dense array"),
+        ({"compute_capability": 9.0}, "cudnn", "in its packed layout"),
         ({"platform": "cpu"}, "blockwise", "needs an NVIDIA GPU, and this platform is cpu"),
         ({"platform": "cpu", "sequence_length": BLOCKWISE_FROM_LENGTH - 1}, "reference", "is below"),
         ({"dtype": "float32"}, "blockwise", "needs bfloat16 or float16"),
         ({"head_dim": 100}, "blockwise", "multiple of 8"),
         ({"head_dim": 256}, "blockwise", "at most 128"),
         ({"head_dim": 256, "compute_capability": 9.0}, "cudnn", "head_dim 256"),
+        ({"sequence_length": 131072, "compute_capability": 9.0, "in_pieces": True}, "cudnn", "in its packed layout"),
+        ({"window": 1024, "compute_capability": 9.0}, "cudnn", "in its packed layout"),
         ({"sequence_length": 4095}, "blockwise", "even sequence length"),
         ({"sequence_length": 8192}, "blockwise", "a dense 128 MiB a sequence"),
         ({"sequence_length": 8192, "masks_documents": False}, "cudnn", "fused kernel"),
         ({"sequence_length": 8192, "masks_documents": False, "window": 1024}, "cudnn", "fused kernel"),
         ({"sequence_length": 8192, "masks_documents": False, "window": 99, "in_pieces": True}, "blockwise", "over pieces"),
-        ({"window": 1024, "in_pieces": True}, "cudnn", "fused kernel"),
+        ({"window": 1024, "in_pieces": True, "compute_capability": 9.0}, "cudnn_dense", "masks as a dense array"),
         ({"head_dim": 192, "value_dim": 128}, "blockwise", "at most 128"),
         ({"head_dim": 192, "value_dim": 128, "compute_capability": 9.0}, "cudnn", "head_dim 192"),
     ],
@@ -206,7 +209,9 @@ def test_auto_takes_the_fastest_that_works_and_says_why(change, expected, reason
     assert name == expected
     assert reason in said
     assert "\n" not in said
-    if expected != "cudnn":
+    if expected.startswith("cudnn"):
+        assert choose_backend("cudnn", **(CHOICE | change))[0] == expected
+    else:
         with pytest.raises(ExplainedError, match="use auto, blockwise or reference"):
             choose_backend("cudnn", **(CHOICE | change))
 
@@ -226,7 +231,7 @@ def test_cudnn_traces_and_saving_its_primitive_spares_the_second_forward(monkeyp
     monkeypatch.setattr(fused_attention(), "check_cudnn_version", lambda: 91000)
     (q, k, v, _), segments = draw(0, 2, 32, 4, 2, 16)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    compute = functools.partial(cudnn_attention, segments_BL=segments if masked else None)
+    compute = functools.partial(cudnn_attention, segments_BL=segments if masked else None)  # masked: as a dense array
     assert jax.eval_shape(compute, q, k, v).shape == q.shape
 
     def forward_kernels(policy):
@@ -238,11 +243,12 @@ def test_cudnn_traces_and_saving_its_primitive_spares_the_second_forward(monkeyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("masked", [False, True])
-def test_cudnn_matches_the_reference_on_a_gpu(masked):
-    arrays, segments = draw(3, 2, 256, 4, 2, 64)
+@pytest.mark.parametrize(("backend", "masked"), [("cudnn", False), ("cudnn", True), ("cudnn_dense", True)])
+def test_cudnn_matches_the_reference_on_a_gpu(backend, masked):
+    arrays, segments = draw(3, 2, 1024, 4, 2, 64)
+    segments[1] = 1 + np.arange(1024) // 20  # more short documents than one call has slots for
     arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays)
     segments = segments if masked else None
     expected = with_gradients(*(x.astype(jnp.float32) for x in arrays), segments, "reference")
-    for a, e in zip(with_gradients(*arrays, segments, "cudnn"), expected, strict=True):
+    for a, e in zip(with_gradients(*arrays, segments, backend), expected, strict=True):
         assert relative(np.asarray(a, np.float32), np.asarray(e)) < 2e-2

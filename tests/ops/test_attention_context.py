@@ -132,7 +132,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_equals_the_whole_sequence_on_one_device(case):
-    for seed in (1, 2) if case.length < 100 else (1,):
+    check_against_the_whole(case, seeds=(1, 2) if case.length < 100 else (1,))
+
+
+def check_against_the_whole(case, seeds):
+    for seed in seeds:
         arrays, segments = draw(case, seed)
         ordered = [in_order(x, case) for x in (*arrays, segments)]
         step = step_of(case)
@@ -312,6 +316,8 @@ def piece(rule, mask, length=64):
     segments = jnp.asarray(ragged_segments(rng, 2, length))
     if mask == "segments":
         return arrays, Mask(q_segments=segments, k_segments=segments)
+    if mask == "segments of later queries":
+        return arrays, Mask(q_segments=jnp.broadcast_to(segments[:, -1:], segments.shape), k_segments=segments)
     return arrays, Mask(q_index + (0 if rule.causal else length), q_index, segments * 0 + 1, segments * 0 + 1)
 
 
@@ -322,8 +328,8 @@ def test_pieces_trace_with_cudnn(monkeypatch, rule, mask):
     (q, k, v, do), mask = piece(rule, mask)
 
     def both(q, k, v, do):
-        o, logsumexp = piece_attention(q, k, v, mask, rule, "cudnn")
-        return o, logsumexp, *piece_gradients(q, k, v, o, logsumexp, do, mask, rule, "cudnn")
+        o, logsumexp = piece_attention(q, k, v, mask, rule, "cudnn_dense")
+        return o, logsumexp, *piece_gradients(q, k, v, o, logsumexp, do, mask, rule, "cudnn_dense")
 
     shapes = jax.eval_shape(both, q, k, v, do)
     assert [x.shape for x in shapes] == [do.shape, do.shape[:3], q.shape, k.shape, v.shape]
@@ -339,16 +345,17 @@ def test_pieces_trace_with_cudnn(monkeypatch, rule, mask):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rule", "mask"), PIECES)
-def test_pieces_by_cudnn_match_the_reference_on_a_gpu(rule, mask):
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(("rule", "mask"), [*PIECES, (Rule(causal=False), "segments of later queries")])
+def test_pieces_by_cudnn_match_the_reference_on_a_gpu(rule, mask, dense):
     """Also that cuDNN's logsumexp is the natural one, and that its backward takes that of all keys, here larger by log 2."""
     (q, k, v, do), mask = piece(rule, mask)
-    found = {}
-    for backend in ("cudnn", "reference"):
-        o, logsumexp = piece_attention(q, k, v, mask, rule, backend)
-        gradients = piece_gradients(q, k, v, o / 2, logsumexp + math.log(2), do, mask, rule, backend)
-        found[backend] = (o, logsumexp, *gradients)
-    for actual, e in zip(found["cudnn"], found["reference"], strict=True):
+    found, backend = {}, "cudnn_dense" if dense or mask.q_index is not None else "cudnn"
+    for name in (backend, "reference"):
+        o, logsumexp = piece_attention(q, k, v, mask, rule, name)
+        gradients = piece_gradients(q, k, v, o / 2, logsumexp + math.log(2), do, mask, rule, name)
+        found[name] = (o, logsumexp, *gradients)
+    for actual, e in zip(found[backend], found["reference"], strict=True):
         assert relative(np.asarray(actual), np.asarray(e)) < 2e-2
 
 

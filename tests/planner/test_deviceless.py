@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import types
@@ -17,7 +18,9 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.deviceless import CompilerDied
+from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.targets import TARGETS, find_target
+from jaxtrain.program.hlo import matmul_flops
 
 TINY = ModelConfig(num_layers=1, embed_dim=128, num_heads=2, num_kv_heads=2, head_dim=64, mlp_dim=256, vocab_size=256)
 
@@ -82,6 +85,20 @@ def test_a_report_from_a_process_of_its_own():
         ("fsdp", "all-reduce", "f32"),
     }
     assert report.memory_bytes > report.argument_bytes > 0
+
+
+@pytest.mark.plan
+def test_attention_within_documents_is_fused_as_without_them():
+    """Two heads of queries to one of keys, rows of 1024 tokens: calls for documents up to 1024 and 256, and the last again."""
+    model = replace(TINY, num_kv_heads=1)
+    config = replace(tiny(1), model=model, data=DataConfig(sequence_length=1024))
+    compiled, _, attention = deviceless.compile_for(validate(config, 1))
+    text = compiled.as_text()
+    assert attention.startswith("cudnn: ")
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 3
+    assert set(re.findall(r'"max_seg_per_batch": ?(\d+)', text)) == {"4"}
+    assert not re.search(r"\[(\d+,)*1024,1024\]", text)
+    assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=0.02)
 
 
 @pytest.mark.plan

@@ -161,6 +161,12 @@ def test_fused_attention(change: tuple[str, str], flops: float):
     assert matmul_flops(program(*FMHA.replace(*change).splitlines())) == pytest.approx(flops)
 
 
+def test_further_calls_of_attention_within_documents_hold_tokens_of_the_first():
+    lines = FMHA.splitlines()
+    further = lines[-1].replace("%attention", "%further") + ', metadata={op_name="jit(f)/further_documents/fwd"}'
+    assert matmul_flops(program(*lines, further)) == pytest.approx(2 * SQUARE / 2)
+
+
 def test_cublas():
     """bf16[96,512] x [512,1536], as cuBLAS is called."""
     call = (
