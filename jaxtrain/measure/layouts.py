@@ -334,7 +334,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, optimizer_state: Any, gradients: Any, reports: Any, step: Any) -> tuple[Any, Any]:
         before = trained(config, params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, mesh=mesh)
         after = step_biases(config.model, apply_updates(before, updates, dims, layers, seed, step), reports)
         return with_trained(config, params, after), optimizer_state
 

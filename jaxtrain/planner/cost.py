@@ -35,7 +35,7 @@ from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
-from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_trained, scoring_flops
+from jaxtrain.planner.formulas import head_flops, layer_flops, muon_flops, parameters_trained, scoring_flops
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
@@ -80,7 +80,7 @@ def _axes_present(mesh: tuple[int, ...]) -> tuple[bool, ...]:
 def _parts_that_move(present: tuple[bool, ...]) -> tuple[str, ...]:
     """Return the parts of `PARTS` that move anything where these axes are above 1."""
     _, pipe, _, fsdp, expert, context, tensor = present
-    moves = {"weights": fsdp, "muon": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe}
+    moves = {"weights": fsdp, "sequence": tensor, "loss": tensor, "pipe": pipe}
     moves |= {"experts": expert, "context": context}
     return tuple(part for part in PARTS if moves.get(part, any(present)))
 
@@ -198,7 +198,7 @@ class CostModel:
             "experts": (rows, expert, context, tensor, remat),
             "context": (rows, context, tensor, layout.context, remat, layout.microbatches),
             "scalars": (present,),
-            "muon": (fsdp, tensor, expert),
+            "muon": (layout.mesh, layout.chunks),
         }
         return keys[part]
 
@@ -239,6 +239,15 @@ class CostModel:
 
         key = ("parameters", pipe, layout.chunks, fsdp, expert, tensor)
         return self._once(key, lambda: parameters_trained(with_layout(self.base, layout)))
+
+    def _muon(self, layout: Candidate) -> tuple[float, float]:
+        """(FLOPs, seconds) of muon's iterations on one device in a step."""
+
+        def make() -> tuple[float, float]:
+            config = with_layout(self.base, layout)
+            return muon_flops(config), roofline.muon_seconds(config, self.chip)
+
+        return self._once(("muon", layout.mesh, layout.chunks), make)
 
     def state_bytes(self, layout: Candidate) -> float:
         """Return the bytes of parameters and moments of one device: less than the layout takes."""
@@ -341,7 +350,7 @@ class CostModel:
             attention=busy_layers * (forward.work.attention + backward.work.attention),
             memory_bound=busy_layers * (forward.work.memory_bound + backward.work.memory_bound)
             + microbatches * shared.outer.memory_bound,
-            optimizer=roofline.optimizer_seconds(self.config, self.chip, self._parameters(layout)),
+            optimizer=roofline.optimizer_seconds(self.config, self.chip, self._parameters(layout)) + self._muon(layout)[1],
             exposed=waits,
             bubble=(passes.forward - busy) * one_forward + (passes.backward - busy) * one_backward,
             overhead=busy_layers * (forward.work.overhead + backward.work.overhead)
@@ -389,8 +398,8 @@ class CostModel:
         """Return the matmul FLOPs of a device in a step, of the passes in which it works."""
         config, passes = with_layout(self.base, layout), layout.chunks * layout.microbatches
         layers, (ahead, back) = passes * step.layers, layer_flops(config, "cudnn")
-        training = layers * (ahead + back) + layout.microbatches * head_flops(config)
-        return training + scoring_flops(config, ahead, layers, layout.microbatches)
+        computed = layers * (ahead + back) + layout.microbatches * head_flops(config) + self._muon(layout)[0]
+        return computed + scoring_flops(config, ahead, layers, layout.microbatches)
 
     def _wires(self, layout: Candidate, step: Step) -> tuple[Wire, ...]:
         """Return everything that a device sends in a step, by axes, kind and dtype, the longest first."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxtrain.config import Config
+from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
 from jaxtrain.objectives import objective_of
 from jaxtrain.objectives.kinds import Objective
 from jaxtrain.parallel.pipeline_schedule import count_executed
 from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again, trained_weights
+from jaxtrain.train.leaf_axes import STACKING, leaf_axes
+from jaxtrain.train.muon_shares import MUON_ITERATIONS, Share, shares
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def step_flops(config: Config, backend: str) -> float:
     """
     ticks, (ahead, back) = count_ticks(config), layer_flops(config, backend)
     training = ticks.forward * (ticks.layers * ahead + head_flops(config)) + ticks.backward * ticks.layers * back
-    return training + scoring_flops(config, ahead, ticks.forward * ticks.layers, ticks.forward)
+    return training + scoring_flops(config, ahead, ticks.forward * ticks.layers, ticks.forward) + muon_flops(config)
 
 
 def scoring_flops(config: Config, layer_forward: float, layers: int, heads: int) -> float:
@@ -103,6 +105,24 @@ def scoring_flops(config: Config, layer_forward: float, layers: int, heads: int)
     """
     scores = not isinstance(objective_of(config), Objective)
     return layers * layer_forward + heads * head_flops(config) / 3 if scores else 0.0
+
+
+def muon_shares(config: Config) -> list[Share]:
+    """Return how the devices share what muon orthogonalises; nothing for another optimizer."""
+    if config.optimizer.name != "muon":
+        return []
+    stack = config.pipeline.chunks, config.mesh.pipe, layers_of_part(config)
+    layer, outer = trained_weights(config.model, config.train.frozen)
+    leaves = [((*STACKING, *weight.dims), (*stack, *weight.shape)) for weight in layer]
+    leaves += [(("layer", *weight.dims), (weight.layers, *weight.shape)) for weight in outer]
+    hidden = [leaf for leaf in leaves if leaf_axes(leaf[0]).is_hidden_matrix]
+    return shares(hidden, dict(zip(MESH_AXES, config.mesh.shape, strict=True)))
+
+
+def muon_flops(config: Config) -> float:
+    """Return the matmul FLOPs of muon's iterations on one device in a step: 4 r^2 s + 2 r^3 each for a matrix r x s, r <= s."""
+    one = ((share.each, m * k * n) for share in muon_shares(config) for m, k, n in share.products)
+    return MUON_ITERATIONS * sum(2.0 * each * product for each, product in one)
 
 
 def parameters_held(config: Config) -> int:

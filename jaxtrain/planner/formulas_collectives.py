@@ -29,7 +29,7 @@ from jaxtrain.layout import (
 from jaxtrain.objectives import objective_of
 from jaxtrain.objectives.kinds import Objective
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.formulas import Ticks, count_ticks, loss_positions
+from jaxtrain.planner.formulas import Ticks, count_ticks, loss_positions, muon_shares
 from jaxtrain.planner.layer_table import (
     BYTES,
     HLO_DTYPE,
@@ -43,7 +43,6 @@ from jaxtrain.planner.layer_table import (
     trained_weights,
 )
 from jaxtrain.program.collectives import wire_factor
-from jaxtrain.train.optimizer import MUON_ITERATIONS
 
 TRANSPOSED = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
 """What a collective's gradient does; of any other, the same."""
@@ -113,9 +112,6 @@ def uncovered(config: Config) -> list[str]:
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
         "the forward pass that scores sequences": not isinstance(objective_of(config), Objective),
-        "optimizer.name=muon with lora": config.optimizer.name == "muon" and config.lora.rank > 0,
-        "optimizer.name=muon with tensor or experts": config.optimizer.name == "muon"
-        and (config.mesh.tensor > 1 or config.model.moe is not None),
     }
     return [what for what, is_there in found.items() if is_there]
 
@@ -365,31 +361,17 @@ def _scalars(config: Config) -> Iterator[Transfers]:
 
 
 def _muon(config: Config) -> Iterator[Transfers]:
-    """Send what muon's `orthogonalise` moves over fsdp, for each hidden matrix of the layers held, in float32.
+    """Send the matrices that muon orthogonalises to their devices and back (`train.muon_shares`), in compute dtype.
 
-    Of a matrix D x C, fsdp cuts D. X is the matrix with its shorter side s first, so in each of the iterations
-    X = a X + (b A + c A^2) X, A = X X^T:
-
-    * where D is the shorter side, rows are cut: X is gathered for A, A for its square, X again: 2 D C + D^2 numbers;
-    * else columns are cut: A is summed over the devices: s^2 numbers.
-
-    With tensor or experts it is about this (`uncovered`).
+    Two all-to-alls over the axes that cut a matrix, and an all-gather over those whose copies divide the matrices.
     """
-    d = config.model.embed_dim
-    if config.optimizer.name != "muon":
-        return
-    for weight in trained_weights(config.model, config.train.frozen)[0]:
-        name = weight.name
-        if not weight.is_matrix:
-            continue
-        other, own = weight.inputs * weight.outputs // d, weight.experts
-        own //= config.mesh.expert if weight.is_of_experts else 1
-        if d < other or (d == other and weight.dims[-1] != "embed"):
-            kind, numbers = "all-gather", 2 * d * other // config.mesh.tensor + d * d
-        else:
-            kind, numbers = "all-reduce", min(d, other) ** 2
-        yield _entry(config, "held", ["fsdp"], kind, "f32", 4 * own * numbers, f"muon of {name}", MUON_ITERATIONS)
-        yield _entry(config, "held", ["fsdp"], "all-reduce", "f32", 4 * own, f"muon's norm of {name}")
+    dtype = config.model.dtype
+    for share in muon_shares(config):
+        payload, cut = share.each * share.rows * share.columns * BYTES[dtype], share.row_axes + share.column_axes
+        what = f"muon's matrices {share.rows} x {share.columns}"
+        yield _entry(config, "once", cut, "all-to-all", HLO_DTYPE[dtype], payload, f"{what}, there and back", 2)
+        payload *= share.copies
+        yield _entry(config, "once", share.copy_axes, "all-gather", HLO_DTYPE[dtype], payload, f"{what}, from copies")
 
 
 PARTS: Mapping[str, Callable[[Config], Iterator[Transfers]]] = MappingProxyType(

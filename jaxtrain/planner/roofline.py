@@ -29,9 +29,10 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
-from jaxtrain.planner.formulas import loss_positions
+from jaxtrain.planner.formulas import loss_positions, muon_shares
 from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
+from jaxtrain.train.muon_shares import MUON_ITERATIONS
 
 CEILING = 0.73
 """Share of the peak that large matmuls reach in training."""
@@ -261,3 +262,11 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
     moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor")
     each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)
+
+
+def muon_seconds(config: Config, chip: Roofline) -> float:
+    """Return the seconds of the matmuls of muon's iterations."""
+    return MUON_ITERATIONS * sum(
+        share.each / share.at_once * sum(chip.matmul(*product, share.at_once) for product in share.products)
+        for share in muon_shares(config)
+    )

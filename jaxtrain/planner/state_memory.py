@@ -11,7 +11,7 @@ from jaxtrain.config import Config, MeshConfig, ModelConfig
 from jaxtrain.layout import layers_of_part, whole_moments
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
 from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, adapters, layer_weights, outer_weights, trained_weights
-from jaxtrain.train.optimizer import leaf_axes
+from jaxtrain.train.leaf_axes import leaf_axes
 
 
 class Shares(NamedTuple):
@@ -78,13 +78,8 @@ def _share(weights: Collection[Weight], mesh: MeshConfig) -> Shares:
     cut = [(w, w.elements / math.prod(getattr(mesh, axis) for axis in w.axes)) for w in weights]
     matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
     fine = sum(n for w, n in cut if w.dtype("") == "float32")
-    second = sum(n for w, n in cut if not _is_hidden_matrix(w))
+    second = sum(n for w, n in cut if not leaf_axes(w.dims).is_hidden_matrix)
     return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine)
-
-
-def _is_hidden_matrix(weight: Weight) -> bool:
-    axes = leaf_axes(weight.dims)
-    return axes.is_matrix and not axes.in_vocabulary
 
 
 class _Held(NamedTuple):

@@ -4,83 +4,28 @@
 
 A layout never changes an update. Whatever is computed over a whole matrix (Adafactor's factors and norms, Muon's
 orthogonalisation) is computed for each layer alone, however the layers are stacked, and an empty layer slot (all zeros) gets
-the update 0. A leaf's role is read from its logical dims, never from its name or sizes. State and updates are float32, even
-if parameters are bfloat16.
+the update 0. State and updates are float32, even if parameters are bfloat16.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax.sharding import Mesh
 
 from jaxtrain.config import Config, OptimizerConfig
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import Dims, is_dims
+from jaxtrain.train.leaf_axes import LeafAxes, axes_tree, leaf_axes
+from jaxtrain.train.muon import scale_by_muon
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
 PyTree = Any
-STACKING = ("chunk", "stage", "layer")
-BATCH_DIMS = (*STACKING, "experts")  # leading dims of these names hold one matrix each
-MUON_RMS = 0.2  # the root mean square of an AdamW update: arXiv:2502.16982, section 2.2
-MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-MUON_ITERATIONS = 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A leaf's role
-
-
-@dataclass(frozen=True)
-class LeafAxes:
-    """The array axes of a parameter leaf by their role."""
-
-    layer: tuple[int, ...]
-    """Axes of one layer's own parameter: all but the stacking."""
-    inputs: tuple[int, ...]
-    """Axes that the matrix product sums over; empty if the leaf is no matrix."""
-    outputs: tuple[int, ...]
-    """The other axes of the matrix; empty if the leaf is no matrix."""
-    in_vocabulary: bool
-    """Whether this is an embedding table or an output head."""
-
-    @property
-    def is_matrix(self) -> bool:
-        """Return whether the leaf maps vectors to vectors. Norm scales and biases do not, those of a head [H, N] included."""
-        return bool(self.inputs)
-
-
-def leaf_axes(dims: Dims) -> LeafAxes:
-    """Return the axes of a leaf from its logical dims.
-
-    After the leading stacking dims, "head_dim" belongs to the heads before it; of the rest the last group is the output and all
-    before it the input: ("embed", "heads", "head_dim") is a matrix [D, (H N)], ("heads", "head_dim", "embed") is [(H N), D],
-    ("norm",), and ("heads", "bias") for [H, N], are vectors.
-    """
-    first = next((i for i, name in enumerate(dims) if name not in BATCH_DIMS), len(dims))
-    groups: list[list[int]] = []
-    for axis in range(first, len(dims)):
-        if dims[axis] == "head_dim" and groups and dims[axis - 1] in ("heads", "kv_heads"):
-            groups[-1].append(axis)
-        else:
-            groups.append([axis])
-    is_table = "vocab" in dims or "positions" in dims
-    if len(groups) < 2 or dims[-1] in ("norm", "bias"):
-        return LeafAxes(tuple(range(first, len(dims))), (), (), is_table)
-    outputs = tuple(groups[-1])
-    return LeafAxes(tuple(range(first, len(dims))), tuple(range(first, outputs[0])), outputs, is_table)
-
-
-def axes_tree(dims: PyTree) -> PyTree:
-    """Return the `LeafAxes` of every leaf of a tree of dims."""
-    return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,95 +113,30 @@ def _adafactor_leaf(
 # Muon
 
 
-class MuonState(NamedTuple):
-    """Momentum of the hidden matrices."""
-
-    step: jax.Array
-    """Steps taken, int32 scalar."""
-    momentum: PyTree
-    """Shaped like the parameters."""
-
-
-def orthogonalise(x: jax.Array) -> jax.Array:
-    """Bring the singular values of each matrix [..., rows, columns] near 1: U S V^T -> about U V^T.
-
-    X = X / |X|, then five times X = a X + (b A + c A^2) X with A = X X^T (Newton-Schulz; Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). 0 stays 0.
-    """
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
-    a, b, c = MUON_COEFFICIENTS
-
-    def iterate(_: int, x: jax.Array) -> jax.Array:
-        gram = x @ x.mT
-        return a * x + (b * gram + c * gram @ gram) @ x
-
-    x = lax.fori_loop(0, MUON_ITERATIONS, iterate, x)
-    return x.mT if tall else x
-
-
-def _muon_direction(momentum: jax.Array, axes: LeafAxes) -> jax.Array:
-    shape = momentum.shape
-    rows, columns = (math.prod(shape[i] for i in group) for group in (axes.inputs, axes.outputs))
-    matrices = momentum.reshape(*shape[: axes.layer[0]], rows, columns)
-    if matrices.ndim >= 5:  # a layer at a time, so that only one layer's matrices are ever gathered
-        matrices = jax.vmap(jax.vmap(lambda layers: lax.map(orthogonalise, layers)))(matrices)
-    else:
-        matrices = orthogonalise(matrices)
-    return (MUON_RMS * math.sqrt(max(rows, columns)) * matrices).reshape(shape)
-
-
-def scale_by_muon(axes: PyTree, beta: float) -> optax.GradientTransformation:
-    """Return Muon's direction per layer's matrix: 0.2 sqrt(max(inputs, outputs)) * orthogonalise(Nesterov momentum).
-
-    The same numbers as `optax.contrib.muon(consistent_rms=0.2)`: momentum M = beta M + (1 - beta) G, and
-    beta M / (1 - beta^(t+1)) + (1 - beta) G / (1 - beta^t) is orthogonalised. The factor (Liu et al. 2025, arXiv:2502.16982)
-    gives updates the size of AdamW's, so that one learning rate serves both. Optax's own merges the stacking dims into one,
-    which with several chunks makes XLA gather every stage's layers onto every stage; here they stay apart.
-
-    Args:
-      axes: `leaf_axes` of every leaf of the tree that this is applied to.
-    """
-
-    def init(params: PyTree) -> MuonState:
-        return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-
-    def update(gradients: PyTree, state: MuonState, params: PyTree = None) -> tuple[PyTree, MuonState]:
-        del params
-        step = state.step + 1
-        t = step.astype(jnp.float32)
-        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, gradients)
-
-        def direction(m: jax.Array, g: jax.Array, a: LeafAxes) -> jax.Array:
-            return _muon_direction(beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t), a)
-
-        return jax.tree.map(direction, momentum, gradients, axes), MuonState(step, momentum)
-
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
-
-
-def _muon_and_adamw(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:
+def _muon_and_adamw(config: OptimizerConfig, dims: PyTree, dtype: str) -> optax.GradientTransformation:
     """Return Muon for hidden matrices, with Adam for embeddings, output head, norms and biases."""
-    axes = axes_tree(dims)
-    labels = jax.tree.map(lambda a: "muon" if a.is_matrix and not a.in_vocabulary else "adamw", axes)
-    # `optax.partition` passes a tree with MaskedNode for leaves of another label; the axes must have the same structure.
-    hidden = jax.tree.map(lambda a, label: a if label == "muon" else optax.MaskedNode(), axes, labels)
+
+    def chosen(own: Dims) -> Dims | optax.MaskedNode:
+        return own if leaf_axes(own).is_hidden_matrix else optax.MaskedNode()
+
+    # `optax.partition` passes a tree with MaskedNode for leaves of another label; the dims must have the same structure.
+    hidden = jax.tree.map(chosen, dims, is_leaf=is_dims)
+    labels = jax.tree.map(lambda own: "muon" if leaf_axes(own).is_hidden_matrix else "adamw", dims, is_leaf=is_dims)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-    return optax.partition({"muon": scale_by_muon(hidden, config.beta1), "adamw": adam}, labels)
+    return optax.partition({"muon": scale_by_muon(hidden, config.beta1, dtype), "adamw": adam}, labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole update rule
 
 
-def _direction(config: OptimizerConfig, dims: PyTree) -> optax.GradientTransformation:
+def _direction(config: OptimizerConfig, dims: PyTree, dtype: str) -> optax.GradientTransformation:
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         "sgd": lambda: optax.trace(config.beta1) if config.beta1 else optax.identity(),
         "adafactor": lambda: scale_by_adafactor(dims),
         "lion": lambda: optax.scale_by_lion(config.beta1, config.beta2),
-        "muon": lambda: _muon_and_adamw(config, dims),
+        "muon": lambda: _muon_and_adamw(config, dims, dtype),
     }
     if config.name not in rules:
         raise ExplainedError(f"optimizer.name={config.name!r}: {nearest(config.name, rules)}")
@@ -281,8 +161,10 @@ def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.
         del params
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None, **numbers: Any) -> tuple[PyTree, PyTree]:
-        del params
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, mesh: Mesh | None = None, **numbers: Any
+    ) -> tuple[PyTree, PyTree]:
+        del params, mesh
         rate = learning_rate(config.schedule, Hyperparameters(**(own._asdict() | numbers)), state.count)
         return jax.tree.map(lambda u: -rate * u, updates), optax.ScaleByScheduleState(state.count + 1)
 
@@ -309,10 +191,12 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
     if config.parts.optimizer is not None:
         return in_float32(config.parts.optimizer)
-    return make_optimizer(config.optimizer, config.train.steps, trained_dims(config))
+    return make_optimizer(config.optimizer, config.train.steps, trained_dims(config), config.model.dtype)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, dims: PyTree, dtype: str = "float32"
+) -> optax.GradientTransformationExtraArgs:
     """Return the whole update rule, for `optax.apply_updates`.
 
     - adamw: M / (sqrt(V) + epsilon), both bias-corrected (Loshchilov & Hutter 2019, arXiv:1711.05101).
@@ -325,11 +209,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> o
     PyTorch, times the learning rate; only matrices decay (`LeafAxes.is_matrix`: embeddings and output head too).
 
     `update(gradients, state, params, **numbers)` takes the fields of `schedule.Hyperparameters` as traced numbers, so that
-    they are inputs of the program it is compiled into. Without them they are those of this config, and constants.
+    they are inputs of the program it is compiled into. Without them they are those of this config, and constants. With `mesh`,
+    the mesh that shards the arrays, Muon shares its work out among the devices; without it, it must be called on one device or
+    takes XLA's choice of transfers.
 
     Args:
       total_steps: optimizer steps in the whole run.
       dims: the parameter tree with a tuple of logical dim names for each leaf; stacked leaves begin with STACKING.
+      dtype: of Muon's products; everything else is float32.
 
     Returns:
       A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, in trees of the
@@ -343,7 +230,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, dims: PyTree) -> o
     return in_float32(
         optax.named_chain(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
-            (config.name, _direction(config, dims)),
+            (config.name, _direction(config, dims, dtype)),
             ("decay", _decay(config.weight_decay, decays) if config.weight_decay else optax.identity()),
             ("learning_rate", _scale_by_learning_rate(config, total_steps)),
         )

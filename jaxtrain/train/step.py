@@ -47,7 +47,7 @@ def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
     return jax.tree.map(lambda n: jax.make_array_from_callback(n.shape, whole, lambda index: np.asarray(n)[index]), numbers)
 
 
-def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Step:
+def _make_update(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Step:
     """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), for each replica if
     they differ.
     """
@@ -59,7 +59,7 @@ def _make_update(config: Config, optimizer: optax.GradientTransformation) -> Ste
     ) -> tuple[PyTree, PyTree, PyTree]:
         metrics = {"grad_norm": optax.global_norm(gradients)}
         before = trained(config, params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, **numbers._asdict())
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, mesh=mesh, **numbers._asdict())
         after = apply_updates(before, updates, dims, layers, numbers.seed, step)
         after = step_biases(config.model, after, reports)
         params = with_trained(config, params, after)
@@ -91,7 +91,7 @@ def make_train_step(
     Args:
       exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
     """
-    loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, optimizer)
+    loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, mesh, optimizer)
     keeps = getattr(objective_of(config), "keeps_log_probs", False)
     replicas, differ, apart = config.mesh.replica, config.sync.replicas_differ, config.sync.sums_apart
 

@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import OptimizerConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.sharding import is_dims, spec
-from jaxtrain.train.optimizer import STACKING, leaf_axes, make_optimizer, orthogonalise
+from jaxtrain.train.leaf_axes import STACKING, leaf_axes
+from jaxtrain.train.muon import orthogonalise
+from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.schedule import hyperparameters, learning_rate, make_learning_rate, warmup_steps
 
 NAMES = ["adamw", "sgd", "adafactor", "lion", "muon"]
@@ -373,7 +375,7 @@ def test_layers_of_one_stage_never_travel_to_another(name):
     shardings = jax.tree.map(lambda d: NamedSharding(mesh, spec(d)), dims, is_leaf=is_dims)
 
     def step(params, gradients):
-        return optimizer.update(gradients, optimizer.init(params), params)[0]
+        return optimizer.update(gradients, optimizer.init(params), params, mesh=mesh)[0]
 
     text = jax.jit(step, in_shardings=(shardings, shardings), out_shardings=shardings).lower(params, params).compile().as_text()
     assert not re.search(r"\b(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(-start)?\(", text)
