@@ -14,7 +14,7 @@ from jaxtrain.program.hlo import matmul_flops
 from jaxtrain.sharding import is_dims, named
 from jaxtrain.train import muon_shares
 from jaxtrain.train.leaf_axes import STACKING
-from jaxtrain.train.muon import orthogonalise_on
+from jaxtrain.train.muon import orthogonalise, orthogonalise_on
 from jaxtrain.train.optimizer import make_optimizer
 
 SIZES = {"embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp": 24, "experts": 4, "router": 4, "norm": 16, "latent": 8}
@@ -123,3 +123,20 @@ def test_a_device_computes_its_share_and_sends_shards_twice():
     moved = re.findall(r"\b(all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(", text)
     assert moved == ["all-to-all", "all-to-all"]
     assert matmul_flops(text) == 5 * (4 * 16 * 16 * 24 + 2 * 16**3)
+
+
+def test_replicas_that_differ_each_orthogonalise_their_own():
+    """As `train.step` maps the update over them."""
+    mesh, dims = mesh_of(replica=2, fsdp=2, tensor=2), [(*STACKING, "embed", "mlp"), (*STACKING, "mlp", "embed")]
+    leaves = [
+        np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((2, 1, 1, 3, 8, 6), (2, 1, 1, 3, 6, 8))
+    ]
+
+    def run(*leaves):
+        return orthogonalise_on(mesh, leaves, dims, "float32")
+
+    placed = jax.device_put(leaves, named(mesh, [("replica", *own) for own in dims]))
+    program = jax.jit(jax.vmap(run, spmd_axis_name="replica")).lower(*placed).compile()
+    assert not re.search(r"\b(all-gather|all-reduce|collective-permute)(-start)?\(", program.as_text())
+    for found, leaf in zip(program(*placed), leaves, strict=True):
+        assert np.abs(found - orthogonalise(leaf)).max() < 1e-5
