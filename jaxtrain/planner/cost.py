@@ -35,7 +35,7 @@ from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
-from jaxtrain.planner.formulas import head_flops, layer_flops, muon_flops, parameters_trained, scoring_flops
+from jaxtrain.planner.formulas import head_flops, layer_flops, parameters_trained, scoring_flops
 from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
@@ -241,13 +241,9 @@ class CostModel:
         return self._once(key, lambda: parameters_trained(with_layout(self.base, layout)))
 
     def _muon(self, layout: Candidate) -> tuple[float, float]:
-        """(FLOPs, seconds) of muon's iterations on one device in a step."""
-
-        def make() -> tuple[float, float]:
-            config = with_layout(self.base, layout)
-            return muon_flops(config), roofline.muon_seconds(config, self.chip)
-
-        return self._once(("muon", layout.mesh, layout.chunks), make)
+        """Return `roofline.muon_work` of a layout."""
+        key = ("muon", layout.mesh, layout.chunks)
+        return self._once(key, lambda: roofline.muon_work(with_layout(self.base, layout), self.chip))
 
     def state_bytes(self, layout: Candidate) -> float:
         """Return the bytes of parameters and moments of one device: less than the layout takes."""

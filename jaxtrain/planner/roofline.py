@@ -29,7 +29,7 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
-from jaxtrain.planner.formulas import loss_positions, muon_shares
+from jaxtrain.planner.formulas import loss_positions, muon_flops, muon_shares
 from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
 from jaxtrain.train.muon_shares import MUON_ITERATIONS
@@ -264,9 +264,10 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
     return chip.stream(each * parameters)
 
 
-def muon_seconds(config: Config, chip: Roofline) -> float:
-    """Return the seconds of the matmuls of muon's iterations."""
-    return MUON_ITERATIONS * sum(
+def muon_work(config: Config, chip: Roofline) -> tuple[float, float]:
+    """(FLOPs, seconds) of the matmuls of muon's iterations on one device in a step."""
+    seconds = sum(
         share.each / share.at_once * sum(chip.matmul(*product, share.at_once) for product in share.products)
         for share in muon_shares(config)
     )
+    return muon_flops(config), MUON_ITERATIONS * seconds
