@@ -146,7 +146,7 @@ class OptimizerConfig:
     """The update rule and its learning rate over time."""
 
     name: OptimizerName = "adamw"
-    """The update rule. muon orthogonalises matrices in model.dtype, and uses adamw for all others and for embedding and head."""
+    """The update rule. muon orthogonalises matrices in model.dtype; embedding, head, norms and biases take adamw."""
     peak_lr: float = 3e-4
     """Largest learning rate."""
     schedule: LearningRateSchedule = "cosine"
