@@ -19,10 +19,10 @@ VERBS = set(
     Compile Compute Continue Convert Copy Count Create Cut Delete Describe Detach Dispatch Do Draw Drop Emulate Encode End
     Estimate Evaluate Expand Explain Export Fetch Fill Find Fix Flush Fold Format Free Generate Give Group Have Hold
     Identity Ignore Import Initialise Iterate Join Judge Keep Leave Let List Load Lock Log Look Lower Make Map Mark Measure
-    Merge Move Name Open Pad Parse Pass Plan Plot Post Prepare Print Prove Put Queue Raise Rank Read Record Redirect Refuse
-    Register Remove Rename Render Replace Report Reset Resolve Restore Return Rotate Round Run Sample Save Say Scale Score
-    Search Send Set Show Skip Sleep Solve Sort Split Stack Start Step Stop Submit Sum Suppress Take Tell Time Tokenize Train
-    Translate Try Turn Type Update Use Validate Verify Visit Wait Wrap Write Yield
+    Merge Move Name Open Orthogonalise Pad Parse Pass Plan Plot Post Prepare Print Prove Put Queue Raise Rank Read Record
+    Redirect Refuse Register Remove Rename Render Replace Report Reset Resolve Restore Return Rotate Round Run Sample Save
+    Say Scale Score Search Send Set Show Skip Sleep Solve Sort Split Stack Start Step Stop Submit Sum Suppress Take Tell
+    Time Tokenize Train Translate Try Turn Type Update Use Validate Verify Visit Wait Wrap Write Yield
 """.split()
 )
 """First words of a function's docstring: verbs in the imperative, and the formula "Identity"."""
