@@ -66,6 +66,10 @@ class GrpoConfig:
     """The ratio of new to old probability counts up to 1 + this."""
     kl: float = 0.0
     """Weight of the KL divergence from the initial weights; 0: none, and they are not kept."""
+    replay_routing: bool = True
+    """Whether the tokens of an answer go to the same experts in training as in sampling (Ma et al. 2025, arXiv:2510.11370): the
+    router's weights are computed anew, its choices are not. Without a mixture of experts, or with a layer of your own, nothing
+    is replayed."""
     importance_cap: float = 2.0
     """Largest factor by which a token counts more because training gives it a higher probability than sampling did."""
     max_sampler_difference: float = 0.05

@@ -34,6 +34,8 @@ class Entries(NamedTuple):
 
     keys: Any
     values: Any
+    experts: Any = None
+    """int16 [..., B, 1, length, experts of a token], each token's, where they are kept."""
 
 
 class CacheSize(NamedTuple):
@@ -45,6 +47,8 @@ class CacheSize(NamedTuple):
     """Most tokens of a row."""
     chunk: int
     """Most new tokens of a row at a time."""
+    keeps_experts: bool = False
+    """Whether it keeps each token's experts, for training to replay."""
 
     def entries(self, window: int) -> int:
         """Return S for layers with a window, 0 for none."""
@@ -64,6 +68,13 @@ def _entries(model: ModelConfig, lead: tuple[int, ...], kind: LayerKind, room: C
     return Entries(array(model.num_kv_heads, model.head_dim), array(model.num_kv_heads, model.head_dim))
 
 
+def _experts(model: ModelConfig, lead: tuple[int, ...], room: CacheSize) -> jax.ShapeDtypeStruct | None:
+    """Return the shape of a kind of layers' experts; a layer with a window keeps all tokens' too."""
+    if not room.keeps_experts or model.moe is None:
+        return None
+    return jax.ShapeDtypeStruct((*lead, room.rows, 1, room.length, model.moe.experts_per_token), jnp.int16)
+
+
 def cache_shapes(config: Config, room: CacheSize) -> PyTree:
     """Return the shapes of a cache: of the layers before the stack, and of each place in the pattern.
 
@@ -73,10 +84,12 @@ def cache_shapes(config: Config, room: CacheSize) -> PyTree:
     chunks, stages, slots = stacking.shape
     lead = (chunks, stages, slots // stacking.period)
     first = _entries(model, (model.first_dense_layers,), model.kinds[0], room) if model.first_dense_layers else None
-    return {"first": first, "stack": tuple(_entries(model, lead, kind, room) for kind in model.kinds)}
+    experts = _experts(model, lead, room)
+    stack = tuple(_entries(model, lead, kind, room)._replace(experts=experts) for kind in model.kinds)
+    return {"first": first, "stack": stack}
 
 
-def cache_specs(config: Config) -> PyTree:
+def cache_specs(config: Config, keeps_experts: bool = False) -> PyTree:
     """Return the sharding of a cache over the mesh."""
     heads = None if config.model.latent_attention else "tensor"
 
@@ -84,8 +97,10 @@ def cache_specs(config: Config) -> PyTree:
         array = PartitionSpec(*lead, ROW_AXES, heads, None, None)
         return Entries(array, None if config.model.latent_attention else array)
 
-    first = spec(None) if config.model.first_dense_layers else None
-    return {"first": first, "stack": tuple(spec(None, "pipe", None) for _ in config.model.kinds)}
+    first, of_stack = spec(None) if config.model.first_dense_layers else None, spec(None, "pipe", None)
+    if keeps_experts:
+        of_stack = of_stack._replace(experts=PartitionSpec(None, "pipe", None, ROW_AXES))
+    return {"first": first, "stack": (of_stack,) * len(config.model.kinds)}
 
 
 class CachedAttention:
@@ -113,6 +128,11 @@ class CachedAttention:
         place_BL = jnp.where(self._positions_BL >= 0, self._positions_BL % count, count)  # padding is dropped
         rows_B1 = jnp.arange(new_BLKN.shape[0])[:, None]
         return array.at[self._layer, rows_B1, :, place_BL].set(new_BLKN.astype(array.dtype), mode="drop")
+
+    def keep_experts(self, experts_BLK: jax.Array) -> None:
+        """Write the new tokens' experts; new rows may lie along L."""
+        new_BL1K = experts_BLK.reshape(*self._positions_BL.shape, 1, -1)
+        self.entries = self.entries._replace(experts=self._with(self.entries.experts, new_BL1K))
 
     def _held_BS(self) -> jax.Array:
         """Return the position of each entry's token."""
@@ -142,7 +162,7 @@ class CachedAttention:
         q, k = (x.reshape(*self._positions_BL.shape, *x.shape[2:]) for x in (q, k))
         keys = self._with(self.entries.keys, k)
         values = None if v is None else self._with(self.entries.values, v.reshape(*self._positions_BL.shape, *v.shape[2:]))
-        self.entries = Entries(keys, values)
+        self.entries = self.entries._replace(keys=keys, values=values)
         keys_BKSN = keys[self._layer]
         values_BKSM = keys_BKSN[..., :value_dim] if values is None else values[self._layer]
         rule = self._rule._replace(scale=self._rule.factor(head_dim or q.shape[-1]))

@@ -19,6 +19,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.inference.cache import ROW_AXES, CacheSize
 from jaxtrain.inference.forward import STEPS, Programs, Rows
 from jaxtrain.inference.sampling import Choice
+from jaxtrain.parallel.stacking import make_stacking
 
 PyTree = Any
 LARGEST_CHUNK = 512
@@ -130,6 +131,7 @@ class Engine:
         slots: int = 8,
         wants_more: Callable[[int, list[int]], bool] = lambda request, made: True,
         ends_before: Callable[[int], bool] = lambda part: False,
+        take_experts: Callable[[int, np.ndarray], None] | None = None,
     ) -> Iterator[Made]:
         """Yield the tokens of all requests as they are made.
 
@@ -141,6 +143,8 @@ class Engine:
           wants_more: (request, tokens made) -> False ends it; asked after every look at the host.
           ends_before: asked before each call of a program, by its number; True leaves all that is unfinished. All processes say
             the same.
+          take_experts: given (request, int16 [tokens, stacked layers, K]) once the request is done: the experts of all its
+            tokens but the last, which no layer has seen. For a mixture of experts.
 
         Raises:
           ExplainedError: a prompt is empty, or longer than a learned table of positions.
@@ -148,13 +152,14 @@ class Engine:
         requests = deque(_Request(i, list(p), s) for i, (p, s) in enumerate(zip(prompts, samplings, strict=True)))
         if not requests:
             return
-        programs = self._programs_for(requests, slots)
+        programs = self._programs_for(requests, slots, take_experts is not None)
         cache, rows = programs.empty()
         held: list[_Request | None] = [None] * programs.room.rows
-        part = itertools.count()
+        done, part = dict[int, _Request](), itertools.count()
         while (requests or any(held)) and not ends_before(next(part)):
             new = [i for i, request in enumerate(held) if request is None][: max(0, len(requests))]
             if new:
+                self._hand_out_experts(done, cache, take_experts)
                 rows = self._admit(programs, rows, held, new, requests)
             rows = self._begin_anew(programs, rows, held)
             chunk = self._next_chunk(programs, held)
@@ -164,9 +169,24 @@ class Engine:
             else:
                 cache, rows, made = programs.decode(params, cache, rows, np.int32(self._steps(held)))
                 tokens, log_ps = map(self._fetch, made)
+            before = list(held)
             yield from self._hand_out(held, tokens, log_ps, wants_more)
+            done |= {row: request for row, request in enumerate(before) if request and held[row] is None}
+        self._hand_out_experts(done, cache, take_experts)
 
-    def _programs_for(self, requests: Sequence[_Request], slots: int) -> Programs:
+    def _hand_out_experts(
+        self, done: dict[int, _Request], cache: PyTree, take_experts: Callable[[int, np.ndarray], None] | None
+    ) -> None:
+        """Give away the experts of the requests that are done, by their rows, and forget these requests."""
+        if take_experts and done:
+            of_places = [self._fetch(entries.experts) for entries in cache["stack"]]
+            stacked = np.stack(of_places, axis=3)  # [chunk, stage, group, place, B, 1, length, K]
+            layers = stacked.reshape(-1, *stacked.shape[4:])[make_stacking(self._config).layer_slots(), :, 0]
+            for row, request in done.items():
+                take_experts(request.number, layers[:, row, : request.length - 1].swapaxes(0, 1))
+        done.clear()
+
+    def _programs_for(self, requests: Sequence[_Request], slots: int, keeps_experts: bool) -> Programs:
         longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in requests)
         prompt, table = max(map(self._longest_prefill, requests)), self._config.model.learned_positions
         if min(len(request.tokens) for request in requests) == 0:
@@ -179,7 +199,7 @@ class Engine:
         tensor = self._mesh.shape["tensor"]
         chunk = math.ceil(min(LARGEST_CHUNK, 2 ** math.ceil(math.log2(prompt))) / tensor) * tensor
         rows = math.ceil(min(slots, len(requests)) / self._unit) * self._unit
-        room = CacheSize(rows, math.ceil(longest / UNIT) * UNIT, chunk)
+        room = CacheSize(rows, math.ceil(longest / UNIT) * UNIT, chunk, keeps_experts)
         if room not in self._programs:
             self._programs[room] = Programs(self._config, self._mesh, room, max(1, len(self._ends)))
         return self._programs[room]

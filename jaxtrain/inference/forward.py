@@ -98,7 +98,9 @@ def _layer(
     positions, lengths = (array.reshape(x.shape[0], -1) for array in places)
     packing = Packing(jnp.maximum(positions, 0), None, None, None, lengths)
     layer = decoder.layer(config, (weights, weights), place)
-    x, _, _ = alone(run_layer(layer, x, packing, attention, decoder.experts))  # type: ignore[arg-type]
+    x, _, reports = alone(run_layer(layer, x, packing, attention, decoder.experts))  # type: ignore[arg-type]
+    if "experts" in reports:
+        attention.keep_experts(reports["experts"])
     return x, attention.entries
 
 
@@ -163,10 +165,11 @@ class Programs:
         if model.moe:
             model = replace(model, moe=replace(model.moe, dispatch="dropless"))
         self.config, self.mesh, self.room = at_level_three(replace(config, model=model)), mesh, room
-        self._decoder = make_decoder(self.config, mesh, "reference")
+        decoder = make_decoder(self.config, mesh, "reference")
+        self._decoder = replace(decoder, experts=decoder.experts._replace(reports_choices=room.keeps_experts))
         rows = PartitionSpec(ROW_AXES)
         self._row_spec = rows
-        self._cache_specs, self._ends = cache_specs(self.config), ends
+        self._cache_specs, self._ends = cache_specs(self.config, room.keeps_experts), ends
         self.begin = self._jit(self._begin, (rows, rows, rows), rows)
         """(params, cache, rows, tokens [B, L], new tokens of each row, tokens of its prompt) -> (cache, rows, made)."""
         self.admit = jax.jit(_admit, donate_argnums=0)

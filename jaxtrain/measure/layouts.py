@@ -275,6 +275,17 @@ def batch_of(rows: int, length: int = LENGTH, seed: int = 0, vocabulary: int = V
     return {"tokens": tokens[:, :-1], "targets": targets.astype(np.int32), "positions": positions, "segments": segments}
 
 
+def _experts(config: Config) -> dict[str, np.ndarray]:
+    """Return experts that a batch may say, int32 [B, L, layers K]: K different ones a layer, or the router's own (-1)."""
+    moe, shape = config.model.moe, (config.train.global_batch_size, config.data.sequence_length, config.model.stacked_layers)
+    if moe is None:
+        return {}
+    rng = np.random.default_rng(0)
+    chosen = rng.random((*shape, moe.num_experts)).argsort(-1)[..., : moe.experts_per_token]
+    is_own = rng.random((*shape, 1)) < 0.5
+    return {"experts": np.where(is_own, -1, chosen).reshape(*shape[:2], -1).astype(np.int32)}
+
+
 def _inputs_of(config: Config, name: str) -> np.ndarray:
     """Return an input of the objective, float32 [B, L] or [B, L, K]: token ids, log-probabilities, or floats around 1."""
     widths, vocabulary = getattr(objective_of(config), "widths", {}), config.model.vocab_size
@@ -323,7 +334,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = _with_second_factors(config, state["params"]), state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
-    rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs}
+    rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs} | _experts(config)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
     region = make_loss_and_gradients(config, mesh, config.model.attention)
     loss_and_gradients = jax.jit(region).lower(params, batch).compile()

@@ -242,10 +242,11 @@ class Decoder:
 
     def _layer(
         self, config: ModelConfig, microbatch: PyTree, place: int = 0
-    ) -> Callable[[tuple[jax.Array, ...], Weights, jax.Array], tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
+    ) -> Callable[..., tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]]:
         """Return a layer at a place of the pattern, on this microbatch and under the remat policy.
 
-        (x of each part, weights, the clock of `take_turns`) -> (x of each part, auxiliary loss, sums to report, the clock).
+        (x of each part, weights, the clock of `take_turns`, experts of `Packing`) -> (x of each part, auxiliary loss, sums to
+        report, the clock).
         """
         window = config.window_of(config.kinds[place])
         attention = self.attention._replace(rule=self.attention.rule._replace(window=window))
@@ -254,9 +255,9 @@ class Decoder:
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
         def layer(
-            xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array
+            xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array, experts: jax.Array | None = None
         ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
-            apply, packings = self.layer(config, weights, place), cut_rows(packing, len(xs))
+            apply, packings = self.layer(config, weights, place), cut_rows(packing._replace(experts=experts), len(xs))
             parts = [run_layer(apply, x, own, attention, self.experts) for x, own in zip(xs, packings, strict=True)]
             results, clock = take_turns(parts, clock)
             ys, auxiliary, reports = zip(*results, strict=True)
@@ -276,7 +277,7 @@ class Decoder:
                 (xs, auxiliary, clock, reduced), ((master, compute), index) = carry, slot
                 if in_order:
                     xs, reduced, master = reduce_behind_next(xs, reduced, master)
-                ys, more, reports, clock = layer(xs, (master, compute), clock)
+                ys, more, reports, clock = layer(xs, (master, compute), clock, self._experts(microbatch, chunk, index))
                 if not self.stacking.is_even:
                     # An empty slot's layer runs too, on zero weights, and is discarded: its stage would only wait for the
                     # others, and transfers inside a conditional could not overlap with anything.
@@ -302,6 +303,14 @@ class Decoder:
             return jnp.concatenate(xs), auxiliary + clock, reports
 
         return layers
+
+    def _experts(self, microbatch: PyTree, chunk: jax.Array, slot: jax.Array) -> jax.Array | None:
+        """Return the experts that a layer's tokens are to go to, int32 [B, L, K]; None if its router chooses."""
+        if "experts" not in microbatch or self.config.moe is None:
+            return None
+        experts, count = microbatch["experts"], self.config.moe.experts_per_token
+        number = jnp.asarray(self.stacking.layer_numbers())[chunk, lax.axis_index("pipe"), slot]
+        return lax.dynamic_slice_in_dim(experts, number * count, count, axis=2)
 
     def outer(self, weights: Weights) -> Any:
         """Return the outer module with its weights gathered; XLA drops the gathers of unused ones."""
@@ -335,9 +344,9 @@ class Decoder:
         """Return the functions for training, and for validation with the pretraining objective.
 
         A microbatch holds int32 [B, L] tokens, targets, positions and (for document masks) segments, as `share_out` gives them,
-        the objective's float32 inputs, and a float32 scalar `scale` that multiplies its summed loss. Where numbers of single
-        tokens are reported, `place` is 1 in the microbatch's own row of [microbatches] and 0 elsewhere, and they are
-        [microbatches, B, L, ...].
+        the objective's float32 inputs, maybe the int32 [B, L, stacked layers K] experts of `Packing`, and a float32 scalar
+        `scale` that multiplies its summed loss. Where numbers of single tokens are reported, `place` is 1 in the microbatch's
+        own row of [microbatches] and 0 elsewhere, and they are [microbatches, B, L, ...].
         """
         head = self._head()
 

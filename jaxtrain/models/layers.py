@@ -162,7 +162,8 @@ class Layer(nnx.Module):
             return x_BLD, vary(jnp.zeros(())), {}
         counted = vary(jnp.zeros(packing.positions.shape, bool)) if packing.counted is None else packing.counted
         scale = vary(jnp.zeros(())) if packing.scale is None else packing.scale
-        return (yield from scoped("moe_block", self.moe(*second, counted_BL=counted, scale=scale, backend=experts)))
+        given = {"counted_BL": counted, "scale": scale, "given_BLK": packing.experts}
+        return (yield from scoped("moe_block", self.moe(*second, backend=experts, **given)))
 
 
 def layer_kind(config: ModelConfig, place: int = 0) -> tuple[type[nnx.Module], ModelConfig]:

@@ -69,23 +69,25 @@ class MoE(Block):
         counted_BL: jax.Array,
         scale: jax.Array,
         backend: ExpertBackend,
+        given_BLK: jax.Array | None = None,
     ) -> Turn[tuple[jax.Array, jax.Array, dict[str, jax.Array]]]:
         """(x with the block's output added, this device's share of the auxiliary loss, its share of the sums to report).
 
         Reported are sums over the counted tokens: balance_loss and router_z_loss (without their weights), expert_load (of all
-        experts, [E]) and dropped (rows).
+        experts, [E]) and dropped (rows); and where the backend says so `experts`, the choice of each token, [B, L, K].
 
         Args:
           x_BLD: this device's slice over `tensor`.
           onto_BLD: what the output is added to; by default x.
           counted_BL: bool, over the whole length of this device: whether the token carries a loss.
           scale: float32 scalar: 1 / (counted tokens of the global batch).
+          given_BLK: as in `route`, over the whole length of this device.
         """
         x_BLD = yield x_BLD
         own_BLD = self.normed(x_BLD)
         h_BLD = all_gather(own_BLD, "tensor", dim=1)
         with jax.named_scope("router"):
-            routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale)
+            routing, auxiliary, reports = self._route(own_BLD, counted_BL, scale, given_BLK)
         h_TD, k = h_BLD.reshape(-1, h_BLD.shape[-1]), self.moe.experts_per_token
         with jax.named_scope("dispatch"):
             group = self.moe.group(h_BLD.shape[1])
@@ -109,11 +111,12 @@ class MoE(Block):
             out_BLD = out_BLD + self._shared(h_BLD)
         dropped = ~dispatched.kept_TK & counted_BL.reshape(-1, 1)
         reports |= {"dropped": once(dropped.sum(dtype=jnp.float32), ("tensor",))}
+        reports |= {"experts": routing.experts_BLK} if backend.reports_choices else {}
         out_BLD = checkpoint_name(reduce_scatter(out_BLD, "tensor", dim=1), "mlp_out")
         return self.joined(x_BLD if onto_BLD is None else onto_BLD, out_BLD), auxiliary, reports
 
     def _route(
-        self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array
+        self, own_BLD: jax.Array, counted_BL: jax.Array, scale: jax.Array, given_BLK: jax.Array | None
     ) -> tuple[Routing, jax.Array, dict[str, jax.Array]]:
         """Score this device's own slice along tensor: float32 matmuls are slow, and a token's E scores are cheap to send."""
         moe, highest = self.moe, lax.Precision.HIGHEST  # a GPU's default, TF32, would tie different scores
@@ -122,7 +125,7 @@ class MoE(Block):
         if moe.router_bias:
             scored_BLE = scored_BLE + self.router_bias[...]
         logits_BLE = checkpoint_name(all_gather(scored_BLE, "tensor", dim=1), "router")
-        routing = route(logits_BLE, self.bias[...] if moe.has_selection_bias else None, moe)
+        routing = route(logits_BLE, self.bias[...] if moe.has_selection_bias else None, moe, given_BLK)
         balance, z = balance_loss(routing, counted_BL), router_z_loss(logits_BLE, counted_BL)
         load = expert_load(routing.experts_BLK, counted_BL, moe.num_experts)
         reports = {"balance_loss": balance, "router_z_loss": z, "expert_load": load}

@@ -21,3 +21,5 @@ class Packing(NamedTuple):
     """float32 scalar: 1 / number of counted positions in the global batch, the factor of every auxiliary loss."""
     lengths: jax.Array | None = None
     """int32 [B, L or 1], tokens of the whole sequence that each token is part of; None if the arrays hold it whole."""
+    experts: jax.Array | None = None
+    """int32 [B, L, K], the experts that each token goes to in this layer, -1 for the router's own choice; None if all are."""

@@ -26,6 +26,8 @@ class ExpertBackend(NamedTuple):
     """Whether dropless tokens move by `ragged_all_to_all`, else by `all_to_all` of padded slots."""
     tile: int
     """Rows of one group that the grouped matmul works on at a time: groups are padded to whole tiles."""
+    reports_choices: bool = False
+    """Whether layers report the experts of each token, as "experts": sampling keeps them."""
 
 
 def choose_expert_backend(platform: str) -> ExpertBackend:

@@ -39,7 +39,7 @@ def _closed_experts_masked(choice_BLE: jax.Array, moe: MoEConfig) -> jax.Array:
     return jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(choice_BLE.shape)
 
 
-def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
+def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig, given_BLK: jax.Array | None = None) -> Routing:
     """Return the top k of softmax or sigmoid scores s: chosen by s + bias, weighted by s alone.
 
     weights = weight_scale * s_e / (sum of the chosen s, if normalize_weights). With groups only the experts of the token's
@@ -48,6 +48,7 @@ def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
     Args:
       logits_BLE: float32.
       bias_E: float32, or None.
+      given_BLK: int32 experts to take in place of the top k; -1 where the top k stand. Weights are of the scores here as well.
     """
     if moe.router == "softmax":
         scores = affinities = jax.nn.softmax(logits_BLE, axis=-1)
@@ -56,6 +57,8 @@ def route(logits_BLE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Ro
         affinities = scores / scores.sum(-1, keepdims=True)
     choice = lax.stop_gradient(scores if bias_E is None else scores + bias_E)
     _, experts = lax.top_k(_closed_experts_masked(choice, moe), moe.experts_per_token)
+    if given_BLK is not None:
+        experts = jnp.where(given_BLK >= 0, given_BLK, experts)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if moe.normalize_weights:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)

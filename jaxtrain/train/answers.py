@@ -18,6 +18,7 @@ from jaxtrain.data.chat_store import ChatPrompt
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import ExplainedError
 from jaxtrain.inference.engine import Engine, Sampling
+from jaxtrain.train.gradients import replays_routing
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import AnswerGroup, Scores, load_reward, score
 
@@ -34,6 +35,8 @@ class Answer:
     """log p of each as the sampler computed it."""
     is_whole: bool
     """Whether a token ended it, not its limit."""
+    experts: np.ndarray | None = None
+    """int16 [tokens of prompt and answer but the last, stacked layers, K], where they are replayed."""
 
 
 class Answering:
@@ -49,7 +52,7 @@ class Answering:
     def __init__(self, prepared: Prepared, tokenizer: Tokenizer):
         self._grpo, self._tokenizer = prepared.config.objective.grpo, tokenizer
         self._ends = answer_ends(prepared.config, tokenizer)
-        self._slots = prepared.config.train.global_batch_size
+        self._slots, self._replays = prepared.config.train.global_batch_size, replays_routing(prepared.config)
         self._engine = Engine(prepared.config, prepared.mesh, self._ends)
         self._reward = load_reward(self._grpo.reward)
 
@@ -58,15 +61,16 @@ class Answering:
     ) -> list[Answer] | None:
         """Return the answer to each prompt; None where `ends_before` ended it (see `Engine.run`)."""
         answers, done = [Answer([], [], False) for _ in prompts], 0
-        asked = [[int(i) for i in prompt.ids] for prompt in prompts]
-        for made in self._engine.run(params, asked, samplings, slots=self._slots, ends_before=ends_before):
+        asked, experts = [[int(i) for i in prompt.ids] for prompt in prompts], dict[int, np.ndarray]()
+        options: dict[str, Any] = {"take_experts": experts.__setitem__} if self._replays else {}
+        for made in self._engine.run(params, asked, samplings, slots=self._slots, ends_before=ends_before, **options):
             answer = answers[made.request]
             answer.ids.append(made.token)
             answer.log_ps.append(made.log_probability)
             done += made.is_last
         if done < len(prompts):
             return None
-        return [Answer(a.ids, a.log_ps, a.ids[-1] in self._ends) for a in answers]
+        return [Answer(a.ids, a.log_ps, a.ids[-1] in self._ends, experts.get(i)) for i, a in enumerate(answers)]
 
     def prompt_text(self, prompt: ChatPrompt) -> str:
         """Return a prompt's text."""

@@ -43,13 +43,23 @@ _BATCH_AXES = (*BATCH_AXES, "context")
 Step = Any  # a jitted function: called, or lowered
 
 
+def replays_routing(config: Config) -> bool:
+    """Return whether a batch says which experts each token goes to: those that rollouts sampled it with."""
+    section = config.objective
+    is_asked = section.kind == "grpo" and section.grpo.replay_routing
+    return is_asked and config.model.moe is not None and config.model.parts.layer is None
+
+
 def token_names(config: Config) -> tuple[str, ...]:
-    """Return the arrays of a batch that the model reads, each int32 [global_batch_size, sequence_length]."""
-    return ("tokens", "targets", "positions", *(("segments",) if config.data.mask_documents else ()))
+    """Return the arrays of a batch that the model reads, int32 [global_batch_size, sequence_length], and maybe "experts", with
+    a dim [stacked layers x experts of a token] more, -1 for the router's own choice.
+    """
+    masks, replays = config.data.mask_documents, replays_routing(config)
+    return ("tokens", "targets", "positions", *(("segments",) if masks else ()), *(("experts",) if replays else ()))
 
 
 def batch_names(config: Config) -> tuple[str, ...]:
-    """Return the names of a batch's arrays, [global_batch_size, sequence_length] each: the tokens', and the objective's."""
+    """Return the names of a batch's arrays, [global_batch_size, sequence_length, ...]: the tokens', and the objective's."""
     return (*token_names(config), *objective_of(config).inputs)
 
 
@@ -62,7 +72,9 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     """Return the shapes of a batch."""
     shape, floats = (config.train.global_batch_size, config.data.sequence_length), objective_of(config).inputs
     dtypes = {name: jnp.float32 if name in floats else jnp.int32 for name in batch_names(config)}
-    widths = getattr(objective_of(config), "widths", {})
+    widths = dict(getattr(objective_of(config), "widths", {}))
+    if config.model.moe:
+        widths["experts"] = config.model.stacked_layers * config.model.moe.experts_per_token
     shapes = {name: (*shape, widths[name]) if name in widths else shape for name in dtypes}
     return {name: jax.ShapeDtypeStruct(shapes[name], dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 

@@ -77,8 +77,8 @@ class LayerMomentsDecoder(Decoder):
     def _layer(self, config: ModelConfig, microbatch: PyTree, place: int = 0) -> Callable[..., Any]:
         layer = super()._layer(config, microbatch, place)
 
-        def with_moments(xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array) -> tuple:
-            ys, auxiliary, reports, clock = layer(xs, weights, clock)
+        def with_moments(xs: tuple[jax.Array, ...], weights: Weights, *more: Any) -> tuple:
+            ys, auxiliary, reports, clock = layer(xs, weights, *more)
             return vary((ys, auxiliary, {**reports, "moments": jnp.stack([_moments(xs), _moments(ys)])}, clock))
 
         return with_moments

@@ -146,8 +146,8 @@ class WatchedDecoder(Decoder):
     def _layer(self, config: ModelConfig, microbatch: PyTree, place: int = 0) -> Callable[..., Any]:
         watched = Watched(super()._layer(config, microbatch, place))
 
-        def layer(xs: Any, weights: Weights, clock: jax.Array) -> tuple:
-            (ys, auxiliary, reports, clock), origins = watched(xs, weights, clock)
+        def layer(xs: Any, weights: Weights, *more: Any) -> tuple:
+            (ys, auxiliary, reports, clock), origins = watched(xs, weights, *more)
             if config is self.config:
                 self.labels[f"layer {place}"] = watched.labels
             # Layers at different places of the pattern have different numbers of operations.

@@ -74,7 +74,8 @@ def usable(prompts: Prompts, config: Config) -> list[int]:
 def rows_of(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], length: int) -> dict[str, np.ndarray]:
     """Return a batch with one answer a row, after its prompt: int32 tokens, targets, positions and segments, and float32 log p.
 
-    Only the answer's tokens are targets; all arrays are [answers, length], aligned with the targets.
+    Only the answer's tokens are targets; all arrays are [answers, length], aligned with the targets. Where the answers have
+    their experts, int32 experts [answers, length, stacked layers K], -1 in the padding.
     """
     shape = (len(answers), length)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
@@ -85,7 +86,18 @@ def rows_of(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], length: in
         tokens[row, :count], segments[row, :count] = ids[:-1], 1
         positions[row, :count] = np.arange(count)
         targets[row, first:count], log_ps[row, first:count] = answer.ids, answer.log_ps
-    return {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments, SAMPLER: log_ps}
+    rows = {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments, SAMPLER: log_ps}
+    return rows | _experts(answers, length)
+
+
+def _experts(answers: Sequence[Answer], length: int) -> dict[str, np.ndarray]:
+    given = [answer.experts.reshape(len(answer.experts), -1) for answer in answers if answer.experts is not None]
+    if not given:
+        return {}
+    experts = np.full((len(answers), length, given[0].shape[1]), -1, np.int32)
+    for row, own in enumerate(given):
+        experts[row, : len(own)] = own
+    return {"experts": experts}
 
 
 def weighed(rows: dict[str, np.ndarray], scores: Scores, config: Config) -> dict[str, np.ndarray]:

@@ -43,10 +43,10 @@ def likely_cause(config: Config) -> str:
     """Return why training and sampling most likely differ, by what this config has."""
     if config.model.parts.layer or config.model.parts.attention or config.model.parts.mlp:
         return "The likely cause is a layer of your own that computes one new token otherwise than a whole sequence"
-    if config.model.moe:
+    if config.model.moe and not config.objective.grpo.replay_routing:
         return (
-            "The likely cause is the router: its choices are not replayed, and a token with two nearly equal experts may go to "
-            "another one in training; compare with --model.dtype=float32"
+            "The likely cause is the router, whose choices are not replayed: a token with two nearly equal experts may go to "
+            "another one in training; give --objective.grpo.replay_routing=True"
         )
     if config.model.dtype != "float32":
         return (

@@ -62,21 +62,21 @@ def inputs():
     return x, ct, counted
 
 
-def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
+def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, given=None, **mesh_axes: int):
     """(output, total auxiliary loss, reports, gradients of sum(output * cotangent) + auxiliary) on a mesh."""
     mesh_config = MeshConfig(**({"fsdp": 1} | mesh_axes))
     mesh = make_mesh(mesh_config, jax.devices()[: int(np.prod(mesh_config.shape))])
     graph, params, dims = module(moe)
     backend = ExpertBackend(ragged=False, tile=tile)
 
-    def region(params, x, ct, counted):
-        params, x, ct, counted = vary((params, x, ct, counted))
+    def region(params, x, ct, counted, given=None):
+        params, x, ct, counted, given = vary((params, x, ct, counted, given))
         scale = 1 / sum_over(counted.sum(dtype=jnp.float32), ("replica", "data", "fsdp", "expert", "context"))
 
         def loss(params, x):
             block = nnx.merge(graph, gather_weights(params, jax.lax.stop_gradient(params), dims, "float32"))
             parts = [
-                alone(block(x, counted_BL=c, scale=scale, backend=backend))
+                alone(block(x, counted_BL=c, scale=scale, backend=backend, given_BLK=given))
                 for x, c in zip(jnp.split(x, microbatches), jnp.split(counted, microbatches), strict=True)
             ]
             out = jnp.concatenate([part[0] for part in parts])
@@ -97,19 +97,18 @@ def run(moe: MoEConfig, microbatches: int = 1, tile: int = 1, **mesh_axes: int):
 
     rows = P(BATCH, ("context", "tensor"))
     whole = P(BATCH, "context")
-    step = jax.shard_map(
-        region, mesh=mesh, in_specs=(specs(dims), rows, rows, whole), out_specs=(rows, P(), P(), (specs(dims), rows))
-    )
-    compiled = jax.jit(step).lower(params, *inputs()).compile()
-    return jax.tree.map(np.asarray, compiled(params, *inputs()))
+    arguments = (params, *inputs(), *(() if given is None else (given,)))
+    in_specs = (specs(dims), rows, rows, whole, whole)[: len(arguments)]
+    step = jax.shard_map(region, mesh=mesh, in_specs=in_specs, out_specs=(rows, P(), P(), (specs(dims), rows)))
+    return jax.tree.map(np.asarray, jax.jit(step).lower(*arguments).compile()(*arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The oracle
 
 
-def loop_over_tokens(moe: MoEConfig):
-    """(output [R, L, D], auxiliary loss, mask [R, L, E] of the experts that work on each token), float64."""
+def loop_over_tokens(moe: MoEConfig, given=None):
+    """(output [R, L, D], mask [R, L, E] of the experts that work on each token), float64; by the router or as given."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), module(moe)[1])
     x, _, counted = inputs()
     x = x.astype(np.float64)
@@ -128,7 +127,8 @@ def loop_over_tokens(moe: MoEConfig):
             closed = np.argsort(best_of_group)[: moe.groups - moe.groups_per_token]
             for g in closed:
                 choice[g * size : (g + 1) * size] = -np.inf
-            chosen.append(np.argsort(-choice)[: moe.experts_per_token])
+            own = np.argsort(-choice)[: moe.experts_per_token]
+            chosen.append(own if given is None or given[s, t, 0] < 0 else given[s, t])
         group = (moe.capacity_group or LENGTH) if moe.dispatch == "capacity" else 1
         room = np.ceil(moe.capacity_factor * group * moe.experts_per_token / EXPERTS) if moe.dispatch == "capacity" else 1
         for begin in range(0, LENGTH, group):
@@ -230,6 +230,19 @@ def test_microbatches_change_neither_auxiliary_losses_nor_gradients(mesh, microb
     without = truth(replace(moe, balance_loss=0.0, router_z_loss=0.0))
     assert np.linalg.norm(wanted[3][0]["router"]) > 2 * np.linalg.norm(without[3][0]["router"])
     assert_close(run(moe, microbatches, **mesh), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"expert": 2, "context": 2, "tensor": 2}])
+def test_experts_that_are_given_replace_the_routers(mesh):
+    rng = np.random.default_rng(1)
+    given = rng.random((ROWS, LENGTH, EXPERTS)).argsort(-1)[..., : DEEPSEEK.experts_per_token].astype(np.int32)
+    given[:, ::3] = -1
+    out, mask = loop_over_tokens(DEEPSEEK, given)
+    found, _, reports, (gradients, _) = run(DEEPSEEK, given=given, **mesh)
+    np.testing.assert_allclose(found, out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(reports["expert_load"], mask[inputs()[2]].sum(0))
+    assert np.abs(gradients["router"]).max() > 0
+    assert (loop_over_tokens(DEEPSEEK)[1] != mask).any()
 
 
 def test_tiles_change_nothing():

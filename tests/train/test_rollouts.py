@@ -14,10 +14,13 @@ from jaxtrain.config.objective_fields import GrpoConfig, ObjectiveConfig
 from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import CheckpointError, DataError, ExplainedError, NumbersError
+from jaxtrain.inference.engine import Sampling
 from jaxtrain.mesh import make_mesh
 from jaxtrain.objectives.grpo import ADVANTAGES, OLD, SAMPLER, WEIGHTS
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.train.answers import Answer, Answering
+from jaxtrain.train.gradients import make_loss_and_gradients
+from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
 from jaxtrain.train.rollouts import Rollouts, answer_seed, rows_of, usable, weighed
 from jaxtrain.train.sampler_limits import SamplerLimits
@@ -178,7 +181,7 @@ def test_a_reward_that_fails_stops_the_run_or_counts_zero(files):
     ],
 )
 def test_a_sampler_that_differs_stops_the_run(model, measured, words):
-    limits = SamplerLimits(tiny(model=model))
+    limits = SamplerLimits(tiny(model=model, objective=ObjectiveConfig(kind="grpo", grpo=GrpoConfig(replay_routing=False))))
     fine = {"sampler_difference": 0.04, "sampler_outside": 0.1, "sampler_kl": 0.04}
     limits.metrics_read(1, fine)
     with pytest.raises(NumbersError, match=words):
@@ -287,6 +290,49 @@ class StopInRollout(StopOnSignal):
         if (what, part) == (f"rollout {self.rollout}", 1):
             self.received = signal.SIGTERM
         return super().ends_before(what, part)
+
+
+# --- experts
+
+MOE = {"num_layers": 3, "moe": MoEConfig(num_experts=8, mlp_dim=16, first_dense_layers=1, balance_loss=0.1)}
+MOE_MESHES = [
+    {"data": 2, "expert": 2, "tensor": 2},
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"expert": 4, "context": 2}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
+    pytest.param({"pipe": 2, "expert": 4}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", MOE_MESHES, ids=lambda mesh: "-".join(mesh))
+def test_the_experts_of_sampling_are_those_of_training(files, mesh):
+    """Loss and gradients with the experts that the sampler kept equal those with the router's own (-1)."""
+    config = config_of(files, mesh=mesh, model=MOE, train={"microbatches": 2})
+    prepared = Prepared(config)
+    params, settings = prepared.create_state()["params"], [Sampling(6, temperature=1.0, seed=i) for i in range(16)]
+    asked = [SimpleNamespace(ids=[65 + i % 3] * (1 + i % 4), row={}) for i in range(16)]
+    answers = Answering(prepared, load_tokenizer("byte")).answers(params, asked, settings, lambda part: False)
+    assert {len(np.unique(a.experts)) for a in answers} > {8}
+    given = weighed(rows_of(asked, answers, 16), Scores(np.arange(16, dtype=np.float32).reshape(4, 4), (), 0.0), config)
+    kept = given["experts"]
+    assert ((kept >= 0).all(-1) == (given["segments"] > 0)).all()
+    step = jax.jit(make_loss_and_gradients(config, prepared.mesh, prepared.backend))
+    found, own, other = (step(params, prepared.place(given | {"experts": e})) for e in (kept, kept * 0 - 1, (kept + 1) % 8))
+    assert found[0]["ratio_change"] == 0
+    assert found[0]["sampler_difference"] < 1e-6
+    assert other[0]["sampler_difference"] > 1e-4
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    assert (found[1]["expert_load"] != other[1]["expert_load"]).any()
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_rollout_stay_through_its_updates(files):
+    config = config_of(files, updates=2, steps=2, model=MOE)
+    trainer = trained(config)
+    assert [row["ratio_change"] == 0 for row in rows(config)] == [True, False]
+    assert rows(config)[0]["sampler_difference"] < 1e-6
+    assert trainer.ended.step == 2
 
 
 # --- processes
