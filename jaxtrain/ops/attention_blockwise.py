@@ -1,7 +1,7 @@
 """Causal grouped-query attention in memory that grows with the length, not with its square.
 
 FlashAttention-2 (Dao 2023, arXiv:2307.08691) in plain JAX: the score matrix is cut into blocks, only those visible under the
-causal mask and the window are computed, and each is folded into a running (output, logsumexp) pair. The backward pass
+causal mask, the window and documents are computed, each folded into a running (output, logsumexp) pair. The backward pass
 keeps only that pair and recomputes the probabilities block by block. `block_attention`, `merge_blocks` and
 `block_gradients` take any mask, without a scan; `blocks_forward` and `blocks_gradients` scan over the blocks of a
 piece of queries and a piece of keys; ring attention uses them too.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -177,17 +178,13 @@ def _at(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
-def _add_at(x: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(x, _at(x, i) + value, i, 0)
-
-
 def _filled(shape: tuple[int, ...], value: float, like: jax.Array) -> jax.Array:
     """Return an initial scan carry, of the accumulator's dtype, varying over the mesh axes that `like` varies over."""
     return vary(jnp.full(shape, value, accumulator_dtype(like.dtype)), tuple(sorted(varying_axes(like))))
 
 
 class _Sight(NamedTuple):
-    """`visible` of any two blocks."""
+    """`visible` of any two blocks, and whether they have a document in common."""
 
     rule: Rule
     mask_nBQ: Mask
@@ -202,6 +199,24 @@ class _Sight(NamedTuple):
             exists = (j * self.block + jnp.arange(self.block) < self.length)[None, None]
             seen_BQS = exists if seen_BQS is None else seen_BQS & exists
         return None if seen_BQS is None else seen_BQS[:, None, None]
+
+    def compute(self, i: jax.Array, j: jax.Array, block_pair: Callable[[jax.Array | None], Any], unchanged: Any) -> Any:
+        """Return block_pair(visible); or `unchanged`, of the same shapes, if in no row a document is in both blocks.
+
+        Compared are ranges of numbers, so that any numbers are right, and ascending ones, padding last, leave out most.
+        """
+        q, k = self.mask_nBQ.q_segments, self.mask_nBQ.k_segments
+        if q is None or k is None:
+            return block_pair(self.visible(i, j))
+        (q_least, q_most), (k_least, k_most) = _range_B(_at(q, i)), _range_B(_at(k, j))
+        meet = jnp.any((q_least <= k_most) & (k_least <= q_most))
+        return lax.cond(meet, lambda: block_pair(self.visible(i, j)), lambda: unchanged)
+
+
+def _range_B(segments_BQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the least and the greatest document number of a block, padding (0) being the greatest of all."""
+    numbers = jnp.where(segments_BQ == 0, jnp.iinfo(segments_BQ.dtype).max, segments_BQ)
+    return numbers.min(axis=1), numbers.max(axis=1)
 
 
 def _sight(rule: Rule, mask: Mask, length: int, block: int) -> _Sight:
@@ -232,8 +247,12 @@ def blocks_forward(
 
     def step(carry: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         (o, logsumexp), (i, j) = carry, pair
-        o_ij, logsumexp_ij = block_attention(_at(q, i), _at(k, j), _at(v, j), sight.visible(i, j), rule)
-        o_i, logsumexp_i = merge_blocks(_at(o, i), _at(logsumexp, i), o_ij, logsumexp_ij)
+        so_far = _at(o, i), _at(logsumexp, i)
+
+        def merged(visible: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            return merge_blocks(*so_far, *block_attention(_at(q, i), _at(k, j), _at(v, j), visible, rule))
+
+        o_i, logsumexp_i = sight.compute(i, j, merged, so_far)
         update = lax.dynamic_update_index_in_dim
         return (update(o, o_i, i, 0), update(logsumexp, logsumexp_i, i, 0)), None
 
@@ -273,10 +292,14 @@ def blocks_gradients(
 
     def step(carry: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         (dq, dk, dv), (i, j) = carry, pair
-        dq_i, dk_j, dv_j = block_gradients(
-            _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i), sight.visible(i, j), rule
-        )
-        return (_add_at(dq, i, dq_i), _add_at(dk, j, dk_j), _add_at(dv, j, dv_j)), None
+        so_far = _at(dq, i), _at(dk, j), _at(dv, j)
+
+        def added(visible: jax.Array | None) -> tuple[jax.Array, ...]:
+            arrays = _at(q, i), _at(k, j), _at(v, j), _at(do, i), _at(logsumexp, i), _at(delta, i)
+            return tuple(map(jnp.add, so_far, block_gradients(*arrays, visible, rule)))
+
+        sums = zip((dq, dk, dv), sight.compute(i, j, added, so_far), (i, j, j), strict=True)
+        return tuple(lax.dynamic_update_index_in_dim(x, x_at, at, 0) for x, x_at, at in sums), None
 
     empty = _filled(q.shape, 0, q), _filled(k.shape, 0, q), _filled(v.shape, 0, q)
     gradients, _ = lax.scan(step, empty, jnp.asarray(block_pairs(q.shape[0], block, rule)))
