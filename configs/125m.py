@@ -16,7 +16,7 @@ def get_config() -> Config:
             vocab_size=50257,
             tie_embeddings=True,
         ),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=2048, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=2048),
         optimizer=OptimizerConfig(peak_lr=6e-4, warmup_steps=700),
         train=TrainConfig(steps=10_000, global_batch_size=32, remat="none", validate_every=1000, validate_batches=10),
     )

@@ -29,7 +29,7 @@ def get_config() -> Config:
         ),
         mesh=MeshConfig(pipe=16, tensor=8),
         pipeline=PipelineConfig(schedule="1f1b"),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192),
         optimizer=OptimizerConfig(peak_lr=8e-5, warmup_steps=8000),
         train=TrainConfig(steps=1_000_000, global_batch_size=2048, microbatches=16, validate_every=1000, validate_batches=10),
     )

@@ -18,7 +18,7 @@ def get_config() -> Config:
             rope_scaling=RopeScaling(),
         ),
         mesh=MeshConfig(tensor=8),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192),
         optimizer=OptimizerConfig(peak_lr=1.5e-4, warmup_steps=2000),
         train=TrainConfig(steps=500_000, global_batch_size=128, validate_every=1000, validate_batches=10),
     )

@@ -9,7 +9,7 @@ def get_config() -> Config:
         model=ModelConfig(
             num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=32, head_dim=128, mlp_dim=11008, vocab_size=32000
         ),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2000),
         train=TrainConfig(steps=500_000, global_batch_size=64, validate_every=1000, validate_batches=10),
     )

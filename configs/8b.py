@@ -17,7 +17,7 @@ def get_config() -> Config:
             rope_theta=500_000.0,
             rope_scaling=RopeScaling(),
         ),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=8192),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2000),
         train=TrainConfig(steps=500_000, global_batch_size=64, validate_every=1000, validate_batches=10),
     )

@@ -48,7 +48,7 @@ def get_config() -> Config:
         ),
         mesh=MeshConfig(pipe=16, expert=8),
         pipeline=PipelineConfig(schedule="1f1b"),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096),
         optimizer=OptimizerConfig(peak_lr=2.2e-4, warmup_steps=2000),
         train=TrainConfig(steps=500_000, global_batch_size=15360, microbatches=120, validate_every=1000, validate_batches=10),
     )

@@ -21,7 +21,7 @@ def get_config() -> Config:
             moe=MoEConfig(num_experts=8, experts_per_token=2, mlp_dim=14336, balance_loss=0.02),
         ),
         mesh=MeshConfig(expert=8),
-        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096, mask_documents=False),
+        data=DataConfig(sources=(DataSource(kind="synthetic"),), sequence_length=4096),
         optimizer=OptimizerConfig(peak_lr=3e-4, warmup_steps=2000),
         train=TrainConfig(steps=500_000, global_batch_size=512, validate_every=1000, validate_batches=10),
     )

@@ -424,6 +424,7 @@ def test_a_batch_is_shared_out_by_one_gather_and_places_are_found_again(kind):
 # The choice
 
 GPU = {"platform": "gpu", "dtype": "bfloat16", "head_dim": 128, "masks_documents": False, "compute_capability": 9.0}
+AMPERE = {"compute_capability": 8.0}
 CHOICE = GPU | {"context": 4, "heads": 32, "kv_heads": 8, "sequence_length": 131072}
 
 
@@ -436,8 +437,10 @@ CHOICE = GPU | {"context": 4, "heads": 32, "kv_heads": 8, "sequence_length": 131
         ({"window": 4096}, "ulysses", "sliding windows over pieces are a dense 2048 MiB"),
         ({"window": 4096, "kv_heads": 2}, "ring", "does not divide"),
         ({"window": 4096, "backend": "blockwise"}, "ring", "65536 FLOP"),
-        ({"masks_documents": True, "sequence_length": 16384}, "ring", "document masks are a dense 512 MiB"),
-        ({"masks_documents": True}, "ring", "65536 FLOP"),  # cuDNN can do neither
+        ({"masks_documents": True}, "ring", "65536 FLOP"),  # cuDNN can do both, in its packed layout
+        ({"masks_documents": True, "window": 4096}, "ulysses", "over pieces are a dense 2048 MiB"),
+        ({"masks_documents": True, "sequence_length": 16384} | AMPERE, "ring", "document masks are a dense 512 MiB"),
+        ({"masks_documents": True} | AMPERE, "ring", "65536 FLOP"),  # cuDNN can do neither
         ({"context": 1}, "ring", "nothing to exchange"),
     ],
 )
