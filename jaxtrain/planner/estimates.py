@@ -58,12 +58,18 @@ class Memory:
     """What one layer, or the head, needs while it is computed; buffers of transfers under way."""
     other_models: float = 0.0
     """A teacher's weights, or those that rewards stay near."""
+    kernels: float = 0.0
+    """What cuDNN's attention within documents needs while it computes gradients."""
+
+    @property
+    def of_program(self) -> float:
+        """Bytes of the step's program, as XLA shows them where there is no GPU to ask what its kernels need."""
+        return self.parameters + self.optimizer + self.gradients + self.weights + self.activations + self.working
 
     @property
     def total(self) -> float:
         """Bytes in all."""
-        held = self.parameters + self.optimizer + self.gradients + self.weights + self.activations + self.working
-        return held + self.other_models
+        return self.of_program + self.other_models + self.kernels
 
 
 @dataclass(frozen=True)

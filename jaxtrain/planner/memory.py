@@ -38,6 +38,7 @@ from jaxtrain.layout import (
     reduces_each_pass,
     reduces_layer_by_layer,
 )
+from jaxtrain.ops.attention_packed import working_bytes
 from jaxtrain.planner.activations import Sizes, folds, kept_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
@@ -71,7 +72,20 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
         activations=activations,
         working=worst.working + _batch(config) + GAPS * (weights + activations + sum(worst)),
         other_models=other_weights(config),
+        kernels=_kernels(config, sizes, backend),
     )
+
+
+def _kernels(config: Config, sizes: Sizes, backend: str) -> float:
+    """Return the bytes that cuDNN needs beside the program's to compute gradients within documents."""
+    if backend != "cudnn" or not config.data.mask_documents:
+        return 0.0
+    model, latent, is_whole = config.model, config.model.latent_attention, not folds(config)
+    heads, kv_heads = model.num_heads, model.num_heads if latent else model.num_kv_heads
+    width = max(model.head_dim + latent.rope_dim, latent.value_dim) if latent else model.head_dim
+    share = config.mesh.tensor * (config.mesh.context if is_whole else 1)
+    length = config.data.sequence_length // (1 if is_whole else config.mesh.context)
+    return working_bytes(sizes.tokens / local_length(config) / sizes.parts, length, heads / share, kv_heads / share, width)
 
 
 def _batch(config: Config) -> float:

@@ -36,6 +36,7 @@ WORDS = {
     "activations": "activations kept for the backward pass",
     "working": "what one layer or the loss needs while it is computed",
     "other_models": "a teacher's weights, or those that rewards stay near",
+    "kernels": "what attention's kernels need while they compute gradients",
 }
 
 

@@ -142,10 +142,10 @@ def _memory(estimated: Memory, report: CompiledStep) -> Memory:
     proportions.
     """
     state = estimated.parameters + estimated.optimizer
-    rest = estimated.total - estimated.other_models - state
+    rest = estimated.of_program - state
     given, made = report.argument_bytes, report.memory_bytes - report.argument_bytes
     of_state, of_rest = given / state, made / rest if rest else 1.0
-    names = {"parameters": of_state, "optimizer": of_state, "other_models": 1.0}  # which are not of the step's program
+    names = {"parameters": of_state, "optimizer": of_state, "other_models": 1.0, "kernels": 1.0}
     return Memory(
         **{field.name: getattr(estimated, field.name) * names.get(field.name, of_rest) for field in dataclasses.fields(Memory)}
     )

@@ -18,6 +18,7 @@ MEMORY_WORDS = {
     "activations": "activations",
     "working": "working",
     "other_models": "other models",
+    "kernels": "kernels",
 }
 """Names of `estimates.Memory`'s fields in tables."""
 TIME_WORDS = {
@@ -34,8 +35,9 @@ TIME_WORDS = {
 
 
 def present(words: Mapping[str, str], parts: Sequence[Any]) -> dict[str, str]:
-    """Return the names of fields, other_models only where one of the parts has some."""
-    return {name: title for name, title in words.items() if name != "other_models" or any(part.other_models for part in parts)}
+    """Return the names of fields, those that few layouts have only where one of the parts has some."""
+    few = ("other_models", "kernels")
+    return {name: title for name, title in words.items() if name not in few or any(getattr(part, name) for part in parts)}
 
 
 def _three(value: float) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections import Counter
@@ -13,8 +12,11 @@ from dataclasses import replace
 
 from jaxtrain.command.parsing import parse_config
 from jaxtrain.config import Config
+from jaxtrain.hardware import find_chip
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.program.collectives import read_collectives
+from jaxtrain.program.groups import layout_of
 from jaxtrain.program.hlo import matmul_flops
 
 
@@ -26,27 +28,28 @@ def square_arrays(text: str, length: int) -> int:
 
 def row(config: Config) -> str:
     """Return the figures of the step of one config."""
-    program, _, attention = deviceless.compile_for(config)
-    text, memory = program.as_text(), program.memory_analysis()
+    program, mesh, attention = deviceless.compile_for(config)
+    text, memory, backend = program.as_text(), program.memory_analysis(), attention.split(":")[0]
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    guess = estimate_memory(config, backend)
     calls = Counter(re.findall(r'custom_call_target="__cudnn\$(\w+)"', text))
-    share = config.data.sequence_length // config.mesh.context
-    squares = square_arrays(text, share) + square_arrays(text, config.data.sequence_length) * (config.mesh.context > 1)
-    guess = estimate_memory(config, attention.split(":")[0]).total
+    moved = read_collectives(text, layout_of(mesh), find_chip("h100-sxm"))
+    sent, hidden = sum(each.wire for each in moved), sum(each.hidden for each in moved)
+    held = f"{total / 2**30:.2f} GiB (closed form {guess.of_program / 2**30:.2f}, kernels {guess.kernels / 2**30:.2f} more)"
+    squares = square_arrays(text, config.data.sequence_length // config.mesh.context)
     return (
-        f"{attention.split(':')[0]:<11} {total / 2**30:6.2f} GiB (closed form {guess / 2**30:6.2f})  "
-        f"{matmul_flops(text):.4e} FLOPs  [L, L] arrays {squares}  calls {dict(calls)}  ({attention})"
+        f"{backend}: {held}, {matmul_flops(text):.4e} FLOPs, {sent / 2**30:.2f} GiB sent, {1 - hidden / sent:.1%} exposed, "
+        f"{squares} arrays of [L, L], calls {dict(calls)}"
     )
 
 
 def main() -> None:
     """Print a line for masks off, on, and on by blockwise."""
     config = parse_config(sys.argv[1:])
-    assert math.prod(config.mesh.shape) > 0
     kinds = {"off": (False, "auto"), "on": (True, "auto"), "on, blockwise": (True, "blockwise")}
     for kind, (masks, backend) in kinds.items():
         data, model = replace(config.data, mask_documents=masks), replace(config.model, attention=backend)
-        print(f"masks {kind:<14}", row(replace(config, data=data, model=model)), flush=True)
+        print(f"masks {kind}:", row(replace(config, data=data, model=model)), flush=True)
 
 
 if __name__ == "__main__":

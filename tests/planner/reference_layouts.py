@@ -135,7 +135,7 @@ class Comparison:
     @property
     def memory_error(self) -> float:
         """Estimated over compiled memory, less 1."""
-        return self.estimate.total / self.compiled.memory_bytes - 1
+        return self.estimate.of_program / self.compiled.memory_bytes - 1
 
     @property
     def bytes_error(self) -> float | None:
@@ -202,7 +202,7 @@ def row(number: int, comparison: Comparison) -> str:
     """A line of the Markdown table."""
     bytes_error = comparison.bytes_error
     return (
-        f"| {number} | {comparison.layout.name} | {comparison.estimate.total / GIB:.1f} | "
+        f"| {number} | {comparison.layout.name} | {comparison.estimate.of_program / GIB:.1f} | "
         f"{comparison.compiled.memory_bytes / GIB:.1f} | {comparison.memory_error:+.1%} | "
         f"{'no formula' if bytes_error is None else f'{bytes_error:.2%}'} |"
     )
