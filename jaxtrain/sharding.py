@@ -200,13 +200,15 @@ def gather_weight(master: jax.Array | None, compute: jax.Array, dims: Dims, redu
     def gather(master: jax.Array | None, compute: jax.Array) -> jax.Array:
         return _gather_over_fsdp(dims, compute) if gathers_each_layer(zero) else compute
 
+    if master is None:
+        with jax.named_scope("fsdp"):
+            return gather(None, lax.stop_gradient(compute))
+
     # Not the differentiable call itself: a remat policy would see only that call, not the all_gather inside.
-    def forward(master: jax.Array | None, compute: jax.Array) -> tuple[jax.Array, None]:
+    def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
         return gather(master, compute), None
 
-    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-        if master is None:
-            return None, vary(jnp.zeros(compute.shape, compute.dtype))
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         gradient = gradient.astype(reduce_dtype)
         if reduces_each_pass(zero):
             gradient = _scatter_over_fsdp(dims, gradient)
@@ -219,11 +221,9 @@ def gather_weight(master: jax.Array | None, compute: jax.Array, dims: Dims, redu
 
 
 def gather_weights(master: Any, compute: Any, dims_tree: Any, reduce_dtype: str, zero: int = 3) -> Any:
-    """Apply `gather_weight` to every leaf of a tree; a weight in 8 bits gathers itself."""
+    """Apply `gather_weight` to every leaf of a tree."""
 
     def leaf(dims: Dims, master: Any, compute: Any) -> jax.Array:
-        if not isinstance(compute, jax.Array):
-            return compute.gathered(dims)
         return gather_weight(master, compute, dims, reduce_dtype, zero)
 
     return jax.tree.map(leaf, dims_tree, master, compute, is_leaf=is_dims)

@@ -15,6 +15,7 @@ from jaxtrain.errors import CheckpointError
 _HARD_FLAGS = (
     "data.tokenizer data.sequence_length data.mask_documents data.validation_fraction train.seed train.global_batch_size "
     "optimizer.name objective.kind train.frozen lora.rank lora.alpha lora.targets lora.rank_stabilised "
+    "lora.base lora.base_group "
     "objective.grpo.updates objective.grpo.group_size objective.grpo.max_new_tokens objective.grpo.temperature"
 ).split()
 _HARD_SOURCE_FIELDS = ("kind", "text_field", "weight")  # not path: the same data may have moved

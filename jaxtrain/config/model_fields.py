@@ -22,6 +22,7 @@ QKNorm = Literal["none", "head", "width"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "clipped_silu"]
 RopeScalingKind = Literal["llama3", "linear", "yarn", "longrope"]
 Dispatch = Literal["dropless", "capacity"]
+Base = Literal["", "int8", "float8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ class LoraConfig:
     """s = alpha / sqrt(rank), so that the output's size does not depend on the rank (arXiv:2312.03732)."""
     init_from: str = ""
     """Folder of a PEFT adapter to begin with; empty: new ones."""
+    base: Base = ""
+    """How W is held: int8, float8, or nf4, the 4-bit NormalFloat of QLoRA (arXiv:2305.14314), but table and head as they are;
+    empty: all in model.param_dtype."""
+    base_group: int = 0
+    """Neighbouring inputs of a matrix with a float32 scale of their own; 0: 64 for nf4, else all of an output channel."""
 
     @property
     def scale(self) -> float:
@@ -250,7 +256,7 @@ class ModelConfig:
 
     @property
     def base(self) -> ModelConfig:
-        """The model without adapters."""
+        """The model without adapters, all in param_dtype."""
         return replace(self, adapters=LoraConfig())
 
     @property

@@ -48,9 +48,17 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.export_hf exports the last checkpoint: give --checkpoint.every=1000 or so too")
     if config.init_from_optimizer and not config.init_from:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
-    unused = [name for name in ("alpha", "targets", "rank_stabilised", "init_from") if getattr(config.lora, name)]
+    unused = [
+        name
+        for name in ("alpha", "targets", "rank_stabilised", "init_from", "base", "base_group")
+        if getattr(config.lora, name)
+    ]
     if unused and not config.lora.rank:
         problems.append(f"lora.{unused[0]} is of adapters, but lora.rank=0 makes none: give --lora.rank=16 or so too")
+    if config.lora.base_group and not config.lora.base:
+        problems.append(f"lora.base_group={config.lora.base_group} is of a base in few bits: give --lora.base=nf4 or so too")
+    if config.lora.base_group % 2 and config.lora.base == "nf4":
+        problems.append(f"lora.base_group={config.lora.base_group}: nf4 packs pairs of numbers; use an even number")
     if config.lora.init_from and not config.init_from:
         problems.append("lora.init_from is an adapter of given weights: give --init_from=FOLDER too")
     if config.checkpoint.fast_every and not config.checkpoint.every:

@@ -27,6 +27,7 @@ from jaxtrain.huggingface.files import INDEX, SINGLE, travelling_files
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, dims_of, is_stacked
 from jaxtrain.huggingface.table import Table
 from jaxtrain.models import lora
+from jaxtrain.models.quantised_weights import Quantised, dequantise
 
 SHARD_BYTES = 512 << 20
 """Bytes of a weight file; a larger tensor has one of its own. A file is held in memory until it is written."""
@@ -114,8 +115,11 @@ def new_folder(target: str) -> Iterator[Path]:
 
 
 def merging(model: ModelConfig, read: Read) -> Read:
-    """Return `read` with W + s A B in place of a matrix W that has an adapter, computed in float32, in W's dtype."""
-    known = dims_of(model)
+    """Return `read` with W + s A B in place of a matrix W that has an adapter, computed in float32, in W's dtype.
+
+    A W that is held in few bits is float32.
+    """
+    known, read = dims_of(model), _dequantising(model, read)
 
     def merged(names: list[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
@@ -127,6 +131,22 @@ def merging(model: ModelConfig, read: Read) -> Read:
             yield name, lora.merge(np, model.adapters.scale, *(held[own] for own in (name, *factors)))
 
     return merged
+
+
+def _dequantising(model: ModelConfig, read: Read) -> Read:
+    """Return `read` with the float32 numbers of matrices that are held in few bits."""
+    known = dims_of(model)
+
+    def numbers(names: list[str]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            dims = known.get(f"{name.removeprefix('params/')}/values")
+            if dims is None:
+                yield from read([name])
+                continue
+            values, scale = (np.asarray(array) for _, array in read([f"{name}/values", f"{name}/scale"]))
+            yield name, dequantise(np, dims, Quantised(values, scale))
+
+    return numbers
 
 
 def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +21,20 @@ from jaxtrain.sharding import Dims, is_dims, named
 Index = tuple[slice, ...]
 
 
-def place(model: ModelConfig, stacking: Stacking, mesh: Mesh, table: Table, fetch: Fetch) -> Any:
+def place(
+    model: ModelConfig,
+    stacking: Stacking,
+    mesh: Mesh,
+    table: Table,
+    fetch: Fetch,
+    hold: Callable[[Dims, jax.Array], Any] = lambda _, array: array,
+) -> Any:
     """Return the parameters of a table as `decoder.initialize` shapes them, sharded over the mesh.
 
     Empty slots and padding are zero. A table of adapters alone gives their branches of the tree.
+
+    Args:
+      hold: (dims, parameter) -> what stands in its place in the tree, made before the next is read.
     """
     dims_tree = parameter_dims(model)
     flat = jax.tree_util.tree_flatten_with_path(dims_tree, is_leaf=is_dims)[0]
@@ -35,7 +46,8 @@ def place(model: ModelConfig, stacking: Stacking, mesh: Mesh, table: Table, fetc
         if ours not in table.parameters:
             continue
         read = functools.partial(_read, model, stacking, table, fetch, ours, dims)
-        leaves[names] = jax.make_array_from_callback(_shape(model, stacking, table, ours, dims), sharding, read)
+        array = jax.make_array_from_callback(_shape(model, stacking, table, ours, dims), sharding, read)
+        leaves[names] = hold(dims, array)
     return nested(leaves)
 
 

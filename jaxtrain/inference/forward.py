@@ -23,11 +23,10 @@ from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
 from jaxtrain.models.layers import run_layer
 from jaxtrain.models.packing import Packing
-from jaxtrain.models.quantised_weights import weight_specs
 from jaxtrain.ops.losses import Logits
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.turns import alone
-from jaxtrain.sharding import all_gather, shift, vary
+from jaxtrain.sharding import all_gather, shift, specs, vary
 
 PyTree = Any
 STEPS = 8
@@ -184,7 +183,7 @@ class Programs:
         results, dims = (self._cache_specs, self._row_spec, outputs), parameter_dims(self.config.model)
 
         def program(params: PyTree, *more: Any) -> Any:
-            inputs = (weight_specs(params, dims), self._cache_specs, self._row_spec, *extra)
+            inputs = (specs(dims), self._cache_specs, self._row_spec, *extra)
             # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
             mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
             return mapped(params, *more)

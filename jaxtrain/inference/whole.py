@@ -13,12 +13,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtrain.config import Config
 from jaxtrain.models.building import choose_attention, make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
-from jaxtrain.models.quantised_weights import weight_specs
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only
-from jaxtrain.sharding import BATCH_AXES, vary
+from jaxtrain.sharding import BATCH_AXES, specs, vary
 
 PyTree = Any
 
@@ -46,7 +45,7 @@ def _region(config: Config, mesh: Mesh) -> Any:
     logits = PartitionSpec(BATCH_AXES, "context", "tensor")
 
     def in_order(params: PyTree, batch: PyTree) -> jax.Array:
-        inputs = (weight_specs(params, dims), sharded)
+        inputs = (specs(dims), sharded)
         mapped = jax.shard_map(region, mesh=mesh, in_specs=inputs, out_specs=logits, check_vma=True)
         logits_BLV = mapped(params, {name: batch[name] for name in names})
         return in_sequence_order(logits_BLV, model.attention.kind, config.mesh.context)

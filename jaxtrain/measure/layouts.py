@@ -170,7 +170,9 @@ def draw_pattern(model: ModelConfig, choose: Choose) -> ModelConfig:
 def draw_task(choose: Choose) -> Config:
     """Draw a config for one device."""
     task = replace(BASE, model=draw_model(choose), data=replace(BASE.data, mask_documents=choose((False, True))))
-    adapters = LoraConfig(rank=4, alpha=8.0, targets=choose(((), ("attention/*",), ("up", "down"))))
+    targets = choose(((), ("attention/*",), ("up", "down")))
+    base = choose(("", "int8", *(() if task.model.latent_attention else ("nf4",))))  # odd latents have no pairs
+    adapters = LoraConfig(rank=4, alpha=8.0, targets=targets, base=base, base_group=2 if base == "nf4" else 0)
     frozen = choose(((), ("outer/*",), ("layers/attention/*",)))
     task = choose((task, task, replace(task, lora=adapters), replace(task, train=replace(task.train, frozen=frozen))))
     return replace(task, objective=draw_objective(choose, task.data.mask_documents))
@@ -310,7 +312,7 @@ class Outcome:
     gradients: Any
 
 
-def _with_second_factors(config: Config, params: Any) -> Any:
+def with_second_factors(config: Config, params: Any) -> Any:
     """Return the parameters with waves in place of the adapters' B, whose zeros would leave A without a gradient."""
 
     def leaf(path: tuple, dims: tuple[str, ...], value: jax.Array) -> jax.Array:
@@ -332,7 +334,7 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     seed = jnp.asarray(seed_words(config.train.seed))
     optimizer = optimizer_of(config)
     state = create_state(config, mesh, optimizer)
-    params, optimizer_state = _with_second_factors(config, state["params"]), state["optimizer"]
+    params, optimizer_state = with_second_factors(config, state["params"]), state["optimizer"]
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
     rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs} | _experts(config)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))

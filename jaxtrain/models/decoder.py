@@ -18,6 +18,7 @@ from jaxtrain.layout import keeps, kept_names, layers_per_iteration, parts_in_tu
 from jaxtrain.models import lora
 from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, run_layer
 from jaxtrain.models.parameters import declare, held_dtype
+from jaxtrain.models.quantised_weights import Quantised, check_groups, dequantised, held_dims, is_held, is_weight, quantised
 from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
@@ -43,7 +44,13 @@ def _dims(module: type[nnx.Module], config: ModelConfig) -> PyTree:
 @functools.lru_cache(maxsize=64)
 def _layer_dims(config: ModelConfig) -> PyTree:
     """Return the logical dims of a layer's parameters, adapters included; cached and shared, as `_dims`."""
-    return lora.with_adapters(config.adapters, _dims(*layer_kind(config)), _declared(config))
+    return held_dims(config.adapters, lora.with_adapters(config.adapters, _dims(*layer_kind(config)), _declared(config)))
+
+
+@functools.lru_cache(maxsize=64)
+def _outer_dims(config: ModelConfig) -> PyTree:
+    """Return the logical dims of embedding and head; cached and shared, as `_dims`."""
+    return held_dims(config.adapters, _dims(EmbeddingAndHead, config))
 
 
 def _declared(config: ModelConfig) -> PyTree:
@@ -74,7 +81,7 @@ def parameter_dims(config: ModelConfig, lead: tuple[str, ...] = STACKED) -> PyTr
     The first dense layers of a mixture of experts differ from the others, so they are beside the embedding, as
     outer["first_layers"] of [first_dense_layers, ...], and run before the stack.
     """
-    outer = dict(_dims(EmbeddingAndHead, config))
+    outer = dict(_outer_dims(config))
     if config.first_dense_layers:
         outer["first_layers"] = _under(("layer",), _layer_dims(_dense(config)))
     return {"outer": outer, "layers": _under(lead, _layer_dims(config))}
@@ -90,6 +97,21 @@ def layer_kinds_dims(config: ModelConfig) -> list[PyTree]:
     """Return the logical dims of one layer's own parameters, without adapters, of each kind of layer."""
     kinds = [config, *([_dense(config)] if config.first_dense_layers else [])]
     return [_dims(*layer_kind(kind)) for kind in kinds]
+
+
+@functools.lru_cache(maxsize=64)
+def check_base(config: ModelConfig, mesh: MeshConfig) -> None:
+    """Check that the groups of weights in few bits divide them, and their parts on a mesh.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    kinds = [config, *([_dense(config)] if config.first_dense_layers else [])]
+    for module, kind in ((EmbeddingAndHead, config), *(layer_kind(kind) for kind in kinds)):
+        shapes = nnx.to_pure_dict(nnx.state(declare(module, kind), nnx.Param))
+        for own, leaf in zip(jax.tree.leaves(_dims(module, kind), is_leaf=is_dims), jax.tree.leaves(shapes), strict=True):
+            if is_held(config.adapters, own):
+                check_groups(config.adapters, own, leaf.shape, lambda axis: max(getattr(mesh, axis), 1))
 
 
 def canonical_dims(config: ModelConfig) -> PyTree:
@@ -140,7 +162,7 @@ def initialize(config: ModelConfig, key: jax.Array, layer_numbers: np.ndarray) -
             return weights | _new_adapters(_dense(config), key, number)
 
         outer["first_layers"] = jax.vmap(dense)(jnp.arange(first))
-    return {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}
+    return quantised(config.adapters, {"outer": outer, "layers": stacked(jnp.asarray(layer_numbers))}, parameter_dims(config))
 
 
 def _new_adapters(config: ModelConfig, key: jax.Array, number: jax.Array) -> PyTree:
@@ -168,12 +190,12 @@ def add_adapters(config: ModelConfig, params: PyTree, key: jax.Array, layer_numb
 
 
 def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
-    """Return the parameters in compute dtype; norms and routers stay in float32."""
+    """Return the parameters in compute dtype; norms and routers stay in float32, weights in few bits as they are."""
 
-    def leaf(dims: tuple[str, ...], value: jax.Array) -> jax.Array:
-        return value.astype(held_dtype(dims, dtype))
+    def leaf(dims: Any, value: Any) -> Any:
+        return value if isinstance(dims, Quantised) else value.astype(held_dtype(dims, dtype))
 
-    return jax.tree.map(leaf, dims, params, is_leaf=is_dims)
+    return jax.tree.map(leaf, dims, params, is_leaf=is_weight)
 
 
 @functools.lru_cache(maxsize=64)
@@ -229,7 +251,8 @@ class Decoder:
     """Largest number of layers in one iteration of the layer scan."""
 
     def _gathered(self, weights: Weights, dims: PyTree) -> PyTree:
-        return gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
+        gathered = gather_weights(*weights, dims, self.train.reduce_dtype, self.sharding.zero)
+        return dequantised(gathered, dims, self.config.dtype)
 
     def layer(self, config: ModelConfig, weights: Weights, place: int = 0) -> Any:
         """Return the module of a layer at a place of the pattern, with its weights gathered."""
@@ -314,7 +337,7 @@ class Decoder:
 
     def outer(self, weights: Weights) -> Any:
         """Return the outer module with its weights gathered; XLA drops the gathers of unused ones."""
-        dims = _dims(EmbeddingAndHead, self.config)
+        dims = _outer_dims(self.config)
         master, compute = ({name: tree[name] for name in dims} for tree in weights)
         return _merge(EmbeddingAndHead, self.config)(self._gathered((master, compute), dims))
 

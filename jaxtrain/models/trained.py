@@ -17,7 +17,7 @@ import numpy as np
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.models import lora
-from jaxtrain.models.decoder import initialize, layer_kinds_dims, parameter_dims
+from jaxtrain.models.decoder import check_base, initialize, layer_kinds_dims, parameter_dims
 from jaxtrain.sharding import LORA, Dims, is_dims
 
 PyTree = Any
@@ -27,8 +27,10 @@ def trained_dims(config: Config) -> PyTree:
     """Return the logical dims of every trained parameter, and None in place of a frozen one; do not mutate it.
 
     Raises:
-      ConfigError: train.frozen or lora.targets names no parameter, or nothing is left to train.
+      ConfigError: train.frozen or lora.targets names no parameter, nothing is left to train, or lora.base_group divides a
+        matrix or its parts on the mesh not evenly.
     """
+    check_base(config.model, config.mesh)
     return _trained_dims(config.model, config.train.frozen)
 
 
@@ -37,7 +39,7 @@ def _trained_dims(model: ModelConfig, frozen: tuple[str, ...]) -> PyTree:
     lora.check_targets(model.adapters, layer_kinds_dims(model))
     dims = parameter_dims(model)
     flat, structure = jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)
-    names = ["/".join(str(key.key) for key in path) for path, _ in flat]
+    names = ["/".join(str(key.key) for key in path).removesuffix("/values") for path, _ in flat]
     unknown = [pattern for pattern in frozen if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
         raise ConfigError([f"train.frozen has {pattern!r}: {nearest(pattern, names)}" for pattern in unknown])

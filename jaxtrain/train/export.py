@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface.exporting import write_folder
 from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.models.quantised_weights import Quantised
+from jaxtrain.sharding import is_dims
 from jaxtrain.train.state import to_canonical
 
 
@@ -31,15 +30,12 @@ def hf_writer(beside: Path) -> Callable[[Model, str], dict[str, Any]]:
     def write(model: Model, target: str) -> dict[str, Any]:
         if jax.process_count() > 1:
             raise ExplainedError("one process alone writes a folder: save the run, then `jaxtrain export RUN DIR`")
-        dims = parameter_dims(model.config.model)
+        (held, _), dims = leaves_by_path(model.params), jax.tree.leaves(parameter_dims(model.config.model), is_leaf=is_dims)
+        leaves = {"/".join(path): (leaf, own) for (path, leaf), own in zip(held.items(), dims, strict=True)}
 
         def read(names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
             for name in names:
-                path = name.split("/")[1:]
-                leaf, its_dims = (functools.reduce(operator.getitem, path, tree) for tree in (model.params, dims))
-                if isinstance(leaf, Quantised):
-                    raise ExplainedError("the weights are in 8 bits; load the model without quantisation to write it")
-                yield name, np.asarray(to_canonical(model.config, leaf, its_dims))
+                yield name, np.asarray(to_canonical(model.config, *leaves[name.removeprefix("params/")]))
 
         return write_folder(model.config, read, target, beside)
 

@@ -33,7 +33,8 @@ from jaxtrain.huggingface.importing import TRAVELLING_FOLDER, keep_travelling, o
 from jaxtrain.huggingface.placing import place
 from jaxtrain.huggingface.starting import is_model_folder
 from jaxtrain.huggingface.table import Table
-from jaxtrain.models.decoder import canonical_dims
+from jaxtrain.models.decoder import canonical_dims, parameter_dims
+from jaxtrain.models.quantised_weights import holding
 from jaxtrain.sharding import is_dims
 from jaxtrain.train.state import Canonical, make_stacking
 
@@ -54,7 +55,7 @@ def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
         raise ExplainedError(f"init_from={config.init_from} is a HuggingFace folder, which holds no optimizer state")
     with WeightsFolder(config.init_from) as folder:
         _check_same_model(config, folder.model)
-        params = place(config.model.base, make_stacking(config), mesh, folder.table, folder.fetch)
+        params = place(config.model.base, make_stacking(config), mesh, folder.table, folder.fetch, holding(config.lora, mesh))
         given = {"params": params}
         return _with_adapter(config, mesh, given, folder.table) if config.lora.init_from else given, origin_of(folder)
 
@@ -135,11 +136,12 @@ def _check_same_model(config: Config, found: ModelConfig) -> None:
 def _check_adapters(config: Config, source: Config) -> None:
     """Check that adapters of the run that weights come from are those of this run, if it has any."""
     before, now = source.model.adapters, config.model.adapters
-    if before.rank and before != now:
+    if before.rank and before != now and before != replace(now, base="", base_group=0):
+        base = f", lora.base={before.base}" if before.base else ""
         raise ExplainedError(
             f"init_from={config.init_from} was trained with adapters (lora.rank={before.rank}, scale {before.scale:g}, targets "
-            f"{','.join(before.targets) or 'all'}), which this run's lora settings do not have: give the same ones, or begin "
-            "from its merged weights, `jaxtrain export RUN DIR`"
+            f"{','.join(before.targets) or 'all'}{base}), which this run's lora settings do not have: give the same ones, or "
+            "begin from its merged weights, `jaxtrain export RUN DIR`"
         )
     if config.init_from_optimizer and before != now:
         raise ExplainedError(f"init_from_optimizer: the moments of init_from={config.init_from} are not of adapters")
@@ -175,7 +177,11 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
         state["params"] = jax.tree.map(lambda d, leaf: _grown(leaf, d, now), dims, state["params"], is_leaf=is_dims)
     seal = digest_of(read_stored(step_path(folder, step)))
     origin = {"from": os.path.dirname(os.path.abspath(folder)), "kind": "run", "step": step, "sha256": seal}
-    return canonical.part_to_state(state), origin | ({"origin": saved["origin"]} if saved.get("origin") else {})
+    given = canonical.part_to_state(state)
+    if config.lora.base and not source.lora.base:
+        hold = holding(config.lora, mesh)
+        given["params"] = jax.tree.map(hold, parameter_dims(plain.model), given["params"], is_leaf=is_dims)
+    return given, origin | ({"origin": saved["origin"]} if saved.get("origin") else {})
 
 
 def _of_vocabulary(leaf: jax.ShapeDtypeStruct, dims: tuple[str, ...], size: int) -> jax.ShapeDtypeStruct:

@@ -25,8 +25,7 @@ from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.inference.model import Model
 from jaxtrain.mesh import count_devices, make_mesh
-from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.models.quantised_weights import Kind, quantised
+from jaxtrain.models.quantised_weights import Kind
 from jaxtrain.numerics import settled
 from jaxtrain.train.export import hf_writer
 from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
@@ -45,15 +44,19 @@ def load(
     Args:
       mesh: how devices hold it; by default one device does.
       dtype: of matmuls and activations; by default float32 for a folder, the run's own for a run.
-      quantisation: int8 or float8 to hold matrices in 8 bits (`jaxtrain.models.quantised_weights`); each is read before it is
-        quantised, and matmuls stay in `dtype`.
-      group: neighbouring inputs with a scale of their own; 0: one scale for an output channel.
+      quantisation: int8, float8 or nf4 to hold matrices in 8 or 4 bits (`jaxtrain.models.quantised_weights`); each is read
+        before it is quantised, and matmuls stay in `dtype`.
+      group: neighbouring inputs with a scale of their own; 0: one scale for an output channel, or 64 inputs of nf4.
 
     Raises:
       ExplainedError: it cannot be read, or the mesh does not fit the model.
     """
     source = str(source)
     config, ends, beside = _of_source(source)
+    if quantisation and config.lora.base:
+        raise ExplainedError(f"{source} holds its weights in {config.lora.base} already; load it without quantisation")
+    if quantisation:
+        config = replace(config, lora=replace(config.lora, base=quantisation, base_group=group))
     mesh = mesh or MeshConfig(fsdp=1)
     sizes, here = [size for size in mesh.shape if size > 0], count_devices()
     count = math.prod(sizes) if len(sizes) == len(mesh.shape) else here
@@ -66,14 +69,15 @@ def load(
         raise ExplainedError(f"the mesh wants {count} devices, there are {here}; give a smaller mesh.*")
     devices = make_mesh(config.mesh, jax.devices()[:count])
     params = initial_weights(config, devices, optax.identity())[0]["params"]
-    if quantisation:
-        params = quantised(params, parameter_dims(config.model), quantisation, group, devices)
     tokenizer = _tokenizer(config.data.tokenizer)
     if not ends and tokenizer is not None:
         ends = _answer_ends(config, tokenizer)
-    return Model(
-        config, devices, params, tokenizer, ends, _begins(beside / "tokenizer.json", config.data.tokenizer), hf_writer(beside)
-    )
+    begins, write = _begins(beside / "tokenizer.json", config.data.tokenizer), _refuse if quantisation else hf_writer(beside)
+    return Model(config, devices, params, tokenizer, ends, begins, write)
+
+
+def _refuse(*_: Any) -> dict[str, Any]:
+    raise ExplainedError("the weights are quantised; load the model without quantisation to write it")
 
 
 def config_of_source(source: str) -> Config:

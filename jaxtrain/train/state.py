@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config, SyncConfig
 from jaxtrain.errors import CheckpointError
 from jaxtrain.models import decoder
+from jaxtrain.models.quantised_weights import holding
 from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
@@ -38,6 +39,8 @@ PATHS_OF_STACKED = "layers"
 
 def initial_params(config: Config, seed: Any = None) -> PyTree:
     """Return the stacked parameters at step 0: a function of train.seed and the model alone, bit for bit, on every mesh.
+
+    Scales of weights in few bits may differ by their last bit: `create_state` makes the true ones.
 
     Args:
       seed: `seed_words`, if an input of the program; None: those of train.seed.
@@ -161,6 +164,8 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
 @settled()
 def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
     """Return the state at step 0, created sharded: no device ever holds more than its share."""
+    if config.lora.base:
+        return state_of(config, mesh, optimizer, {"params": _params_in_few_bits(config, mesh)})
     shardings = state_shardings(config, mesh, optimizer)
     options = options_of_rare_programs(mesh.devices.flat[0].platform)
     born = jax.jit(
@@ -170,6 +175,22 @@ def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransforma
         compiler_options=options,
     )
     return born(seed_words(config.train.seed))
+
+
+def _params_in_few_bits(config: Config, mesh: Mesh) -> PyTree:
+    """Return the parameters at step 0 as `lora.base` holds them, of which all exist in param_dtype for a moment.
+
+    They are made by one program and quantised by others: fused, a scale would be rounded as the program of each mesh likes.
+    """
+    plain = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base="", base_group=0))
+    dims, options = decoder.parameter_dims(plain.model), options_of_rare_programs(mesh.devices.flat[0].platform)
+    born = jax.jit(
+        lambda seed: initial_params(plain, seed),
+        in_shardings=replicated(mesh),
+        out_shardings=named(mesh, dims),
+        compiler_options=options,
+    )
+    return jax.tree.map(holding(config.lora, mesh), dims, born(seed_words(config.train.seed)), is_leaf=is_dims)
 
 
 @settled()

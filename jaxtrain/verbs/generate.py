@@ -60,10 +60,10 @@ class GenerateFlags:
     """Print one JSON object a line: prompt, text, tokens, logprobs, finish."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of matmuls and activations; empty: float32 for a folder, the run's own for a run."""
-    quantisation: Literal["", "int8", "float8"] = ""
-    """Hold the matrices in 8 bits."""
+    quantisation: Literal["", "int8", "float8", "nf4"] = ""
+    """Hold the matrices in 8 bits, or of nf4 in 4."""
     group: int = 0
-    """With quantisation: neighbouring inputs with a scale of their own; 0: one scale for an output channel."""
+    """With quantisation: neighbouring inputs with a scale of their own; 0: all of an output channel, or 64 for nf4."""
 
 
 USAGE = Usage(

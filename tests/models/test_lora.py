@@ -1,6 +1,7 @@
 """Adapters and frozen parameters: gradients in closed form, and what exists for a frozen parameter."""
 
 import functools
+import math
 import operator
 from dataclasses import replace
 
@@ -10,13 +11,16 @@ import pytest
 
 from jaxtrain.config import Config, LatentAttentionConfig, LoraConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.measure.layouts import BASE, batch_of
+from jaxtrain.measure.layouts import BASE, batch_of, with_second_factors
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.lora import merge
+from jaxtrain.models.quantised_weights import DTYPES, dequantised
 from jaxtrain.models.trained import describe_trained, trained, trained_dims
+from jaxtrain.sharding import is_dims, named
 from jaxtrain.train.gradients import batch_names, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.optimizer import optimizer_of
-from jaxtrain.train.state import create_state
+from jaxtrain.train.state import create_state, to_canonical
 from jaxtrain.train.step import compile_train_step, place_numbers
 
 LORA = LoraConfig(rank=3, alpha=5.0, rank_stabilised=True)
@@ -100,6 +104,60 @@ def test_gradients_are_those_of_the_full_weight_times_the_other_factor(model):
             own = got[f"{adapter}/{factor}"]
             found = own.reshape(true.shape)
             assert np.linalg.norm(found - scale * true) <= 1e-5 * np.linalg.norm(scale * true), (adapter, factor)
+
+
+def trained_paths(config: Config) -> list:
+    """Return the dims of all trained parameters."""
+    return jax.tree.leaves(trained_dims(config), is_leaf=is_dims)
+
+
+def gradients_of(config: Config, mesh, params: dict, rows: dict) -> dict[str, np.ndarray]:
+    """Return the loss and the gradients, in canonical form by path."""
+    metrics, _, gradients = jax.jit(make_loss_and_gradients(config, mesh, "reference"))(params, rows)
+    return {"loss": np.asarray(metrics["loss"])} | flat(to_canonical(config, jax.device_get(gradients), trained_dims(config)))
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "meshes"),
+    [
+        pytest.param(BASE.model, "nf4", [{}, {"fsdp": 2}], id="dense in nf4"),
+        pytest.param(
+            BASE.model, "nf4", [{}, {"fsdp": 2, "tensor": 2}, {"pipe": 2, "fsdp": 2}], id="nf4", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            MIXTURE,
+            "int8",
+            [{}, {"expert": 2, "context": 2}, {"pipe": 2, "fsdp": 2}],
+            id="mixture in int8",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_base_in_few_bits_gives_the_gradients_of_its_numbers(model, base, meshes):
+    """On each mesh the same bits at the start, and the gradients of a float32 base that holds the same numbers."""
+    starts, found, truth = [], [], {}
+    for sizes in meshes:
+        held = tiny(
+            model, lora=replace(LORA, base=base, base_group=4 if base == "nf4" else 0), mesh=MeshConfig(**{"fsdp": 1, **sizes})
+        )
+        held, plain = replace(held, model=replace(held.model, init_std=0.3)), replace(held, lora=LORA)
+        mesh = make_mesh(held.mesh, jax.devices()[: math.prod(held.mesh.shape)])
+        dims, optimizer = parameter_dims(held.model), optimizer_of(held)
+        state, rows = create_state(held, mesh, optimizer), batch(held, mesh)
+        starts.append(flat(jax.device_get(to_canonical(held, state["params"], dims))))
+        params = with_second_factors(held, state["params"])
+        found.append(gradients_of(held, mesh, params, rows))
+        assert len(jax.tree.leaves(state["optimizer"])) == 2 * len(trained_paths(held)) + 2
+        if sizes:
+            continue
+        numbers = jax.jit(lambda tree, dims=dims: dequantised(tree, dims, "float32"))(params)
+        truth = gradients_of(plain, mesh, jax.device_put(numbers, named(mesh, parameter_dims(plain.model))), rows)
+    for one in found:
+        assert one.keys() == truth.keys()
+        assert all(np.linalg.norm(one[path] - leaf) <= 1e-5 * np.linalg.norm(leaf) for path, leaf in truth.items())
+    assert any(leaf.dtype == DTYPES[base] for leaf in starts[0].values())
+    for other in starts[1:]:
+        assert {path: leaf.tobytes() for path, leaf in other.items()} == {p: leaf.tobytes() for p, leaf in starts[0].items()}
 
 
 def test_the_start_is_the_base_model_bit_for_bit():

@@ -12,11 +12,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxtrain import Trainer, load
-from jaxtrain.config import CheckpointConfig, Config, LoraConfig, MeshConfig, OptimizerConfig
+from jaxtrain.checkpoint.inspection import diff, inspect
+from jaxtrain.config import CheckpointConfig, Config, GuardConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jaxtrain.errors import CheckpointError, ExplainedError
 from jaxtrain.huggingface.adapters import adapter_table, export_adapter
 from jaxtrain.huggingface.config import family_of, read_config, table_of
 from jaxtrain.huggingface.exporting import export
+from jaxtrain.models.decoder import STACKED
+from jaxtrain.models.quantised_weights import Quantised, dequantise
 from tests.huggingface import goldens
 from tests.huggingface.test_folders import make, weights_of
 from tests.huggingface.test_init_from import config_of
@@ -126,3 +129,57 @@ def test_what_peft_cannot_hold_is_refused_with_the_reason(family: str, targets: 
     model = replace(read_config(config), adapters=LoraConfig(rank=2, targets=targets))
     with pytest.raises(ExplainedError, match=words):
         adapter_table(table_of(family_of(config), model), model)
+
+
+def in_nf4(run: Config, target: Path) -> Config:
+    """Return the config of the same run with a base in nf4."""
+    return replace(run, run_dir=str(target), lora=replace(LORA, base="nf4", base_group=4))
+
+
+def test_a_base_in_few_bits_is_saved_read_and_merged(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A run in nf4 resumes on another mesh with the same bits; its export holds W + s A B of W's numbers."""
+    config = in_nf4(run, tmp_path / "run")
+    trainer = Trainer(config)
+    before = np.asarray(trainer.state["params"]["layers"]["mlp"]["down"].values)
+    trainer.train()
+    there = restored(replace(config, mesh=MeshConfig(pipe=2, fsdp=4)))
+    assert [a.tobytes() for a in canonical(trainer)] == [b.tobytes() for b in canonical(there)]
+    assert len(jax.tree.leaves(there.state["optimizer"])) == 2 * 2 * 5 + 2
+    held = jax.device_get(trainer.state["params"]["layers"])
+    assert np.array_equal(held["mlp"]["down"].values, before)
+    export(config.run_dir, str(tmp_path / "out"))
+    a, b = (held["lora"]["mlp"]["down"][name][0, 0] for name in "ab")
+    numbers = dequantise(np, STACKED + ("mlp", "embed"), held["mlp"]["down"])[0, 0]
+    assert np.abs(numbers).max() > 0
+    for layer, (own, one, other) in enumerate(zip(numbers, a, b, strict=True)):
+        merged = weights_of(tmp_path / "out")[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert np.abs(own + 2 * one @ other - merged.T).max() <= 1e-6
+    assert inspect(config.run_dir) == 0
+    assert "params/layers/mlp/down/scale" in capsys.readouterr().out
+    assert diff(f"{config.run_dir}:1", f"{config.run_dir}:2") == 1
+    assert "down/values" not in capsys.readouterr().out  # the base is the same
+    assert len(export_adapter(config.run_dir, str(tmp_path / "adapter"))) == 5
+    with pytest.raises(CheckpointError, match=r"lora\.base: nf4 -> int8"):
+        restored(replace(config, lora=replace(config.lora, base="int8")))
+
+
+@pytest.mark.slow
+def test_models_of_a_base_in_few_bits(run: Config, tmp_path: Path):
+    """The run's model in hand, the run loaded and the merged folder are one; its weights begin runs with such a base only."""
+    config = replace(in_nf4(run, tmp_path / "run"), guard=GuardConfig(debug_nans=True, copies_every=1))
+    Trainer(config).train()
+    export(config.run_dir, str(tmp_path / "out"))
+    loaded, merged = load(config.run_dir), load(tmp_path / "out")
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 12))
+    truth = loaded.logits(tokens)
+    for model in (restored(config).model(), merged):
+        assert np.abs(model.logits(tokens) - truth).max() <= 1e-5 * np.abs(truth).max()
+    loaded.save_hf(str(tmp_path / "again"))
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert first == second
+    with pytest.raises(ExplainedError, match=r"targets attention/\*,down, lora\.base=nf4\), which"):
+        _ = Trainer(replace(run, init_from=config.run_dir, run_dir=str(tmp_path / "plain"))).state
+    onwards = Trainer(replace(config, init_from=run.run_dir, run_dir=str(tmp_path / "onwards"))).state["params"]["layers"]
+    assert isinstance(onwards["mlp"]["up"], Quantised)
+    before = restored(run).state["params"]["layers"]["lora"]["mlp"]["down"]["b"]
+    assert np.array_equal(onwards["lora"]["mlp"]["down"]["b"], before)
