@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -86,10 +87,18 @@ class KeptNumbers:
             raise ExplainedError(f"{self.field}={self.folder} holds numbers of something else ({'; '.join(differing)}); "
                                  "give another folder")  # fmt: skip
 
+    def unwritable(self) -> str:
+        """Return what prevents files in the folder, or nothing."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                return ""
+        except OSError as error:
+            return str(error)
+
     @contextmanager
     def writing(self, shapes: Mapping[str, tuple[int, int]]) -> Iterator[Mapping[tuple[str, str], BinaryIO]]:
         """Give {(side, name): file}, each to be filled with its rows' bytes; the files appear when all are. Raises OSError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.note.unlink(missing_ok=True)  # it goes with all arrays, or there is none
         with ExitStack() as opened:
             files: dict[tuple[str, str], BinaryIO] = {}
@@ -132,16 +141,22 @@ def attach(
     shapes = _shapes(prepared, data)
     if not processes.from_first(kept.held(shapes) is not None, processes.LONG_SECONDS):
         kept.check_replaceable()
+        _say_if(kept, kept.unwritable() if processes.own_index() == 0 else "")
         work = _batches(kept, prepared, data, numbers(), progress, before_each)
-        problem = _written(kept, shapes, work)
-        if problem := processes.from_first(problem, processes.LONG_SECONDS):
-            raise ExplainedError(f"{kept.folder}: numbers of the data's rows cannot be written ({problem}); free some space")
+        _say_if(kept, _written(kept, shapes, work))
     held = kept.held(shapes)
     if held is None:
         raise ExplainedError(f"{kept.folder}: process 0 wrote numbers of the data's rows, which this host does not see; "
                              "give a folder that all hosts share")  # fmt: skip
     for name in kept.widths:
         data.attach(name, held[TRAINING][name], held.get(HELD_OUT, {}).get(name))
+
+
+def _say_if(kept: KeptNumbers, problem: str) -> None:
+    """Raise ExplainedError in all processes if process 0 has a problem with the files."""
+    if problem := processes.from_first(problem, processes.LONG_SECONDS):
+        way_out = f"; give another {kept.field}" if kept.field else ""
+        raise ExplainedError(f"{kept.folder}: numbers of the data's rows cannot be written ({problem}){way_out}")
 
 
 def _shapes(prepared: Prepared, data: Data) -> dict[str, tuple[int, int]]:
@@ -165,7 +180,7 @@ def _written(kept: KeptNumbers, shapes: Mapping[str, tuple[int, int]], work: Wor
                 for name, rows in found.items():
                     files[side, name].write(rows[: shapes[side][0] - first].astype("<f4").tobytes())
     except OSError as error:
-        for _ in work:  # the peers' programs wait for this process's part
+        for _ in work if jax.process_count() > 1 else ():  # the peers' programs wait for this process's part
             pass
         return str(error)
     return ""

@@ -79,7 +79,11 @@ class Teacher:
 def kept_by_teacher(config: Config, data: Data) -> KeptNumbers:
     """Return where a teacher's numbers are kept, and what they depend on."""
     distill = config.objective.distill
-    of = {"data": identity_of(data), "teacher": _identity(distill.teacher) if distill.teacher else ""}
+    of = {
+        "data": identity_of(data),
+        "top_k": str(distill.top_k),
+        "teacher": _identity(distill.teacher) if distill.teacher else "",
+    }
     width = (distill.top_k,)
     widths = {TEACHER_IDS: width, TEACHER_LOG_PROBS: width}
     return KeptNumbers(user_path(distill.kept), "objective.distill.kept", of, widths, (TRAINING,))

@@ -27,6 +27,7 @@ def work(seed: int = 0):
 def test_files_hold_the_rows_and_belong_to_what_they_are_of(tmp_path: Path):
     kept = kept_in(tmp_path / "numbers")
     assert kept.held(SHAPES) is None
+    assert kept.unwritable() == ""
     assert _written(kept, SHAPES, work()) == ""
     held, parts = kept.held(SHAPES), list(work())
     assert held is not None
@@ -43,6 +44,7 @@ def test_files_hold_the_rows_and_belong_to_what_they_are_of(tmp_path: Path):
 
 def test_damaged_files_are_none_and_a_full_disk_is_told(tmp_path: Path):
     kept = kept_in(tmp_path / "numbers", "kept")
+    kept.folder.mkdir()
     assert _written(kept, SHAPES, work()) == ""
     file = kept.file("more", "train")
     for content in (b"", file.read_bytes()[:-3], b"rubbish"):
@@ -64,4 +66,5 @@ def test_damaged_files_are_none_and_a_full_disk_is_told(tmp_path: Path):
         f"{name}.{side}.npy" for name in ("one", "more") for side in SHAPES
     )
     (tmp_path / "file").touch()
-    assert "Not a directory" in _written(kept_in(tmp_path / "file" / "numbers"), SHAPES, work())
+    assert "Not a directory" in kept_in(tmp_path / "file" / "numbers").unwritable()
+    assert kept_in(tmp_path / "new").unwritable() == ""
