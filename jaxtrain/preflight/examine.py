@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtrain.config import Config
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import count_devices, describe_mesh, make_mesh
-from jaxtrain.preflight import copies, data, devices, folders, hosts, links
+from jaxtrain.preflight import attention, copies, data, devices, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Finding, Site, carry_out
 from jaxtrain.processes import barrier
 from jaxtrain.telemetry.heartbeat import Heartbeat
@@ -45,7 +45,13 @@ def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None)
         site.config = validate(config, count_devices())
         site.mesh = make_mesh(site.config.mesh)
         carry(folders.checks())
-        for check in (*copies.checks(site.config), *devices.checks(), *links.checks(site), *data.checks()):
+        for check in (
+            *copies.checks(site.config),
+            *devices.checks(),
+            *attention.checks(site),
+            *links.checks(site),
+            *data.checks(),
+        ):
             carry([check])
         barrier("preflight end", patience)  # no process cleans up before all have checked
     return site, findings

@@ -19,12 +19,14 @@ from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.preflight import copies, devices, folders, hosts, links
+from jaxtrain.ops import attention_packed
+from jaxtrain.preflight import attention, copies, devices, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Site, carry_out, limited, odd_ones
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
 from jaxtrain.verbs.preflight import main
 from tests.launch.processes import ROOT, environment, started
+from tests.ops.packed_kernel import instead_of_cudnn
 
 FLAGS = (
     "--config=configs/quickstart.py --model.num_layers=2 --model.embed_dim=32 --model.num_heads=2 --model.num_kv_heads=2 "
@@ -241,6 +243,24 @@ def test_a_mirror_that_cannot_be_written_fails(site, monkeypatch):
     monkeypatch.setattr(copies.Mirror, "probe", lambda *_: None)
     ((_, state, words),) = found(with_checkpoint(site, mirror="memory://x"), site)
     assert (state, words.startswith("memory://x: 1.00 MiB written")) == ("ok", True)
+
+
+def test_fused_attention_that_computes_wrongly_is_named(site, monkeypatch):
+    """By the kernels of packed_kernel.py, right and with keys' offsets counted in heads of queries, as JAX once did."""
+    monkeypatch.setattr(attention, "choose_attention", lambda *_: ("cudnn", ""))
+    monkeypatch.setattr(attention, "LENGTH", 64)
+    model = replace(site.config.model, num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
+    site.config = replace(site.config, model=model)
+    instead_of_cudnn(monkeypatch)
+    assert attention.checks(site)
+    ((_, state, words),) = found(attention.checks(site), site)
+    assert (state, words) == ("ok", "cudnn is within 0.00% of the formula, gradients too")
+    packed = attention_packed._packed
+    wrong = lambda runs, x: packed(runs, jax.numpy.concatenate([x] * (4 // x.shape[2]), axis=2))  # noqa: E731
+    monkeypatch.setattr(attention_packed, "_packed", wrong)
+    ((_, state, words),) = found(attention.checks(site), site)
+    assert state == "failed"
+    assert words.startswith("attention by cudnn computes wrongly on this process: dK is not finite; use --model")
 
 
 def test_memory_that_does_not_suffice_fails(site, monkeypatch):
