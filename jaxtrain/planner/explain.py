@@ -102,7 +102,7 @@ def holdings_table(explanation: Explanation) -> Table:
     layout = explanation.estimate
     config, memory, budget = layout.config, layout.memory, layout.cluster.budget_bytes
     words = {
-        "param_dtype": config.model.param_dtype,
+        "param_dtype": " and ".join(filter(None, (config.lora.base, config.model.param_dtype))),
         "dtype": config.model.dtype,
         "optimizer": config.optimizer.name,
         "held": formulas.parameters_held(config),

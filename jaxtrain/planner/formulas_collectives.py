@@ -155,7 +155,7 @@ def _is_joined(config: Config) -> bool:
 
 
 def _weights(config: Config) -> Iterator[Transfers]:
-    """Send weights over fsdp, all-gathered in compute dtype (routers in float32).
+    """Send weights over fsdp, all-gathered in compute dtype (routers in float32), or in the few bits of `lora.base`.
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
     to keep gathered weights. The table once in the forward (the embedding's backward does not need it), the head once with the
@@ -167,10 +167,10 @@ def _weights(config: Config) -> Iterator[Transfers]:
     layer, outer = ([w for w in (*held, *more) if w.is_matrix] for held, more in zip(own, new, strict=True))
 
     def gathers(weights: list[Weight], phase: str, purpose: str) -> Iterator[Transfers]:
-        for weight in weights:
-            dtype = weight.dtype(config.model.dtype)
-            payload = weight.shard(config, without=("fsdp",)) * BYTES[dtype]
-            yield _entry(config, phase, ["fsdp"], "all-gather", HLO_DTYPE[dtype], payload, purpose)
+        for array, dtype in (pair for weight in weights for pair in weight.arrays(config.model, config.model.dtype)):
+            if array.is_matrix:
+                payload = array.shard(config, without=("fsdp",)) * BYTES[dtype]
+                yield _entry(config, phase, ["fsdp"], "all-gather", HLO_DTYPE[dtype], payload, purpose)
 
     if not gathers_each_layer(config.sharding.zero):
         yield from gathers(layer, "held", "weights of the layers, once a step")

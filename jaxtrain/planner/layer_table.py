@@ -22,11 +22,13 @@ from jaxtrain.models import lora
 from jaxtrain.models.decoder import adapter_factors
 from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
 from jaxtrain.models.parameters import declare, held_dtype
+from jaxtrain.models.quantised_weights import held_dims, held_shapes, is_held
 from jaxtrain.sharding import LORA, RULES
 
-BYTES = {"bfloat16": 2, "float32": 4}
+BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "float8": 1, "nf4": 1}
 FLOAT32 = BYTES["float32"]
-HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32"}
+HLO_DTYPE = {"bfloat16": "bf16", "float32": "f32", "int8": "s8", "float8": "f8e4m3fn", "nf4": "u8"}
+"""As HLO writes the arrays of a dtype, or of a base of adapters: two numbers of nf4 are a byte."""
 RESULTS = {
     "attention.query": "query",
     "attention.query_up": "query",
@@ -104,6 +106,15 @@ class Weight:
     def dtype(self, dtype: str) -> str:
         """Return the dtype in which it is held and used where the model's is `dtype`."""
         return held_dtype(self.dims, dtype)
+
+    def arrays(self, model: ModelConfig, dtype: str) -> list[tuple[Weight, str]]:
+        """Return (array, its dtype) where the model's dtype is `dtype`: the weight, or the two arrays of one in few bits."""
+        lora = model.adapters
+        if not is_held(lora, self.dims):
+            return [(self, self.dtype(dtype))]
+        shapes, dims = held_shapes(lora, self.dims, self.shape), held_dims(lora, self.dims)
+        scale = replace(self, name=f"{self.name}.scale", shape=shapes.scale, dims=dims.scale)
+        return [(replace(self, shape=shapes.values), lora.base), (scale, "float32")]
 
     def shard(self, config: Config, without: tuple[str, ...] = ()) -> int:
         """Return the elements on one device; `without` names axes over which it has been gathered."""

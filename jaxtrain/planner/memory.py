@@ -45,6 +45,7 @@ from jaxtrain.planner.layer_table import BYTES, FLOAT32
 from jaxtrain.planner.other_models import other_weights
 from jaxtrain.planner.state_memory import (
     Cut,
+    Shares,
     cut_model,
     head_numbers,
     optimizer_state,
@@ -101,7 +102,7 @@ def _batch(config: Config) -> float:
 def _weights(config: Config, cut: Cut) -> float:
     """Return the bytes of the copies of a device's parameters in the compute dtype, whole over fsdp at ZeRO 1 and 2.
 
-    There are none where that is the dtype in which parameters are kept.
+    There are none where that is the dtype in which parameters are kept, nor of weights in few bits, which are gathered so.
 
     A gather puts the dim that was cut first. Loops read another order, ticks outside of loops that one: a pipeline with both
     holds its layers twice, and three times where a loop is unrolled by two, since its first tick runs before it. Of several
@@ -110,10 +111,18 @@ def _weights(config: Config, cut: Cut) -> float:
     whole = not gathers_each_layer(config.sharding.zero) and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype:
         return 0.0
-    layer, outer = (share.gathered if whole else share.sharded for share in (cut.layer, cut.outer))
+    layer, outer = (_copy_bytes(config, share, whole) for share in (cut.layer, cut.outer))
     is_unrolled = not moves_activations(config.mesh) and max(cut.runs, default=0) > 3
     copies = cut.chunks * (1 + (whole and 1 in cut.runs) * (1 + is_unrolled)) + (whole and cut.chunks > 1)
-    return BYTES[config.model.dtype] * (copies * cut.layers * layer + outer)
+    return copies * cut.layers * layer + outer
+
+
+def _copy_bytes(config: Config, share: Shares, whole: bool) -> float:
+    """Return the bytes of the copy of a share of the weights."""
+    few = share.few * config.mesh.fsdp if whole else share.few
+    is_cast = whole or config.model.dtype != config.model.param_dtype
+    numbers = (share.gathered if whole else share.sharded) - few
+    return is_cast * BYTES[config.model.dtype] * numbers + whole * share.few_gathered
 
 
 def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
@@ -260,7 +269,8 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     unrolls that loop by two (double buffering, `train.xla_options`), the next tick's zeros too.
     """
     layer = cut.layer.gathered
-    weights = GATHERED * BYTES[config.model.dtype] * layer * (_gathers(config) + bool(config.lora.rank))
+    sums = BYTES[config.model.dtype] * layer * bool(config.lora.rank)
+    weights = GATHERED * (sums + _gathers(config) * _copy_bytes(config, cut.layer, True))
     waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config.mesh) else UNREDUCED
     if _in_order(config, cut):
         again = sizes.parts > 1 and config.train.remat == "full" and not folds(config)

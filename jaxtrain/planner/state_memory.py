@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jaxtrain.config import Config, MeshConfig, ModelConfig
 from jaxtrain.layout import layers_of_part, whole_moments
+from jaxtrain.models.quantised_weights import is_held
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
 from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, adapters, layer_weights, outer_weights, trained_weights
 from jaxtrain.train.leaf_axes import leaf_axes
@@ -25,6 +26,12 @@ class Shares(NamedTuple):
     """Of them, those of which muon keeps adamw's two moments: all but hidden matrices."""
     float32: float
     """Of them, those that are kept in float32 whatever param_dtype says: norms, biases, routers."""
+    few: float
+    """Of them, those that `lora.base` holds in few bits."""
+    few_bytes: float
+    """Bytes of these, scales included."""
+    few_gathered: float
+    """The same bytes whole over fsdp."""
 
 
 class Cut(NamedTuple):
@@ -74,12 +81,19 @@ def _table(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[
     return residuals + 1, activations + gradients + 2, tuple(run.stop - run.start for run in cut_into_runs(table))
 
 
-def _share(weights: Collection[Weight], mesh: MeshConfig) -> Shares:
-    cut = [(w, w.elements / math.prod(getattr(mesh, axis) for axis in w.axes)) for w in weights]
+def _share(weights: Collection[Weight], mesh: MeshConfig, model: ModelConfig) -> Shares:
+    def numbers(weight: Weight) -> float:
+        return weight.elements / math.prod(getattr(mesh, axis) for axis in weight.axes)
+
+    cut = [(w, numbers(w)) for w in weights]
+    few = [(w, n, w.arrays(model, "bfloat16")) for w, n in cut if is_held(model.adapters, w.dims)]
+    pieces = [(array, BYTES[dtype] * numbers(array)) for _, _, arrays in few for array, dtype in arrays]
+    whole = sum(size * (mesh.fsdp if array.is_matrix else 1) for array, size in pieces)
     matrices, vectors = (sum(n for w, n in cut if w.is_matrix == is_matrix) for is_matrix in (True, False))
     fine = sum(n for w, n in cut if w.dtype("") == "float32")
     second = sum(n for w, n in cut if not leaf_axes(w.dims).is_hidden_matrix)
-    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine)
+    in_few = sum(n for _, n, _ in few), sum(size for _, size in pieces), whole
+    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few)
 
 
 class _Held(NamedTuple):
@@ -98,8 +112,8 @@ def _shares(model: ModelConfig, frozen: tuple[str, ...], fsdp: int, tensor: int,
     if model.adapters.rank:
         new = adapters(model)
     weights = layer_weights(model).values(), outer_weights(model).values(), layer, outer
-    own, outside, moving, moving_outside = (_share(each, mesh) for each in weights)
-    return _Held(own, outside, moving, moving_outside, *(_share(each, mesh).sharded for each in new))
+    own, outside, moving, moving_outside = (_share(each, mesh, model) for each in weights)
+    return _Held(own, outside, moving, moving_outside, *(_share(each, mesh, model).sharded for each in new))
 
 
 def cut_model(config: Config) -> Cut:
@@ -114,9 +128,14 @@ def cut_model(config: Config) -> Cut:
 
 
 def parameter_bytes(config: Config, cut: Cut) -> float:
-    """Return the bytes of the parameters: param_dtype, but float32 for norms, biases, routers and adapters."""
-    fine = cut.chunks * cut.layers * cut.layer.float32 + cut.outer.float32
-    return BYTES[config.model.param_dtype] * (cut.held - fine) + FLOAT32 * (fine + cut.adapters)
+    """Return the bytes of the parameters: param_dtype, but float32 for norms, biases, routers and adapters, and few bits for
+    what `lora.base` holds so.
+    """
+    fine, few, few_bytes = (
+        cut.chunks * cut.layers * getattr(cut.layer, name) + getattr(cut.outer, name)
+        for name in ("float32", "few", "few_bytes")
+    )
+    return BYTES[config.model.param_dtype] * (cut.held - fine - few) + FLOAT32 * (fine + cut.adapters) + few_bytes
 
 
 def optimizer_state(config: Config, cut: Cut) -> float:

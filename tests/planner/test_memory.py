@@ -100,6 +100,9 @@ def test_the_state_of_every_optimizer(model: ModelConfig, mesh: MeshConfig, opti
         (DENSE, LoraConfig(rank=4), ()),
         (LATENT, LoraConfig(rank=20, targets=("attention/*", "gate")), ()),
         (LATENT, LoraConfig(), ("outer/*", "layers/moe/up")),
+        (DENSE, LoraConfig(rank=4, base="nf4"), ()),
+        (LATENT, LoraConfig(rank=20, base="int8"), ()),
+        (LATENT, LoraConfig(rank=20, base="float8", base_group=16), ()),
     ],
 )
 def test_the_state_of_what_is_trained(model: ModelConfig, lora: LoraConfig, frozen: tuple[str, ...], optimizer: str):
