@@ -184,7 +184,8 @@ def _attention(
         sinks = jnp.broadcast_to(sinks_H.reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : k_BKSN.shape[2]].astype(v_BKSM.dtype)
-    out = jnp.einsum("BKGLS,BKSM->BLKGM", weights, v_BKSM, preferred_element_type=jnp.float32)
+    # As BLKGM it would be a product of transposed operands, which XLA's CPU backend (jax 0.10.2) cannot run in bfloat16.
+    out = jnp.moveaxis(jnp.einsum("BKGLS,BKSM->BKGLM", weights, v_BKSM, preferred_element_type=jnp.float32), 3, 1)
     return out.reshape(batch, length, heads, -1).astype(q_BLHN.dtype)
 
 

@@ -5,16 +5,19 @@ import math
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
+from jaxtrain.inference.cache import CachedAttention, Entries
 from jaxtrain.inference.model import Model
 from jaxtrain.measure.layouts import BASE
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.ops.attention import CAUSAL
 from jaxtrain.sharding import named
 from jaxtrain.train.state import initial_params
 
@@ -95,6 +98,20 @@ def test_every_mesh_makes_the_same_tokens_and_logits(name: str, mesh: dict[str, 
     assert [answer.ids for answer in on_mesh.generate(PROMPTS, COUNT, details=True)] == [a.ids for a in answers(name)]
     tokens = np.random.default_rng(0).integers(0, BASE.model.vocab_size, (3, 21))
     np.testing.assert_allclose(on_mesh.logits(tokens), model(name).logits(tokens), atol=2e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_attention_to_the_cache_runs_in_bfloat16(heads: int):
+    """Of heads that share keys and of heads that do not; XLA's CPU backend lacks some products in bfloat16."""
+    rng, positions = np.random.default_rng(0), np.tile(np.arange(8, dtype=np.int32), (4, 1))
+    q, k, v = (rng.normal(size=(4, 8, count, 8)).astype(np.float32) for count in (heads, 2, 2))
+
+    def attend(dtype: str) -> np.ndarray:
+        empty = jnp.zeros((1, 4, 2, 64, 8), dtype)
+        attention = CachedAttention(Entries(empty, empty), 0, positions, CAUSAL)
+        return np.asarray(jax.jit(attention.attend)(*(array.astype(dtype) for array in (q, k, v))), np.float32)
+
+    np.testing.assert_allclose(attend("bfloat16"), attend("float32"), atol=0.05)
 
 
 def test_a_prompt_is_answered_alike_alone_and_beside_others():

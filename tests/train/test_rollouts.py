@@ -34,6 +34,7 @@ REWARD = """
 def reward(prompts, completions, rows):
     return [float(sum(c.encode()) % 7) + float(row["answer"]) for c, row in zip(completions, rows)]
 """
+MOE = {"num_layers": 3, "moe": MoEConfig(num_experts=8, mlp_dim=16, first_dense_layers=1, balance_loss=0.1)}
 FOUR_MESHES = [{"fsdp": 4, "tensor": 2}, {"pipe": 2, "fsdp": 4}, {"context": 2, "fsdp": 4}, {"data": 2, "fsdp": 4}]
 
 
@@ -236,9 +237,10 @@ def test_the_layout_changes_neither_answers_nor_steps(files, mesh):
 
 
 @pytest.mark.slow
-def test_sampling_agrees_with_training_in_bfloat16(files):
-    """On one mesh: of others XLA:CPU 0.10.2 cannot run every program in bfloat16 ("DotThunk: BF16 x BF16 = F32")."""
-    config = config_of(files, steps=2, mesh={"fsdp": 4, "tensor": 2}, model={"dtype": "bfloat16"})
+@pytest.mark.parametrize("mesh", [*FOUR_MESHES, {"data": 2, "expert": 4}], ids=lambda mesh: "-".join(mesh))
+def test_sampling_agrees_with_training_in_bfloat16(files, mesh):
+    model = {"dtype": "bfloat16"} | (MOE if "expert" in mesh else {})
+    config = config_of(files, steps=2, mesh=mesh, model=model)
     trained(config)
     for row in rows(config):
         assert row["ratio_change"] == 0
@@ -294,7 +296,6 @@ class StopInRollout(StopOnSignal):
 
 # --- experts
 
-MOE = {"num_layers": 3, "moe": MoEConfig(num_experts=8, mlp_dim=16, first_dense_layers=1, balance_loss=0.1)}
 MOE_MESHES = [
     {"data": 2, "expert": 2, "tensor": 2},
     pytest.param({"data": 8}, marks=pytest.mark.slow),
