@@ -55,6 +55,7 @@ VERBS = {
     "import": Verb("turn a HuggingFace folder into a run that holds its weights", False),
     "export": Verb("write the weights of a run as a HuggingFace folder", False),
     "generate": Verb("continue prompts, or chat, with a run or a HuggingFace folder"),
+    "evaluate": Verb("measure a run or a HuggingFace folder on tasks: choices, likelihoods, exact answers"),
     "replay": Verb("compute a recorded step again, on any mesh, and say where it differs", joins=True),
     "tokenize": Verb("turn text into token files once, for runs to read", False),
     "bench": Verb("measure the compiled train step on the devices at hand"),

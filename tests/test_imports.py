@@ -21,7 +21,7 @@ ROOMS = (
     ("objectives",),
     ("parallel",),
     ("models",),
-    ("checkpoint", "data", "inference", "telemetry"),
+    ("checkpoint", "data", "evaluation", "inference", "telemetry"),
     ("huggingface",),
     ("train",),
     ("launch", "planner"),

@@ -62,12 +62,17 @@ class Model:
         program = self._program("logits", make_logits, config)
         return np.asarray(program(self.params, batch))[: tokens.shape[0], : tokens.shape[1], : config.model.vocab_size]
 
-    def score(self, tokens: Any) -> np.ndarray:
-        """Return log p of each token after those before it, float32 [B, L - 1], for int [B, L]."""
+    def score(self, tokens: Any, *, details: bool = False) -> Any:
+        """Return log p of each token after those before it, float32 [B, L - 1], for int [B, L].
+
+        Args:
+          details: return (log p, whether each token is the likeliest, bool [B, L - 1]).
+        """
         tokens = self._checked(tokens)
         batch, config = self._batch(tokens)
         program = self._program("score", make_scores, config)
-        return np.asarray(program(self.params, batch))[: tokens.shape[0], : tokens.shape[1] - 1]
+        log_p, is_best = (np.asarray(a)[: tokens.shape[0], : tokens.shape[1] - 1] for a in program(self.params, batch))
+        return (log_p, is_best) if details else log_p
 
     def generate(
         self,

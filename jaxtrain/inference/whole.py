@@ -17,7 +17,7 @@ from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only
-from jaxtrain.sharding import BATCH_AXES, specs, vary
+from jaxtrain.sharding import BATCH_AXES, replicated, specs, vary
 
 PyTree = Any
 
@@ -64,11 +64,11 @@ def make_logits(config: Config, mesh: Mesh) -> Any:
 
 
 def make_scores(config: Config, mesh: Mesh) -> Any:
-    """Return the jitted (params, batch) -> float32 log p [B, L - 1] of each token after the first."""
+    """Return the jitted (params, batch) -> (log p of each token after the first, whether it is the likeliest), [B, L - 1]."""
     region = _region(config, mesh)
 
-    def scores(params: PyTree, batch: PyTree) -> jax.Array:
-        log_ps = jax.nn.log_softmax(region(params, batch)[:, :-1], axis=-1)
-        return jnp.take_along_axis(log_ps, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+    def scores(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array]:
+        log_ps, targets = jax.nn.log_softmax(region(params, batch)[:, :-1], axis=-1), batch["tokens"][:, 1:]
+        return jnp.take_along_axis(log_ps, targets[..., None], axis=-1)[..., 0], jnp.argmax(log_ps, axis=-1) == targets
 
-    return jax.jit(scores)
+    return jax.jit(scores, out_shardings=replicated(mesh))

@@ -1,0 +1,1 @@
+"""Tasks that a model's log-probabilities and answers are held against."""
