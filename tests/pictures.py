@@ -121,12 +121,13 @@ def draw_plan(path: Path) -> None:
     from jaxtrain.config.loading import load_config
     from jaxtrain.hardware import find_chip
     from jaxtrain.planner.estimates import Cluster
-    from jaxtrain.planner.pictures import gantt_picture, map_picture, mesh_picture
+    from jaxtrain.planner.pictures import gantt_picture, map_picture, mesh_picture, svg
     from jaxtrain.planner.search import search
 
     found = search(load_config(ROOT / "configs/405b.py"), Cluster(find_chip("h100-sxm"), hosts=2048))
     best = found.ranked[0]
-    path.write_text(stack([mesh_picture(best), gantt_picture(best), map_picture(found.points, found.pareto, found.ranked)]))
+    figures = [mesh_picture(best), gantt_picture(best), map_picture(found.points, found.pareto, found.ranked)]
+    path.write_text(stack([svg(figure) for figure in figures]))
 
 
 def stack(pictures: list[str]) -> str:
@@ -145,9 +146,7 @@ def stack(pictures: list[str]) -> str:
 
 
 PLOTS = "jaxtrain/telemetry/plots.py"
-PLANNER = tuple(
-    f"jaxtrain/planner/{name}.py" for name in ("pictures", "svg", "timeline", "search", "cost", "memory", "activations")
-)
+PLANNER = tuple(f"jaxtrain/planner/{name}.py" for name in ("pictures", "timeline", "search", "cost", "memory", "activations"))
 PICTURES = {
     ".github/quickstart.png": Picture(draw_quickstart, ("configs/quickstart.py", PLOTS)),
     ".github/rewards.png": Picture(draw_rewards, ("configs/grpo_warmup.py", "configs/grpo_quickstart.py", PLOTS)),

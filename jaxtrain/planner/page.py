@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from html import escape
 
+from matplotlib.figure import Figure
+
 from jaxtrain.planner.answer import Bill, Plan
 from jaxtrain.planner.estimates import Estimate
 from jaxtrain.planner.pictures import (
+    DARK,
     LARGEST,
+    LIGHT,
     SLOWEST,
     gantt_picture,
     map_picture,
     memory_picture,
     mesh_caption,
     mesh_picture,
+    svg,
     time_picture,
 )
 from jaxtrain.planner.wording import (
@@ -33,20 +38,17 @@ from jaxtrain.planner.wording import (
 )
 from jaxtrain.planner.words import bill_words
 
-STYLE = """
-:root { color-scheme: light dark;
-  --page: #f7f7f5; --card: #ffffff; --ink: #16191d; --soft: #5c6570; --line: #e3e3df; --idle: #ececea; --grid: #eeeeeb;
-  --accent: #2f5bd0; --limit: #c22f2f; --beyond: #c22f2f0d;
-  --c0: #3d68cf; --c1: #7a9bea; --c2: #2aa198; --c3: #86b94c; --c4: #eab02e; --c5: #e5703a; --c6: #a1a7b0;
-  --c7: #a974c4; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #111316; --card: #191c20; --ink: #e9ebee; --soft: #9aa3ad; --line: #2a2f35; --idle: #23272c; --grid: #24282d;
-  --accent: #86a5f5; --limit: #f07070; --beyond: #f0707012;
-  --c0: #5b82e0; --c1: #93aff2; --c2: #35b3a9; --c3: #93c45c; --c4: #e8b844; --c5: #e88352; --c6: #7c848e;
-  --c7: #c194d8; } }
+VARIABLES, DARK_VARIABLES = ("".join(f"--{name}: {colour}; " for name, colour in part.items()) for part in (LIGHT, DARK))
+STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {VARIABLES}
+  --font: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK_VARIABLES}}} }}
+"""
+    + """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+  font: 16px/1.55 var(--font); }
 main { max-width: 1176px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 27px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 0 0 10px; }
@@ -65,20 +67,8 @@ h3 { font-size: 16px; margin: 0 0 6px; }
 .tile .beside { color: var(--soft); font-size: 13px; }
 figure { margin: 14px 0 0; overflow-x: auto; }
 figcaption, .note { color: var(--soft); font-size: 14px; margin-top: 10px; }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg .ink { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
-svg .soft { fill: var(--soft); } svg .on { fill: #fff; }
-.host { fill: none; stroke: var(--line); stroke-width: 1.2; }
-.forward { fill: var(--c0); } .backward { fill: var(--c5); } .idle { fill: var(--idle); }
-.c0 { fill: var(--c0); } .c1 { fill: var(--c1); } .c2 { fill: var(--c2); } .c3 { fill: var(--c3); }
-.c4 { fill: var(--c4); } .c5 { fill: var(--c5); } .c6 { fill: var(--c6); } .c7 { fill: var(--c7); }
-.limit { stroke: var(--limit); stroke-width: 1.4; stroke-dasharray: 5 4; } .limit-words { fill: var(--limit); }
-.grid { stroke: var(--grid); } .beyond { fill: var(--beyond); }
-.k0 { fill: var(--c6); } .k1 { fill: var(--c2); } .k2 { fill: var(--c4); } .k3 { fill: var(--c0); }
-.dot { opacity: .75; } .faint { opacity: .25; }
-.front { stroke: var(--ink); stroke-width: 1.6; stroke-linejoin: round; } .on-front, .swatch-front { fill: var(--ink); }
-.winner { fill: none; stroke: var(--limit); stroke-width: 2.6; }
-.swatch-winner { fill: none; stroke: var(--limit); stroke-width: 2; }
+svg { display: block; width: 100%; min-width: 864px; height: auto; }
+svg text { font-family: var(--font) !important; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 7px 7px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; }
@@ -86,6 +76,7 @@ tr:last-child td { border-bottom: 0; } tbody tr:first-child { font-weight: 600; 
 .left { text-align: left; }
 footer { color: var(--soft); font-size: 14px; margin-top: 22px; max-width: 88ch; }
 """
+)
 HEADINGS = ("Why this one", "What limits it", "What would change the answer")
 """Headings of the three paragraphs of `words.explain_plan`."""
 
@@ -130,9 +121,9 @@ def _words(plan: Plan) -> str:
     return f'<section>{first}<div class="columns">{columns}</div></section>'
 
 
-def _figure(picture: str, caption: str) -> str:
+def _figure(picture: Figure, caption: str) -> str:
     words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture}</figure>{words}"
+    return f"<figure>{svg(picture)}</figure>{words}"
 
 
 def _tiles(best: Estimate, bill: Bill | None) -> str:
@@ -176,7 +167,7 @@ def _schedule_caption(best: Estimate) -> str:
     )
 
 
-def _map(plan: Plan) -> str:
+def _map(plan: Plan) -> Figure:
     return map_picture(plan.search.points, plan.search.pareto, plan.ranked)
 
 

@@ -1,16 +1,29 @@
-"""Draw the pictures of the planner's page as SVG: mesh, schedule, bars, map."""
+"""Draw the pictures of the planner's page: mesh, schedule, bars, map."""
 
 from __future__ import annotations
 
+import colorsys
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from textwrap import shorten
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerPathCollection
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from jaxtrain.config import MESH_AXES
 from jaxtrain.mesh import split_over_hosts
 from jaxtrain.planner.estimates import Estimate, Point
-from jaxtrain.planner.svg import fitted, legend, line, polyline, rect, round_ticks, svg, text, text_width
 from jaxtrain.planner.timeline import Box, timeline_of
 from jaxtrain.planner.wording import (
     GIBI,
@@ -24,7 +37,50 @@ from jaxtrain.planner.wording import (
     shape_words,
 )
 
+NAMES = "page card ink soft line idle grid limit c0 c1 c2 c3 c4 c5 c6 c7".split()
+"""Colours of the page; `svg` makes a CSS variable of each that a picture uses, so that LIGHT and DARK may differ."""
+LIGHT, DARK = (
+    {name: f"#{colour}" for name, colour in zip(NAMES, colours.split(), strict=True)}
+    for colours in (
+        "f7f7f5 fefefe 16191d 5c6570 e3e3df ececea eeeeeb c22f2f 3d68cf 7a9bea 2aa198 86b94c eab02e e5703a a1a7b0 a974c4",
+        "111316 191c20 e9ebee 9aa3ad 2a2f35 23272c 24282d f07070 5b82e0 93aff2 35b3a9 93c45c e8b844 e88352 7c848e c194d8",
+    )
+)
+PARTS = [LIGHT[f"c{i}"] for i in range(8)]
+DRAWN: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # wider than most: what fits in it fits in the reader's font
+    "font.size": 11.5,
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": LIGHT["soft"],
+    "legend.handlelength": 1,
+    "legend.handleheight": 1,
+    "legend.borderaxespad": 0,
+    "legend.borderpad": 0.1,
+    "svg.fonttype": "none",  # words stay words: to select, to search, and small
+    "svg.hashsalt": "jaxtrain",
+}
+CLEANED = (
+    (r' (clip-path|xmlns\S*|target)="[^"]*"| id="[A-Za-z]+_\d+"| transform="rotate\(-0 [^"]*"|xlink:', ""),
+    (r'<a href="([^"]*)">', r"<g><title>\1</title>"),
+    ("</a>", "</g>"),
+    (r"(\.\d\d)\d\d+|(?<=\n) +", r"\1"),  # digits and indents that do not show
+)
+"""What `svg` replaces, by what: an artist's URL holds its tooltip, and a page needs no name spaces, clipping and ids."""
 WIDTH = 1080
+"""Pixels across; a matplotlib point is a pixel here, as an SVG has 72 points to the inch."""
+ROUND: dict[str, Any] = {"linewidth": 4, "joinstyle": "round"}
+"""An outline that rounds the corners of a filled rectangle, two pixels wider on all sides."""
+DASHED: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (5, 4)), "zorder": 0}
+LETTER = 0.6
+"""Width of a letter in font sizes, on average at most."""
 MOST_HOSTS = 32
 CELL, GAP, HOST_GAP = 24, 3, 14
 UNIT = 7.0
@@ -34,8 +90,29 @@ SLOWEST, LARGEST = 8, 4
 """The map omits layouts that take longer than this many times the first, or need more than this many times the budget."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mesh on hosts
+def svg(figure: Figure) -> str:
+    """Return a figure as an `<svg>` element for an HTML page: colours as CSS variables, the artists' URLs as tooltips."""
+    file = io.StringIO()
+    with mpl.rc_context(DRAWN):
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    (frame,) = re.findall(r'<svg [^>]*(viewBox="[^"]*")', file.getvalue())
+    text = (
+        f'<svg {frame} role="img" aria-label="{escape(str(figure.get_label()))}">' + re.split("<svg [^>]*>", file.getvalue())[1]
+    )
+    for pattern, replacement in CLEANED:
+        text = re.sub(pattern, replacement, text)
+    for name, colour in LIGHT.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
+
+
+def figure_of(
+    height: float, label: str, left: float = 0, right: float = 0, top: float = 0, bottom: float = 0
+) -> tuple[Figure, Axes]:
+    """Return a figure WIDTH wide with a label for screen readers, and axes within margins in pixels."""
+    figure = Figure((WIDTH / 72, height / 72), dpi=72, facecolor="none", label=label)
+    place = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
+    return figure, figure.add_axes(place, frameon=False)
 
 
 def coordinates(shape: Sequence[int], devices_per_host: int) -> np.ndarray:
@@ -53,56 +130,52 @@ def colour_axis(shape: Sequence[int]) -> int:
     return pipe if shape[pipe] > 1 else next((i for i, size in enumerate(shape) if size > 1), pipe)
 
 
-def hue(index: int, count: int) -> str:
+def hue(index: int, count: int) -> tuple[float, float, float]:
     """Return the colour of one of `count` groups, with neighbours far enough apart."""
-    return f"hsl({(212 + 360 * index / max(count, 1)) % 360:.0f} 48% 47%)"
+    return colorsys.hls_to_rgb((212 / 360 + index / max(count, 1)) % 1, 0.47, 0.48)
 
 
-def mesh_picture(layout: Estimate) -> str:
+@mpl.rc_context(DRAWN)
+def mesh_picture(layout: Estimate) -> Figure:
     """Draw hosts as boxes and devices as squares: coordinates that differ inside a host on its devices, others above it."""
-    shape, per_host = layout.config.mesh.shape, layout.cluster.devices_per_host
-    places = coordinates(shape, per_host)
+    shape, painted = layout.config.mesh.shape, colour_axis(layout.config.mesh.shape)
+    places = coordinates(shape, layout.cluster.devices_per_host)
     hosts, devices, _ = places.shape
-    stride = math.ceil(hosts / MOST_HOSTS)
-    shown = range(0, hosts, stride)
+    shown = range(0, hosts, math.ceil(hosts / MOST_HOSTS))
     varying = [axis for axis in range(len(shape)) if len(np.unique(places[0, :, axis])) > 1]
     fixed = [axis for axis, size in enumerate(shape) if size > 1 and axis not in varying]
     columns = 4 if devices <= 16 else 12
-    rows = math.ceil(devices / columns)
-    wide = min(devices, columns) * (CELL + GAP) - GAP + 16
-    wide = max(wide, 118)
-    tall = rows * (CELL + GAP) - GAP + 34
+    wide = max(min(devices, columns) * (CELL + GAP) - GAP + 16, 118)
+    tall = math.ceil(devices / columns) * (CELL + GAP) - GAP + 34
     per_row = max(1, int((WIDTH + HOST_GAP) / (wide + HOST_GAP)))
-    parts, painted = [], colour_axis(shape)
+    height = math.ceil(len(shown) / per_row) * (tall + HOST_GAP) - HOST_GAP
+    figure, axes = figure_of(height, f"{hosts} hosts of {devices} devices")
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0), xticks=[], yticks=[])
     for number, host in enumerate(shown):
         x, y = number % per_row * (wide + HOST_GAP), number // per_row * (tall + HOST_GAP)
-        parts.append(rect(x + 0.5, y + 0.5, wide - 1, tall - 1, class_="host", rx=8))
-        name = _host_name([(MESH_AXES[axis], int(places[host, 0, axis])) for axis in fixed], wide - 16) or f"host {host}"
-        parts.append(text(x + 8, y + 17, fitted(name, wide - 16, 11), 11, class_="soft"))
-        for device in range(devices):
-            place = places[host, device]
+        frame = {"boxstyle": "round,pad=8", "facecolor": "none", "edgecolor": LIGHT["line"], "linewidth": 1.2}
+        axes.add_artist(FancyBboxPatch((x + 9, y + 9), wide - 18, tall - 18, **frame))
+        name = ", ".join(f"{MESH_AXES[axis]} {places[host, 0, axis]}" for axis in fixed) or f"host {host}"
+        if len(name) * LETTER * 11 > wide - 12:
+            name = " ".join(_short_words(places[host, 0], fixed))
+        axes.text(x + 8, y + 17, name, fontsize=11, color=LIGHT["soft"])
+        for device, place in enumerate(places[host]):
             left, top = x + 8 + device % columns * (CELL + GAP), y + 26 + device // columns * (CELL + GAP)
             whole = ", ".join(f"{MESH_AXES[axis]} {place[axis]}" for axis in range(len(shape)) if shape[axis] > 1)
+            title = f"host {host}, device {device}: {whole or 'alone'}"
             fill = hue(int(place[painted]), shape[painted])
-            parts.append(rect(left, top, CELL, CELL, f"host {host}, device {device}: {whole or 'alone'}", fill=fill, rx=4))
-            parts += _device_words([f"{MESH_AXES[axis][0]}{place[axis]}" for axis in varying], left, top)
-    height = math.ceil(len(shown) / per_row) * (tall + HOST_GAP) - HOST_GAP
-    return svg(WIDTH, height, parts, f"{hosts} hosts of {devices} devices")
+            axes.add_artist(Rectangle((left + 2, top + 2), CELL - 4, CELL - 4, color=fill, **ROUND, url=title))
+            words = _short_words(place, varying[-3:])
+            size = min([(11, 11, 9.5, 7.5)[len(words)], *((CELL - 2) / LETTER / len(word) for word in words)])
+            for i, word in enumerate(words):
+                y_word = top + CELL / 2 + (i - len(words) / 2 + 0.86) * size
+                axes.text(left + CELL / 2, y_word, word, fontsize=size, color="white", ha="center")
+    return figure
 
 
-def _host_name(place: list[tuple[str, int]], width: float) -> str:
-    """Return "pipe 1, fsdp 3", or "p1 f3" if that is too wide."""
-    name = ", ".join(f"{axis} {index}" for axis, index in place)
-    return name if text_width(name, 11) <= width else " ".join(f"{axis[0]}{index}" for axis, index in place)
-
-
-def _device_words(words: list[str], left: float, top: float) -> list[str]:
-    """Return up to three coordinates, centred on a device's square, one per line."""
-    words = words[-3:]
-    longest = max((text_width(word, 1) for word in words), default=1)
-    size = min({0: 11, 1: 11, 2: 9.5, 3: 7.5}[len(words)], (CELL - 2) / longest)
-    first = top + CELL / 2 - (len(words) - 1) * size / 2 + size * 0.36
-    return [text(left + CELL / 2, first + i * size, word, size, "middle", class_="on") for i, word in enumerate(words)]
+def _short_words(place: np.ndarray, axes: Sequence[int]) -> list[str]:
+    """Return ["p1", "f3"] for positions along axes."""
+    return [f"{MESH_AXES[axis][0]}{place[axis]}" for axis in axes]
 
 
 def mesh_caption(layout: Estimate) -> str:
@@ -128,102 +201,116 @@ def mesh_caption(layout: Estimate) -> str:
 # The schedule
 
 
-def gantt_picture(layout: Estimate) -> str:
+@mpl.rc_context(DRAWN)
+def gantt_picture(layout: Estimate) -> Figure:
     """Draw one row per stage, time to the right; long steps are cut in the middle."""
-    whole = timeline_of(layout.config)
-    left, tall = 64.0, 24.0
-    most = int((WIDTH - left) / UNIT)
-    if whole.length <= most:
-        windows = [(0, whole.length)]
-    else:
-        head = (most - 4) * 2 // 3
-        windows = [(0, head), (whole.length - (most - 4 - head), whole.length)]
-    units = sum(stop - start for start, stop in windows) + 4 * (len(windows) - 1)
+    whole, left, top, tall = timeline_of(layout.config), 64, 28, 27
+    most, cut = int((WIDTH - left) / UNIT), 4
+    head = (most - cut) * 2 // 3
+    units = min(whole.length, most)
+    windows = [(0, units, 0)]
+    if whole.length > most:
+        windows = [(0, head, 0), (whole.length - (most - cut - head), whole.length, most - whole.length)]
     unit = min((WIDTH - left) / units, 40.0)
-    parts = [legend(left, 12, [("forward", "forward"), ("backward", "backward"), ("idle", "waiting for other stages")])]
-    top = 28.0
-    origins = [left, left + (windows[0][1] - windows[0][0] + 4) * unit]
-    for stage in range(whole.stages):
-        parts.append(text(left - 10, top + stage * (tall + 3) + tall * 0.68, f"stage {stage}", 12, "end", class_="soft"))
-        for (start, stop), origin in zip(windows, origins, strict=False):
-            parts.append(rect(origin, top + stage * (tall + 3), (stop - start) * unit, tall, class_="idle", rx=3))
-    for (start, stop), origin in zip(windows, origins, strict=False):
+    height = top + whole.stages * tall
+    figure, axes = figure_of(height, "the pipeline's schedule", left, WIDTH - left - units * unit, top)
+    stages = range(whole.stages)
+    axes.set(xlim=(0, units), ylim=(whole.stages - 0.5, -0.5), xticks=[])
+    axes.set_yticks(stages, [f"stage {stage}" for stage in stages])
+    for start, stop, shift in windows:
+        axes.barh(stages, stop - start, 0.88, left=start + shift, color=LIGHT["idle"])
         for box in whole.boxes:
-            paler = 1 - 0.6 * box.chunk / layout.config.pipeline.chunks
             first, last = max(box.start, start), min(box.start + box.length, stop)
             if first < last:
-                y = top + box.stage * (tall + 3)
-                parts += _box(box, origin + (first - start) * unit, y, (last - first) * unit, tall, paler)
-    height = top + whole.stages * (tall + 3)
+                _add_box(axes, box, first + shift, last - first, unit, 1 - 0.6 * box.chunk / layout.config.pipeline.chunks)
     if len(windows) > 1:
-        parts.append(text(origins[1] - 2 * unit, top + (height - top) / 2, "…", 20, "middle", class_="soft"))
-    return svg(WIDTH, height, parts, "the pipeline's schedule")
+        axes.text(head + cut / 2, (whole.stages - 1) / 2, "…", fontsize=20, color=LIGHT["soft"], ha="center", va="center")
+    kinds = {"forward": PARTS[0], "backward": PARTS[5], "waiting for other stages": LIGHT["idle"]}
+    _legend(axes, handles=[Patch(color=colour, label=name) for name, colour in kinds.items()])
+    return figure
 
 
-def _box(box: Box, x: float, y: float, width: float, height: float, opacity: float) -> list[str]:
-    kind = "forward" if box.is_forward else "backward"
+def _add_box(axes: Axes, box: Box, start: float, length: float, unit: float, opacity: float) -> None:
+    kind, fill = ("forward", PARTS[0]) if box.is_forward else ("backward", PARTS[5])
     title = f"{kind} of microbatch {box.microbatch} on stage {box.stage}" + (f", chunk {box.chunk}" if box.chunk else "")
-    parts = [rect(x + 0.4, y, width - 0.8, height, title, class_=kind, opacity=opacity, rx=3)]
-    if text_width(str(box.microbatch), 10) + 3 <= width:
-        parts.append(text(x + width / 2, y + height * 0.65, str(box.microbatch), 10, "middle", class_="on"))
-    return parts
+    place, size = (start + 2.4 / unit, box.stage - 0.37), (length - 4.8 / unit, 0.74)
+    axes.add_artist(Rectangle(place, *size, color=fill, **ROUND, alpha=opacity, url=title))
+    if len(str(box.microbatch)) * LETTER * 10 + 3 <= length * unit:
+        axes.text(start + length / 2, box.stage + 0.14, str(box.microbatch), fontsize=10, color="white", ha="center")
+
+
+def _legend(axes: Axes, **settings: Any) -> None:
+    """Add a row of names at the top of the figure, from the left of the axes."""
+    place = {"loc": "upper left", "bbox_to_anchor": (axes.get_position().x0, 1), "bbox_transform": axes.figure.transFigure}
+    axes.legend(ncols=9, **place, handletextpad=0.5, columnspacing=1.6, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bars
 
 
-def memory_picture(ranked: Sequence[Estimate]) -> str:
+def memory_picture(ranked: Sequence[Estimate]) -> Figure:
     """Draw the memory of the fullest device by category, against the budget."""
     names = present(MEMORY_WORDS, [layout.memory for layout in ranked])
     rows = [(layout, {name: getattr(layout.memory, name) / GIBI for name in names}) for layout in ranked]
     budget = ranked[0].cluster.budget_bytes / GIBI
-    limit = (budget, f"budget {gib(ranked[0].cluster.budget_bytes)} GiB") if math.isfinite(budget) else None
+    limit = (budget, 1, f"budget {gib(ranked[0].cluster.budget_bytes)} GiB") if math.isfinite(budget) else None
     return _bars(rows, names, "GiB", limit, lambda value: f"{gib(value * GIBI)} GiB")
 
 
-def time_picture(ranked: Sequence[Estimate]) -> str:
+def time_picture(ranked: Sequence[Estimate]) -> Figure:
     """Draw the seconds of a step by part."""
     names = present(TIME_WORDS, [layout.time for layout in ranked])
     rows = [(layout, {name: getattr(layout.time, name) for name in names}) for layout in ranked]
     return _bars(rows, names, "s", None, seconds)
 
 
-def _bars(rows: Sequence[tuple[Estimate, Mapping[str, float]]], names: Mapping[str, str], unit: str, limit, write) -> str:
+@mpl.rc_context(DRAWN)
+def _bars(
+    rows: Sequence[tuple[Estimate, Mapping[str, float]]],
+    names: Mapping[str, str],
+    unit: str,
+    limit: tuple[float, float, str] | None,
+    write: Callable[[float], str],
+) -> Figure:
     """Draw stacked horizontal bars, one per layout, its name on the left and its sum on the right.
 
     Args:
-      limit: (value, words) of a line across the bars, or None.
+      limit: (value, height in axes, words) of a line across the bars, or None.
       write: formats a value.
     """
-    left, right, tall, pitch, top = 366.0, 84.0, 22.0, 40.0, 46.0 if limit else 30.0
-    longest = max([sum(values.values()) for _, values in rows] + ([limit[0]] if limit else []))
-    scale = (WIDTH - left - right) / longest
-    parts = [legend(left, 12, [(f"c{i}", name) for i, name in enumerate(names.values())])]
-    for number, (layout, values) in enumerate(rows):
-        y, x = top + number * pitch, left
-        weight = "600" if number == 0 else None
-        name = fitted(f"{number + 1}  {mesh_words(layout.config.mesh)}", left - 10, 11.8 if number else 13)
-        parts.append(text(0, y + 9, name, 11.8, class_="ink", font_weight=weight))
-        parts.append(text(16, y + 24, fitted(how_words(layout.config), left - 26, 10.8), 10.8, class_="soft"))
-        for i, key in enumerate(names):
-            wide = values[key] * scale
-            parts.append(rect(x, y, wide, tall, f"{names[key]}: {write(values[key])}", class_=f"c{i}"))
-            x += wide
-        parts.append(text(x + 8, y + tall * 0.7, write(sum(values.values())), 12, class_="ink", font_weight=weight))
-    height = top + len(rows) * pitch - (pitch - tall) + 4
+    left, right, top, places = 366, 84, 46 if limit else 30, np.arange(len(rows))
+    figure, axes = figure_of(top + 40 * len(rows), f"{', '.join(names.values())} of each layout, in {unit}", left, right, top)
+    sums = np.zeros(len(rows))
+    for (key, name), colour in zip(names.items(), PARTS, strict=False):
+        values = np.array([row[key] for _, row in rows])
+        for bar, value in zip(axes.barh(places, values, 0.55, left=sums, color=colour, label=name), values, strict=True):
+            bar.set_url(f"{name}: {write(value)}")
+        sums += values
+    longest = max(*sums, limit[0] if limit else 0)
+    behind = {"facecolor": LIGHT["card"], "edgecolor": "none", "pad": 1}  # hides the limit's line
+    across, pixel = axes.get_yaxis_transform(), 1 / axes.bbox.width
+    for place, (layout, _) in enumerate(rows):
+        name = shorten(f"{place + 1}. {mesh_words(layout.config.mesh)}", 44, placeholder="…")
+        how = shorten(how_words(layout.config), 50, placeholder="…")
+        weight = None if place else "bold"
+        axes.text(-left * pixel, place, name, weight=weight, transform=across)
+        axes.text((16 - left) * pixel, place + 0.37, how, fontsize=10.5, color=LIGHT["soft"], transform=across)
+        end = sums[place] + 8 * pixel * longest
+        axes.text(end, place, write(sums[place]), weight=weight, va="center_baseline", bbox=behind)
     if limit:
-        x = left + limit[0] * scale
-        parts.append(line(x, top - 8, x, height, class_="limit"))
-        anchor = "end" if x > WIDTH - text_width(limit[1], 11.5) / 2 else "middle"
-        parts.append(text(x, top - 13, limit[1], 11.5, anchor, class_="limit-words"))
-    return svg(WIDTH, height, parts, f"{', '.join(names.values())} of each layout, in {unit}")
+        axes.axvline(limit[0], color=LIGHT["limit"], **DASHED)
+        axes.text(*limit, transform=axes.get_xaxis_transform(), color=LIGHT["limit"], ha="center", va="bottom")
+    axes.set(xlim=(0, longest), ylim=(len(rows) - 0.5, -0.5), xticks=[], yticks=[])
+    _legend(axes)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The map
 
 KINDS = ("data alone", "tensor", "pipe", "pipe and tensor")
+KIND_COLOURS = [PARTS[6], PARTS[2], PARTS[4], PARTS[0]]
 
 
 def kind_of(mesh: Sequence[int]) -> int:
@@ -231,76 +318,45 @@ def kind_of(mesh: Sequence[int]) -> int:
     return 2 * (mesh[MESH_AXES.index("pipe")] > 1) + (mesh[MESH_AXES.index("tensor")] > 1)
 
 
-def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Sequence[Estimate]) -> str:
+@mpl.rc_context(DRAWN)
+def map_picture(points: Sequence[Point], pareto: Sequence[Estimate], ranked: Sequence[Estimate]) -> Figure:
     """Draw step time over memory of the examined layouts, both logarithmic, with the Pareto front."""
-    longest, largest = SLOWEST * ranked[0].time.total, LARGEST * ranked[0].cluster.budget_bytes
+    best, budget = ranked[0], ranked[0].cluster.budget_bytes / GIBI
+    longest, largest = SLOWEST * best.time.total, LARGEST * best.cluster.budget_bytes
     drawn = [p for p in points if 0 < p.bytes <= largest and 0 < p.seconds <= longest]
     drawn = drawn[:: math.ceil(len(drawn) / MOST_POINTS) or 1]
-    ends = [(e.memory.total, e.time.total) for e in (*pareto, *ranked)] + [(p.bytes, p.seconds) for p in drawn]
-    plot = _Plot([x / GIBI for x, _ in ends], [y for _, y in ends])
-    budget = ranked[0].cluster.budget_bytes / GIBI
-    parts = plot.grid()
-    if math.isfinite(budget) and plot.low_x < budget < plot.high_x:
-        x = plot.x(budget)
-        parts.append(rect(x, plot.top, plot.right - x, plot.bottom - plot.top, class_="beyond"))
-        parts.append(line(x, plot.top, x, plot.bottom, class_="limit"))
-        parts.append(text(x + 6, plot.top + 14, "does not fit", 11.5, class_="limit-words"))
-    for point in drawn:
-        mesh = shape_words(point.mesh)
-        css = f"dot k{kind_of(point.mesh)}" + ("" if point.fits else " faint")
-        parts.append(
-            plot.dot(point.bytes / GIBI, point.seconds, 2.6, css, f"{mesh}: {seconds(point.seconds)}, {gib(point.bytes)} GiB")
-        )
-    front = sorted((e.memory.total / GIBI, e.time.total) for e in pareto)
-    parts.append(polyline([(plot.x(x), plot.y(y)) for x, y in front], class_="front"))
-    for estimate in pareto:
-        label = f"{mesh_words(estimate.config.mesh)}: {seconds(estimate.time.total)}, {gib(estimate.memory.total)} GiB"
-        parts.append(plot.dot(estimate.memory.total / GIBI, estimate.time.total, 4, "on-front", label))
-    best = ranked[0]
-    parts.append(plot.dot(best.memory.total / GIBI, best.time.total, 8, "winner", f"first: {mesh_words(best.config.mesh)}"))
-    names = [(f"k{i}", name) for i, name in enumerate(KINDS) if any(kind_of(p.mesh) == i for p in drawn)]
-    parts.append(
-        legend(plot.left, 12, [*names, ("swatch-front", "none is both faster and smaller"), ("swatch-winner", "the first")])
-    )
-    return svg(WIDTH, plot.height, parts, "step time over memory of the layouts that were looked at")
+    figure, axes = figure_of(486, "step time over memory of the layouts that were looked at", 64, 8, 30, 46)
+    axes.set(xscale="log", yscale="log", xlabel="GiB on the fullest device")
+    for kind, name in enumerate(KINDS):
+        found = sorted((p for p in drawn if kind_of(p.mesh) == kind), key=lambda p: not p.fits)  # the legend shows the first
+        if found:
+            titles = [f"{shape_words(p.mesh)}: {seconds(p.seconds)}, {gib(p.bytes)} GiB" for p in found]
+            alpha = [0.75 if point.fits else 0.25 for point in found]
+            _dots(axes, [(p.bytes, p.seconds) for p in found], 2.6, titles, color=KIND_COLOURS[kind], alpha=alpha, label=name)
+    front = sorted((e.memory.total, e.time.total, mesh_words(e.config.mesh)) for e in pareto)
+    axes.plot([x / GIBI for x, _, _ in front], [y for _, y, _ in front], color=LIGHT["ink"], linewidth=1.6)
+    titles = [f"{mesh}: {seconds(y)}, {gib(x)} GiB" for x, y, mesh in front]
+    _dots(axes, [(x, y) for x, y, _ in front], 4, titles, color=LIGHT["ink"], label="none is both faster and smaller")
+    ring = {"facecolor": "none", "edgecolor": LIGHT["limit"], "linewidth": 2.6, "label": "the first"}
+    _dots(axes, [(best.memory.total, best.time.total)], 8, [f"first: {mesh_words(best.config.mesh)}"], **ring)
+    for axis, write in ((axes.xaxis, "{:g}".format), (axes.yaxis, seconds)):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _, write=write: write(value)))
+        axis.set_minor_locator(NullLocator())
+    axes.grid(visible=True)
+    (low, fastest), (high, slowest) = axes.dataLim.get_points()
+    axes.set(xlim=(low / 1.12, high * 1.12), ylim=(fastest / 1.12, slowest * 1.12))
+    if low < budget < high * 1.12:
+        axes.axvspan(budget, high * 1.12, color=LIGHT["limit"], alpha=0.06, linewidth=0, zorder=0)
+        axes.axvline(budget, color=LIGHT["limit"], **DASHED)
+        axes.text(budget * 1.01, 0.98, "does not fit", color=LIGHT["limit"], va="top", transform=axes.get_xaxis_transform())
+    _legend(axes, handler_map={PathCollection: HandlerPathCollection(sizes=[60])})
+    return figure
 
 
-class _Plot:
-    """A logarithmic plane: memory in GiB to the right, seconds up."""
-
-    left, right, top, bottom, height = 64.0, WIDTH - 8.0, 30.0, 440.0, 486.0
-
-    def __init__(self, xs: Sequence[float], ys: Sequence[float]):
-        self.low_x, self.high_x = min(xs) / 1.12, max(xs) * 1.12
-        self.low_y, self.high_y = min(ys) / 1.12, max(ys) * 1.12
-
-    def x(self, value: float) -> float:
-        """Return the pixels from the left."""
-        share = math.log(value / self.low_x) / math.log(self.high_x / self.low_x)
-        return self.left + share * (self.right - self.left)
-
-    def y(self, value: float) -> float:
-        """Return the pixels from above."""
-        share = math.log(value / self.low_y) / math.log(self.high_y / self.low_y)
-        return self.bottom - share * (self.bottom - self.top)
-
-    def grid(self) -> list[str]:
-        """Return the lines at round numbers, and their labels."""
-        parts = []
-        for value in round_ticks(self.low_x, self.high_x, 12):
-            parts.append(line(self.x(value), self.top, self.x(value), self.bottom, class_="grid"))
-            parts.append(text(self.x(value), self.bottom + 18, f"{value:g}", 11.5, "middle", class_="soft"))
-        for value in round_ticks(self.low_y, self.high_y):
-            parts.append(line(self.left, self.y(value), self.right, self.y(value), class_="grid"))
-            parts.append(text(self.left - 8, self.y(value) + 4, seconds(value), 11.5, "end", class_="soft"))
-        middle = (self.left + self.right) / 2
-        parts.append(text(middle, self.bottom + 40, "GiB on the fullest device", 12, "middle", class_="soft"))
-        return parts
-
-    def dot(self, x: float, y: float, radius: float, css: str, title: str) -> str:
-        """Return a point with a title."""
-        from html import escape
-
-        from jaxtrain.planner.svg import element
-
-        return element("circle", element("title", escape(title)), cx=self.x(x), cy=self.y(y), r=radius, class_=css)
+def _dots(
+    axes: Axes, places: list[tuple[float, float]], radius: float, titles: list[str], linewidth=0.0, **settings: Any
+) -> None:
+    """Add dots at (bytes, seconds) with titles."""
+    xs, ys = np.array(places).T
+    axes.scatter(xs / GIBI, ys, (2 * radius) ** 2, urls=titles, zorder=radius, linewidth=linewidth, **settings)
