@@ -24,6 +24,7 @@ SURE = {
     ("context", "model.latent_attention.query_rank=12"),
     ("pipe", "pipeline.schedule=interleaved"),
     ("tensor", "lora.rank=4"),
+    ("fsdp", "lora.base=nf4"),
 }
 """Features that the few of every run must have, since no other test of a run has them."""
 

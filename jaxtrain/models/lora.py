@@ -4,6 +4,10 @@ A is [inputs, rank] and B [rank, outputs], of each expert where W is of experts;
 parameters of the model, in a branch "lora" beside the blocks of a layer: "layers/lora/attention/query/a". They are sharded as
 W's own dims are. B is 0 at first, so training begins exactly at W.
 
+W may be held in few bits (`lora.base`, `quantised_weights.py`). DoRA (arXiv:2402.09353) is left out: its magnitudes begin as
+the norms of W's columns, sums over inputs that fsdp and tensor cut, whose last bits would depend on the mesh; and each pass
+would take the norms of all columns again.
+
 The sum is made where a layer's weights are gathered, once in each pass over a microbatch, in float32, and rounded once to the
 compute dtype. So whatever reads a weight is right with adapters: every kind of layer, experts, latent attention, every mesh,
 generation and scoring; and the merged weights of an export are those that were trained. The price against the form (x A) B:

@@ -20,9 +20,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config, MeshConfig, ModelConfig
 from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
+from jaxtrain.models.decoder import check_base
 from jaxtrain.planner.candidate import Candidate
 from jaxtrain.planner.traffic import place
 
@@ -67,10 +68,19 @@ class Space:
             mesh = (replica, pipe, both // fsdp, fsdp, expert, context, tensor)
             if not _cuts_embed(self.config.model, fsdp):
                 self.pruned["fsdp does not divide the model's width"] += 1
+            elif not self._cuts_between_groups(fsdp, tensor):
+                self.pruned["the groups of lora.base would be cut"] += 1
             elif not self._fills_hosts(mesh):
                 self.pruned["axes do not fill hosts"] += 1
             else:
                 yield mesh
+
+    def _cuts_between_groups(self, fsdp: int, tensor: int) -> bool:
+        try:
+            check_base(self.config.model, MeshConfig(fsdp=fsdp, tensor=tensor))
+        except ConfigError:
+            return False
+        return True
 
     def _fills_hosts(self, mesh: tuple[int, ...]) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What weights in 8 bits cost: bytes, logits and perplexity of a HuggingFace folder, on Python's own documentation.
+"""What weights in 8 or 4 bits cost: bytes, logits and perplexity of a HuggingFace folder, on Python's own documentation.
 
 python -m tests.measure.quantisation DIR [SEQUENCES]
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxtrain
+from jaxtrain.models.quantised_weights import NF4_GROUP
 
 LENGTH = 256
 WAYS: list[tuple[Any, int]] = [
@@ -25,6 +26,8 @@ WAYS: list[tuple[Any, int]] = [
     ("float8", 0),
     ("float8", 64),
     ("float8", 32),
+    ("nf4", 0),
+    ("nf4", 32),
 ]
 
 
@@ -50,7 +53,7 @@ def main(folder: str, sequences: int = 16) -> None:
         error = [f"{np.mean(errors):.4f}", f"{np.max(errors):.3f}"]
         table.add_row(
             kind or "float32",
-            str(group or "channel") if kind else "",
+            str(group or (NF4_GROUP if kind == "nf4" else "channel")) if kind else "",
             f"{size:.0f}",
             *error,
             f"{loss / np.log(2):.4f}",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from jaxtrain.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
 from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.hardware import find_chip
@@ -53,6 +53,14 @@ def test_the_space_is_what_is_valid(config: Config, devices: int):
     generated = [layout for mesh in space.meshes() for layout in space.layouts(mesh)]
     assert len(generated) == len(set(generated))
     assert set(generated) == set(everything(config, devices, devices))
+
+
+def test_no_mesh_cuts_the_groups_of_a_base_in_few_bits():
+    """Two groups of 512 in a width of 1,024."""
+    config = replace(CONFIG, lora=LoraConfig(rank=4, base="nf4", base_group=512))
+    space = Space(config, 4, 4)
+    assert {mesh[3] for mesh in space.meshes()} == {1, 2}
+    assert space.pruned["the groups of lora.base would be cut"] > 0
 
 
 @pytest.mark.parametrize("memory", [80e9, 5e9], ids=["room for all", "tight"])

@@ -19,11 +19,12 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.objectives.grpo import ADVANTAGES, OLD, SAMPLER, WEIGHTS
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.train.answers import Answer, Answering
-from jaxtrain.train.gradients import make_loss_and_gradients
+from jaxtrain.train.gradients import batch_names, make_loss_and_gradients
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
 from jaxtrain.train.rollouts import Rollouts, answer_seed, rows_of, usable, weighed
 from jaxtrain.train.sampler_limits import SamplerLimits
+from jaxtrain.train.state import initial_params
 from jaxtrain.train.stop import StopOnSignal
 from jaxtrain.train.trainer import Trainer
 from tests.launch.processes import started, wait_for_line
@@ -220,6 +221,40 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
     assert [row["step"] for row in held_out] == [2]
     assert 0 < held_out[0]["validation_response_length"] <= 6
     assert trainer.metrics["validation_reward"].tolist() == [trainer.evaluate()["validation_reward"]]
+
+
+def step_on_answers(files, microbatches):
+    """Loss, metrics, reports and gradients of a batch of made-up answers; in some microbatches no answer, or few tokens."""
+    config = config_of(files, mesh={"data": 1}, train={"microbatches": microbatches})
+    asked = [SimpleNamespace(ids=[65, 66 + i], row={}) for i in range(16)]
+    answers = [Answer([70 + i] * (i % 7), [-5.0] * (i % 7), True) for i in range(16)]
+    rewards = np.arange(16, dtype=np.float32).reshape(4, 4) ** 2
+    rows = weighed(rows_of(asked, answers, 16), Scores(rewards, (), 0.0), config)
+    rows["targets"][:4] = -1
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    step = jax.jit(make_loss_and_gradients(config, mesh, "reference"))
+    return step(initial_params(config), {name: rows[name] for name in batch_names(config)})
+
+
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_microbatches_change_neither_loss_nor_gradients(files, microbatches):
+    whole, parts = step_on_answers(files, 1), step_on_answers(files, microbatches)
+    assert abs(whole[0]["loss"]) > 1e-3
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_microbatches_change_neither_rewards_nor_losses_of_a_run(files):
+    counts, mesh = (1, 2, 4), {"fsdp": 4, "tensor": 2}
+    runs = [config_of(files, f"run_{n}", steps=3, mesh=mesh, train={"microbatches": n}) for n in counts]
+    for config in runs:
+        trained(config)
+    for config in runs[1:]:
+        for row, one in zip(rows(config), rows(runs[0]), strict=True):
+            assert row["reward"] == one["reward"]
+            assert row["loss"] == pytest.approx(one["loss"], abs=1e-6)
+            assert row["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.slow
