@@ -98,7 +98,7 @@ def test_attention_within_documents_is_fused_as_without_them():
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 3
     assert set(re.findall(r'"max_seg_per_batch": ?(\d+)', text)) == {"4"}
     assert not re.search(r"\[(\d+,)*1024,1024\]", text)
-    assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=0.02)
+    assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=0.05)  # the further calls would be 12%
 
 
 @pytest.mark.plan
