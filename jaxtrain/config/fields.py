@@ -201,6 +201,10 @@ class TrainConfig:
     """Parameters that are not trained, as patterns of their names ("outer/*", "layers/mlp/*")."""
     loss_chunk: int = 512
     """Tokens of a sequence whose logits exist at one time."""
+    tasks: tuple[str, ...] = ()
+    """Files of tasks that the model is measured on as it is trained (jaxtrain/evaluation/README.md)."""
+    tasks_every: int = 0
+    """Steps between two measurements of train.tasks; the last step is always measured."""
     sample_tokens: int = 0
     """Tokens to sample from the trained model at the end of the run, from held-out text; 0: none."""
     deterministic: bool = False

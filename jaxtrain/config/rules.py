@@ -117,8 +117,9 @@ _AT_LEAST_ONE = (
 ).split()
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
-    "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.seed checkpoint.every "
-    "checkpoint.keep_every checkpoint.fast_every model.sliding_window model.local_rope_theta model.learned_positions "
+    "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.tasks_every train.seed "
+    "checkpoint.every checkpoint.keep_every checkpoint.fast_every model.sliding_window model.local_rope_theta "
+    "model.learned_positions "
     "model.attention_scale model.attention_softcap model.logit_softcap lora.rank lora.alpha lora.base_group sync.delay "
     "sync.overlap distributed.processes guard.budget guard.copies_every guard.repeat_every "
     "distributed.hang_seconds distributed.phase_seconds"

@@ -10,6 +10,8 @@ import numpy as np
 
 MOST_LOGITS = 2**28
 """Logits of one batch, 1 GiB in float32: rows are as many as these allow."""
+MOST_ROWS, LEAST_LENGTH = 64, 64
+"""Of a batch."""
 
 
 class Scorer(Protocol):
@@ -93,11 +95,13 @@ def likelihoods(
     order = sorted(range(len(fitting)), key=lambda i: -len(fitting[i].before) - len(fitting[i].ids))
     found: list[Likelihood] = [Likelihood(0.0, True, 0)] * len(fitting)
     while order:
-        longest = len(fitting[order[0]].before) + len(fitting[order[0]].ids)
+        longest = _power_of_two(len(fitting[order[0]].before) + len(fitting[order[0]].ids), LEAST_LENGTH)
+        longest = min(longest, length)
         rows = max(1, MOST_LOGITS // (longest * scorer.config.model.padded_vocab_size))
-        rows = math.ceil(min(rows, len(order)) / scorer.config.mesh.batch_shards) * scorer.config.mesh.batch_shards
+        rows = min(_power_of_two(rows + 1) // 2, _power_of_two(len(order)), MOST_ROWS)
+        rows = math.ceil(rows / scorer.config.mesh.batch_shards) * scorer.config.mesh.batch_shards
         batch, order = order[:rows], order[rows:]
-        for i, one in zip(batch, _scored(scorer, [fitting[i] for i in batch], longest), strict=True):
+        for i, one in zip(batch, _scored(scorer, [fitting[i] for i in batch], (rows, longest)), strict=True):
             found[i] = one
         advance(len(batch))
     return found
@@ -109,8 +113,13 @@ def _cut(request: Asked, length: int) -> Asked:
     return Asked(whole[: len(whole) - asked_for], whole[len(whole) - asked_for :])
 
 
-def _scored(scorer: Scorer, requests: Sequence[Asked], longest: int) -> list[Likelihood]:
-    tokens = np.zeros((len(requests), max(2, longest)), np.int32)
+def _power_of_two(count: int, least: int = 1) -> int:
+    """Return the next power of two: so there are few shapes, of which each is compiled."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+def _scored(scorer: Scorer, requests: Sequence[Asked], shape: tuple[int, int]) -> list[Likelihood]:
+    tokens = np.zeros(shape, np.int32)
     for row, request in enumerate(requests):
         whole = [*request.before, *request.ids]
         tokens[row, : len(whole)] = whole

@@ -28,6 +28,8 @@ METRICS = ("validation/loss", "validation/bits_per_byte", "train/loss_mean")
 
 def tag_of(name: str) -> str:
     """Return the TensorBoard tag of a row's number: group/name."""
+    if name.startswith("task_"):
+        return f"tasks/{name.removeprefix('task_')}"
     if name.startswith("validation_"):
         return f"validation/{name.removeprefix('validation_')}"
     if name in TRAIN or name.endswith("_deviations"):

@@ -69,6 +69,7 @@ from jaxtrain.train.schedule import make_learning_rate, warmup_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.stop import StopOnSignal
+from jaxtrain.train.tasks import Tasks, read_tasks
 
 PyTree = Any
 Held = tuple[PyTree, int, Rollbacks]
@@ -324,9 +325,9 @@ class Run:
 
     def _prepare_batches(self, first: int) -> None:
         """Load what adds to batches: a teacher; or the log-probabilities of the weights of step 0."""
+        read_tasks(self.prepared)
         with self.progress.during("reading other models"):
-            state_at_0 = self.prepared.create_state if first else lambda: self.state
-            initial = lambda: state_at_0()["params"]  # noqa: E731
+            initial = lambda: (self.prepared.create_state() if first else self.state)["params"]  # noqa: E731
             self.completed = completion_of(self.prepared, lambda: self.data, initial, self.progress, self.stop.check)
 
     @functools.cached_property
@@ -374,6 +375,8 @@ class Run:
             hooks.add(SamplerLimits(config))
         if (validation := self._validation(telemetry)) is not None:
             hooks.add(validation, every=multiples(train.validate_every, train.steps))
+        if train.tasks:
+            hooks.add(Tasks(telemetry, self.prepared, self.data, self.stop), every=multiples(train.tasks_every, train.steps))
         for hook in config.parts.hooks:
             hooks.add(hook)
         hooks.add(self._check, every=guard.copies_every)
