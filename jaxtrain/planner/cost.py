@@ -198,7 +198,7 @@ class CostModel:
             "experts": (rows, expert, context, tensor, remat),
             "context": (rows, context, tensor, layout.context, remat, layout.microbatches),
             "scalars": (present,),
-            "muon": (layout.mesh, layout.chunks),
+            "optimizer": (layout.mesh, layout.chunks),
         }
         return keys[part]
 

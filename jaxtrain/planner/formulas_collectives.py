@@ -20,6 +20,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.layout import (
     gathers_each_layer,
     keeps,
+    layers_of_part,
     local_length,
     loss_chunks,
     microbatch_rows,
@@ -43,6 +44,8 @@ from jaxtrain.planner.layer_table import (
     trained_weights,
 )
 from jaxtrain.program.collectives import wire_factor
+from jaxtrain.sharding import RULES
+from jaxtrain.train.leaf_axes import leaf_axes
 
 TRANSPOSED = {"all-gather": "reduce-scatter", "reduce-scatter": "all-gather"}
 """What a collective's gradient does; of any other, the same."""
@@ -110,7 +113,6 @@ def uncovered(config: Config) -> list[str]:
         "model.sliding_window with mesh.context": config.mesh.context > 1 and "local" in config.model.kinds,
         f"sync.mode={config.sync.mode} between replicas": config.mesh.replica > 1 and config.sync.mode != "every_step",
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
-        f"optimizer.name={config.optimizer.name}": config.optimizer.name == "adafactor",
         "the forward pass that scores sequences": not isinstance(objective_of(config), Objective),
     }
     return [what for what, is_there in found.items() if is_there]
@@ -360,6 +362,11 @@ def _scalars(config: Config) -> Iterator[Transfers]:
         yield numbers(weight.axes, f"gradient norm of {weight.name}", norms)
 
 
+def _optimizer(config: Config) -> Iterator[Transfers]:
+    """Send what the update rule needs of other devices: nothing but for matrices of muon and adafactor."""
+    yield from {"muon": _muon, "adafactor": _adafactor}.get(config.optimizer.name, lambda _: ())(config)
+
+
 def _muon(config: Config) -> Iterator[Transfers]:
     """Send the matrices that muon orthogonalises to their devices and back (`train.muon_shares`), in compute dtype.
 
@@ -374,6 +381,32 @@ def _muon(config: Config) -> Iterator[Transfers]:
         yield _entry(config, "once", share.copy_axes, "all-gather", HLO_DTYPE[dtype], payload, f"{what}, from copies")
 
 
+def _adafactor(config: Config) -> Iterator[Transfers]:
+    """Send the means of squared gradients over one side of each matrix, float32, K numbers of the other side a matrix.
+
+    They are summed over the axes that cut the side of the mean, and then gathered over those that cut the other side and over
+    expert, as every device of a stage keeps them whole. Two sums of squares a matrix give the norms of direction and parameter.
+    """
+    held = config.pipeline.chunks * layers_of_part(config)
+    for weights, layers in zip(trained_weights(config.model, config.train.frozen), (held, 1), strict=True):
+        for weight in weights:
+            roles, lead = leaf_axes(weight.dims), ("expert",) if weight.is_of_experts else ()
+            stack = layers * weight.layers * weight.experts // (config.mesh.expert if lead else 1)
+            sides = [(_cutting(weight, own), math.prod(weight.shape[i] for i in own)) for own in (roles.inputs, roles.outputs)]
+            cuts = [axis for axis in weight.axes if axis not in lead]
+            yield _entry(config, "once", cuts, "all-reduce", "f32", 4 * stack, f"norms of {weight.name}", 2)
+            for (summed, _), (kept, length) in (sides, sides[::-1]) if roles.is_matrix else ():
+                cut, what = math.prod(getattr(config.mesh, axis) for axis in kept), f"adafactor's means of {weight.name}"
+                yield _entry(config, "once", summed, "all-reduce", "f32", 4 * stack * length / cut, what)
+                yield _entry(config, "once", kept, "all-gather", "f32", 4 * stack * length, what)
+                yield _entry(config, "once", lead, "all-gather", "f32", 4 * stack * config.mesh.expert * length, what)
+
+
+def _cutting(weight: Weight, side: Sequence[int]) -> list[str]:
+    """Return the mesh axes that cut some dims of a weight."""
+    return [str(RULES[weight.dims[i]]) for i in side if RULES[weight.dims[i]]]
+
+
 PARTS: Mapping[str, Callable[[Config], Iterator[Transfers]]] = MappingProxyType(
     {
         "weights": _weights,
@@ -384,7 +417,7 @@ PARTS: Mapping[str, Callable[[Config], Iterator[Transfers]]] = MappingProxyType(
         "experts": _experts,
         "context": _context,
         "scalars": _scalars,
-        "muon": _muon,
+        "optimizer": _optimizer,
     }
 )
 """What makes up `collectives`, by why it moves; entries along axes of size 1 are among them."""

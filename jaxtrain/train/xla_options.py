@@ -98,6 +98,13 @@ TABLE = (
         "a permute meets its own ring only; all devices of the mesh would wait for one another in the ring attention of a "
         "pipeline stage that others do not run in that tick. From the option's own words; not tried on GPUs",
     ),
+    Option(
+        "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel",
+        False,
+        False,
+        "rows go to experts by NCCL's sends. XLA's own kernel, for up to 8 devices of a host, reached 2% of NVLink's bandwidth "
+        "on 8 B200s (openxla/xla#33386), and gradients were NaN through it (marin-community/marin#8077). Not tried on GPUs",
+    ),
 )
 
 

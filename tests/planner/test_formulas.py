@@ -41,7 +41,7 @@ MODEL = ModelConfig(
 )
 WIDE = replace(MODEL, embed_dim=512, mlp_dim=1024)
 """Wide enough that copies divide muon's matrices (`muon_shares.SHARED_ROWS`)."""
-MUON = OptimizerConfig(name="muon")
+MUON, ADAFACTOR = OptimizerConfig(name="muon"), OptimizerConfig(name="adafactor")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,9 @@ CASES = {
     ),
 }
 CASES |= {
+    "adafactor, fsdp x tensor": Case(MeshConfig(fsdp=4, tensor=2), optimizer=ADAFACTOR, prefetches=False),
+    "adafactor, pipe": Case(MeshConfig(pipe=2, data=2, fsdp=2), microbatches=3, optimizer=ADAFACTOR),
+    "adafactor, expert": Case(MeshConfig(fsdp=2, expert=2, tensor=2), model=CAPACITY, optimizer=ADAFACTOR, prefetches=False),
     "muon, data x fsdp": Case(MeshConfig(data=2, fsdp=4), model=WIDE, optimizer=MUON),
     "muon, pipe": Case(MeshConfig(pipe=2, fsdp=4), microbatches=3, model=replace(MODEL, num_layers=5), optimizer=MUON),
     "muon, expert": Case(MeshConfig(fsdp=2, expert=2, tensor=2), model=CAPACITY, optimizer=MUON, prefetches=False),

@@ -20,6 +20,7 @@ def test_the_table_is_for_gpus_only_and_differs_by_layout():
     assert default_options(weights, "gpu") == default_options(weights, "cuda")
     assert default_options(weights, "gpu")["xla_gpu_enable_pipelined_all_gather"] is True
     assert default_options(activations, "gpu")["xla_gpu_enable_pipelined_all_gather"] is False
+    assert default_options(activations, "gpu")["xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel"] is False
     assert [most_layers_per_iteration(config.mesh, "gpu") for config in (weights, activations)] == [1, 4]
     assert most_layers_per_iteration(activations.mesh, "cpu") == 1
 
