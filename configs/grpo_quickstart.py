@@ -36,6 +36,6 @@ def get_config() -> Config:
             grpo=GrpoConfig(reward="configs/grpo_quickstart.py", group_size=16, max_new_tokens=4),
         ),
         optimizer=OptimizerConfig(name="muon", peak_lr=2e-3, warmup_steps=5, weight_decay=0.0),
-        train=TrainConfig(steps=200, global_batch_size=256, remat="none", log_every=5, validate_every=25),
+        train=TrainConfig(steps=400, global_batch_size=256, remat="none", log_every=5, validate_every=25),
         checkpoint=CheckpointConfig(every=50),
     )

@@ -1,5 +1,6 @@
 """Before configs/grpo_quickstart.py: a small decoder learns to add badly, from examples that are off by up to 7.
 
+The sums are so many, 900, that learning their rule is easier than learning them by heart: held-out ones come out right too.
 A minute on 2 cores. `python configs/grpo_warmup.py` writes the examples, and the sums for rewards, in runs/arithmetic.
 """
 
@@ -19,7 +20,7 @@ from jaxtrain.config import (
 )
 
 FOLDER = Path("runs/arithmetic")
-TERMS = range(10)
+SUMS = [(a, b) for a in range(10, 100) for b in range(10)]
 MOST_OFF = 7
 
 
@@ -53,12 +54,11 @@ def get_config() -> Config:
 def write_rows() -> None:
     """Write guesses.jsonl, whose answers are right one time in fifteen or so, and prompts.jsonl with the right answers."""
     chance = random.Random(0)
-    sums = [(a, b) for a in TERMS for b in TERMS]
     guesses = [
-        {"prompt": f"{a}+{b}=", "completion": str(abs(a + b + chance.randint(-MOST_OFF, MOST_OFF)))}
-        for a, b in chance.choices(sums, k=20_000)
+        {"prompt": f"{a}+{b}=", "completion": str(a + b + chance.randint(-MOST_OFF, MOST_OFF))}
+        for a, b in chance.choices(SUMS, k=20_000)
     ]
-    prompts = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
+    prompts = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in SUMS]
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, rows in (("guesses", guesses), ("prompts", prompts)):
         (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
