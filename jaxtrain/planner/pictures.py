@@ -71,7 +71,7 @@ CLEANED = (
     (r' (clip-path|xmlns\S*|target)="[^"]*"| id="[A-Za-z]+_\d+"| transform="rotate\(-0 [^"]*"|xlink:', ""),
     (r'<a href="([^"]*)">', r"<g><title>\1</title>"),
     ("</a>", "</g>"),
-    (r"(\.\d\d)\d\d+|(?<=\n) +", r"\1"),  # digits and indents that do not show
+    (r"(\.\d\d)\d\d+|\n *", r"\1"),  # digits and spaces that do not show
 )
 """What `svg` replaces, by what: an artist's URL holds its tooltip, and a page needs no name spaces, clipping and ids."""
 WIDTH = 1080
