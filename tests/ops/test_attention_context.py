@@ -132,10 +132,10 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_equals_the_whole_sequence_on_one_device(case):
-    check_against_the_whole(case, seeds=(1, 2) if case.length < 100 else (1,))
+    assert_equals_the_whole(case, seeds=(1, 2) if case.length < 100 else (1,))
 
 
-def check_against_the_whole(case, seeds):
+def assert_equals_the_whole(case, seeds):
     for seed in seeds:
         arrays, segments = draw(case, seed)
         ordered = [in_order(x, case) for x in (*arrays, segments)]

@@ -14,7 +14,7 @@ from jaxtrain.ops.attention_documents import SLOTS, Call, Documents, calls_of, m
 from jaxtrain.ops.attention_mask import CAUSAL, Rule
 from tests.ops.packed_kernel import instead_of_cudnn
 from tests.ops.test_attention import draw, oracle, ragged_segments, relative
-from tests.ops.test_attention_context import Case, check_against_the_whole, primitives
+from tests.ops.test_attention_context import Case, assert_equals_the_whole, primitives
 
 
 def documents(kind, batch=2, length=64):
@@ -196,6 +196,6 @@ def test_the_primitives_below_jaxs_wrapper_are_called_as_they_want(monkeypatch):
 def test_a_sequence_over_devices_equals_the_whole_on_one(case, monkeypatch):
     monkeypatch.setattr(attention_documents, "SHORTEST_CALL", 4)
     calls = instead_of_cudnn(monkeypatch)
-    check_against_the_whole(case, seeds=(1, 2))
+    assert_equals_the_whole(case, seeds=(1, 2))
     in_pieces = {settings["mask_type"].name for _, settings, _ in calls}
     assert in_pieces == ({"CAUSAL"} if case.kind == "ulysses" else {"CAUSAL", "NO_MASK"})
