@@ -93,7 +93,8 @@ def attention(
       k_BLKN, v_BLKM: keys and values.
       backend: the result of `choose_backend`: reference, blockwise, cudnn or cudnn_dense.
       rule: window, scale and bound of the scores.
-      segments_BL: int32 document numbers, 0 for padding; None for one document.
+      segments_BL: int32 document numbers, 0 for padding; None for one document. Tokens of a document lie side by side: where
+        equal numbers lie apart, cudnn takes them for two documents.
       sinks_H: one more score of each query head, whose value is zero; None for none. cudnn has none.
       residual_name: name of the residuals of the backward pass; do not name the output elsewhere.
 

@@ -6,10 +6,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jaxtrain.command import Usage, parse
-from jaxtrain.config import Config, MeshConfig
+from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, load_text_model
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
 from jaxtrain.files import replace_file, user_path
 
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluateFlags:
+class EvaluateFlags(TextModelFlags):
     """Flags of `jaxtrain evaluate`."""
 
-    model: str
-    """HuggingFace folder, run (its newest checkpoint) or RUN@STEP."""
     tasks: tuple[str, ...] = ()
     """File of JSON lines, each a row of a task (see jaxtrain/evaluation/README.md); may be given several times."""
     limit: int = 0
@@ -39,10 +37,6 @@ class EvaluateFlags:
     """Print one JSON object for each task."""
     output: str = ""
     """File to write each row's result to, as JSON lines."""
-    dtype: Literal["", "float32", "bfloat16"] = ""
-    """Dtype of matmuls and activations; empty: float32 for a folder, the run's own for a run."""
-    quantisation: Literal["", "int8", "float8", "nf4"] = ""
-    """Hold the matrices in 8 bits, or of nf4 in 4."""
 
 
 USAGE = Usage(
@@ -53,16 +47,13 @@ USAGE = Usage(
     ("model",),
     config="taken",
 )
-ONE_DEVICE = Config(mesh=MeshConfig(fsdp=1))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, load, measure, print; return the exit code."""
     line = parse(USAGE, arguments, over=ONE_DEVICE)
     flags = line.own
-    others = [name for name in line.given if not name.startswith("mesh.")]
-    if others:
-        raise UsageError(f"--{others[0]}: evaluate takes its own flags and --mesh.*")
+    check_given(line, "evaluate")
     if not flags.tasks:
         raise UsageError("no task: give --tasks=FILE.jsonl")
     if flags.length < 2 or flags.max_new_tokens < 1 or flags.limit < 0:
@@ -72,11 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
     tasks = [read_task(path) for path in flags.tasks]
     tasks = [replace(task, rows=task.rows[: flags.limit or None]) for task in tasks]
-    from jaxtrain.train.loading import load
-
-    model = load(flags.model, line.config.mesh if line.given else None, flags.dtype or None, flags.quantisation or None)
-    if model.tokenizer is None or model.config.data.tokenizer == "none":
-        raise ExplainedError(f"{flags.model}: has no tokenizer.json, so no text can be given to its model")
+    model = load_text_model(line)
     table = model.config.model.learned_positions
     settings = Settings(min(flags.length, table or flags.length), flags.max_new_tokens, flags.stop)
     results = [_measured(model, task, settings) for task in tasks]

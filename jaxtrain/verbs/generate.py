@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jaxtrain.command import Usage, parse
-from jaxtrain.config import Config, MeshConfig
+from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, load_text_model
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
 from jaxtrain.files import user_path
 from jaxtrain.signals import Request, Watch, end_at_once, say
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GenerateFlags:
+class GenerateFlags(TextModelFlags):
     """Flags of `jaxtrain generate`."""
 
-    model: str
-    """HuggingFace folder, run (its newest checkpoint) or RUN@STEP."""
     prompt: tuple[str, ...] = ()
     """Text to continue; may be given several times. Without it and --prompts: each line of standard input."""
     prompts: str = ""
@@ -58,12 +56,6 @@ class GenerateFlags:
     """Also print each token's id and log-probability."""
     json: bool = False
     """Print one JSON object a line: prompt, text, tokens, logprobs, finish."""
-    dtype: Literal["", "float32", "bfloat16"] = ""
-    """Dtype of matmuls and activations; empty: float32 for a folder, the run's own for a run."""
-    quantisation: Literal["", "int8", "float8", "nf4"] = ""
-    """Hold the matrices in 8 bits, or of nf4 in 4."""
-    group: int = 0
-    """With quantisation: neighbouring inputs with a scale of their own; 0: all of an output channel, or 64 for nf4."""
 
 
 USAGE = Usage(
@@ -74,18 +66,13 @@ USAGE = Usage(
     ("model",),
     config="taken",
 )
-ONE_DEVICE = Config(mesh=MeshConfig(fsdp=1))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, load, generate, print; return the exit code."""
     line = parse(USAGE, arguments, over=ONE_DEVICE)
     flags = line.own
-    others = [name for name in line.given if not name.startswith("mesh.")]
-    if others:
-        raise UsageError(
-            f"--{others[0]}: generate takes its own flags and --mesh.*; the model's settings come with its weights"
-        )
+    check_given(line, "generate")
     if bool(flags.prompt) + bool(flags.prompts) + flags.chat > 1:
         raise UsageError("--prompt, --prompts and --chat exclude each other")
     if flags.slots < 1:
@@ -94,13 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Sampling(flags.max_new_tokens, **_sampling(flags))  # before the weights are read
     prompts = [] if flags.chat else _prompts(flags)
-    from jaxtrain.train.loading import load
-
-    model = load(
-        flags.model, line.config.mesh if line.given else None, flags.dtype or None, flags.quantisation or None, flags.group
-    )
-    if model.tokenizer is None or model.config.data.tokenizer == "none":
-        raise ExplainedError(f"{flags.model}: has no tokenizer.json, so no text can be given to its model")
+    model = load_text_model(line)
     if flags.chat:
         _chat(model, flags)
     else:
