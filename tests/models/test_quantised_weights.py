@@ -103,7 +103,7 @@ def model(kind, group: int, **mesh: int) -> Model:
 @pytest.mark.parametrize(
     ("kind", "group", "mesh"),
     [
-        ("int8", 4, {"pipe": 2, "fsdp": 2}),
+        pytest.param("int8", 4, {"pipe": 2, "fsdp": 2}, marks=pytest.mark.slow),
         ("nf4", 8, {"fsdp": 2, "tensor": 2}),
         pytest.param("float8", 0, {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],

@@ -129,7 +129,7 @@ CASES |= {
         MeshConfig(fsdp=4, context=2), model=WIDE, length=512, optimizer=MUON, sharding=ShardingConfig(context_attention="ring")
     ),
 }
-FEW = ("fsdp x tensor", "pipe, 1f1b", "expert, dropless")
+FEW = ("fsdp x tensor", "expert, dropless")
 """Compiled for GPUs in every run with the extra `plan`; 14 to 57 s of CPU each."""
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def test_metrics_of_the_experts():
     assert "dropped_share" not in metrics[0]
 
 
+@pytest.mark.slow  # the layouts of every run have experts with pipe and fsdp
 def test_train_steps_on_a_mesh_equal_one_device():
     one, on_one = trained(laid_out(SGD, 1, "none"))
     mesh, on_mesh = trained(laid_out(SGD, 2, "full", pipe=2, expert=4))
@@ -140,6 +141,7 @@ def test_replicas_with_spread_experts_equal_replicas_of_one_device():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), one, mesh)
 
 
+@pytest.mark.slow
 def test_adafactor_on_a_mesh_equals_one_device():
     """Adafactor's factors are means over rows and columns of whole matrices, of which a device holds parts of some experts."""
     model = replace(BASE.model, num_layers=2, embed_dim=16, moe=replace(MOE, first_dense_layers=0))
