@@ -1,6 +1,6 @@
 """Time a step with adapters beside full fine-tuning, ours and that of torch with peft, in turns on one CPU.
 
-    python tests/measure/lora_speed.py [WIDTH LAYERS LENGTH ROWS]
+    python -m tests.measure.lora_speed [WIDTH LAYERS LENGTH ROWS]
 
 Needs torch, transformers and peft. A kind's time is the least of its rounds, since other processes only ever add to it.
 """
@@ -15,19 +15,13 @@ from dataclasses import replace
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax
 import numpy as np
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jaxtrain.config import Config, DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxtrain.measure.layouts import batch_of
-from jaxtrain.mesh import make_mesh
-from jaxtrain.train.gradients import batch_names, batch_sharding
-from jaxtrain.train.optimizer import optimizer_of
-from jaxtrain.train.state import create_state
-from jaxtrain.train.step import compile_train_step, place_numbers
+from tests.measure.steps import stepper
 
 RANK, VOCAB, ROUNDS = 16, 4096, 4
 
@@ -40,17 +34,7 @@ def ours(width: int, layers: int, length: int, rows: int, rank: int) -> Callable
     data = DataConfig(sequence_length=length, mask_documents=False)
     config = Config(model=model, mesh=MeshConfig(fsdp=1), data=data, train=train)
     config = replace(config, lora=LoraConfig(rank=rank))
-    mesh, optimizer = make_mesh(config.mesh, jax.devices()[:1]), optimizer_of(config)
-    held, numbers = [create_state(config, mesh, optimizer)], place_numbers(config, mesh)
-    batch = batch_of(rows, length, vocabulary=VOCAB)
-    batch = jax.device_put({name: batch[name] for name in batch_names(config)}, batch_sharding(mesh))
-    step = compile_train_step(config, mesh, optimizer, "reference")
-
-    def take() -> None:
-        held[0], metrics = step(held[0], batch, numbers)
-        jax.block_until_ready(metrics)
-
-    return take
+    return stepper(config, "reference")
 
 
 def theirs(width: int, layers: int, length: int, rows: int, rank: int) -> Callable[[], None]:

@@ -90,7 +90,7 @@ def test_a_report_from_a_process_of_its_own():
 @pytest.mark.plan
 def test_attention_within_documents_is_fused_as_without_them():
     """Two heads of queries to one of keys, rows of 1024 tokens: calls for documents up to 1024 and 256, and the last again."""
-    model = replace(TINY, num_kv_heads=1)
+    model = replace(TINY, num_kv_heads=1, num_layers=2)  # of one layer jaxlib 0.12 would compute nothing again
     config = replace(tiny(1), model=model, data=DataConfig(sequence_length=1024))
     compiled, _, attention = deviceless.compile_for(validate(config, 1))
     text = compiled.as_text()
@@ -98,7 +98,7 @@ def test_attention_within_documents_is_fused_as_without_them():
     assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 3
     assert set(re.findall(r'"max_seg_per_batch": ?(\d+)', text)) == {"4"}
     assert not re.search(r"\[(\d+,)*1024,1024\]", text)
-    assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=0.05)  # the further calls would be 12%
+    assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=1e-6)  # of the first calls alone
 
 
 @pytest.mark.plan
