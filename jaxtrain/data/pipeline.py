@@ -261,7 +261,9 @@ class Data:
         A row of chat data is the same in every epoch, so what is computed of it once can be looked up by these numbers.
         """
         batch_size = self._config.train.global_batch_size
-        return [self._order[step * batch_size + row] for row in range(*rows.indices(batch_size))]
+        wanted = range(*rows.indices(batch_size))
+        first = step * batch_size
+        return self._order.stretch(first + wanted.start, first + wanted.stop)[:: wanted.step]
 
     @functools.cached_property
     def prompts(self) -> Prompts:

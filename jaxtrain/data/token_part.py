@@ -23,14 +23,16 @@ class JoinedTokens:
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, step = part.indices(len(self))
         assert step == 1, "ids are read in order"
-        pieces = []
-        first = np.searchsorted(self._ends, start, side="right")
-        for (begin, end), joined_end in zip(self._spans[first:], self._ends[first:], strict=True):
-            offset = joined_end - end  # index in the joined ids - index in the array
-            if begin + offset >= stop:
-                break
-            pieces.append(self._tokens[max(begin, start - offset) : min(end, stop - offset)])
-        return np.concatenate(pieces) if pieces else self._tokens[:0]
+        if start >= stop:
+            return self._tokens[:0]
+        first, last = self._ends.searchsorted((start, stop - 1), side="right").tolist()
+        # Index in the joined ids - index in the array, of the first span and of the last.
+        offset, last_offset = (int(self._ends[i] - self._spans[i, 1]) for i in (first, last))
+        if first == last:
+            return self._tokens[start - offset : stop - offset]
+        middle = [self._tokens[begin:end] for begin, end in self._spans[first + 1 : last].tolist()]
+        ends = self._tokens[start - offset : self._spans[first, 1]], self._tokens[self._spans[last, 0] : stop - last_offset]
+        return np.concatenate([ends[0], *middle, ends[1]])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class StreamWindows:
         self.separator = parts[0].separator if parts else -1
 
     def read(self, index: int, out: np.ndarray) -> int:
-        part = int(np.searchsorted(self._ends, index, side="right"))
+        part = int(self._ends.searchsorted(index, side="right"))
         first = int(self._ends[part - 1]) if part else 0
         return read_window(self._parts[part].tokens, index - first, out)
 
