@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.branches import branches
+from jaxtrain.checkpoint.retention import best_steps, metric_of, outdated, validated
 from jaxtrain.checkpoint.same_run import differences
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
@@ -20,7 +24,6 @@ from jaxtrain.checkpoint.stored import (
     cause,
     committed_steps,
     delete,
-    outdated,
     read_metadata,
     read_stored,
     reading_alone,
@@ -30,24 +33,6 @@ from jaxtrain.checkpoint.stored import (
 from jaxtrain.checkpoint.trees import leaves_by_path, nested
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
 from jaxtrain.text import readable_size, show
-
-
-def find(text: str) -> tuple[str, int]:
-    """(folder, step) of FOLDER or FOLDER:STEP.
-
-    Raises:
-      CheckpointError: no such checkpoint.
-    """
-    match = re.fullmatch(r"(.+?):(\d+)", text)
-    folder, step = (match[1], int(match[2])) if match else (text, None)
-    inside = absolute(folder) / "checkpoints"
-    folder = os.fspath(inside if inside.is_dir() else absolute(folder))
-    steps = committed_steps(folder)
-    if not steps:
-        raise CheckpointError(f"{folder} holds no checkpoint")
-    step = steps[-1] if step is None else step
-    step_path(folder, step)
-    return folder, step
 
 
 def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -77,9 +62,12 @@ def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[
 
 
 def list_steps(folder: str) -> int:
-    """Print every step folder: name, size, whether it is whole, when it was saved, on which mesh."""
+    """Print every step folder: name, size, whether it is whole, when it was saved, on which mesh, its validation, whether it is
+    the best; then the branches.
+    """
     folder, _ = find(folder)
     whole = {str(step) for step in committed_steps(folder)}
+    best, scores = best_of(folder)
     for path in sorted(absolute(folder).iterdir(), key=lambda path: (int((re.match(r"\d+", path.name) or [-1])[0]), path.name)):
         if not path.is_dir():
             continue
@@ -93,9 +81,23 @@ def list_steps(folder: str) -> int:
             except CheckpointError as error:
                 words, mesh = f"damaged: {error}", {}
             sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.items() if size != 1)
-            when = f"{saved:%Y-%m-%d %H:%M:%S}  {sizes}"
+            step = int(path.name)
+            score = f"  {scores[step]}{' (best)' if step == best else ''}" if step in scores else ""
+            when = f"{saved:%Y-%m-%d %H:%M:%S}  {sizes}{score}"
         show(f"{path.name:>24}  {readable_size(size):>9}  {words}  {when}".rstrip())
+    run_dir = Path(folder).parent
+    for branch in branches(run_dir):
+        steps = ", ".join(map(str, committed_steps(branch / "checkpoints"))) or "none"
+        show(f"{os.path.relpath(branch, run_dir)}: steps {steps}")
     return EXIT_DONE
+
+
+def best_of(folder: str) -> tuple[int | None, dict[int, str]]:
+    """Return the best step, if any, and {step: its metric in words} of the steps that validated."""
+    metric = metric_of(folder)
+    found = {step: row[metric] for step, row in validated(folder).items() if metric in row}
+    best = best_steps(folder, 1, metric)
+    return best[0] if best else None, {step: f"{metric} {value:.4f}" for step, value in found.items()}
 
 
 def verify(folder: str, every: bool) -> int:
@@ -155,11 +157,15 @@ def diff(one: str, other: str) -> int:
 
 
 def prune(folder: str, keep: int, keep_every: int, set_aside: bool, dry_run: bool) -> int:
-    """Delete all but the newest `keep` steps and the multiples of `keep_every`; with `set_aside` also what was set aside."""
+    """Delete all but the newest `keep` steps, the multiples of `keep_every`, and the best one where the run keeps that; with
+    `set_aside` also what was set aside.
+    """
     if keep < 1:
         raise CheckpointError(f"--keep={keep}: keep at least 1")
-    folder, _ = find(folder)
-    paths = [absolute(folder) / str(step) for step in outdated(committed_steps(folder), keep, keep_every)]
+    folder, newest = find(folder)
+    config = read_metadata(folder, newest).get("config", {})
+    best = best_steps(folder, config.get("checkpoint", {}).get("keep_best", 0), metric_of(folder))
+    paths = [absolute(folder) / str(step) for step in outdated(committed_steps(folder), keep, keep_every, best)]
     if set_aside:
         paths += [path for path in absolute(folder).iterdir() if re.fullmatch(r"\d+\.(damaged|rolled-back)-\d+", path.name)]
     for path in paths:

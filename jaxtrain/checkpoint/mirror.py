@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute, cause, outdated
+from jaxtrain.checkpoint.retention import METRIC, best_steps, outdated
+from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute, cause
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError
 from jaxtrain.files import replace_file
@@ -44,10 +45,11 @@ class Mirror:
       CheckpointError: fsspec does not know the URL's protocol, or lacks a package for it.
     """
 
-    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
+    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig, metric: str = METRIC):
         import fsspec
 
         self._directory, self._config, self._url = Path(absolute(directory)), config, config.mirror.rstrip("/")
+        self._metric = metric
         try:
             own = {"auto_mkdir": True} if self._url.startswith("file:") else {}  # object stores have no folders to make
             self._store, self._root = fsspec.url_to_fs(self._url, **own)
@@ -197,7 +199,8 @@ class Mirror:
         if here != there:
             raise OSError("the store does not hold what was written to it")
         self._store.put_file(str(source / COMMIT_MARK), mark)
-        for old in outdated(self.steps(), self._config.keep, self._config.keep_every):
+        best = best_steps(self._directory, self._config.keep_best, self._metric)
+        for old in outdated(self.steps(), self._config.keep, self._config.keep_every, best):
             self._remove(old)
 
     def _remove(self, step: int) -> None:

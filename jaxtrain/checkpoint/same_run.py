@@ -68,8 +68,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], directo
         lines = "\n".join(f"  - {line}" for line in found.hard)
         raise CheckpointError(
             f"the checkpoint in {os.fspath(directory)} belongs to another run (checkpoint -> now):\n{lines}\n"
-            "Set these back to go on with it, or start a new run with another --run_dir "
-            "(or with --checkpoint.resume=never and a fresh folder)."
+            "Set these back to go on with it, or start a new run with another --run_dir (or with --checkpoint.resume=never and "
+            "a fresh folder), from its weights with --init_from=RUN@STEP."
         )
     return found.soft
 

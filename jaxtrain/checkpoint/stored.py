@@ -58,11 +58,6 @@ def committed_steps(directory: os.PathLike | str) -> list[int]:
     return sorted(int(path.name) for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and is_committed(path))
 
 
-def outdated(steps: list[int], keep: int, keep_every: int) -> list[int]:
-    """Return the steps to delete: all but the newest `keep` and the multiples of `keep_every` (0: no such multiples)."""
-    return [step for step in steps[: -max(keep, 1)] if not (keep_every and step % keep_every == 0)]
-
-
 def read_metadata(directory: os.PathLike | str, step: int) -> dict[str, Any]:
     """Return the JSON metadata saved with `step`. All processes call it together, and it raises on all of them or on none.
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxtrain.checkpoint.branches import finish
 from jaxtrain.checkpoint.folder import broken, obstacle, probe, remove_leftovers
 from jaxtrain.checkpoint.mirror import Mirror
+from jaxtrain.checkpoint.retention import METRIC, best_steps, outdated
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
 from jaxtrain.checkpoint.saving import BackgroundSaves
 from jaxtrain.checkpoint.stored import (
@@ -27,7 +30,6 @@ from jaxtrain.checkpoint.stored import (
     committed_steps,
     delete,
     everywhere,
-    outdated,
     read_metadata,
     restore,
     set_aside,
@@ -47,17 +49,24 @@ class Checkpoints:
     Use it as a context manager, or call `close` at the end, which raises if the last save failed.
     """
 
-    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig):
+    def __init__(self, directory: os.PathLike | str, config: CheckpointConfig, metric: str = METRIC):
         """Make the folder, try to write into it, and remove what interrupted saves and deletions left there.
+
+        Args:
+          metric: the name in "validation" of a checkpoint's metadata by which keep_best keeps.
 
         Raises:
           CheckpointError: some process cannot write into `directory`.
         """
         self.directory = absolute(directory)
-        self._config = config
+        self._config, self._metric = config, metric
         self._first_process = jax.process_index() == 0
         problem = probe(self.directory, full_is_fatal=config.on_failure == "stop")
         if problem is None and self._first_process:
+            try:
+                finish(Path(self.directory).parent)
+            except OSError as error:
+                problem = str(error)
             remove_leftovers(self.directory)
         if not everywhere(problem is None):
             raise CheckpointError(
@@ -93,12 +102,13 @@ class Checkpoints:
         said = ""
         if self._first_process:
             try:
-                self._mirror, url = Mirror(self.directory, self._config), self._config.mirror
+                self._mirror, url = Mirror(self.directory, self._config, self._metric), self._config.mirror
                 steps = committed_steps(self.directory)
-                step = self._mirror.open(fetch=self._config.resume != "never" and not steps and not broken(self.directory))
+                may_fetch = self._config.resume in ("auto", "required")
+                step = self._mirror.open(fetch=may_fetch and not steps and not broken(self.directory))
                 if step is not None:
                     log.warning("%s held no checkpoint; step %d was fetched from %s", self.directory, step, url)
-                elif steps:
+                elif steps and not self._config.resume.isdecimal():  # else only once the run is known to go on from there
                     self._mirror.copy(steps[-1])
             except CheckpointError as error:
                 said = str(error)
@@ -149,6 +159,23 @@ class Checkpoints:
           CheckpointError: as `step_to_resume` and `restore`; or all checkpoints are damaged, each with its reason.
         """
         return self._restore_from(self.step_to_resume(), abstract_state, accept)
+
+    def restore_chosen(
+        self, folder: os.PathLike | str, step: int, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]
+    ) -> tuple[int, Any]:
+        """Return (step, state) of exactly this checkpoint, which may be another run's.
+
+        Raises:
+          CheckpointError: as `restore`; the folder is left as it is.
+        """
+        accept(step, read_metadata(folder, step))
+        return step, restore(folder, step, abstract_state)
+
+    def went_back_to(self, step: int) -> None:
+        """Take note that the steps after this one, whose state was restored, were moved away; have the mirror follow."""
+        self._newest = self._saves.current = step
+        if self._mirror is not None:
+            self._mirror.copy(step)
 
     def return_to_newest(self, abstract_state: Any, accept: Callable[[int, dict[str, Any]], None]) -> tuple[int, Any] | None:
         """Do `restore_newest` during a run, whatever checkpoint.resume says; return None before the first save.
@@ -270,10 +297,11 @@ class Checkpoints:
         self._mirror = None
 
     def _committed(self, step: int) -> None:
-        """Take note of a new checkpoint; delete what `keep` and `keep_every` do not keep; have the mirror copy it."""
-        self._newest = step
+        """Take note of a new checkpoint; delete what the config does not keep; have the mirror copy it."""
+        self._newest, config = step, self._config
         if self._first_process:
-            for old in outdated(committed_steps(self.directory), self._config.keep, self._config.keep_every):
+            best = best_steps(self.directory, config.keep_best, self._metric)
+            for old in outdated(committed_steps(self.directory), config.keep, config.keep_every, best):
                 delete(self.directory / str(old))
         if self._mirror is not None:
             self._mirror.copy(step)

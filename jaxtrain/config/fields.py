@@ -26,7 +26,6 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
 RematPolicy = Literal["none", "dots", "named", "full"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
-ResumeMode = Literal["auto", "never", "required"]
 SaveFailurePolicy = Literal["retry", "stop"]
 ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
 ZeroLevel = Literal[1, 2, 3]
@@ -189,6 +188,8 @@ class TrainConfig:
     """Batches of global_batch_size in a validation; 0: all held-out data."""
     stop_at_validation_loss: float = 0.0
     """Validation loss (nats per token) at which the run stops; 0: never."""
+    validation_metric: str = "validation_loss"
+    """Number of a validation that stop_at_validation_loss and checkpoint.keep_best read, by its name in metrics.jsonl."""
     remat: RematPolicy = "full"
     """Recomputation in the backward pass. none: nothing; dots: all but matmuls; named: all but remat_save; full: each layer."""
     remat_save: tuple[str, ...] = ("attention",)
@@ -226,8 +227,12 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
-    resume: ResumeMode = "auto"
-    """auto: resume from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one."""
+    keep_best: int = 0
+    """Also keep so many checkpoints with the best train.validation_metric, of those saved in a step that validated; 0: none."""
+    resume: str = "auto"
+    """auto: resume from the newest checkpoint in run_dir, if any; never: refuse a run_dir that has some; required: need one.
+    STEP: go back to that step of run_dir, whose later checkpoints become a branch. RUN@STEP, RUN@best: go on with another run
+    from there, in this run_dir."""
     asynchronous: bool = True
     """Write checkpoints while training goes on."""
     on_failure: SaveFailurePolicy = "retry"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from jaxtrain.config.source_rules import remote_problems, source_problems, token
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.hardware import load_chip
 
+RESUME_MODES = ("auto", "never", "required")
 _MOST_THREADS = 1024
 _LONGEST_SPIKE_WINDOW = 2**20
 
@@ -86,12 +88,24 @@ def _idle_problems(config: Config) -> list[str]:
         problems.append(f"telemetry.profile={profile!r}: give FIRST:LAST step, e.g. 10:13")
     elif window and not 1 <= int(window[1]) <= int(window[2]) <= steps:
         problems.append(f"telemetry.profile={profile!r} is not within the run, whose steps are 1 to train.steps={steps}")
-    if checkpoint.resume == "required" and not checkpoint.every:
+    resume = checkpoint.resume
+    if resume not in RESUME_MODES and not resume.isdecimal() and not re.fullmatch(r".+@(\d{1,18}|best)", resume):
+        problems.append(f"checkpoint.resume={resume!r}: {nearest(resume, (*RESUME_MODES, 'STEP', 'RUN@STEP'))}")
+    elif resume not in ("auto", "never") and not checkpoint.every:
         problems.append(
-            "checkpoint.resume=required goes on from a checkpoint, but with checkpoint.every=0 none is read or written"
+            f"checkpoint.resume={resume} goes on from a checkpoint, but with checkpoint.every=0 none is read or written"
         )
-    if checkpoint.keep_every and not checkpoint.every:
-        problems.append(f"checkpoint.keep_every={checkpoint.keep_every} keeps checkpoints, but checkpoint.every=0 makes none")
+    for name in ("keep_every", "keep_best"):
+        if getattr(checkpoint, name) and not checkpoint.every:
+            problems.append(
+                f"checkpoint.{name}={getattr(checkpoint, name)} keeps checkpoints, but checkpoint.every=0 makes none"
+            )
+    if checkpoint.keep_best and checkpoint.every and not _some_saved_validated(config):
+        problems.append(
+            f"checkpoint.keep_best={checkpoint.keep_best} needs checkpoints saved in steps that validate, of which "
+            f"checkpoint.every={checkpoint.every} and train.validate_every={train.validate_every} give none before the last; "
+            f"use --train.validate_every={checkpoint.every}"
+        )
     if train.stop_at_validation_loss and not train.validate_every:
         problems.append(
             f"train.stop_at_validation_loss={train.stop_at_validation_loss} needs validations, but train.validate_every=0; "
@@ -100,6 +114,12 @@ def _idle_problems(config: Config) -> list[str]:
     if guard.copies_every and guard.copies == "off":
         problems.append(f"guard.copies_every={guard.copies_every} compares copies, but guard.copies=off; use stop or rollback")
     return problems
+
+
+def _some_saved_validated(config: Config) -> bool:
+    """Return whether a step before the last is both validated and saved."""
+    every = config.train.validate_every
+    return every > 0 and math.lcm(config.checkpoint.every, every) < config.train.steps
 
 
 def _guard_problems(config: Config) -> list[str]:

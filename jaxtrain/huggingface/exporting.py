@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxtrain.checkpoint.inspection import arrays, find
+from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.inspection import arrays
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.config.as_json import from_json
@@ -38,7 +38,7 @@ Read = Callable[[list[str]], Iterator[tuple[str, Any]]]
 
 
 def export(run: str, target: str, dtype: str = "") -> dict[str, Any]:
-    """Write the weights of RUN, RUN@STEP or RUN:STEP into the folder `target`, and return the config.json that it has.
+    """Write the weights of RUN, RUN@STEP or RUN@best into the folder `target`, and return the config.json that it has.
 
     Args:
       dtype: of the matrices; empty for that of the imported folder, or model.dtype of a run from scratch.
@@ -54,12 +54,12 @@ def opened(run: str) -> tuple[Config, Read, Path, dict[str, Any]]:
     """Return a checkpoint's config, its arrays, the folder of the files that travel with its weights, and their origin.
 
     Args:
-      run: RUN, RUN@STEP or RUN:STEP.
+      run: RUN, RUN@STEP or RUN@best.
 
     Raises:
       ExplainedError: there is no such checkpoint, or its replicas differ.
     """
-    folder, step = find(re.sub(r"@(\d+)$", r":\1", run))
+    folder, step = find(run)
     metadata = read_stored(step_path(folder, step))["metadata"]
     config = from_json(json.dumps(metadata["config"]))
     if config.sync.replicas_differ:

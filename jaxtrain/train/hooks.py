@@ -120,7 +120,7 @@ class HeartbeatHook(Hook):
 
 
 class Validation(Hook):
-    """Scores held-out data, and stops the run at `stop_at_loss` nats a token (0: never).
+    """Scores held-out data, and stops the run where the row's `metric` is at most `stop_at_loss` (0: never).
 
     Args:
       evaluate: (params, ends) -> the row to log; None where `ends` ended it.
@@ -132,10 +132,11 @@ class Validation(Hook):
         evaluate: Callable[[PyTree, Callable[[int], bool]], dict[str, float | None] | None],
         ends_before: Callable[[str, int], bool],
         stop_at_loss: float,
+        metric: str = "validation_loss",
     ):
         self._telemetry, self._evaluate = telemetry, evaluate
         self._ends_before = ends_before
-        self._stop_at_loss = stop_at_loss
+        self._stop_at_loss, self._metric = stop_at_loss, metric
         self.newest: dict[str, Any] = {}
 
     def after_step(self, step: int, state: PyTree) -> None:
@@ -149,15 +150,15 @@ class Validation(Hook):
         self._telemetry.progress.update(self.newest)
 
     def finite(self) -> dict[str, Any]:
-        """Return the newest validation's step and loss, empty without one or where the loss is NaN or infinite."""
-        loss = self.newest.get("validation_loss", math.nan)
-        return {"step": self.newest["step"], "validation_loss": loss} if math.isfinite(loss) else {}
+        """Return the newest validation's step and numbers, without what is NaN or infinite; empty without one."""
+        return {name: value for name, value in self.newest.items() if value is not None and math.isfinite(value)}
 
     def stop_reason(self) -> str | None:
-        loss = self.newest.get("validation_loss")
+        loss = self.newest.get(self._metric)
         if loss is None or not 0 < loss <= self._stop_at_loss:  # a NaN has reached nothing
             return None
-        return f"validation loss {loss:.4f} has reached train.stop_at_validation_loss={self._stop_at_loss}"
+        name = self._metric.replace("_", " ")
+        return f"{name} {loss:.4f} has reached train.stop_at_validation_loss={self._stop_at_loss}"
 
 
 class Saving(Hook):

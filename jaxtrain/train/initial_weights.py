@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.addresses import find
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
 from jaxtrain.config import Config, ModelConfig, SyncConfig
@@ -62,7 +61,7 @@ def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
 
 def _table_of_run(config: Config) -> Table:
     """Return the table of the weights of init_from's run."""
-    beside = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+    beside = Path(find(config.init_from)[0]).parent / TRAVELLING_FOLDER
     described = described_as(config.model.base, beside, config.data.sequence_length)
     return table_of(family_of(described), config.model.base)
 
@@ -87,7 +86,7 @@ def keep_files(config: Config) -> None:
         with WeightsFolder(config.init_from) as folder:
             keep_travelling(folder, config.directory)
     else:
-        source = Path(find(with_colon(config.init_from))[0]).parent / TRAVELLING_FOLDER
+        source = Path(find(config.init_from)[0]).parent / TRAVELLING_FOLDER
         if source.is_dir():
             shutil.copytree(source, beside)
     if beside.is_dir() and any(source.kind == "chat" for source in config.data.sources):
@@ -110,11 +109,6 @@ def _keep_chat(config: Config, beside: Path) -> None:
     added = [end for end in answer_ends(config, load_tokenizer(config.data.tokenizer)) if end not in ends]
     if added:
         file.write_text(json.dumps(settings | {"eos_token_id": [*ends, *added]}, indent=2), encoding="utf-8")
-
-
-def with_colon(run: str) -> str:
-    """Return RUN@STEP as RUN:STEP."""
-    return re.sub(r"@(\d+)$", r":\1", run)
 
 
 def from_words(origin: dict[str, Any]) -> str:
@@ -149,7 +143,7 @@ def _check_adapters(config: Config, source: Config) -> None:
 
 def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[PyTree, dict[str, Any]]:
     """Return the weights of a checkpoint of another run."""
-    folder, step = find(with_colon(config.init_from))
+    folder, step = find(config.init_from)
     saved = read_metadata(folder, step)
     source = from_json(json.dumps(saved["config"]))
     _check_same_model(config, source.model)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.addresses import find
 from jaxtrain.checkpoint.stored import read_metadata
 from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
 from jaxtrain.config.as_json import from_json
@@ -28,7 +28,7 @@ from jaxtrain.mesh import count_devices, make_mesh
 from jaxtrain.models.quantised_weights import Kind
 from jaxtrain.numerics import settled
 from jaxtrain.train.export import hf_writer
-from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
+from jaxtrain.train.initial_weights import initial_weights, is_folder
 
 
 @settled()
@@ -117,7 +117,7 @@ def _ends(file: Path, vocab_size: int) -> tuple[int, ...]:
 
 def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
     """Return the config that a checkpoint was saved with, no tokens, and where the files beside its weights are."""
-    folder, step = find(with_colon(source))
+    folder, step = find(source)
     beside = Path(folder).parent / TRAVELLING_FOLDER
     config, kept = from_json(json.dumps(read_metadata(folder, step)["config"])), beside / "chat_template.jinja"
     if config.data.chat_template and kept.is_file():

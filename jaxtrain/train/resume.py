@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtrain.checkpoint import Checkpoints, check_same_run
+from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.branches import leave, newest_return
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.config import Config, to_plain
 from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import CheckpointError
-from jaxtrain.files import ReplacedFiles
+from jaxtrain.files import ReplacedFiles, replace_file, user_path
+from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.parts import digests
+from jaxtrain.processes import from_first
 from jaxtrain.telemetry.flops import num_parameters
+from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.initial_weights import from_words
@@ -39,6 +47,19 @@ def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, A
         "validation_bytes": data.validation_bytes,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
     }
+
+
+def leave_later_steps(run_dir: Path, step: int, rollbacks: Rollbacks) -> Path:
+    """Make a branch of what a run has after `step`, so that it goes on from there; return it. Process 0 alone calls it.
+
+    Raises:
+      OSError: the branch cannot be made.
+    """
+    files = {ROLLBACKS_FILE: rollbacks.until(step).to_json()} if len(rollbacks) else {}
+    branch = leave(run_dir, step, files)
+    if (run_dir / TRAVELLING_FOLDER).is_dir():
+        (branch / TRAVELLING_FOLDER).symlink_to(os.path.join("..", "..", TRAVELLING_FOLDER))
+    return branch
 
 
 class Resume:
@@ -74,8 +95,11 @@ class Resume:
         notes: list[str] = []
         with self._progress.during("restoring"):
             self.rollbacks = Rollbacks.load(self._directory)
-            found = snapshot = self._newest_snapshot(notes)
-            if snapshot is None and self._checkpoints:
+            chosen = self._chosen()
+            found = snapshot = None if chosen else self._newest_snapshot(notes)
+            if chosen:
+                found = self._go_back_to(*chosen, notes)
+            elif snapshot is None and self._checkpoints:
                 found = self._checkpoints.restore_newest(self.canonical.abstract, self._acceptance(notes))
         state, step = self._state_of(found) if snapshot is None else (snapshot[1], snapshot[0])
         if snapshot is not None:
@@ -89,6 +113,54 @@ class Resume:
         for first, last in self.rollbacks.left_out():
             self._progress.say(f"left out   batches {first} to {last}, by {ROLLBACKS_FILE}")
         return state, step
+
+    def _chosen(self) -> tuple[str, int] | None:
+        """Return (folder, step) of the checkpoint that checkpoint.resume names; None to go on from the newest here.
+
+        Once the run has gone back to it, or begun from it, the same command goes on from the newest.
+        """
+        resume, checkpoints = self._config.checkpoint.resume, self._checkpoints
+        if checkpoints is None or resume in ("auto", "never", "required"):
+            return None
+        own = os.fspath(checkpoints.directory)
+        if resume.isdecimal():
+            if from_first(newest_return(self._directory)) != int(resume):
+                return own, int(resume)
+            self._progress.say(
+                f"resume     this run went back to step {resume} before, and goes on from its newest step; "
+                f"`jaxtrain checkpoint rewind {self._directory}:{resume}` goes back once more"
+            )
+        run, _, step = resume.rpartition("@")
+        if run and os.path.realpath(user_path(run)) == os.path.realpath(self._directory):
+            raise CheckpointError(
+                f"--checkpoint.resume={resume} is this run itself; give its step, as --checkpoint.resume={step}"
+            )
+        if resume.isdecimal() or checkpoints.step_to_resume() is not None:
+            return None
+        folder, chosen = _in_first(lambda: find(resume))
+        return folder, chosen
+
+    def _go_back_to(self, folder: str, step: int, notes: list[str]) -> tuple[int, PyTree]:
+        """Return (step, state) of that checkpoint, of which the run goes on: what this folder has after it becomes a branch, or
+        what another run has before it is this run's past.
+
+        Raises:
+          CheckpointError: it cannot be restored, is of another run, or its run_dir cannot be written; nothing has changed then.
+        """
+        assert self._checkpoints is not None
+        found = self._checkpoints.restore_chosen(folder, step, self.canonical.abstract, self._acceptance(notes))
+        here, there = self._directory, Path(folder).parent
+        if here.absolute() == there:
+            branch = _in_first(lambda: os.fspath(leave_later_steps(here, step, self.rollbacks)))
+            self._checkpoints.went_back_to(step)
+            self._progress.say(f"branch     what came after step {step} is kept in {branch}")
+            self.rollbacks = self.rollbacks.until(step)
+        else:
+            _in_first(lambda: _take_past(there, here, step))
+            self.rollbacks = Rollbacks.load(there).until(step)
+            self.restored |= {"branched_from": {"run": os.fspath(there), "step": step}}
+            self._progress.say(f"branch     of step {step} of {there}")
+        return found
 
     def roll_back(self, why: RollBack, files: ReplacedFiles) -> tuple[PyTree, int, dict[str, Any]]:
         """Return (state, step) of the newest checkpoint, to go on from without the batches left out now, and a row to log."""
@@ -112,16 +184,18 @@ class Resume:
         """Return the metadata of a checkpoint of this state; `validated` is the newest validation."""
         guard = record_to_plain(state.get("guard", {}))
         origin = {"origin": self._prepared.origin} if self._prepared.origin else {}
+        origin |= {name: self.restored[name] for name in ("branched_from",) if name in self.restored}
         return self._now | origin | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
 
     def reached_before(self, step: int) -> str | None:
         """Return why the run has nothing left at `step`, where it stopped for its validation loss and may not go below it."""
-        saved, limit = self.restored.get("validation", {}), self._config.train.stop_at_validation_loss
-        if saved.get("step") != step or not 0 < saved["validation_loss"] <= limit:
+        saved, train = self.restored.get("validation", {}), self._config.train
+        limit, loss = train.stop_at_validation_loss, saved.get(train.validation_metric, 0.0)
+        if saved.get("step") != step or not 0 < loss <= limit:
             return None
         return (
-            f"validation loss {saved['validation_loss']:.4f} had reached train.stop_at_validation_loss={limit} at step {step}; "
-            "a lower one trains on, 0 to train.steps"
+            f"{train.validation_metric.replace('_', ' ')} {loss:.4f} had reached train.stop_at_validation_loss={limit} at "
+            f"step {step}; a lower one trains on, 0 to train.steps"
         )
 
     def _acceptance(self, notes: list[str]) -> Callable[[int, dict[str, Any]], None]:
@@ -158,3 +232,34 @@ class Resume:
             return None
         abstract = abstract_state(self._config, self._prepared.mesh, self._prepared.optimizer)
         return self._fast.restore(self._checkpoints.step_to_resume() or 0, abstract, self._acceptance(notes))
+
+
+def _in_first(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns in process 0, JSON values, in all processes.
+
+    Raises:
+      CheckpointError: it failed there, in one line.
+    """
+    found, problem = None, ""
+    if jax.process_index() == 0:
+        try:
+            found = work()
+        except (CheckpointError, OSError) as error:
+            problem = f"--checkpoint.resume: {error}"
+    found, problem = from_first((found, problem))
+    if problem:
+        raise CheckpointError(problem)
+    return found
+
+
+def _take_past(source: Path, run_dir: Path, step: int) -> None:
+    """Copy a run's metrics up to `step`, and the files that go with its weights, into the folder of a run that goes on from it.
+
+    Raises:
+      OSError: they cannot be read or written.
+    """
+    metrics, beside = source / "metrics.jsonl", source / TRAVELLING_FOLDER
+    if metrics.is_file():
+        replace_file(run_dir / metrics.name, metrics.read_bytes()[: size_up_to(metrics, step)])
+    if beside.is_dir() and not (run_dir / beside.name).exists():
+        shutil.copytree(beside, run_dir / beside.name)

@@ -77,6 +77,10 @@ class Rollbacks:
         self.all.append(Rollback(bad_step, back_to, reason, first, last))
         return self.all[-1]
 
+    def until(self, step: int) -> Rollbacks:
+        """Return those that the run at `step` had behind it."""
+        return Rollbacks([rollback for rollback in self.all if rollback.back_to <= step])
+
     def to_plain(self) -> list[dict[str, Any]]:
         """Return JSON values."""
         return [dataclasses.asdict(rollback) for rollback in self.all]

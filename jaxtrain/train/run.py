@@ -199,7 +199,7 @@ class Run:
         if newest > held[1]:
             raise CheckpointError(
                 f"{self.directory} holds step {newest}, beyond step {held[1]} of this trainer; restore() that, "
-                "or train with another run_dir"
+                f"train a new Trainer with checkpoint.resume={held[1]}, or use another run_dir"
             )
         self.resume.rollbacks = held[2]
         return held[:2]
@@ -223,12 +223,13 @@ class Run:
         return Ended(step, reason, number, self.checkpoints is not None)
 
     def _open_checkpoints(self, stack: contextlib.ExitStack) -> Checkpoints | None:
-        if not self.config.checkpoint.every:
+        config, folder = self.config, self.directory / "checkpoints"
+        if not config.checkpoint.every:
             return None
         with self.progress.during("opening checkpoints"):
-            checkpoints = stack.enter_context(Checkpoints(self.directory / "checkpoints", self.config.checkpoint))
+            checkpoints = stack.enter_context(Checkpoints(folder, config.checkpoint, config.train.validation_metric))
         stack.callback(self.progress.now, "ending")  # before the checkpoints wait for their last copies
-        self.stop.newest_saved = lambda: max(committed_steps(self.directory / "checkpoints"), default=0)
+        self.stop.newest_saved = lambda: max(committed_steps(folder), default=0)
         return checkpoints
 
     def _keep_log(self, stack: contextlib.ExitStack) -> None:
@@ -336,16 +337,8 @@ class Run:
         return Answering(self.prepared, self.data.tokenizer) if self.config.objective.kind == "grpo" else None
 
     def _open_log(self, first: int) -> MetricsLog:
-        config = self.config
-        return MetricsLog(
-            self.directory,
-            first,
-            jax.process_index(),
-            config.telemetry.wandb_project,
-            config.name,
-            config,
-            self.progress.say,
-        )
+        config, project = self.config, self.config.telemetry.wandb_project
+        return MetricsLog(self.directory, first, jax.process_index(), project, config.name, config, self.progress.say)
 
     def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
         chip = resolve_chip(self.config.telemetry.hardware, jax.devices()[0].device_kind)
@@ -418,7 +411,8 @@ class Run:
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
         evaluate = Evaluation(self.prepared, self.data, train.validate_batches).row
-        self.validation = Validation(telemetry, evaluate, self.stop.ends_before, train.stop_at_validation_loss)
+        stop_at, metric = train.stop_at_validation_loss, train.validation_metric
+        self.validation = Validation(telemetry, evaluate, self.stop.ends_before, stop_at, metric)
         return self.validation
 
     def _diagnose(self, state: PyTree, step: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.checkpoint.inspection import find
+from jaxtrain.checkpoint.addresses import find
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ObjectiveConfig, SyncConfig
@@ -23,7 +23,7 @@ from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.models.building import choose_attention
 from jaxtrain.objectives.distill import TEACHER_IDS, TEACHER_LOG_PROBS
 from jaxtrain.train.gradients import make_top_k
-from jaxtrain.train.initial_weights import initial_weights, is_folder, with_colon
+from jaxtrain.train.initial_weights import initial_weights, is_folder
 from jaxtrain.train.kept_numbers import TRAINING, KeptNumbers, identity_of
 from jaxtrain.train.loading import config_of_source
 from jaxtrain.train.prepared import Prepared
@@ -95,7 +95,7 @@ def _identity(teacher: str) -> str:
         if is_folder(teacher):
             with WeightsFolder(teacher) as folder:
                 return folder.sha256
-        folder, step = find(with_colon(teacher))
+        folder, step = find(teacher)
         return digest_of(read_stored(step_path(folder, step)))
     except ExplainedError as error:
         raise ExplainedError(f"objective.distill.teacher: {error}") from error

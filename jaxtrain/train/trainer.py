@@ -296,7 +296,8 @@ class Trainer:
             return self._step
         StateCheck(config, prepared.mesh, prepared.optimizer, self._rollbacks)(self._step, self.state)
         make_run_dir(config.directory)
-        with only_run_in(config.directory), Checkpoints(config.directory / "checkpoints", config.checkpoint) as checkpoints:
+        folder, metric = config.directory / "checkpoints", config.train.validation_metric
+        with only_run_in(config.directory), Checkpoints(folder, config.checkpoint, metric) as checkpoints:
             guard = record_to_plain(self.state.get("guard", {}))
             described = metadata(config, self.data, {}) | {"rollbacks": self._rollbacks.to_plain(), "guard": guard}
             described |= {"validation": {}} | ({"origin": prepared.origin} if prepared.origin else {})

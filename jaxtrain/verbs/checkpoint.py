@@ -1,15 +1,19 @@
-"""`jaxtrain checkpoint list|verify|inspect|diff|prune FOLDER`: look after the checkpoints of a run."""
+"""`jaxtrain checkpoint list|verify|inspect|diff|prune|rewind FOLDER`: look after the checkpoints of a run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxtrain.command import Usage, parse, wanted_help
-from jaxtrain.errors import EXIT_DONE, UsageError, nearest
+from jaxtrain.errors import EXIT_DONE, CheckpointError, UsageError, nearest
+from jaxtrain.text import show
 
-ABOUT = "FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP names one step of it (without it, the newest)."
+ABOUT = (
+    "FOLDER is a run's folder or its `checkpoints`; FOLDER:STEP or FOLDER:best names one step of it (without it, the newest)."
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ USAGES = {
     "verify": _usage("verify", "Read every array and compare its checksum; exit code 1 if one differs", VerifyFlags),
     "inspect": _usage("inspect", "Print what a step holds and belongs to", Folder),
     "diff": _usage("diff", "Compare two steps: config, data, versions, and how far each array is from the other", Two, "other"),
-    "prune": _usage("prune", "Delete all but the newest steps", PruneFlags),
+    "prune": _usage("prune", "Delete all but the newest steps, and the best one where the run keeps that", PruneFlags),
+    "rewind": _usage("rewind", "Go back to FOLDER:STEP: later steps become a branch of the run, never deleted", Folder),
 }
 
 
@@ -87,4 +92,25 @@ def main(arguments: Sequence[str]) -> int:
         return inspection.inspect(flags.folder)
     if name == "diff":
         return inspection.diff(flags.folder, flags.other)
+    if name == "rewind":
+        return _rewind(flags.folder)
     return inspection.prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)
+
+
+def _rewind(address: str) -> int:
+    """Make a branch of what a run has after a step."""
+    from jaxtrain.checkpoint.addresses import find
+    from jaxtrain.train.resume import leave_later_steps
+    from jaxtrain.train.rollbacks import Rollbacks
+    from jaxtrain.train.run_dir import make_run_dir, only_run_in
+
+    folder, step = find(address)
+    run_dir = Path(folder).parent
+    make_run_dir(run_dir)
+    try:
+        with only_run_in(run_dir):
+            branch = leave_later_steps(run_dir, step, Rollbacks.load(run_dir))
+    except OSError as error:
+        raise CheckpointError(f"{run_dir} cannot be written: {error}") from error
+    show(f"{run_dir} is back at step {step}; what came after it is kept in {branch}")
+    return EXIT_DONE

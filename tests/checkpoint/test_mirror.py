@@ -212,3 +212,16 @@ def test_s3(tmp_path, monkeypatch):
         assert in_store(config) == [3, 5]
     finally:
         server.stop()
+
+
+def test_a_run_that_goes_back_takes_its_mirror_along(tmp_path, config):
+    """A folder lost after the return comes back at the step gone back to, not at a later one; later copies stay, unmarked."""
+    save(tmp_path / "run", replace(config, keep=9), 1, 2, 3)
+    with Checkpoints(tmp_path / "run", replace(config, keep=9, resume="1")) as checkpoints:
+        step, _ = checkpoints.restore_chosen(checkpoints.directory, 1, ABSTRACT, lambda step, metadata: None)
+        for later in (2, 3):
+            (tmp_path / "run" / str(later)).rename(tmp_path / f"branch-{later}")
+        checkpoints.went_back_to(step)
+    assert in_store(config) == [1]
+    shutil.rmtree(tmp_path / "run")
+    assert restored(tmp_path / "run", config) == 1
