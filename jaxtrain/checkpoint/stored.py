@@ -37,6 +37,8 @@ METADATA_FILE = "_CHECKPOINT_METADATA"
 WHY_FILE = "why_set_aside.txt"
 PARTIAL = ".partial"  # after a step's number: it is being written, or being deleted
 FORMAT = 3  # of the content of custom_metadata
+OPTIONAL = ("ema",)
+"""Parts of a state with which a run may begin, or which it may drop, between two steps."""
 STEP_NAME = re.compile(r"0|[1-9]\d*")
 LEFTOVER_NAME = re.compile(rf"\d+(\.[a-z-]+\d+)?{re.escape(PARTIAL)}(\.orbax.*|\.partial_save.*)?")
 LEAF_NAME = re.compile(r"[^./]+(/[^./]+)*")  # see trees.leaves_by_path
@@ -73,6 +75,8 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any, part: 
 
     All processes call it together, and it raises on all of them or on none.
 
+    A part of OPTIONAL that the checkpoint lacks is left out of the state; one that the state lacks is not read.
+
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct, every leaf (scalars too) with its `.sharding`. The mesh may be any.
       part: whether the checkpoint may hold further leaves.
@@ -82,19 +86,22 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any, part: 
       DamagedCheckpoint: it cannot be read, or a leaf's checksum differs from the saved one.
     """
     path = absolute(directory) / str(step)
-    leaves, treedef = leaves_by_path(abstract_state)
-    for name, leaf in leaves.items():
+    for name, leaf in leaves_by_path(abstract_state)[0].items():
         if getattr(leaf, "sharding", None) is None:
             raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must have one")
 
-    def stored_leaves() -> dict[str, Any]:
+    def stored_leaves() -> tuple[dict[str, Any], Any, bool]:
         stored = read_stored(step_path(directory, step))
-        wanted = {"/".join(name): describe(leaf) for name, leaf in leaves.items()}
-        held = {name: words for name, words in stored["leaves"].items() if name in wanted or not part}
-        check_same_leaves(path, held, wanted)
-        return stored
+        lacks = [name for name in OPTIONAL if not any(leaf.startswith(f"{name}/") for leaf in stored["leaves"])]
+        like = {name: tree for name, tree in abstract_state.items() if name not in lacks}
+        wanted = {"/".join(name): describe(leaf) for name, leaf in leaves_by_path(like)[0].items()}
+        unread = tuple(f"{name}/" for name in OPTIONAL if name not in like)
+        held = {name: words for name, words in stored["leaves"].items() if not name.startswith(unread)}
+        check_same_leaves(path, {name: words for name, words in held.items() if name in wanted or not part}, wanted)
+        return stored, like, part or len(held) < len(stored["leaves"])
 
-    stored = agreed(path, stored_leaves)
+    stored, like, part = agreed(path, stored_leaves)
+    leaves, treedef = leaves_by_path(like)
     loaded = _load(path, leaves, part)
     bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
     if bad:

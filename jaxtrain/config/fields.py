@@ -198,6 +198,8 @@ class TrainConfig:
     """Dtype in which gradients are summed over devices."""
     z_loss: float = 0.0
     """Weight of log(Z)^2 in the loss, which keeps logits from drifting; 0: none."""
+    ema_decay: float = 0.0
+    """Decay a step of a moving average of the trained weights, float32; validated too, and named RUN@ema; 0: none."""
     frozen: tuple[str, ...] = ()
     """Parameters that are not trained, as patterns of their names ("outer/*", "layers/mlp/*")."""
     loss_chunk: int = 512
@@ -327,8 +329,9 @@ class Config:
     run_dir: str = ""
     """Folder for everything the run writes; empty: runs/NAME."""
     init_from: str = ""
-    """Initial weights: a HuggingFace folder, or RUN[@STEP] of another run; empty: random ones. A larger model.vocab_size gets
-    rows that are the mean of the others."""
+    """Initial weights: a HuggingFace folder, or RUN[@STEP] of another run; empty: random ones. RUN@best is its best step by
+    validation, RUN@ema and RUN@STEP@ema the average of its weights. A larger model.vocab_size gets rows that are the mean of
+    the others."""
     init_from_optimizer: bool = False
     """Take the optimizer state of init_from's run too."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -118,8 +118,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "data.workers optimizer.warmup_steps optimizer.weight_decay optimizer.clip_norm train.validate_every "
     "train.validate_batches train.stop_at_validation_loss train.z_loss train.sample_tokens train.tasks_every train.seed "
-    "checkpoint.every checkpoint.keep_every checkpoint.fast_every model.sliding_window model.local_rope_theta "
-    "model.learned_positions "
+    "checkpoint.every checkpoint.keep_every checkpoint.keep_best checkpoint.fast_every model.sliding_window "
+    "model.local_rope_theta model.learned_positions "
     "model.attention_scale model.attention_softcap model.logit_softcap lora.rank lora.alpha lora.base_group sync.delay "
     "sync.overlap distributed.processes guard.budget guard.copies_every guard.repeat_every "
     "distributed.hang_seconds distributed.phase_seconds"
@@ -130,7 +130,7 @@ _ABOVE_ZERO = (
     "guard.spike_deviations"
 ).split()
 _SHARES = "data.validation_fraction optimizer.final_lr_fraction optimizer.decay_fraction sync.mixing".split()
-_DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum".split()
+_DECAYS = "optimizer.beta1 optimizer.beta2 sync.outer_momentum train.ema_decay".split()
 # Divisibility is only checked if these are in range.
 _SIZES = ("model.", "pipeline.chunks", "data.sequence_length", "train.global_batch_size", "train.microbatches")
 

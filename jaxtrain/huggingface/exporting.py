@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.addresses import check_average, find, is_average
 from jaxtrain.checkpoint.inspection import arrays
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ModelConfig
@@ -60,12 +60,21 @@ def opened(run: str) -> tuple[Config, Read, Path, dict[str, Any]]:
       ExplainedError: there is no such checkpoint, or its replicas differ.
     """
     folder, step = find(run)
-    metadata = read_stored(step_path(folder, step))["metadata"]
+    stored = read_stored(step_path(folder, step))
+    metadata, leaves = stored["metadata"], stored["leaves"]
+    check_average(run, leaves)
     config = from_json(json.dumps(metadata["config"]))
     if config.sync.replicas_differ:
         raise CheckpointError(f"{run}: the replicas of sync.mode={config.sync.mode} differ; an export needs one set of weights")
     beside = Path(folder).parent / TRAVELLING_FOLDER
-    return config, lambda names: arrays(folder, step, names), beside, metadata.get("origin") or {}
+
+    def read(names: list[str]) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            average = name.replace("params/", "ema/", 1)
+            held = average if is_average(run) and average in leaves else name
+            yield from ((name, array) for _, array in arrays(folder, step, [held]))
+
+    return config, read, beside, metadata.get("origin") or {}
 
 
 def write_folder(config: Config, read: Read, target: str, beside: Path, dtype: str = "") -> dict[str, Any]:

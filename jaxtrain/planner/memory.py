@@ -46,6 +46,7 @@ from jaxtrain.planner.other_models import other_weights
 from jaxtrain.planner.state_memory import (
     Cut,
     Shares,
+    average_state,
     cut_model,
     head_numbers,
     optimizer_state,
@@ -67,7 +68,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     weights, activations = _weights(config, cut), _activations(config, cut, sizes, backend)
     return Memory(
         parameters=parameter_bytes(config, cut),
-        optimizer=optimizer_state(config, cut) + sync_state(config, cut),
+        optimizer=optimizer_state(config, cut) + sync_state(config, cut) + average_state(config, cut),
         gradients=worst.gradients,
         weights=weights,
         activations=activations,

@@ -259,7 +259,7 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
     its clipping, and the weight cast for the next step, in float32 but for that. adafactor goes over its direction once more,
     for the direction's norm.
     """
-    moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor")
+    moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor") + bool(config.train.ema_decay)
     each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)
 

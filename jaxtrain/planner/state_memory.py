@@ -180,6 +180,11 @@ def sync_state(config: Config, cut: Cut) -> float:
     return FLOAT32 * copies * cut.moving
 
 
+def average_state(config: Config, cut: Cut) -> float:
+    """Return the bytes of the moving average of train.ema_decay, sharded like the trained parameters."""
+    return FLOAT32 * cut.moving * bool(config.train.ema_decay)
+
+
 def head_numbers(config: Config) -> float:
     """Return the numbers of the head on one device, whole over fsdp."""
     return config.model.embed_dim * config.model.padded_vocab_size / config.mesh.tensor

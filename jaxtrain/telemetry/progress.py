@@ -195,6 +195,7 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
     add("loss", "loss {:.3f}")
     add("reward", "reward {:.3f}")
     add("validation_loss", "validation loss {:.4f}")
+    add("validation_ema_loss", "of the average {:.4f}")
     add("validation_reward", "validation reward {:.3f}")
     add("validation_bits_per_byte", "{:.4f} bits/byte" if is_validation(row) else "validation {:.3f} bits/byte")
     add("tokens_per_second", "{:,.0f} tokens/s")

@@ -14,6 +14,7 @@ from jaxtrain.inference.engine import Sampling
 from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import named
+from jaxtrain.train.average import with_average
 from jaxtrain.train.export import hf_writer
 from jaxtrain.train.gradients import make_evaluation_step
 from jaxtrain.train.prepared import Prepared
@@ -43,6 +44,15 @@ class Evaluation:
         """
         means = self._means(params, ends)
         return None if means is None else means["loss"]
+
+    def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
+        """Return the `row` of the weights, and the same of their average (`validation_ema_loss`), where there is one."""
+        found, average = self.row(state["params"], ends), with_average(self._prepared.config, state)
+        if found is None or average is None:
+            return found
+        more = self.row(average, ends)
+        ours = {name.replace("validation_", "validation_ema_", 1): value for name, value in (more or {}).items()}
+        return None if more is None else found | ours
 
     def row(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
         """Return the loss as `validation_loss`, `validation_bits_per_byte`, and a sequence objective's own metrics; None where

@@ -123,7 +123,7 @@ class Validation(Hook):
     """Scores held-out data, and stops the run where the row's `metric` is at most `stop_at_loss` (0: never).
 
     Args:
-      evaluate: (params, ends) -> the row to log; None where `ends` ended it.
+      evaluate: (state, ends) -> the row to log; None where `ends` ended it.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Validation(Hook):
 
     def after_step(self, step: int, state: PyTree) -> None:
         with self._telemetry.pause("validating"):
-            row = self._evaluate(state["params"], functools.partial(self._ends_before, f"validating {step}"))
+            row = self._evaluate(state, functools.partial(self._ends_before, f"validating {step}"))
         if row is None:  # the grace of a signal may be shorter than a validation
             self._telemetry.progress.say(f"validation that of step {step} is left unfinished")
             return

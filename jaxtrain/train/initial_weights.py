@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.addresses import check_average, find, is_average
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
+from jaxtrain.checkpoint.trees import leaves_by_path, nested
 from jaxtrain.config import Config, ModelConfig, SyncConfig
 from jaxtrain.config.as_json import from_json
 from jaxtrain.data.chat_source import answer_ends
@@ -150,6 +151,8 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
     if source.sync.replicas_differ:
         raise CheckpointError(f"init_from={config.init_from}: its replicas differ (sync.mode={source.sync.mode})")
     _check_adapters(config, source)
+    if config.init_from_optimizer and is_average(config.init_from):
+        raise ExplainedError(f"init_from_optimizer: moments are not of the average of weights, init_from={config.init_from}")
     plain = replace(config, sync=SyncConfig(), lora=source.lora)
     if not config.init_from_optimizer:
         plain, optimizer = replace(plain, train=replace(plain.train, frozen=())), optax.identity()
@@ -166,7 +169,7 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
         abstract["params"] = jax.tree.map(
             lambda d, leaf: _of_vocabulary(leaf, d, before), dims, abstract["params"], is_leaf=is_dims
         )
-    state = restore(folder, step, abstract, part=True)
+    state = _read(config.init_from, folder, step, abstract)
     if before != now:
         state["params"] = jax.tree.map(lambda d, leaf: _grown(leaf, d, now), dims, state["params"], is_leaf=is_dims)
     seal = digest_of(read_stored(step_path(folder, step)))
@@ -175,7 +178,23 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
     if config.lora.base and not source.lora.base:
         hold = holding(config.lora, mesh)
         given["params"] = jax.tree.map(hold, parameter_dims(plain.model), given["params"], is_leaf=is_dims)
+    origin |= {"weights": "average"} if is_average(config.init_from) else {}
     return given, origin | ({"origin": saved["origin"]} if saved.get("origin") else {})
+
+
+def _read(name: str, folder: str, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Return parts of a checkpoint, with averages in place of the weights that have one where `name` asks for them."""
+    if not is_average(name):
+        return restore(folder, step, abstract, part=True)
+    stored = read_stored(step_path(folder, step))["leaves"]
+    check_average(name, stored)
+    leaves, structure = leaves_by_path(abstract["params"])
+    averaged = {path: leaf.update(dtype=jnp.float32) for path, leaf in leaves.items() if f"ema/{'/'.join(path)}" in stored}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in averaged}
+    state = restore(folder, step, {"params": nested(rest), "ema": nested(averaged)}, part=True)
+    found, _ = leaves_by_path(state)
+    values = [found["ema" if path in averaged else "params", *path].astype(leaf.dtype) for path, leaf in leaves.items()]
+    return {"params": jax.tree.unflatten(structure, values)}
 
 
 def _of_vocabulary(leaf: jax.ShapeDtypeStruct, dims: tuple[str, ...], size: int) -> jax.ShapeDtypeStruct:

@@ -317,6 +317,10 @@ class RewardEvaluation:
         self.batches = -(-len(self._prompts) // size)
         """Batches that are answered; 0 where nothing is held out."""
 
+    def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda part: False) -> dict[str, float | None] | None:
+        """Return the `row` of the weights."""
+        return self.row(state["params"], ends)
+
     def row(self, params: PyTree, ends: Callable[[int], bool] = lambda part: False) -> dict[str, float | None] | None:
         """Return the mean reward, the tokens of an answer and the share of answers that no token ended; None where `ends` ended
         it.

@@ -403,14 +403,14 @@ class Run:
         train = self.config.train
         if train.validate_every and self.answering is not None and self.data.validation_prompts.count:
             prompts = self.data.validation_prompts
-            evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).row
+            evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).of_state
             self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
             return self.validation
         if not train.validate_every or not self.data.num_validation_batches(train.global_batch_size):
             return None
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
-        evaluate = Evaluation(self.prepared, self.data, train.validate_batches).row
+        evaluate = Evaluation(self.prepared, self.data, train.validate_batches).of_state
         stop_at, metric = train.stop_at_validation_loss, train.validation_metric
         self.validation = Validation(telemetry, evaluate, self.stop.ends_before, stop_at, metric)
         return self.validation

@@ -1,10 +1,11 @@
 """The training state: content, sharding, initial value, and canonical form for checkpoints.
 
 A state is {"params", "optimizer", "sync", "step"}, with a "guard" if the step classifies itself
-(`train/step_acceptance.py`). If replicas differ (`sync.replicas_differ`), every leaf of params and optimizer has a leading
-dim "replica"; "sync" is the state of `parallel/sync.py`, usually empty. In memory the layers are stacked for the pipeline and
-the vocabulary is padded; in canonical form layers are [num_layers, ...] and the vocabulary is not padded, so that it fits every
-mesh. The guard's record is not part of it: it is stored beside it, as plain numbers.
+(`train/step_acceptance.py`), and "ema" with train.ema_decay (`train/average.py`). If replicas differ (`sync.replicas_differ`),
+every leaf of params, optimizer and ema has a leading dim "replica"; "sync" is the state of `parallel/sync.py`, usually empty.
+In memory the layers are stacked for the pipeline and the vocabulary is padded; in canonical form layers are [num_layers, ...]
+and the vocabulary is not padded, so that it fits every mesh. The guard's record is not part of it: it is stored beside it, as
+plain numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
+from jaxtrain.train.average import EMA, first_average
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
 from jaxtrain.train.xla_options import options_of_rare_programs
@@ -86,6 +88,7 @@ def initial_state(
     if state["optimizer"] is None:
         state["optimizer"] = optimizer.init(changing)
     kept = sync.initial_state(config.sync, changing, replicas)
+    state |= first_average(config, state["params"])
     if config.sync.replicas_differ:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
     return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)} | _if_any(initial_record(config.guard))
@@ -141,7 +144,8 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
     optimizer_dims = jax.tree_util.tree_map_with_path(
         lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
     )
-    changing = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims})
+    average = {EMA: trained_dims(config)} if config.train.ema_decay else {}
+    changing = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims} | average)
     kept = sync.state_dims(config.sync, trained_dims(config))
     return changing | {"sync": kept, "step": ()} | _if_any(record_dims(config.guard))
 
@@ -289,7 +293,7 @@ class Canonical:
     """
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation):
-        self._guard, self._mesh = config.guard, mesh
+        self._config, self._mesh, self._shardings = config, mesh, state_shardings(config, mesh, optimizer)
         self._dims = _without_record(state_dims(config, optimizer))
         abstract = _without_record(abstract_state(config, mesh, optimizer))
         shapes = jax.eval_shape(lambda state: to_canonical(config, state, self._dims), abstract)
@@ -319,12 +323,16 @@ class Canonical:
         return {name: jax.tree.map(_converted, self._from[name], tree) for name, tree in canonical.items()}
 
     def to_state(self, canonical: PyTree, record: Mapping[str, Any] | None = None) -> PyTree:
-        """Return the state of a canonical form, which is freed leaf by leaf.
+        """Return the state of a canonical form, which is freed leaf by leaf. An average that it lacks begins with its weights.
 
         Args:
           record: the guard's, as `step_acceptance.record_to_plain` gives it; None: that of step 0.
         """
-        return self.part_to_state(canonical) | _if_any(record_from_plain(self._guard, record or {}, self._mesh))
+        state = self.part_to_state(canonical)
+        if EMA in self._shardings and EMA not in state:
+            begun = jax.jit(lambda params: first_average(self._config, params)[EMA], out_shardings=self._shardings[EMA])
+            state |= {EMA: begun(state["params"])}
+        return state | _if_any(record_from_plain(self._config.guard, record or {}, self._mesh))
 
 
 def _converted(convert: Any, value: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.program import xla_costs
 from jaxtrain.sharding import named, replicated
+from jaxtrain.train.average import next_average
 from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.exchange import describe_exchange, exchanged_bytes, make_gradient_exchange, make_parameter_exchange
 from jaxtrain.train.gradients import abstract_batch, batch_sharding, make_loss_and_gradients
@@ -110,7 +111,7 @@ def make_train_step(
             exchanged = make_parameter_exchange(config, mesh, exchange)(trained(config, params), synced)
             params, synced = with_trained(config, params, exchanged[0]), exchanged[1]
             metrics |= exchanged[2]
-        new = {"params": params, "optimizer": optimizer_state, "sync": synced}
+        new = {"params": params, "optimizer": optimizer_state, "sync": synced} | next_average(config, state, params)
         if config.guard.classifies_steps:
             new, kind = apply_if_good(config.guard, state, new, metrics | more)
             more |= kind

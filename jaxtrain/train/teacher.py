@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.addresses import AVERAGE, find, is_average
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ObjectiveConfig, SyncConfig
@@ -96,6 +96,6 @@ def _identity(teacher: str) -> str:
             with WeightsFolder(teacher) as folder:
                 return folder.sha256
         folder, step = find(teacher)
-        return digest_of(read_stored(step_path(folder, step)))
+        return digest_of(read_stored(step_path(folder, step))) + (AVERAGE if is_average(teacher) else "")
     except ExplainedError as error:
         raise ExplainedError(f"objective.distill.teacher: {error}") from error

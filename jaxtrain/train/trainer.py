@@ -249,7 +249,7 @@ class Trainer:
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")
         _ = self._completed
-        found = evaluation.row(self.state["params"])
+        found = evaluation.of_state(self.state)
         assert found is not None  # nothing ends it
         self._rows.append({"step": self._step, **found})
         return found

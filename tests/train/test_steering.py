@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.checkpoint import Checkpoints, committed_steps, read_metadata
+from jaxtrain.checkpoint import Checkpoints, committed_steps, read_metadata, restore
 from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.inspection import arrays
 from jaxtrain.checkpoint.stored import read_stored, step_path
+from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.config import CheckpointConfig, DataSource
 from jaxtrain.config.rules import validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import CheckpointError
+from jaxtrain.huggingface.exporting import opened
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train.loading import load
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.run import Run
 from jaxtrain.verbs.checkpoint import main
@@ -56,6 +60,7 @@ def base(tmp_path_factory):
             "log_every": 1,
             "validate_every": 2,
             "remat": "none",
+            "ema_decay": 0.5,
             "compilation_cache": str(folder / "compiled"),
         },
         checkpoint={"every": 2, "keep": 9},
@@ -149,6 +154,31 @@ def test_the_best_is_kept_and_has_a_name(whole, tmp_path):
         checkpoints.save(1, {"w": jnp.zeros(1)}, {}, wait=True)
     with pytest.raises(CheckpointError, match=r"no best checkpoint: none of its steps \(1\) was saved with a validation_loss"):
         find(f"{tmp_path / 'bare'}@best")
+
+
+def test_the_average_has_a_name_everywhere(whole, tmp_path):
+    """Validated beside the weights; loaded and exported by RUN@STEP@ema; refused where there is none."""
+    row = next(row for row in read_rows(whole.directory / "metrics.jsonl") if "validation_loss" in row)
+    assert 0 < row["validation_ema_loss"] != row["validation_loss"]
+    name = f"{whole.directory}@{STEPS}@ema"
+    held = dict(arrays(str(whole.directory / "checkpoints"), STEPS))
+    loaded = leaves_by_path(load(name).params)[0]
+    for path, leaf in loaded.items():
+        own = held["/".join(("ema", *path))]
+        whole_leaf = np.asarray(leaf).reshape(own.shape) if path[0] == "layers" else np.asarray(leaf)
+        np.testing.assert_array_equal(whole_leaf[tuple(map(slice, own.shape))], own)
+        assert not np.array_equal(own, held["/".join(("params", *path))])
+    names = ["params/outer/final_norm/scale"] if "params/outer/final_norm/scale" in held else ["params/outer/table"]
+    ((said, exported),) = opened(name)[1](names)
+    assert said == names[0]
+    np.testing.assert_array_equal(exported, held[names[0].replace("params", "ema")])
+    dropping = Prepared(validate(replace(whole, train=replace(whole.train, ema_decay=0.0)), 8)).canonical().abstract
+    assert "ema" not in restore(whole.directory / "checkpoints", STEPS, dropping)  # a run may go on without
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig()) as checkpoints:
+        config = {"config": json.loads((whole.directory / "config.json").read_text())}
+        checkpoints.save(1, {"params": {"w": jnp.zeros(1)}}, config, wait=True)
+    with pytest.raises(CheckpointError, match="holds no average of the weights; it was saved with"):
+        opened(f"{tmp_path}@ema")
 
 
 @pytest.mark.slow
