@@ -29,6 +29,10 @@ def on_host(tree):
     return jax.tree.map(np.asarray, tree)
 
 
+def same(one, other):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+
 @pytest.fixture(scope="module")
 def trained():
     """(the run made ready, its states on the host at steps 0 to 5, the last state); the update of step 3 is skipped."""
@@ -62,7 +66,7 @@ def test_it_is_the_sum_over_the_trajectory(trained):
         average, expected, is_leaf=lambda leaf: leaf is None,
     )  # fmt: skip
     before, after = states[BAD]["ema"], states[BAD + 1]["ema"]
-    jax.tree.map(np.testing.assert_array_equal, before, after)  # a skipped step leaves it
+    assert same(before, after)  # a skipped step leaves it
     table = states[-1]["params"]["outer"]
     assert any(np.abs(average["outer"][name] - table[name]).max() > 1e-4 for name in table)
 
@@ -87,10 +91,10 @@ def test_on_another_mesh_it_has_the_same_bits_and_a_run_may_begin_one(trained):
     conversion = Canonical(piped, other.mesh, other.optimizer)
     moved = jax.tree.map(lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding), canonical, conversion.abstract)
     back = on_host(conversion.from_state(conversion.to_state(moved)))
-    jax.tree.map(np.testing.assert_array_equal, back, held)
+    assert same(back, held)
     without = {name: jax.tree.map(np.copy, tree) for name, tree in held.items() if name != "ema"}
     placed = jax.tree.map(
         lambda leaf, like: jax.device_put(leaf, like.sharding), without, {n: conversion.abstract[n] for n in without}
     )
     begun = conversion.to_state(placed)
-    jax.tree.map(np.testing.assert_array_equal, on_host(begun["ema"]["outer"]), on_host(begun["params"]["outer"]))
+    assert same(on_host(begun["ema"]["outer"]), on_host(begun["params"]["outer"]))
