@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxtrain"
 
 ROOMS = (
     ("early", "errors", "host_memory", "jax_private", "parts", "quiet_plugin", "signals"),
-    ("files", "numerics", "tables", "text"),
+    ("files", "numerics", "stores", "tables", "text"),
     ("hardware", "processes"),
     ("config",),
     ("layout",),

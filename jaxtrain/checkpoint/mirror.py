@@ -26,6 +26,7 @@ from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError
 from jaxtrain.files import replace_file
+from jaxtrain.stores import StoreError, open_store
 
 OWNER = "owner"
 """A file with a random token, here (.owner) and in the store, so that a run does not touch another run's copies."""
@@ -46,14 +47,12 @@ class Mirror:
     """
 
     def __init__(self, directory: os.PathLike | str, config: CheckpointConfig, metric: str = METRIC):
-        import fsspec
-
         self._directory, self._config, self._url = Path(absolute(directory)), config, config.mirror.rstrip("/")
         self._metric = metric
         try:
             own = {"auto_mkdir": True} if self._url.startswith("file:") else {}  # object stores have no folders to make
-            self._store, self._root = fsspec.url_to_fs(self._url, **own)
-        except (ImportError, ValueError) as error:
+            self._store, self._root = open_store(self._url, **own)
+        except StoreError as error:
             raise CheckpointError(f"checkpoint.mirror={self._url!r}: {error}") from error
         self._is_ours = False
         self._wanted: int | None = None

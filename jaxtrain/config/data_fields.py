@@ -19,8 +19,8 @@ class DataSource:
     `jaxtrain tokenize`, or .npy. array_record: one UTF-8 document per record. synthetic: random tokens. chat: JSONL or Parquet
     rows of messages; prompt and completion; chosen and rejected; or prompts alone (jaxtrain/data/README.md)."""
     path: str = ""
-    """Files to read, as a glob ("books/**/*.txt"); several globs are separated by commas. text, jsonl and chat may be
-    compressed: gzip, bzip2, xz, zstd."""
+    """Files to read, as a glob ("books/**/*.txt"), or as a URL with one ("s3://bucket/books/*.jsonl"); several are separated by
+    commas. text, jsonl and chat may be compressed: gzip, bzip2, xz, zstd."""
     text_field: str = "text"
     """Field of a JSONL or Parquet row that holds the text."""
     max_bad_rows: float = 0.0
@@ -57,6 +57,8 @@ class DataConfig:
     prefetch: int = 4
     """Number of batches made ahead of the step."""
     workers: int = 0
-    """Number of threads that make batches; 0: one."""
+    """Number of threads that make batches; 0: one, or `prefetch` where token files lie behind a URL."""
     cache_dir: str = "~/.cache/jaxtrain/data"
     """Folder that keeps tokenized text and trained tokenizers between runs."""
+    store_cache_gib: int = 16
+    """GiB of blocks of token files behind URLs that cache_dir keeps; the oldest go first. 0: none."""

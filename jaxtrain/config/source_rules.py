@@ -46,7 +46,6 @@ def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[st
     problems = []
     if source.kind not in ("stdlib", "synthetic") and not source.path:
         problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")
-    problems += remote_problems(f"{prefix}path", source.path)
     separator = f"{prefix}separator={source.separator}"
     if source.separator != -1 and source.kind != "tokens":
         problems.append(f"{separator} has no meaning for kind={source.kind}, whose separator is its tokenizer's")

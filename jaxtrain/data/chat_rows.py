@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxtrain.data.chat_template import Message
 from jaxtrain.data.compressed import HEAD_BYTES
-from jaxtrain.data.documents import BadRows, broken_file, open_text, row_of_line
+from jaxtrain.data.documents import BadRows, broken_file, open_parquet, open_text, row_of_line
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.optional import require
+from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError
 
 ROWS_AT_ONCE = 1024
@@ -65,7 +65,7 @@ class ChatRow(NamedTuple):
     size: int
 
 
-def read_rows(path: Path, bad_rows: BadRows) -> Iterator[ChatRow]:
+def read_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
     """Yield each row of a JSON Lines or Parquet file, known by its first bytes.
 
     A row that is no JSON is counted in `bad_rows`. Raises DataError with the place.
@@ -78,7 +78,7 @@ def read_rows(path: Path, bad_rows: BadRows) -> Iterator[ChatRow]:
         raise unreadable(path, error) from error
 
 
-def _json_rows(path: Path, bad_rows: BadRows) -> Iterator[ChatRow]:
+def _json_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
     offset = 0
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -94,10 +94,10 @@ def _json_rows(path: Path, bad_rows: BadRows) -> Iterator[ChatRow]:
             offset += len(line)
 
 
-def _parquet_rows(path: Path, bad_rows: BadRows) -> Iterator[ChatRow]:
-    parquet, arrow = require("pyarrow.parquet", "a Parquet file"), require("pyarrow", "a Parquet file")
+def _parquet_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
+    arrow = require("pyarrow", "a Parquet file")
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             number, size = 0, path.stat().st_size // max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
                 for row in batch.to_pylist():

@@ -8,10 +8,10 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtrain.data.optional import require
+from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError
 
 BLOCK_BYTES = 1 << 16
@@ -32,7 +32,7 @@ def compression_of(head: bytes) -> str | None:
     return next((name for name, pattern in FIRST_BYTES.items() if pattern.match(head)), None)
 
 
-def open_content(path: Path) -> io.BufferedReader:
+def open_content(path: SourcePath) -> io.BufferedReader:
     """Open a file for reading; a compressed file is decompressed as it is read, all of its members in order.
 
     A file with a compressed file's suffix but other content is read as it is. Raises OSError; DataError, here or while reading,
@@ -87,7 +87,7 @@ class _Members(io.RawIOBase):
     Unlike the standard library's readers, it does not take damage in a later member for the end of the file.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, kind: str):
+    def __init__(self, file: BinaryIO, path: SourcePath, kind: str):
         self._file, self._path, self._kind = file, path, kind
         self._member = NEW_MEMBER[kind]()
 
@@ -133,7 +133,7 @@ class _Members(io.RawIOBase):
 class _Zstd(io.RawIOBase):
     """The contents of a zstd file, frame after frame."""
 
-    def __init__(self, file: BinaryIO, path: Path):
+    def __init__(self, file: BinaryIO, path: SourcePath):
         self._file, self._path = file, path
         arrow = require("pyarrow", f"{path}, a zstd file,")
         self._stream = arrow.CompressedInputStream(arrow.PythonFile(file, mode="r"), "zstd")
@@ -158,11 +158,11 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
-def _cut_short(path: Path, kind: str, file: BinaryIO) -> DataError:
+def _cut_short(path: SourcePath, kind: str, file: BinaryIO) -> DataError:
     return DataError(f"{path}: the {kind} file is cut short: it ends at byte {file.tell()}, in the middle; fetch it again")
 
 
-def _damaged(path: Path, kind: str, file: BinaryIO, error: Exception) -> DataError:
+def _damaged(path: SourcePath, kind: str, file: BinaryIO, error: Exception) -> DataError:
     why = str(error).partition("decompress failed: ")[2] or str(error)
     if "too much memory" in why:
         return DataError(f"{path}: the zstd file has a window beyond 128 MiB; write it anew without --long (zstd -d --long=31)")

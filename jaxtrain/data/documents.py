@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from jaxtrain.data.compressed import HEAD_BYTES, open_content
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.file_kinds import what_it_is
 from jaxtrain.data.optional import require
+from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError, nearest
 
 ROWS_AT_ONCE = 1024
 BYTE_ORDER_MARK = "\ufeff"
 ALL_BAD_ROWS = 1000  # if the first this many rows are all bad, the configured kind or field is wrong
 
-Reader = Callable[[Path, str], Iterator[str | DataError]]
+Reader = Callable[[SourcePath, str], Iterator[str | DataError]]
 """(file, name of the text field) -> the text or the fault of each row in order. Faults of the whole file are raised."""
 
 
@@ -53,7 +54,7 @@ class BadRows:
             )
 
 
-def read_documents(kind: str, path: Path, text_field: str, bad_rows: BadRows | None = None) -> Iterator[str]:
+def read_documents(kind: str, path: SourcePath, text_field: str, bad_rows: BadRows | None = None) -> Iterator[str]:
     """Yield the documents of a file in order, empty ones included (so that a document's number is its row's number).
 
     A bad row counts as an empty document where `bad_rows` tolerates it. Raises DataError with the file and the byte, line or
@@ -87,7 +88,7 @@ def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[Any]:
+def open_text(path: SourcePath) -> Iterator[Any]:
     """Open a text file, decompressed. Raises DataError that names its kind if it is not text."""
     with open_content(path) as file:
         if what := what_it_is(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
@@ -95,7 +96,7 @@ def open_text(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[str]:
+def _read_text(path: SourcePath, text_field: str) -> Iterator[str]:
     with open_text(path) as file:
         yield _decode_utf8(file.read(), str(path)).removeprefix(BYTE_ORDER_MARK)
 
@@ -123,7 +124,7 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
     return text
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str | DataError]:
+def _read_jsonl(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
     offset = 0
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -158,11 +159,19 @@ def row_of_line(line: bytes, where: str, offset: int) -> Any:
     return row
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str | DataError]:
+@contextmanager
+def open_parquet(path: SourcePath) -> Iterator[Any]:
+    """Open a Parquet file. Raises pyarrow's ArrowException where it is none."""
     parquet = require("pyarrow.parquet", "kind=parquet")
+    with ExitStack() as stack:
+        opened = path if isinstance(path, Path) else stack.enter_context(path.open())
+        yield stack.enter_context(parquet.ParquetFile(opened))
+
+
+def _read_parquet(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
     arrow = require("pyarrow", "kind=parquet")
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             names = file.schema_arrow.names
             if text_field not in names:
                 raise DataError(f"{path}: no column {text_field!r}; {nearest(text_field, names)}")
@@ -193,8 +202,10 @@ def _value(item: Any) -> Any:
         return error
 
 
-def _read_array_record(path: Path, text_field: str) -> Iterator[str | DataError]:
+def _read_array_record(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
     module = require("array_record.python.array_record_module", "kind=array_record")
+    if not isinstance(path, Path):
+        raise DataError(f"{path}: kind=array_record is read from files alone; copy it, or use parquet or jsonl")
     with _open_array_record(module, path) as reader:
         count = reader.num_records()
         for start in range(0, count, ROWS_AT_ONCE):
@@ -211,7 +222,7 @@ def _read_array_record(path: Path, text_field: str) -> Iterator[str | DataError]
 
 
 @contextmanager
-def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
+def _open_array_record(module: Any, path: SourcePath) -> Iterator[Any]:
     try:
         reader = module.ArrayRecordReader(str(path))
         if not reader.ok():
@@ -225,7 +236,7 @@ def _open_array_record(module: Any, path: Path) -> Iterator[Any]:
             reader.close()
 
 
-def broken_file(path: Path, kind: str, error: Exception) -> DataError:
+def broken_file(path: SourcePath, kind: str, error: Exception) -> DataError:
     """Return the error for a file that is not a whole one of `kind`; names its true kind if known."""
     with path.open("rb") as file:
         what = what_it_is(file.read(HEAD_BYTES))

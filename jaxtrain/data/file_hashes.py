@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jaxtrain.data.progress import progress
+from jaxtrain.data.store_path import SourcePath, StoreStat
 from jaxtrain.errors import DataError
 from jaxtrain.files import replace_file
 
@@ -24,12 +25,12 @@ def short_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable(path: SourcePath, error: OSError) -> DataError:
     """Return the error for a failed read of `path`."""
     return DataError(f"{path}: cannot be read ({error.strerror or error})")
 
 
-def file_hashes(paths: Sequence[Path], cache_dir: Path, title: str) -> list[str]:
+def file_hashes(paths: Sequence[SourcePath], cache_dir: Path, title: str) -> list[str]:
     """Return the SHA-256 of each file's content, in hexadecimal.
 
     A file is read only if its size, inode or modification time differs from the record in `cache_dir/hashes`. A record that
@@ -56,14 +57,14 @@ def file_hashes(paths: Sequence[Path], cache_dir: Path, title: str) -> list[str]
     return hashes
 
 
-def _stat(path: Path) -> os.stat_result:
+def _stat(path: SourcePath) -> os.stat_result | StoreStat:
     try:
         return path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def _hash_file(path: Path, advance) -> str:
+def _hash_file(path: SourcePath, advance) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 
 from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.store_path import SourcePath, StorePath
 from jaxtrain.errors import DataError
 from jaxtrain.files import user_path
+from jaxtrain.stores import protocol_of
 
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LONGEST_PATH = 4096  # characters
@@ -24,7 +27,7 @@ class SourceFile:
     """A file of a source. `name` is relative to where its glob starts, with forward slashes."""
 
     name: str
-    path: Path
+    path: SourcePath
 
 
 def list_stdlib() -> list[SourceFile]:
@@ -56,9 +59,16 @@ def list_files(patterns: str, flag: str, in_folder: Sequence[str] = ()) -> list[
     of a glob. A folder stands for its files that match the first glob of `in_folder` that matches any. `flag` is the patterns'
     name in errors ("data.sources.0.path"). Raises DataError for a glob without a match, with the part of its path that exists,
     and for a dangling link.
+    A URL, or a glob in one, names files in a store; file:// is left out.
     """
     files, seen = [], set()
     for pattern in split_patterns(patterns):
+        if protocol_of(pattern) not in ("", "file"):
+            new = [file for file in _list_store(pattern, flag, in_folder) if file.path not in seen]
+            seen.update(file.path for file in new)
+            files += new
+            continue
+        pattern = re.sub("^file://", "", pattern, flags=re.IGNORECASE)
         root, rest = _fixed_root(user_path(pattern))
         if not rest and root.is_dir():
             rest = next((name for name in in_folder if any(root.glob(name))), "")
@@ -74,6 +84,32 @@ def list_files(patterns: str, flag: str, in_folder: Sequence[str] = ()) -> list[
                 seen.add(real)
                 files.append(SourceFile(Path(name).as_posix(), path))
     return files
+
+
+def _list_store(pattern: str, flag: str, in_folder: Sequence[str]) -> list[SourceFile]:
+    """List the files that a URL, or the glob in one, matches, sorted by name."""
+    start, _, rest = pattern.partition("://")
+    parts = rest.split("/")
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    whole = StorePath(pattern.rstrip("/"))
+    root = StorePath(f"{start}://{'/'.join(parts[:fixed])}") if fixed < len(parts) else whole.parent
+    try:
+        if fixed < len(parts):
+            found = root.matches("/".join(parts[fixed:]))
+        elif whole.is_dir():
+            root = whole
+            found = next((found for glob in in_folder if (found := whole.matches(glob))), [])
+        else:
+            return [SourceFile(whole.name, whole)] if whole.stat() else []
+        beside = [] if found else root.matches("*")
+        if not found and not beside and not root.is_dir():
+            root.stat()  # says what is missing: the folder, or its bucket
+    except DataError as error:
+        raise DataError(f"{flag}={pattern}: {error}") from error
+    if not found:
+        kinds = sorted({"*" + file.suffix for _, file in beside if file.suffix})
+        raise DataError(f"{flag}={pattern}: matches no file; {root} has {', '.join(kinds[:8]) if kinds else 'no files'} in it")
+    return [SourceFile(name, file) for name, file in found]
 
 
 def split_patterns(patterns: str) -> list[str]:

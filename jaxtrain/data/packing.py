@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxtrain.data.token_part import JoinedTokens
+from jaxtrain.data.token_part import Tokens
 
 Batch = dict[str, np.ndarray]
 """int32 arrays, each [R, L]: `tokens`; `targets`, the token that follows each (-1 where there is no loss); `segments`,
@@ -26,7 +26,7 @@ def num_padded_windows(num_tokens: int, length: int) -> int:
     return -(-max(0, num_tokens - 1) // length)
 
 
-def read_window(stream: np.ndarray | JoinedTokens, index: int, out: np.ndarray) -> int:
+def read_window(stream: Tokens, index: int, out: np.ndarray) -> int:
     """Copy stream[index*L : index*L + L + 1] into `out`, [L + 1], and return the number of tokens copied."""
     length = len(out) - 1
     window = stream[index * length : index * length + length + 1]

@@ -335,10 +335,13 @@ class Data:
     ) -> Prefetcher[Batch]:
         """Iterate over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
 
-        data.prefetch batches are made ahead, in data.workers threads (at least one). Close it, or use it in a `with` block.
+        data.prefetch batches are made ahead, in data.workers threads; 0: one, but as many as batches where they wait for a
+        store. Close it, or use it in a `with` block.
         """
         data = self._config.data
-        return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, max(1, data.workers))
+        waits = any(isinstance(windows, StreamWindows) and windows.lie_in_store for windows in self._train)
+        threads = data.workers or (data.prefetch if waits else 1)
+        return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, threads)
 
     def num_validation_batches(self, batch_size: int) -> int:
         """Return how many batches of `batch_size` rows hold all held-out tokens."""
@@ -389,6 +392,9 @@ class Data:
         windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
+        for number, source in enumerate(sources):
+            if isinstance(source, StreamWindows) and source.lie_in_store:
+                source.fetch([pick[1] for pick in picks if pick is not None and pick[0] == number])
         for row, pick in enumerate(picks):
             if pick is not None and not isinstance(source := sources[pick[0]], PackedRows):
                 sizes[row] = source.read(pick[1], windows[row])

@@ -17,7 +17,9 @@ from jaxtrain.data.listing import SourceFile, list_files
 from jaxtrain.data.mapped import map_array
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import split_rule
-from jaxtrain.data.token_part import TokenPart, part_of_stream
+from jaxtrain.data.store_path import SourcePath
+from jaxtrain.data.store_tokens import StoreTokens, block_cache
+from jaxtrain.data.token_part import JoinedTokens, TokenPart, part_of_stream
 from jaxtrain.data.token_split import split_part
 from jaxtrain.data.token_stream import open_stream, read_metadata
 from jaxtrain.data.tokenizers import NO_TOKENIZER, Tokenizer
@@ -31,7 +33,7 @@ HELD_OUT_NAME = re.compile(r"(validation|valid|val)([^a-zA-Z].*)?")
 @dataclass(frozen=True)
 class _TokenFile:
     name: str
-    path: Path
+    path: SourcePath
     split: str
     made_by: str
     part: TokenPart
@@ -72,19 +74,23 @@ def open_token_files(
     return [part for part, _ in pairs], [part for _, part in pairs]
 
 
-def _held_out_beside(files: Sequence[_TokenFile]) -> list[Path]:
+def _held_out_beside(files: Sequence[_TokenFile]) -> list[SourcePath]:
     """Return the held-out files in the folders of the named files, except folders of which one is named already."""
     with_own = {file.path.parent for file in files if file.split == VALIDATION}
     folders = {(file.path.parent, file.path.suffix): None for file in files if file.path.parent not in with_own}
     return [
         path
         for folder, suffix in folders
-        for path in sorted(folder.glob(f"val*{suffix}"))
+        for path in sorted(_beside(folder, f"val*{suffix}"), key=str)
         if HELD_OUT_NAME.fullmatch(path.stem) and _split_of(path) == VALIDATION
     ]
 
 
-def _split_of(path: Path) -> str:
+def _beside(folder: SourcePath, pattern: str) -> list[SourcePath]:
+    return [*folder.glob(pattern)]
+
+
+def _split_of(path: SourcePath) -> str:
     """Return which side a file is for: the JSON of a .bin says so, and the name of an .npy; empty for a .bin without JSON."""
     if path.suffix == ".npy":
         return VALIDATION if HELD_OUT_NAME.fullmatch(path.stem) else "train"
@@ -102,10 +108,10 @@ def _list(patterns: str, flag: str) -> list[SourceFile]:
 def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> _TokenFile:
     name, path = file.name, file.path
     if path.suffix == ".npy":
-        return _TokenFile(name, path, _split_of(path), "", _open_npy(path, source.separator, cache_dir))
+        return _TokenFile(name, path, _split_of(path), "", _open_npy(path, source.separator, config, cache_dir))
     if path.suffix != ".bin":
         raise DataError(f"{path}: kind=tokens reads .bin and .npy files; for text use kind=text, jsonl or parquet")
-    stream = open_stream(path, cache_dir)
+    stream = open_stream(path, cache_dir, config.data.store_cache_gib << 30)
     made_by = stream.metadata.tokenizer_fingerprint
     if tokenizer.fingerprint not in (made_by, NO_TOKENIZER):
         raise DataError(
@@ -121,15 +127,18 @@ def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, confi
         raise DataError(
             f"{path}: {path.with_suffix('.json').name} says separator={separator}, but the source {source.separator}"
         )
-    # Its stated largest id is not trusted: the file may come from anywhere.
-    return _TokenFile(name, path, stream.metadata.split, made_by, dataclasses.replace(part_of_stream(stream), largest_id=-1))
+    part = part_of_stream(stream)
+    if isinstance(path, Path):  # its stated largest id is not trusted: the file may come from anywhere
+        part = dataclasses.replace(part, largest_id=-1)
+    return _TokenFile(name, path, stream.metadata.split, made_by, part)
 
 
-def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
+def _open_npy(path: SourcePath, separator: int, config: Config, cache_dir: Path) -> TokenPart:
     try:
-        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it knows neither pickles nor archives
-        dtype, shape, offset = array.dtype, array.shape, array.offset
-        del array  # it holds a file descriptor
+        with path.open("rb") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read[np.lib.format.read_magic(file)](file)
+            offset = file.tell()
     except OSError as error:
         raise unreadable(path, error) from error
     except Exception as error:  # a broken header raises errors of many classes, tokenize.TokenError among them
@@ -138,7 +147,10 @@ def _open_npy(path: Path, separator: int, cache_dir: Path) -> TokenPart:
     if len(shape) != 1 or dtype.kind not in "iu":
         raise DataError(f"{path}: shape {shape} of {dtype}; tokens are a one-dimensional array of whole numbers")
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
-    return TokenPart(map_array(path, dtype, shape[0], offset), digest, separator)
+    if isinstance(path, Path):
+        return TokenPart(map_array(path, dtype, shape[0], offset), digest, separator)
+    blocks = block_cache(cache_dir / "blocks", config.data.store_cache_gib << 30)
+    return TokenPart(StoreTokens(path, dtype, shape[0], offset, blocks), digest, separator)
 
 
 def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> None:
@@ -148,13 +160,13 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
     would hold it.
     """
     tokens, limit = part.tokens, min(tokenizer.vocab_size, config.model.vocab_size)
-    assert isinstance(tokens, np.ndarray), "ids are checked before they are split"
+    assert not isinstance(tokens, JoinedTokens), "ids are checked before they are split"
     note = cache_dir / "hashes" / f"ids-{short_hash([part.sha256, limit])}"
     if 0 <= part.largest_id < limit or not len(tokens) or note.exists():
         return
     first, largest = _first_outside(tokens, limit, f"checking the ids of {name}")
     if first >= 0:
-        value = int(tokens[first])
+        value = int(tokens[first : first + 1][0])
         vocabulary = f"model.vocab_size={config.model.vocab_size}"
         way_out = f"use --model.vocab_size={largest + 1} or more"
         if value < 0:
@@ -168,7 +180,7 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
         note.touch()
 
 
-def _first_outside(tokens: np.ndarray, limit: int, title: str) -> tuple[int, int]:
+def _first_outside(tokens: np.ndarray | StoreTokens, limit: int, title: str) -> tuple[int, int]:
     """(position of the first id outside [0, limit) or -1, largest id)."""
     first, largest = -1, -1
     with progress(title, tokens.nbytes) as advance:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxtrain.data.store_tokens import StoreTokens
 from jaxtrain.data.token_stream import TokenStream
 
 
 class JoinedTokens:
     """Spans of an array of ids, joined without a copy; has a length and can be sliced."""
 
-    def __init__(self, tokens: np.ndarray, spans: np.ndarray):
+    def __init__(self, tokens: np.ndarray | StoreTokens, spans: np.ndarray):
         """Take `spans`, [n, 2]: the first index of each and the one after its last."""
         self._tokens, self._spans = tokens, spans
         self._ends = np.cumsum(spans[:, 1] - spans[:, 0])
@@ -34,6 +36,26 @@ class JoinedTokens:
         ends = self._tokens[start - offset : self._spans[first, 1]], self._tokens[self._spans[last, 0] : stop - last_offset]
         return np.concatenate([ends[0], *middle, ends[1]])
 
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Fetch what the joined spans [start, stop) need, where the array lies in a store."""
+        if isinstance(self._tokens, np.ndarray):
+            return
+        wanted = []
+        for start, stop in spans:
+            first, last = self._ends.searchsorted((start, min(stop, len(self)) - 1), side="right").tolist()
+            for (begin, end), joined_end in zip(self._spans[first : last + 1], self._ends[first : last + 1], strict=True):
+                offset = joined_end - end
+                wanted.append((int(max(begin, start - offset)), int(min(end, stop - offset))))
+        self._tokens.fetch(wanted)
+
+
+Tokens = np.ndarray | StoreTokens | JoinedTokens
+
+
+def stretch_of(tokens: np.ndarray | StoreTokens, start: int, stop: int) -> Tokens:
+    """Return the ids [start, stop), which are not read yet."""
+    return tokens[start:stop] if isinstance(tokens, np.ndarray) else JoinedTokens(tokens, np.array([[start, stop]]))
+
 
 @dataclass(frozen=True)
 class TokenPart:
@@ -43,7 +65,7 @@ class TokenPart:
     the ids came from (0: unknown), as does `split_rule` (see `split`; empty: unknown).
     """
 
-    tokens: np.ndarray | JoinedTokens
+    tokens: Tokens
     sha256: str
     separator: int
     largest_id: int = -1

@@ -17,7 +17,8 @@ from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.packing import num_full_windows
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import LONG_DOCUMENT, hash_share, held_out_start, split_rule
-from jaxtrain.data.token_part import JoinedTokens, TokenPart
+from jaxtrain.data.store_tokens import StoreTokens
+from jaxtrain.data.token_part import JoinedTokens, TokenPart, Tokens, stretch_of
 from jaxtrain.files import replacing
 
 SCAN_TOKENS = 1 << 22
@@ -31,12 +32,12 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
     `title` names the progress bar while the documents are hashed, which happens once: the result is kept in `cache_dir`.
     """
     tokens = part.tokens
-    assert isinstance(tokens, np.ndarray), "a file is split once"
+    assert not isinstance(tokens, JoinedTokens), "a file is split once"
     if fraction <= 0 or not len(tokens):
         return part, _of_part(part, tokens[:0], "none")
     starts = _separators(tokens, part.separator) if part.separator >= 0 else np.zeros(0, np.int64)
     if not starts.size:
-        return _cut_windows(part, fraction, length)
+        return _cut_windows(part, tokens, fraction, length)
     rule = split_rule(fraction)
     note = cache_dir / "hashes" / f"split-{short_hash([part.sha256, part.separator, rule])}.npy"
     spans = _read_note(note)
@@ -47,14 +48,14 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
     return _of_part(part, train, f"{rule}: training"), _of_part(part, held_out, f"{rule}: held out")
 
 
-def _of_part(part: TokenPart, tokens: np.ndarray | JoinedTokens, which: str) -> TokenPart:
+def _of_part(part: TokenPart, tokens: Tokens, which: str) -> TokenPart:
     """Return some ids of a part, with their own fingerprint and an unknown number of text bytes."""
     return dataclasses.replace(
         part, tokens=tokens, sha256=f"{part.sha256}:{which}", utf8_bytes=0, gzip_bytes=0, gzip_input_bytes=0
     )
 
 
-def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
+def _separators(tokens: np.ndarray | StoreTokens, separator: int) -> np.ndarray:
     """Return the positions of the separators, ascending."""
     places = [
         start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)
@@ -62,7 +63,7 @@ def _separators(tokens: np.ndarray, separator: int) -> np.ndarray:
     return np.concatenate(places)
 
 
-def _document_spans(tokens: np.ndarray, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
+def _document_spans(tokens: np.ndarray | StoreTokens, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
     """Yield every document's span, separator first: whole on the side of the hash of its ids, or a long one cut in two."""
     firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
     with progress(title, tokens.nbytes) as advance:
@@ -94,25 +95,28 @@ def _merged(spans: Iterator[Span]) -> Iterator[Span]:
         yield last
 
 
-def _joined(tokens: np.ndarray, spans: np.ndarray, separator_at: int) -> JoinedTokens:
+def _joined(tokens: np.ndarray | StoreTokens, spans: np.ndarray, separator_at: int) -> JoinedTokens:
     """Return the ids of the spans, closed by a separator."""
     closing = [[separator_at, separator_at + 1]] if len(spans) else []
     return JoinedTokens(tokens, np.concatenate([spans, np.array(closing, np.int64).reshape(-1, 2)]))
 
 
-def _cut_windows(part: TokenPart, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
+def _cut_windows(
+    part: TokenPart, tokens: np.ndarray | StoreTokens, fraction: float, length: int
+) -> tuple[TokenPart, TokenPart]:
     """Hold out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
 
     So the share held out of many small files is `fraction`. The two sides share one token: a target on one, an input on the
     other.
     """
-    windows = num_full_windows(len(part.tokens), length)
+    windows = num_full_windows(len(tokens), length)
     whole, rest = divmod(windows * fraction, 1)
     count = min(int(whole) + (hash_share(part.sha256.encode()) < rest), windows - 1)
     if count <= 0:
-        return part, _of_part(part, part.tokens[:0], "none")
+        return part, _of_part(part, tokens[:0], "none")
     cut = (windows - count) * length
-    return _of_part(part, part.tokens[: cut + 1], f"{cut + 1}"), _of_part(part, part.tokens[cut:], f"{cut}:")
+    sides = stretch_of(tokens, 0, cut + 1), stretch_of(tokens, cut, len(tokens))
+    return _of_part(part, sides[0], f"{cut + 1}"), _of_part(part, sides[1], f"{cut}:")
 
 
 def _read_note(path: Path) -> np.ndarray | None:

@@ -18,6 +18,8 @@ import numpy as np
 from jaxtrain.data.documents import BadRows
 from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.mapped import map_array
+from jaxtrain.data.store_path import SourcePath, StorePath
+from jaxtrain.data.store_tokens import StoreTokens, block_cache
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
 
@@ -71,10 +73,10 @@ class StreamMetadata:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """An opened stream. `tokens` is a read-only memory map, [count]."""
+    """An opened stream. `tokens` is a read-only memory map, [count], or reads from a store."""
 
-    path: Path
-    tokens: np.ndarray
+    path: SourcePath
+    tokens: np.ndarray | StoreTokens
     metadata: StreamMetadata
 
     @property
@@ -169,7 +171,7 @@ class StreamWriter:
         self._file.close()
 
 
-def read_metadata(path: Path) -> StreamMetadata:
+def read_metadata(path: SourcePath) -> StreamMetadata:
     """Read the JSON file beside the .bin file `path`. Raises DataError where it is missing or broken."""
     json_path = path.with_suffix(".json")
     try:
@@ -198,11 +200,12 @@ def read_metadata(path: Path) -> StreamMetadata:
     return metadata
 
 
-def open_stream(path: Path, cache_dir: Path) -> TokenStream:
+def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> TokenStream:
     """Open a .bin file with its JSON file beside it, and check that it is whole.
 
-    The checksum is computed again only if size or modification time changed since it last matched. Raises DataError where the
-    file is missing, cut short or altered.
+    The checksum is computed again only if size or modification time changed since it last matched; of a file in a store it is
+    believed, and `most_bytes` of its blocks are kept in `cache_dir`. Raises DataError where the file is missing, cut short or
+    altered.
     """
     metadata = read_metadata(path)
     expected = metadata.count * np.dtype(DTYPES[metadata.dtype]).itemsize
@@ -215,7 +218,10 @@ def open_stream(path: Path, cache_dir: Path) -> TokenStream:
             f"{path}: {size} bytes, but {path.with_suffix('.json').name} says {metadata.count} tokens of {metadata.dtype} = "
             f"{expected} bytes; the file is damaged, make it again"
         )
+    dtype = np.dtype(f"<u{2 if metadata.dtype == 'uint16' else 4}")
+    if isinstance(path, StorePath):
+        blocks = block_cache(cache_dir / "blocks", most_bytes)
+        return TokenStream(path, StoreTokens(path, dtype, metadata.count, 0, blocks), metadata)
     if file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
         raise DataError(f"{path}: its contents do not have the checksum in {path.with_suffix('.json').name}; make it again")
-    dtype = np.dtype(f"<u{2 if metadata.dtype == 'uint16' else 4}")
     return TokenStream(path, map_array(path, dtype, metadata.count), metadata)

@@ -42,7 +42,7 @@ def find_problems(config: TokenizeConfig) -> list[str]:
         problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
     if not 0 <= config.validation_fraction < 1:
         problems.append(f"--validation_fraction={config.validation_fraction} must be a share: at least 0 and below 1")
-    for field in ("input", "output", "tokenizer", "cache_dir"):
+    for field in ("output", "tokenizer", "cache_dir"):
         problems += remote_problems(f"--{field}", getattr(config, field))
     problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
     name = config.tokenizer

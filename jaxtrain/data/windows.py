@@ -37,7 +37,7 @@ class StreamWindows:
         count_of = num_padded_windows if padded else num_full_windows
         counts = [count_of(len(part.tokens), length) for part in parts]
         targets = [max(0, len(part.tokens) - 1) for part in parts]
-        self._parts = parts
+        self._parts, self._length = parts, length
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = sum(counts)
         self.num_targets = sum(targets) if padded else self.count * length
@@ -47,6 +47,22 @@ class StreamWindows:
         part = int(self._ends.searchsorted(index, side="right"))
         first = int(self._ends[part - 1]) if part else 0
         return read_window(self._parts[part].tokens, index - first, out)
+
+    @property
+    def lie_in_store(self) -> bool:
+        """Return whether windows are fetched over a network."""
+        return any(not isinstance(part.tokens, np.ndarray) for part in self._parts)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Fetch what windows need that lie in a store, at the same time; `read` would fetch one after the other."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for index in indices:
+            part = int(self._ends.searchsorted(index, side="right"))
+            start = (index - (int(self._ends[part - 1]) if part else 0)) * self._length
+            wanted.setdefault(part, []).append((start, start + self._length + 1))
+        for part, spans in wanted.items():
+            if not isinstance(tokens := self._parts[part].tokens, np.ndarray):
+                tokens.fetch(spans)
 
 
 class SyntheticWindows:

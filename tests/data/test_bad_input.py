@@ -155,7 +155,7 @@ def test_token_ids_out_of_range(make_config, tmp_path):
     [
         (np.zeros((10, 10), np.int32), "one-dimensional"),
         (np.zeros(100, np.float32), "float32"),
-        (np.array([{"a": 1}]), "not a whole .npy array"),
+        (np.array([{"a": 1}]), "of object"),
     ],
 )
 def test_npy_of_the_wrong_kind(make_config, tmp_path, array, words):
@@ -295,20 +295,20 @@ def test_what_the_json_beside_a_token_file_says_is_not_believed(make_config, tmp
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("s3://bucket/books/*.jsonl", "aws s3 sync s3://bucket/books data"),
-        ("a.txt, gs://bucket/b.txt", "gcloud storage rsync -r gs://bucket data"),
-        ("hf://datasets/x/y.jsonl", "hf download"),
-        ("https://host/x.jsonl.zst", "curl -LO https://host/x.jsonl.zst"),
+        ("s3://bucket/cache", "aws s3 sync s3://bucket data"),
+        ("gs://bucket/b/cache", "gcloud storage rsync -r gs://bucket/b data"),
+        ("hf://datasets/x/y.json", "hf download"),
+        ("https://host/tokenizer.json", "curl -LO https://host/tokenizer.json"),
         ("abfs://x/y", "copy it first"),
-        ("file:///books/a.txt", "without file://"),
+        ("file:///books/a", "without file://"),
     ],
 )
 def test_the_address_of_a_store_is_no_path(path, words):
-    (problem,) = find_problems(Config(data=DataConfig((DataSource(kind="text", path=path),))), 1)[1]
-    assert problem.startswith("data.sources.0.path=")
+    (problem,) = find_problems(Config(data=DataConfig(cache_dir=path)), 1)[1]
+    assert problem.startswith("data.cache_dir=")
     assert words in problem
-    (problem,) = tokenize_problems(TokenizeConfig("out", path))
-    assert problem.startswith("--input=")
+    (problem,) = tokenize_problems(TokenizeConfig("out", "s3://bucket/*.txt", tokenizer=path))
+    assert problem.startswith("--tokenizer=")
     assert words in problem
     (problem,) = find_problems(Config(data=DataConfig(tokenizer="hf://gpt2")), 1)[1]
     assert "data.tokenizer=hf://gpt2" in problem
