@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ROW_KINDS = ("jsonl", "parquet", "array_record", "chat")
-SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "tokens", "array_record", "synthetic", "chat"]
+ROW_KINDS = ("jsonl", "parquet", "arrow", "tar", "array_record", "chat")
+SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "tar", "tokens", "array_record", "synthetic", "chat"]
 TooLong = Literal["drop", "truncate", "refuse"]
 
 
@@ -15,19 +15,21 @@ class DataSource:
     """One source of documents."""
 
     kind: SourceKind = "stdlib"
-    """stdlib: the running Python's own source code. text: files. jsonl, parquet: one document per row. tokens: .bin made by
-    `jaxtrain tokenize`, or .npy. array_record: one UTF-8 document per record. synthetic: random tokens. chat: JSONL or Parquet
-    rows of messages; prompt and completion; chosen and rejected; or prompts alone (jaxtrain/data/README.md)."""
+    """stdlib: the running Python's own source code. text: files. jsonl, parquet, arrow: one document per row. tar: one per
+    sample, its member .txt or .json. tokens: .bin made by `jaxtrain tokenize`, or Megatron's with an .idx, or .npy.
+    array_record: one UTF-8 document per record. synthetic: random tokens. chat: JSONL or Parquet rows of messages; prompt and
+    completion; chosen and rejected; or prompts alone (jaxtrain/data/README.md)."""
     path: str = ""
     """Files to read, as a glob ("books/**/*.txt"), or as a URL with one ("s3://bucket/books/*.jsonl"); several are separated by
     commas. text, jsonl and chat may be compressed: gzip, bzip2, xz, zstd."""
     text_field: str = "text"
-    """Field of a JSONL or Parquet row that holds the text."""
+    """Field of a row, or of a sample's .json, that holds the text."""
     max_bad_rows: float = 0.0
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""
     separator: int = -1
-    """Only for .npy tokens: the id with which each document begins; -1: the ids are one stream."""
+    """Only for tokens. In .npy files: the id with which each document begins; -1: the ids are one stream. In Megatron's files,
+    whose .idx tells documents apart: the id between them; -1: the tokenizer's own."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,11 @@ from jaxtrain.data.file_hashes import file_hashes, short_hash
 from jaxtrain.data.listing import SourceFile, list_files, list_stdlib
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import split_document, split_rule
+from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError
+
+IN_FOLDER = {"arrow": ("data-*.arrow", "train/data-*.arrow", "*.arrow"), "tar": ("*.tar",), "parquet": ("*.parquet",)}
+"""What a folder stands for: the first of the globs that matches; arrow as `datasets` saves a set, or sets with a train."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,25 @@ def open_corpus(source: DataSource, name: str, validation_fraction: float, cache
     Raises DataError where a glob matches nothing or a file cannot be read.
     """
     flag = name if name.startswith("--") else f"{name}.path"
-    files = list_stdlib() if source.kind == "stdlib" else list_files(source.path, flag)
+    files = list_stdlib() if source.kind == "stdlib" else list_files(source.path, flag, IN_FOLDER.get(source.kind, ()))
+    if source.kind == "arrow":
+        _check_state([file.path for file in files])
     hashes = file_hashes([file.path for file in files], cache_dir, f"reading {name}")
     return Corpus(source, name, tuple(files), tuple(hashes), validation_fraction)
+
+
+def _check_state(paths: Sequence[SourcePath]) -> None:
+    """Raise DataError if a folder of the package datasets lacks a file that its state.json names."""
+    for state in {path.with_name("state.json"): None for path in paths}:
+        if not state.exists():
+            continue
+        try:
+            names = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{state}: is no state of a folder of datasets ({error}); save it again") from error
+        here = {path.name for path in paths if path.with_name("state.json") == state}
+        if missing := sorted(names - here):
+            raise DataError(f"{state}: names {missing[0]}, which is not there or not among the files of the source")
 
 
 def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: str) -> Iterator[Document]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from jaxtrain.data.compressed import HEAD_BYTES, open_content
 from jaxtrain.data.file_hashes import unreadable
-from jaxtrain.data.file_kinds import what_it_is
+from jaxtrain.data.file_kinds import known_kind, what_it_is
 from jaxtrain.data.optional import require
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError, nearest
 
 ROWS_AT_ONCE = 1024
+ARROW_FILE, ARROW_END = b"ARROW1\0\0", b"\xff\xff\xff\xff\0\0\0\0"
+TAR_BLOCK = 512
 BYTE_ORDER_MARK = "\ufeff"
 ALL_BAD_ROWS = 1000  # if the first this many rows are all bad, the configured kind or field is wrong
 
@@ -177,14 +182,94 @@ def _read_parquet(path: SourcePath, text_field: str) -> Iterator[str | DataError
                 raise DataError(f"{path}: no column {text_field!r}; {nearest(text_field, names)}")
             number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-                for text in _values(batch.column(0)):
-                    if isinstance(text, str):
-                        yield text
-                    else:
-                        yield DataError(f"{path}: row {number} of column {text_field!r} is {_named(text)}, not text")
-                    number += 1
+                yield from _texts_of_column(batch.column(0), f"of column {text_field!r}", path, number)
+                number += batch.num_rows
     except arrow.ArrowException as error:
         raise broken_file(path, "Parquet", error) from error
+
+
+def _texts_of_column(column: Any, which: str, path: SourcePath, first: int) -> Iterator[str | DataError]:
+    """Yield the texts of a column whose rows are numbered from `first` on."""
+    for number, text in enumerate(_values(column), first):
+        yield text if isinstance(text, str) else DataError(f"{path}: row {number} {which} is {_named(text)}, not text")
+
+
+def _read_arrow(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
+    """Read Arrow IPC data: a stream, as the package datasets writes it, or a file."""
+    arrow, ipc = require("pyarrow", "kind=arrow"), require("pyarrow.ipc", "kind=arrow")
+    number = 0
+    with path.open("rb") as file:
+        try:
+            is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+            file.seek(-len(ARROW_END), 2)
+            if not is_file and file.read() != ARROW_END:
+                raise arrow.ArrowInvalid("it has no mark at its end and may be cut short")
+            file.seek(0)
+            reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
+            if text_field not in reader.schema.names:
+                raise DataError(f"{path}: no column {text_field!r}; {nearest(text_field, reader.schema.names)}")
+            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+                yield from _texts_of_column(batch.column(text_field), f"of column {text_field!r}", path, number)
+                number += batch.num_rows
+        except arrow.ArrowException as error:
+            raise broken_file(path, "Arrow", error) from error
+        except OSError as error:
+            if error.errno not in (None, errno.EINVAL):
+                raise
+            raise broken_file(path, "Arrow", error) from error
+
+
+def _read_tar(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
+    """Read samples as WebDataset's: neighbours in a tar archive whose names are equal up to the first dot.
+
+    The text is that of the member .txt, else the field of the member .json; other members are not read.
+    """
+    with open_content(path) as file:
+        tail: Any = _Tail(file)
+        try:
+            with tarfile.open(fileobj=tail, mode="r|") as archive:
+                for key, members in itertools.groupby(filter(tarfile.TarInfo.isfile, archive), _sample_key):
+                    found = {PurePosixPath(member.name).suffix: _content(archive, member) for member in members}
+                    try:
+                        text = _text_of_sample(found, text_field, f"{path}: sample {key!r}")
+                    except DataError as fault:
+                        text = fault
+                    yield text
+            if tail.last.strip(b"\0") or len(tail.last) < TAR_BLOCK:
+                raise tarfile.ReadError("it has no mark at its end and may be cut short")
+        except tarfile.TarError as error:
+            raise broken_file(path, "tar", error) from error
+
+
+class _Tail:
+    """A file that remembers the last bytes read."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.last = file, b""
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self.last = (self.last + content[-TAR_BLOCK:])[-TAR_BLOCK:]
+        return content
+
+
+def _sample_key(member: tarfile.TarInfo) -> str:
+    folder, _, name = member.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}".lstrip("/")
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the content of a member that may hold text; of others nothing."""
+    file = archive.extractfile(member) if PurePosixPath(member.name).suffix in (".txt", ".json") else None
+    return b"" if file is None else file.read()
+
+
+def _text_of_sample(found: dict[str, bytes], text_field: str, where: str) -> str:
+    if ".txt" in found:
+        return _decode_utf8(found[".txt"], f"{where}, .txt").removeprefix(BYTE_ORDER_MARK)
+    if ".json" in found:
+        return _text_of_line(found[".json"], text_field, f"{where}, .json", 0)
+    raise DataError(f"{where}: has {', '.join(sorted(found))}, but neither .txt nor .json")
 
 
 def _values(column: Any) -> list[Any]:
@@ -239,7 +324,7 @@ def _open_array_record(module: Any, path: SourcePath) -> Iterator[Any]:
 def broken_file(path: SourcePath, kind: str, error: Exception) -> DataError:
     """Return the error for a file that is not a whole one of `kind`; names its true kind if known."""
     with path.open("rb") as file:
-        what = what_it_is(file.read(HEAD_BYTES))
+        what = known_kind(file.read(HEAD_BYTES))
     if what and kind not in what:
         return DataError(f"{path}: is no {kind} file but {what}")
     return DataError(f"{path}: broken {kind} file ({str(error).splitlines()[0].partition('; ')[0]})")
@@ -251,4 +336,6 @@ READERS: dict[str, Reader] = {
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "array_record": _read_array_record,
+    "arrow": _read_arrow,
+    "tar": _read_tar,
 }

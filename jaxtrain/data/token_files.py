@@ -1,4 +1,4 @@
-"""Open sources that are already tokens: .bin files made by `jaxtrain tokenize`, and .npy arrays."""
+"""Open sources that are already tokens: .bin files of `jaxtrain tokenize` or of Megatron, and .npy arrays."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from jaxtrain.config import Config, DataSource
 from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.listing import SourceFile, list_files
 from jaxtrain.data.mapped import map_array
+from jaxtrain.data.megatron import read_index, with_separators
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import split_rule
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.data.store_tokens import StoreTokens, block_cache
-from jaxtrain.data.token_part import JoinedTokens, TokenPart, part_of_stream
+from jaxtrain.data.token_part import FileTokens, JoinedTokens, TokenPart, part_of_stream
 from jaxtrain.data.token_split import split_part
 from jaxtrain.data.token_stream import open_stream, read_metadata
 from jaxtrain.data.tokenizers import NO_TOKENIZER, Tokenizer
 from jaxtrain.errors import DataError
+from jaxtrain.files import user_path
 
 SCAN_TOKENS = 1 << 22
 VALIDATION = "validation"
@@ -92,14 +94,18 @@ def _beside(folder: SourcePath, pattern: str) -> list[SourcePath]:
 
 def _split_of(path: SourcePath) -> str:
     """Return which side a file is for: the JSON of a .bin says so, and the name of an .npy; empty for a .bin without JSON."""
-    if path.suffix == ".npy":
+    if path.suffix == ".npy" or _is_megatron(path):
         return VALIDATION if HELD_OUT_NAME.fullmatch(path.stem) else "train"
     return read_metadata(path).split if path.with_suffix(".json").exists() else ""
 
 
+def _is_megatron(path: SourcePath) -> bool:
+    return path.suffix == ".bin" and not path.with_suffix(".json").exists() and path.with_suffix(".idx").exists()
+
+
 def _list(patterns: str, flag: str) -> list[SourceFile]:
     """List the token files of globs or folders, without the JSON files beside them."""
-    files = [file for file in list_files(patterns, flag, ("*.bin", "*.npy")) if file.path.suffix != ".json"]
+    files = [file for file in list_files(patterns, flag, ("*.bin", "*.npy")) if file.path.suffix not in (".json", ".idx")]
     if not files:
         raise DataError(f"{flag}={patterns}: matches no .bin and no .npy file")
     return files
@@ -109,6 +115,8 @@ def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, confi
     name, path = file.name, file.path
     if path.suffix == ".npy":
         return _TokenFile(name, path, _split_of(path), "", _open_npy(path, source.separator, config, cache_dir))
+    if _is_megatron(path):
+        return _TokenFile(name, path, _split_of(path), "", _open_megatron(path, source.separator, tokenizer, config, cache_dir))
     if path.suffix != ".bin":
         raise DataError(f"{path}: kind=tokens reads .bin and .npy files; for text use kind=text, jsonl or parquet")
     stream = open_stream(path, cache_dir, config.data.store_cache_gib << 30)
@@ -147,10 +155,28 @@ def _open_npy(path: SourcePath, separator: int, config: Config, cache_dir: Path)
     if len(shape) != 1 or dtype.kind not in "iu":
         raise DataError(f"{path}: shape {shape} of {dtype}; tokens are a one-dimensional array of whole numbers")
     digest = file_hashes([path], cache_dir, f"checking {path.name}")[0]
+    return TokenPart(_ids_of(path, dtype, shape[0], offset, config), digest, separator)
+
+
+def _open_megatron(path: SourcePath, separator: int, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> TokenPart:
+    separator = tokenizer.separator if separator < 0 else separator
+    if separator < 0:
+        raise DataError(
+            f"{path}: which id stands between its documents? Name the tokenizer that made it, or give the source separator="
+        )
+    index = path.with_suffix(".idx")
+    dtype, starts = read_index(index, path.stat().st_size)
+    digests = file_hashes([path, index], cache_dir, f"checking {path.name}")
+    ids = _ids_of(path, dtype, int(starts[-1]), 0, config)
+    return TokenPart(with_separators(ids, starts, separator), short_hash(digests), separator)
+
+
+def _ids_of(path: SourcePath, dtype: np.dtype, count: int, offset: int, config: Config) -> np.ndarray | StoreTokens:
+    """Return `count` ids of a file from byte `offset` on."""
     if isinstance(path, Path):
-        return TokenPart(map_array(path, dtype, shape[0], offset), digest, separator)
-    blocks = block_cache(cache_dir / "blocks", config.data.store_cache_gib << 30)
-    return TokenPart(StoreTokens(path, dtype, shape[0], offset, blocks), digest, separator)
+        return map_array(path, dtype, count, offset)
+    blocks = block_cache(user_path(config.data.cache_dir) / "blocks", config.data.store_cache_gib << 30)
+    return StoreTokens(path, dtype, count, offset, blocks)
 
 
 def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, cache_dir: Path) -> None:
@@ -180,7 +206,7 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
         note.touch()
 
 
-def _first_outside(tokens: np.ndarray | StoreTokens, limit: int, title: str) -> tuple[int, int]:
+def _first_outside(tokens: FileTokens, limit: int, title: str) -> tuple[int, int]:
     """(position of the first id outside [0, limit) or -1, largest id)."""
     first, largest = -1, -1
     with progress(title, tokens.nbytes) as advance:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxtrain.data.megatron import DocumentTokens
 from jaxtrain.data.store_tokens import StoreTokens
 from jaxtrain.data.token_stream import TokenStream
+
+FileTokens = np.ndarray | StoreTokens | DocumentTokens
+"""The ids of a file, [count]: mapped into memory, or behind a URL, or with separators between its documents."""
 
 
 class JoinedTokens:
     """Spans of an array of ids, joined without a copy; has a length and can be sliced."""
 
-    def __init__(self, tokens: np.ndarray | StoreTokens, spans: np.ndarray):
+    def __init__(self, tokens: FileTokens, spans: np.ndarray):
         """Take `spans`, [n, 2]: the first index of each and the one after its last."""
         self._tokens, self._spans = tokens, spans
         self._ends = np.cumsum(spans[:, 1] - spans[:, 0])
@@ -48,11 +52,22 @@ class JoinedTokens:
                 wanted.append((int(max(begin, start - offset)), int(min(end, stop - offset))))
         self._tokens.fetch(wanted)
 
+    @property
+    def lie_in_store(self) -> bool:
+        return lie_in_store(self._tokens)
 
-Tokens = np.ndarray | StoreTokens | JoinedTokens
+
+Tokens = FileTokens | JoinedTokens
 
 
-def stretch_of(tokens: np.ndarray | StoreTokens, start: int, stop: int) -> Tokens:
+def lie_in_store(tokens: Tokens) -> bool:
+    """Return whether ids are fetched over a network."""
+    if isinstance(tokens, DocumentTokens):
+        return isinstance(tokens.tokens, StoreTokens)
+    return tokens.lie_in_store if isinstance(tokens, JoinedTokens) else isinstance(tokens, StoreTokens)
+
+
+def stretch_of(tokens: FileTokens, start: int, stop: int) -> Tokens:
     """Return the ids [start, stop), which are not read yet."""
     return tokens[start:stop] if isinstance(tokens, np.ndarray) else JoinedTokens(tokens, np.array([[start, stop]]))
 

@@ -17,8 +17,7 @@ from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.packing import num_full_windows
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import LONG_DOCUMENT, hash_share, held_out_start, split_rule
-from jaxtrain.data.store_tokens import StoreTokens
-from jaxtrain.data.token_part import JoinedTokens, TokenPart, Tokens, stretch_of
+from jaxtrain.data.token_part import FileTokens, JoinedTokens, TokenPart, Tokens, stretch_of
 from jaxtrain.files import replacing
 
 SCAN_TOKENS = 1 << 22
@@ -55,7 +54,7 @@ def _of_part(part: TokenPart, tokens: Tokens, which: str) -> TokenPart:
     )
 
 
-def _separators(tokens: np.ndarray | StoreTokens, separator: int) -> np.ndarray:
+def _separators(tokens: FileTokens, separator: int) -> np.ndarray:
     """Return the positions of the separators, ascending."""
     places = [
         start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)
@@ -63,7 +62,7 @@ def _separators(tokens: np.ndarray | StoreTokens, separator: int) -> np.ndarray:
     return np.concatenate(places)
 
 
-def _document_spans(tokens: np.ndarray | StoreTokens, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
+def _document_spans(tokens: FileTokens, starts: np.ndarray, fraction: float, title: str) -> Iterator[Span]:
     """Yield every document's span, separator first: whole on the side of the hash of its ids, or a long one cut in two."""
     firsts = starts.tolist() if starts[0] == 0 else [-1, *starts.tolist()]
     with progress(title, tokens.nbytes) as advance:
@@ -95,15 +94,13 @@ def _merged(spans: Iterator[Span]) -> Iterator[Span]:
         yield last
 
 
-def _joined(tokens: np.ndarray | StoreTokens, spans: np.ndarray, separator_at: int) -> JoinedTokens:
+def _joined(tokens: FileTokens, spans: np.ndarray, separator_at: int) -> JoinedTokens:
     """Return the ids of the spans, closed by a separator."""
     closing = [[separator_at, separator_at + 1]] if len(spans) else []
     return JoinedTokens(tokens, np.concatenate([spans, np.array(closing, np.int64).reshape(-1, 2)]))
 
 
-def _cut_windows(
-    part: TokenPart, tokens: np.ndarray | StoreTokens, fraction: float, length: int
-) -> tuple[TokenPart, TokenPart]:
+def _cut_windows(part: TokenPart, tokens: FileTokens, fraction: float, length: int) -> tuple[TokenPart, TokenPart]:
     """Hold out the last windows * fraction windows of a part, rounded up or down by the hash of the file.
 
     So the share held out of many small files is `fraction`. The two sides share one token: a target on one, an input on the

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxtrain.config.source_rules import bad_rows_problems, bpe_size_problem, remote_problems
 
-TextKind = Literal["stdlib", "text", "jsonl", "parquet", "array_record"]
+TextKind = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "tar", "array_record"]
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class TokenizeConfig:
     input: str = ""
     """Files to read, as a glob ("books/**/*.jsonl"); several globs are separated by commas. Not needed for kind=stdlib."""
     kind: TextKind = "text"
-    """stdlib: the running Python's own source code. text: one document per file. jsonl, parquet: one document per row.
-    array_record: one UTF-8 document per record."""
+    """stdlib: the running Python's own source code. text: one document per file. jsonl, parquet, arrow: one document per row.
+    tar: one per sample, its member .txt or .json. array_record: one UTF-8 document per record."""
     tokenizer: str = "byte"
     """byte; bpe:SIZE (trained on the training part); a tokenizer.json; or a SentencePiece .model."""
     text_field: str = "text"
-    """Field of a JSONL or Parquet row that holds the text."""
+    """Field of a row, or of a sample's .json, that holds the text."""
     max_bad_rows: float = 0.0
     """Largest share of the rows that may be broken (not JSON, not UTF-8, without text): they are left out and counted. 0: the
     first one is an error."""

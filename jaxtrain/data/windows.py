@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxtrain.data.packing import num_full_windows, num_padded_windows, read_window
-from jaxtrain.data.token_part import TokenPart
+from jaxtrain.data.token_part import TokenPart, lie_in_store
 
 SYNTHETIC_WINDOWS = 2**31 - 1
 SYNTHETIC_VALIDATION_WINDOWS = 64
@@ -51,7 +51,7 @@ class StreamWindows:
     @property
     def lie_in_store(self) -> bool:
         """Return whether windows are fetched over a network."""
-        return any(not isinstance(part.tokens, np.ndarray) for part in self._parts)
+        return any(lie_in_store(part.tokens) for part in self._parts)
 
     def fetch(self, indices: Sequence[int]) -> None:
         """Fetch what windows need that lie in a store, at the same time; `read` would fetch one after the other."""
