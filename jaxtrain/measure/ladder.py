@@ -1,0 +1,204 @@
+"""Train a ladder: small runs one after the other, each a run folder like any other, until the law of their losses is known.
+
+The learning rates of a size are compared first, at one length; its other lengths run at the best of them. What comes next is a
+function of the results so far, so a ladder that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from jaxtrain.config import Config, to_plain
+from jaxtrain.config.loading import for_another_process
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
+from jaxtrain.files import replace_file
+from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
+from jaxtrain.planner.ladder import (
+    FILE,
+    MOST_RATES,
+    Forecast,
+    Ladder,
+    SmallRun,
+    parameters_of,
+    read_ladder,
+    sizes_of,
+    small_run,
+    tokens_of,
+)
+from jaxtrain.planner.ladder_flags import LadderFlags
+from jaxtrain.planner.scaling_law import best_rate
+from jaxtrain.planner.wording import duration
+from jaxtrain.telemetry.metrics import read_rows
+
+RESTARTS = 3
+Train = Callable[[Config], int]
+"""Trains a config in its run_dir to its end, or as far as it gets; returns the exit code of `jaxtrain train`."""
+
+
+class Climb:
+    """A ladder under way.
+
+    Args:
+      config: the large run's, without its mesh: a small run takes this machine's devices.
+      folder: the ladder's.
+      tell: called with a line for each run.
+      train: trains one run.
+
+    Raises:
+      ExplainedError: the folder holds the ladder of another config; or a size cannot be made.
+    """
+
+    def __init__(self, config: Config, flags: LadderFlags, folder: Path, tell: Callable[[str], None], train: Train | None = None):
+        self.config, self.flags, self.folder, self._tell = config, flags, folder, tell
+        self._train = train or train_apart
+        self.sizes = sizes_of(config, flags)
+        self.ladder = self._go_on()
+
+    def planned(self) -> list[Config]:
+        """Return the runs that are sure to come, at rates as far as they are known before."""
+        first, *others = self.flags.tokens
+        multiples = [first] * self.flags.rates + others
+        return [small_run(size, self.config, m, self.config.optimizer.peak_lr) for size in self.sizes for m in multiples]
+
+    def run(self) -> Forecast:
+        """Train what is left; return the forecast of the large run.
+
+        Raises:
+          ExplainedError: a run failed, or the runs are too few for a forecast.
+          Stopped: a signal ended it; finished runs are kept.
+        """
+        total, started, before = len(self.planned()), time.monotonic(), len(self.ladder.runs)
+        if before:
+            self._tell(f"{before} runs are done already in {self.folder}")
+        for size, multiple, rate in self._left():
+            run = self._one(size, multiple, rate)
+            self.ladder = replace(self.ladder, runs=(*self.ladder.runs, run))
+            self._save()
+            done, passed = len(self.ladder.runs), time.monotonic() - started
+            loss = f"loss {run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
+            self._tell(
+                f"{done} of {max(total, done)}: {run.parameters:,} parameters, {run.tokens:,} tokens, rate {run.rate:.3g}: {loss}; "
+                f"{duration(passed)} so far"
+            )
+        forecast = self.ladder.forecast(parameters_of(self.config.model), tokens_of(self.config))
+        self._save(forecast)
+        return forecast
+
+    def _left(self) -> Iterator[tuple[int, float, float]]:
+        """Yield (size, multiple, learning rate) of what is to run next, until nothing is."""
+        first, *others = self.flags.tokens
+        exponent = 0
+        for size in range(len(self.sizes)):
+            while (rate := self._next_rate(size, exponent)) is not None:
+                yield size, first, rate
+            best = best_rate(self.ladder.rates(size))
+            exponent = round(math.log(best.rate / self.config.optimizer.peak_lr) / math.log(self.flags.rate_step))
+            done = {run.multiple for run in self.ladder.runs if run.size == size}
+            for multiple in others:
+                if multiple not in done:
+                    yield size, multiple, float(f"{best.rate:.4g}")
+
+    def _next_rate(self, size: int, exponent: int) -> float | None:
+        """Return the next learning rate of a size, on a grid around its start; None where the best is between two others."""
+        flags, done = self.flags, self.ladder.rates(size) if self.ladder.runs else {}
+        rate_of = lambda i: float(f"{self.config.optimizer.peak_lr * flags.rate_step**i:.4g}")  # noqa: E731
+        low = exponent - (flags.rates - 1) // 2
+        for i in range(low, low + flags.rates):
+            if rate_of(i) not in done:
+                return rate_of(i)
+        best = best_rate(done)
+        if best.inside or len(done) >= MOST_RATES:
+            return None
+        step = 1 if best.rate == max(done) else -1
+        return float(f"{best.rate * flags.rate_step**step:.4g}")
+
+    def _one(self, size: int, multiple: float, rate: float) -> SmallRun:
+        name = f"size-{size + 1}/tokens-{multiple:g}-rate-{rate:g}"
+        config = small_run(self.sizes[size], self.config, multiple, rate)
+        config = replace(config, name=f"{self.config.name}-{name.replace('/', '-')}", run_dir=str(self.folder / name))
+        if (loss := result_of(config)) is None:
+            code = self._train(config)
+            loss = result_of(config)
+            if loss is None:
+                _refuse(config, code)
+        assert loss is not None
+        return SmallRun(name, size, multiple, parameters_of(config.model), tokens_of(config), rate, loss)
+
+    def _go_on(self) -> Ladder:
+        """Return the ladder that the folder holds, or a new one."""
+        asked = json.loads(json.dumps(to_plain(replace(self.config, run_dir=""))))
+        try:
+            found = read_ladder((self.folder / FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return Ladder(asked, ())
+        except (OSError, ValueError) as error:
+            raise ExplainedError(f"{self.folder / FILE} cannot be read: {error}; give another --folder") from error
+        if found.config != asked:
+            names = [
+                f"{section}.{name}".rstrip(".")
+                for section, held in asked.items()
+                for name, value in (held.items() if isinstance(held, dict) else [("", held)])
+                if (found.config.get(section, {}).get(name) if isinstance(held, dict) else found.config.get(section)) != value
+            ]
+            raise ExplainedError(
+                f"{self.folder} holds the ladder of another config, which differs in {', '.join(names)}; give another --folder"
+            )
+        return found
+
+    def _save(self, forecast: Forecast | None = None) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(self.folder / FILE, self.ladder.to_json(forecast))
+        except OSError as error:
+            raise ExplainedError(f"{self.folder / FILE} cannot be written: {error.strerror}; give another --folder") from error
+
+
+def result_of(config: Config) -> float | None:
+    """Return the final held-out loss of a run that is done, infinity if it diverged, None if it is not done."""
+    rows = read_rows(config.directory / "metrics.jsonl")
+    final = [row["validation_loss"] for row in rows if row["step"] == config.train.steps and "validation_loss" in row]
+    if final:
+        return math.inf if final[-1] is None else final[-1]
+    return math.inf if any(row.get("bad_step") for row in rows) else None
+
+
+def _refuse(config: Config, code: int) -> None:
+    """Raise why a run has no result."""
+    if code == EXIT_DONE:
+        raise ExplainedError(
+            f"{config.directory} has no held-out loss at step {config.train.steps}: with few documents none may be held out; "
+            "raise --data.validation_fraction"
+        )
+    if code == EXIT_STOPPED:
+        raise Stopped(f"in {config.directory}")
+    raise ExplainedError(f"{config.directory}: the run ended with exit code {code}; its output is in {config.directory / 'launch'}")
+
+
+def train_apart(config: Config) -> int:
+    """Train a config in a process of its own, restarted if it dies; return the exit code.
+
+    Raises:
+      ExplainedError: its folder cannot be made.
+    """
+    folder = config.directory
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "small.json", for_another_process(config))
+    except OSError as error:
+        raise ExplainedError(f"{folder} cannot be written: {error.strerror}; give another --folder") from error
+    command = command_of("train", [f"--config={folder / 'small.json'}"])
+    said: list[str] = []
+    code = Supervisor(
+        command, lambda: 1, lambda index, processes: {}, folder / "launch", Policy(RESTARTS), say=said.append
+    ).run()
+    if code == EXIT_DONE or result_of(config) is not None:
+        return code
+    reasons = [line for line in said if "error:" in line]
+    if code in (EXIT_ERROR, EXIT_USAGE) and reasons:
+        raise ExplainedError(f"{folder}: {reasons[-1].partition('error: ')[2]}")
+    return code
