@@ -28,6 +28,7 @@ ROOMS = (
     ("measure",),
     ("preflight",),
     ("command",),
+    ("report",),
     ("cli",),
     ("verbs",),
     ("__main__", "main"),

@@ -290,6 +290,8 @@ class TelemetryConfig:
 
     wandb_project: str = ""
     """Weights & Biases project; empty: none. The key comes from the environment."""
+    prometheus: str = ""
+    """File for Prometheus (node_exporter's textfile collector), ending in .prom, replaced at each logged row; empty: none."""
     profile: str = ""
     """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty: none."""
     energy: EnergySource = "auto"

@@ -88,6 +88,10 @@ def _idle_problems(config: Config) -> list[str]:
         problems.append(f"telemetry.profile={profile!r}: give FIRST:LAST step, e.g. 10:13")
     elif window and not 1 <= int(window[1]) <= int(window[2]) <= steps:
         problems.append(f"telemetry.profile={profile!r} is not within the run, whose steps are 1 to train.steps={steps}")
+    if config.telemetry.prometheus and not config.telemetry.prometheus.endswith(".prom"):
+        problems.append(
+            f"telemetry.prometheus={config.telemetry.prometheus}: node_exporter reads files that end in .prom alone"
+        )
     resume = checkpoint.resume
     if resume not in RESUME_MODES and not resume.isdecimal() and not re.fullmatch(r".+@(\d{1,18}|best)", resume):
         problems.append(f"checkpoint.resume={resume!r}: {nearest(resume, (*RESUME_MODES, 'STEP', 'RUN@STEP'))}")

@@ -53,7 +53,9 @@ class Climb:
       ExplainedError: the folder holds the ladder of another config; or a size cannot be made.
     """
 
-    def __init__(self, config: Config, flags: LadderFlags, folder: Path, tell: Callable[[str], None], train: Train | None = None):
+    def __init__(
+        self, config: Config, flags: LadderFlags, folder: Path, tell: Callable[[str], None], train: Train | None = None
+    ):
         self.config, self.flags, self.folder, self._tell = config, flags, folder, tell
         self._train = train or train_apart
         self.sizes = sizes_of(config, flags)
@@ -82,8 +84,8 @@ class Climb:
             done, passed = len(self.ladder.runs), time.monotonic() - started
             loss = f"loss {run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
             self._tell(
-                f"{done} of {max(total, done)}: {run.parameters:,} parameters, {run.tokens:,} tokens, rate {run.rate:.3g}: {loss}; "
-                f"{duration(passed)} so far"
+                f"{done} of {max(total, done)}: {run.parameters:,} parameters, {run.tokens:,} tokens, rate {run.rate:.3g}: "
+                f"{loss}; {duration(passed)} so far"
             )
         forecast = self.ladder.forecast(parameters_of(self.config.model), tokens_of(self.config))
         self._save(forecast)
@@ -176,7 +178,9 @@ def _refuse(config: Config, code: int) -> None:
         )
     if code == EXIT_STOPPED:
         raise Stopped(f"in {config.directory}")
-    raise ExplainedError(f"{config.directory}: the run ended with exit code {code}; its output is in {config.directory / 'launch'}")
+    raise ExplainedError(
+        f"{config.directory}: the run ended with exit code {code}; its output is in {config.directory / 'launch'}"
+    )
 
 
 def train_apart(config: Config) -> int:

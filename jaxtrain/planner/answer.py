@@ -13,6 +13,7 @@ from rich.text import Text
 
 from jaxtrain.config import Config, to_plain
 from jaxtrain.planner.estimates import Cluster, Estimate, SearchResult
+from jaxtrain.planner.ladder import Forecast
 from jaxtrain.planner.wording import (
     MEMORY_WORDS,
     cluster_words,
@@ -60,6 +61,8 @@ class Plan:
     words: tuple[str, ...]
     """The reasons, one paragraph each."""
     bill: Bill | None = None
+    forecast: Forecast | None = None
+    """The loss that the bill's tokens reach, by a ladder."""
 
     @property
     def best(self) -> Estimate | None:
@@ -186,6 +189,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "best_config": to_plain(plan.best.config) if plan.best else None,
         "words": list(plan.words),
         "bill": dataclasses.asdict(plan.bill) if plan.bill else None,
+        "forecast": dataclasses.asdict(plan.forecast) if plan.forecast else None,
         "search": {"candidates": found.candidates, "pruned": dict(found.pruned), "seconds": found.seconds},
         "pareto": [estimate_json(estimate) for estimate in found.pareto],
         "leanest": estimate_json(found.leanest) if found.leanest else None,

@@ -28,12 +28,12 @@ MOST_RATES = 9
 
 
 def parameters_of(model: ModelConfig) -> int:
-    """N, the parameters that a token is multiplied by."""
+    """Return N, the parameters that a token is multiplied by."""
     return num_parameters(model).matmul
 
 
 def tokens_of(config: Config) -> int:
-    """D, the tokens of the whole run."""
+    """Return D, the tokens of the whole run."""
     return config.train.steps * tokens_per_step(config)
 
 
@@ -115,9 +115,9 @@ def sizes_of(config: Config, flags: LadderFlags) -> list[Config]:
 
 
 def small_run(size: Config, config: Config, tokens: float, rate: float) -> Config:
-    """Return the config of a small run: the config's own schedule and batch, at another length and learning rate.
+    """Return the config of a small run: the config's own schedule and batch, at another length and rate, validated at its end.
 
-    It has `tokens` times the config's tokens per parameter; warm-up keeps its share of the steps. It validates once, at its end.
+    It has `tokens` times the config's tokens per parameter; warm-up keeps its share of the steps.
 
     Raises:
       ExplainedError: it would have fewer than LEAST_STEPS steps.
@@ -136,10 +136,16 @@ def small_run(size: Config, config: Config, tokens: float, rate: float) -> Confi
         size,
         optimizer=replace(optimizer, peak_lr=rate, warmup_steps=warmup),
         train=replace(
-            train, steps=steps, log_every=log_every, validate_every=steps, stop_at_validation_loss=0.0, tasks=(), sample_tokens=0
+            train,
+            steps=steps,
+            log_every=log_every,
+            validate_every=steps,
+            stop_at_validation_loss=0.0,
+            tasks=(),
+            sample_tokens=0,
         ),
         checkpoint=replace(checkpoint, keep=1, keep_every=0, fast_every=0, mirror="", export_hf="", resume="auto"),
-        telemetry=replace(config.telemetry, wandb_project="", profile=""),
+        telemetry=replace(config.telemetry, wandb_project="", prometheus="", profile=""),
     )
 
 
@@ -178,7 +184,7 @@ class SmallRun:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run of some size and length is predicted to reach, and the peak learning rate that it wants."""
+    """The predicted loss of a run of some size and length, and the peak learning rate that it wants."""
 
     parameters: float
     tokens: float

@@ -17,8 +17,8 @@ class LadderFlags:
     """Lengths of each size's runs, in multiples of the config's own tokens per parameter; learning rates are compared at the
     first."""
     rates: int = 3
-    """Learning rates to begin with, around optimizer.peak_lr and then around the best of the size below; more are tried while the
-    best is the lowest or the highest."""
+    """Learning rates to begin with, around optimizer.peak_lr and then around the best of the size below; more are tried while
+    the best is the lowest or the highest."""
     rate_step: float = 2.0
     """Factor between two learning rates."""
     folder: str = ""

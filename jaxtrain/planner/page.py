@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from html import escape
 
 from matplotlib.figure import Figure
 
 from jaxtrain.planner.answer import Bill, Plan
 from jaxtrain.planner.estimates import Estimate
+from jaxtrain.planner.ladder import forecast_words
 from jaxtrain.planner.pictures import (
     DARK,
     LARGEST,
@@ -90,25 +92,35 @@ def render(plan: Plan) -> str:
         f'<p class="lead"><b>{escape(layout_words(best))}</b></p>',
         _tiles(best, plan.bill),
         _words(plan),
-        _section("The mesh on its hosts", _figure(mesh_picture(best), mesh_caption(best))),
-        _section("The schedule of a step", _figure(gantt_picture(best), _schedule_caption(best))),
-        _section("Memory of the fullest device", _figure(memory_picture(plan.ranked), "")),
-        _section("Where a step's time goes", _figure(time_picture(plan.ranked), "")),
-        _section("All layouts: time against memory", _figure(_map(plan), _map_caption(plan))),
-        _section("The ranking", f"<figure>{_ranking(plan)}</figure>"),
+        section("The mesh on its hosts", _figure(mesh_picture(best), mesh_caption(best))),
+        section("The schedule of a step", _figure(gantt_picture(best), _schedule_caption(best))),
+        section("Memory of the fullest device", _figure(memory_picture(plan.ranked), "")),
+        section("Where a step's time goes", _figure(time_picture(plan.ranked), "")),
+        section("All layouts: time against memory", _figure(_map(plan), _map_caption(plan))),
+        section("The ranking", f"<figure>{_ranking(plan)}</figure>"),
         _footer(plan),
     ]
-    title = escape(f"{plan.config.name} on {cluster_words(plan.cluster)}")
+    return document(f"{plan.config.name} on {cluster_words(plan.cluster)}", body)
+
+
+def document(title: str, body: Sequence[str], style: str = "") -> str:
+    """Return a page with nothing from the net.
+
+    Args:
+      body: its parts, as HTML.
+      style: rules beside STYLE.
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _section(title: str, inner: str) -> str:
+def section(title: str, inner: str) -> str:
+    """Return a card with a heading, of HTML."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{inner}\n</section>"
 
 
@@ -117,6 +129,8 @@ def _words(plan: Plan) -> str:
     first, *others = [f"<h3>{title}</h3><p>{escape(words)}</p>" for title, words in zip(HEADINGS, plan.words, strict=False)]
     if plan.bill:
         others.append(f"<h3>The whole run</h3><p>{escape(bill_words(plan.bill))}</p>")
+    if plan.forecast:
+        others.append(f"<h3>What it reaches</h3><p>{escape(forecast_words(plan.forecast))}</p>")
     columns = "".join(f"<div>{paragraph}</div>" for paragraph in others)
     return f'<section>{first}<div class="columns">{columns}</div></section>'
 
@@ -185,7 +199,6 @@ def _ranking(plan: Plan) -> str:
     heads = ("#", "mesh", "schedule", "microbatches", "remat", "choices", "step", "MFU", "tokens/s", "GiB")
     heads += ("in-host GiB", "network GiB", "bubble", "J/token", "from")
     words = {"mesh", "schedule", "remat", "choices", "from"}
-    head = "".join(f"<th{_left(name in words)}>{escape(name)}</th>" for name in heads)
     rows = []
     for rank, layout in enumerate(plan.ranked, 1):
         config = layout.config
@@ -199,8 +212,15 @@ def _ranking(plan: Plan) -> str:
         cells += (options_words(config), seconds(layout.time.total), percent(layout.mfu), f"{layout.tokens_per_second:,.0f}")
         cells += (gib(layout.memory.total), gib(layout.sent(crosses_hosts=False)), gib(layout.sent(crosses_hosts=True)))
         cells += (percent(layout.bubble), joules(layout.joules_per_token), layout.origin)
-        rows.append("".join(f"<td{_left(h in words)}>{escape(cell)}</td>" for h, cell in zip(heads, cells, strict=True)))
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+        rows.append(cells)
+    return table(heads, rows, words)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str]) -> str:
+    """Return a table; columns whose head is among `words` are aligned to the left."""
+    head = "".join(f"<th{_left(name in words)}>{escape(name)}</th>" for name in heads)
+    cells = ["".join(f"<td{_left(h in words)}>{escape(c)}</td>" for h, c in zip(heads, row, strict=True)) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

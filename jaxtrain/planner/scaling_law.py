@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain.errors import ExplainedError
 
 HUBER = 5e-3
-"""Errors in log(loss) above this count in proportion, those below quadratically: twice what equal runs of two seeds differ by."""
+"""Errors in log(loss) above this count in proportion, those below quadratically: about what two seeds differ by."""
 LEAST_RUNS = 6
 """Fewer losses than one more than the law's five numbers say nothing of how well it fits."""
 EXPONENTS = (0.05, 1.5)

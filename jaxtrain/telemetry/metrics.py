@@ -1,4 +1,4 @@
-"""Log a run's metrics: metrics.jsonl and TensorBoard always, Weights & Biases if configured.
+"""Log a run's metrics: metrics.jsonl and TensorBoard always, Weights & Biases and Prometheus if configured.
 
 metrics.jsonl has one JSON object per line. Every row has `time` (seconds since 1970, UTC) and `step`. A training row has `loss`
 (of that step alone), `loss_mean`, `grad_norm`, `learning_rate` and the timings of clock.py; a validation row has
@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from jaxtrain.config import Config, to_plain
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, log_warning
+from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, log_warning, user_path
+from jaxtrain.telemetry.prometheus import PrometheusWriter
 from jaxtrain.telemetry.tensorboard import TensorBoardWriter
 
 
@@ -43,7 +44,7 @@ class MetricsLog:
       process_index: `jax.process_index()`.
       wandb_project: Weights & Biases project; empty for none.
       name: name of the run, for Weights & Biases.
-      config: the resolved config, for TensorBoard's hyperparameters and Weights & Biases.
+      config: the resolved config, for TensorBoard's hyperparameters, Weights & Biases and Prometheus.
       say: called with a line when a file cannot be written, and when it can again: a run goes on without its logs.
 
     Raises:
@@ -68,6 +69,8 @@ class MetricsLog:
         weights_and_biases = [WandbWriter(run_dir, wandb_project, name, config, say)] if wandb_project else []
         tensorboard = TensorBoardWriter(run_dir, start_step, config, say)
         self._writers = [JsonLinesWriter(run_dir, start_step, say), tensorboard, *weights_and_biases]
+        if config is not None and config.telemetry.prometheus:
+            self._writers.append(PrometheusWriter(user_path(config.telemetry.prometheus), name, say))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Log one row with a `step`; adds the `time`. Values: numbers (also numpy's and jax's), strings, None."""

@@ -30,8 +30,8 @@ WIDTH = 120
 """Columns of the tables without a terminal."""
 USAGE = Usage(
     "ladder",
-    "Train small models of a config on this machine's devices, fit the law of their losses, and foretell what the config itself "
-    "reaches and which learning rate it wants. Layout flags given here (--mesh, --train.microbatches) hold for the small runs.",
+    "Train small models of a config on this machine's devices, fit the law of their losses, and foretell what the config "
+    "itself reaches and which learning rate it wants. Layout flags given here (--mesh, --train.microbatches) hold for the small runs.",
     LadderFlags,
 )
 
@@ -111,8 +111,8 @@ def show_sizes(climb: Climb) -> None:
     others = listed(f"{multiple:g}" for multiple in climb.flags.tokens[1:])
     flops, whole = sum(flops_of(run, tokens_of(run)) for run in runs), flops_of(climb.config, tokens_of(climb.config))
     tell(
-        f"{len(runs)} runs: each size with {climb.flags.rates} learning rates at {climb.flags.tokens[0]:g} times the config's tokens "
-        f"per parameter, then at {others} times; more rates where the best is at an end. "
+        f"{len(runs)} runs: each size with {climb.flags.rates} learning rates at {climb.flags.tokens[0]:g} times the config's "
+        f"tokens per parameter, then at {others} times; more rates where the best is at an end. "
         f"{flops:.2e} FLOPs in all, {flops / whole:.1%} of the config's own run. N: parameters that a token is multiplied by, "
         "without the embedding's lookup; D: tokens."
     )
@@ -129,7 +129,9 @@ def show_results(climb: Climb) -> None:
     for size, found in best.items():
         runs = {run.multiple: run for run in ladder.runs if run.size == size}
         n = runs[ladder.first].parameters
-        losses = [f"{points[n, runs[m].tokens]:.4f}" if (n, runs[m].tokens) in points else "diverged" for m in climb.flags.tokens]
+        losses = [
+            f"{points[n, runs[m].tokens]:.4f}" if (n, runs[m].tokens) in points else "diverged" for m in climb.flags.tokens
+        ]
         fitted = " ".join(f"{law.loss(n, runs[m].tokens):.4f}" for m in climb.flags.tokens)
         table.add_row(f"{n:,}", f"{found.rate:.3g}" + ("" if found.inside else " (at the end)"), *losses, fitted)
     print_table(open_console(WIDTH), table)

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jaxtrain.command import Usage, parse
@@ -62,6 +62,8 @@ class PlanFlags:
     """Days to train; prints the tokens that they give, or with --tokens whether they suffice."""
     price_per_gpu_hour: float = 0
     """Price of a GPU-hour, in any currency."""
+    ladder: str = ""
+    """File that `jaxtrain ladder` wrote: prints the loss that the tokens, or else train.steps, reach."""
     write: str = ""
     """File for the best layout as a config, .py or .json, which `jaxtrain train` runs unchanged."""
     html: str = ""
@@ -92,9 +94,14 @@ def main(arguments: Sequence[str]) -> int:
         return explain(config, cluster, flags)
 
     from jaxtrain.planner.answer import plan_json
+    from jaxtrain.planner.ladder import open_ladder, parameters_of, tokens_of
     from jaxtrain.planner.plan import make_plan
 
+    ladder = open_ladder(flags.ladder, config) if flags.ladder else None
     plan = make_plan(config, cluster, flags.objective, flags.verify, flags.tokens, flags.days, flags.price_per_gpu_hour, tell)
+    if ladder:
+        tokens = plan.bill.tokens if plan.bill else tokens_of(config)
+        plan = replace(plan, forecast=ladder.forecast(parameters_of(config.model), tokens))
     if flags.json:
         print(json.dumps(plan_json(plan)))
     if plan.best is None:
@@ -155,10 +162,11 @@ def check_flags(flags: PlanFlags) -> None:
         )
     if flags.compile and flags.run:
         raise UsageError("--compile and --run: give one of them")
-    for name in ("write", "html"):
+    for name in ("write", "html", "ladder"):
         if getattr(flags, name) and (flags.explain or flags.sweep):
-            raise UsageError(f"--{name} saves the best layout of a search; leave out --explain and --sweep")
-        if getattr(flags, name):
+            does = "speaks of" if name == "ladder" else "saves"
+            raise UsageError(f"--{name} {does} the best layout of a search; leave out --explain and --sweep")
+        if getattr(flags, name) and name != "ladder":
             check_output(f"--{name}", getattr(flags, name), flags.overwrite)
 
 
@@ -183,13 +191,15 @@ def make_cluster(config: Config, flags: PlanFlags) -> Cluster:
 def show(plan: Plan) -> None:
     """Print the tables and the paragraphs."""
     from jaxtrain.planner.answer import memory_table, plan_title, ranking_table
+    from jaxtrain.planner.ladder import forecast_words
     from jaxtrain.planner.words import bill_words
     from jaxtrain.tables import print_table
 
     console = open_console(WIDTH)
     print_table(console, ranking_table(plan.ranked, plan_title(plan)))
     print_table(console, memory_table(plan.ranked))
-    for paragraph in (*plan.words, *([bill_words(plan.bill)] if plan.bill else [])):
+    foretold = [forecast_words(plan.forecast)] if plan.forecast else []
+    for paragraph in (*plan.words, *([bill_words(plan.bill)] if plan.bill else []), *foretold):
         console.print()
         console.print(paragraph, soft_wrap=not console.is_terminal)
 
