@@ -1,6 +1,7 @@
 """Train a ladder: small runs one after the other, each a run folder like any other, until the law of their losses is known.
 
-The learning rates of a size are compared first, at one length; its other lengths run at the best of them. What comes next is a
+The learning rates of a size are compared first, at one length, until one is near the vertex of a parabola through the best
+three; the other lengths run at that vertex. What comes next is a
 function of the results so far, so a ladder that was stopped goes on where it was.
 """
 
@@ -21,6 +22,7 @@ from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
 from jaxtrain.planner.ladder import (
     FILE,
     MOST_RATES,
+    NEAR,
     Forecast,
     Ladder,
     SmallRun,
@@ -106,18 +108,23 @@ class Climb:
                     yield size, multiple, float(f"{best.rate:.4g}")
 
     def _next_rate(self, size: int, exponent: int) -> float | None:
-        """Return the next learning rate of a size, on a grid around its start; None where the best is between two others."""
+        """Return the next learning rate of a size: on a grid around its start, beyond its ends, near the best; None for none."""
         flags, done = self.flags, self.ladder.rates(size) if self.ladder.runs else {}
         rate_of = lambda i: float(f"{self.config.optimizer.peak_lr * flags.rate_step**i:.4g}")  # noqa: E731
         low = exponent - (flags.rates - 1) // 2
         for i in range(low, low + flags.rates):
             if rate_of(i) not in done:
                 return rate_of(i)
-        best = best_rate(done)
-        if best.inside or len(done) >= MOST_RATES:
+        lowest, all_diverged = min(done), not any(map(math.isfinite, done.values()))
+        if len(done) >= MOST_RATES:
             return None
-        step = 1 if best.rate == max(done) else -1
-        return float(f"{best.rate * flags.rate_step**step:.4g}")
+        if all_diverged or best_rate(done).rate == lowest:
+            return float(f"{lowest / flags.rate_step:.4g}")
+        best = best_rate(done)
+        if not best.inside:
+            return float(f"{max(done) * flags.rate_step:.4g}")
+        is_near = any(1 / NEAR < rate / best.rate < NEAR for rate in done)
+        return None if is_near else float(f"{best.rate:.4g}")
 
     def _one(self, size: int, multiple: float, rate: float) -> SmallRun:
         name = f"size-{size + 1}/tokens-{multiple:g}-rate-{rate:g}"

@@ -8,6 +8,7 @@ but for attention. D is the tokens that it trains on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from jaxtrain.telemetry.flops import model_flops_per_token, num_parameters
 FILE = "ladder.json"
 LEAST_STEPS = 20
 MOST_RATES = 9
-"""Learning rates of a size, after which the best of them is taken although it is the lowest or the highest."""
+"""Learning rates of a size, after which the best of them is taken whatever may lie beyond."""
+NEAR = 1.2
+"""A rate within this factor of the best one is as good: a parabola as steep as 0.2 nats a factor of e is 0.007 higher there."""
 
 
 def parameters_of(model: ModelConfig) -> int:
@@ -221,7 +224,7 @@ class Ladder:
         return {size: best_rate(self.rates(size)) for size in sorted({run.size for run in self.runs})}
 
     def points(self) -> list[tuple[int, int, float]]:
-        """Return (N, D, loss) of each size and length, each at its size's best learning rate."""
+        """Return (N, D, loss) of each size and length: of the best run, or of that at its size's best learning rate."""
         best, found = self.best_rates(), {}
         for run in self.runs:
             loss = best[run.size].loss if run.multiple == self.first else run.loss
@@ -229,8 +232,9 @@ class Ladder:
                 found[run.parameters, run.tokens] = loss
         return [(n, d, loss) for (n, d), loss in found.items()]
 
+    @functools.cached_property
     def law(self) -> FittedLaw:
-        """Return the law fitted to the points.
+        """The law fitted to the points.
 
         Raises:
           ExplainedError: there are too few.
@@ -242,7 +246,7 @@ class Ladder:
         sizes = {run.size: run.parameters for run in self.runs}
         best = self.best_rates()
         rate = predict_rate([sizes[size] for size in best], [found.rate for found in best.values()], parameters)
-        loss = self.law().predict(parameters, tokens)
+        loss = self.law.predict(parameters, tokens)
         return Forecast(parameters, tokens, loss, rate, parameters / max(sizes.values()))
 
     def to_json(self, forecast: Forecast | None = None) -> str:
@@ -250,7 +254,7 @@ class Ladder:
         runs = [dataclasses.asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in self.runs]
         plain: dict[str, Any] = {"config": self.config, "runs": runs}
         if forecast:
-            law = self.law()
+            law = self.law
             plain |= {
                 "law": dataclasses.asdict(law.law),
                 "exponents": {name: dataclasses.asdict(v) for name, v in zip(("alpha", "beta"), law.exponents, strict=True)},

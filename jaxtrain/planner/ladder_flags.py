@@ -18,7 +18,7 @@ class LadderFlags:
     first."""
     rates: int = 3
     """Learning rates to begin with, around optimizer.peak_lr and then around the best of the size below; more are tried while
-    the best is the lowest or the highest."""
+    the best is the lowest or the highest, and one near the vertex of their parabola."""
     rate_step: float = 2.0
     """Factor between two learning rates."""
     folder: str = ""

@@ -160,7 +160,7 @@ class BestRate:
 
     rate: float
     loss: float
-    """Loss at that rate."""
+    """Least loss of a run."""
     inside: bool = True
     """Whether runs on both sides were worse; else it is the best rate that was tried."""
 
@@ -185,10 +185,10 @@ def best_rate(losses: dict[float, float]) -> BestRate:
     if not all(math.isfinite(losses[rate]) for rate in near):  # no parabola goes through a run that diverged
         return dataclasses.replace(best, inside=True)
     x, y = np.log(near) - math.log(best.rate), np.array([losses[rate] for rate in near])
-    curve, slope, level = np.polyfit(x, y, 2)
+    curve, slope, _ = np.polyfit(x, y, 2)
     if curve <= 0:  # all three alike
         return dataclasses.replace(best, inside=True)
-    return BestRate(best.rate * math.exp(-slope / (2 * curve)), float(level - slope**2 / (4 * curve)))
+    return BestRate(best.rate * math.exp(-slope / (2 * curve)), best.loss)
 
 
 def predict_rate(parameters: Sequence[float], rates: Sequence[float], wanted: float) -> Interval:

@@ -22,6 +22,9 @@ MOST_EVENTS = 40
 """Events of a run that are shown, the newest."""
 LONGEST = 120
 """Letters of a value or an event that are shown in a terminal."""
+FOOTER = """Made by jaxtrain report. FLOPs are model FLOPs, with the causal half of attention. Time is that of training, pauses
+included, without what lies between a stop and a restart. Goodput: seconds of steps that were not repeated, over all seconds
+under the supervisor, or without one over the time of training."""
 _NAMES = {colour: name for name, colour in LIGHT.items()}
 _SHOWN = "".join(f"#{axis}:checked ~ .curves .{axis} {{ display: grid; }}\n" for axis in AXES)
 STYLE = (
@@ -54,20 +57,19 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px
 def render(runs: Sequence[RunRecord]) -> str:
     """Return the page of runs."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    lead = runs[0].state() if len(runs) == 1 else ", ".join(run.name for run in runs)
     latest = max((row.get("time") or 0 for run in runs for row in run.rows[-1:]), default=0)
     when = f"last row of {time.strftime('%Y-%m-%d %H:%M:%S %Z', time.localtime(latest))}" if latest else "no rows"
     differences = differing_fields(runs)
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(", ".join(run.name for run in runs) if len(runs) > 1 else runs[0].state())}; {escape(when)}</p>',
+        f'<p class="lead">{escape(lead)}; {escape(when)}</p>',
         section("Runs", "".join(_summary(run, number) for number, run in enumerate(runs))),
         _curves(runs),
         section("What differs in the configs", _differences(runs, differences)) if differences else "",
         *(section(f"{run.name}: what happened", _events(run)) for run in runs if run.events),
         *(section(f"{run.name}: a sample", f"<pre>{escape(printable(run.sample))}</pre>") for run in runs if run.sample),
-        "<footer>Made by jaxtrain report. FLOPs are model FLOPs, with the causal half of attention; time is that of training, pauses "
-        "included, without what lies between a stop and a restart. Goodput: seconds of steps that were not repeated, over all "
-        "seconds under the supervisor, or without one over the time of training.</footer>",
+        f"<footer>{escape(FOOTER)}</footer>",
     ]
     return document(title, body, STYLE)
 

@@ -135,7 +135,7 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Return what a folder holds. Files that are missing, or cut short because they are being written, count for what they hold.
+    """Return what a folder holds. Files that are missing, or cut short by a write under way, count for what they hold.
 
     Raises:
       UsageError: it holds nothing of a run, or cannot be read.

@@ -31,7 +31,8 @@ WIDTH = 120
 USAGE = Usage(
     "ladder",
     "Train small models of a config on this machine's devices, fit the law of their losses, and foretell what the config "
-    "itself reaches and which learning rate it wants. Layout flags given here (--mesh, --train.microbatches) hold for the small runs.",
+    "itself reaches and which learning rate it wants. Layout flags given here (--mesh, --train.microbatches) are those of the "
+    "small runs.",
     LadderFlags,
 )
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         print(climb.ladder.to_json(forecast), end="")
         return EXIT_DONE
     show_results(climb)
-    law = climb.ladder.law()
+    law = climb.ladder.law
     alpha, beta = law.exponents
     console = open_console(WIDTH)
     console.print(
@@ -122,7 +123,7 @@ def show_results(climb: Climb) -> None:
     """Print each size's losses and best learning rate."""
     from jaxtrain.tables import plain_table, print_table
 
-    ladder, law = climb.ladder, climb.ladder.law().law
+    ladder, law = climb.ladder, climb.ladder.law.law
     heads = ("N", "best rate", *(f"loss at {m:g}x tokens" for m in climb.flags.tokens), "by the law")
     table = plain_table(f"{climb.config.name}: final held-out loss, nats a token", right=heads)
     best, points = ladder.best_rates(), {(n, d): loss for n, d, loss in ladder.points()}

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_a_ladder_finds_the_law_and_the_rates(tmp_path: Path):
     assert len(said) == len(ladder.ladder.runs) >= len(ladder.planned()) == 20
     written = json.loads((tmp_path / FILE).read_text())
     assert written["forecast"]["loss"]["value"] == forecast.loss.value
+
+
+def test_rates_are_looked_for_far_from_the_first(tmp_path: Path):
+    for peak_lr in (1e-1, 1e-4):  # at the first all diverge
+        config = replace(LARGE, optimizer=replace(LARGE.optimizer, peak_lr=peak_lr))
+        ladder, _ = climb(tmp_path / f"{peak_lr}", config=config)
+        assert ladder.run().rate.value == pytest.approx(wanted_rate(LARGE), rel=0.05)
 
 
 def test_a_stopped_ladder_goes_on_to_the_same_end(tmp_path: Path):
