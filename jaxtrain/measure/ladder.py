@@ -108,7 +108,7 @@ class Climb:
                     yield size, multiple, float(f"{best.rate:.4g}")
 
     def _next_rate(self, size: int, exponent: int) -> float | None:
-        """Return the next learning rate of a size: on a grid around its start, beyond its ends, near the best; None for none."""
+        """Return the next learning rate of a size: of a grid around its start, beyond its ends, near the best; or None."""
         flags, done = self.flags, self.ladder.rates(size) if self.ladder.runs else {}
         rate_of = lambda i: float(f"{self.config.optimizer.peak_lr * flags.rate_step**i:.4g}")  # noqa: E731
         low = exponent - (flags.rates - 1) // 2

@@ -10,7 +10,9 @@ import pytest
 from jaxtrain.config.loading import load_config
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError, UsageError
+from jaxtrain.planner.ladder import tokens_of
 from jaxtrain.verbs.plan import main
+from tests.planner.test_ladder import ladder_of
 
 SEVEN = ["--config=configs/7b.py"]
 SMALL = ["--config=configs/1b.py", "--verify=0", "--train.global_batch_size=64"]
@@ -29,6 +31,8 @@ SMALL = ["--config=configs/1b.py", "--verify=0", "--train.global_batch_size=64"]
         (["--explain", "--sweep=mesh.tensor=1"], "give one of them"),
         (["--run"], "go with --sweep"),
         (["--sweep=mesh.tensor=1", "--write=x.py"], "--write saves the best layout of a search"),
+        (["--sweep=mesh.tensor=1", "--ladder=x.json"], "--ladder speaks of the best layout of a search"),
+        (["--ladder=none.json"], "--ladder=none.json: No such file"),
         (["--html=no/folder/page.html"], "there is no folder no/folder"),
         (["--model.head_dim=3"], "head_dim=3"),
         (["--hardware=none.json"], "none.json"),
@@ -77,23 +81,30 @@ def test_sweep(capsys: pytest.CaptureFixture[str]):
 def test_a_search_from_flags_to_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config, page, plan = tmp_path / "best.py", tmp_path / "best.html", tmp_path / "plan.json"
     arguments = [*SMALL, f"--write={config}", f"--html={page}", "--tokens=1e12", "--price-per-gpu-hour=2"]
+    ladder = tmp_path / "ladder.json"
+    ladder.write_text(ladder_of(load_config("1b")).to_json())
+    arguments.append(f"--ladder={ladder}")
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert "1b on 8 × h100-sxm (1 host of 8), best by time" in said.out
     assert "Memory of the fullest device, GiB" in said.out
     assert "GPU-hours" in said.out
     assert "With twice the batch" in said.out
-    assert "<!doctype html>" in page.read_text()
+    reached = "parameters on 1,000,000,000,000 tokens reach a held-out loss of 2.0"
+    assert reached in said.out
+    assert reached in page.read_text()
     best = load_config(config)
     assert validate(best, 8) == best  # what main runs, unchanged
     with pytest.raises(UsageError, match=r"--write=.*best.py: there is a file already; give --overwrite"):
         main(arguments)
-    assert main([*SMALL, f"--html={page}", "--overwrite", "--json", f"--write={tmp_path / 'best.json'}"]) == 0
+    into = [f"--html={page}", f"--write={tmp_path / 'best.json'}"]
+    assert main([*SMALL, *into, "--overwrite", "--json", f"--ladder={ladder}"]) == 0
     plan.write_text(capsys.readouterr().out)
     found = json.loads(plan.read_text())
     assert load_config(plan) == load_config(tmp_path / "best.json") == best
     assert found["ranked"][0]["mesh"] == {axis: size for axis, size in found["best_config"]["mesh"].items() if size > 1}
     assert tuple(found["best_config"]["mesh"].values()) == best.mesh.shape
+    assert found["forecast"]["tokens"] == tokens_of(best)
     times = [row["step_seconds"] for row in found["ranked"]]
     assert times == sorted(times)
 
