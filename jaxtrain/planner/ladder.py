@@ -147,7 +147,7 @@ def small_run(size: Config, config: Config, tokens: float, rate: float) -> Confi
             tasks=(),
             sample_tokens=0,
         ),
-        checkpoint=replace(checkpoint, keep=1, keep_every=0, fast_every=0, mirror="", export_hf="", resume="auto"),
+        checkpoint=replace(checkpoint, keep=1, keep_every=0, keep_best=0, fast_every=0, mirror="", export_hf="", resume="auto"),
         telemetry=replace(config.telemetry, wandb_project="", prometheus="", profile=""),
     )
 

@@ -24,7 +24,7 @@ from jaxtrain.telemetry.plots import column
 from jaxtrain.text import printable
 
 Axis = Literal["tokens", "flops", "time"]
-TOLD = ("resume", "rollback", "skipped", "warning", "error", "stopped", "ended", "done")
+TOLD = ("resume", "branch", "rollback", "skipped", "warning", "error", "stopped", "ended", "done")
 """First words of the lines of log.txt that are events."""
 IDLE = ("name", "run_dir")
 """Fields that differ between any two runs."""
@@ -45,7 +45,11 @@ class Event:
     @property
     def step(self) -> int | None:
         """The step that it names, if it is one to mark in a curve."""
-        found = re.search(r"step (\d+)", self.words) if self.kind in ("resume", "rollback", "skipped", "supervisor") else None
+        found = (
+            re.search(r"step (\d+)", self.words)
+            if self.kind in ("resume", "branch", "rollback", "skipped", "supervisor")
+            else None
+        )
         return int(found[1]) if found else None
 
 
