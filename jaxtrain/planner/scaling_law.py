@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -133,8 +134,9 @@ def _log_loss(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, 
 
 def _minimise(start: np.ndarray, n: np.ndarray, d: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     """(the numbers that minimise the Huber loss from `start` on, that loss)."""
-    from scipy.optimize import least_squares
+    from scipy import optimize
 
+    least_squares: Any = optimize.least_squares  # its stubs know of no jacobian that is a function
     # E stays below every loss that was seen; its lower bound, and that of A and B, mean that the term is gone.
     low = np.array([y.min() - 7, y.min() - 9, EXPONENTS[0], y.min() - 9, EXPONENTS[0]])
     high = np.array([y.min(), np.inf, EXPONENTS[1], np.inf, EXPONENTS[1]])
