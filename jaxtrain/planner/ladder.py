@@ -239,7 +239,8 @@ class Ladder:
         Raises:
           ExplainedError: there are too few.
         """
-        return fit_law(*zip(*self.points(), strict=True))
+        parameters, tokens, losses = zip(*self.points(), strict=True)
+        return fit_law(parameters, tokens, losses)
 
     def forecast(self, parameters: float, tokens: float) -> Forecast:
         """Return the loss that a run of so many parameters and tokens reaches, and its learning rate."""
