@@ -45,7 +45,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differe
         raise CheckpointError(f"a checkpoint holds something else where its run's config should be ({error})") from error
     for flag in [*after, *(flag for flag in before if flag not in after)]:
         if flag in before and flag in after:
-            if before[flag] != after[flag]:
+            if before[flag] != after[flag] and flag != "checkpoint.resume":  # it is of one start
                 (found.hard if _is_hard(flag) else found.soft).append(f"{flag}: {before[flag]} -> {after[flag]}")
             continue
         line = f"{flag}: {before.get(flag, 'not in the checkpoint')} -> {after.get(flag, 'gone')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ TooLong = Literal["drop", "truncate", "refuse"]
 class DataSource:
     """One source of documents."""
 
+    name: str = ""
+    """Its name in metrics; empty: source0, source1 and so on, of data.validation set0, set1."""
     kind: SourceKind = "stdlib"
     """stdlib: the running Python's own source code. text: files. jsonl, parquet, arrow: one document per row. tar: one per
     sample, its member .txt or .json. tokens: .bin made by `jaxtrain tokenize`, or Megatron's with an .idx, or .npy.
@@ -47,6 +50,9 @@ class DataConfig:
     """Tokens in a sequence."""
     mask_documents: bool = True
     """Restrict attention to the document, and restart positions with it, if several are packed into a sequence."""
+    validation: tuple[DataSource, ...] = ()
+    """Sets to validate on beside what the sources hold out: each whole, under its own name; flags --data.validation.0.kind and
+    so on."""
     validation_fraction: float = 0.05
     """Share of the documents that is held out, chosen by the hash of their text, so that copies are never on both sides; of a
     document of more than 100,000 characters, its end. With few documents none may be held out."""
@@ -64,3 +70,8 @@ class DataConfig:
     """Folder that keeps tokenized text and trained tokenizers between runs."""
     store_cache_gib: int = 16
     """GiB of blocks of token files behind URLs that cache_dir keeps; the oldest go first. 0: none."""
+
+
+def names_of(sources: Sequence[DataSource], otherwise: str) -> tuple[str, ...]:
+    """Return the names of sources in metrics; `otherwise` and its number for one that has none."""
+    return tuple(source.name or f"{otherwise}{number}" for number, source in enumerate(sources))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from jaxtrain.config import REMAT_NAMES, Config
 from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.config.source_rules import remote_problems, source_problems, tokenizer_problems
+from jaxtrain.config.validation_rules import validation_problems
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.hardware import load_chip
 
@@ -67,6 +68,7 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:
         problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
+    problems += validation_problems(config)
     problems += _idle_problems(config) + _guard_problems(config) + objective_problems(config)
     if config.telemetry.hardware != "auto":
         problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))

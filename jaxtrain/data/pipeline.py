@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxtrain.config import Config, DataSource
+from jaxtrain.config.data_fields import names_of
 from jaxtrain.data.chat_source import answer_ends, open_chat
-from jaxtrain.data.chat_store import Prompts, StoredSamples, first_question
+from jaxtrain.data.chat_store import Prompts, first_question
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.open_source import OpenSource, text_bytes
 from jaxtrain.data.order import Order
 from jaxtrain.data.packing import Batch, pack
 from jaxtrain.data.prefetch import Prefetcher
 from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
 from jaxtrain.data.token_files import open_token_files
-from jaxtrain.data.token_part import TokenPart, part_of_stream
+from jaxtrain.data.token_part import part_of_stream
 from jaxtrain.data.tokenizers import NO_TOKENIZER, IdTokenizer, Tokenizer, load_tokenizer
+from jaxtrain.data.validation_sets import check_not_trained, config_of_set, open_set
 from jaxtrain.data.windows import (
     SYNTHETIC_VALIDATION_WINDOWS,
     SYNTHETIC_WINDOWS,
@@ -35,20 +37,6 @@ from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.files import user_path
 
 PROMPT_SEARCH_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True)
-class OpenSource:
-    """One source of the mixture, ready to read. `identity` is its part of the fingerprint."""
-
-    words: str
-    weight: float
-    train: Windows | PackedRows
-    validation: Windows | PackedRows
-    validation_parts: tuple[TokenPart, ...]
-    split_rules: frozenset[str]
-    identity: object
-    chat: StoredSamples | None = None
 
 
 def open_data(config: Config) -> Data:
@@ -85,7 +73,23 @@ def open_data(config: Config) -> Data:
             sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
     _check_split_rules(sources)
     _check_sorts(sources, config)
-    return Data(config, tokenizer, sources)
+    return Data(config, tokenizer, sources, _open_sets(config, tokenizer, corpora, cache_dir))
+
+
+def _open_sets(config: Config, tokenizer: Tokenizer, corpora: Mapping[int, Corpus], cache_dir: Path) -> dict[str, Data]:
+    """Open the sets of data.validation, each as data of which all is held out."""
+    sources, names = config.data.validation, names_of(config.data.validation, "set")
+    opened = {
+        name: open_set(source, i, config, tokenizer, cache_dir)
+        for i, (name, source) in enumerate(zip(names, sources, strict=True))
+    }
+    check_not_trained(opened, {i: corpus.hashes for i, corpus in corpora.items()})
+    found = {}
+    for source, (name, held_out) in zip(sources, opened.items(), strict=True):
+        windows = held_out.windows
+        own = OpenSource(held_out.words, 1.0, windows, windows, held_out.parts, frozenset(), held_out.identity)
+        found[name] = Data(config_of_set(config, source), tokenizer, [own])
+    return found
 
 
 def _check_split_rules(sources: Sequence[OpenSource]) -> None:
@@ -209,8 +213,10 @@ class Data:
     fingerprint: str
     """Hash of the sources' contents and weights, the split, the tokenizer, sequence_length and mask_documents; neither the
     seed nor paths are in it."""
+    words: str
+    """What each source and set is."""
     description: str
-    """One line for a person."""
+    """The same in one line, with the tokenizer."""
     tokens_per_epoch: int
     """Training targets in all sources, each counted once."""
     validation_tokens: int
@@ -221,9 +227,14 @@ class Data:
     """8 x bytes of gzip -9 of the joined held-out documents / their own bytes; None if the text is not available. Only the
     first 64 MiB of a source are measured."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, sources: Sequence[OpenSource]):
+    sets: Mapping[str, Data]
+    """The sets of data.validation by their names, each with all of it in its validation batches."""
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, sources: Sequence[OpenSource], sets: Mapping[str, Data] | None = None
+    ):
         """Keep what `open_data` has opened and checked."""
-        data = config.data
+        data, self.sets = config.data, sets or {}
         self._config, self._sources = config, sources
         self._train = [source.train for source in sources]
         self._validation = [source.validation for source in sources]
@@ -236,15 +247,14 @@ class Data:
         self.fingerprint = short_hash(
             ["data-2", identity, tokenizer.fingerprint, data.sequence_length, data.mask_documents],
         )
-        words = "; ".join(source.words for source in sources)
+        self.words = "; ".join([*(source.words for source in sources), *(own.words for own in self.sets.values())])
         self.description = (
-            f"{words}; tokenizer {data.tokenizer if tokenizer.separator >= 0 else 'none'}, {self.vocab_size:,} ids"
+            f"{self.words}; tokenizer {data.tokenizer if tokenizer.separator >= 0 else 'none'}, {self.vocab_size:,} ids"
         )
         self.tokens_per_epoch = sum(windows.num_targets for windows in self._train)
         self.validation_tokens = sum(windows.num_targets for windows in self._validation)
         parts = [part for source in sources for part in source.validation_parts if len(part.tokens) > 1]
-        is_text = all(part.utf8_bytes for part in parts) and not any(source.chat for source in sources)
-        self.validation_bytes = sum(part.utf8_bytes for part in parts) if is_text else 0
+        self.validation_bytes = text_bytes(sources)
         gzip_input = sum(part.gzip_input_bytes for part in parts) if all(part.gzip_input_bytes for part in parts) else 0
         self.gzip_bits_per_byte = 8 * sum(part.gzip_bytes for part in parts) / gzip_input if gzip_input else None
 
@@ -365,11 +375,15 @@ class Data:
             picks.append((source, window - first) if source < len(self._validation) else None)
         return picks
 
-    def bits_per_byte(self, mean_loss: float) -> float | None:
-        """mean_loss (nats per token, over all held-out tokens) x tokens / bytes / ln 2; None if the bytes are unknown."""
-        if not self.validation_bytes:
-            return None
-        return mean_loss * self.validation_tokens / self.validation_bytes / math.log(2)
+    def bits_per_byte(self, mean_loss: float, source: int | None = None) -> float | None:
+        """mean_loss (nats per token, over all held-out tokens) x tokens / bytes / ln 2; None if the bytes are unknown.
+
+        Args:
+          source: index of the source that both are of; None: of all.
+        """
+        of = self._sources if source is None else [self._sources[source]]
+        tokens, size = sum(own.validation.num_targets for own in of), text_bytes(of)
+        return mean_loss * tokens / size / math.log(2) if size else None
 
     def sample_prompt(self, num_tokens: int) -> np.ndarray:
         """Return the first `num_tokens` ids, [num_tokens] int32, of a held-out document at least that long.

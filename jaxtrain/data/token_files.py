@@ -67,7 +67,7 @@ def open_token_files(
         check_ids(file.part, file.name, tokenizer, config, cache_dir)
     train = [file.part for file in files if file.split != VALIDATION]
     validation = [file.part for file in files if file.split == VALIDATION]
-    if not train:
+    if not train and data.validation_fraction:
         raise DataError(f"{name}.path={source.path}: every file is held-out text; name the training file too")
     if any(part.split_rule not in ("", split_rule(0)) or len(part.tokens) for part in validation):
         return train, validation

@@ -26,6 +26,8 @@ from jaxtrain.text import discard, printable, readable_size
 
 REFRESHES_PER_SECOND = 4
 UNKNOWN = "?"
+MOST_NAMED = 12
+"""Sets, sources and ranges of positions of a validation that its line has."""
 
 
 class Progress:
@@ -198,6 +200,9 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
     add("validation_ema_loss", "of the average {:.4f}")
     add("validation_reward", "validation reward {:.3f}")
     add("validation_bits_per_byte", "{:.4f} bits/byte" if is_validation(row) else "validation {:.3f} bits/byte")
+    named = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("validation_loss/")}
+    shown = [f"{name} {value:.4f}" for name, value in named.items() if "/" not in name]
+    parts += shown[:MOST_NAMED] + ([f"{len(shown) - MOST_NAMED} more"] if len(shown) > MOST_NAMED else [])
     add("tokens_per_second", "{:,.0f} tokens/s")
     add("tflops_per_second_per_device_full", "{:,.3g} TFLOP/s/device")
     add("mfu_full", "MFU {:.1f}% full", 100)

@@ -8,42 +8,45 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain.config.data_fields import names_of
 from jaxtrain.data.pipeline import Data
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.inference.engine import Sampling
 from jaxtrain.inference.model import Model
 from jaxtrain.models.decoder import parameter_dims
+from jaxtrain.objectives import SequenceObjective, objective_of
 from jaxtrain.sharding import named
 from jaxtrain.train.average import with_average
 from jaxtrain.train.export import hf_writer
-from jaxtrain.train.gradients import make_evaluation_step
+from jaxtrain.train.feed import to_global
+from jaxtrain.train.gradients import make_evaluation_step, make_group_evaluation
 from jaxtrain.train.prepared import Prepared
 
 PyTree = Any
 
 
 class Evaluation:
-    """The mean loss of a held-out token, in nats: the same on every mesh.
+    """The mean loss of a held-out token, in nats, the same on every mesh: of all sources, of each of several, of each set of
+    data.validation, and of each range of positions.
 
     Args:
-      batches: validation batches to score; 0 for all.
+      batches: validation batches of each set to score; 0 for all.
     """
 
     def __init__(self, prepared: Prepared, data: Data, batches: int = 0):
         self._prepared, self._data = prepared, data
-        whole = data.num_validation_batches(prepared.config.train.global_batch_size)
-        self.batches = min(whole, batches or whole)
+        config, self._sets = prepared.config, {"": data, **data.sets}
+        wholes = {name: own.num_validation_batches(config.train.global_batch_size) for name, own in self._sets.items()}
+        self._batches = {name: min(whole, batches or whole) for name, whole in wholes.items()}
+        self.batches = sum(self._batches.values())
         """Batches that are scored; 0 where nothing is held out."""
-        self._step = make_evaluation_step(prepared.config, prepared.mesh, prepared.backend)
-
-    def __call__(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> float | None:
-        """Return the mean negative log likelihood of the held-out tokens, in nats a token; of a sequence objective its loss.
-
-        Args:
-          ends: asked before each batch, by its number; True leaves the rest, and None is returned. All processes say the same.
-        """
-        means = self._means(params, ends)
-        return None if means is None else means["loss"]
+        self._sources = names_of(config.data.sources, "source")
+        self._edges = position_edges(config.data.sequence_length, config.train.position_ranges)
+        self._groups = len(self._sources) * len(self._edges)
+        arguments = config, prepared.mesh, prepared.backend
+        if isinstance(objective_of(config), SequenceObjective):  # its loss is of pairs
+            self._groups = 1
+        self._step = make_group_evaluation(*arguments, self._groups) if self._groups > 1 else make_evaluation_step(*arguments)
 
     def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
         """Return the `row` of the weights, and the same of their average (`validation_ema_loss`), where there is one."""
@@ -55,26 +58,79 @@ class Evaluation:
         return None if more is None else found | ours
 
     def row(self, params: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
-        """Return the loss as `validation_loss`, `validation_bits_per_byte`, and a sequence objective's own metrics; None where
-        `ends` ended it.
-        """
-        means = self._means(params, ends)
-        if means is None:
-            return None
-        loss = means.pop("loss")
-        found = {"validation_loss": loss, "validation_bits_per_byte": self._data.bits_per_byte(loss)}
-        return found | {f"validation_{name}": value for name, value in means.items()}
+        """Return `validation_loss`, `validation_bits_per_byte`, and a sequence objective's own metrics; the same of a source, a
+        set or a range of positions behind its name, `validation_loss/NAME`. Where the sources hold out nothing, the first is
+        the mean over all sets.
 
-    def _means(self, params: PyTree, ends: Callable[[int], bool]) -> dict[str, float] | None:
-        size, rows, sums = self._prepared.config.train.global_batch_size, self._prepared.rows(), []
-        for number in range(self.batches):
+        Args:
+          ends: asked before each batch, by its number; True leaves the rest, and None is returned. All processes say the same.
+        """
+        found, totals, done = {}, [], 0
+        for name, data in self._sets.items():
+            total = self._total(data, range(self._batches[name]), params, lambda number, done=done: ends(done + number))
+            if total is None:
+                return None
+            done += self._batches[name]
+            if total:
+                totals.append(total)
+                found |= self._figures(data, total, f"/{name}" if name else "")
+        if "validation_loss" not in found:
+            loss, targets = (sum(float(total[name].sum()) for total in totals) for name in ("loss", "targets"))
+            found = {"validation_loss": loss / targets, "validation_bits_per_byte": None} | found
+        return found
+
+    def _total(self, data: Data, numbers: range, params: PyTree, ends: Callable[[int], bool]) -> dict[str, np.ndarray] | None:
+        """Return the sums over some batches, float64, each [groups] where tokens have groups."""
+        prepared, size, rows, sums = self._prepared, self._prepared.config.train.global_batch_size, self._prepared.rows(), []
+        for number in numbers:
             if ends(number):
                 return None
-            batch = self._prepared.place(self._data.validation_batch(number, rows, size))
-            sums.append(jax.device_get(self._step(params, batch)))
-        total = {name: np.sum([each[name] for each in sums], dtype=np.float64) for name in (sums[0] if sums else ())}
-        count = total.pop("targets")
-        return {name: float(value / count) for name, value in total.items()}
+            batch = data.validation_batch(number, rows, size)
+            placed = prepared.place(batch)
+            if self._groups > 1:
+                picks = data.validation_row_numbers(number, rows, size)
+                groups = {"groups": self._groups_of(batch["positions"], [pick[0] if pick else 0 for pick in picks])}
+                placed |= to_global(groups, rows, size, ("groups",), prepared.sharding)
+            sums.append(jax.device_get(self._step(params, placed)))
+        return {
+            name: np.asarray(np.sum([each[name] for each in sums], axis=0, dtype=np.float64))
+            for name in (sums[0] if sums else ())
+        }
+
+    def _groups_of(self, positions: np.ndarray, sources: list[int]) -> np.ndarray:
+        """Return the group of each token, int32 [rows, L]: its source's number times the ranges, and its range of positions."""
+        ranges = np.searchsorted(self._edges, positions, side="right") - 1
+        return (np.array(sources)[:, None] * len(self._edges) + ranges).astype(np.int32)
+
+    def _figures(self, data: Data, total: dict[str, np.ndarray], suffix: str) -> dict[str, float | None]:
+        """Return a set's part of a row."""
+        targets = total["targets"].sum()
+        means = {name: float(value.sum() / targets) for name, value in total.items() if name != "targets"}
+        loss = means.pop("loss")
+        found = _of_text(suffix, loss, data.bits_per_byte(loss), int(targets) if suffix else None)
+        found |= {f"validation_{name}{suffix}": value for name, value in means.items()}
+        if self._groups == 1:
+            return found
+        losses, counts = (total[name].reshape(len(self._sources), -1) for name in ("loss", "targets"))
+        if not suffix and len(self._sources) > 1:
+            for i in np.flatnonzero(counts.sum(1)):
+                mean = float(losses[i].sum() / counts[i].sum())
+                found |= _of_text(f"/{self._sources[i]}", mean, data.bits_per_byte(mean, int(i)), int(counts[i].sum()))
+        if len(self._edges) > 1:
+            for i in np.flatnonzero(counts.sum(0)):
+                found[f"validation_loss{suffix}/from_{self._edges[i]}"] = float(losses[:, i].sum() / counts[:, i].sum())
+        return found
+
+
+def _of_text(suffix: str, loss: float, bits: float | None, tokens: int | None) -> dict[str, float | None]:
+    """Return loss, bits per byte and tokens; of a part of the row, what is known of them."""
+    found = {f"validation_loss{suffix}": loss, f"validation_bits_per_byte{suffix}": bits, f"validation_tokens{suffix}": tokens}
+    return {name: value for name, value in found.items() if value is not None or name == "validation_bits_per_byte"}
+
+
+def position_edges(length: int, ranges: int) -> tuple[int, ...]:
+    """Return the first position of each range: 0, and then length / 2^n up to length / 2."""
+    return (0, *(length >> n for n in range(max(ranges, 1) - 1, 0, -1)))
 
 
 def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:

@@ -16,7 +16,7 @@ from jaxtrain.models.decoder import Decoder
 from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.objectives import COEFFICIENTS, PRETRAIN, SCORE, Objective, objective_of
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
-from jaxtrain.ops.losses import OF_TOKENS, count_targets
+from jaxtrain.ops.losses import IGNORED, OF_TOKENS, count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
@@ -254,14 +254,40 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
     return _jit_region(config, mesh, region, outputs=PartitionSpec())
 
 
+def make_group_evaluation(config: Config, mesh: Mesh, backend: str, count: int) -> Step:
+    """Return the jitted (params, batch) -> {"loss", "targets"}, float32 [count]: the sums of `make_evaluation_step` over the
+    tokens of each group.
+
+    Args:
+      count: number of groups; the batch has the group of each token, "groups", int32 [B, L].
+    """
+    model, microbatches, held = make_decoder(config, mesh, backend), config.train.microbatches, params_dims(config)
+    functions, schedule = model.loss_functions(SCORE), forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
+
+    def region(params: PyTree, batch: PyTree) -> PyTree:
+        groups = share_out({"groups": batch["groups"]}, model.attention.kind)["groups"]
+        targets = share_out({"targets": batch["targets"]}, model.attention.kind)["targets"]
+        rows = {name: batch[name] for name in token_names(config)}
+        rows = _placed_microbatches(config, model, SCORE, rows) | {"scale": jnp.ones(microbatches)}
+        log_probs = _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]["log_probs"]
+
+        def of_groups(values: jax.Array) -> jax.Array:
+            sums = jax.ops.segment_sum(values.reshape(-1), groups.reshape(-1), num_segments=count)
+            return sum_over(sums, _BATCH_AXES)
+
+        return {"loss": of_groups(-log_probs), "targets": of_groups((targets != IGNORED).astype(jnp.float32))}
+
+    return _jit_region(config, mesh, region, PartitionSpec(), ("groups",))
+
+
 def _reproducible(config: Config, mesh: Mesh) -> dict[str, Any] | None:
     """Return the compiler's options of a read-only program."""
     return deterministic_options(config, mesh.devices.flat[0].platform) or None
 
 
-def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec) -> Step:
-    """Return the jit of a read-only region over (params, batch)."""
+def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec, further: tuple[str, ...] = ()) -> Step:
+    """Return the jit of a read-only region over (params, batch), which has `further` arrays beside the tokens'."""
     dims = params_dims(config)
-    rows = specs(dict.fromkeys(token_names(config), BATCH_DIMS))
+    rows = specs(dict.fromkeys((*token_names(config), *further), BATCH_DIMS))
     mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=outputs, check_vma=True)
     return jax.jit(mapped, compiler_options=_reproducible(config, mesh))

@@ -249,6 +249,7 @@ class Run:
             "training tokens": self.data.tokens_per_epoch,
             "held-out tokens": self.data.validation_tokens,
             "validation batches": self.data.num_validation_batches(self.config.train.global_batch_size),
+            "validation sets": {name: data.fingerprint for name, data in self.data.sets.items()},
             ROLLBACKS_FILE: rollbacks_digest(self.directory),
         }
 
@@ -406,13 +407,12 @@ class Run:
             evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).of_state
             self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
             return self.validation
-        if not train.validate_every or not self.data.num_validation_batches(train.global_batch_size):
+        if not train.validate_every or not (evaluation := Evaluation(self.prepared, self.data, train.validate_batches)).batches:
             return None
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
-        evaluate = Evaluation(self.prepared, self.data, train.validate_batches).of_state
         stop_at, metric = train.stop_at_validation_loss, train.validation_metric
-        self.validation = Validation(telemetry, evaluate, self.stop.ends_before, stop_at, metric)
+        self.validation = Validation(telemetry, evaluation.of_state, self.stop.ends_before, stop_at, metric)
         return self.validation
 
     def _diagnose(self, state: PyTree, step: int) -> str:

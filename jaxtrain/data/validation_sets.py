@@ -1,0 +1,77 @@
+"""Sets of data.validation: sources of which every token is held out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxtrain.config import Config, DataSource
+from jaxtrain.data.chat_source import open_chat
+from jaxtrain.data.chat_windows import PackedRows
+from jaxtrain.data.corpus import open_corpus
+from jaxtrain.data.token_cache import cached_streams
+from jaxtrain.data.token_files import open_token_files
+from jaxtrain.data.token_part import TokenPart, part_of_stream
+from jaxtrain.data.tokenizers import Tokenizer
+from jaxtrain.data.windows import StreamWindows
+from jaxtrain.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationSet:
+    """A set, to be scored whole."""
+
+    words: str
+    windows: StreamWindows | PackedRows
+    parts: tuple[TokenPart, ...]
+    identity: object
+    files: tuple[str, ...] = ()
+    """Hashes of its files of text."""
+
+
+def config_of_set(config: Config, source: DataSource) -> Config:
+    """Return a config with a set as its only source, from which nothing is taken away."""
+    data = dataclasses.replace(config.data, sources=(source,), validation=(), validation_fraction=0.0)
+    return dataclasses.replace(config, data=data)
+
+
+def open_set(source: DataSource, number: int, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> ValidationSet:
+    """Open a set, and tokenize it at first use. Of token files it has what trains, or else the held-out ones.
+
+    Raises DataError where it cannot be read, or has no token to predict.
+    """
+    name, of_set = f"data.validation.{number}", config_of_set(config, source)
+    if source.kind == "chat":
+        chat = open_chat(source, name, of_set, tokenizer, cache_dir)
+        return ValidationSet(f"set {of_set.data.sources[0].name or number} {chat.words}", chat.train, (), chat.identity)
+    files: Sequence[str] = ()
+    if source.kind == "tokens":
+        train, held_out = open_token_files(source, name, tokenizer, of_set, cache_dir)
+        parts = train or held_out
+    else:
+        corpus = open_corpus(source, name, 0.0, cache_dir)
+        parts, files = (
+            [part_of_stream(cached_streams(corpus, tokenizer, config.data.tokenizer, cache_dir).train)],
+            corpus.hashes,
+        )
+    windows = StreamWindows(parts, config.data.sequence_length, padded=True)
+    if not windows.count:
+        raise DataError(f"{name}: {source.path or source.kind} has no token to predict")
+    identity = [source.kind, [part.sha256 for part in parts], windows.separator]
+    words = f"set {source.name or number} {source.path or source.kind}: {windows.num_targets:,} tokens"
+    return ValidationSet(words, windows, tuple(parts), identity, tuple(files))
+
+
+def check_not_trained(sets: Mapping[str, ValidationSet], trained: Mapping[int, Sequence[str]]) -> None:
+    """Raise DataError if a set has a file of which a source trains on the greater part.
+
+    Args:
+      trained: hashes of the files of each source of text, by its index.
+    """
+    for name, held_out in sets.items():
+        for index, files in trained.items():
+            if set(held_out.files) & set(files):
+                raise DataError(
+                    f"data.validation: set {name} has a file that data.sources.{index} trains on; leave it out of one"
+                )
