@@ -58,7 +58,8 @@ def scored(config, mesh):
 @pytest.fixture(scope="module")
 def told(config):
     prepared, data, params = scored(config[0], config[0].mesh)
-    return prepared, data, params, Evaluation(prepared, data).row(params)
+    evaluation = Evaluation(prepared, data)
+    return prepared, data, params, evaluation, evaluation.row(params)
 
 
 def by_hand(prepared, data, params):
@@ -74,7 +75,7 @@ def by_hand(prepared, data, params):
 
 
 def test_every_number_is_the_mean_of_its_tokens(told, config):
-    prepared, data, params, row = told
+    prepared, data, params, _, row = told
     tokens, books = by_hand(prepared, data, params), by_hand(prepared, data.sets["books"], params)
     assert len(tokens) == data.validation_tokens
     assert len(books) == row["validation_tokens/books"] == config[1]  # the whole set, once: bytes and one separator a text
@@ -93,24 +94,24 @@ def test_every_number_is_the_mean_of_its_tokens(told, config):
 
 
 def test_another_mesh_tells_the_same(told, config):
-    _, _, _, row = told
+    *_, row = told
     piped = replace(config[0], train=replace(config[0].train, microbatches=2))
     prepared, data, params = scored(piped, MeshConfig(data=2, fsdp=2, tensor=2))
     assert {name: pytest.approx(value, rel=1e-5) for name, value in row.items()} == Evaluation(prepared, data).row(params)
 
 
 def test_a_line_is_short_and_a_signal_ends_all_sets(told):
-    prepared, data, params, row = told
+    _, _, params, evaluation, row = told
     words = describe({"step": 1, **row}, 9)
     assert f"code {row['validation_loss/code']:.4f} | prose" in words
     assert "from_8" in words
-    evaluation, asked = Evaluation(prepared, data), []
+    asked = []
     assert evaluation.row(params, lambda number: asked.append(number) or number == evaluation.batches - 1) is None
     assert asked == list(range(evaluation.batches))
 
 
 def test_without_held_out_text_the_sets_are_what_counts(told, config):
-    prepared, _, params, row = told
+    prepared, _, params, _, row = told
     only = replace(config[0], data=replace(config[0].data, validation_fraction=0.0))
     found = Evaluation(prepared, open_data(only)).row(jax.tree.map(lambda leaf: leaf, params))
     assert found["validation_loss"] == pytest.approx(row["validation_loss/books"])
