@@ -111,14 +111,15 @@ def block_gradients(
     logits = _masked(scores, visible)
     sum_in = functools.partial(jnp.einsum, preferred_element_type=logits.dtype)
     weights = jnp.exp(logits - logsumexp_BKGQ[..., None])
-    dv = sum_in("BKGQS,BKGQM->BKSM", weights.astype(do_BKGQM.dtype), do_BKGQM)
+    # The narrow operand first: a CPU transposes the first one, and the scores are the larger.
+    dv = sum_in("BKGQM,BKGQS->BKMS", do_BKGQM, weights.astype(do_BKGQM.dtype)).swapaxes(-1, -2)
     d_weights = sum_in("BKGQM,BKSM->BKGQS", do_BKGQM, v_BKSM)
     d_logits = weights * (d_weights - delta_BKGQ[..., None]) * rule.factor(q_BKGQN.shape[-1])
     if rule.softcap:
         d_logits = d_logits * (1 - jnp.square(scores / rule.softcap))
     d_logits = d_logits.astype(q_BKGQN.dtype)
     dq = sum_in("BKGQS,BKSN->BKGQN", d_logits, k_BKSN)
-    dk = sum_in("BKGQS,BKGQN->BKSN", d_logits, q_BKGQN)
+    dk = sum_in("BKGQN,BKGQS->BKNS", q_BKGQN, d_logits).swapaxes(-1, -2)
     return dq, dk, dv
 
 
