@@ -46,8 +46,11 @@ class Logits(NamedTuple):
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.temperature != 1:
             logits = logits / self.temperature
-        start = lax.axis_index("tensor") * logits.shape[-1]
-        return jnp.where(start + jnp.arange(logits.shape[-1]) < self.vocab_size, logits, MASKED_LOGIT)
+        share = logits.shape[-1]
+        if share * lax.axis_size("tensor") <= self.vocab_size:  # no padding; a CPU would copy all logits to mask none
+            return logits
+        ids = lax.axis_index("tensor") * share + jnp.arange(share)
+        return jnp.where(ids < self.vocab_size, logits, MASKED_LOGIT)
 
     def before_softcap(self, logits: jax.Array, d_logits: jax.Array) -> jax.Array:
         """Return the gradient of x W from that of these logits: d (1 - (l / c)^2) / temperature, with l before it is divided.
