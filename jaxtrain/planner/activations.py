@@ -21,9 +21,6 @@ from jaxtrain.layout import (
 from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.planner.layer_table import BYTES, FLOAT32, count_norms, is_gated, is_read_again, layer_weights
 
-ACTIVATION_KEEPS = {"silu": 4, "gelu": 4, "gelu_tanh": 6, "clipped_silu": 7}
-"""Arrays of an MLP's width that remat none keeps of its activation; a gate adds two."""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -153,26 +150,28 @@ def _named(config: Config, sizes: Sizes, backend: str) -> dict[str, float]:
 
 
 def _kept_of_everything(config: Config, sizes: Sizes, backend: str) -> float:
-    """Return the bytes that remat none keeps.
+    """Return the bytes that remat none keeps: the inputs of matmuls, norms and activations (`ops/recompute.py`).
 
-    A norm keeps three float32 of its input's size, and a block's input is kept in compute dtype; an activation keeps
-    `ACTIVATION_KEEPS` arrays of its width. Taking turns keeps what goes through its barriers too: half a residual stream, and
-    attention's projection before it is summed over tensor.
+    Taking turns keeps attention's projection too, before it is summed over tensor.
     """
     model, bytes_each = config.model, BYTES[config.model.dtype]
-    kept = (3 * FLOAT32 * count_norms(model) + 2 * bytes_each) * sizes.stream
-    kept += bytes_each * (ACTIVATION_KEEPS[model.activation] + 2 * is_gated(model)) * sizes.mlp
-    kept += bytes_each * (sizes.query + sizes.key + sizes.value) + _attention_kept(config, sizes, backend)
-    kept += (3 * FLOAT32 + bytes_each) * sizes.latents
-    if sizes.parts > 1:
-        kept += bytes_each * (sizes.sequence + sizes.stream / 2)
-    if model.qk_norm != "none":
-        kept += 3 * FLOAT32 * (sizes.query + sizes.key)
+    kept = bytes_each * (2 + count_norms(model)) * sizes.stream
+    kept += bytes_each * (2 + is_gated(model)) * sizes.mlp
+    read = sizes.query + sizes.key + sizes.value
+    if model.latent_attention:  # keys with the part that RoPE turns, in each head; values padded to their width for cuDNN
+        read = 2 * sizes.query + (sizes.query if backend.startswith("cudnn") else sizes.value)
+    kept += bytes_each * read + _attention_kept(config, sizes, backend)
+    kept += 2 * bytes_each * sizes.latents
+    if sizes.parts > 1 and config.mesh.tensor > 1:
+        kept += bytes_each * sizes.sequence
+    if model.qk_norm != "none":  # over all heads of tensor it is no norm of one device, and keeps what JAX keeps
+        kept += (bytes_each if model.qk_norm == "head" else 3 * FLOAT32) * (sizes.query + sizes.key)
     if backend == "reference":
         kept += (FLOAT32 + bytes_each) * sizes.statistics * config.data.sequence_length
     if model.moe:
         width = model.moe.mlp_dim / config.mesh.tensor
-        arrays = ACTIVATION_KEEPS[model.activation] + 2
-        kept += bytes_each * sizes.rows * (model.embed_dim + arrays * width) - bytes_each * sizes.stream
-        kept += FLOAT32 * (sizes.stream + sizes.choices * model.embed_dim + 3 * sizes.tokens * model.moe.num_experts)
+        if sizes.parts == 1 and not model.moe.shared_experts:  # then nobody but the dispatch reads what the norm made
+            kept -= bytes_each * sizes.stream
+        kept += bytes_each * sizes.rows * (model.embed_dim + 3 * width)
+        kept += FLOAT32 * (sizes.stream + sizes.choices * model.embed_dim + 2 * sizes.tokens * model.moe.num_experts)
     return kept
