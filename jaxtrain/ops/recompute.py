@@ -16,6 +16,7 @@ def keeps_arguments(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
     three in float32, which must be written and read again. XLA fuses the computation into the backward pass's own.
     """
 
+    # jax.checkpoint would not do: the policy of the layer's own reaches into it, and `none` keeps everything in there.
     def backward(arrays: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
         return jax.vjp(function, *arrays)[1](gradient)
 

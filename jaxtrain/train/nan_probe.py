@@ -84,6 +84,10 @@ class Watched:
             if inner is not None:
                 jaxpr_in, consts_in = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
                 results, results_fine = self._evaluate(jaxpr_in, consts_in, list(given), list(given_fine), counts)
+            elif eqn.primitive.name == "custom_vjp_call":  # its derivative is its own; its operations only raise flags
+                results, body = _bind(eqn, given), eqn.params["call_jaxpr"]
+                unlinked = [lax.stop_gradient(x) for x in given]
+                _, results_fine = self._evaluate(body.jaxpr, body.consts, unlinked, list(given_fine), counts)
             else:
                 results = _bind(eqn, given)
                 results_fine = _fine_after(eqn, given_fine, results)
