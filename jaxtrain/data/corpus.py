@@ -12,7 +12,7 @@ from jaxtrain.config import ROW_KINDS, DataSource
 from jaxtrain.data.documents import BadRows, read_documents
 from jaxtrain.data.file_hashes import file_hashes, short_hash
 from jaxtrain.data.listing import SourceFile, list_files, list_stdlib
-from jaxtrain.data.progress import progress
+from jaxtrain.data.progress import Advance, progress
 from jaxtrain.data.split import split_document, split_rule
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError
@@ -61,20 +61,20 @@ class Corpus:
 
         Bad rows are counted in `bad_rows`. Raises DataError where a file is missing, damaged or of another kind.
         """
-        parts = (
-            Document(part, i, is_held_out)
-            for i, text in self._texts(bad_rows)
-            for part, is_held_out in split_document(text, self.validation_fraction)
-        )
-        yield from _with_progress(parts, self.sizes, title)
+        with progress(title, sum(self.sizes)) as advance:
+            yield from self.documents_of(range(len(self.files)), advance, bad_rows or BadRows(self.source.max_bad_rows))
 
-    def _texts(self, bad_rows: BadRows | None = None) -> Iterator[tuple[int, str]]:
-        """Yield (index of the file, text) of every non-empty document."""
-        bad_rows = bad_rows or BadRows(self.source.max_bad_rows)
-        for i, file in enumerate(self.files):
-            for text in read_documents(self.source.kind, file.path, self.source.text_field, bad_rows):
-                if text:
-                    yield i, text
+    def documents_of(self, files: range, advance: Advance, bad_rows: BadRows) -> Iterator[Document]:
+        """Yield the parts of the documents of some of the files; `advance` is told of about as many bytes as are read."""
+        for i in files:
+            shown = 0
+            for text in read_documents(self.source.kind, self.files[i].path, self.source.text_field, bad_rows):
+                for part, is_held_out in split_document(text, self.validation_fraction) if text else ():
+                    yield Document(part, i, is_held_out)
+                    step = min(len(part), self.sizes[i] - shown)
+                    advance(step)
+                    shown += step
+            advance(self.sizes[i] - shown)
 
 
 def open_corpus(source: DataSource, name: str, validation_fraction: float, cache_dir: Path) -> Corpus:
@@ -102,20 +102,6 @@ def _check_state(paths: Sequence[SourcePath]) -> None:
         here = {path.name for path in paths if path.with_name("state.json") == state}
         if missing := sorted(names - here):
             raise DataError(f"{state}: names {missing[0]}, which is not there or not among the files of the source")
-
-
-def _with_progress(documents: Iterator[Document], sizes: Sequence[int], title: str) -> Iterator[Document]:
-    """Yield the same documents, with a progress bar over the files' bytes."""
-    with progress(title, sum(sizes)) as advance:
-        current, shown = 0, 0
-        for document in documents:
-            while current < document.file:
-                advance(sizes[current] - shown)
-                current, shown = current + 1, 0
-            yield document
-            step = min(len(document.text), sizes[current] - shown)
-            advance(step)
-            shown += step
 
 
 def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[str]:

@@ -50,6 +50,10 @@ class BadRows:
         if self.count == self.rows == ALL_BAD_ROWS:
             raise DataError(f"each of the first {ALL_BAD_ROWS:,} rows is bad; the first: {self.first}") from fault
 
+    def add(self, rows: int, count: int, first: str) -> None:
+        """Add what was counted elsewhere."""
+        self.rows, self.count, self.first = self.rows + rows, self.count + count, self.first or first
+
     def check(self, name: str) -> None:
         """Raise DataError if the share of bad rows in the source `name` is above the largest."""
         if self.count > self.largest_share * self.rows:

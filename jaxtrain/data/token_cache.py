@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jaxtrain.data.corpus import Corpus, Document, check_sides, training_key, training_texts
-from jaxtrain.data.documents import BadRows
+from jaxtrain.data.corpus import Corpus, check_sides, training_key, training_texts
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
 from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
+from jaxtrain.data.tokenize_parts import SIDES, join_parts, write_parts
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 
-BATCH_CHARACTERS = 1 << 21  # per call of the tokenizer: enough for its threads, little for memory
 LARGEST_TRAINING_SAMPLE = 100_000_000
 ABANDONED_SECONDS = 24 * 3600
 T = TypeVar("T")
@@ -32,6 +31,14 @@ class SplitStreams:
 
     train: TokenStream
     validation: TokenStream
+
+
+@dataclass(frozen=True)
+class TokenizerNames:
+    """The name of a tokenizer that people see, and that by which a process loads it."""
+
+    shown: str
+    file: str
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
@@ -95,40 +102,28 @@ def _rename_unless_present(temporary: Path, target: Path) -> None:
             raise
 
 
-def write_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path) -> dict[str, StreamMetadata]:
+def write_streams(
+    corpus: Corpus, tokenizer: Tokenizer, names: TokenizerNames, folder: Path, parts: Path, processes: int = 1
+) -> dict[str, StreamMetadata]:
     """Tokenize a corpus into folder/train.bin and folder/validation.bin with their JSON files, with a progress bar.
 
-    Raises DataError for bad documents or an empty corpus, OSError where writing fails.
+    What is done is kept in the folder `parts` until all is (see `tokenize_parts`). Raises DataError for bad documents or an
+    empty corpus, OSError where writing fails.
     """
+    bad_rows = write_parts(corpus, tokenizer, names.file, parts, processes)
+    bad_rows.check(corpus.name)
     writers = {
-        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, tokenizer_name, corpus.split_rule)
-        for split in ("train", "validation")
+        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, names.shown, corpus.split_rule) for split in SIDES
     }
-    bad_rows = BadRows(corpus.source.max_bad_rows)
     try:
-        for batch in _batches(corpus.documents(f"tokenizing {corpus.name}", bad_rows)):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                writers["validation" if document.held_out else "train"].append(document.text, ids)
-        bad_rows.check(corpus.name)
+        join_parts(parts, writers)
         metadata = {split: writer.close(bad_rows) for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abandon()
     check_sides(corpus, metadata["train"].documents, metadata["validation"].documents)
+    shutil.rmtree(parts, ignore_errors=True)
     return metadata
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> SplitStreams:
@@ -142,7 +137,8 @@ def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, ca
     def open_both() -> SplitStreams:
         return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
 
-    return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, tokenizer_name, temporary))
+    names, parts = TokenizerNames(tokenizer_name, tokenizer_name), folder.with_name(f"{folder.name}.parts")
+    return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, names, temporary, parts))
 
 
 def made_once(folder: Path, open_it: Callable[[], T], make: Callable[[Path], object]) -> T:

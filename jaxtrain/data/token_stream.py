@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def stream_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+def check_separator(ids: np.ndarray, separator: int, text: str, tokenizer_name: str) -> None:
+    """Raise DataError where the separator is among the ids of a document."""
+    if (inside := np.flatnonzero(ids == separator)).size:
+        raise DataError(
+            f"tokenizer {tokenizer_name}: gave the id {separator} that separates documents at position {inside[0]} "
+            f"of the document that begins {text[:60]!r}; use a tokenizer with a separator of its own"
+        )
+
+
 class StreamWriter:
     """Writes one stream, document by document. `close` adds the closing separator and the JSON file."""
 
@@ -110,19 +120,19 @@ class StreamWriter:
         Raises OSError; DataError where the separator is among the ids.
         """
         separator = self._tokenizer.separator
-        if (inside := np.flatnonzero(ids == separator)).size:
-            raise DataError(
-                f"tokenizer {self._tokenizer_name}: gave the id {separator} that separates documents at position {inside[0]} "
-                f"of the document that begins {text[:60]!r}; use a tokenizer with a separator of its own"
-            )
-        self._write(np.array([separator]))
-        self._write(ids)
+        check_separator(ids, separator, text, self._tokenizer_name)
         content = text.encode()
-        self._documents += 1
-        self._utf8_bytes += len(content)
-        if self._gzip is not None and self._gzip_input_bytes < GZIP_SAMPLE_BYTES:
-            self._gzip_bytes += len(self._gzip.compress(content))
-            self._gzip_input_bytes += len(content)
+        self.extend(np.concatenate([[separator], ids]), 1, len(content), [content])
+
+    def extend(self, ids: np.ndarray, documents: int, utf8_bytes: int, contents: Iterable[bytes] = ()) -> None:
+        """Add documents: their ids, each after a separator, their number, and their text, for split="validation" alone."""
+        self._write(ids)
+        self._documents += documents
+        self._utf8_bytes += utf8_bytes
+        for content in contents:
+            if self._gzip is not None and self._gzip_input_bytes < GZIP_SAMPLE_BYTES:
+                self._gzip_bytes += len(self._gzip.compress(content))
+                self._gzip_input_bytes += len(content)
 
     def _write(self, ids: np.ndarray) -> None:
         if not ids.size:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
 from jaxtrain.config import DataSource
 from jaxtrain.data.corpus import Corpus, open_corpus
-from jaxtrain.data.token_cache import new_folder, trained_tokenizer, write_streams
+from jaxtrain.data.token_cache import TokenizerNames, locked, new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenize_config import TokenizeConfig, find_problems
+from jaxtrain.data.tokenize_parts import PART_CHARACTERS
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.files import user_path
@@ -29,15 +31,20 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
         raise DataError(f"--output={config.output}: it exists already; name a new folder")
     source = DataSource(kind=config.kind, path=config.input, text_field=config.text_field, max_bad_rows=config.max_bad_rows)
     corpus = open_corpus(source, "--input", config.validation_fraction, cache_dir)
+    parts = output.with_name(f"{output.name}.parts")
     tokenizer, original = _open_tokenizer(config.tokenizer, corpus, cache_dir)
     try:
-        with new_folder(output) as folder:
+        with new_folder(output) as folder, locked(parts.with_suffix(".lock")):
             if original is not None:
                 (folder / f"tokenizer{original.suffix}").write_bytes(original.read_bytes())
                 side = original.with_name("tokenizer_config.json")  # it may name the separator
                 if side.is_file():
                     (folder / side.name).write_bytes(side.read_bytes())
-            return write_streams(corpus, tokenizer, config.tokenizer, folder)
+            names = TokenizerNames(config.tokenizer, config.tokenizer if original is None else str(original))
+            processes = config.processes or min(os.cpu_count() or 1, 1 + sum(corpus.sizes) // PART_CHARACTERS)
+            written = write_streams(corpus, tokenizer, names, folder, parts, processes)
+            parts.with_suffix(".lock").unlink(missing_ok=True)
+            return written
     except OSError as error:
         raise DataError(f"--output={config.output}: cannot be written ({error.strerror or error})") from error
 

@@ -31,6 +31,9 @@ class TokenizeConfig:
     validation_fraction: float = 0.05
     """Share of the documents that is held out for validation, chosen by the hash of their text; of a document of more than
     100,000 characters, its end."""
+    processes: int = 0
+    """Processes that tokenize; the ids do not depend on it. 0: one for each core, fewer for little
+    text."""
     cache_dir: str = "~/.cache/jaxtrain/data"
     """Folder that keeps a bpe:SIZE tokenizer between runs."""
 
@@ -45,6 +48,8 @@ def find_problems(config: TokenizeConfig) -> list[str]:
     for field in ("output", "tokenizer", "cache_dir"):
         problems += remote_problems(f"--{field}", getattr(config, field))
     problems += bad_rows_problems("--max_bad_rows", config.kind, config.max_bad_rows)
+    if config.processes < 0:
+        problems.append(f"--processes={config.processes} must be at least 1, or 0 for one for each core")
     name = config.tokenizer
     if problem := bpe_size_problem(name):
         problems.append(f"--tokenizer={name}: {problem}")

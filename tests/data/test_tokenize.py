@@ -9,6 +9,7 @@ import pytest
 from jaxtrain.cli import explained
 from jaxtrain.command import parse_config
 from jaxtrain.config import DataSource
+from jaxtrain.data import tokenize_parts
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import DataError
 from jaxtrain.verbs.tokenize import main
@@ -136,3 +137,74 @@ def test_training_files_use_the_held_out_files_beside_them(run, make_config, jso
         )
     two = open_data(make_config(*(DataSource("tokens", f"{output}/{name}.{form}") for name in ("train", "other"))))
     assert two.validation_tokens == 2 * whole.validation_tokens
+
+
+def outputs(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Several groups, and several parts in a group."""
+    monkeypatch.setattr(tokenize_parts, "GROUP_BYTES", 2000)
+    monkeypatch.setattr(tokenize_parts, "PART_CHARACTERS", 500)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:280"])
+def test_the_files_do_not_depend_on_the_processes_or_the_parts(run, text_folder, tmp_path, monkeypatch, tokenizer):
+    flags = f"--input={text_folder}/*.txt", f"--tokenizer={tokenizer}", "--validation_fraction=0.3"
+    assert run(*flags, "--processes=1", f"--output={tmp_path}/whole")[0] == 0
+    monkeypatch.setattr(tokenize_parts, "GROUP_BYTES", 2000)
+    monkeypatch.setattr(tokenize_parts, "PART_CHARACTERS", 500)
+    for processes in (1, 2):
+        output = tmp_path / f"by{processes}"
+        assert run(*flags, f"--processes={processes}", f"--output={output}")[0] == 0
+        assert outputs(output) == outputs(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir() if "whole" in path.name or "by" in path.name) == [
+        "by1",
+        "by2",
+        "whole",
+    ]
+
+
+def test_a_killed_run_goes_on_with_the_parts_that_are_missing(run, text_folder, tmp_path, small_parts, monkeypatch):
+    flags = f"--input={text_folder}/*.txt", "--processes=1", "--validation_fraction=0.3"
+    assert run(*flags, f"--output={tmp_path}/whole")[0] == 0
+    encode, done = tokenize_parts.encode_part, []
+
+    def killed(documents, tokenizer, name, target):
+        if len(done) == 4:
+            raise DataError("killed")
+        done.append(target.name)
+        encode(documents, tokenizer, name, target)
+
+    monkeypatch.setattr(tokenize_parts, "encode_part", killed)
+    assert run(*flags, f"--output={tmp_path}/out")[0] == 1
+    assert not (tmp_path / "out").exists()
+    first = list(done)
+    done.clear()
+    (tmp_path / "out.parts" / f"{first[-1]}.json").unlink()  # the last one had not come to its end
+    monkeypatch.setattr(tokenize_parts, "encode_part", lambda *given: done.append(given[3].name) or encode(*given))
+    assert run(*flags, f"--output={tmp_path}/out")[0] == 0
+    assert not set(first[:-1]) & set(done)
+    assert first[-1] in done
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_parts_of_other_text_are_not_used(run, text_folder, tmp_path, small_parts, monkeypatch):
+    flags = f"--input={text_folder}/*.txt", "--processes=1", f"--output={tmp_path}/out"
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxtrain.data.token_cache.join_parts", lambda *_: (_ for _ in ()).throw(DataError("full")))
+        assert run(*flags)[0] == 1
+    (text_folder / "00.txt").write_text("another text")
+    assert run(*flags)[0] == 0
+    assert run(*flags[:2], f"--output={tmp_path}/anew")[0] == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "anew")
+
+
+def test_a_process_that_dies_is_told(run, text_folder, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(tokenize_parts, "WORKER", "jaxtrain.no_such_module")
+    code, _, printed = run(f"--input={text_folder}/*.txt", "--processes=2", f"--output={tmp_path}/out")
+    assert code == 1
+    assert "a tokenizing process ended with 1; give the same command again: what is done is kept" in printed

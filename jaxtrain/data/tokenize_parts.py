@@ -1,0 +1,207 @@
+"""Tokenize a corpus in parts, each kept on disk once it is done, in this process or in several.
+
+A group is one large file or several small ones, a part a stretch of its documents. Where they begin depends on the files alone,
+so the ids do not depend on the number of processes, and a run that was killed goes on with the parts that are missing. In a
+folder beside the result:
+
+    GROUP-PART.texts                  the part's documents on their way to a process, JSON lines
+    GROUP-PART.train, .validation     its ids, int32, each document after a separator
+    GROUP-PART.held                   its held-out documents, UTF-8
+    GROUP-PART.json                   its counts, written last
+    GROUP.json                        how many parts it has, and its bad rows: all of it was read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import Queue
+
+import numpy as np
+
+import jaxtrain
+from jaxtrain.data.corpus import Corpus, Document
+from jaxtrain.data.documents import BadRows
+from jaxtrain.data.progress import progress
+from jaxtrain.data.token_stream import StreamWriter, check_separator
+from jaxtrain.data.tokenizers import Tokenizer
+from jaxtrain.errors import DataError
+from jaxtrain.files import replace_file
+
+GROUP_BYTES = 1 << 24
+"""Bytes of the small files that make a group."""
+PART_CHARACTERS = 1 << 23
+BATCH_CHARACTERS = 1 << 21
+"""Per call of the tokenizer: enough for its threads, little for memory."""
+SIDES = ("train", "validation")
+WORKER = "jaxtrain.data.tokenize_worker"
+Encode = Callable[[Sequence[Document], Path], None]
+
+
+def encode_part(documents: Sequence[Document], tokenizer: Tokenizer, name: str, target: Path) -> None:
+    """Write the files of the part `target`, a path without a suffix. Raises DataError where the tokenizer fails."""
+    ids: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+    separator, held, utf8_bytes = np.array([tokenizer.separator], np.int32), [], 0
+    for batch in _stretches(documents, BATCH_CHARACTERS):
+        for document, found in zip(batch, tokenizer.encode_batch([one.text for one in batch]), strict=True):
+            check_separator(found, tokenizer.separator, document.text, name)
+            ids["validation" if document.held_out else "train"] += [separator, found.astype(np.int32)]
+            content = document.text.encode()
+            if document.held_out:
+                held.append(content)
+            else:
+                utf8_bytes += len(content)
+    for side, arrays in ids.items():
+        replace_file(target.with_suffix(f".{side}"), b"".join(array.tobytes() for array in arrays))
+    replace_file(target.with_suffix(".held"), b"".join(held))
+    about = {"documents": len(documents) - len(held), "utf8_bytes": utf8_bytes, "held": [len(content) for content in held]}
+    replace_file(target.with_suffix(".json"), json.dumps(about))
+
+
+def write_parts(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path, processes: int) -> BadRows:
+    """Write the parts that `folder` lacks, with one progress bar; return the bad rows of the whole corpus.
+
+    `tokenizer_name` is what processes load it by; one process is this one, whose tokenizer may use all cores. Raises DataError
+    for bad documents, OSError where writing fails.
+    """
+    key = json.dumps([corpus.key, tokenizer.fingerprint, GROUP_BYTES, PART_CHARACTERS])
+    if not (folder / "key").is_file() or (folder / "key").read_text() != key:
+        for old in folder.glob("*"):
+            old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "key", key)
+    total = BadRows(corpus.source.max_bad_rows)
+    with progress(f"tokenizing {corpus.name}", sum(corpus.sizes)) as advance, ExitStack() as stack:
+        pool = ThreadPoolExecutor(processes)
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        encode = stack.enter_context(_encoders(tokenizer, tokenizer_name, processes))
+        pending: deque[Future[None]] = deque()
+        for group, files in enumerate(_groups(corpus.sizes)):
+            about = _finished(folder, group)
+            if about is None:
+                bad, count = BadRows(corpus.source.max_bad_rows), 0
+                for part in _stretches(corpus.documents_of(files, advance, bad), PART_CHARACTERS):
+                    target = folder / f"{group}-{count}"
+                    count += 1
+                    if not target.with_suffix(".json").exists():
+                        pending.append(pool.submit(encode, part, target))
+                    while len(pending) > 2 * processes:
+                        pending.popleft().result()
+                about = {"parts": count, "rows": bad.rows, "bad_rows": bad.count, "first": bad.first}
+                replace_file(folder / f"{group}.json", json.dumps(about))
+            else:
+                advance(sum(corpus.sizes[file] for file in files))
+            total.add(about["rows"], about["bad_rows"], about["first"])
+        while pending:
+            pending.popleft().result()
+    return total
+
+
+def join_parts(folder: Path, writers: dict[str, StreamWriter]) -> None:
+    """Write the parts in their order into the streams. Raises OSError."""
+    group = 0
+    while (about := _finished(folder, group)) is not None:
+        for part in range(about["parts"]):
+            path = folder / f"{group}-{part}.json"
+            counts = json.loads(path.read_text())
+            writers["train"].extend(_ids(path, "train"), counts["documents"], counts["utf8_bytes"])
+            with path.with_suffix(".held").open("rb") as held:
+                contents = [held.read(size) for size in counts["held"]]
+            writers["validation"].extend(_ids(path, "validation"), len(contents), sum(counts["held"]), contents)
+        group += 1
+
+
+def _ids(path: Path, side: str) -> np.ndarray:
+    return np.fromfile(path.with_suffix(f".{side}"), np.int32)
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield the files of each group."""
+    first, size = 0, 0
+    for file, more in enumerate(sizes):
+        if file > first and size + more > GROUP_BYTES:
+            yield range(first, file)
+            first, size = file, 0
+        size += more
+    yield range(first, len(sizes))
+
+
+def _stretches(documents: Sequence[Document] | Iterator[Document], size: int) -> Iterator[list[Document]]:
+    """Yield neighbouring documents of `size` characters together, or a few more."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _finished(folder: Path, group: int) -> dict | None:
+    """Return what is noted of a group that was read and whose parts are all there."""
+    try:
+        about = json.loads((folder / f"{group}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return about if all((folder / f"{group}-{part}.json").exists() for part in range(about["parts"])) else None
+
+
+@contextmanager
+def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encode]:
+    """Yield a function that writes a part, in one of `processes`; threads may call it."""
+    if processes == 1:
+        yield lambda documents, target: encode_part(documents, tokenizer, name, target)
+        return
+    path = os.pathsep.join([str(Path(jaxtrain.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", WORKER, name, tokenizer.fingerprint]
+    started = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        for _ in range(processes)
+    ]
+    free: Queue[subprocess.Popen[str]] = Queue()
+    for worker in started:
+        free.put(worker)
+
+    def encode(documents: Sequence[Document], target: Path) -> None:
+        lines = (json.dumps([document.text, document.file, document.held_out]) + "\n" for document in documents)
+        replace_file(target.with_suffix(".texts"), "".join(lines))
+        worker = free.get()
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(f"{target}\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            free.put(worker)
+        if not answer:
+            raise DataError(
+                f"a tokenizing process ended with {worker.wait()}; give the same command again: what is done is kept"
+            )
+        if fault := json.loads(answer):
+            raise DataError(fault)
+
+    try:
+        yield encode
+    finally:
+        for worker in started:
+            worker.kill()
+            worker.wait()
