@@ -4,7 +4,7 @@ A group is one large file or several small ones, a part a stretch of its documen
 so the ids do not depend on the number of processes, and a run that was killed goes on with the parts that are missing. In a
 folder beside the result:
 
-    GROUP-PART.texts                  the part's documents on their way to a process, JSON lines
+    GROUP-PART.RUN.texts              the part's documents on their way to a process, JSON lines
     GROUP-PART.train, .validation     its ids, int32, each document after a separator
     GROUP-PART.held                   its held-out documents, UTF-8
     GROUP-PART.json                   its counts, written last
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections import deque
@@ -168,24 +169,25 @@ def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encod
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            encoding="utf-8",
-            errors="surrogateescape",
+            text=True,
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
         for _ in range(processes)
     ]
+    run = secrets.token_hex(4)  # a process of a killed run may still be at its last part, and remove its texts
     free: Queue[subprocess.Popen[str]] = Queue()
     for worker in started:
         free.put(worker)
 
     def encode(documents: Sequence[Document], target: Path) -> None:
         lines = (json.dumps([document.text, document.file, document.held_out]) + "\n" for document in documents)
-        replace_file(target.with_suffix(".texts"), "".join(lines))
+        texts = target.with_name(f"{target.name}.{run}.texts")
+        replace_file(texts, "".join(lines))
         worker = free.get()
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(f"{target}\n")
+            worker.stdin.write(json.dumps([str(texts), str(target)]) + "\n")
             worker.stdin.flush()
             answer = worker.stdout.readline()
         except BrokenPipeError:

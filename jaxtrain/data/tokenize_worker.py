@@ -1,36 +1,32 @@
 """A process that tokenizes parts: `python -m jaxtrain.data.tokenize_worker TOKENIZER FINGERPRINT`, started by `tokenize_parts`.
 
-It reads a part's path a line from standard input, and answers with a line of JSON: null, or what went wrong. It ends with its
-input, so also when the process that started it is killed.
+It reads a line of JSON from standard input, a part's texts and its path, and answers with a line of JSON: null, or what went
+wrong. It ends with its input, so also when the process that started it is killed.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import sys
+from pathlib import Path
 
 from jaxtrain.data.corpus import Document
 from jaxtrain.data.tokenize_parts import encode_part
 from jaxtrain.data.tokenizers import load_tokenizer
 from jaxtrain.errors import DataError
-from jaxtrain.files import user_path
 
 
 def main(name: str, fingerprint: str) -> None:
     """Tokenize the parts that standard input names."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the process that started this one ends it
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     tokenizer = load_tokenizer(name)
     for line in sys.stdin:
-        target = user_path(line.rstrip("\n"))
+        texts, target = map(Path, json.loads(line))
         fault = None
         try:
             if tokenizer.fingerprint != fingerprint:
                 raise DataError(f"{name}: was changed while it was used")
-            texts = target.with_suffix(".texts")
             with texts.open(encoding="utf-8") as file:
                 documents = [Document(*json.loads(row)) for row in file]
             encode_part(documents, tokenizer, name, target)

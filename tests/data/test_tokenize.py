@@ -1,7 +1,11 @@
 """`jaxtrain tokenize` writes files that train like the text they came from."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -208,3 +212,21 @@ def test_a_process_that_dies_is_told(run, text_folder, tmp_path, small_parts, mo
     code, _, printed = run(f"--input={text_folder}/*.txt", "--processes=2", f"--output={tmp_path}/out")
     assert code == 1
     assert "a tokenizing process ended with 1; give the same command again: what is done is kept" in printed
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_its_processes_at_work_goes_on(run, tmp_path):
+    """Those processes end by themselves, after their last part; what they leave does not disturb the next run."""
+    rows = (json.dumps({"text": f"{i} words and more words " * 2000}) + "\n" for i in range(900))
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = [f"--input={tmp_path}/rows.jsonl", "--kind=jsonl", "--processes=2"]
+    command = [sys.executable, "-m", "jaxtrain", "tokenize", *flags, f"--output={tmp_path}/out"]
+    process = subprocess.Popen([*command, f"--cache_dir={tmp_path}/cache"])
+    while process.poll() is None and not list((tmp_path / "out.parts").glob("0-*.json")):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    assert run(*flags, f"--output={tmp_path}/out")[0] == 0
+    assert run(*flags[:2], "--processes=1", f"--output={tmp_path}/whole")[0] == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
