@@ -24,6 +24,8 @@ def run_problems(config: Config) -> list[str]:
     problems = []
     unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
     problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
+    if config.data.store_cache_gib < 0:
+        problems.append(f"data.store_cache_gib={config.data.store_cache_gib} must be at least 0, which keeps no blocks")
     if config.data.workers > _MOST_THREADS:
         problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {_MOST_THREADS} or fewer")
     if not config.data.sources:
@@ -32,11 +34,10 @@ def run_problems(config: Config) -> list[str]:
         if source.weight <= 0:
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
         problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
-    problems += remote_problems("data.tokenizer", config.data.tokenizer)
-    problems += remote_problems("data.chat_template", config.data.chat_template)
+    for field in ("tokenizer", "chat_template", "cache_dir"):
+        problems += remote_problems(f"data.{field}", getattr(config.data, field))
     if not config.data.mask_documents and any(source.kind == "chat" for source in config.data.sources):
         problems.append("data.mask_documents=False: samples of kind=chat are packed, and must not see one another; use True")
-    problems += remote_problems("data.cache_dir", config.data.cache_dir)
     problems += tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
     if "://" in config.run_dir:
         problems.append(
