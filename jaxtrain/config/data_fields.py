@@ -15,8 +15,6 @@ TooLong = Literal["drop", "truncate", "refuse"]
 class DataSource:
     """One source of documents."""
 
-    name: str = ""
-    """Its name in metrics; empty: source0, source1 and so on, of data.validation set0, set1."""
     kind: SourceKind = "stdlib"
     """stdlib: the running Python's own source code. text: files. jsonl, parquet, arrow: one document per row. tar: one per
     sample, its member .txt or .json. tokens: .bin made by `jaxtrain tokenize`, or Megatron's with an .idx, or .npy.
@@ -35,6 +33,8 @@ class DataSource:
     whose .idx tells documents apart: the id between them; -1: the tokenizer's own."""
     weight: float = 1.0
     """Share of this source in the mixture, relative to the other sources."""
+    name: str = ""
+    """Its name in metrics; empty: source0, source1 and so on, of data.validation set0, set1."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ def run_problems(config: Config) -> list[str]:
     problems = []
     unknown = [name for name in config.train.remat_save if name not in REMAT_NAMES]
     problems += [f"train.remat_save has {name!r}: {nearest(name, REMAT_NAMES)}" for name in unknown]
-    if config.data.store_cache_gib < 0:
-        problems.append(f"data.store_cache_gib={config.data.store_cache_gib} must be at least 0, which keeps no blocks")
+    problems += [f"data.store_cache_gib={config.data.store_cache_gib} must be at least 0"] * (config.data.store_cache_gib < 0)
     if config.data.workers > _MOST_THREADS:
         problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {_MOST_THREADS} or fewer")
     if not config.data.sources:
