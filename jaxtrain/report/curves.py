@@ -109,8 +109,13 @@ def _step(end: float) -> float:
 
 
 def tick(value: float) -> str:
-    """Return a tick's number: "1.5 M", "0.02", "3e-05"."""
-    return scaled(value) if abs(value) >= 1000 else f"{value:.4g}"
+    """Return a tick's number: "1.5 M", "0.25", "4.5e-3"; of no more than three decimals, since `svg` cuts what is longer."""
+    if abs(value) >= 1000:
+        return scaled(value)
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    digits, power = f"{value:.3e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, is_exact: bool) -> np.ndarray:
@@ -118,12 +123,14 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, is_exact: bool)
     if is_exact or len(x) < 20:
         axes.plot(*thinned(x, y), "-o" if len(x) < 40 else "-", color=colour, linewidth=1.6, markersize=4)
         return y
-    axes.plot(*thinned(x, y), color=colour, linewidth=0.8, alpha=0.3)
     middle_x, middle_y = averaged(x, y)
     smoothed = smooth(middle_y, max(len(middle_y) / SMOOTHED, 0.5))
     axes.plot(middle_x, smoothed, color=colour, linewidth=1.8)
     # Everything below the first value is shown; above it, the highest hundredth may be cut off as spikes.
-    return np.array([min(y.min(), smoothed.min()), max(y[0], np.quantile(y, 0.99))])
+    shown = np.array([min(y.min(), smoothed.min()), max(y[0], smoothed.max(), np.quantile(y, 0.99))])
+    thin_x, thin_y = thinned(x, y)
+    axes.plot(thin_x, np.clip(thin_y, *shown), color=colour, linewidth=0.8, alpha=0.3)
+    return shown
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +173,7 @@ def _mark(axes: Axes, run: RunRecord, axis: Axis, colour: str, alone: bool) -> N
     places = run.place(np.array([event.step for event in marked], float), axis)
     if places.size:
         titles = [f"{event.kind}: {event.words}" for event in marked]
-        heights = np.zeros(places.size)
+        heights = np.full(places.size, 0.025)
         axes.scatter(
             places, heights, 30, marker="^", color=colour, urls=titles, transform=axes.get_xaxis_transform(), clip_on=False
         )

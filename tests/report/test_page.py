@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from jaxtrain.report.curves import averaged, chart_keys, thinned
+from jaxtrain.report.curves import averaged, chart_keys, thinned, tick
 from jaxtrain.report.page import render
 from jaxtrain.report.runs import read_runs
 from jaxtrain.verbs.report import main
@@ -68,6 +68,23 @@ def test_curves_of_many_rows_are_thinned():
     assert len(mean_x) == 500
     assert mean_y.mean() == pytest.approx(y.mean())
     assert averaged(x[:3], y[:3])[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (1.95, "1.95"),
+        (0.0045, "4.5e-3"),
+        (0.02, "0.02"),
+        (-3e-5, "-3e-5"),
+        (1.5e6, "1.5 M"),
+        (40, "40"),
+    ],
+)
+def test_ticks_are_exact(value: float, text: str):
+    assert tick(value) == text
 
 
 def test_the_verb_prints_tables_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
