@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.config import Config, to_plain
 from jaxtrain.config.loading import for_another_process
@@ -38,6 +39,8 @@ from jaxtrain.planner.wording import duration
 from jaxtrain.telemetry.metrics import read_rows
 
 RESTARTS = 3
+LEARNING = ("model", "data", "optimizer", "train", "objective")
+"""Sections of a config that losses depend on."""
 Train = Callable[[Config], int]
 """Trains a config in its run_dir to its end, or as far as it gets; returns the exit code of `jaxtrain train`."""
 
@@ -147,13 +150,7 @@ class Climb:
             return Ladder(asked, ())
         except (OSError, ValueError) as error:
             raise ExplainedError(f"{self.folder / FILE} cannot be read: {error}; give another --folder") from error
-        if found.config != asked:
-            names = [
-                f"{section}.{name}".rstrip(".")
-                for section, held in asked.items()
-                for name, value in (held.items() if isinstance(held, dict) else [("", held)])
-                if (found.config.get(section, {}).get(name) if isinstance(held, dict) else found.config.get(section)) != value
-            ]
+        if names := differing_names(found.config, asked):
             raise ExplainedError(
                 f"{self.folder} holds the ladder of another config, which differs in {', '.join(names)}; give another --folder"
             )
@@ -165,6 +162,18 @@ class Climb:
             replace_file(self.folder / FILE, self.ladder.to_json(forecast))
         except OSError as error:
             raise ExplainedError(f"{self.folder / FILE} cannot be written: {error.strerror}; give another --folder") from error
+
+
+def differing_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the fields of LEARNING in which two plain configs differ; one that a config lacks has its default there."""
+    default = json.loads(json.dumps(to_plain(Config())))
+    held, asked = ({section: default[section] | plain.get(section, {}) for section in LEARNING} for plain in (one, other))
+    return [
+        f"{section}.{name}"
+        for section in LEARNING
+        for name in asked[section]
+        if held[section].get(name) != asked[section][name]
+    ]
 
 
 def result_of(config: Config) -> float | None:
