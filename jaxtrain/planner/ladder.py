@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtrain.config import Config, ModelConfig, to_plain
-from jaxtrain.errors import ExplainedError, UsageError
+from jaxtrain.errors import UsageError
 from jaxtrain.files import user_path
 from jaxtrain.planner.ladder_flags import LadderFlags
 from jaxtrain.planner.scaling_law import BestRate, FittedLaw, Interval, best_rate, fit_law, predict_rate
@@ -60,7 +60,7 @@ def smaller_model(model: ModelConfig, wanted: float) -> ModelConfig:
     head_dim, the ratios of heads, key and value heads, widths and MLP, experts and the pattern of layers stay.
 
     Raises:
-      ExplainedError: there is none within a factor of 1.5.
+      UsageError: there is none within a factor of 1.5.
     """
     candidates = []
     for heads in range(model.num_heads // model.num_kv_heads, model.num_heads + 1, model.num_heads // model.num_kv_heads):
@@ -73,7 +73,7 @@ def smaller_model(model: ModelConfig, wanted: float) -> ModelConfig:
     _, best = min(candidates, key=lambda candidate: candidate[0], default=(0, model))
     found = parameters_of(best)
     if not candidates or max(found / wanted, wanted / found) > 1.5:
-        raise ExplainedError(
+        raise UsageError(
             f"no smaller model has about {wanted:,.0f} parameters: the nearest, of {best.num_layers} layers and "
             f"{best.num_heads} heads, has {found:,}; give fewer --sizes, a larger --largest, or a smaller model.head_dim"
         )
@@ -105,7 +105,7 @@ def sizes_of(config: Config, flags: LadderFlags) -> list[Config]:
     """Return the config with each small model, smallest first.
 
     Raises:
-      ExplainedError: two sizes would be the same model, or one cannot be made.
+      UsageError: two sizes would be the same model, or one cannot be made.
     """
     whole = parameters_of(config.model)
     shares = [flags.largest / flags.ratio**i for i in reversed(range(flags.sizes))]
@@ -113,7 +113,7 @@ def sizes_of(config: Config, flags: LadderFlags) -> list[Config]:
     counts = [parameters_of(model) for model in models]
     if len(set(counts)) < len(counts):
         words = ", ".join(f"{count:,}" for count in counts)
-        raise ExplainedError(f"--sizes={flags.sizes}: models of {words} parameters; give fewer, or a larger --ratio")
+        raise UsageError(f"--sizes={flags.sizes}: models of {words} parameters; give fewer, or a larger --ratio")
     return [replace(config, model=model) for model in models]
 
 
@@ -123,12 +123,12 @@ def small_run(size: Config, config: Config, tokens: float, rate: float) -> Confi
     It has `tokens` times the config's tokens per parameter; warm-up keeps its share of the steps.
 
     Raises:
-      ExplainedError: it would have fewer than LEAST_STEPS steps.
+      UsageError: it would have fewer than LEAST_STEPS steps.
     """
     per_parameter = tokens_of(config) / parameters_of(config.model)
     steps = round(tokens * per_parameter * parameters_of(size.model) / tokens_per_step(config))
     if steps < LEAST_STEPS:
-        raise ExplainedError(
+        raise UsageError(
             f"a model of {parameters_of(size.model):,} parameters would train for {steps} steps; the least is {LEAST_STEPS}: "
             "give a smaller --train.global_batch_size, more --train.steps, or fewer --sizes"
         )
