@@ -159,7 +159,8 @@ def check_config(config: Config) -> None:
         "init_from: small models begin with random weights": config.init_from,
         f"lora.rank={config.lora.rank}: small models train all weights": config.lora.rank,
         "train.stages: they begin at steps of the long run": getattr(config.train, "stages", ()),
-        "data.validation_fraction=0: losses are those of held-out text": not config.data.validation_fraction,
+        "data.validation_fraction=0: losses are those of held-out text": not config.data.validation_fraction
+        and not getattr(config.data, "validation", ()),
     }
     if wrong := [words for words, is_wrong in reasons.items() if is_wrong]:
         raise UsageError(f"a ladder cannot be made of this config: {'; '.join(wrong)}")

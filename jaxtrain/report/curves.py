@@ -37,7 +37,7 @@ TRAINING = {
     "joules_per_token": "Joules a token",
 }
 """Keys of training rows that get a chart, and its title."""
-HELD_OUT = re.compile(r"(validation|task)_")
+HELD_OUT = re.compile(r"(validation_(?!tokens)|task_)")
 EXACT = re.compile(r"validation_|task_|learning_rate$")
 """Keys whose curves are drawn as they are, not smoothed."""
 KNOWN = {"validation_loss": "Held-out loss, nats a token", "validation_bits_per_byte": "Held-out text, bits per byte"}
@@ -63,7 +63,10 @@ def chart_keys(runs: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def words_of(key: str) -> str:
-    """Return a row's key as a title: "task_sums_accuracy" is "Task sums: accuracy"."""
+    """Return a row's key as a title: "task_sums_accuracy" is "Task sums: accuracy"; a set or source follows a slash."""
+    if "/" in key:
+        whole, _, part = key.partition("/")
+        return f"{KNOWN.get(whole, words_of(whole)).partition(',')[0]}: {part.replace('_', ' ')}"
     kind, _, rest = key.partition("_")
     name, _, measure = rest.rpartition("_")
     return f"Task {name}: {measure}" if kind == "task" and name else f"Held-out {rest.replace('_', ' ')}"

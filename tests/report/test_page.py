@@ -38,12 +38,23 @@ def test_a_page_has_its_parts_and_nothing_from_the_net(tmp_path: Path):
 def test_runs_of_different_kinds_stand_side_by_side(tmp_path: Path):
     sft = write_run(
         tmp_path / "sft",
-        rows=[*(row(s) for s in range(1, 90)), {"step": 90, "validation_loss": 1.0, "task_sums_accuracy": 0.25}],
+        rows=[
+            *(row(s) for s in range(1, 90)),
+            {
+                "step": 90,
+                "validation_loss": 1.0,
+                "task_sums_accuracy": 0.25,
+                "validation_loss/books": 1.2,
+                "validation_tokens": 90,
+            },
+        ],
     )
     grpo = write_run(tmp_path / "grpo", None, rows=[row(s, reward=s / 50, tokens=None) for s in range(1, 50)])
     never = write_run(tmp_path / "never", rows=[], log="")
     keys = chart_keys(read_runs([str(sft), str(grpo), str(never)]))
-    assert list(keys) == ["loss", "validation_loss", "task_sums_accuracy", "reward", "learning_rate"]
+    held_out = ["validation_loss", "task_sums_accuracy", "validation_loss/books"]
+    assert list(keys) == ["loss", *held_out, "reward", "learning_rate"]
+    assert keys["validation_loss/books"] == "Held-out loss: books"
     assert keys["task_sums_accuracy"] == "Task sums: accuracy"
     page = page_of(sft, grpo, never)
     assert "no step logged" in page
