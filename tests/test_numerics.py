@@ -22,6 +22,7 @@ from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
 from jaxtrain.train.step import TrainSteps
 from tests.tiny import tiny
+from tests.train.runs import prepared_of
 
 OTHERWISE = {
     "jax_enable_x64": True,
@@ -63,7 +64,7 @@ def begin_and_train() -> list[Any]:
     found = [np.array(leaf) for leaf in jax.tree.leaves(state["params"])]
     ids = np.arange(2 * 8, dtype=np.int32).reshape(2, 8)
     batch = jax.device_put({"tokens": ids, "targets": ids + 1, "positions": ids % 8}, batch_sharding(mesh))
-    steps = TrainSteps(CONFIG, mesh, optimizer, "reference", 0, 2)
+    steps = TrainSteps(prepared_of(CONFIG, mesh, optimizer), 0, 2)
     for _ in range(2):
         with settled():  # jax itself refuses a compiled program under jax_disable_jit; a run is inside of this
             state, metrics = steps(state, batch)

@@ -4,6 +4,7 @@ ones.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -32,8 +33,11 @@ class Differences:
     """The same run executed otherwise: mesh, pipeline, schedule, steps, versions."""
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differences:
-    """Compare two metadata dicts: "config" (`to_plain`), "data_fingerprint", "versions" and "parts", where present.
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], done: int | None = None) -> Differences:
+    """Compare two metadata dicts: "config" (`to_plain`), "recipe", "data_fingerprint", "versions" and "parts", where present.
+
+    Args:
+      done: batches of the data that the checkpoint has seen; stages from there on are its future. None: all of them.
 
     Raises:
       CheckpointError: the saved "config" is not a config.
@@ -51,19 +55,51 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Differe
         line = f"{flag}: {before.get(flag, 'not in the checkpoint')} -> {after.get(flag, 'gone')}"
         # An added source is other data. Any other field was added or removed since: its default changes nothing.
         (found.hard if flag.startswith("data.sources.") and _is_hard(flag) else found.soft).append(line)
+    _compare_recipes(found, saved, current, done)
     old, new = (as_json_gives_it_back(m.get("data_fingerprint")) for m in (saved, current))
     if old != new:
         (found.soft if old is None or new is None else found.hard).append(f"data fingerprint: {old} -> {new}")
     return found
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], directory: os.PathLike | str) -> list[str]:
-    """Return the soft differences, for the log.
+def _compare_recipes(found: Differences, saved: Mapping[str, Any], current: Mapping[str, Any], done: int | None) -> None:
+    """Add the first difference between stages that the checkpoint has seen, and one line for those to come."""
+    before, after = (as_json_gives_it_back(m.get("recipe", {})) for m in (saved, current))
+    old, new = (recipe.get("stages", []) for recipe in (before, after))
+    blocks = [recipe.get("block_length") for recipe in (before, after)]
+    if None not in blocks and blocks[0] != blocks[1]:
+        found.hard.append(
+            f"the longest sequence_length of train.stages: {blocks[0]} -> {blocks[1]}; the data is shuffled in blocks of it, "
+            "so it stays what it was at the start: a stage of that length may lie beyond train.steps"
+        )
+    begun = [[stage for stage in stages if done is None or stage["first"] < done] for stages in (old, new)]
+    for first, then in itertools.zip_longest(*begun):
+        if first != then:
+            found.hard.append(f"train.stages, which has begun by step {done}: {_stage_words(first)} -> {_stage_words(then)}")
+            return
+    to_come = [stages[len(seen) :] for stages, seen in zip((old, new), begun, strict=True)]
+    if to_come[0] != to_come[1]:
+        changed = ([s for s in to_come[i] if s not in to_come[1 - i]] for i in (0, 1))
+        was, now = ("; ".join(map(_stage_words, stages)) or "none" for stages in changed)
+        found.soft.append(f"train.stages to come: {was} -> {now}")
+
+
+def _stage_words(stage: Mapping[str, Any] | None) -> str:
+    if stage is None:
+        return "none"
+    given = ", ".join(f"{name}={value}" for name, value in stage.items() if name != "first")
+    return f"from step {stage['first']}: {given or 'nothing'}"
+
+
+def check_same_run(
+    saved: Mapping[str, Any], current: Mapping[str, Any], directory: os.PathLike | str, done: int | None = None
+) -> list[str]:
+    """Return the soft differences, for the log; `done` is that of `differences`.
 
     Raises:
       CheckpointError: there are hard differences; lists all of them and the way out.
     """
-    found = differences(saved, current)
+    found = differences(saved, current, done)
     if found.hard:
         lines = "\n".join(f"  - {line}" for line in found.hard)
         raise CheckpointError(
@@ -93,6 +129,8 @@ def _flags(metadata: Mapping[str, Any]) -> dict[str, Any]:
     for section, fields in sections.items():
         for name, value in fields.items() if isinstance(fields, dict) else [("", fields)]:
             flag = f"{section}.{name}".rstrip(".")
+            if flag == "train.stages":  # `_compare_recipes`
+                continue
             if flag == "data.sources":
                 flat |= {f"{flag}.{i}.{key}": item for i, source in enumerate(value) for key, item in source.items()}
             else:

@@ -8,3 +8,5 @@ from jaxtrain.config.data_fields import *  # noqa: F403
 from jaxtrain.config.fields import *  # noqa: F403
 from jaxtrain.config.model_fields import *  # noqa: F403
 from jaxtrain.config.objective_fields import *  # noqa: F403
+from jaxtrain.config.stage_fields import *  # noqa: F403
+from jaxtrain.config.stages import *  # noqa: F403

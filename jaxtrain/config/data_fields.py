@@ -32,7 +32,9 @@ class DataSource:
     """Only for tokens. In .npy files: the id with which each document begins; -1: the ids are one stream. In Megatron's files,
     whose .idx tells documents apart: the id between them; -1: the tokenizer's own."""
     weight: float = 1.0
-    """Share of this source in the mixture, relative to the other sources."""
+    """Share of this source in the mixture, relative to the other sources; 0 until train.stages give it one."""
+    max_epochs: float = 0.0
+    """Most times that the run may read this source; one that would read it more often is refused at its start. 0: no limit."""
     name: str = ""
     """Its name in metrics; empty: source0, source1 and so on, of data.validation set0, set1."""
 

@@ -15,6 +15,7 @@ from typing import Literal
 from jaxtrain.config.data_fields import DataConfig
 from jaxtrain.config.model_fields import DType, LoraConfig, ModelConfig
 from jaxtrain.config.objective_fields import ObjectiveConfig
+from jaxtrain.config.stage_fields import LearningRateSchedule, Stage
 from jaxtrain.files import user_path
 from jaxtrain.parts import Parts
 
@@ -25,7 +26,6 @@ REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidde
 ScheduleName = Literal["gpipe", "1f1b", "interleaved"]
 RematPolicy = Literal["none", "dots", "named", "full"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
-LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
 SaveFailurePolicy = Literal["retry", "stop"]
 ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
 ZeroLevel = Literal[1, 2, 3]
@@ -174,6 +174,8 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps in the whole run."""
+    stages: tuple[Stage, ...] = ()
+    """What changes on the way: mixture, batch, length, learning rate; flags are --train.stages.0.from_step and so on."""
     seed: int = 0
     """Seed of the initial parameters and of the data order."""
     global_batch_size: int = 32

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jaxtrain.config import MESH_AXES, NO_SETTINGS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
 from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
+from jaxtrain.config.stage_rules import stage_problems
+from jaxtrain.config.stages import MOST_MICROBATCHES, Recipe
 from jaxtrain.errors import ConfigError, nearest
 from jaxtrain.text import listed
 
@@ -70,8 +72,10 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> tuple[MeshConfig, list[s
     return mesh, []
 
 
-_MOST_MICROBATCHES = 2**14
-_LARGEST = {"train.seed": 2**63}  # limit of whole numbers; 2^31 for all others, so that products stay in bounds
+_LARGEST = {
+    "train.seed": 2**63,
+    "train.stages.from_tokens": 2**63,
+}  # limit of whole numbers; 2^31 for all others, so that products stay in bounds
 
 
 def _type_problems(value: Any, path: str = "") -> list[str]:
@@ -96,8 +100,8 @@ def _field_problems(value: Any, hint: Any, name: str) -> list[str]:
         return _type_problems(value, name + ".") if isinstance(value, hint) else [f"{name}={value!r} is not a {hint.__name__}"]
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a whole number"]
-    if hint is int and abs(value) >= _LARGEST.get(name, 2**31):
-        return [f"{name} is a whole number of {value.bit_length()} bits; the largest is {_LARGEST.get(name, 2**31) - 1}"]
+    if hint is int and abs(value) >= (limit := _LARGEST.get(re.sub(r"\.[0-9]+", "", name), 2**31)):
+        return [f"{name} is a whole number of {value.bit_length()} bits; the largest is {limit - 1}"]
     if hint is float and (not isinstance(value, (int, float)) or isinstance(value, bool)):
         return [f"{name}={value!r} is not a finite number"]
     if hint is float and not abs(value) <= sys.float_info.max:  # isfinite fails for whole numbers too large for a float
@@ -289,9 +293,9 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
             f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
             f"use {_nearest_multiples(train.global_batch_size, unit)}"
         )
-    if train.microbatches > _MOST_MICROBATCHES:
+    if train.microbatches > MOST_MICROBATCHES:
         problems.append(
-            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {_MOST_MICROBATCHES}"
+            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
         )
     if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
         problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
@@ -341,14 +345,23 @@ def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:
         return config, value_problems(config)
     range_problems = _range_problems(config)
     mesh, mesh_problems = resolve_mesh(config.mesh, num_devices)
-    problems = range_problems + mesh_problems
-    if not any(problem.startswith(_SIZES) for problem in range_problems):
-        problems += _model_problems(config.model, mesh) + _latent_attention_problems(config.model, mesh)
-        problems += setting_problems(config.model, config.data.sequence_length)
-        if not mesh_problems:
-            problems += _layout_problems(config, mesh)
-    problems += run_problems(config)
-    return dataclasses.replace(config, mesh=mesh), problems
+    config = dataclasses.replace(config, mesh=mesh)
+    problems = range_problems + mesh_problems + _size_problems(config, range_problems, mesh_problems) + run_problems(config)
+    table_problems = [] if range_problems else stage_problems(config)
+    if config.train.stages and not range_problems and not table_problems:
+        for stage in Recipe(config).all:
+            more = [each for each in _size_problems(stage.config, [], mesh_problems) if each not in problems]
+            table_problems += [f"train.stages, stage {stage.name}: {each}" for each in more]
+    return config, problems + table_problems
+
+
+def _size_problems(config: Config, range_problems: list[str], mesh_problems: list[str]) -> list[str]:
+    """Return the problems of the model, its batch and its layout, where sizes and mesh are in order."""
+    if any(problem.startswith(_SIZES) for problem in range_problems):
+        return []
+    problems = _model_problems(config.model, config.mesh) + _latent_attention_problems(config.model, config.mesh)
+    problems += setting_problems(config.model, config.data.sequence_length)
+    return problems if mesh_problems else problems + _layout_problems(config, config.mesh)
 
 
 def validate(config: Config, num_devices: int) -> Config:

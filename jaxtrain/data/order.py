@@ -38,11 +38,13 @@ class Order:
     shares in any stretch follow the weights (to within 1%, see SMALLEST_SHARE).
     """
 
-    def __init__(self, window_counts: Sequence[int], weights: Sequence[float], seed: int):
-        """Take one entry of `window_counts` (at least 1) and of `weights` (above 0) for each source."""
-        self._counts = list(window_counts)
+    def __init__(self, window_counts: Sequence[int], weights: Sequence[float], seed: int, begins: Sequence[int] = ()):
+        """Take one entry of `window_counts` (at least 1), `weights` (0 for none) and `begins` for each source: the place in
+        its endless sequence where it begins, by default 0.
+        """
+        self._counts, self._begins = list(window_counts), begins or [0] * len(window_counts)
         self._seeds = [shuffle_seed(seed, source) for source in range(len(self._counts))]
-        self.shares = [int(weight * (SMALLEST_SHARE / min(weights))) for weight in weights]
+        self.shares = [int(weight * (SMALLEST_SHARE / min(filter(None, weights)))) for weight in weights]
         self._block = lru_cache(maxsize=8)(self._make_block)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
@@ -64,7 +66,7 @@ class Order:
         windows = np.empty(AT_ONCE, np.int64)
         for source, (count, seed) in enumerate(zip(self._counts, self._seeds, strict=True)):
             own = sources == source
-            windows[own] = _shuffled(count, seed, places[own])
+            windows[own] = shuffled(count, seed, places[own] + self._begins[source])
         return list(zip(sources.tolist(), windows.tolist(), strict=True))
 
 
@@ -78,7 +80,7 @@ def take_turns(shares: Sequence[int], start: int, count: int) -> tuple[np.ndarra
     after, rest = before + 1, sum(shares)
     sources, places = np.full(count, -1), np.zeros(count, np.int64)
     for source, share in enumerate(shares):
-        next_before, next_after = before * (rest - share) // rest, after * (rest - share) // rest
+        next_before, next_after = (number * (rest - share) // max(rest, 1) for number in (before, after))
         taken = (sources < 0) & (next_before == next_after)
         sources[taken] = source
         places[taken] = (before - next_before)[taken]
@@ -86,7 +88,17 @@ def take_turns(shares: Sequence[int], start: int, count: int) -> tuple[np.ndarra
     return sources, places
 
 
-def _shuffled(count: int, seed: int, places: np.ndarray) -> np.ndarray:
+def drawn(shares: Sequence[int], count: int) -> list[int]:
+    """Return how many of the first `count` elements of a mixture come from each source, by the rule of `take_turns`."""
+    counts, rest = [], sum(shares)
+    for share in shares:
+        others = count * (rest - share) // max(rest, 1)
+        counts.append(count - others)
+        count, rest = others, rest - share
+    return counts
+
+
+def shuffled(count: int, seed: int, places: np.ndarray) -> np.ndarray:
     """Return the windows at `places`, ascending, of a source's endless sequence."""
     windows = np.empty(len(places), np.int64)
     at_once = -(-FEW_WINDOWS // count)  # epochs: one where there are many windows

@@ -26,10 +26,9 @@ def num_padded_windows(num_tokens: int, length: int) -> int:
     return -(-max(0, num_tokens - 1) // length)
 
 
-def read_window(stream: Tokens, index: int, out: np.ndarray) -> int:
-    """Copy stream[index*L : index*L + L + 1] into `out`, [L + 1], and return the number of tokens copied."""
-    length = len(out) - 1
-    window = stream[index * length : index * length + length + 1]
+def read_window(stream: Tokens, begin: int, out: np.ndarray) -> int:
+    """Copy stream[begin : begin + L + 1] into `out`, [L + 1], and return the number of tokens copied."""
+    window = stream[begin : begin + len(out)]
     out[: len(window)] = window
     return len(window)
 
@@ -58,3 +57,25 @@ def pack(windows: np.ndarray, sizes: np.ndarray, separators: np.ndarray, mask_do
         for name, array in batch.items():
             array[padding] = NO_TARGET if name == "targets" else 0
     return batch
+
+
+def joined(parts: list[Batch], length: int, mask_documents: bool) -> Batch:
+    """Return one row of `length` from the rows of `parts`, each [1, n], one after the other; the rest is padding.
+
+    Each begins a document, or without `mask_documents` all are one.
+    """
+    row = {name: np.concatenate([part[name][0] for part in parts]) for name in parts[0]}
+    if mask_documents:
+        before = np.cumsum([0, *(part["segments"].max() for part in parts[:-1])])
+        row["segments"] += np.repeat(before, [part["segments"].shape[1] for part in parts]).astype(np.int32)
+    else:
+        row["positions"] = np.arange(len(row["tokens"]), dtype=np.int32)
+    missing = length - len(row["tokens"])
+    return {name: np.pad(a, (0, missing), constant_values=NO_TARGET if name == "targets" else 0) for name, a in row.items()}
+
+
+def document_start(ids: np.ndarray, separator: int, length: int) -> int:
+    """Return the position of the first document of at least `length` ids (its separator); 0 if there is none."""
+    starts = np.flatnonzero(ids == separator)
+    long_enough = np.flatnonzero(np.diff(starts) > length)
+    return int(starts[long_enough[0]]) if long_enough.size else 0

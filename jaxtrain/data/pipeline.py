@@ -1,4 +1,4 @@
-"""Build batches from a config. Batch n is a pure function of (fingerprint, seed, batch size, n), on any number of hosts."""
+"""Build batches from a config. Batch n is a pure function of (fingerprint, seed, stages, n), on any number of hosts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.config import Config, DataSource
+from jaxtrain.config import Config, DataSource, Recipe
 from jaxtrain.config.data_fields import names_of
 from jaxtrain.data.chat_source import answer_ends, open_chat
 from jaxtrain.data.chat_store import Prompts, first_question
@@ -18,9 +18,10 @@ from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.open_source import OpenSource, text_bytes
-from jaxtrain.data.order import Order
-from jaxtrain.data.packing import Batch, pack
+from jaxtrain.data.packing import Batch, document_start, joined, pack
 from jaxtrain.data.prefetch import Prefetcher
+from jaxtrain.data.source_checks import check_sorts, check_split_rules, checked_epochs
+from jaxtrain.data.stage_order import Draws, Pick, Span, StageOrder
 from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
 from jaxtrain.data.token_files import open_token_files
 from jaxtrain.data.token_part import part_of_stream
@@ -71,8 +72,8 @@ def open_data(config: Config) -> Data:
             sources.append(_open_chat(source, i, config, tokenizer, cache_dir))
         else:
             sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
-    _check_split_rules(sources)
-    _check_sorts(sources, config)
+    check_split_rules(sources)
+    check_sorts(sources, config)
     return Data(config, tokenizer, sources, _open_sets(config, tokenizer, corpora, cache_dir))
 
 
@@ -90,38 +91,6 @@ def _open_sets(config: Config, tokenizer: Tokenizer, corpora: Mapping[int, Corpu
         own = OpenSource(held_out.words, 1.0, windows, windows, held_out.parts, frozenset(), held_out.identity)
         found[name] = Data(config_of_set(config, source), tokenizer, [own])
     return found
-
-
-def _check_split_rules(sources: Sequence[OpenSource]) -> None:
-    """Raise DataError if what one source holds out could be trained on in another."""
-    rules = [(rule, i) for i, source in enumerate(sources) for rule in sorted(source.split_rules)]
-    other = next(((rule, i) for rule, i in rules if rule != rules[0][0]), None)
-    if other is None or not any(source.validation.count for source in sources):
-        return
-    raise DataError(
-        f"data.sources.{rules[0][1]} is split by the rule {rules[0][0]!r}, data.sources.{other[1]} by {other[0]!r}: what one "
-        "holds out could be trained on in the other; tokenize again with the same --validation_fraction, or, where the others "
-        "are text, give that of the tokens as --data.validation_fraction"
-    )
-
-
-def _check_sorts(sources: Sequence[OpenSource], config: Config) -> None:
-    """Raise DataError where pairs or prompts are mixed with anything else, or are not what the objective reads."""
-    sorts = ["samples" if source.chat is None else source.chat.sort for source in sources]
-    other = next((i for i, sort in enumerate(sorts) if sort != sorts[0]), None)
-    if other is not None:
-        raise DataError(
-            f"data.sources.0 has {sorts[0]}, data.sources.{other} has {sorts[other]}; pairs and prompts stand alone"
-        )
-    kind = config.objective.kind
-    wanted = {"dpo": "pairs", "grpo": "prompts"}.get(kind, "samples")
-    if sorts[0] != wanted and config.parts.objective is None:
-        raise DataError(
-            f"data.sources.0 has {sorts[0]}, but objective.kind={kind} needs {wanted}: rows of kind=chat with chosen and "
-            "rejected are pairs, those with a prompt alone are prompts; other rows, and texts, are samples"
-        )
-    if sorts[0] == "prompts" and len({source.weight for source in sources}) > 1:
-        raise DataError("data.sources: prompts of several sources are taken in equal shares; leave their weights out")
 
 
 def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
@@ -151,7 +120,7 @@ def _open_tokens(
     source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
 ) -> OpenSource:
     """Open a source of text (through the cache) or of tokens."""
-    name, data, length = f"data.sources.{index}", config.data, config.data.sequence_length
+    name, data, length = f"data.sources.{index}", config.data, Recipe(config).block_length
     if corpus is None:
         train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
         told = any(part.separator >= 0 for part in train)
@@ -168,11 +137,12 @@ def _open_tokens(
     windows = StreamWindows(train, length, padded=False)
     if not windows.count:
         most = max((len(part.tokens) for part in train), default=0)
+        longest = "data.sequence_length" if length == data.sequence_length else "the longest sequence_length of train.stages"
         raise DataError(
-            f"{name}: {most} training tokens are too short for one sequence, which takes data.sequence_length + 1 = "
+            f"{name}: {most} training tokens are too short for one sequence, which takes {longest} + 1 = "
             f"{length + 1}; give more text, or --data.sequence_length={max(1, most - 1)} or less"
         )
-    held_out = StreamWindows(validation, length, padded=True)
+    held_out = StreamWindows(validation, data.sequence_length, padded=True)
     tokens = f"{windows.num_targets:,} + {held_out.num_targets:,} held-out tokens"
     identity = [source.kind, [part.sha256 for part in train], [part.sha256 for part in validation], windows.separator]
     rules = frozenset(part.split_rule for part in (*train, *validation)) - {""}
@@ -188,12 +158,13 @@ def _open_chat(source: DataSource, index: int, config: Config, tokenizer: Tokeni
 def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
     """Open a source of random tokens, held out only if no other source is, so that bits per byte describe the text."""
     vocab_size, length, seed = config.model.vocab_size, config.data.sequence_length, config.train.seed
+    block = Recipe(config).block_length
     held_out = SYNTHETIC_VALIDATION_WINDOWS if with_validation and config.data.validation_fraction > 0 else 0
     seed = int(short_hash([seed, index])[:16], 16)
     return OpenSource(
         f"synthetic: endless random tokens below {vocab_size:,}",
         source.weight,
-        SyntheticWindows(seed, vocab_size, length, 0, SYNTHETIC_WINDOWS),
+        SyntheticWindows(seed, vocab_size, block, 0, SYNTHETIC_WINDOWS),
         SyntheticWindows(seed, vocab_size, length, SYNTHETIC_WINDOWS, held_out),
         (),
         frozenset(),
@@ -211,8 +182,8 @@ class Data:
     vocab_size: int
     """Vocabulary size of the tokenizer; of the model if the sources are ids without a tokenizer."""
     fingerprint: str
-    """Hash of the sources' contents and weights, the split, the tokenizer, sequence_length and mask_documents; neither the
-    seed nor paths are in it."""
+    """Hash of the sources' contents and first weights, the split, the tokenizer, the longest sequence_length and
+    mask_documents; neither the seed nor paths are in it."""
     words: str
     """What each source and set is."""
     description: str
@@ -235,22 +206,27 @@ class Data:
     ):
         """Keep what `open_data` has opened and checked."""
         data, self.sets = config.data, sets or {}
-        self._config, self._sources = config, sources
+        self._config, self._sources, self._recipe = config, sources, Recipe(config)
         self._train = [source.train for source in sources]
         self._validation = [source.validation for source in sources]
         self._attached: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._validation_ends = np.cumsum([windows.count for windows in self._validation])
-        weights = [source.weight for source in sources]
-        self._order = Order([windows.count for windows in self._train], weights, config.train.seed)
+        weights, block = self._recipe.all[0].weights, self._recipe.block_length
+        draws = [
+            Draws(stage.first, stage.config.train.global_batch_size, stage.weights, stage.config.data.sequence_length)
+            for stage in self._recipe.stages
+        ]
+        self._order = StageOrder(draws, [windows.count for windows in self._train], block, config.train.seed)
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        identity = [[source.identity, source.weight / sum(weights)] for source in sources]
-        self.fingerprint = short_hash(
-            ["data-2", identity, tokenizer.fingerprint, data.sequence_length, data.mask_documents],
-        )
+        identity = [[source.identity, weight / sum(weights)] for source, weight in zip(sources, weights, strict=True)]
+        self.fingerprint = short_hash(["data-2", identity, tokenizer.fingerprint, block, data.mask_documents])
         self.words = "; ".join([*(source.words for source in sources), *(own.words for own in self.sets.values())])
         self.description = (
             f"{self.words}; tokenizer {data.tokenizer if tokenizer.separator >= 0 else 'none'}, {self.vocab_size:,} ids"
         )
+        tokens = self._order.tokens(config.train.steps)
+        epochs = [count / (block * windows.count) for count, windows in zip(tokens, self._train, strict=True)]
+        self.description += checked_epochs(config, epochs)
         self.tokens_per_epoch = sum(windows.num_targets for windows in self._train)
         self.validation_tokens = sum(windows.num_targets for windows in self._validation)
         parts = [part for source in sources for part in source.validation_parts if len(part.tokens) > 1]
@@ -259,21 +235,22 @@ class Data:
         self.gzip_bits_per_byte = 8 * sum(part.gzip_bytes for part in parts) / gzip_input if gzip_input else None
 
     def train_batch(self, step: int, rows: slice) -> Batch:
-        """Return the rows `rows` (of 0 to train.global_batch_size - 1) of batch `step`: elements step*B + row of the mixture.
+        """Return the rows `rows` (of all that it has) of batch `step`, as long and as many as its stage says.
 
         It is a pure function: any caller gets the same rows.
         """
-        return self.rows(self.train_row_numbers(step, rows))
+        length = self._recipe.at(step).config.data.sequence_length
+        return self._with_attached(0, self._train, self._picks(step, rows), length)
 
     def train_row_numbers(self, step: int, rows: slice) -> list[tuple[int, int]]:
         """Return for each of the rows that `train_batch` gives the index of its source, and its own in that source.
 
         A row of chat data is the same in every epoch, so what is computed of it once can be looked up by these numbers.
         """
-        batch_size = self._config.train.global_batch_size
-        wanted = range(*rows.indices(batch_size))
-        first = step * batch_size
-        return self._order.stretch(first + wanted.start, first + wanted.stop)[:: wanted.step]
+        return [(source, spans[0].block) for source, spans in self._picks(step, rows)]
+
+    def _picks(self, step: int, rows: slice) -> list[Pick]:
+        return self._order.rows(step, range(*rows.indices(self._recipe.at(step).config.train.global_batch_size)))
 
     @functools.cached_property
     def prompts(self) -> Prompts:
@@ -311,7 +288,12 @@ class Data:
 
     def rows(self, picks: Sequence[tuple[int, int] | None]) -> Batch:
         """Return training rows by the numbers of `train_row_numbers`; None gives a row of padding."""
-        return self._read(self._train, picks) | self._attached_rows(0, self._train, picks)
+        return self._whole_rows(0, self._train, picks)
+
+    def _whole_rows(self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]) -> Batch:
+        length = self._config.data.sequence_length
+        spans = [None if pick is None else (pick[0], (Span(pick[1], 0, length),)) for pick in picks]
+        return self._with_attached(side, sources, spans, length)
 
     def attach(self, name: str, train: np.ndarray, validation: np.ndarray | None) -> None:
         """Add a float32 array to every batch from now on.
@@ -326,32 +308,40 @@ class Data:
         """Return whether batches have an attached array of this name."""
         return name in self._attached
 
-    def _attached_rows(
-        self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]
-    ) -> dict[str, np.ndarray]:
+    def _with_attached(
+        self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[Pick | None], length: int
+    ) -> Batch:
+        """Return the batch of the given rows, of `length` tokens, and what was attached to them."""
+        batch = self._read(sources, picks, length)
         firsts = np.cumsum([0, *(windows.count for windows in sources)])
-        found = {}
         for name, sides in self._attached.items():
             if (held := sides[side]) is None:
                 continue
-            found[name] = np.zeros((len(picks), *held.shape[1:]), np.float32)
+            batch[name] = np.zeros((len(picks), *held.shape[1:]), np.float32)
             for row, pick in enumerate(picks):
                 if pick is not None:
-                    found[name][row] = held[firsts[pick[0]] + pick[1]]
-        return found
+                    batch[name][row] = held[firsts[pick[0]] + pick[1][0].block]
+        return batch
 
     def train_batches(
-        self, first_step: int, rows: slice, batch_of: Callable[[int], int] = lambda step: step
+        self, first_step: int, rows: slice | Callable[[int], slice], batch_of: Callable[[int], int] = lambda step: step
     ) -> Prefetcher[Batch]:
         """Iterate over train_batch(batch_of(n), rows) for n = first_step, first_step + 1, ... without end.
 
         data.prefetch batches are made ahead, in data.workers threads; 0: one, but as many as batches where they wait for a
         store. Close it, or use it in a `with` block.
+
+        Args:
+          rows: of every batch, or a function of its number.
         """
         data = self._config.data
         waits = any(isinstance(windows, StreamWindows) and windows.lie_in_store for windows in self._train)
-        threads = data.workers or (data.prefetch if waits else 1)
-        return Prefetcher(lambda step: self.train_batch(batch_of(step), rows), first_step, data.prefetch, threads)
+
+        def make(step: int) -> Batch:
+            number = batch_of(step)
+            return self.train_batch(number, rows(number) if callable(rows) else rows)
+
+        return Prefetcher(make, first_step, data.prefetch, data.workers or (data.prefetch if waits else 1))
 
     def num_validation_batches(self, batch_size: int) -> int:
         """Return how many batches of `batch_size` rows hold all held-out tokens."""
@@ -363,7 +353,7 @@ class Data:
         Rows beyond the last window are padding: tokens and segments 0, targets -1.
         """
         picks = self.validation_row_numbers(index, rows, batch_size)
-        return self._read(self._validation, picks) | self._attached_rows(1, self._validation, picks)
+        return self._whole_rows(1, self._validation, picks)
 
     def validation_row_numbers(self, index: int, rows: slice, batch_size: int) -> list[tuple[int, int] | None]:
         """Return for each row of `validation_batch` the index of its source, and its own in that source; None for padding."""
@@ -397,37 +387,56 @@ class Data:
             for part in source.validation_parts:
                 ids = part.tokens[:PROMPT_SEARCH_TOKENS]
                 if len(ids) > 1:
-                    return ids[_document_start(ids, part.separator, num_tokens) :][:num_tokens].astype(np.int32)
-        window = self._read(self._train, [(0, 0)])["tokens"][0]
+                    return ids[document_start(ids, part.separator, num_tokens) :][:num_tokens].astype(np.int32)
+        window = self._whole_rows(0, self._train, [(0, 0)])["tokens"][0]
         return window[:num_tokens]
 
-    def _read(self, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]) -> Batch:
-        """Return the batch of the given (source, window) pairs; None gives a row of padding."""
-        windows = np.zeros((len(picks), self._config.data.sequence_length + 1), np.int32)
+    def _read(self, sources: Sequence[Windows | PackedRows], picks: Sequence[Pick | None], length: int) -> Batch:
+        """Return the batch of the given rows, of `length` tokens; None gives a row of padding."""
+        windows = np.zeros((len(picks), length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
+        split: dict[int, Batch] = {}
         for number, source in enumerate(sources):
             if isinstance(source, StreamWindows) and source.lie_in_store:
-                source.fetch([pick[1] for pick in picks if pick is not None and pick[0] == number])
+                source.fetch([span for pick in picks if pick is not None and pick[0] == number for span in pick[1]])
         for row, pick in enumerate(picks):
-            if pick is not None and not isinstance(source := sources[pick[0]], PackedRows):
-                sizes[row] = source.read(pick[1], windows[row])
-                separators[row] = source.separator
-        limit = self._config.model.vocab_size
-        if windows.size and not 0 <= windows.min() <= windows.max() < limit:  # the ids were checked when the data was opened
-            raise DataError(
-                f"token id {windows.min() if windows.min() < 0 else windows.max()} is outside model.vocab_size={limit}: "
-                "the token files were changed while this run was reading them; put them back, and start it again"
-            )
+            if pick is None or isinstance(source := sources[pick[0]], PackedRows):
+                continue
+            separators[row] = source.separator
+            if len(pick[1]) == 1:
+                sizes[row] = _read_span(source, pick[1][0], windows[row])
+            else:
+                split[row] = self._joined(source, pick[1], length)
+        self._check_ids(windows)
         batch = pack(windows, sizes, separators, self._config.data.mask_documents)
+        for row, parts in split.items():
+            for name, array in parts.items():
+                batch[name][row] = array
         for row, pick in enumerate(picks):
             if pick is not None and isinstance(source := sources[pick[0]], PackedRows):
-                source.fill(pick[1], batch, row)
+                source.fill(pick[1][0].block, batch, row)
         return batch
 
+    def _joined(self, source: Windows, spans: Sequence[Span], length: int) -> Batch:
+        """Return one row of several spans, each a document of its own."""
+        parts, mask_documents = [], self._config.data.mask_documents
+        for span in spans:
+            ids = np.zeros((1, span.length + 1), np.int32)
+            size = _read_span(source, span, ids[0])
+            self._check_ids(ids)
+            parts.append(pack(ids, np.array([size]), np.array([source.separator]), mask_documents))
+        return joined(parts, length, mask_documents)
 
-def _document_start(ids: np.ndarray, separator: int, length: int) -> int:
-    """Return the position of the first document of at least `length` ids (its separator); 0 if there is none."""
-    starts = np.flatnonzero(ids == separator)
-    long_enough = np.flatnonzero(np.diff(starts) > length)
-    return int(starts[long_enough[0]]) if long_enough.size else 0
+    def _check_ids(self, ids: np.ndarray) -> None:
+        """Raise DataError for ids beyond the vocabulary; they were checked when the data was opened."""
+        limit = self._config.model.vocab_size
+        if ids.size and not 0 <= ids.min() <= ids.max() < limit:
+            raise DataError(
+                f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside model.vocab_size={limit}: "
+                "the token files were changed while this run was reading them; put them back, and start it again"
+            )
+
+
+def _read_span(source: Windows, span: Span, out: np.ndarray) -> int:
+    return source.read(span.block, out[: span.length + 1], span.start)

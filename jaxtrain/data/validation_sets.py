@@ -32,8 +32,9 @@ class ValidationSet:
 
 def config_of_set(config: Config, source: DataSource) -> Config:
     """Return a config with a set as its only source, from which nothing is taken away."""
+    source, train = dataclasses.replace(source, weight=1.0, max_epochs=0.0), dataclasses.replace(config.train, stages=())
     data = dataclasses.replace(config.data, sources=(source,), validation=(), validation_fraction=0.0)
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=data, train=train)
 
 
 def open_set(source: DataSource, number: int, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> ValidationSet:

@@ -24,8 +24,8 @@ class Windows(Protocol):
     separator: int
     """The id that begins a document; -1: none."""
 
-    def read(self, index: int, out: np.ndarray) -> int:
-        """Copy window `index` into `out`, [L + 1], and return how many ids it has."""
+    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
+        """Copy window `index` from token `start` on into `out`, [L + 1] or shorter, and return how many ids that were."""
         ...
 
 
@@ -43,26 +43,26 @@ class StreamWindows:
         self.num_targets = sum(targets) if padded else self.count * length
         self.separator = parts[0].separator if parts else -1
 
-    def read(self, index: int, out: np.ndarray) -> int:
+    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
         part = int(self._ends.searchsorted(index, side="right"))
         first = int(self._ends[part - 1]) if part else 0
-        return read_window(self._parts[part].tokens, index - first, out)
+        return read_window(self._parts[part].tokens, (index - first) * self._length + start, out)
 
     @property
     def lie_in_store(self) -> bool:
         """Return whether windows are fetched over a network."""
         return any(lie_in_store(part.tokens) for part in self._parts)
 
-    def fetch(self, indices: Sequence[int]) -> None:
-        """Fetch what windows need that lie in a store, at the same time; `read` would fetch one after the other."""
+    def fetch(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Fetch what lies in a store of (window, first token, tokens), at the same time; `read` would fetch one by one."""
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for index in indices:
+        for index, start, length in spans:
             part = int(self._ends.searchsorted(index, side="right"))
-            start = (index - (int(self._ends[part - 1]) if part else 0)) * self._length
-            wanted.setdefault(part, []).append((start, start + self._length + 1))
-        for part, spans in wanted.items():
+            begin = (index - (int(self._ends[part - 1]) if part else 0)) * self._length + start
+            wanted.setdefault(part, []).append((begin, begin + length + 1))
+        for part, stretches in wanted.items():
             if not isinstance(tokens := self._parts[part].tokens, np.ndarray):
-                tokens.fetch(spans)
+                tokens.fetch(stretches)
 
 
 class SyntheticWindows:
@@ -72,10 +72,11 @@ class SyntheticWindows:
 
     def __init__(self, seed: int, vocab_size: int, length: int, first: int, count: int):
         """Take windows first to first + count - 1 of the endless sequence of `seed`."""
-        self._seed, self._vocab_size, self._first = seed, vocab_size, first
+        self._seed, self._vocab_size, self._first, self._length = seed, vocab_size, first, length
         self.count, self.num_targets = count, count * length
 
-    def read(self, index: int, out: np.ndarray) -> int:
+    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
         key = np.array([self._seed % 2**64, self._first + index], dtype=np.uint64)
-        out[:] = np.random.Generator(np.random.Philox(key=key)).integers(0, self._vocab_size, len(out))
+        ids = np.random.Generator(np.random.Philox(key=key)).integers(0, self._vocab_size, self._length + 1)
+        out[:] = ids[start : start + len(out)]
         return len(out)

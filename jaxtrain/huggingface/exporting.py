@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxtrain.checkpoint.addresses import check_average, find, is_average
 from jaxtrain.checkpoint.inspection import arrays
 from jaxtrain.checkpoint.stored import read_stored, step_path
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config, ModelConfig, config_at
 from jaxtrain.config.as_json import from_json
 from jaxtrain.data.progress import progress
 from jaxtrain.errors import CheckpointError, ExplainedError
@@ -63,7 +63,7 @@ def opened(run: str) -> tuple[Config, Read, Path, dict[str, Any]]:
     stored = read_stored(step_path(folder, step))
     metadata, leaves = stored["metadata"], stored["leaves"]
     check_average(run, leaves)
-    config = from_json(json.dumps(metadata["config"]))
+    config = config_at(from_json(json.dumps(metadata["config"])), step)
     if config.sync.replicas_differ:
         raise CheckpointError(f"{run}: the replicas of sync.mode={config.sync.mode} differ; an export needs one set of weights")
     beside = Path(folder).parent / TRAVELLING_FOLDER

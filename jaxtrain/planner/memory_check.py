@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, Recipe
 from jaxtrain.config.names import set_field
 from jaxtrain.errors import ExplainedError
 from jaxtrain.host_memory import available_bytes
@@ -22,6 +22,7 @@ from jaxtrain.models.building import choose_attention
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.relief import categories, smallest_changes
+from jaxtrain.planner.stages import worst_stage
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.text import readable_size
 
@@ -69,10 +70,13 @@ def check_memory(config: Config, room: Room, backend: str) -> str:
     Raises:
       ExplainedError: it cannot fit; lists the memory's use and what would fit.
     """
-    batch = batch_bytes(config) * room.batches
+    largest = max((stage.config for stage in Recipe(config).stages), key=batch_bytes)
+    batch = batch_bytes(largest) * room.batches
     if room.host is not None and config.data.prefetch * batch > room.host:
-        raise ExplainedError(_too_large_batch(config, batch, room.host))
-    memory = estimate_memory(config, backend)
+        raise ExplainedError(_too_large_batch(largest, batch, room.host))
+    stage, whole = worst_stage(config, backend), config
+    config, memory = stage.config, estimate_memory(stage.config, backend)
+    of_stage = f", most in stage {stage.name}" if whole.train.stages else ""
     state, total = _state(memory) * room.devices, memory.total * room.devices
     if state > room.available:
         raise ExplainedError(_too_large_state(config, memory, room))
@@ -81,10 +85,10 @@ def check_memory(config: Config, room: Room, backend: str) -> str:
     of = f"{readable_size(room.available)} {room.words}"
     if total > room.available:
         return (
-            f"warning    the run takes about {readable_size(total)} of memory by estimate, and there are {of}: it may run out; "
-            "more train.microbatches, --train.remat=full or a smaller model take less"
+            f"warning    the run takes about {readable_size(total)} of memory by estimate{of_stage}, and there are {of}: "
+            "it may run out; more train.microbatches, --train.remat=full or a smaller model take less"
         )
-    return f"memory     about {readable_size(total)}, of {of}"
+    return f"memory     about {readable_size(total)}{of_stage}, of {of}"
 
 
 def batch_bytes(config: Config) -> float:

@@ -14,6 +14,7 @@ from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.other_models import left_out
 from jaxtrain.planner.search import Objective, search
+from jaxtrain.planner.stages import longest_stage, of_whole_run, stage_words
 from jaxtrain.planner.verify import choose_count, verify
 from jaxtrain.planner.words import explain_plan
 
@@ -67,6 +68,10 @@ def make_plan(
       ConfigError: the config is wrong whatever the layout.
     """
     check_model(config)
+    whole = config
+    if config.train.stages:
+        tell(stage_words(config, longest_stage(config)))
+        config = longest_stage(config).config
     count, basis = choose_count(cluster.chip, verified)
     tell(basis)
     if own := plugged(config.model.parts) | ({"optimizer": 0} if config.parts.optimizer is not None else {}):
@@ -80,6 +85,9 @@ def make_plan(
     found = look(config, cluster)
     tell(f"{found.candidates:,} layouts in {found.seconds:.1f} s")
     ranked = found.ranked
+    if whole is not config and ranked:
+        ranked = tuple(each for each in ranked if of_whole_run(whole, each.config))
+        tell(f"{len(ranked)} of the best {len(found.ranked)} layouts suit all stages")
     if ranked and count:
         ranked = tuple(verify(ranked, count, objective=objective))
     words = explain_plan(config, cluster, objective, found, ranked, look)

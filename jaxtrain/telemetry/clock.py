@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, Recipe
 from jaxtrain.hardware import Chip
 from jaxtrain.telemetry.flops import mfu, model_flops_per_token
 
@@ -31,16 +31,28 @@ Row = dict[str, float | int | str | None]
 class StepWork:
     """The work of one step, to turn seconds into throughput."""
 
-    tokens_per_step: int
+    tokens_per_step: float
     """Tokens in the global batch, padding included."""
     num_devices: int
     """Devices that share the step."""
-    flops_per_token_full: int
+    flops_per_token_full: float
     """Model FLOPs per token with the full attention square (see flops.py)."""
-    flops_per_token_causal: int
+    flops_per_token_causal: float
     """Model FLOPs per token with half of the attention square."""
     peak_flops: float | None
     """Peak matmul FLOP/s of one device in the compute dtype; None if unknown."""
+
+    def at(self, step: int) -> StepWork:
+        """Return the work of a step, from 1; `RunWork` has steps that differ."""
+        return self
+
+    def tokens(self, steps: int) -> float:
+        """Return the tokens of the first `steps` steps."""
+        return steps * self.tokens_per_step
+
+    def stage(self, step: int) -> Row:
+        """Return a row with the name of the stage of a step, empty in a run without `train.stages`."""
+        return {}
 
     @classmethod
     def of(cls, config: Config, num_devices: int, chip: Chip) -> StepWork:
@@ -67,11 +79,29 @@ class StepWork:
         }
 
 
+class RunWork:
+    """The work of each step of a run, over its stages, with the methods of `StepWork`."""
+
+    def __init__(self, config: Config, num_devices: int, chip: Chip):
+        self._recipe = Recipe(config)
+        self._works = {stage.first: StepWork.of(stage.config, num_devices, chip) for stage in self._recipe.stages}
+        self._has_stages = bool(config.train.stages)
+
+    def at(self, step: int) -> StepWork:
+        return self._works[self._recipe.at(step - 1).first]
+
+    def tokens(self, steps: int) -> int:
+        return self._recipe.tokens(steps)
+
+    def stage(self, step: int) -> Row:
+        return {"stage": self._recipe.at(step - 1).name} if self._has_stages else {}
+
+
 class StepClock:
     """Step times over the window between two logged rows, and the time left.
 
     Args:
-      work: what a step does.
+      work: what steps do.
       total_steps: the last step of the run.
       start_step: the step that the run resumed from; 0 for a new one.
       elapsed_before: seconds the run had taken before it was resumed.
@@ -80,7 +110,7 @@ class StepClock:
 
     def __init__(
         self,
-        work: StepWork,
+        work: StepWork | RunWork,
         total_steps: int,
         start_step: int = 0,
         elapsed_before: float = 0.0,
@@ -90,6 +120,7 @@ class StepClock:
         self._elapsed_before, self._now = elapsed_before, now
         self._step = start_step
         self._steps_seconds: list[float] = []
+        self._works: list[StepWork] = []
         self._window_data_wait = self._window_device_wait = 0.0
         self._pause = 0.0
         self.start()
@@ -132,6 +163,7 @@ class StepClock:
         """Record that one more step is done. Costs a microsecond."""
         now = self._now()
         self._steps_seconds.append(max(now - self._last - self._pause, 0.0))
+        self._works.append(self._work.at(step))
         self._last, self._pause, self._step = now, 0.0, step
 
     def window(self) -> Row:
@@ -148,14 +180,16 @@ class StepClock:
             "data_wait_seconds": self._window_data_wait / count if count else None,
             "device_wait_seconds": self._window_device_wait / count if count else None,
         }
-        rate = count * self._work.tokens_per_step / seconds if seconds > 0 else None
-        row |= self._work.throughput(rate) if rate is not None else dict.fromkeys(self._work.throughput(1.0))
+        work = _mean_work(self._works or [self._work.at(self._step)])
+        rate = count * work.tokens_per_step / seconds if seconds > 0 else None
+        row |= work.throughput(rate) if rate is not None else dict.fromkeys(work.throughput(1.0))
+        row |= self._work.stage(self._step)
         row |= {
-            "tokens": self._step * self._work.tokens_per_step,
+            "tokens": self._work.tokens(self._step),
             "elapsed_seconds": self.elapsed_seconds(),
             "eta_seconds": self.eta_seconds(),
         }
-        self._steps_seconds, self._window_data_wait, self._window_device_wait = [], 0.0, 0.0
+        self._steps_seconds, self._works, self._window_data_wait, self._window_device_wait = [], [], 0.0, 0.0
         return row
 
     def elapsed_seconds(self) -> float:
@@ -163,11 +197,24 @@ class StepClock:
         return self._elapsed_before + self._now() - self._started
 
     def eta_seconds(self) -> float | None:
-        """eta = steps left * mean seconds per step of this process, pauses included; None before the first step."""
-        done = self._step - self._start_step
+        """eta = tokens left * mean seconds per token of this process, pauses included; None before the first step."""
+        done = self._work.tokens(self._step) - self._work.tokens(self._start_step)
         if done <= 0:
             return None
-        return (self._total_steps - self._step) * (self._last - self._started) / done
+        left = self._work.tokens(self._total_steps) - self._work.tokens(self._step)
+        return left * (self._last - self._started) / done
+
+
+def _mean_work(works: Sequence[StepWork]) -> StepWork:
+    """Return the mean work of some steps: tokens of a step, and FLOPs of a token."""
+    if works[0] == works[-1]:
+        return works[0]
+    tokens = sum(work.tokens_per_step for work in works)
+    full, causal = (
+        sum(work.tokens_per_step * getattr(work, name) for work in works) / tokens
+        for name in ("flops_per_token_full", "flops_per_token_causal")
+    )
+    return replace(works[0], tokens_per_step=tokens / len(works), flops_per_token_full=full, flops_per_token_causal=causal)
 
 
 def memory_row(devices: Sequence[Any] | None = None) -> Row:

@@ -1,8 +1,8 @@
 """Measure a run's energy: NVML on NVIDIA GPUs, RAPL on CPUs, nothing where neither is readable.
 
-    joules_per_token = joules between two rows / (steps between them * tokens of a step)
+    joules_per_token = joules between two rows / tokens of the steps between them
     energy_kwh       = joules so far / 3.6e6, before and after interruptions
-    energy_kwh_at_end = energy_kwh + mean joules a step of this process * steps left / 3.6e6
+    energy_kwh_at_end = energy_kwh + mean joules a token of this process * tokens left / 3.6e6
 
 Everything between two rows counts: validation, saving and waiting too. On a GPU machine the hosts' CPUs, fans and network
 do not count; on a CPU machine everything else that runs on its CPUs does.
@@ -203,7 +203,7 @@ class EnergyLog:
 
     Args:
       meter: counts joules; None gives rows without figures.
-      tokens_per_step: tokens of the global batch.
+      tokens: gives the tokens of the first so many steps.
       last_step: the last step of the run.
       device_count: jax's devices over all processes, each assumed to draw as much as this process's.
       start_step: the step that the run resumed from.
@@ -214,7 +214,7 @@ class EnergyLog:
     def __init__(
         self,
         meter: Meter | None,
-        tokens_per_step: int = 1,
+        tokens: Callable[[int], float] = float,
         last_step: int = 0,
         device_count: int = 1,
         start_step: int = 0,
@@ -223,7 +223,7 @@ class EnergyLog:
     ):
         self._meter, self._now = meter, now
         self._scale = device_count / meter.devices if meter is not None and meter.devices else 1.0
-        self._tokens_per_step, self._last_step = tokens_per_step, last_step
+        self._tokens, self._last_step = tokens, last_step
         self._start_step, self._kwh_before = start_step, kwh_before
         self.start()
 
@@ -244,15 +244,15 @@ class EnergyLog:
         joules, now = self._joules(), self._now()
         if self._meter is None:
             return {}
-        steps, seconds, used = step - self._step, now - self._row_at, joules - self._row_joules
-        done, so_far = step - self._start_step, joules - self._zero
+        seconds, used, so_far = now - self._row_at, joules - self._row_joules, joules - self._zero
+        first, last, at, end = map(self._tokens, (self._start_step, self._step, step, self._last_step))
         kwh = self._kwh_before + so_far / JOULES_PER_KWH
         self._step, self._row_at, self._row_joules = step, now, joules
         return {
             "watts": used / seconds if seconds > 0 else None,
-            "joules_per_token": used / (steps * self._tokens_per_step) if steps > 0 else None,
+            "joules_per_token": used / (at - last) if at > last else None,
             "energy_kwh": kwh,
-            "energy_kwh_at_end": kwh + so_far / done * (self._last_step - step) / JOULES_PER_KWH if done > 0 else None,
+            "energy_kwh_at_end": kwh + so_far / (at - first) * (end - at) / JOULES_PER_KWH if at > first else None,
         }
 
     def _joules(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,9 +164,31 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], beside: Callable[[Axes], N
         panels.append(figure.add_subplot(grid[:, 1]))
         beside(panels[-1])
     last = max(row["step"] for row in rows)
+    _draw_stages(panels, rows, last)
     for panel in panels:
         panel.set_xlim(0, last * 1.02)
         panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+
+
+def _draw_stages(panels: Sequence[Axes], rows: list[dict[str, Any]], last: int) -> None:
+    """Shade every other stage behind the panels, and write the names into the first."""
+    firsts: dict[str, int] = {}
+    for row in rows:
+        if "stage" in row:
+            firsts.setdefault(row["stage"], row["step"] if firsts else 0)
+    begins = sorted((first, name) for name, first in firsts.items())
+    for number, (begin, name) in enumerate(begins):
+        end = begins[number + 1][0] if number + 1 < len(begins) else last * 1.02
+        for panel in panels:
+            panel.axvspan(begin, end, color=FAINT, alpha=0.7 * (number % 2), linewidth=0, zorder=0)
+        panels[0].annotate(
+            literal(name),
+            (begin, 0.01),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            color=BASELINE,
+        )
 
 
 def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:

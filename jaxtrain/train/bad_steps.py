@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.config import Config, GuardConfig
+from jaxtrain.config import Config, GuardConfig, Recipe
 from jaxtrain.errors import NumbersError
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import Progress
@@ -143,6 +143,6 @@ def describe(guard: GuardConfig, values: dict[str, float]) -> str:
 
 def batch_row(config: Config, batch: int) -> tuple[dict[str, int], str]:
     """(log row, description) of the samples, in the data's order, that a batch consists of."""
-    size = config.train.global_batch_size
-    first, last = batch * size, (batch + 1) * size - 1
+    recipe = Recipe(config)
+    first, last = recipe.rows(batch), recipe.rows(batch + 1) - 1
     return {"batch": batch, "first_sample": first, "last_sample": last}, f"batch {batch}, samples {first} to {last}"

@@ -57,18 +57,20 @@ class DataFeed:
     ):
         self._prepared, self._data, self._batch_of, self._waiting = prepared, data, batch_of, waiting
         self._completed = completed
-        self._batches = data.train_batches(first, prepared.rows(), batch_of)
+        self._batches = data.train_batches(first, lambda batch: prepared.at(batch).rows(), batch_of)
 
     def next(self, state: PyTree, step: int) -> PyTree:
         with self._waiting():
             batch = next(self._batches)
-        return self._completed(self._prepared.place(batch))
+        return self._completed(self._prepared.at(self._batch_of(step)).place(batch))
 
     def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
         return metrics
 
     def batch(self, step: int) -> PyTree:
-        return self._completed(self._prepared.place(self._data.train_batch(self._batch_of(step), self._prepared.rows())))
+        number = self._batch_of(step)
+        prepared = self._prepared.at(number)
+        return self._completed(prepared.place(self._data.train_batch(number, prepared.rows())))
 
     def save(self, step: int) -> None:
         """Do nothing: batch n is a pure function of the data and n."""

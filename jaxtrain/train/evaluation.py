@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain.config import ModelConfig
 from jaxtrain.config.data_fields import names_of
 from jaxtrain.data.pipeline import Data
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
@@ -131,6 +132,26 @@ def _of_text(suffix: str, loss: float, bits: float | None, tokens: int | None) -
 def position_edges(length: int, ranges: int) -> tuple[int, ...]:
     """Return the first position of each range: 0, and then length / 2^n up to length / 2."""
     return (0, *(length >> n for n in range(max(ranges, 1) - 1, 0, -1)))
+
+
+class StageEvaluation:
+    """`Evaluation` of a model with the positions of the stage of a state's last step, in one batch and length throughout."""
+
+    def __init__(self, prepared: Prepared, data: Data, batch_of: Callable[[int], int]):
+        self._prepared, self._data, self._batch_of = prepared, data, batch_of
+        self._of_models: dict[ModelConfig, Evaluation] = {}
+        self.batches = self._at(0).batches
+        """Batches that are scored; 0 where nothing is held out."""
+
+    def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
+        """Return `Evaluation.of_state`."""
+        return self._at(max(int(state["step"]) - 1, 0)).of_state(state, ends)
+
+    def _at(self, steps_before: int) -> Evaluation:
+        at = self._prepared.for_validation(self._batch_of(steps_before))
+        if at.config.model not in self._of_models:
+            self._of_models[at.config.model] = Evaluation(at, self._data, at.config.train.validate_batches)
+        return self._of_models[at.config.model]
 
 
 def model_in_hand(prepared: Prepared, params: PyTree, data: Data) -> Model:

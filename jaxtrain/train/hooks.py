@@ -50,14 +50,14 @@ class Logging(Hook):
     """Logs a row after the steps that are due.
 
     Args:
-      learning_rate: of the steps taken before; None where an optimizer of the user's own has it.
+      learning_rate: (step, updates made before it) -> its rate; None where an optimizer of the user's own has it.
     """
 
     def __init__(
         self,
         telemetry: Telemetry,
         due: Due,
-        learning_rate: Callable[[int], float] | None = None,
+        learning_rate: Callable[[int, int], float] | None = None,
         energy: EnergyLog | None = None,
         stragglers: Stragglers | None = None,
     ):
@@ -81,7 +81,8 @@ class Logging(Hook):
         row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "loss_mean": self._mean()}
         row["grad_norm"] = values.pop("grad_norm")
         if self._learning_rate is not None:  # the optimizer has not counted the steps before that were skipped
-            row["learning_rate"] = float(self._learning_rate(step - 1 - int(values.get("skipped_steps", 0) - is_bad)))
+            updates = step - 1 - int(values.get("skipped_steps", 0) - is_bad)
+            row["learning_rate"] = float(self._learning_rate(step, updates))
         row |= {**values, **self._telemetry.clock.window(), **memory_row()}
         row |= self._energy.row(step)
         return row | (self._stragglers.row(step, row) if self._stragglers else {})

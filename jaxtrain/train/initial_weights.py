@@ -18,7 +18,7 @@ from jaxtrain.checkpoint.addresses import check_average, find, is_average
 from jaxtrain.checkpoint.stored import digest as digest_of
 from jaxtrain.checkpoint.stored import read_metadata, read_stored, restore, step_path
 from jaxtrain.checkpoint.trees import leaves_by_path, nested
-from jaxtrain.config import Config, ModelConfig, SyncConfig
+from jaxtrain.config import Config, ModelConfig, SyncConfig, config_at
 from jaxtrain.config.as_json import from_json
 from jaxtrain.data.chat_source import answer_ends
 from jaxtrain.data.chat_template import read_chat_template
@@ -146,7 +146,7 @@ def _of_run(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation)
     """Return the weights of a checkpoint of another run."""
     folder, step = find(config.init_from)
     saved = read_metadata(folder, step)
-    source = from_json(json.dumps(saved["config"]))
+    source = config_at(from_json(json.dumps(saved["config"])), step)
     _check_same_model(config, source.model)
     if source.sync.replicas_differ:
         raise CheckpointError(f"init_from={config.init_from}: its replicas differ (sync.mode={source.sync.mode})")

@@ -14,7 +14,7 @@ import optax
 
 from jaxtrain.checkpoint.addresses import find
 from jaxtrain.checkpoint.stored import read_metadata
-from jaxtrain.config import Config, DType, MeshConfig, SyncConfig
+from jaxtrain.config import Config, DType, MeshConfig, SyncConfig, config_at
 from jaxtrain.config.as_json import from_json
 from jaxtrain.config.rules import find_problems
 from jaxtrain.data.chat_source import answer_ends
@@ -119,7 +119,8 @@ def _of_run(source: str) -> tuple[Config, tuple[int, ...], Path]:
     """Return the config that a checkpoint was saved with, no tokens, and where the files beside its weights are."""
     folder, step = find(source)
     beside = Path(folder).parent / TRAVELLING_FOLDER
-    config, kept = from_json(json.dumps(read_metadata(folder, step)["config"])), beside / "chat_template.jinja"
+    saved, kept = read_metadata(folder, step), beside / "chat_template.jinja"
+    config = config_at(from_json(json.dumps(saved["config"])), step)
     if config.data.chat_template and kept.is_file():
         config = replace(config, data=replace(config.data, chat_template=str(kept)))
     return config, (), beside

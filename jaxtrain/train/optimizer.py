@@ -9,7 +9,8 @@ the update 0. State and updates are float32, even if parameters are bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.config import Config, OptimizerConfig
+from jaxtrain.config import Config, OptimizerConfig, Recipe
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import Dims, is_dims
@@ -153,7 +154,9 @@ def _decay(weight_decay: float, decays: PyTree) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+def _scale_by_learning_rate(
+    config: OptimizerConfig, total_steps: int, schedules: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
     """-learning_rate(updates made so far) * update."""
     own = hyperparameters(config, total_steps)
 
@@ -165,7 +168,7 @@ def _scale_by_learning_rate(config: OptimizerConfig, total_steps: int) -> optax.
         updates: PyTree, state: PyTree, params: PyTree = None, *, mesh: Mesh | None = None, **numbers: Any
     ) -> tuple[PyTree, PyTree]:
         del params, mesh
-        rate = learning_rate(config.schedule, Hyperparameters(**(own._asdict() | numbers)), state.count)
+        rate = learning_rate(schedules, Hyperparameters(**(own._asdict() | numbers)), state.count)
         return jax.tree.map(lambda u: -rate * u, updates), optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
@@ -191,11 +194,14 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     """Return the update rule of a run: the optax transform that is plugged in, in float32, or that of section `optimizer`."""
     if config.parts.optimizer is not None:
         return in_float32(config.parts.optimizer)
-    return make_optimizer(config.optimizer, config.train.steps, trained_dims(config), config.model.dtype)
+    recipe = Recipe(config)
+    most = max(stage.config.optimizer.weight_decay for stage in recipe.all)
+    optimizer = replace(config.optimizer, weight_decay=most)  # each step's own is an input; 0 leaves it out of the program
+    return make_optimizer(optimizer, config.train.steps, trained_dims(config), config.model.dtype, recipe.schedules)
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int, dims: PyTree, dtype: str = "float32"
+    config: OptimizerConfig, total_steps: int, dims: PyTree, dtype: str = "float32", schedules: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Return the whole update rule, for `optax.apply_updates`.
 
@@ -217,6 +223,7 @@ def make_optimizer(
       total_steps: optimizer steps in the whole run.
       dims: the parameter tree with a tuple of logical dim names for each leaf; stacked leaves begin with STACKING.
       dtype: of Muon's products; everything else is float32.
+      schedules: names of all schedules of the run, where there are several.
 
     Returns:
       A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, in trees of the
@@ -232,6 +239,6 @@ def make_optimizer(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
             (config.name, _direction(config, dims, dtype)),
             ("decay", _decay(config.weight_decay, decays) if config.weight_decay else optax.identity()),
-            ("learning_rate", _scale_by_learning_rate(config, total_steps)),
+            ("learning_rate", _scale_by_learning_rate(config, total_steps, schedules or (config.schedule,))),
         )
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, Recipe
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.train.feed import owned_rows, to_global
@@ -34,6 +36,31 @@ class Prepared:
         self.sharding = batch_sharding(self.mesh)
         self.origin: dict[str, Any] = {}
         """Where the initial weights came from, if not at random; every checkpoint says it."""
+        self.recipe = Recipe(config)
+        self._of_stages: dict[int, Self] = {}
+
+    def at(self, batch: int) -> Self:
+        """Return this with the config of the stage to which a batch belongs."""
+        if not self.config.train.stages:
+            return self
+        stage = self.recipe.at(batch)
+        if stage.first not in self._of_stages:
+            made = self._of_stages[stage.first] = copy.copy(self)
+            made.config = stage.config
+            made.backend, made.why_backend = choose_attention(stage.config, self.mesh)
+        return self._of_stages[stage.first]
+
+    def for_validation(self, batch: int) -> Self:
+        """Return `at(batch)` with train.global_batch_size and data.sequence_length, in which held-out text is scored through
+        all stages.
+        """
+        if not self.config.train.stages:
+            return self
+        made = copy.copy(self)
+        made.config = replace(
+            self.config, model=self.recipe.at(batch).config.model, train=replace(self.config.train, stages=())
+        )
+        return made
 
     def __str__(self) -> str:
         return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"

@@ -6,21 +6,21 @@ program sums in no fixed order (on GPUs some do). Each check costs the compute o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxtrain.checkpoint.trees import leaves_by_path
-from jaxtrain.config import Config
 from jaxtrain.errors import NumbersError
 from jaxtrain.models.trained import trained_dims
 from jaxtrain.sharding import is_dims, replicated, specs
 from jaxtrain.train.bad_steps import RollBack
 from jaxtrain.train.exchange import under
 from jaxtrain.train.gradients import make_loss_and_gradients
+from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.state_check import OF_EACH_DEVICE, SHOWN, describe_device, local_sums
 from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.xla_options import deterministic_options
@@ -31,20 +31,20 @@ PyTree = Any
 class RecomputeCheck:
     """Runs train steps; before each guard.repeat_every-th, its gradients are computed twice and compared."""
 
-    def __init__(self, config: Config, mesh: Mesh, backend: str, steps: TrainSteps, first: int):
+    def __init__(self, prepared: Prepared, steps: TrainSteps, first: int, batch_of: Callable[[int], int] = lambda step: step):
+        config, mesh = prepared.config, prepared.mesh
         self._guard, self._mesh, self._steps, self._step = config.guard, mesh, steps, first
+        self._prepared, self._batch_of = prepared, batch_of
         dims = under(("replica",) if config.sync.sums_apart else (), trained_dims(config))
         structure = jax.tree.structure(dims, is_leaf=is_dims)
         self._names = ["/".join(path) for path in leaves_by_path(jax.tree.unflatten(structure, range(structure.num_leaves)))[0]]
-        loss_and_gradients = make_loss_and_gradients(config, mesh, backend)
-        sums = jax.shard_map(
+        self._sums_of_shards = jax.shard_map(
             lambda gradients: local_sums(jax.tree.leaves(gradients))[None],
             mesh=mesh,
             in_specs=(specs(dims),),
             out_specs=OF_EACH_DEVICE,
         )
-        options = deterministic_options(config, mesh.devices.flat[0].platform) or None
-        self._sums = jax.jit(lambda params, batch: sums(loss_and_gradients(params, batch)[2]), compiler_options=options)
+        self._programs: dict[Any, Any] = {}
         self._differ = jax.jit(lambda a, b: jnp.any(a != b, axis=-1), out_shardings=replicated(mesh))
 
     def begin_at(self, first: int) -> None:
@@ -62,11 +62,23 @@ class RecomputeCheck:
         self._step += 1
         if self._step % self._guard.repeat_every == 0:
             jax.block_until_ready(state)  # XLA:CPU hangs where two programs with collectives are under way
-            once, again = (jax.block_until_ready(self._sums(state["params"], batch)) for _ in range(2))
+            sums = self._sums(self._batch_of(self._step - 1))
+            once, again = (jax.block_until_ready(sums(state["params"], batch)) for _ in range(2))
             differ = np.asarray(self._differ(once, again))
             if differ.any():
                 self._tell(differ)
         return self._steps(state, batch)
+
+    def _sums(self, batch: int) -> Any:
+        """Return the program of a batch's stage: (params, batch) -> sums over the gradients' bits."""
+        key, at = self._prepared.recipe.at(batch).program, self._prepared.at(batch)
+        if key not in self._programs:
+            loss_and_gradients = make_loss_and_gradients(at.config, at.mesh, at.backend)
+            options = deterministic_options(at.config, at.mesh.devices.flat[0].platform) or None
+            self._programs[key] = jax.jit(
+                lambda params, batch: self._sums_of_shards(loss_and_gradients(params, batch)[2]), compiler_options=options
+            )
+        return self._programs[key]
 
     def _tell(self, differ: np.ndarray) -> None:
         """Report the differing leaves, [devices, leaves]."""

@@ -48,7 +48,9 @@ class ReplayedLayout(Prepared):
         """Return the global arrays of the step that has `steps_before` steps before it, with left-out batches skipped."""
         if self._completed is None:
             self._completed = completion_of(self, lambda: data, lambda: self.create_state()["params"])
-        return self._completed(self.place(data.train_batch(self.rollbacks.batch(steps_before), self.rows())))
+        number = self.rollbacks.batch(steps_before)
+        at = self.at(number)
+        return self._completed(at.place(data.train_batch(number, at.rows())))
 
     def state_before(self, step: int, data: Data) -> tuple[PyTree, int]:
         """(the state before the step, the step of the checkpoint that it was computed from)."""
@@ -56,12 +58,12 @@ class ReplayedLayout(Prepared):
         first = max((saved for saved in committed_steps(folder) if saved < step), default=0)
         if first:
             saved = read_metadata(folder, first)
-            check_same_run(saved, metadata(self.config, data, {}), folder)
+            check_same_run(saved, metadata(self.config, data, {}), folder, step - 1)
             state = self.canonical_form.to_state(restore(folder, first, self.canonical_form.abstract), saved.get("guard"))
         else:
             state = self.create_state()
         if first < step - 1:
-            steps = TrainSteps(self.config, self.mesh, self.optimizer, self.backend, first, step - 1)
+            steps = TrainSteps(self, first, step - 1, self.rollbacks.batch)
             for number in range(first, step - 1):
                 state, metrics = steps(state, self.batch(data, number))
                 jax.block_until_ready(metrics)
@@ -76,6 +78,10 @@ class ReplayedLayout(Prepared):
 
     def moments(self, state: PyTree, batch: PyTree) -> LayerMoments:
         return make_layer_moments(self.config, self.mesh, self.backend)(state["params"], batch)
+
+    def moments_of(self, state: PyTree, data: Data, step: int) -> LayerMoments:
+        """Return the moments of a step, from 1, of the run's data."""
+        return self.at(self.rollbacks.batch(step - 1)).moments(state, self.batch(data, step - 1))
 
 
 def recorded(config: Config, step: int) -> dict[str, float]:
@@ -135,12 +141,12 @@ def replay(config: Config, step: int, against: Config | None = None, tolerance: 
     layout, other = ReplayedLayout(config), None if against is None else ReplayedLayout(against)
     data = open_data(config)
     state, first = layout.state_before(step, data)
-    found = layout.moments(state, layout.batch(data, step - 1))
+    found = layout.moments_of(state, data, step)
     dtypes = {config.model.dtype}
     if other is None:
         compared, beside = with_record(found, record), "the record"
     else:
-        there = other.moments(other.take(layout, state), other.batch(data, step - 1))
+        there = other.moments_of(other.take(layout, state), data, step)
         compared, beside = differences(found, there), str(other)
         dtypes.add(other.config.model.dtype)
     begin = f"the checkpoint of step {first}" if first else "the initial state"

@@ -15,7 +15,8 @@ from jaxtrain.checkpoint import Checkpoints, check_same_run
 from jaxtrain.checkpoint.addresses import find
 from jaxtrain.checkpoint.branches import leave, newest_return
 from jaxtrain.checkpoint.fast import FastTier
-from jaxtrain.config import Config, to_plain
+from jaxtrain.checkpoint.same_run import as_json_gives_it_back
+from jaxtrain.config import Config, Recipe, to_plain
 from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import CheckpointError
 from jaxtrain.files import ReplacedFiles, replace_file, user_path
@@ -41,6 +42,7 @@ def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, A
     return {
         "program": program,
         "config": to_plain(config),
+        "recipe": Recipe(config).to_plain(),
         "parts": digests(config.parts, config.model.parts),
         "data_fingerprint": data.fingerprint,
         "num_parameters": num_parameters(config.model).total,
@@ -204,7 +206,8 @@ class Resume:
 
         def accept(step: int, saved: dict[str, Any]) -> None:
             last = self._config.train.steps
-            notes[:] = check_same_run(saved, self._now, directory)
+            done = Rollbacks.from_plain(saved.get("rollbacks", [])).batch(step - 1) + 1 if step else 0
+            notes[:] = check_same_run(saved, self._now, directory, done)
             check_same_replicas(saved.get("config", {}), self._config, directory)
             if step > last:
                 raise CheckpointError(
@@ -212,6 +215,10 @@ class Resume:
                     f"use --train.steps={step} or more, or another --run_dir"
                 )
             self.restored = saved
+            earlier, recipe = saved.get("earlier_recipes", []), saved.get("recipe")
+            if recipe and recipe != as_json_gives_it_back(self._now["recipe"]):
+                earlier = [*earlier, {"to_step": step, **recipe}]
+            self._now["earlier_recipes"] = earlier
 
         return accept
 

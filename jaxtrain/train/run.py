@@ -27,7 +27,7 @@ from jaxtrain.numerics import settled
 from jaxtrain.parallel.sync import couples
 from jaxtrain.parts import digests
 from jaxtrain.processes import LONG_SECONDS
-from jaxtrain.telemetry.clock import StepClock, StepWork
+from jaxtrain.telemetry.clock import RunWork, StepClock
 from jaxtrain.telemetry.energy import EnergyLog, Meter, open_meter
 from jaxtrain.telemetry.flops import describe_parameters
 from jaxtrain.telemetry.metrics import MetricsLog, check_wandb
@@ -41,7 +41,7 @@ from jaxtrain.train.bad_steps import BadSteps, RollBack
 from jaxtrain.train.batch_feed import DataFeed, Feed
 from jaxtrain.train.completion import completion_of
 from jaxtrain.train.ending import Ended, draw, sample_words
-from jaxtrain.train.evaluation import Evaluation, model_in_hand
+from jaxtrain.train.evaluation import StageEvaluation, model_in_hand
 from jaxtrain.train.export import export_apart
 from jaxtrain.train.hooks import (
     HeartbeatHook,
@@ -65,7 +65,7 @@ from jaxtrain.train.rollbacks import Rollbacks, rollbacks_digest
 from jaxtrain.train.rollouts import RewardEvaluation, Rollouts
 from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
 from jaxtrain.train.sampler_limits import SamplerLimits
-from jaxtrain.train.schedule import make_learning_rate, warmup_steps
+from jaxtrain.train.schedule import plan_words, rate_of_steps
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps
 from jaxtrain.train.stop import StopOnSignal
@@ -123,10 +123,8 @@ class Run:
         say(f"model      {describe_parameters(config)}")
         say(f"mesh       {describe_mesh(self.mesh)}")
         say(f"attention  {self.prepared.backend} ({self.prepared.why_backend})")
-        warmup = warmup_steps(config.optimizer, config.train.steps)
-        if warmup < config.optimizer.warmup_steps:
-            asked = f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
-            say(f"schedule   warm-up of {warmup} steps: half of train.steps={config.train.steps}, for {asked}")
+        for line in plan_words(config):
+            say(line)
 
     @settled()
     def train(self, held: Held | None = None) -> Ended:
@@ -254,9 +252,9 @@ class Run:
         }
 
     def _compile(self, first: int) -> TrainSteps | RecomputeCheck:
-        prepared, started = self.prepared, time.perf_counter()
+        prepared, batch_of, started = self.prepared, self.resume.rollbacks.batch, time.perf_counter()
         with self.progress.during("compiling"):
-            steps = TrainSteps(self.config, self.mesh, prepared.optimizer, prepared.backend, first, self.config.train.steps)
+            steps = TrainSteps(prepared, first, self.config.train.steps, batch_of)
         programs = [program.memory_analysis() for program in steps.programs.values()]
         memory = max(programs, key=lambda program: program.temp_size_in_bytes)
         held, working = map(readable_size, (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
@@ -264,7 +262,7 @@ class Run:
         if steps.description:
             self.progress.say(f"replicas   {steps.description}")
         every = self.config.guard.repeat_every
-        return RecomputeCheck(self.config, self.mesh, prepared.backend, steps, first) if every else steps
+        return RecomputeCheck(prepared, steps, first, batch_of) if every else steps
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop and its hooks
@@ -343,11 +341,11 @@ class Run:
 
     def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
         chip = resolve_chip(self.config.telemetry.hardware, jax.devices()[0].device_kind)
-        work, last = StepWork.of(self.config, self.mesh.devices.size, chip), self.config.train.steps
+        work, last = RunWork(self.config, self.mesh.devices.size, chip), self.config.train.steps
         logged = self.directory / "metrics.jsonl"
         clock = StepClock(work, last, first, largest_before(logged, first, "elapsed_seconds"))
         used = largest_before(logged, first, "energy_kwh")
-        return clock, EnergyLog(self.meter, work.tokens_per_step, last, self.mesh.devices.size, first, used)
+        return clock, EnergyLog(self.meter, work.tokens, last, self.mesh.devices.size, first, used)
 
     def _hooks(self, telemetry: Telemetry, energy: EnergyLog, saving: Saving | None) -> Hooks:
         """Register what the config asks for, in the order in which a step is told of it."""
@@ -360,7 +358,8 @@ class Run:
         hooks.add(Profiling(window, progress))
         # Step 1 is logged whatever this process begins with: rows are a function of the step, not of interruptions.
         due = multiples(train.log_every, 1, train.steps)
-        rate = None if config.parts.optimizer is not None else make_learning_rate(config.optimizer, train.steps)
+        rates, batch_of = rate_of_steps(config), self.resume.rollbacks.batch
+        rate = None if config.parts.optimizer is not None else lambda step, updates: rates(batch_of(step - 1), updates)
         stragglers = Stragglers(jax.process_index(), jax.process_count(), self.mesh, progress.say)
         hooks.add(Logging(telemetry, due, rate, energy, stragglers))
         diagnose = self._diagnose if guard.debug_nans else None
@@ -407,7 +406,8 @@ class Run:
             evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).of_state
             self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
             return self.validation
-        if not train.validate_every or not (evaluation := Evaluation(self.prepared, self.data, train.validate_batches)).batches:
+        evaluation = StageEvaluation(self.prepared, self.data, self.resume.rollbacks.batch)
+        if not train.validate_every or not evaluation.batches:
             return None
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
@@ -417,7 +417,8 @@ class Run:
 
     def _diagnose(self, state: PyTree, step: int) -> str:
         """Return where a step's numbers first went wrong, in words; `state` is that from before it."""
-        probe = NanProbe(self.config, self.mesh, self.prepared.backend)
+        at = self.prepared.at(self.resume.rollbacks.batch(step - 1))
+        probe = NanProbe(at.config, self.mesh, at.backend)
         return probe(jax.block_until_ready(state["params"]), self.feed.batch(step - 1))
 
     def _open_meter(self) -> Meter | None:
@@ -440,5 +441,5 @@ class Run:
     def _sample(self) -> None:
         """Show a continuation of held-out text."""
         with self.progress.during("sampling"):
-            model = model_in_hand(self.prepared, self.state["params"], self.data)
+            model = model_in_hand(self.prepared.for_validation(self.config.train.steps), self.state["params"], self.data)
             self.progress.say(sample_words(model, self.data, self.stop.check))

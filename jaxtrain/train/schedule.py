@@ -1,18 +1,18 @@
 """The learning rate over steps, from numbers that are inputs of the compiled step: another rate or length reuses the program.
 
-Only a schedule's name is part of the program.
+Only the names of the run's schedules are part of the program.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.config import OptimizerConfig
+from jaxtrain.config import Config, OptimizerConfig, Recipe
 from jaxtrain.errors import ExplainedError, nearest
 
 Number = Any
@@ -36,6 +36,12 @@ class Hyperparameters(NamedTuple):
     """Decoupled weight decay."""
     seed: Any
     """`seed_words` of train.seed, for stochastic rounding."""
+    first: Number = np.float32(0)
+    """Steps before the schedule."""
+    start_share: Number = np.float32(0)
+    """Rate from which the warm-up begins, as a share of peak_lr."""
+    schedule: Number = np.float32(0)
+    """Index of the schedule's name among those of the run."""
 
 
 def seed_words(seed: int) -> np.ndarray:
@@ -59,17 +65,19 @@ def hyperparameters(config: OptimizerConfig, total_steps: int, seed: int = 0) ->
     return Hyperparameters(*map(np.float32, numbers), seed=seed_words(seed))  # type: ignore[call-arg]
 
 
-def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: Any = jnp) -> Any:
+def learning_rate(schedules: Sequence[str], numbers: Hyperparameters, step: Any, library: Any = jnp) -> Any:
     """Return the rate of step s = 0, 1, ... by the formulas of `make_learning_rate`, float32.
 
     Args:
+      schedules: names of all schedules of the run, of which `numbers` choose one.
       step: optimizer steps taken before it, int32.
       library: jax.numpy in a program; numpy on the host, which then waits for no device.
 
     Raises:
       ExplainedError: an unknown schedule.
     """
-    n, warmup = library.asarray(step, np.float32) + 1, numbers.warmup_steps
+    # Skipped steps are not counted, so a stage may begin before its schedule does.
+    n, warmup = library.maximum(library.asarray(step, np.float32) - numbers.first, 0) + 1, numbers.warmup_steps
     x = library.clip((n - numbers.decay_start) / numbers.decay_steps, 0, 1)
     final = numbers.final_lr_fraction
     shapes: dict[str, Callable[[], Any]] = {
@@ -78,9 +86,13 @@ def learning_rate(schedule: str, numbers: Hyperparameters, step: Any, library: A
         "warmup_stable_decay": lambda: 1 - (1 - final) * x,
         "inverse_sqrt": lambda: library.sqrt(library.maximum(warmup, 1) / n),
     }
-    if schedule not in shapes:
-        raise ExplainedError(f"optimizer.schedule={schedule!r}: {nearest(schedule, shapes)}")
-    return numbers.peak_lr * library.where(n <= warmup, n / library.maximum(warmup, 1), shapes[schedule]())
+    for name in schedules:
+        if name not in shapes:
+            raise ExplainedError(f"optimizer.schedule={name!r}: {nearest(name, shapes)}")
+    after = [shapes[name]() for name in schedules]
+    fall = library.select([numbers.schedule == i for i in range(len(after))], after) if len(after) > 1 else after[0]
+    rise = numbers.start_share + (1 - numbers.start_share) * (n / library.maximum(warmup, 1))
+    return numbers.peak_lr * library.where(n <= warmup, rise, fall)
 
 
 def make_learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[Any], Any]:
@@ -102,5 +114,55 @@ def make_learning_rate(config: OptimizerConfig, total_steps: int) -> Callable[[A
       ExplainedError: an unknown schedule.
     """
     numbers = hyperparameters(config, total_steps)
-    learning_rate(config.schedule, numbers, 0, np)
-    return lambda step: learning_rate(config.schedule, numbers, step, np)
+    learning_rate((config.schedule,), numbers, 0, np)
+    return lambda step: learning_rate((config.schedule,), numbers, step, np)
+
+
+def stage_numbers(config: Config) -> dict[int, Hyperparameters]:
+    """Return {first step: its numbers} of all stages of a run, on the host.
+
+    A schedule that begins with a stage counts its steps from there, and its warm-up rises from the rate r of the step
+    before to a peak p in w steps by r + (p - r) n / w.
+    """
+    recipe, found = Recipe(config), dict[int, Hyperparameters]()
+    for stage in recipe.all:
+        own, share = hyperparameters(stage.config.optimizer, stage.rate_steps, config.train.seed), np.float32(0)
+        if found:
+            last = next(reversed(found.values()))
+            before = learning_rate(recipe.schedules, last, stage.first - 1, np) / own.peak_lr
+            share = before if stage.rate_first == stage.first else last.start_share
+        index = recipe.schedules.index(stage.config.optimizer.schedule)
+        found[stage.first] = own._replace(
+            first=np.float32(stage.rate_first), start_share=np.float32(share), schedule=np.float32(index)
+        )
+    return found
+
+
+def plan_words(config: Config) -> list[str]:
+    """Return lines for the log: a warm-up that is cut short, and the stages with what each trains with."""
+    warmup, asked, recipe = warmup_steps(config.optimizer, config.train.steps), config.optimizer.warmup_steps, Recipe(config)
+    lines = []
+    if warmup < asked:
+        steps = f"train.steps={config.train.steps}"
+        lines.append(f"schedule   warm-up of {warmup} steps: half of {steps}, for optimizer.warmup_steps={asked}")
+    if not config.train.stages:
+        return lines
+    rates = rate_of_steps(config)
+    for stage in recipe.stages:
+        train, first, last = stage.config.train, stage.first, recipe.last_step(stage)
+        begin, end = rates(first, first), rates(last - 1, last - 1)
+        shares = ", ".join(f"{weight / sum(stage.weights):.0%}" for weight in stage.weights)
+        mixture = f"; sources {shares}" if len(stage.weights) > 1 else ""
+        micro = f" in {train.microbatches} microbatches" if train.microbatches > 1 else ""
+        lines.append(
+            f"stage      {stage.name}: steps {first + 1:,} to {last:,}, {train.global_batch_size} x "
+            f"{stage.config.data.sequence_length} tokens{micro}, rate {begin:.3g} to {end:.3g} "
+            f"({stage.config.optimizer.schedule}){mixture}"
+        )
+    return lines
+
+
+def rate_of_steps(config: Config) -> Callable[[int, int], float]:
+    """Return the rate of the step with `batches` batches before it in the data and `updates` made before it, on the host."""
+    recipe, numbers = Recipe(config), stage_numbers(config)
+    return lambda batches, updates: float(learning_rate(recipe.schedules, numbers[recipe.at(batches).first], updates, np))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,13 @@ from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.exchange import describe_exchange, exchanged_bytes, make_gradient_exchange, make_parameter_exchange
 from jaxtrain.train.gradients import abstract_batch, batch_sharding, make_loss_and_gradients
 from jaxtrain.train.rounding import apply_updates
-from jaxtrain.train.schedule import Hyperparameters, hyperparameters
+from jaxtrain.train.schedule import Hyperparameters, hyperparameters, stage_numbers
 from jaxtrain.train.state import abstract_state, state_shardings
 from jaxtrain.train.step_acceptance import apply_if_good
 from jaxtrain.train.xla_options import compile_with_options, default_options, deterministic_options, parse_options
+
+if TYPE_CHECKING:
+    from jaxtrain.train.prepared import Prepared
 
 PyTree = Any
 Step = Any  # a jitted function: called, or lowered
@@ -44,7 +49,11 @@ def abstract_arguments(config: Config, mesh: Mesh, optimizer: optax.GradientTran
 
 def place_numbers(config: Config, mesh: Mesh) -> Hyperparameters:
     """Return the step's third argument: `hyperparameters` of this config on every device, once for all steps."""
-    numbers, whole = hyperparameters(config.optimizer, config.train.steps, config.train.seed), replicated(mesh)
+    return _placed(hyperparameters(config.optimizer, config.train.steps, config.train.seed), mesh)
+
+
+def _placed(numbers: Hyperparameters, mesh: Mesh) -> Hyperparameters:
+    whole = replicated(mesh)
     return jax.tree.map(lambda n: jax.make_array_from_callback(n.shape, whole, lambda index: np.asarray(n)[index]), numbers)
 
 
@@ -161,22 +170,33 @@ def compile_train_step(
 class TrainSteps:
     """The train steps first + 1 .. last, to be called in order; each runs the compiled program of its exchange.
 
-    All programs are compiled here, before the run. Most sync modes need one or two.
+    All programs are compiled here, before the run. Most sync modes need one or two; so do the stages, each with its shapes.
+
+    Args:
+      batch_of: steps before a step -> the number of its batch, which says its stage.
     """
 
-    def __init__(
-        self, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, backend: str, first: int, last: int
-    ):
-        self._sync, self._step, self._numbers = config.sync, first, place_numbers(config, mesh)
+    def __init__(self, prepared: Prepared, first: int, last: int, batch_of: Callable[[int], int] = lambda step: step):
+        config, mesh = prepared.config, prepared.mesh
+        self._sync, self._step, self._batch_of, self._stage_at = config.sync, first, batch_of, prepared.recipe.at
         self._newest_divergence: dict[str, jax.Array] = {}
         kinds = dict.fromkeys(sync.exchange_at(config.sync, step) for step in range(first + 1, max(first + 1, last) + 1))
-        self.programs = {kind: compile_train_step(config, mesh, optimizer, backend, exchange=kind) for kind in kinds}
+        begun = self._stage_at(batch_of(first)).first
+        stages = [stage for stage in prepared.recipe.stages if stage.first >= begun]
+        self.programs: dict[Any, Any] = {}
+        for stage, kind in itertools.product(stages, kinds):
+            if (stage.program, kind) not in self.programs:
+                at = prepared.at(stage.first)
+                compiled = compile_train_step(at.config, mesh, prepared.optimizer, at.backend, exchange=kind)
+                self.programs[stage.program, kind] = compiled
+        numbers = stage_numbers(config)
+        self._numbers = {stage.first: _placed(numbers[stage.first], mesh) for stage in stages}
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
         self.description = describe_exchange(config, mesh)
         """One line on the exchange between replicas; empty for a single replica."""
 
     def begin_at(self, first: int) -> None:
-        """Set the next step to first + 1, which must be among the compiled ones."""
+        """Set the next step to first + 1, which must not be before the compiled ones."""
         self._step, self._newest_divergence = first, {}
 
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -186,8 +206,8 @@ class TrainSteps:
         log of only some steps has it.
         """
         self._step += 1
-        kind = sync.exchange_at(self._sync, self._step)
-        state, metrics = self.programs[kind](state, batch, self._numbers)
+        stage, kind = self._stage_at(self._batch_of(self._step - 1)), sync.exchange_at(self._sync, self._step)
+        state, metrics = self.programs[stage.program, kind](state, batch, self._numbers[stage.first])
         if isinstance(metrics, tuple):
             metrics, log_probs = metrics
             metrics |= {"log_probs": log_probs}

@@ -52,8 +52,8 @@ class Tasks(Hook):
 
     def after_step(self, step: int, state: PyTree) -> None:
         jax.block_until_ready(state["params"])  # else XLA:CPU may run the step's collectives beside these programs'
-        model = model_in_hand(self._prepared, state["params"], self._data)
-        if self._model is not None:  # with the programs that are compiled
+        model = model_in_hand(self._prepared.for_validation(step - 1), state["params"], self._data)
+        if self._model is not None and self._model.config.model == model.config.model:  # with the programs that are compiled
             model = replace(self._model, params=model.params)
         self._model = replace(model, params=None)
         with self._telemetry.pause("measuring tasks"):

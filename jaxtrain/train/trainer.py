@@ -211,7 +211,8 @@ class Trainer:
             )
         if batch is None:
             _ = self._completed  # it may add to the data's batches
-            batch = self.data.train_batch(self._rollbacks.batch(self._step), self.prepared.rows())
+            number = self._rollbacks.batch(self._step)
+            batch = self.data.train_batch(number, self.prepared.at(number).rows())
         objective, distill = objective_of(self.config), self.config.objective.distill
         has_teacher = self.config.objective.kind == "distill" and not distill.kept
         missing = [
@@ -222,8 +223,8 @@ class Trainer:
         state, prepared = self.state, self.prepared
         if self._steps is None:
             last = max(prepared.config.train.steps, self._step + 1)
-            self._steps = TrainSteps(prepared.config, prepared.mesh, prepared.optimizer, prepared.backend, self._step, last)
-        placed = prepared.place(batch)
+            self._steps = TrainSteps(prepared, self._step, last, self._rollbacks.batch)
+        placed = prepared.at(self._rollbacks.batch(self._step)).place(batch)
         self._state, metrics = self._steps(state, self._completed(placed) if has_teacher else placed)
         self._step += 1
         values = read_metrics(metrics)
@@ -256,7 +257,7 @@ class Trainer:
 
     def _evaluation(self, batches: int) -> Evaluation | RewardEvaluation:
         if self.config.objective.kind != "grpo":
-            return Evaluation(self.prepared, self.data, batches)
+            return Evaluation(self.prepared.for_validation(self._rollbacks.batch(max(self._step - 1, 0))), self.data, batches)
         return RewardEvaluation(
             self.prepared, Answering(self.prepared, self.data.tokenizer), self.data.validation_prompts, batches
         )
@@ -267,8 +268,10 @@ class Trainer:
 
         Training on frees them; the next call compiles nothing again.
         """
-        model = model_in_hand(self.prepared, self.state["params"], self.data)
-        self._model = self._model or replace(model, params=None)  # its programs; parameters must not outlive their step
+        at = self.prepared.for_validation(self._rollbacks.batch(max(self._step - 1, 0)))
+        model = model_in_hand(at, self.state["params"], self.data)
+        if self._model is None or self._model.config.model != at.config.model:
+            self._model = replace(model, params=None)  # its programs; parameters must not outlive their step
         return replace(self._model, params=model.params)
 
     @settled()
@@ -319,7 +322,7 @@ class Trainer:
             raise CheckpointError(f"{folder} holds {held}{'' if step is None else f', not step {step}'}")
         step = steps[-1] if step is None else step
         saved = read_metadata(folder, step)
-        check_same_run(saved, metadata(self.prepared.config, self.data, {}), folder)
+        check_same_run(saved, metadata(self.prepared.config, self.data, {}), folder, step)
         canonical = self.prepared.canonical()
         self.close()
         self._state = canonical.to_state(restore(folder, step, canonical.abstract), saved.get("guard"))

@@ -88,6 +88,8 @@ def main(arguments: Sequence[str]) -> int:
     flags, config = line.own, line.config
     check_flags(flags)
     cluster = make_cluster(config, flags)
+    if config.train.stages and (flags.sweep or flags.explain):
+        config = of_one_stage(config, cluster)
     if flags.sweep:
         return sweep(config, cluster, flags)
     if flags.explain:
@@ -110,8 +112,22 @@ def main(arguments: Sequence[str]) -> int:
         if not flags.json:
             show(plan)
     finally:
-        save(plan, flags)  # also if the reader of the tables is gone (`| head`)
+        save(plan, flags, config)  # also if the reader of the tables is gone (`| head`)
     return EXIT_DONE
+
+
+def of_one_stage(config: Config, cluster: Cluster) -> Config:
+    """Return the config of the stage that takes the most memory in its own layout, and say which that is.
+
+    Raises:
+      ConfigError: the config is not valid.
+    """
+    from jaxtrain.config.rules import validate
+    from jaxtrain.planner.stages import stage_words, worst_stage
+
+    stage = worst_stage(validate(config, cluster.devices))
+    tell(stage_words(config, stage))
+    return stage.config
 
 
 def sweep(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
@@ -204,16 +220,19 @@ def show(plan: Plan) -> None:
         console.print(paragraph, soft_wrap=not console.is_terminal)
 
 
-def save(plan: Plan, flags: PlanFlags) -> None:
-    """Write the requested config and page.
+def save(plan: Plan, flags: PlanFlags, config: Config) -> None:
+    """Write the requested page, and the config as it was asked about with its best layout.
 
     Raises:
       ExplainedError: a file cannot be written.
     """
     if flags.write and plan.best:
         from jaxtrain.planner.config_source import write_config
+        from jaxtrain.planner.stages import of_whole_run
 
-        write_config(plan.best.config, flags.write, describe(plan.best))
+        made = of_whole_run(config, plan.best.config) if config.train.stages else plan.best.config
+        assert made is not None, "make_plan leaves out layouts that a stage cannot have"
+        write_config(made, flags.write, describe(plan.best))
         tell(f"wrote {flags.write}; run it: jaxtrain train --config={flags.write}")
     if flags.html:
         from jaxtrain.planner.page import render

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from jaxtrain.cli import memory_explained
 from jaxtrain.command import CommandLine, Usage, parse
 from jaxtrain.command.help import shown
-from jaxtrain.config import Config
+from jaxtrain.config import Config, Recipe
 from jaxtrain.config.names import field_values
 from jaxtrain.config.notes import idle_fields
 from jaxtrain.config.rules import validate
@@ -124,14 +124,18 @@ def programs(config: Config) -> list[str]:
     from jaxtrain.parallel import sync
     from jaxtrain.planner.wording import how_words
     from jaxtrain.telemetry.flops import describe_parameters
+    from jaxtrain.train.schedule import plan_words
 
     mesh, train, steps = make_mesh(config.mesh), config.train, range(1, config.train.steps + 1)
     kinds = len({sync.exchange_at(config.sync, step) for step in steps})
+    shapes = len({stage.program for stage in Recipe(config).stages})
     names = ["initial state", "train step" if kinds == 1 else f"{kinds} train steps, which differ in what replicas exchange"]
+    names[1] += f", for each of {shapes} shapes of the stages" if shapes > 1 else ""
     names += ["validation step"] * (train.validate_every > 0) + ["next token"] * (train.sample_tokens > 0)
     return [
         f"model      {describe_parameters(config)}",
         f"mesh       {describe_mesh(mesh)}",
+        *plan_words(config),
         f"step       {how_words(config)}; {train.global_batch_size} sequences of {config.data.sequence_length} tokens",
         "attention  {} ({})".format(*choose_attention(config, mesh)),
         f"programs   {', '.join(names)}",

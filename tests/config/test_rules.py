@@ -359,6 +359,7 @@ INTENDED_DEVICES = {
     "70b": [8, 128, 1024],
     "405b": [128, 2048, 16384],
     "grpo_quickstart": [1, 8],
+    "stages_quickstart": [1, 4],
     "grpo_warmup": [1, 8],
     "mixtral_8x7b": [8, 64],
     "qwen3_30b_a3b": [8, 64],

@@ -18,7 +18,7 @@ def join(documents):
 def cut(stream, length, count):
     windows, sizes = np.zeros((count, length + 1), np.int32), np.zeros(count, np.int64)
     for row in range(count):
-        sizes[row] = read_window(stream, row, windows[row])
+        sizes[row] = read_window(stream, row * (windows.shape[1] - 1), windows[row])
     return pack(windows, sizes, np.full(count, SEPARATOR), mask_documents=True)
 
 

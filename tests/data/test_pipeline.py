@@ -213,6 +213,7 @@ def test_each_source_gives_its_windows_once_an_epoch_in_an_order_of_its_own(coun
 
 def test_two_windows_come_in_both_orders():
     """Overfitting one batch: over many epochs each window is first half the time, and neighbours differ in it."""
-    firsts = [Order([2], [1.0], seed=0)[2 * epoch][1] for epoch in range(2000)]
+    order = Order([2], [1.0], seed=0)
+    firsts = [order[2 * epoch][1] for epoch in range(2000)]
     assert 900 < sum(firsts) < 1100
     assert 900 < sum(a != b for a, b in zip(firsts, firsts[1:], strict=False)) < 1100

@@ -3,9 +3,11 @@ import types
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, TrainConfig
+from jaxtrain.config import Config, DataConfig, Stage, TrainConfig
 from jaxtrain.hardware import find_chip
-from jaxtrain.telemetry.clock import StepClock, StepWork, host_memory_peak, memory_row
+from jaxtrain.telemetry.clock import RunWork, StepClock, StepWork, host_memory_peak, memory_row
+from jaxtrain.telemetry.flops import model_flops_per_token
+from tests.tiny import tiny
 
 WORK = StepWork(
     tokens_per_step=1000, num_devices=4, flops_per_token_full=2 * 10**9, flops_per_token_causal=10**9, peak_flops=1e12
@@ -103,3 +105,17 @@ def test_memory_is_the_devices_where_it_says_and_else_the_hosts():
     assert row["device_memory_bytes"] is None
     assert row["host_memory_bytes"] == host_memory_peak()
     assert 10e6 < host_memory_peak() < 1e12 or sys.platform != "linux"
+
+
+def test_a_window_over_two_stages_counts_the_work_of_each():
+    stages = (Stage(name="long", from_step=4, sequence_length=32),)
+    config, hand = tiny(train={"stages": stages, "steps": 8}), Hand()
+    clock = StepClock(RunWork(config, 1, find_chip("h100-sxm")), total_steps=8, now=hand)
+    take_steps(clock, hand, [1.0] * 6)
+    row = clock.window()
+    assert row["stage"] == "long"
+    assert row["tokens"] == 4 * 64 + 2 * 256
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / 6)
+    flops = sum(n * model_flops_per_token(config.model, length, "full") for n, length in ((4 * 64, 8), (2 * 256, 32)))
+    assert row["tflops_per_second_per_device_full"] == pytest.approx(flops / 6 / 1e12)
+    assert row["eta_seconds"] == pytest.approx(6.0 * 2 * 256 / row["tokens"])

@@ -132,7 +132,9 @@ def test_a_row_says_watts_joules_and_kilowatt_hours():
     """2 of 8 GPUs are read, so all is times 4; the run had taken 1 kWh before step 10."""
     meter, clock = SimpleNamespace(joules=lambda: joules[0], devices=2, description=""), Clock()
     joules = [50.0]
-    log = EnergyLog(meter, tokens_per_step=1000, last_step=40, device_count=8, start_step=10, kwh_before=1.0, now=clock)
+    log = EnergyLog(
+        meter, tokens=lambda steps: 1000 * steps, last_step=40, device_count=8, start_step=10, kwh_before=1.0, now=clock
+    )
     clock.seconds, joules[0] = 110.0, 950.0  # 900 J read, 3600 J in all
     row = log.row(20)
     assert row["watts"] == pytest.approx(360)

@@ -2,8 +2,18 @@
 
 import signal
 
+from jaxtrain.config import Recipe
 from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.stop import StopOnSignal
+
+
+def prepared_of(config, mesh, optimizer=None):
+    """A config made ready with a mesh and an optimizer of the test's own, and the plain attention."""
+    prepared = Prepared.__new__(Prepared)
+    prepared.config, prepared.mesh, prepared.optimizer, prepared.backend = config, mesh, optimizer, "reference"
+    prepared.recipe = Recipe(config)
+    return prepared
 
 
 class Said(Progress):

@@ -181,7 +181,7 @@ def test_what_is_lost_is_said_in_numbers(saved, step, words):
 def test_rows_are_a_function_of_the_step_alone():
     """Whether a process begins at 0 or in between: the first step, every multiple, and the last."""
     log, said = Log(), Said()
-    logging = Logging(Telemetry(log, said, Clock()), multiples(10, 1, 25), lambda step: step / 100)
+    logging = Logging(Telemetry(log, said, Clock()), multiples(10, 1, 25), lambda step, updates: updates / 100)
     for step in range(1, 26):
         logging.metrics_read(step, {"loss": float(step), "grad_norm": 1.0, "targets": 3.0 if step != 2 else 6.0})
     assert [row["step"] for row in log.rows] == [1, 10, 20, 25]
@@ -216,7 +216,7 @@ def test_rows_hold_the_energy_where_it_is_measured():
     logging = Logging(
         Telemetry(log, Said(), Clock()),
         multiples(5, 1, 10),
-        energy=EnergyLog(Meter(), tokens_per_step=10, last_step=10),
+        energy=EnergyLog(Meter(), tokens=lambda steps: 10 * steps, last_step=10),
     )
     for step in range(1, 11):
         logging.metrics_read(step, {"loss": 2.0, "grad_norm": 1.0})
@@ -231,7 +231,7 @@ def validation(losses, stop_at=0.0):
     losses = iter(losses)
     telemetry = Telemetry(Log(), Said(), Clock())
     rows = (None if loss is None else {"validation_loss": loss, "validation_bits_per_byte": loss / 2} for loss in losses)
-    return Validation(telemetry, lambda params, ends: next(rows), lambda what, part: False, stop_at)
+    return Validation(telemetry, lambda state, ends: next(rows), lambda what, part: False, stop_at)
 
 
 def test_multiples_and_other_steps_are_due():

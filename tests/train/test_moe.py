@@ -16,6 +16,7 @@ from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state, params_dims, to_canonical
 from jaxtrain.train.step import TrainSteps
+from tests.train.runs import prepared_of
 
 RATE = 0.01
 MOE = MoEConfig(
@@ -81,7 +82,7 @@ def trained(config, steps=2):
     state = create_state(config, mesh, optimizer)
     rows = batch_of(config.train.global_batch_size, config.data.sequence_length)
     batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
-    train, metrics = TrainSteps(config, mesh, optimizer, "reference", 0, steps), []
+    train, metrics = TrainSteps(prepared_of(config, mesh, optimizer), 0, steps), []
     for _ in range(steps):
         state, one = train(state, batch)
         metrics.append(jax.tree.map(np.asarray, one))

@@ -402,7 +402,7 @@ SCHEDULES = ("constant", "cosine", "warmup_stable_decay", "inverse_sqrt")
 def test_schedules(name, points):
     config = dataclasses.replace(SCHEDULE, schedule=name)
     schedule = make_learning_rate(config, 100)
-    in_program = jax.jit(functools.partial(learning_rate, name))
+    in_program = jax.jit(functools.partial(learning_rate, (name,)))
     for step, expected in points.items():
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-6), step
         assert float(in_program(hyperparameters(config, 100), step)) == pytest.approx(expected, rel=1e-6), step

@@ -36,6 +36,7 @@ from jaxtrain.train.state import (
 from jaxtrain.train.step import TrainSteps, abstract_arguments, make_train_step, read_metrics
 from tests.replicas import GradientSimulation, OuterSimulation
 from tests.tiny import tiny
+from tests.train.runs import prepared_of
 
 ORIGINAL = state_module.initial_params
 ROWS, STEPS = 8, 6
@@ -178,7 +179,7 @@ def trained(name: str) -> tuple[Config, jax.sharding.Mesh, Any, list[dict[str, f
     config, mesh, optimizer = setup(*(CASES | SHARDS)[name])
     steps = STEPS if name in CASES else DILOCO.every
     state, metrics = create_state(config, mesh, optimizer), []
-    train = TrainSteps(config, mesh, optimizer, "reference", 0, steps)
+    train = TrainSteps(prepared_of(config, mesh, optimizer), 0, steps)
     for step in range(1, steps + 1):
         state, values = train(state, placed(config, mesh, rows(step)))
         metrics.append(read_metrics(values))

@@ -20,6 +20,7 @@ from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import create_state
 from jaxtrain.train.state_check import StateCheck, copied_over, odd_ones_out
 from tests.tiny import tiny
+from tests.train.runs import prepared_of
 
 BASE = tiny(
     mesh={"data": 4, "fsdp": 2},
@@ -129,10 +130,10 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
     gradients = state["params"]
     monkeypatch.setattr(recompute_check, "make_loss_and_gradients", lambda *_: lambda params, batch: ({}, {}, params))
     config = replace(config, guard=replace(config.guard, repeat_every=2))
-    steps = RecomputeCheck(config, mesh, "reference", lambda state, batch: (state, {}), first=0)
+    steps = RecomputeCheck(prepared_of(config, mesh), lambda state, batch: (state, {}), first=0)
     for _ in range(4):  # the even ones are compared
         steps({"params": gradients}, {})
-    once, calls = steps._sums, []
+    once, calls = steps._sums(0), []
 
     def errs(params, batch):
         calls.append(None)
@@ -140,7 +141,7 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
             params = params | {"outer": params["outer"] | {"norm": changed(params["outer"]["norm"], 3, flip(7))}}
         return once(params, batch)
 
-    steps._sums = errs
+    steps._sums = lambda batch: errs
     steps({"params": gradients}, {})
     with pytest.raises(NumbersError) as caught:
         steps({"params": gradients}, {})
