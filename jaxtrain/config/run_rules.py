@@ -32,8 +32,6 @@ def run_problems(config: Config) -> list[str]:
     for i, source in enumerate(config.data.sources):
         if source.weight < 0 or (source.weight == 0 and not any(stage.weights for stage in config.train.stages)):
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        if source.max_epochs < 0:
-            problems.append(f"data.sources.{i}.max_epochs={source.max_epochs} must be 0 or more")
         problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
     for field in ("tokenizer", "chat_template", "cache_dir"):
         problems += remote_problems(f"data.{field}", getattr(config.data, field))

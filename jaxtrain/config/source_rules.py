@@ -46,6 +46,8 @@ def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[st
     problems = []
     if source.kind not in ("stdlib", "synthetic") and not source.path:
         problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")
+    if source.max_epochs < 0:
+        problems.append(f"{prefix}max_epochs={source.max_epochs} must be 0 or more")
     separator = f"{prefix}separator={source.separator}"
     if source.separator != -1 and source.kind != "tokens":
         problems.append(f"{separator} has no meaning for kind={source.kind}, whose separator is its tokenizer's")

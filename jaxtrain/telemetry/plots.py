@@ -171,7 +171,7 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], beside: Callable[[Axes], N
 
 
 def _draw_stages(panels: Sequence[Axes], rows: list[dict[str, Any]], last: int) -> None:
-    """Shade every other stage behind the panels, and write the names into the first."""
+    """Draw every other stage as a band behind the panels, and their names into the first."""
     firsts: dict[str, int] = {}
     for row in rows:
         if "stage" in row:
