@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -147,11 +148,31 @@ def shift_in_group(x: jax.Array, axis: str, by: int) -> jax.Array:
     return lax.dynamic_index_in_dim(lax.all_gather(x, axis), source, keepdims=False)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Float8:
+    """A matrix in float8, in place of its array (`ops.float8`)."""
+
+    values: Any
+    """float8_e4m3fn, of the matrix' shape."""
+    scale: Any
+    """float32: the matrix is scale * values. A scalar; of stacked layers one for each."""
+    slot: Any = None
+    """Zeros of the matrix' shape that nothing reads: the place of its gradient, which has the dtype of its primal, and is not
+    to be rounded to float8. None for a matrix that is not trained."""
+
+    def __getitem__(self, _: Any) -> Float8:
+        """Return itself, since modules read a weight as `self.up[...]`."""
+        return self
+
+
 def _fsdp_dims(dims: Dims) -> list[int]:
     return [i for i, name in enumerate(dims) if RULES[name] == "fsdp"]
 
 
-def _gather_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
+def _gather_over_fsdp(dims: Dims, x: Any) -> Any:
+    if isinstance(x, Float8):
+        return replace(x, values=_gather_over_fsdp(dims, x.values))
     for dim in _fsdp_dims(dims):
         x = all_gather(x, "fsdp", dim)
     return x
@@ -189,30 +210,35 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
     return jax.tree.map(gradient_like, dims_tree, master, is_leaf=is_dims), compute
 
 
-def gather_weight(master: jax.Array | None, compute: jax.Array, dims: Dims, reduce_dtype: str, zero: int = 3) -> jax.Array:
+def gather_weight(master: jax.Array | None, compute: Any, dims: Dims, reduce_dtype: str, zero: int = 3) -> Any:
     """Return the whole weight (over fsdp) in compute dtype, from `gather_once`'s version of this device's shard.
 
     `compute` is `master` cast to the compute dtype; it is cast once, outside, so that the gather moves the small dtype and no
     cast copy is ever kept for the backward pass. The gradient reaches `master` alone: it is cast to `reduce_dtype`,
     reduce-scattered over fsdp (except at ZeRO level 1), and cast to master's dtype, float32. It is dropped if master is None.
+
+    Where `compute` is a `Float8`, so is the result: the gather moves float8, and the gradient is that of its slot.
     """
 
-    def gather(master: jax.Array | None, compute: jax.Array) -> jax.Array:
-        return _gather_over_fsdp(dims, compute) if gathers_each_layer(zero) else compute
+    def gather(master: jax.Array | None, compute: Any) -> Any:
+        whole = _gather_over_fsdp(dims, compute) if gathers_each_layer(zero) else compute
+        if isinstance(whole, Float8) and master is not None:
+            return replace(whole, slot=vary(jnp.zeros(whole.values.shape, reduce_dtype)))
+        return whole
 
     if master is None:
         with jax.named_scope("fsdp"):
             return gather(None, lax.stop_gradient(compute))
 
     # Not the differentiable call itself: a remat policy would see only that call, not the all_gather inside.
-    def forward(master: jax.Array, compute: jax.Array) -> tuple[jax.Array, None]:
+    def forward(master: jax.Array, compute: Any) -> tuple[Any, None]:
         return gather(master, compute), None
 
-    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gradient = gradient.astype(reduce_dtype)
+    def backward(_: None, gradient: Any) -> tuple[jax.Array, Any]:
+        gradient = (gradient.slot if isinstance(gradient, Float8) else gradient).astype(reduce_dtype)
         if reduces_each_pass(zero):
             gradient = _scatter_over_fsdp(dims, gradient)
-        return gradient.astype(master.dtype), vary(jnp.zeros(compute.shape, compute.dtype))
+        return gradient.astype(master.dtype), vary(jax.tree.map(jnp.zeros_like, compute))
 
     differentiable = jax.custom_vjp(gather)
     differentiable.defvjp(forward, backward)

@@ -10,6 +10,7 @@ from jaxtrain.parts import ModelParts
 
 VOCAB_MULTIPLE = 128
 DType = Literal["float32", "bfloat16"]
+MatmulDType = Literal["default", "float8", "auto"]
 AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
 Router = Literal["softmax", "sigmoid"]
 GroupScore = Literal["top2", "max"]
@@ -244,6 +245,9 @@ class ModelConfig:
     """Mixture of experts; None for a dense model."""
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
+    matmul_dtype: MatmulDType = "default"
+    """How the matrices of attention, MLP and experts are multiplied. default: in model.dtype. float8: E4M3 forward, E5M2
+    gradients. auto: float8 where the chip gains by it (see the log)."""
     param_dtype: DType = "float32"
     """Dtype of stored matrices; norms, routers, biases and the optimizer's moments are float32. bfloat16 is updated by
     stochastic rounding, the same on every mesh."""

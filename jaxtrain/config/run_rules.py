@@ -69,7 +69,7 @@ def run_problems(config: Config) -> list[str]:
     if "://" in config.checkpoint.fast_dir:
         problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
     problems += validation_problems(config)
-    problems += _idle_problems(config) + _guard_problems(config) + objective_problems(config)
+    problems += _idle_problems(config) + _guard_problems(config) + _float8_problems(config) + objective_problems(config)
     if config.telemetry.hardware != "auto":
         problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
     for option in config.train.xla_options:
@@ -79,6 +79,16 @@ def run_problems(config: Config) -> list[str]:
     if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
         problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems
+
+
+def _float8_problems(config: Config) -> list[str]:
+    if config.model.matmul_dtype != "float8":
+        return []
+    own = [f"model.parts.{name}" for name in ("attention", "mlp", "layer") if getattr(config.model.parts, name) is not None]
+    taken = ["lora.rank"] * (config.lora.rank > 0) + own
+    return [
+        f"model.matmul_dtype=float8 is of the decoder's own weights, all trained: with {name} use default" for name in taken
+    ]
 
 
 def _idle_problems(config: Config) -> list[str]:

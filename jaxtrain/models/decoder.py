@@ -23,11 +23,12 @@ from jaxtrain.objectives import PRETRAIN, Objective
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.attention_cudnn import CUDNN_FORWARD_PRIMITIVE
 from jaxtrain.ops.expert_dispatch import ExpertBackend
+from jaxtrain.ops.float8 import SCALE_NAME
 from jaxtrain.ops.losses import IGNORED, OF_TOKENS, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.parallel.turns import reduce_behind_next, take_turns
-from jaxtrain.sharding import all_gather, gather_weights, is_dims, vary
+from jaxtrain.sharding import Float8, all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
 STACKED = ("chunk", "stage", "layer")
@@ -202,26 +203,28 @@ def to_compute(params: PyTree, dims: PyTree, dtype: str) -> PyTree:
 def _merge(module: type[nnx.Module], config: ModelConfig) -> Callable[[PyTree], Any]:
     """Return a function that puts a pure dict of weights into the module."""
     graph, state = nnx.split(declare(module, config), nnx.Param)
+    is_float8 = lambda node: isinstance(node, Float8)  # noqa: E731
 
     def merge(weights: PyTree) -> Any:
-        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights)))
+        return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(weights, is_leaf=is_float8)))
 
     return merge
 
 
-def remat_policy(train: TrainConfig, has_adapters: bool = False) -> Callable[..., bool] | None:
+def remat_policy(train: TrainConfig, has_adapters: bool = False, in_float8: bool = False) -> Callable[..., bool] | None:
     """Return the policy of which intermediates a layer keeps for its backward; None keeps only the layer's input.
 
     No policy keeps a gathered weight or a gathered sequence: they are refused by primitive (a sequence also as the output of
     `take_turns`' barriers), since a policy by name would still keep the value from just before its name. With adapters,
-    whose sum with a weight is an array of its own, `none` and `dots` keep what has a name.
+    whose sum with a weight is an array of its own, `none` and `dots` keep what has a name. In float8 all keep the scales.
     """
+    scales = (SCALE_NAME,) if in_float8 else ()
     if train.remat == "full":
-        return None
+        return jax.checkpoint_policies.save_only_these_names(*scales) if scales else None
     if train.remat == "none" and not has_adapters:
         return lambda primitive, *_, **__: primitive.name not in ("all_gather", "optimization_barrier")
     names = tuple(name for name in REMAT_NAMES if keeps(train, name)) if has_adapters else kept_names(train)
-    by_name, dots = jax.checkpoint_policies.save_only_these_names(*names), train.remat == "dots" and not has_adapters
+    by_name, dots = jax.checkpoint_policies.save_only_these_names(*names, *scales), train.remat == "dots" and not has_adapters
 
     def keep(primitive: Any, *avals: Any, **parameters: Any) -> bool:
         # A name cannot reach into cuDNN's forward kernel, so its result is kept by primitive too.
@@ -286,7 +289,8 @@ class Decoder:
             ys, auxiliary, reports = zip(*results, strict=True)
             return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
 
-        return jax.checkpoint(layer, policy=remat_policy(self.train, bool(config.adapters.rank)), prevent_cse=False)
+        policy = remat_policy(self.train, bool(config.adapters.rank), config.matmul_dtype == "float8")
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts, period, slots_of_part = self.stacking.counts(), self.stacking.period, self.stacking.layers_per_part

@@ -22,6 +22,7 @@ from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.attention_context import AttentionPlan
+from jaxtrain.ops.float8 import multiply
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter
@@ -70,12 +71,12 @@ class LatentAttention(Block):
         """Return over the whole length: the queries' latent, the latent of keys and values, the key's part for RoPE."""
         epsilon = self.config.norm_epsilon
         h_BLD = self.normed(x_BLD)
-        c_BLC = rms_norm(jnp.einsum("BLD,DC->BLC", h_BLD, self.kv_down[...]), self.kv_norm[...], epsilon)
-        turned_BLR = jnp.einsum("BLD,DR->BLR", h_BLD, self.rope_key[...])
+        c_BLC = rms_norm(multiply("BLD,DC->BLC", h_BLD, self.kv_down[...]), self.kv_norm[...], epsilon)
+        turned_BLR = multiply("BLD,DR->BLR", h_BLD, self.rope_key[...])
         if not self.latent.query_rank:
             parts = [h_BLD, c_BLC, turned_BLR]
         else:
-            q_BLQ = jnp.einsum("BLD,DQ->BLQ", h_BLD, self.query_down[...])
+            q_BLQ = multiply("BLD,DQ->BLQ", h_BLD, self.query_down[...])
             parts = [rms_norm(q_BLQ, self.query_norm[...], epsilon), c_BLC, turned_BLR]
         ends = [parts[0].shape[-1], parts[0].shape[-1] + parts[1].shape[-1]]
         return jnp.split(all_gather(jnp.concatenate(parts, axis=-1), "tensor", dim=1), ends, axis=-1)
@@ -88,12 +89,12 @@ class LatentAttention(Block):
         def turn(x_BLHR: jax.Array) -> jax.Array:
             return with_positions(x_BLHR, packing, config)
 
-        q_BLHN = checkpoint_name(jnp.einsum("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
+        q_BLHN = checkpoint_name(multiply("BLQ,QHN->BLHN", q_BLQ, self.query_up[...]), "query")
         if plan.absorbs:
             out_BLD = yield from self._absorbed(q_BLHN, c_BLC, turn(turned_BLR[:, :, None]), turn, plan)
             return self.joined(x_BLD, out_BLD)
-        k_BLHN = checkpoint_name(jnp.einsum("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
-        v_BLHM = checkpoint_name(jnp.einsum("BLC,CHM->BLHM", c_BLC, self.value_up[...]), "value")
+        k_BLHN = checkpoint_name(multiply("BLC,CHN->BLHN", c_BLC, self.key_up[...]), "key")
+        v_BLHM = checkpoint_name(multiply("BLC,CHM->BLHM", c_BLC, self.value_up[...]), "value")
         q_BLHN, k_BLHN, v_BLHM = yield (q_BLHN, k_BLHN, v_BLHM)
         q_plain, q_turned = jnp.split(q_BLHN, [config.head_dim], axis=-1)
         q_BLHN = jnp.concatenate([q_plain, turn(q_turned)], axis=-1)
@@ -101,7 +102,7 @@ class LatentAttention(Block):
         k_BLHN = jnp.concatenate([k_BLHN, k_turned], axis=-1)
         with jax.named_scope("attention"):
             a_BLHM = plan.attend(q_BLHN, k_BLHN, v_BLHM, segments_BL=packing.segments, residual_name="attention")
-        out_BLD = yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])
+        out_BLD = yield multiply("BLHM,HMD->BLD", a_BLHM, self.out[...])
         out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         return self.joined(x_BLD, checkpoint_name(out_BLD, "attention_out"))
 
@@ -118,4 +119,4 @@ class LatentAttention(Block):
         k_BL1E = jnp.concatenate([c_BLC[:, :, None], turned_BL1R], axis=-1)
         a_BLHC = plan.attend(q_BLHE, k_BL1E, None, head_dim=q_BLHN.shape[-1], value_dim=c_BLC.shape[-1])
         a_BLHM = jnp.einsum("BLHC,CHM->BLHM", a_BLHC, self.value_up[...])
-        return reduce_scatter((yield jnp.einsum("BLHM,HMD->BLD", a_BLHM, self.out[...])), "tensor", dim=1)
+        return reduce_scatter((yield multiply("BLHM,HMD->BLD", a_BLHM, self.out[...])), "tensor", dim=1)

@@ -27,6 +27,7 @@ from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.activation import activate, activate_alone
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.expert_dispatch import ExpertBackend
+from jaxtrain.ops.float8 import multiply
 from jaxtrain.ops.norm import heads_norm, rms_norm
 from jaxtrain.parallel.turns import Turn, scoped
 from jaxtrain.sharding import all_gather, once, reduce_scatter, vary
@@ -62,7 +63,7 @@ class Attention(Block):
 
     def _projected(self, h_BLD: jax.Array, name: str) -> jax.Array:
         """Return the queries, keys or values of all heads of this device."""
-        heads_BLHN = jnp.einsum("BLD,DHN->BLHN", h_BLD, getattr(self, name)[...])
+        heads_BLHN = multiply("BLD,DHN->BLHN", h_BLD, getattr(self, name)[...])
         if self.config.attention_bias != "none":
             heads_BLHN = heads_BLHN + getattr(self, f"{name}_bias")[...].astype(h_BLD.dtype)
         return checkpoint_name(heads_BLHN, name)
@@ -85,7 +86,7 @@ class Attention(Block):
         with jax.named_scope("attention"):
             options = {"segments_BL": packing.segments, "sinks_H": sinks_H, "residual_name": "attention"}
             a_BLHN = plan.attend(q_BLHN, k_BLKN, v_BLKN, **options)
-        out_BLD = yield jnp.einsum("BLHN,HND->BLD", a_BLHN, self.out[...])
+        out_BLD = yield multiply("BLHN,HND->BLD", a_BLHN, self.out[...])
         out_BLD = reduce_scatter(out_BLD, "tensor", dim=1)
         if self.config.attention_bias == "all":
             out_BLD = out_BLD + self.out_bias[...].astype(out_BLD.dtype)
@@ -110,7 +111,7 @@ class MLP(Block):
             self.down_bias = parameter(rngs, (d,), ("bias",), 0.0)
 
     def _projected(self, h_BLD: jax.Array, name: str) -> jax.Array:
-        wide_BLF = jnp.einsum("BLD,DF->BLF", h_BLD, getattr(self, name)[...])
+        wide_BLF = multiply("BLD,DF->BLF", h_BLD, getattr(self, name)[...])
         if self.config.mlp_bias:
             wide_BLF = wide_BLF + getattr(self, f"{name}_bias")[...].astype(wide_BLF.dtype)
         return checkpoint_name(wide_BLF, f"mlp_{name}")
@@ -127,7 +128,7 @@ class MLP(Block):
             hidden_BLF = activate_alone(self.config, up_BLF)
         # Not after the last matmul: the backward pass would recompute it only for the barrier.
         hidden_BLF = yield checkpoint_name(hidden_BLF, "mlp_hidden")
-        out_BLD = reduce_scatter(jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...]), "tensor", dim=1)
+        out_BLD = reduce_scatter(multiply("BLF,FD->BLD", hidden_BLF, self.down[...]), "tensor", dim=1)
         if self.config.mlp_bias:
             out_BLD = out_BLD + self.down_bias[...].astype(out_BLD.dtype)
         return self.joined(x_BLD if onto_BLD is None else onto_BLD, checkpoint_name(out_BLD, "mlp_out"))

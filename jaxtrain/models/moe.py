@@ -23,6 +23,7 @@ from jaxtrain.models.block import Block
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.activation import activate
 from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dispatch_capacity, dispatch_dropless
+from jaxtrain.ops.float8 import multiply
 from jaxtrain.ops.grouped_matmul import grouped_matmul
 from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
 from jaxtrain.parallel.turns import Turn
@@ -143,7 +144,7 @@ class MoE(Block):
 
         def times(x: jax.Array, w_EDF: jax.Array) -> jax.Array:
             if sizes is None:
-                return jnp.einsum("ESD,EDF->ESF", x, w_EDF)
+                return multiply("ESD,EDF->ESF", x, w_EDF)
             return grouped_matmul(x, w_EDF, sizes, backend.tile, dispatched.expected_rows)
 
         def project(x: jax.Array, name: str) -> jax.Array:
@@ -158,7 +159,7 @@ class MoE(Block):
         return project
 
     def _shared(self, h_BLD: jax.Array) -> jax.Array:
-        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_gate[...]), "mlp_gate")
-        up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", h_BLD, self.shared_up[...]), "mlp_up")
+        gate_BLF = checkpoint_name(multiply("BLD,DF->BLF", h_BLD, self.shared_gate[...]), "mlp_gate")
+        up_BLF = checkpoint_name(multiply("BLD,DF->BLF", h_BLD, self.shared_up[...]), "mlp_up")
         hidden_BLF = checkpoint_name(activate(self.config, gate_BLF, up_BLF), "mlp_hidden")
-        return jnp.einsum("BLF,FD->BLD", hidden_BLF, self.shared_down[...])
+        return multiply("BLF,FD->BLD", hidden_BLF, self.shared_down[...])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.experimental.xla_metadata import set_xla_metadata
+
+from jaxtrain.ops.float8 import in_float8
+from jaxtrain.sharding import Float8, vary, varying_axes
 
 _BLOCK = 128  # result columns of one program
 _DEPTH = 64  # elements of the summed dim that are loaded at a time
@@ -138,15 +142,44 @@ def _by_kernels_backward(tile: int, how: How, kept: tuple, dy: jax.Array) -> tup
 _by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 
 
+@dataclass(frozen=True)
+class _Widened:
+    """The products of float8 rows and matrices, which are exact in `dtype`: in it they are multiplied."""
+
+    dtype: Any
+    tile: int
+    how: How
+
+    def forward(self, x: jax.Array, w: jax.Array, dtype: Any, sizes: jax.Array) -> jax.Array:
+        return grouped_matmul(x.astype(self.dtype), w.astype(self.dtype), sizes, self.tile, *self.how).astype(dtype)
+
+    def to_x(self, g: jax.Array, w: jax.Array, dtype: Any, sizes: jax.Array) -> jax.Array:
+        x = jnp.zeros((g.shape[0], w.shape[1]), self.dtype)
+        return self._gradients(x, w.astype(self.dtype), g, sizes)[0].astype(dtype)
+
+    def to_w(self, x: jax.Array, g: jax.Array, dtype: Any, sizes: jax.Array) -> jax.Array:
+        w = jnp.zeros((sizes.shape[0], x.shape[1], g.shape[1]), self.dtype)
+        return self._gradients(x.astype(self.dtype), w, g, sizes)[1].astype(dtype)
+
+    def _gradients(self, x: jax.Array, w: jax.Array, g: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(dx, dW); of the two XLA drops the one that nobody reads."""
+        x, w = vary((x, w), tuple(varying_axes(g)))
+        if _kernels_fit(x, w, self.tile):
+            return _by_kernels_backward(self.tile, self.how, (x, w, sizes), g.astype(self.dtype))[:2]
+        return jax.vjp(lambda x, w: lax.ragged_dot(x, w, sizes), x, w)[1](g.astype(self.dtype))
+
+
 def grouped_matmul(
     x_SD: jax.Array,
-    w_EDF: jax.Array,
+    w_EDF: Any,
     sizes_E: jax.Array,
     tile: int,
     expected_rows: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """y_s = x_s w_e for the rows s of group e, [S, F], summed in float32; rows beyond the last group are zero.
+
+    In float8 where the matrices are (a `Float8`): in its numbers, though not yet at its speed.
 
     Kernels if `tile` is KERNEL_TILE and widths and dtype allow; else `lax.ragged_dot`, with the same result.
 
@@ -157,7 +190,9 @@ def grouped_matmul(
         kernels' FLOPs by it.
       interpret: run the kernels without a GPU, slowly.
     """
+    how = How(x_SD.shape[0] if expected_rows is None else expected_rows, interpret)
+    if isinstance(w_EDF, Float8):
+        return in_float8(_Widened(x_SD.dtype, tile, how), x_SD, w_EDF, sizes_E)
     if not _kernels_fit(x_SD, w_EDF, tile):
         return lax.ragged_dot(x_SD, w_EDF, sizes_E)
-    how = How(x_SD.shape[0] if expected_rows is None else expected_rows, interpret)
     return _by_kernels(tile, how, x_SD, w_EDF, sizes_E)

@@ -31,6 +31,7 @@ from jaxtrain.config import Config, MeshConfig
 from jaxtrain.hardware import predicted_watts
 from jaxtrain.layout import layers_per_part, parts_in_turns, rows_of_device, whole_moments
 from jaxtrain.ops.attention_choice import context_kind
+from jaxtrain.ops.float8_choice import choose_matmuls
 from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
@@ -444,4 +445,4 @@ def estimate(config: Config, cluster: Cluster) -> Estimate:
       ExplainedError: a figure of the chip is not known.
       ConfigError: the mesh does not fill hosts evenly.
     """
-    return CostModel(config, cluster).estimate(layout_of(config))
+    return CostModel(choose_matmuls(config, cluster.chip)[0], cluster).estimate(layout_of(config))

@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import split_over_hosts
+from jaxtrain.ops.float8_choice import choose_matmuls
 from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, make_schedule, schedule_of
 from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json
@@ -76,7 +77,7 @@ def explain(config: Config, cluster: Cluster) -> Explanation:
     Raises:
       ConfigError: the config is not valid on so many devices, or its mesh does not fill the hosts.
     """
-    config = validate(config, cluster.devices)
+    config, _ = choose_matmuls(validate(config, cluster.devices), cluster.chip)
     inside, _ = split_over_hosts(config.mesh.shape, min(cluster.devices_per_host, cluster.devices))
     try:
         entries, uncovered = tuple(collectives(config)), ""
@@ -103,7 +104,7 @@ def holdings_table(explanation: Explanation) -> Table:
     config, memory, budget = layout.config, layout.memory, layout.cluster.budget_bytes
     words = {
         "param_dtype": " and ".join(filter(None, (config.lora.base, config.model.param_dtype))),
-        "dtype": config.model.dtype,
+        "dtype": " and ".join(("float8",) * (config.model.matmul_dtype == "float8") + (config.model.dtype,)),
         "optimizer": config.optimizer.name,
         "held": formulas.parameters_held(config),
         "all": num_parameters(config.model).total,

@@ -157,7 +157,7 @@ def _is_joined(config: Config) -> bool:
 
 
 def _weights(config: Config) -> Iterator[Transfers]:
-    """Send weights over fsdp, all-gathered in compute dtype (routers in float32), or in the few bits of `lora.base`.
+    """Send weights over fsdp, all-gathered in compute dtype (routers in float32), in float8, or in the few bits of `lora.base`.
 
     ZeRO 3: a layer's matrices (P/t elements gathered) once in its forward and once in its backward: every remat policy refuses
     to keep gathered weights. The table once in the forward (the embedding's backward does not need it), the head once with the
@@ -169,7 +169,7 @@ def _weights(config: Config) -> Iterator[Transfers]:
     layer, outer = ([w for w in (*held, *more) if w.is_matrix] for held, more in zip(own, new, strict=True))
 
     def gathers(weights: list[Weight], phase: str, purpose: str) -> Iterator[Transfers]:
-        for array, dtype in (pair for weight in weights for pair in weight.arrays(config.model, config.model.dtype)):
+        for array, dtype in (pair for weight in weights for pair in weight.computed(config.model)):
             if array.is_matrix:
                 payload = array.shard(config, without=("fsdp",)) * BYTES[dtype]
                 yield _entry(config, phase, ["fsdp"], "all-gather", HLO_DTYPE[dtype], payload, purpose)
@@ -354,6 +354,9 @@ def _scalars(config: Config) -> Iterator[Transfers]:
         axes, purpose = [axis for axis in MESH_AXES if axis != "pipe"], "loads of experts and auxiliary losses"
         loads = _entry(config, "held", axes, "all-reduce", "f32", moe.num_experts + 3, purpose, 4)
         yield replace(loads, is_stacked=True)
+    if maxima := sum(weight.is_in_float8(config.model) for weight in layer_weights(config.model).values()):
+        scales = _entry(config, "held", ["fsdp", "expert", "tensor"], "all-reduce", "f32", 4 * maxima, "maxima of weights")
+        yield replace(scales, is_stacked=True)
     norms = 2 if config.optimizer.clip_norm else 1
     layer, outer = trained_weights(config.model, config.train.frozen)
     for weight in layer:

@@ -20,6 +20,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.layout import capacity_rows, keeps, local_length, microbatch_rows
 from jaxtrain.models import lora
 from jaxtrain.models.decoder import adapter_factors
+from jaxtrain.models.float8_weights import is_in_float8
 from jaxtrain.models.layers import EmbeddingAndHead, layer_kind
 from jaxtrain.models.parameters import declare, held_dtype
 from jaxtrain.models.quantised_weights import held_dims, held_shapes, is_held
@@ -115,6 +116,14 @@ class Weight:
         shapes, dims = held_shapes(lora, self.dims, self.shape), held_dims(lora, self.dims)
         scale = replace(self, name=f"{self.name}.scale", shape=shapes.scale, dims=dims.scale)
         return [(replace(self, shape=shapes.values), lora.base), (scale, "float32")]
+
+    def is_in_float8(self, model: ModelConfig) -> bool:
+        """Return whether it is multiplied in float8."""
+        return model.matmul_dtype == "float8" and self.name not in ("table", "head", "positions") and is_in_float8(self.dims)
+
+    def computed(self, model: ModelConfig) -> list[tuple[Weight, str]]:
+        """Return (array, its dtype) as matmuls take it, but for float8's scales: few numbers, never gathered."""
+        return [(self, "float8")] if self.is_in_float8(model) else self.arrays(model, model.dtype)
 
     def shard(self, config: Config, without: tuple[str, ...] = ()) -> int:
         """Return the elements on one device; `without` names axes over which it has been gathered."""

@@ -110,7 +110,7 @@ def _weights(config: Config, cut: Cut) -> float:
     chunks, the one at work is copied out.
     """
     whole = not gathers_each_layer(config.sharding.zero) and config.mesh.fsdp > 1
-    if not whole and config.model.dtype == config.model.param_dtype:
+    if not whole and config.model.dtype == config.model.param_dtype and config.model.matmul_dtype != "float8":
         return 0.0
     layer, outer = (_copy_bytes(config, share, whole) for share in (cut.layer, cut.outer))
     is_unrolled = not moves_activations(config.mesh) and max(cut.runs, default=0) > 3
@@ -122,8 +122,9 @@ def _copy_bytes(config: Config, share: Shares, whole: bool) -> float:
     """Return the bytes of the copy of a share of the weights."""
     few = share.few * config.mesh.fsdp if whole else share.few
     is_cast = whole or config.model.dtype != config.model.param_dtype
-    numbers = (share.gathered if whole else share.sharded) - few
-    return is_cast * BYTES[config.model.dtype] * numbers + whole * share.few_gathered
+    in_float8 = share.float8 * (config.mesh.fsdp if whole else 1)
+    numbers = (share.gathered if whole else share.sharded) - few - in_float8
+    return is_cast * BYTES[config.model.dtype] * numbers + BYTES["float8"] * in_float8 + whole * share.few_gathered
 
 
 def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:

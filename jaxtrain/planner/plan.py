@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jaxtrain.config import MESH_AXES, Config, MeshConfig, PipelineConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.hardware import load_chip
+from jaxtrain.ops.float8_choice import choose_matmuls
 from jaxtrain.parts import plugged
 from jaxtrain.planner.answer import Plan, make_bill
 from jaxtrain.planner.estimates import Cluster
@@ -68,6 +69,9 @@ def make_plan(
       ConfigError: the config is wrong whatever the layout.
     """
     check_model(config)
+    config, matmuls = choose_matmuls(config, cluster.chip)
+    if matmuls:
+        tell(f"matmuls in {matmuls}")
     whole = config
     if config.train.stages:
         tell(stage_words(config, longest_stage(config)))

@@ -23,12 +23,13 @@ waves and depth, of attention's curve, and of STREAM.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
+from jaxtrain.ops.float8_choice import QUANTISED_BYTES
 from jaxtrain.planner.formulas import loss_positions, muon_flops, muon_shares
 from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
@@ -93,6 +94,8 @@ class Roofline:
     dtype: str
     attention_share: float = 1.0
     """Of what the formula says of attention: another kernel's."""
+    operand_bytes: int = 2
+    """Of a number that a matmul reads."""
 
     @property
     def taken(self) -> float:
@@ -100,8 +103,8 @@ class Roofline:
         return TRANSFER_CORES / self.cores if self.cores else 0.0
 
     def matmul(self, m: int, k: int, n: int, batch: int = 1) -> float:
-        """Return the seconds of `batch` products [m, k] x [k, n] in one kernel, operands and result of 2 bytes."""
-        flops, moved = 2.0 * m * k * n * batch, 2.0 * batch * (m * k + k * n + m * n)
+        """Return the seconds of `batch` products [m, k] x [k, n] in one kernel; the result has 2 bytes a number."""
+        flops, moved = 2.0 * m * k * n * batch, batch * (self.operand_bytes * (m * k + k * n) + 2.0 * m * n)
         reached = self.chip.matmul_fraction(self.dtype, m * batch, k, n)
         if reached is None:
             tiled = max(share * self._busy(m, n, batch, rows, columns) for rows, columns, share in _TILES)
@@ -121,6 +124,11 @@ class Roofline:
             most, half = ATTENTION[direction]
             reached = self.attention_share * most * length / (length + half) * min(1.0, (head_dim / 128) ** 0.58)
         return flops / (self.peak * reached)
+
+    def in_float8(self) -> Roofline:
+        """Return the roofline of matmuls in float8; this one on a chip without any."""
+        peak = self.chip.peak("float8")
+        return replace(self, peak=peak, dtype="float8", operand_bytes=1) if peak else self
 
     def stream(self, moved: float) -> float:
         """Return the seconds of reading and writing so many bytes."""
@@ -151,12 +159,17 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds,
     computed again. Where layers take turns (`parts` 2), each on half of the rows.
     """
     forward = backward = 0.0
-    for _, m, k, n, batch, again in matmuls(config, parts):
-        once = parts * chip.matmul(m, k, n, batch)
+    for weight, m, k, n, batch, again in matmuls(config, parts):
+        # Experts' dropless kernels multiply float8 numbers in the compute dtype (`ops.grouped_matmul`).
+        widened = weight.is_of_experts and config.model.moe is not None and config.model.moe.dispatch == "dropless"
+        own = chip.in_float8() if weight.is_in_float8(config.model) and not widened else chip
+        once = parts * own.matmul(m, k, n, batch)
         forward += once
-        backward += parts * (chip.matmul(m, n, k, batch) + chip.matmul(k, m, n, batch)) + again * once
+        backward += parts * (own.matmul(m, n, k, batch) + own.matmul(k, m, n, batch)) + again * once
     ahead, back = _attention(config, chip, runs_again(config, "attention"))
-    passing, passing_back = (chip.stream(moved) for moved in _elementwise_bytes(config))
+    passing, passing_back = (
+        chip.stream(moved + more) for moved, more in zip(_elementwise_bytes(config), _quantised_bytes(config), strict=True)
+    )
     repeats = 0 if config.train.remat == "none" else 1
     gaps = KERNEL_GAP * parts
     return (
@@ -209,6 +222,25 @@ def _elementwise_bytes(config: Config) -> tuple[float, float]:
         rows, expert = expert_rows(config), model.moe.mlp_dim / tensor
         ahead, back = ahead + rows * (4 * d + 3 * expert), back + rows * (4 * d + 5 * expert)
     return BYTES[model.dtype] * ahead, BYTES[model.dtype] * back
+
+
+def _quantised_bytes(config: Config) -> tuple[float, float]:
+    """(forward, backward) bytes that one layer moves to have the operands of its matmuls in float8.
+
+    Those of `ops.float8_choice.QUANTISED_BYTES` for each input (queries, keys and values read one, gate and up another) and
+    each result's gradient; and the weights, transposed (read, write) in each pass. Of weights themselves, quantised once a
+    step, nothing is counted: 9 bytes a number of the device's own share.
+    """
+    moved, inputs = {"forward": 0.0, "backward": 0.0}, set()
+    for weight, m, k, n, batch, _ in matmuls(config):
+        if not weight.is_in_float8(config.model):
+            continue
+        block, of_input = weight.name.partition(".")[0], weight.dims[weight.is_of_experts]
+        is_new = (block, of_input, k) not in inputs
+        inputs.add((block, of_input, k))
+        for way, (of_x, of_g) in QUANTISED_BYTES.items():
+            moved[way] += batch * (m * (is_new * of_x * k + of_g * n) + 2.0 * k * n)
+    return moved["forward"], moved["backward"]
 
 
 def gradient_work(config: Config, chip: Roofline, at_once: bool = False) -> Seconds:

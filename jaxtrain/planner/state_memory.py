@@ -32,6 +32,8 @@ class Shares(NamedTuple):
     """Bytes of these, scales included."""
     few_gathered: float
     """The same bytes whole over fsdp."""
+    float8: float
+    """Of them, those that are multiplied in float8."""
 
 
 class Cut(NamedTuple):
@@ -93,7 +95,8 @@ def _share(weights: Collection[Weight], mesh: MeshConfig, model: ModelConfig) ->
     fine = sum(n for w, n in cut if w.dtype("") == "float32")
     second = sum(n for w, n in cut if not leaf_axes(w.dims).is_hidden_matrix)
     in_few = sum(n for _, n, _ in few), sum(size for _, size in pieces), whole
-    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few)
+    in_float8 = sum(n for w, n in cut if w.is_in_float8(model))
+    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few, in_float8)
 
 
 class _Held(NamedTuple):

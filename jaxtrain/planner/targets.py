@@ -57,6 +57,7 @@ class Target:
         major, minor = common.compute_capability
         return f"""
 gpu_device_info {{
+  runtime_version: "12.9.0"
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152

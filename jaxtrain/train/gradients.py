@@ -13,6 +13,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.models import decoder
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
+from jaxtrain.models.float8_weights import in_float8
 from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.objectives import COEFFICIENTS, PRETRAIN, SCORE, Objective, objective_of
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
@@ -83,6 +84,8 @@ def _both(config: Config, params: PyTree) -> tuple[Parameters, Parameters]:
     """(master, compute) parameters."""
     dims, params = decoder.parameter_dims(config.model), vary(params)
     compute = decoder.to_compute(params, dims, config.model.dtype)
+    if config.model.matmul_dtype == "float8":
+        compute = in_float8(params, compute, dims)
     master, compute = gather_once(trained(config, params), compute, dims, config.sharding.zero)
     stacking = make_stacking(config)
     master, compute = (Parameters(tree["outer"], stacking.by_place(tree["layers"])) for tree in (master, compute))

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from jaxtrain.config import Config, Recipe
+from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.building import choose_attention
+from jaxtrain.ops.float8_choice import choose_matmuls
 from jaxtrain.train.feed import owned_rows, to_global
 from jaxtrain.train.gradients import batch_names, batch_sharding
 from jaxtrain.train.initial_weights import initial_weights
@@ -30,7 +32,11 @@ class Prepared:
     """
 
     def __init__(self, config: Config):
-        self.config, self.mesh = config, make_mesh(config.mesh)
+        self.mesh = make_mesh(config.mesh)
+        chip = resolve_chip(config.telemetry.hardware, self.mesh.devices.flat[0].device_kind)
+        self.config, self.matmuls = choose_matmuls(config, chip)
+        """`matmuls` says their dtype, and why; "" where nothing is asked of them."""
+        config = self.config
         self.backend, self.why_backend = choose_attention(config, self.mesh)
         self.optimizer = optimizer_of(config)
         self.sharding = batch_sharding(self.mesh)
@@ -63,7 +69,8 @@ class Prepared:
         return made
 
     def __str__(self) -> str:
-        return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}"
+        matmuls = f", matmuls in {self.matmuls}" if self.matmuls else ""
+        return f"{describe_mesh(self.mesh)} in {self.config.model.dtype}{matmuls}"
 
     def rows(self, num_rows: int | None = None) -> slice:
         """Return which rows of a batch, by default a global one, this process's devices hold."""

@@ -123,6 +123,8 @@ class Run:
         say(f"model      {describe_parameters(config)}")
         say(f"mesh       {describe_mesh(self.mesh)}")
         say(f"attention  {self.prepared.backend} ({self.prepared.why_backend})")
+        if self.prepared.matmuls:
+            say(f"matmuls    {self.prepared.matmuls}")
         for line in plan_words(config):
             say(line)
 

@@ -108,6 +108,10 @@ TABLE = (
 )
 
 
+FLOAT8 = {"xla_gpu_enable_triton_gemm": False}
+"""Options of `model.matmul_dtype=float8`: matmuls go to cuBLAS, whose float8 kernels take the scales. Of Triton's, XLA knows no
+tiles for two float8 formats until it has measured some on a GPU."""
+
 DETERMINISTIC = (
     "xla_gpu_deterministic_ops",
     "xla_gpu_exclude_nondeterministic_ops",
@@ -120,7 +124,8 @@ def default_options(config: Config, platform: str) -> dict[str, Value]:
     """Return the table's values for a layout; empty on other platforms than NVIDIA's."""
     if not is_gpu(platform):
         return {}
-    return {option.name: option.activations if moves_activations(config.mesh) else option.weights for option in TABLE}
+    values = {option.name: option.activations if moves_activations(config.mesh) else option.weights for option in TABLE}
+    return values | (FLOAT8 if config.model.matmul_dtype == "float8" else {})
 
 
 def deterministic_options(config: Config, platform: str) -> dict[str, Value]:

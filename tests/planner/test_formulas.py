@@ -129,6 +129,14 @@ CASES |= {
         MeshConfig(fsdp=4, context=2), model=WIDE, length=512, optimizer=MUON, sharding=ShardingConfig(context_attention="ring")
     ),
 }
+FLOAT8 = replace(MODEL, matmul_dtype="float8")
+CASES |= {
+    "float8, fsdp": Case(MeshConfig(fsdp=8), microbatches=2, model=FLOAT8),
+    "float8, zero 1": Case(MeshConfig(fsdp=8), microbatches=2, sharding=ShardingConfig(zero=1), model=FLOAT8),
+    "float8, tensor": Case(MeshConfig(fsdp=4, tensor=2), model=FLOAT8, prefetches=False),
+    "float8, pipe": Case(MeshConfig(pipe=4, fsdp=2), microbatches=5, model=FLOAT8, remat="none"),
+    "float8, experts": Case(MeshConfig(fsdp=2, expert=4), model=replace(MOE, matmul_dtype="float8"), prefetches=False),
+}
 FEW = ("fsdp x tensor", "expert, dropless")
 """Compiled for GPUs in every run with the extra `plan`; 14 to 57 s of CPU each."""
 
