@@ -39,7 +39,7 @@ def trained():
     with pytest.MonkeyPatch.context() as patch:
         poisonable(patch)
         prepared = Prepared(CONFIG)
-        steps = TrainSteps(CONFIG, prepared.mesh, prepared.optimizer, prepared.backend, 0, 5)
+        steps = TrainSteps(prepared, 0, 5)
     random, state = np.random.default_rng(0), prepared.create_state()
     states = [on_host(state)]
     for step in range(5):
