@@ -54,6 +54,7 @@ class Bench(Prepared):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        config = self.config  # with model.matmul_dtype=auto decided
         self.data = open_data(config)
         started = time.perf_counter()
         self.program = compile_train_step(config, self.mesh, self.optimizer, self.backend)
@@ -133,6 +134,7 @@ class Bench(Prepared):
             "mesh": describe_mesh(self.mesh),
             "jax": jax.__version__,
             "attention": self.backend,
+            "matmuls": self.matmuls or self.config.model.dtype,
             "sequence_length": self.config.data.sequence_length,
             "global_batch_size": self.config.train.global_batch_size,
             "compile_seconds": self.compile_seconds,
