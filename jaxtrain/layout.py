@@ -151,6 +151,14 @@ def rows_sent(tokens: int, experts_per_token: int, local_experts: int) -> int:
     return tokens * min(experts_per_token, local_experts)
 
 
+def exchange_rows(tokens: int, experts_per_token: int, devices: int, local_experts: int, factor: float) -> int:
+    """Return the rows that a device's experts take of `tokens` of each of P devices: P T min(K, E / P), which drops none; with
+    a factor (`moe.exchange_factor`) at most factor T K.
+    """
+    most = devices * rows_sent(tokens, experts_per_token, local_experts)
+    return min(most, math.ceil(factor * tokens * experts_per_token)) if factor and devices > 1 else most
+
+
 def padded_rows(rows: int, groups: int, tile: int) -> int:
     """Return how many slots are enough for any split of the rows into groups of whole tiles."""
     return rows if tile == 1 else math.ceil((rows + groups * (tile - 1)) / tile) * tile

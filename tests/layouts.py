@@ -23,6 +23,7 @@ SURE = {
     ("fsdp", "sharding.context_attention=gather"),
     ("context", "model.latent_attention.query_rank=12"),
     ("pipe", "pipeline.schedule=interleaved"),
+    ("pipe", "pipeline.schedule=zero_bubble"),
     ("tensor", "lora.rank=4"),
     ("fsdp", "lora.base=nf4"),
 }

@@ -122,6 +122,9 @@ def test_decisions():
     assert MoEConfig().group(64) == 64
     assert layout.padded_rows(10, 2, 1) == 10
     assert layout.padded_rows(10, 2, 4) == 16
+    # 100 tokens a device, 3 experts each, 4 devices: all that may come; 1.25 of an even spread, which rounds up; never more.
+    assert [layout.exchange_rows(100, 3, 4, 2, factor) for factor in (0.0, 1.25, 1.001, 9.0)] == [800, 375, 301, 800]
+    assert layout.exchange_rows(100, 3, 1, 8, 1.0) == 300  # on one device nothing is sent, and nothing dropped
     assert [layout.whole_moments(OptimizerConfig(name="sgd", beta1=beta)) for beta in (0.0, 0.9)] == [0, 1]
     assert layout.keeps(TrainConfig(remat="dots"), "query")
     assert not layout.keeps(TrainConfig(remat="named", remat_save=("attention",)), "query")

@@ -119,6 +119,9 @@ class MoEConfig:
     rest."""
     capacity_factor: float = 1.25
     """capacity only: tokens per expert, relative to an even spread of a group's tokens."""
+    exchange_factor: float = 0.0
+    """dropless only, with mesh.expert: rows that a device's experts take, relative to an even spread; 0: all that may come.
+    Rows beyond it are dropped and counted, the fullest experts' first: which ones, depends on the mesh."""
     capacity_group: int = 0
     """capacity only: number of consecutive tokens in a group; 0: the whole sequence."""
 

@@ -51,6 +51,7 @@ _CONDITIONS = {
     ),
     "model.moe.capacity_factor": _CAPACITY,
     "model.moe.capacity_group": _CAPACITY,
+    "model.moe.exchange_factor": Condition("mesh.expert above 1", lambda c: c.mesh.expert > 1),
     "data.chat_template": _CHAT,
     "data.too_long": _CHAT,
     "checkpoint.keep": Condition("checkpoint.every", lambda c: c.checkpoint.every > 0),

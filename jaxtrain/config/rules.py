@@ -256,6 +256,11 @@ def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
         )
     if moe.weight_scale <= 0 or moe.capacity_factor <= 0:
         problems.append(f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above 0")
+    if moe.exchange_factor and (moe.exchange_factor < 1 or moe.dispatch != "dropless"):
+        problems.append(
+            f"model.moe.exchange_factor={moe.exchange_factor} with dispatch={moe.dispatch}: dropless takes 0 (room for all "
+            "rows) or at least 1; capacity has capacity_factor"
+        )
     group, piece = moe.group(length), length if mesh.context == 1 else length // (2 * mesh.context)
     if moe.dispatch == "capacity" and piece % group:
         problems.append(
@@ -297,8 +302,10 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
         problems.append(
             f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
         )
-    if pipeline.chunks > 1 and pipeline.schedule != "interleaved":
-        problems.append(f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved, not {pipeline.schedule}")
+    if pipeline.chunks > 1 and pipeline.schedule not in ("interleaved", "zero_bubble"):
+        problems.append(
+            f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved or zero_bubble, not {pipeline.schedule}"
+        )
     if pipeline.chunks > 1 and mesh.pipe == 1:
         problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
     parts, groups = mesh.pipe * pipeline.chunks, math.ceil(layers / len(config.model.kinds))

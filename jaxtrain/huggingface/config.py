@@ -80,7 +80,8 @@ def _plain(model: ModelConfig) -> ModelConfig:
     if model.moe is None:
         return model
     neutral = {"balance_loss": 0.0, "router_z_loss": 0.0, "bias_update_rate": 0.0, "dispatch": "dropless"}
-    neutral |= {"capacity_factor": 1.0, "capacity_group": 0, "selection_bias": model.moe.has_selection_bias}
+    neutral |= {"capacity_factor": 1.0, "capacity_group": 0, "exchange_factor": 0.0}
+    neutral |= {"selection_bias": model.moe.has_selection_bias}
     if model.moe.groups == model.moe.groups_per_token:
         neutral |= {"group_score": "top2"}
     moe = replace(model.moe, **neutral)

@@ -191,11 +191,12 @@ def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(devices.bit_length() - 1):
         sizes[choose(MESH_AXES)] *= 2
-    schedule = choose(("1f1b", "gpipe", "interleaved")) if sizes["pipe"] > 1 else "1f1b"
+    schedule = choose(("1f1b", "gpipe", "interleaved", "zero_bubble")) if sizes["pipe"] > 1 else "1f1b"
+    chunks = {"interleaved": 2, "zero_bubble": choose((1, 2))}.get(schedule, 1)
     return replace(
         task,
         mesh=MeshConfig(**sizes),
-        pipeline=PipelineConfig(schedule=schedule, chunks=2 if schedule == "interleaved" else 1),
+        pipeline=PipelineConfig(schedule=schedule, chunks=chunks),
         sharding=ShardingConfig(
             zero=choose((3, 2, 1)) if sizes["fsdp"] > 1 else 3,
             context_attention=choose(("auto", "ring", "gather", "ulysses")) if sizes["context"] > 1 else "auto",

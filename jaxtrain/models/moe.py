@@ -135,7 +135,7 @@ class MoE(Block):
     def _dispatch(self, h_TD: jax.Array, experts_TK: jax.Array, group: int, backend: ExpertBackend) -> Dispatched:
         moe = self.moe
         if moe.dispatch == "dropless":
-            return dispatch_dropless(h_TD, experts_TK, moe.num_experts, backend.tile, backend.ragged)
+            return dispatch_dropless(h_TD, experts_TK, moe.num_experts, backend, moe.exchange_factor)
         return dispatch_capacity(h_TD, experts_TK, moe.num_experts, group, moe.capacity_factor)
 
     def _expert_matmul(self, dispatched: Dispatched, backend: ExpertBackend) -> Callable[[jax.Array, str], jax.Array]:

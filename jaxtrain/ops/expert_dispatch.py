@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtrain.layout import KERNEL_TILE, is_gpu, padded_rows, room_of_expert, rows_sent
+from jaxtrain.layout import KERNEL_TILE, exchange_rows, is_gpu, padded_rows, room_of_expert, rows_sent
 from jaxtrain.sharding import all_gather, all_to_all, vary
 
 
@@ -133,42 +133,57 @@ def _compose(first: jax.Array, then: jax.Array) -> jax.Array:
 
 
 class RowExchange(NamedTuple):
-    """Starts and sizes of the rows exchanged along `expert`, each int32 [P]."""
+    """Starts and sizes of the rows exchanged along `expert`, int32 [P E/P]: a segment for each device and expert, by device."""
 
     send_starts: jax.Array
-    """Where the rows for each device begin here."""
+    """Where each segment for another device begins here."""
     send_sizes: jax.Array
     landing_starts: jax.Array
-    """Where those rows will begin on that device."""
+    """Where it will begin on that device."""
     receive_starts: jax.Array
-    """Where the rows from each device will begin here."""
+    """Where each segment from another device will begin here."""
     receive_sizes: jax.Array
     origin_starts: jax.Array
-    """Where those rows begin on that device."""
+    """Where it begins on that device."""
 
     def reversed(self) -> RowExchange:
         """Return the reverse exchange."""
         return RowExchange(*self[3:], *self[:3])
 
 
-def plan_exchange(counts_PPE: jax.Array, me: jax.Array) -> RowExchange:
-    """Return the exchange: rows to send are sorted by receiving device; received rows by sending device.
+def plan_exchange(counts_PPE: jax.Array, kept_PPE: jax.Array, tile: int, me: jax.Array) -> RowExchange:
+    """Return the exchange of rows sorted by expert into the slots of experts: by expert, then by the device they come from.
+
+    One segment for each device and expert puts rows where the experts need them: received rows are not sorted again.
 
     Args:
       counts_PPE: rows from device (first dim) to device (second dim) for each of its experts.
+      kept_PPE: those of them that are sent, the first of each segment.
+      tile: an expert's slots are padded to whole tiles.
       me: this device's index.
     """
-    sizes = counts_PPE.sum(-1)
-    at_source, at_target = _starts(sizes, 1), _starts(sizes, 0)
-    return RowExchange(at_source[me], sizes[me], at_target[me], at_target[:, me], sizes[:, me], at_source[:, me])
+    at_source = _starts(counts_PPE.reshape(counts_PPE.shape[0], -1), 1).reshape(counts_PPE.shape)
+    of_expert, _ = _padded_groups(kept_PPE.sum(0), tile)
+    at_target = of_expert + _starts(kept_PPE, 0)
+    sent = (at_source[me], kept_PPE[me], at_target[me])
+    return RowExchange(*map(_flat, (*sent, at_target[:, me], kept_PPE[:, me], at_source[:, me])))
 
 
 def _exchange_padded(rows: jax.Array, plan: RowExchange, length: int, room: int) -> jax.Array:
     """Emulate `ragged_all_to_all` by an `all_to_all` of `room` slots for each pair of devices."""
-    slots = jnp.arange(plan.send_sizes.shape[0], dtype=jnp.int32) * room
-    packed = _gather_rows(rows, _map_segments(plan.send_starts, slots, plan.send_sizes, room * slots.shape[0]))
+    devices = lax.axis_size("expert")
+
+    def slots(sizes: jax.Array) -> jax.Array:
+        within = _starts(sizes.reshape(devices, -1), 1)
+        return _flat(jnp.arange(devices, dtype=jnp.int32)[:, None] * room + within)
+
+    send, receive = slots(plan.send_sizes), slots(plan.receive_sizes)
+    packed = _gather_rows(rows, _map_segments(plan.send_starts, send, plan.send_sizes, room * devices))
     received = all_to_all(packed, "expert", dim=0)
-    return _gather_rows(received, _map_segments(slots, plan.receive_starts, plan.receive_sizes, length))
+    # Segments in the order of their targets, and an empty one before that which begins in the same place.
+    order = jnp.lexsort((plan.receive_sizes > 0, plan.receive_starts))
+    moves = (receive[order], plan.receive_starts[order], plan.receive_sizes[order])
+    return _gather_rows(received, _map_segments(*moves, length))
 
 
 def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowExchange) -> jax.Array:
@@ -211,7 +226,7 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 def _padded_groups(sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
     """(start of each group, its size) when every group is padded to whole tiles."""
     padded = (sizes_E + tile - 1) // tile * tile
-    return _starts(padded), padded
+    return _starts(padded, -1), padded
 
 
 def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int) -> Dispatched:
@@ -231,49 +246,62 @@ def _dropless_here(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, 
     return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)), tokens * k)
 
 
-def _dropless_exchanged(x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, tile: int, ragged: bool) -> Dispatched:
-    """Do `dispatch_dropless` with sharded experts: sort by expert, send, sort the received rows by expert again."""
+def _fitting(counts_PPE: jax.Array, rows: int) -> jax.Array:
+    """Return how many of the counts each device takes if it has `rows` in all: its experts with most rows lose theirs first.
+
+    All experts of a device take up to one level c, the largest for which sum_e min(n_e, c) <= rows: with counts in ascending
+    order c = max_j (rows - sum_(i<j) n_i) / (E/P - j). Of an expert, rows are taken in the order of the devices they come from.
+    """
+    ascending_PE = jnp.sort(counts_PPE.sum(0), axis=-1)
+    local = ascending_PE.shape[-1]
+    levels = (rows - _starts(ascending_PE, -1)) // (local - jnp.arange(local, dtype=jnp.int32))
+    level_P = jnp.where(ascending_PE.sum(-1) <= rows, ascending_PE[:, -1], levels.max(-1))
+    return jnp.clip(level_P[:, None] - _starts(counts_PPE, 0), 0, counts_PPE)
+
+
+def _dropless_exchanged(
+    x_TD: jax.Array, experts_TK: jax.Array, counts_E: jax.Array, backend: ExpertBackend, factor: float
+) -> Dispatched:
+    """Do `dispatch_dropless` with sharded experts: sort by expert, and send each segment to its place among that expert's."""
     tokens, k = experts_TK.shape
     devices, me = lax.axis_size("expert"), lax.axis_index("expert")
     local = counts_E.shape[0] // devices
-    room = rows_sent(tokens, k, local)
+    room = exchange_rows(tokens, k, devices, local, factor)
     order, place = _sort(experts_TK.reshape(-1))
-    counts_PPE = all_gather(counts_E[None], "expert", dim=0).reshape(devices, devices, local)
-    plan = plan_exchange(counts_PPE, me)
+    counts_PPE = kept_PPE = all_gather(counts_E[None], "expert", dim=0).reshape(devices, devices, local)
+    if factor:
+        kept_PPE = _fitting(counts_PPE, room)
+    plan = plan_exchange(counts_PPE, kept_PPE, backend.tile, me)
+    length, most = padded_rows(room, local, backend.tile), min(room, rows_sent(tokens, k, local))
     sent = spread_tokens(x_TD, order, place.reshape(tokens, k))
-    received = exchange(devices * room, room, ragged, sent, plan)
-
-    # Received rows are ordered by device, then expert; the experts need them by expert, then device.
-    counts_PE = counts_PPE[:, me]
-    starts, sizes = _padded_groups(counts_PE.sum(0), tile)
-    in_received = _starts(_flat(counts_PE)).reshape(devices, local)
-    in_slots = starts + _starts(counts_PE)
-    length = padded_rows(devices * room, local, tile)
-    by_expert = _map_segments(_flat(in_received.T), _flat(in_slots.T), _flat(counts_PE.T), length)
-    by_device = _map_segments(_flat(in_slots), _flat(in_received), _flat(counts_PE), devices * room)
+    rows: jax.Array = exchange(length, most, backend.ragged, sent, plan)  # type: ignore[assignment]
 
     def back(y_SD: jax.Array) -> jax.Array:
-        returned = exchange(tokens * k, room, ragged, take_rows(y_SD, by_device, by_expert), plan.reversed())
+        returned = exchange(tokens * k, most, backend.ragged, y_SD, plan.reversed())
         return take_rows(returned, place, order).reshape(tokens, k, -1)
 
-    rows = take_rows(received, by_expert, by_device)
-    return Dispatched(rows, sizes, back, vary(jnp.ones(experts_TK.shape, bool)), tokens * k)
+    rank_TK = place.reshape(tokens, k) - _starts(counts_E)[experts_TK]
+    kept_TK = rank_TK < _flat(kept_PPE[me])[experts_TK]
+    _, sizes = _padded_groups(kept_PPE[:, me].sum(0), backend.tile)
+    return Dispatched(rows, sizes, back, kept_TK, min(tokens * k, room))
 
 
-def dispatch_dropless(x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, tile: int, ragged: bool) -> Dispatched:
+def dispatch_dropless(
+    x_TD: jax.Array, experts_TK: jax.Array, num_experts: int, backend: ExpertBackend, exchange_factor: float = 0.0
+) -> Dispatched:
     """Send every token to all its experts: rows sorted by expert, and within an expert by device, token and choice.
 
     Along `expert` counts are exchanged first, then rows, into a buffer for the worst case: P T min(K, E / P) rows, if every
     token of every device comes here. With one device it is T K rows, and nothing is sent.
 
     Args:
-      tile: an expert's slots are padded to a multiple of this.
-      ragged: see `exchange`.
+      backend: an expert's slots are padded to a multiple of its `tile`.
+      exchange_factor: if not 0, the buffer has this many times T K rows at most, and what does not fit is dropped (`_fitting`).
     """
     counts_E = (experts_TK.reshape(-1, 1) == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     if lax.axis_size("expert") == 1:
-        return _dropless_here(x_TD, experts_TK, counts_E, tile)
-    return _dropless_exchanged(x_TD, experts_TK, counts_E, tile, ragged)
+        return _dropless_here(x_TD, experts_TK, counts_E, backend.tile)
+    return _dropless_exchanged(x_TD, experts_TK, counts_E, backend, exchange_factor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

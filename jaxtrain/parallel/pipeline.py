@@ -3,14 +3,15 @@
 Gradient accumulation is this executor with one stage: F and B of a microbatch then share a tick, and nothing is stored.
 
 The backward honours the remat policy instead of recomputing the stage: F takes `jax.vjp` and stores only those residuals that
-are not (by identity) parameters; B rebuilds the closure. Parameters come as two trees of one structure, master and compute (see
+are not (by identity) parameters; B rebuilds the closure. Where the table has W, B runs the closure's first part and stores the
+operands of the second, which W runs (`backward_split`). Parameters come as two trees of one structure, master and compute (see
 `sharding.gather_weight`); gradients are those of master, accumulated in float32, not yet reduced over devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxtrain.parallel.backward_split import Split
 from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, Slots, TickRun, allocate_slots, cut_into_runs
 from jaxtrain.sharding import shift, vary, varying_axes
 
@@ -85,6 +87,12 @@ def _add_at(tree: PyTree, values: PyTree, i: jax.Array) -> PyTree:
     return jax.tree.map(leaf, tree, values)
 
 
+def _add_gradients(tree: PyTree, leaves: list[jax.Array | None], i: jax.Array) -> PyTree:
+    """tree[i] += leaves, where there is one."""
+    own, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [a if v is None else _add_at(a, v, i) for a, v in zip(own, leaves, strict=True)])
+
+
 def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
     """Return zeros like the leaves, with a leading dim of `slots` if given, typed as varying over all mesh axes."""
     lead = () if slots is None else (slots,)
@@ -110,6 +118,8 @@ class _Residuals:
         self.functions = functions
         self.tree: Any = None
         self.parameter_of: list[int | None] = []
+        self.split: Split | None = None
+        """The closure in two parts, once `cut` has made it."""
 
     def forward(self, layers: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple:
         """(y, (auxiliary loss, sums to report), residuals to store until the backward)."""
@@ -125,21 +135,59 @@ class _Residuals:
         stored = [leaf for leaf, i in zip(leaves, self.parameter_of, strict=True) if i is None]
         return y, vary((auxiliary, reports)), vary(stored)
 
-    def backward(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, jax.Array]:
-        """(gradients of the part's master parameters, gradient of its input)."""
+    def _leaves(self, layers: Weights, stored: list[jax.Array]) -> list[jax.Array]:
         parameters, rest = jax.tree.leaves(layers), iter(stored)
-        leaves = [next(rest) if i is None else parameters[i] for i in self.parameter_of]
+        return [next(rest) if i is None else parameters[i] for i in self.parameter_of]
+
+    def _pull(self, *leaves_and_gradient: jax.Array) -> list[jax.Array]:
+        """[gradient of each of the part's master parameters, ..., gradient of its input]"""
+        *leaves, gradient = leaves_and_gradient
         (master, _), dx = jax.tree.unflatten(self.tree, leaves)((gradient, vary(jnp.ones(()))))
-        return vary((master, dx))
+        return vary([*jax.tree.leaves(master), dx])
+
+    def cut(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> None:
+        """Cut the backward pass in two."""
+        urgent = [False] * len(jax.tree.leaves(layers[0])) + [True]
+        self.split = Split(self._pull, (*self._leaves(layers, stored), gradient), urgent)
+
+    def backward(self, layers: Weights, stored: list[jax.Array], gradient: jax.Array) -> tuple[list, jax.Array, list]:
+        """(gradients of the part's master parameters, None where W computes it; gradient of its input; operands for W)."""
+        arguments = (*self._leaves(layers, stored), gradient)
+        if self.split is None:
+            *master, dx = self._pull(*arguments)
+            return master, dx, []
+        made, crossing = self.split.first(*arguments)
+        *early, dx = vary(made)
+        rest = iter(early)
+        master = [None if waits else next(rest) for waits in self.split.waits[:-1]]
+        operands = [value for value, i in zip(crossing, self._parameters_crossing(), strict=True) if i is None]
+        return master, dx, vary(operands)
+
+    def weights(self, layers: Weights, operands: list[jax.Array]) -> list[jax.Array | None]:
+        """Return the gradients of the part's master parameters that `backward` left out, None for the others."""
+        assert self.split is not None
+        parameters, rest = jax.tree.leaves(layers), iter(operands)
+        late = iter(vary(self.split.second([next(rest) if i is None else parameters[i] for i in self._parameters_crossing()])))
+        return [next(late) if waits else None for waits in self.split.waits[:-1]]
+
+    def _parameters_crossing(self) -> list[int | None]:
+        """Return for each value that crosses from B to W the number of the parameter that it is, or None."""
+        assert self.split is not None
+        last = len(self.parameter_of)  # the gradient, which is no parameter
+        return [None if i is None or i == last else self.parameter_of[i] for i in self.split.inputs]
 
 
 class _Shapes(NamedTuple):
-    """Abstract values: a boundary activation, the loss's sums, the layers' sums, the residuals that F stores for B."""
+    """Abstract values: a boundary activation, the loss's sums, the layers' sums, the residuals that F stores for B, the layers'
+    gradients by B and by W (None: by the other), the operands that B stores for W."""
 
     x: Any
     sums: Any
     reports: Any
     stored: Any
+    early: Any
+    late: Any
+    operands: Any
 
 
 @dataclass(frozen=True)
@@ -198,17 +246,17 @@ def _loss_pass(run: _Pass, y: jax.Array, microbatch: PyTree) -> tuple[PyTree, Py
     return vary((sums, outer, dy))
 
 
-def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
-    """(gradients of one part's layers, of the outer parameters through the embedding on part 0, of the part's input)."""
+def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[list, PyTree, jax.Array, list]:
+    """(gradients of one part's layers, of outer parameters through the embedding on part 0, of the part's input; operands)."""
     chunk, microbatch = row["backward_chunk"], _index(run.microbatches, row["backward_microbatch"])
-    layers, dx = run.residuals.backward(run.layers(chunk), stored, gradient)
+    layers, dx, operands = run.residuals.backward(run.layers(chunk), stored, gradient)
     master, compute = run.outer
 
     def embed_backward() -> PyTree:
         _, closure = jax.vjp(lambda master: vary(run.functions.embed((master, compute), microbatch)), master)
         return vary(closure(dx)[0])
 
-    return layers, _when(run.ends, run.is_first(chunk), embed_backward, lambda: _zeros(master)), dx
+    return layers, _when(run.ends, run.is_first(chunk), embed_backward, lambda: _zeros(master)), dx, operands
 
 
 def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
@@ -217,12 +265,12 @@ def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
     x = vary(run.functions.embed(run.outer, microbatch))
     y, reports, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
     sums, outer, dy = _loss_pass(run, y, microbatch)
-    layers, outer_embed, _ = _backward_pass(run, row, stored, dy)
+    layers, outer_embed, *_ = _backward_pass(run, row, stored, dy)
     return {
         "sums": _add(carry["sums"], sums),
         "reports": _add_at(carry["reports"], reports, row["forward_chunk"]),
         "outer": _add(_add(carry["outer"], outer), outer_embed),
-        "layers": _add_at(carry["layers"], layers, row["backward_chunk"]),
+        "layers": _add_gradients(carry["layers"], layers, row["backward_chunk"]),
     }
 
 
@@ -259,16 +307,33 @@ def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[di
         return _backward_pass(run, row, stored, _index(carry["gradient"], row["gradient_read"]))
 
     doing = row["backward_microbatch"] != IDLE
-    part = _index(run.master.layers, 0)
-    layers, outer, dx = _when(pattern, doing, backward, lambda: _zeros((part, run.master.outer, run.shapes.x)))
+    nothing = (run.shapes.early, run.master.outer, run.shapes.x)
+
+    def idle() -> tuple:
+        return *_zeros(nothing), _index(carry["operand"], row["operand_write"])
+
+    layers, outer, dx, operands = _when(pattern, doing, backward, idle)
     return carry | {
-        "layers": _add_at(carry["layers"], layers, row["backward_chunk"]),
+        "operand": _write(carry["operand"], operands, row["operand_write"]),
+        "layers": _add_gradients(carry["layers"], layers, row["backward_chunk"]),
         "outer": _add(carry["outer"], outer),
     }, dx
 
 
+def _weight_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> dict:
+    """Run W of this tick."""
+    chunk = row["weight_chunk"]
+    layers = _when(
+        pattern,
+        row["weight_microbatch"] != IDLE,
+        lambda: run.residuals.weights(run.layers(chunk), _index(carry["operand"], row["operand_read"])),
+        lambda: _zeros(run.shapes.late),
+    )
+    return carry | {"layers": _add_gradients(carry["layers"], layers, chunk)}
+
+
 def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
-    """Run F, send the activation on, run B, send the gradient back."""
+    """Run F, send the activation on, run B, send the gradient back, run W."""
     arrived = None
     if patterns.forward != "no":
         carry, y = _forward_tick(run, patterns.forward, carry, row)
@@ -276,6 +341,8 @@ def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
     if patterns.backward != "no":
         carry, dx = _backward_tick(run, patterns.backward, carry, row)
         carry = carry | {"gradient": _write(carry["gradient"], shift(dx, "pipe", -1), row["gradient_write"])}
+    if patterns.weight != "no":
+        carry = _weight_tick(run, patterns.weight, carry, row)
     if arrived is not None:
         carry = carry | {"activation": _write(carry["activation"], arrived, row["activation_write"])}
     return carry
@@ -286,8 +353,8 @@ def _rows(schedule: Schedule, slots: Slots, run: TickRun) -> dict[str, np.ndarra
     columns = {
         name: getattr(source, name)
         for source, names in (
-            (schedule, ("forward_microbatch", "forward_chunk", "backward_microbatch", "backward_chunk")),
-            (slots, [f.name for f in slots.__dataclass_fields__.values() if not f.name.endswith("_count")]),
+            (schedule, [f.name for f in fields(schedule) if f.name.endswith(("_microbatch", "_chunk"))]),
+            (slots, [f.name for f in fields(slots) if not f.name.endswith("_count")]),
         )
         for name in names
     }
@@ -317,10 +384,14 @@ def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute
     residuals = _Residuals(functions)
     x = jax.eval_shape(lambda: vary(functions.embed(outer, first)))
     sums = jax.eval_shape(lambda x: functions.loss(outer, x, first)[1], x)
-    reports, stored = None, []
+    reports, stored, early, late, operands = None, [], jax.tree.leaves(layers[0]), [], []
     if (schedule.backward_microbatch != IDLE).any():
         reports, stored = jax.eval_shape(lambda x: residuals.forward(layers, x, first, chunk)[1:], x)
-    shapes = _Shapes(x, sums, reports, stored)
+    if schedule.splits_backward and not schedule.is_accumulation:
+        jax.eval_shape(lambda stored, dy: residuals.cut(layers, stored, dy), stored, x)
+        early, operands = jax.eval_shape(lambda stored, dy: residuals.backward(layers, stored, dy)[::2], stored, x)
+        late = jax.eval_shape(lambda operands: residuals.weights(layers, operands), operands)
+    shapes = _Shapes(x, sums, reports, stored, early, late, operands)
     slots, stage = allocate_slots(schedule), lax.axis_index("pipe")
     return _Pass(functions, schedule, slots, master, compute, microbatches, stage, residuals, shapes)
 
@@ -343,6 +414,7 @@ def loss_and_gradients(
             "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1),
             "gradient": _zeros(run.shapes.x, slots=run.slots.gradient_count + 1),
             "residual": _zeros(run.shapes.stored, slots=run.slots.residual_count + 1),
+            "operand": _zeros(run.shapes.operands, slots=run.slots.operand_count + 1),
         }
         carry = _run_table(run, lambda patterns, carry, row: _tick(run, patterns, carry, row), carry)
     auxiliary, reports = carry["reports"]

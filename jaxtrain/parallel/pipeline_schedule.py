@@ -4,23 +4,26 @@ Time is cut into ticks that all stages share. In a tick a stage does at most one
 of one microbatch through one chunk; then boundary activations go to the next stage and their gradients to the previous one. The
 layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages.
 
-Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al. 2021b).
+A table may put the weight-gradient matmuls of a B off to a later W of the same microbatch and chunk, which sends nothing: the
+third kind of pass of a tick, after B.
+
+Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al. 2021b),
+ZB-H1 (Qi et al. 2023, arXiv:2401.10241).
 In lock-step, F of microbatch m at tick m + i and B at m + 2(S-1) - i on stage i takes exactly the ideal 1F1B time, because
 warm-up ticks hold only F and drain ticks only B; the price is that stage i holds up to 2(S-1-i)+1 microbatches.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 IDLE = -1
 # Order of events inside a tick, to place buffer lifetimes on one time line.
-_FORWARD, _BACKWARD, _EXCHANGE, _PHASES = 0, 1, 2, 3
+_FORWARD, _BACKWARD, _WEIGHT, _EXCHANGE, _PHASES = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Schedule:
     forward_chunk: np.ndarray
     backward_microbatch: np.ndarray
     backward_chunk: np.ndarray
+    weight_microbatch: np.ndarray
+    """IDLE everywhere if B computes the weights' gradients too."""
+    weight_chunk: np.ndarray
+
+    @property
+    def splits_backward(self) -> bool:
+        """Return whether weight-gradient matmuls are passes of their own."""
+        return bool((self.weight_microbatch != IDLE).any())
 
     @property
     def ticks(self) -> int:
@@ -57,7 +68,8 @@ class ScheduleCost:
 
     ticks: int
     bubble_fraction: float
-    """Share of the stages' time spent idle: B takes twice as long as F, a tick as long as its slowest stage."""
+    """Share of the stages' time spent idle: B takes twice as long as F, half of it W if that is a pass of its own, and a tick
+    takes as long as its slowest stage."""
     live_parts: list[int] = field(default_factory=list)
     """For each stage, the largest number of (microbatch, chunk) whose activations it holds at one time."""
 
@@ -69,6 +81,7 @@ class Slots:
     activation: boundary activations received, from the exchange of the sender's tick until the F that takes them.
     gradient: boundary gradients, from the exchange (or from the loss, on the last part) until the B that takes them.
     residual: the residuals that F stores for B.
+    operand: the operands of matmuls that B stores for W.
     """
 
     activation_count: int
@@ -81,21 +94,27 @@ class Slots:
     residual_count: int
     residual_write: np.ndarray
     residual_read: np.ndarray
+    operand_count: int
+    operand_write: np.ndarray
+    operand_read: np.ndarray
 
 
 Ticks = Mapping[tuple[int, int, int], int]
 """(stage, microbatch, chunk) -> the tick in which the stage does that pass."""
 
 
-def make_table(stages: int, chunks: int, microbatches: int, forward: Ticks, backward: Ticks) -> Schedule:
-    """Return the table of work that is to be done in these ticks.
+def make_table(
+    stages: int, chunks: int, microbatches: int, forward: Ticks, backward: Ticks, weight: Ticks | None = None
+) -> Schedule:
+    """Return the table of work that is to be done in these ticks; without `weight`, B computes the weights' gradients too.
 
     Raises:
       ValueError: a stage would do two passes of one kind in a tick.
     """
-    ticks = max([*forward.values(), *backward.values()]) + 1
-    arrays = [np.full((ticks, stages), IDLE, np.int32) for _ in range(4)]
-    for work, microbatch_array, chunk_array in ((forward, *arrays[:2]), (backward, *arrays[2:])):
+    works = forward, backward, weight or {}
+    ticks = max(tick for work in works for tick in work.values()) + 1
+    arrays = [np.full((ticks, stages), IDLE, np.int32) for _ in range(6)]
+    for work, microbatch_array, chunk_array in zip(works, arrays[::2], arrays[1::2], strict=True):
         for (stage, microbatch, chunk), tick in work.items():
             if microbatch_array[tick, stage] != IDLE:
                 raise ValueError(f"tick {tick}: stage {stage} would do two passes of one kind")
@@ -125,6 +144,34 @@ def interleaved(stages: int, chunks: int, microbatches: int) -> Schedule:
     return make_table(stages, chunks, microbatches, forward, backward)
 
 
+def zero_bubble(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """Return interleaved 1F1B with W put off into the ticks in which a stage would wait: ZB-H1 in lock-step.
+
+    Bubble (S-1)/(3kM+S-1) for M >= 2(S-1) a multiple of S, if F, B and W take equally long; 1F1B's is 3(S-1)/k longer, less
+    S-1. A W runs where its stage has time left in a tick, in ticks in which all stages do F and B, and in ticks of its own at
+    the end. The price: operands of up to 2(S-1) W are held at a time (k = 1), and the lock-step already holds what ZB-H2 would.
+    """
+    table = interleaved(stages, chunks, microbatches)
+    doing = np.stack([table.forward_microbatch != IDLE, table.backward_microbatch != IDLE]).astype(int).sum(0)
+    waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(stages)]
+    weight, tick = {}, 0
+    while tick < table.ticks or any(waiting):
+        for stage in range(stages) if tick < table.ticks else ():
+            if table.backward_microbatch[tick, stage] != IDLE:
+                key = (stage, int(table.backward_microbatch[tick, stage]), int(table.backward_chunk[tick, stage]))
+                waiting[stage].append(key)
+        busy = doing[tick] if tick < table.ticks else np.zeros(stages, int)
+        for stage in np.flatnonzero((busy < busy.max()) | (busy.min() == busy.max()) & (busy.max() != 1)):
+            if waiting[stage]:
+                weight[waiting[stage].pop(0)] = tick
+        tick += 1
+    forward, backward = (
+        _ticks_of(table.forward_microbatch, table.forward_chunk),
+        _ticks_of(table.backward_microbatch, table.backward_chunk),
+    )
+    return make_table(stages, chunks, microbatches, forward, backward, weight)
+
+
 def one_f_one_b(stages: int, chunks: int, microbatches: int) -> Schedule:
     """Return 1F1B: a stage's backward of a microbatch starts as soon as its gradient arrives, so few activations are held."""
     _one_chunk("1f1b", chunks)
@@ -151,7 +198,7 @@ def _one_chunk(name: str, chunks: int) -> None:
         raise ValueError(f"schedule {name} has 1 chunk a stage, not {chunks}; use interleaved")
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zero_bubble": zero_bubble}
 
 
 def schedule_of(config: Any) -> Schedule:
@@ -201,8 +248,8 @@ def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[i
 def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     """Prove that a table runs, and return its cost.
 
-    Every microbatch passes every part forward and back exactly once, and each pass comes after the exchange that brings its
-    input (which is all that a lock-step table needs to be free of deadlock).
+    Every microbatch passes every part forward and back exactly once, each pass comes after the exchange that brings its input
+    (which is all that a lock-step table needs to be free of deadlock), and W, if it is a pass of its own, after its B.
 
     Raises:
       ValueError: a pass cannot run; names it.
@@ -212,7 +259,9 @@ def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     everything = {
         (s, m, c) for s in range(schedule.stages) for m in range(schedule.microbatches) for c in range(schedule.chunks)
     }
-    for name, done in (("forward", f), *((("backward", b),) if backward else ())):
+    w = _ticks_of(schedule.weight_microbatch, schedule.weight_chunk)
+    named = [("forward", f)] + [("backward", b)] * backward + [("weight", w)] * schedule.splits_backward
+    for name, done in named:
         if set(done) != everything:
             odd = sorted(set(done) ^ everything)[0]
             raise ValueError(f"{name} of (stage, microbatch, chunk) {odd} is {'missing' if odd in everything else 'unknown'}")
@@ -229,15 +278,22 @@ def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
             raise ValueError(
                 f"backward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no gradient yet"
             )
+    for key, tick in w.items():
+        if b[key] > tick:
+            raise ValueError(f"weight of (stage, microbatch, chunk) {key} at tick {tick} comes before its backward")
     return ScheduleCost(schedule.ticks, bubble_fraction(schedule), live_parts(schedule))
 
 
-def bubble_fraction(schedule: Schedule, forward_cost: float = 1.0, backward_cost: float = 2.0) -> float:
+def bubble_fraction(
+    schedule: Schedule, forward_cost: float = 1.0, backward_cost: float = 2.0, weight_cost: float = 1.0
+) -> float:
     """1 - (work of one stage) / (time of the table); a tick lasts as long as the slowest stage in it.
 
-    Warm-up ticks hold only F and drain ticks only B, so lock-step loses nothing there.
+    Warm-up ticks hold only F and drain ticks only B, so lock-step loses nothing there. `backward_cost` includes `weight_cost`.
     """
+    backward_cost -= weight_cost * schedule.splits_backward
     cost = (schedule.forward_microbatch != IDLE) * forward_cost + (schedule.backward_microbatch != IDLE) * backward_cost
+    cost = cost + (schedule.weight_microbatch != IDLE) * weight_cost
     return float(1 - cost.sum(0).max() / cost.max(1).sum())
 
 
@@ -253,7 +309,9 @@ def allocate_slots(schedule: Schedule) -> Slots:
     f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
     b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
     shape = schedule.forward_microbatch.shape
+    w = _ticks_of(schedule.weight_microbatch, schedule.weight_chunk)
     activations, gradients, residuals = [], [], []  # (stage, write time, read time)
+    operands = [(key[0], b[key] * _PHASES + _BACKWARD, tick * _PHASES + _WEIGHT) for key, tick in w.items()]
     for (stage, microbatch, chunk), tick in f.items():
         before = _neighbour(stage, chunk, schedule, -1)
         if before:
@@ -268,6 +326,7 @@ def allocate_slots(schedule: Schedule) -> Slots:
     activation_count, activation_write, activation_read = _colour(activations, shape)
     gradient_count, gradient_write, gradient_read = _colour(gradients, shape)
     residual_count, residual_write, residual_read = _colour(residuals, shape)
+    operand_count, operand_write, operand_read = _colour(operands, shape)
     return Slots(
         activation_count=activation_count,
         activation_read=activation_read[_FORWARD],
@@ -279,11 +338,14 @@ def allocate_slots(schedule: Schedule) -> Slots:
         residual_count=residual_count,
         residual_write=residual_write[_FORWARD],
         residual_read=residual_read[_BACKWARD],
+        operand_count=operand_count,
+        operand_write=operand_write[_BACKWARD],
+        operand_read=operand_read[_WEIGHT],
     )
 
 
-def count_slots(schedule: Schedule) -> tuple[int, int, int]:
-    """Return the number of slots of `allocate_slots` for (activations, gradients, residuals), without the allocation.
+def count_slots(schedule: Schedule) -> tuple[int, int, int, int]:
+    """Return the number of slots of `allocate_slots` for (activations, gradients, residuals, operands), without allocating.
 
     It is the largest number of overlapping lifetimes on any stage. The planner calls it for many tables.
     """
@@ -293,11 +355,14 @@ def count_slots(schedule: Schedule) -> tuple[int, int, int]:
     lifetimes = {"activation": (parts[0][:-1] + _EXCHANGE, parts[0][1:] + _FORWARD, 1)}
     sent = np.concatenate([parts[1][1:] + _EXCHANGE, parts[0][-1:] + _FORWARD])
     lifetimes |= {"gradient": (sent, parts[1] + _BACKWARD, 0), "residual": (parts[0] + _FORWARD, parts[1] + _BACKWARD, 0)}
+    if schedule.splits_backward:
+        w = _tick_of_each(schedule, schedule.weight_microbatch, schedule.weight_chunk).reshape(schedule.parts, -1)
+        lifetimes |= {"operand": (parts[1] + _BACKWARD, w * _PHASES + _WEIGHT, 0)}
     counts = []
     for writes, reads, first in lifetimes.values():
         stages = (np.arange(len(writes)) + first) % schedule.stages
         counts.append(max((_overlap(writes[stages == i], reads[stages == i]) for i in range(schedule.stages)), default=0))
-    return counts[0], counts[1], counts[2]
+    return counts[0], counts[1], counts[2], counts[3] if schedule.splits_backward else 0
 
 
 def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray) -> np.ndarray:
@@ -341,6 +406,7 @@ class TickRun:
     stop: int
     forward: str
     backward: str
+    weight: str = "no"
 
 
 def _pattern(busy: np.ndarray) -> str:
@@ -348,24 +414,25 @@ def _pattern(busy: np.ndarray) -> str:
     return "all" if busy.all() else "some" if busy.any() else "no"
 
 
-def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
-    """Cut the table into at most `most` runs of like ticks.
+def cut_into_runs(schedule: Schedule, most: int | None = None) -> list[TickRun]:
+    """Cut the table into at most `most` runs of like ticks: 4, or 6 if W is a pass of its own.
 
     The executor traces a run once, with a conditional only for a pass that "some" stages do, so the steady state has none.
     Adjacent runs are joined where that adds the fewest conditional passes, since every run is compiled separately.
     """
-    forward, backward = schedule.forward_microbatch != IDLE, schedule.backward_microbatch != IDLE
+    most = most or (6 if schedule.splits_backward else 4)
+    busy = [m != IDLE for m in (schedule.forward_microbatch, schedule.backward_microbatch, schedule.weight_microbatch)]
 
     def run(start: int, stop: int) -> TickRun:
-        return TickRun(start, stop, _pattern(forward[start:stop]), _pattern(backward[start:stop]))
+        return TickRun(start, stop, *(_pattern(kind[start:stop]) for kind in busy))
 
     def conditional_passes(r: TickRun) -> int:
-        return (r.stop - r.start) * ((r.forward == "some") + (r.backward == "some"))
+        return (r.stop - r.start) * [r.forward, r.backward, r.weight].count("some")
 
     runs: list[TickRun] = []
     for tick in range(schedule.ticks):
         now = run(tick, tick + 1)
-        same = bool(runs) and (runs[-1].forward, runs[-1].backward) == (now.forward, now.backward)
+        same = bool(runs) and replace(runs[-1], start=tick, stop=tick + 1) == now
         runs[-1:] = [run(runs[-1].start, tick + 1)] if same else [*runs[-1:], now]
     while len(runs) > most:
         joined = [run(a.start, b.stop) for a, b in zip(runs, runs[1:], strict=False)]
@@ -376,41 +443,3 @@ def cut_into_runs(schedule: Schedule, most: int = 4) -> list[TickRun]:
         best = int(np.argmin(costs))
         runs[best : best + 2] = [joined[best]]
     return runs
-
-
-class Passes(NamedTuple):
-    """Ticks of a schedule."""
-
-    forward: int
-    """Ticks in which some stage runs a forward pass."""
-    backward: int
-    both: int
-    """Ticks with both."""
-
-
-@functools.lru_cache(maxsize=65536)
-def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Passes:
-    """Count the ticks of a schedule's table in which any stage works: in closed form where microbatches come in whole groups
-    (or groups do not matter), else from the table.
-
-    Interleaved (1F1B is one chunk): kM + S - 1 ticks each, B from tick kS - 1 on. GPipe: M + S - 1 each, none with both.
-    """
-    if name == "gpipe":
-        return Passes(microbatches + stages - 1, microbatches + stages - 1, 0)
-    if chunks == 1 or microbatches % stages == 0:
-        ticks = chunks * microbatches + stages - 1
-        return Passes(ticks, ticks, max(0, ticks - (chunks * stages - 1)))
-    table = make_schedule(name, stages, chunks, microbatches)
-    forward, backward = ((m != IDLE).any(1) for m in (table.forward_microbatch, table.backward_microbatch))
-    return Passes(int(forward.sum()), int(backward.sum()), int((forward & backward).sum()))
-
-
-@functools.lru_cache(maxsize=1024)
-def count_executed(name: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int]:
-    """(ticks with a forward pass, ticks with a backward pass) that the executor runs: all of a run of like ticks.
-
-    There are more of them than `count_passes` counts where runs were joined.
-    """
-    runs = cut_into_runs(make_schedule(name, stages, chunks, microbatches))
-    forward = sum(run.stop - run.start for run in runs if run.forward != "no")
-    return forward, sum(run.stop - run.start for run in runs if run.backward != "no")

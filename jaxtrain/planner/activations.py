@@ -11,15 +11,15 @@ from jaxtrain.config import Config, ModelConfig, MoEConfig
 from jaxtrain.layout import (
     KERNEL_TILE,
     capacity_rows,
+    exchange_rows,
     keeps,
     local_length,
     microbatch_rows,
     padded_rows,
     parts_in_turns,
-    rows_sent,
 )
 from jaxtrain.ops.attention_choice import context_kind
-from jaxtrain.planner.layer_table import BYTES, FLOAT32, count_norms, is_gated, is_read_again, layer_weights
+from jaxtrain.planner.layer_table import BYTES, FLOAT32, count_norms, is_gated, is_read_again, layer_weights, matmuls
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ class Sizes:
 def _expert_rows(config: Config, moe: MoEConfig, tokens: int) -> int:
     """Return the rows for which there is room where `tokens` are dispatched.
 
-    Dropless: P T min(K, E / P) on P devices, since every token of every device may come here, and each expert padded to whole
-    tiles. Capacity: E x groups x ceil(factor G K / E).
+    Dropless: P T min(K, E / P) on P devices, since every token of every device may come here, or exchange_factor T K, and each
+    expert padded to whole tiles. Capacity: E x groups x ceil(factor G K / E).
     """
     devices, local = config.mesh.expert, moe.num_experts // config.mesh.expert
     if moe.dispatch == "dropless":
-        return padded_rows(devices * rows_sent(tokens, moe.experts_per_token, local), local, KERNEL_TILE)
+        rows = exchange_rows(tokens, moe.experts_per_token, devices, local, moe.exchange_factor)
+        return padded_rows(rows, local, KERNEL_TILE)
     return capacity_rows(moe, tokens, local_length(config))
 
 
@@ -110,6 +111,24 @@ def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
         projections = sum(is_read_again(config.model, name) for name in _projections(config.model))
         kept += bytes_each * (projections * sizes.sequence + sizes.latents)
     return stream + kept
+
+
+def operand_bytes(config: Config, sizes: Sizes) -> float:
+    """Return the bytes that one layer's backward pass leaves of one microbatch for its weights' gradients (`backward_split`).
+
+    These are the operands of their matmuls: the input of each weight, once where weights share it (queries, keys and values;
+    gate and up), and the gradient of each product.
+    """
+    inputs, gradients = {}, 0.0
+    for weight, m, k, n, batch, _ in matmuls(config):
+        rows = sizes.rows if weight.is_of_experts else m * batch
+        inputs[_SHARED_INPUT.get(weight.result, weight.name), weight.is_of_experts] = rows * k
+        gradients += rows * n
+    return BYTES[config.model.dtype] * (sum(inputs.values()) + gradients)
+
+
+_SHARED_INPUT = {"query": "h", "key": "h", "value": "h", "mlp_gate": "mlp", "mlp_up": "mlp", "router": "mlp"}
+_SHARED_INPUT |= {"expert_gate": "rows", "expert_up": "rows"}
 
 
 def _projections(model: ModelConfig) -> tuple[str, ...]:

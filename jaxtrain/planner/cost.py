@@ -32,7 +32,7 @@ from jaxtrain.hardware import predicted_watts
 from jaxtrain.layout import layers_per_part, parts_in_turns, rows_of_device, whole_moments
 from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.ops.float8_choice import choose_matmuls
-from jaxtrain.parallel.pipeline_schedule import Passes, count_passes
+from jaxtrain.parallel.pipeline_counts import Passes, count_passes, waiting_time
 from jaxtrain.planner import roofline
 from jaxtrain.planner.candidate import Candidate, layout_of, stand_in, with_layout
 from jaxtrain.planner.estimates import Cluster, Estimate, StepTime, Wire
@@ -237,7 +237,6 @@ class CostModel:
     def _parameters(self, layout: Candidate) -> float:
         """Return the parameters that one device updates."""
         _, pipe, _, fsdp, expert, _, tensor = layout.mesh
-
         key = ("parameters", pipe, layout.chunks, fsdp, expert, tensor)
         return self._once(key, lambda: parameters_trained(with_layout(self.base, layout)))
 
@@ -330,8 +329,9 @@ class CostModel:
         shared = self._shared_of(layout)
         forward, backward = shared.forward, shared.backward
         passes = count_passes(layout.schedule, pipe, chunks, microbatches)
-        model = self.base.model
-        layers = layers_per_part(model.stacked_layers, pipe, chunks, len(model.kinds))
+        layers = layers_per_part(self.base.model.stacked_layers, pipe, chunks, len(self.base.model.kinds))
+        key = ("weight", layout.mesh, self.rows(layout))
+        weight = self._once(key, lambda: roofline.weight_seconds(with_layout(self.base, layout), self.chip))
         one_forward = layers * (forward.work.total + forward.waits) + forward.ends
         one_backward = layers * (backward.work.total + backward.waits) + backward.ends
         busy, busy_layers = chunks * microbatches, chunks * microbatches * layers
@@ -349,7 +349,7 @@ class CostModel:
             + microbatches * shared.outer.memory_bound,
             optimizer=roofline.optimizer_seconds(self.config, self.chip, self._parameters(layout)) + self._muon(layout)[1],
             exposed=waits,
-            bubble=(passes.forward - busy) * one_forward + (passes.backward - busy) * one_backward,
+            bubble=waiting_time((layout.schedule, pipe, chunks, microbatches), one_forward, one_backward, layers * weight),
             overhead=busy_layers * (forward.work.overhead + backward.work.overhead)
             + microbatches * shared.outer.overhead
             + STEP_OVERHEAD,

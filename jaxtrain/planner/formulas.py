@@ -14,7 +14,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.layout import layers_of_part, local_length, loss_chunks, microbatch_rows
 from jaxtrain.objectives import objective_of
 from jaxtrain.objectives.kinds import Objective
-from jaxtrain.parallel.pipeline_schedule import count_executed
+from jaxtrain.parallel.pipeline_counts import count_executed
 from jaxtrain.planner.layer_table import layer_weights, matmuls, outer_weights, runs_again, trained_weights
 from jaxtrain.train.leaf_axes import STACKING, leaf_axes
 from jaxtrain.train.muon_shares import MUON_ITERATIONS, Share, shares
@@ -27,6 +27,9 @@ class Ticks:
     forward: int
     """Ticks in which a forward pass runs (on any stage)."""
     backward: int
+    weight: int
+    """Ticks in which weights' gradients are computed: the backward ones, unless these are passes of their own. Their sums over
+    devices are counted in the backward ticks all the same, which are up to (k-1)(S-1) fewer (k chunks, S stages)."""
     layers: int
     """Layers that a pass goes through: the slots of one part of the stack."""
     layers_held: int
@@ -92,7 +95,9 @@ def step_flops(config: Config, backend: str) -> float:
       ValueError: the attention backend has no closed form.
     """
     ticks, (ahead, back) = count_ticks(config), layer_flops(config, backend)
-    training = ticks.forward * (ticks.layers * ahead + head_flops(config)) + ticks.backward * ticks.layers * back
+    weights = sum(row.flops for row in matmuls(config))
+    training = ticks.forward * (ticks.layers * ahead + head_flops(config)) + ticks.backward * ticks.layers * (back - weights)
+    training += ticks.weight * ticks.layers * weights
     return training + scoring_flops(config, ahead, ticks.forward * ticks.layers, ticks.forward) + muon_flops(config)
 
 

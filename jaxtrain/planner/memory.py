@@ -39,7 +39,7 @@ from jaxtrain.layout import (
     reduces_layer_by_layer,
 )
 from jaxtrain.ops.attention_packed import working_bytes
-from jaxtrain.planner.activations import Sizes, folds, kept_bytes
+from jaxtrain.planner.activations import Sizes, folds, kept_bytes, operand_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
 from jaxtrain.planner.other_models import other_weights
@@ -157,12 +157,17 @@ def _is_ahead(config: Config, cut: Cut) -> bool:
 def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     """Return the bytes that wait for the backward: a part's layers in each slot of the ring, and boundary activations.
 
+    Where weights' gradients are passes of their own, so do the operands of their matmuls, and a tick has a copy of a slot.
+
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
     at hand; but where XLA unrolls the loop over microbatches by two, it may make the zeros into which the next one's
     activations are to be written along with this one's.
     """
     part = cut.layers * kept_bytes(config, sizes, backend)
     copies = cut.residuals + (cut.is_pipe or _is_ahead(config, cut))
+    if cut.operands:
+        part_operands = cut.layers * operand_bytes(config, sizes)
+        return copies * part + (cut.operands + 1) * part_operands + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
     return copies * part + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
 
 

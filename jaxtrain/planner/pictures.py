@@ -201,6 +201,9 @@ def mesh_caption(layout: Estimate) -> str:
 # The schedule
 
 
+PASSES = {"F": ("forward", PARTS[0]), "B": ("backward", PARTS[5]), "W": ("weights' gradients", PARTS[2])}
+
+
 @mpl.rc_context(DRAWN)
 def gantt_picture(layout: Estimate) -> Figure:
     """Draw one row per stage, time to the right; long steps are cut in the middle."""
@@ -225,13 +228,14 @@ def gantt_picture(layout: Estimate) -> Figure:
                 _add_box(axes, box, first + shift, last - first, unit, 1 - 0.6 * box.chunk / layout.config.pipeline.chunks)
     if len(windows) > 1:
         axes.text(head + cut / 2, (whole.stages - 1) / 2, "…", fontsize=20, color=LIGHT["soft"], ha="center", va="center")
-    kinds = {"forward": PARTS[0], "backward": PARTS[5], "waiting for other stages": LIGHT["idle"]}
-    _legend(axes, handles=[Patch(color=colour, label=name) for name, colour in kinds.items()])
+    kinds = [PASSES[kind] for kind in "FBW" if any(box.kind == kind for box in whole.boxes)]
+    kinds.append(("waiting for other stages", LIGHT["idle"]))
+    _legend(axes, handles=[Patch(color=colour, label=name) for name, colour in kinds])
     return figure
 
 
 def _add_box(axes: Axes, box: Box, start: float, length: float, unit: float, opacity: float) -> None:
-    kind, fill = ("forward", PARTS[0]) if box.is_forward else ("backward", PARTS[5])
+    kind, fill = PASSES[box.kind]
     title = f"{kind} of microbatch {box.microbatch} on stage {box.stage}" + (f", chunk {box.chunk}" if box.chunk else "")
     place, size = (start + 2.4 / unit, box.stage - 0.37), (length - 4.8 / unit, 0.74)
     axes.add_artist(Rectangle(place, *size, color=fill, **ROUND, alpha=opacity, url=title))

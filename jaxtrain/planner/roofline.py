@@ -183,6 +183,12 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds,
     )
 
 
+def weight_seconds(config: Config, chip: Roofline) -> float:
+    """Return the seconds of the matmuls of one layer's weight gradients on one microbatch: `zero_bubble`'s third pass."""
+    own = {True: chip.in_float8(), False: chip}
+    return sum(own[row.weight.is_in_float8(config.model)].matmul(row.k, row.m, row.n, row.batch) for row in matmuls(config))
+
+
 def _attention(config: Config, chip: Roofline, again: bool) -> tuple[float, float]:
     """(forward, backward) seconds: causal half of the square, 2 matmuls forward and 5 backward (the scores once more).
 

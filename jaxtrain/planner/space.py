@@ -28,6 +28,8 @@ from jaxtrain.planner.candidate import Candidate
 from jaxtrain.planner.traffic import place
 
 MOST_MICROBATCHES = 12
+MOST_FILLED = 8
+"""Microbatches a stage above which zero_bubble is not tried: 1f1b's bubble is below 11% then, and more is held."""
 POLICIES = 4
 """Remat policies."""
 
@@ -184,12 +186,23 @@ class Space:
         if pipe == 1:
             return
         self.pruned["gpipe: 1f1b takes as long and holds less"] += 1
+        if fits(pipe):
+            yield from self._zero_bubble(pipe, 1, microbatches)
         if microbatches % pipe:
             self.pruned["interleaved: microbatches are not a multiple of the stages"] += 1
             return
         for chunks in useful_chunks(self._groups(), pipe):
             if fits(pipe * chunks):
                 yield "interleaved", chunks
+                yield from self._zero_bubble(pipe, chunks, microbatches)
+
+    def _zero_bubble(self, pipe: int, chunks: int, microbatches: int) -> Iterator[tuple[str, int]]:
+        """(schedule, chunks) of weight gradients as passes of their own, where that shortens a step."""
+        is_even = self.config.model.stacked_layers % (pipe * chunks * len(self.config.model.kinds)) == 0
+        if is_even and 2 * (pipe - 1) <= microbatches <= MOST_FILLED * pipe and not self.config.lora.rank:
+            yield "zero_bubble", chunks
+        else:
+            self.pruned["zero_bubble: too few microbatches to fill waits, too many to wait, or nothing to put off"] += 1
 
 
 def useful_chunks(layers: int, pipe: int) -> list[int]:

@@ -50,6 +50,8 @@ class Cut(NamedTuple):
     """Slots for what a part's forward leaves for its backward, the one that nobody reads included; 1 without a pipeline."""
     boundaries: int
     """Slots for activations and gradients between stages."""
+    operands: int
+    """Slots for the operands of weight gradients that a backward pass leaves for later, the one that nobody reads included."""
     is_loop: bool
     """Whether a step is a loop over ticks (several microbatches, or stages)."""
     is_pipe: bool
@@ -74,13 +76,14 @@ class Cut(NamedTuple):
 
 
 @functools.cache
-def _table(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int, tuple[int, ...]]:
-    """(slots of residuals, slots of boundary activations and gradients, ticks of each run), from the schedule's table."""
+def _table(schedule: str, stages: int, chunks: int, microbatches: int) -> tuple[int, int, int, tuple[int, ...]]:
+    """(slots of residuals, of boundary activations and gradients, of operands, ticks of each run), from its table."""
     table = SCHEDULES[schedule](stages, chunks, microbatches)
     if table.is_accumulation:
-        return 1, 0, ()
-    activations, gradients, residuals = count_slots(table)
-    return residuals + 1, activations + gradients + 2, tuple(run.stop - run.start for run in cut_into_runs(table))
+        return 1, 0, 0, ()
+    activations, gradients, residuals, operands = count_slots(table)
+    runs = tuple(run.stop - run.start for run in cut_into_runs(table))
+    return residuals + 1, activations + gradients + 2, operands + (operands > 0), runs
 
 
 def _share(weights: Collection[Weight], mesh: MeshConfig, model: ModelConfig) -> Shares:
@@ -124,8 +127,8 @@ def cut_model(config: Config) -> Cut:
     mesh, chunks, microbatches = config.mesh, config.pipeline.chunks, config.train.microbatches
     held = _shares(config.model, config.train.frozen, mesh.fsdp, mesh.tensor, mesh.expert)
     layers = layers_of_part(config)
-    residuals, boundaries, runs = _table(config.pipeline.schedule, mesh.pipe, chunks, microbatches)
-    slots = (residuals, boundaries, microbatches > 1 or bool(runs), bool(runs), runs)
+    residuals, boundaries, operands, runs = _table(config.pipeline.schedule, mesh.pipe, chunks, microbatches)
+    slots = (residuals, boundaries, operands, microbatches > 1 or bool(runs), bool(runs), runs)
     new = chunks * layers * held.layer_adapters + held.outer_adapters
     return Cut(held.layer, held.outer, layers, chunks, *slots, held.trained, held.trained_outer, new)
 

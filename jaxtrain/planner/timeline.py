@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from jaxtrain.config import Config
 from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, schedule_of
 
-FORWARD, BACKWARD = 1, 2
-"""Units of time: a backward pass takes twice as long as a forward one, as in `pipeline_schedule.bubble_fraction`."""
+FORWARD, BACKWARD, WEIGHT = 1, 2, 1
+"""Units of time, as in `pipeline_schedule.bubble_fraction`: a backward pass takes twice as long as a forward one, half of it
+the weights' gradients, where these are passes of their own."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Box:
     stage: int
     start: int
     length: int
-    is_forward: bool
+    kind: str
+    """F, B or W."""
     microbatch: int
     chunk: int
 
@@ -34,19 +36,22 @@ class Timeline:
 
 
 def timeline(schedule: Schedule) -> Timeline:
-    """Return the boxes of a table in lock-step: a tick lasts as long as its slowest stage, forwards before backwards."""
+    """Return the boxes of a table in lock-step: a tick lasts as long as its slowest stage, F before B before W."""
     boxes, now = [], 0
+    backward = BACKWARD - WEIGHT * schedule.splits_backward
+    kinds = (
+        ("F", FORWARD, schedule.forward_microbatch, schedule.forward_chunk),
+        ("B", backward, schedule.backward_microbatch, schedule.backward_chunk),
+        ("W", WEIGHT, schedule.weight_microbatch, schedule.weight_chunk),
+    )
     for tick in range(schedule.ticks):
         length = 0
         for stage in range(schedule.stages):
             start = now
-            forward, backward = schedule.forward_microbatch[tick, stage], schedule.backward_microbatch[tick, stage]
-            if forward != IDLE:
-                boxes.append(Box(stage, start, FORWARD, True, int(forward), int(schedule.forward_chunk[tick, stage])))
-                start += FORWARD
-            if backward != IDLE:
-                boxes.append(Box(stage, start, BACKWARD, False, int(backward), int(schedule.backward_chunk[tick, stage])))
-                start += BACKWARD
+            for kind, takes, microbatches, chunks in kinds:
+                if microbatches[tick, stage] != IDLE:
+                    boxes.append(Box(stage, start, takes, kind, int(microbatches[tick, stage]), int(chunks[tick, stage])))
+                    start += takes
             length = max(length, start - now)
         now += length
     return Timeline(tuple(boxes), schedule.stages, now)
@@ -58,8 +63,8 @@ def timeline_of(config: Config) -> Timeline:
 
 
 def text_gantt(line: Timeline, width: int) -> str:
-    """Return one line per stage: "F3" for microbatch 3 forward, "B3" back ("F3'" through the second chunk), dots for its
-    duration.
+    """Return one line per stage: "F3" for microbatch 3 forward, "B3" back, "W3" its weights' gradients where they are a pass of
+    their own ("F3'" through the second chunk), dots for its duration.
 
     Longer steps are cut in the middle, so that the pipeline's filling and draining both show.
     """
@@ -84,7 +89,7 @@ def _units(box: Box) -> range:
 
 def _name(box: Box) -> str:
     chunk = "'" * box.chunk if box.chunk < 3 else f"/{box.chunk}"
-    return f"{'F' if box.is_forward else 'B'}{box.microbatch}{chunk}"
+    return f"{box.kind}{box.microbatch}{chunk}"
 
 
 def _cell(box: Box, unit: int, label: int) -> str:

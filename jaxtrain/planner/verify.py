@@ -20,7 +20,7 @@ from jaxtrain.config import Config
 from jaxtrain.config.loading import config_of, for_another_process
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
-from jaxtrain.parallel.pipeline_schedule import count_passes
+from jaxtrain.parallel.pipeline_counts import count_passes
 from jaxtrain.planner.candidate import stand_in
 from jaxtrain.planner.cost import joules
 from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess

@@ -30,6 +30,7 @@ USED = {
     "guard.rollback_batches": ("3", {"guard.spike": "rollback"}),
     "model.moe.capacity_factor": ("2", {"model.moe.dispatch": "capacity"}),
     "model.moe.capacity_group": ("64", {"model.moe.dispatch": "capacity"}),
+    "model.moe.exchange_factor": ("2", {"mesh.expert": 2}),
     "data.chat_template": ("t.jinja", {"data.sources.0.kind": "chat"}),
     "data.too_long": ("refuse", {"data.sources.0.kind": "chat"}),
     "checkpoint.keep": ("5", {"checkpoint.every": 10}),

@@ -81,6 +81,12 @@ ONE_PROBLEM = {
     "weight scale": (1, {"model": {"moe": MoEConfig(weight_scale=0.0)}}, ["weight_scale=0.0", "above 0"]),
     "capacity factor": (1, {"model": {"moe": MoEConfig(capacity_factor=0.0)}}, ["capacity_factor=0.0 must be above 0"]),
     "all dense": (1, {"model": {"moe": MoEConfig(first_dense_layers=4)}}, ["first_dense_layers=4 leaves none of the 4"]),
+    "exchange factor below 1": (1, {"model": {"moe": MoEConfig(exchange_factor=0.5)}}, ["exchange_factor=0.5", "at least 1"]),
+    "exchange factor of capacity": (
+        1,
+        {"model": {"moe": MoEConfig(dispatch="capacity", exchange_factor=2.0)}},
+        ["exchange_factor=2.0 with dispatch=capacity", "capacity_factor"],
+    ),
     "capacity group": (
         2,
         {"mesh": {"context": 2}, "model": {"moe": MoEConfig(dispatch="capacity", capacity_group=24)}},
@@ -175,7 +181,7 @@ ONE_PROBLEM = {
     "chunks without interleaved": (
         2,
         {"mesh": {"pipe": 2}, "pipeline": {"chunks": 2}},
-        ["chunks=2 needs", "interleaved, not 1f1b"],
+        ["chunks=2 needs", "interleaved or zero_bubble, not 1f1b"],
     ),
     "chunks without stages": (1, {"pipeline": {"schedule": "interleaved", "chunks": 2}}, ["mesh.pipe above 1"]),
     "unknown choice": (1, {"optimizer": {"name": "adamv"}}, ["optimizer.name='adamv'", "did you mean 'adamw'", "muon"]),

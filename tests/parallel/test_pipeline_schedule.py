@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxtrain.parallel.pipeline_counts import waiting_time
 from jaxtrain.parallel.pipeline_schedule import (
     IDLE,
     SCHEDULES,
@@ -23,7 +24,11 @@ from jaxtrain.parallel.pipeline_schedule import (
 
 STAGES, MICROBATCHES, CHUNKS = range(1, 7), range(1, 10), range(1, 5)
 CASES = [(name, stages, 1, microbatches) for name in SCHEDULES for stages in STAGES for microbatches in MICROBATCHES] + [
-    ("interleaved", stages, chunks, microbatches) for stages in STAGES for chunks in CHUNKS[1:] for microbatches in MICROBATCHES
+    (name, stages, chunks, microbatches)
+    for name in ("interleaved", "zero_bubble")
+    for stages in STAGES
+    for chunks in CHUNKS[1:]
+    for microbatches in MICROBATCHES
 ]
 BY_NAME = [(name, [case for case in CASES if case[0] == name]) for name in SCHEDULES]
 make = functools.cache(make_schedule)
@@ -40,8 +45,23 @@ def test_every_table_runs(name: str, cases: list):
 
 @pytest.mark.parametrize(("name", "cases"), BY_NAME)
 def test_bubble_is_the_ideal_one(name: str, cases: list):
-    """(S-1)/(kM+S-1), for interleaved where S divides M; else interleaved wastes the rest of its last group."""
+    """(S-1)/(kM+S-1), for interleaved where S divides M; else interleaved wastes the rest of its last group.
+
+    Of zero_bubble (S-1)/(3kM+S-1), which is ZB-H1's, from M = 2(S-1) on; below, more, but less than with B whole.
+    """
     for _, stages, chunks, microbatches in cases:
+        if name == "zero_bubble":
+            whole, ideal = (
+                (stages - 1) / (chunks * microbatches + stages - 1),
+                (stages - 1) / (3 * chunks * microbatches + stages - 1),
+            )
+            bubble = bubble_fraction(make(name, stages, chunks, microbatches))
+            if chunks > 1 and microbatches % stages:
+                whole = bubble_fraction(make("interleaved", stages, chunks, microbatches))
+            elif microbatches >= 2 * (stages - 1):
+                assert bubble == pytest.approx(ideal, abs=1e-12), (stages, chunks, microbatches)
+            assert ideal - 1e-12 < bubble < whole or stages == 1
+            continue
         bubble = bubble_fraction(make(name, stages, chunks, microbatches))
         ideal = (stages - 1) / (chunks * microbatches + stages - 1)
         if chunks == 1 or microbatches % stages == 0:
@@ -68,6 +88,26 @@ def test_interleaved_holds_less_than_everything():
 def test_chunks_are_refused_where_there_are_none(name: str):
     with pytest.raises(ValueError, match=f"schedule {name} has 1 chunk a stage, not 2; use interleaved"):
         make_schedule(name, 2, 2, 4)
+
+
+def test_a_bubble_is_that_of_the_costs_given():
+    """ZB-H1's (S-1)(F + B - W) where W is no longer than F and B (Qi et al. 2023, table 1), F = 2, B = 5, W = 2 of 7."""
+    for stages, microbatches in ((2, 4), (4, 8), (5, 20)):
+        work, waits = microbatches * 9, (stages - 1) * 5
+        found = bubble_fraction(make("zero_bubble", stages, 1, microbatches), 2.0, 7.0, 2.0)
+        assert found == pytest.approx(waits / (work + waits))
+        table = "zero_bubble", stages, 1, microbatches
+        assert waiting_time(table, 2.0, 7.0, 2.0) == pytest.approx(waits)
+        plain = "1f1b", stages, 1, microbatches
+        assert waiting_time(plain, 2.0, 7.0, 2.0) == pytest.approx((stages - 1) * 9)
+
+
+def test_put_off_weight_gradients_hold_2_s_minus_1_operands():
+    """The rest is what 1F1B in lock-step holds."""
+    for stages, microbatches in ((2, 4), (4, 8), (4, 16), (6, 20)):
+        slots, plain = (allocate_slots(make(name, stages, 1, microbatches)) for name in ("zero_bubble", "1f1b"))
+        assert (slots.operand_count, plain.operand_count) == (2 * (stages - 1), 0)
+        assert slots.residual_count == plain.residual_count
 
 
 def test_forward_only_holds_forwards_only():
@@ -102,8 +142,18 @@ def swapped(schedule: Schedule, kind: str, stage: int, one: int, other: int) -> 
     return schedule
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
-@pytest.mark.parametrize("case", [("gpipe", 3, 1, 4), ("1f1b", 3, 1, 4), ("interleaved", 2, 3, 4), ("1f1b", 1, 1, 3)], ids=str)
+EVERY_KIND = [
+    *(
+        ((n, *c), k)
+        for k in ("forward", "backward")
+        for n, c in (("gpipe", (3, 1, 4)), ("1f1b", (3, 1, 4)), ("1f1b", (1, 1, 3)))
+    ),
+    *((("interleaved", 2, 3, 4), kind) for kind in ("forward", "backward")),
+    (("zero_bubble", 3, 1, 4), "weight"),
+]
+
+
+@pytest.mark.parametrize(("case", "kind"), EVERY_KIND, ids=str)
 def test_every_pass_left_out_or_done_twice_is_refused(case: tuple, kind: str):
     schedule, field = make(*case), f"{kind}_microbatch"
     for tick, stage in np.argwhere(getattr(schedule, field) != IDLE):
@@ -128,6 +178,14 @@ def test_a_pass_that_comes_too_early_is_refused():
         check(early)
 
 
+def test_a_weight_gradient_before_its_backward_is_refused():
+    schedule = make("zero_bubble", 3, 1, 4)
+    tick = int(np.flatnonzero(schedule.weight_microbatch[:, 0] == 2)[0])
+    before = int(np.flatnonzero(schedule.backward_microbatch[:, 0] == 2)[0]) - 1
+    with pytest.raises(ValueError, match=r"weight of .* \(0, 2, 0\) at tick \d+ comes before its backward"):
+        check(swapped(schedule, "weight", 0, before, tick))
+
+
 def test_a_backward_before_its_own_forward_is_refused():
     """The last part needs no gradient from elsewhere, only its own forward."""
     schedule = make("1f1b", 1, 1, 3)
@@ -142,7 +200,7 @@ def test_every_delay_of_an_input_is_refused():
         late = np.vstack([schedule.forward_microbatch, np.full((1, 3), IDLE)])
         rest = {
             name: np.vstack([getattr(schedule, name), np.full((1, 3), IDLE)])
-            for name in ("forward_chunk", "backward_microbatch", "backward_chunk")
+            for name in ("forward_chunk", "backward_microbatch", "backward_chunk", "weight_microbatch", "weight_chunk")
         }
         late[microbatch, 0], late[-1, 0] = IDLE, microbatch
         rest["forward_chunk"][-1, 0] = 0
@@ -158,13 +216,14 @@ def replay(schedule: Schedule) -> int:
     """Run the table as the executor does, with names for values; return how many parts were done till a read gets a wrong one.
 
     In a tick all stages do F (read the activation, write residual and, where it is the last part, the loss's gradient), then
-    B (read residual and gradient), then the exchange writes what arrived. An idle stage writes too, to a slot that is never
-    read; what arrives at it is rubbish.
+    B (read residual and gradient, write operands), then W (read operands), then the exchange writes what arrived. An idle
+    stage writes too, to a slot that is never read; what arrives at it is rubbish.
     """
     slots, stages, rubbish = allocate_slots(schedule), schedule.stages, "rubbish"
     activation = [[rubbish] * (slots.activation_count + 1) for _ in range(stages)]
     gradient = [[rubbish] * (slots.gradient_count + 1) for _ in range(stages)]
     residual = [[rubbish] * (slots.residual_count + 1) for _ in range(stages)]
+    operand = [[rubbish] * (slots.operand_count + 1) for _ in range(stages)]
     done = 0
     for t in range(schedule.ticks):
         sent, sent_back = [rubbish] * stages, [rubbish] * stages
@@ -191,6 +250,12 @@ def replay(schedule: Schedule) -> int:
                     return done
                 sent_back[i] = ("gradient", m, part - 1)
                 done += 1
+            operand[i][slots.operand_write[t, i]] = ("operand", m, c) if m != IDLE else rubbish
+            m, c = int(schedule.weight_microbatch[t, i]), int(schedule.weight_chunk[t, i])
+            if m != IDLE:
+                if operand[i][slots.operand_read[t, i]] != ("operand", m, c):
+                    return done
+                done += 1
         for i in range(stages):
             activation[i][slots.activation_write[t, i]] = sent[(i - 1) % stages]
             gradient[i][slots.gradient_write[t, i]] = sent_back[(i + 1) % stages]
@@ -198,8 +263,9 @@ def replay(schedule: Schedule) -> int:
 
 
 def work_of(schedule: Schedule) -> int:
-    """Return the number of parts to do, forwards and, in training, backwards."""
-    return schedule.microbatches * schedule.parts * (2 if (schedule.backward_microbatch != IDLE).any() else 1)
+    """Return the number of parts to do, forwards and, in training, backwards and weight gradients."""
+    is_training = bool((schedule.backward_microbatch != IDLE).any())
+    return schedule.microbatches * schedule.parts * (1 + is_training + schedule.splits_backward)
 
 
 @pytest.mark.parametrize(("name", "cases"), BY_NAME)
@@ -294,7 +360,8 @@ def test_ten_parts_on_five_nodes():
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("microbatches", [1, 3, 4, 8])
 def test_slots_are_counted_as_they_are_allocated(name: str, stages: int, microbatches: int):
-    for chunks in (1, 2, 3) if name == "interleaved" else (1,):
+    for chunks in (1, 2, 3) if name in ("interleaved", "zero_bubble") else (1,):
         schedule = make_schedule(name, stages, chunks, microbatches)
         slots = allocate_slots(schedule)
-        assert count_slots(schedule) == (slots.activation_count, slots.gradient_count, slots.residual_count)
+        counts = slots.activation_count, slots.gradient_count, slots.residual_count, slots.operand_count
+        assert count_slots(schedule) == counts

@@ -10,7 +10,8 @@ from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfi
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import find_chip
-from jaxtrain.parallel.pipeline_schedule import IDLE, count_passes, make_schedule
+from jaxtrain.parallel.pipeline_counts import count_passes
+from jaxtrain.parallel.pipeline_schedule import IDLE, make_schedule
 from jaxtrain.planner.candidate import layout_of, stand_in, with_layout
 from jaxtrain.planner.cost import CostModel, Practice, estimate
 from jaxtrain.planner.estimates import Cluster

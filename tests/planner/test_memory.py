@@ -33,11 +33,14 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.models.trained import trained
+from jaxtrain.parallel.pipeline import _Residuals
 from jaxtrain.planner import deviceless
+from jaxtrain.planner.activations import Sizes, operand_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.formulas_collectives import Transfers
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.sharding import specs, vary
+from jaxtrain.train.gradients import batch_names, make_loss_and_gradients
 from jaxtrain.train.optimizer import make_optimizer, optimizer_of
 from jaxtrain.train.state import abstract_state, initial_params
 from tests.planner import reference_layouts
@@ -227,6 +230,32 @@ def test_what_layers_keep(model: ModelConfig, mesh: MeshConfig, rows: int, remat
     config = config_of(model, mesh, rows, train=train, sharding=ShardingConfig(context_attention="ring"))
     traced = traced_bytes(config, "cudnn") - handed_on_bytes(config)
     assert estimate_memory(config).activations == pytest.approx(traced, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "remat"),
+    [
+        (DENSE, MeshConfig(pipe=2, fsdp=2, tensor=2), "full"),
+        pytest.param(replace(FAMILY, mlp_bias=False), MeshConfig(pipe=2, fsdp=4), "dots", marks=pytest.mark.slow),
+        (MOE, MeshConfig(pipe=2, fsdp=2, expert=2), "full"),
+    ],
+)
+def test_what_put_off_weight_gradients_keep(model: ModelConfig, mesh: MeshConfig, remat: str, monkeypatch: pytest.MonkeyPatch):
+    """The operands that a backward pass leaves, of a stage's layers; to 2%, as above."""
+    train = TrainConfig(remat=remat, microbatches=2)  # type: ignore[arg-type]
+    config = config_of(model, mesh, 2, train=train, pipeline=PipelineConfig("zero_bubble"))
+    cuts, cut = [], _Residuals.backward
+
+    def spy(self: _Residuals, *arguments: Any) -> Any:
+        made = cut(self, *arguments)
+        cuts.append(sum(value.size * value.dtype.itemsize for value in made[2]))
+        return made
+
+    monkeypatch.setattr(_Residuals, "backward", spy)
+    rows = {name: jnp.zeros((config.train.global_batch_size, 256), jnp.int32) for name in batch_names(config)}
+    region = make_loss_and_gradients(config, make_mesh(config.mesh, jax.devices()[:8]), "reference")
+    jax.eval_shape(region, jax.eval_shape(functools.partial(initial_params, config)), rows)
+    assert 8 * operand_bytes(config, Sizes.of(config)) == pytest.approx(cuts[0], rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

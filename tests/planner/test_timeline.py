@@ -7,7 +7,7 @@ import pytest
 from jaxtrain.parallel.pipeline_schedule import bubble_fraction, make_schedule
 from jaxtrain.planner.timeline import text_gantt, timeline
 
-SCHEDULES = [("gpipe", 4, 1, 6), ("1f1b", 4, 1, 8), ("1f1b", 1, 1, 3), ("interleaved", 3, 2, 6), ("1f1b", 4, 1, 2)]
+SCHEDULES = [("gpipe", 4, 1, 6), ("1f1b", 4, 1, 8), ("1f1b", 1, 1, 3), ("interleaved", 3, 2, 6), ("zero_bubble", 4, 1, 8)]
 
 
 @pytest.mark.parametrize("arguments", SCHEDULES, ids=str)
@@ -18,15 +18,15 @@ def test_what_the_boxes_leave_is_the_bubble(arguments: tuple[str, int, int, int]
     assert 1 - max(work.values()) / line.length == pytest.approx(bubble_fraction(schedule))
     busy = [(box.stage, unit) for box in line.boxes for unit in range(box.start, box.start + box.length)]
     assert len(set(busy)) == len(busy)
-    passes = {(box.stage, box.microbatch, box.chunk, box.is_forward) for box in line.boxes}
-    assert len(passes) == len(line.boxes) == 2 * schedule.parts * schedule.microbatches
+    passes = {(box.stage, box.microbatch, box.chunk, box.kind) for box in line.boxes}
+    assert len(passes) == len(line.boxes) == (2 + schedule.splits_backward) * schedule.parts * schedule.microbatches
     assert max(box.start + box.length for box in line.boxes) == line.length
 
 
 def test_a_pass_comes_after_what_it_needs():
-    boxes = {(b.stage, b.microbatch, b.is_forward): b for b in timeline(make_schedule("1f1b", 4, 1, 8)).boxes}
-    for (stage, microbatch, is_forward), box in boxes.items():
-        before = boxes.get((stage - 1, microbatch, True) if is_forward else (stage + 1, microbatch, False))
+    boxes = {(b.stage, b.microbatch, b.kind): b for b in timeline(make_schedule("zero_bubble", 4, 1, 8)).boxes}
+    for (stage, microbatch, kind), box in boxes.items():
+        before = boxes.get((stage, microbatch, "B") if kind == "W" else (stage + (-1 if kind == "F" else 1), microbatch, kind))
         assert before is None or before.start + before.length <= box.start
 
 

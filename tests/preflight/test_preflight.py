@@ -15,12 +15,14 @@ import pytest
 
 from jaxtrain.checkpoint.fast import _own_shards
 from jaxtrain.command import parse_config
+from jaxtrain.config import MeshConfig, MoEConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
-from jaxtrain.ops import attention_packed
-from jaxtrain.preflight import attention, copies, devices, folders, hosts, links
+from jaxtrain.ops import attention_packed, expert_dispatch
+from jaxtrain.ops.expert_dispatch import ExpertBackend
+from jaxtrain.preflight import attention, copies, devices, experts, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Site, carry_out, limited, odd_ones
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
@@ -261,6 +263,34 @@ def test_fused_attention_that_computes_wrongly_is_named(site, monkeypatch):
     ((_, state, words),) = found(attention.checks(site), site)
     assert state == "failed"
     assert words.startswith("attention by cudnn computes wrongly on this process: dK is not finite; use --model")
+
+
+def test_an_exchange_that_computes_wrongly_is_named(site, monkeypatch):
+    """Of a mixture on expert=2: as if devices had `ragged_all_to_all`, right, and with a row of NaN on the way back."""
+    mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
+    moe = MoEConfig(num_experts=4, mlp_dim=16)
+    site.config = replace(site.config, mesh=mesh, model=replace(site.config.model, moe=moe, dtype="float32"))
+    site.mesh = make_mesh(mesh)
+    assert experts.checks(site) == []  # a CPU has but the padded exchange
+    monkeypatch.setattr(experts, "choose_expert_backend", lambda _: ExpertBackend(ragged=True, tile=1))
+    given, rooms = expert_dispatch._exchange, set()
+
+    def right(length, room, ragged, rows, plan):
+        rooms.add(length)
+        return given(length, room, False, rows, plan)
+
+    monkeypatch.setattr(expert_dispatch, "_exchange", right)
+    ((_, state, words),) = found(experts.checks(site), site)
+    assert (state, words) == ("ok", "the exchange is within 0.00% of a padded one, gradients too")
+
+    def wrong(length, room, ragged, rows, plan):
+        made = given(length, room, False, rows, plan)
+        return made.at[0].set(jax.numpy.nan) if ragged and length == min(rooms) else made
+
+    monkeypatch.setattr(expert_dispatch, "_exchange", wrong)
+    ((_, state, words),) = found(experts.checks(site), site)
+    assert state == "failed"
+    assert "the gradient of the input is not finite" in words
 
 
 def test_memory_that_does_not_suffice_fails(site, monkeypatch):
