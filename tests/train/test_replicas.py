@@ -251,7 +251,7 @@ def test_every_byte_between_replicas_is_counted(name: str):
     """A step without an exchange sends nothing between replicas, not even its loss; one with it sends what is said."""
     config, mesh, _, _, train = trained(name)
     assert len(train.programs) <= 5
-    for kind, program in train.programs.items():
+    for (_, kind), program in train.programs.items():
         rows = table(read_collectives(program.as_text(), layout_of(mesh)))
         sent = [row for row in rows if "replica" in row.axes]
         wire = sum(row.wire for row in sent)
