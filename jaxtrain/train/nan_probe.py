@@ -10,7 +10,7 @@ it goes from the last layer to the first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,33 +67,51 @@ class Watched:
         return jax.tree.unflatten(jax.tree.structure(shape), results), counts
 
     def _evaluate(
-        self, jaxpr: Any, consts: list[Any], inputs: list[Any], fine: list[jax.Array], counts: list[jax.Array]
+        self,
+        jaxpr: Any,
+        consts: list[Any],
+        inputs: list[Any],
+        fine: list[jax.Array],
+        counts: list[jax.Array],
+        named: Sequence[str | None] = (),
+        scope: str = "",
     ) -> tuple[list[Any], list[jax.Array]]:
-        """(results, whether each is finite); appends to counts and labels."""
+        """(results, whether each is finite); appends to counts and labels.
+
+        Args:
+          named: what the caller names the results.
+          scope: of the caller, where the operations do not say it themselves.
+        """
         known: dict[Any, tuple[Any, jax.Array]] = {}
         known |= dict(zip(jaxpr.constvars, [(x, _is_finite(x)) for x in consts], strict=True))
         known |= dict(zip(jaxpr.invars, zip(inputs, fine, strict=True), strict=True))
-        names = {id(eqn.invars[0]): eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"}
+        names = {id(variable): name for variable, name in zip(jaxpr.outvars, named, strict=False) if name}
+        names |= {id(eqn.invars[0]): eqn.params["name"] for eqn in jaxpr.eqns if eqn.primitive.name == "name"}
 
         def read(variable: Any) -> tuple[Any, jax.Array]:
             return (variable.val, _is_finite(variable.val)) if hasattr(variable, "val") else known[variable]
 
         for eqn in jaxpr.eqns:
             given, given_fine = zip(*map(read, eqn.invars), strict=True) if eqn.invars else ((), ())
+            called = [names.get(id(variable)) for variable in eqn.outvars]
             inner = eqn.params.get(_INLINED.get(eqn.primitive.name, ""))
             if inner is not None:
                 jaxpr_in, consts_in = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
-                results, results_fine = self._evaluate(jaxpr_in, consts_in, list(given), list(given_fine), counts)
+                results, results_fine = self._evaluate(
+                    jaxpr_in, consts_in, list(given), list(given_fine), counts, called, scope
+                )
             elif eqn.primitive.name == "custom_vjp_call":  # its derivative is its own; its operations only raise flags
                 results, body = _bind(eqn, given), eqn.params["call_jaxpr"]
                 unlinked = [lax.stop_gradient(x) for x in given]
-                _, results_fine = self._evaluate(body.jaxpr, body.consts, unlinked, list(given_fine), counts)
+                _, results_fine = self._evaluate(
+                    body.jaxpr, body.consts, unlinked, list(given_fine), counts, called, str(eqn.source_info.name_stack)
+                )
             else:
                 results = _bind(eqn, given)
                 results_fine = _fine_after(eqn, given_fine, results)
                 if eqn.primitive.name not in _MOVES and any(_is_float(x) for x in results):
                     counts.append(_all(given_fine) & ~_all(results_fine))
-                    self.labels.append(_describe(eqn, names.get(id(eqn.outvars[0]))))
+                    self.labels.append(_describe(eqn, called[0], scope))
             known |= dict(zip(eqn.outvars, zip(results, results_fine, strict=True), strict=True))
         out = [read(variable) for variable in jaxpr.outvars]
         return [x for x, _ in out], [is_fine for _, is_fine in out]
@@ -126,11 +144,11 @@ def _all(flags: Any) -> jax.Array:
     return jnp.all(jnp.stack(vary(list(flags)))) if flags else jnp.bool_(True)
 
 
-def _describe(eqn: Any, name: str | None) -> str:
+def _describe(eqn: Any, name: str | None, caller: str) -> str:
     """Describe an operation: "mlp_hidden: mul in mlp_block, models/layers.py:112"."""
     frame = user_frame(eqn.source_info.traceback)
     place = f", {'/'.join(Path(frame.file_name).parts[-2:])}:{frame.start_line}" if frame else ""
-    scope = str(eqn.source_info.name_stack)
+    scope = "/".join(filter(None, (caller, str(eqn.source_info.name_stack))))
     function = eqn.params.get("name", "")  # of a custom_vjp_call, which is looked at as a whole
     operation = eqn.primitive.name + (f" {function}" if isinstance(function, str) and function else "")
     return (f"{name}: " if name else "") + operation + (f" in {scope}" if scope else "") + place
