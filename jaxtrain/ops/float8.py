@@ -149,8 +149,8 @@ def _backward(products: Products, kept: tuple, gradient: jax.Array) -> tuple:
     if dtype_of_w is not None:
         dw = products.to_w(x, g, dtype_of_w.dtype, *more)
         dw = dw * (scale * of_g).astype(dw.dtype)
-    none = vary((jnp.zeros_like(w), jnp.zeros_like(of_w)), tuple(varying_axes(w)))
-    return dx * (of_g * of_w).astype(dx.dtype), Float8(*none, dw), *[None] * len(more)
+    no_values, no_scale = vary((jnp.zeros_like(w), jnp.zeros_like(of_w)), tuple(varying_axes(w)))
+    return dx * (of_g * of_w).astype(dx.dtype), Float8(no_values, no_scale, dw), *[None] * len(more)
 
 
 in_float8.defvjp(_forward, _backward)
