@@ -118,7 +118,8 @@ def _tree_of(module: str) -> ast.Module:
 def _section_text(section: Section) -> str:
     about = " ".join((section.kind.__doc__ or "").split("\n\n")[0].split())
     absent = "None until one of its flags is given. " if section.here is None else ""
-    many = "Of each source; the next ones are sources.1, sources.2. " if section.name.endswith(".0") else ""
+    *_, several, last = "", *section.name.split(".")
+    many = f"Of each; the next ones are {several}.1, {several}.2. " if last == "0" else ""
     lines = [f"{section.name}: {absent}{many}{about}" if section.prefix else "run: name and folder of the run."]
     hints, texts = hints_of(section.kind), texts_of(section.kind)
     defaults = {field.name: _default(field) for field in dataclasses.fields(section.kind)}

@@ -10,7 +10,19 @@ import pytest
 
 from jaxtrain.command import Usage, parse_config
 from jaxtrain.command import parse as parse_line
-from jaxtrain.config import Config, DataSource, LatentAttentionConfig, ModelConfig, MoEConfig, RopeScaling, from_json, to_json
+from jaxtrain.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    LatentAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScaling,
+    Stage,
+    TrainConfig,
+    from_json,
+    to_json,
+)
 from jaxtrain.config.names import PEERS, field_hint, field_names, nested, set_field
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import EXIT_USAGE, ConfigError, UsageError
@@ -119,7 +131,11 @@ def test_every_field_is_a_flag():
     """Of optional parts too: the value of each field's default, written out, is read as that value."""
     names = list(field_names())
     assert {kind for name in OPTIONAL if (kind := nested(field_hint(name)))} == set(OPTIONAL.values())
-    config = Config(model=ModelConfig(rope_scaling=RopeScaling(), latent_attention=LatentAttentionConfig(), moe=MoEConfig()))
+    config = Config(
+        model=ModelConfig(rope_scaling=RopeScaling(), latent_attention=LatentAttentionConfig(), moe=MoEConfig()),
+        data=DataConfig(validation=(DataSource(),)),
+        train=TrainConfig(stages=(Stage(rope_scaling=RopeScaling()),)),
+    )
     written = {name: value_of(config, name) for name in names}
     flags = [f"--{name}={','.join(value) if isinstance(value, tuple) else value}" for name, value in written.items()]
     assert len(flags) > 120
@@ -153,7 +169,7 @@ def test_a_flag_of_a_part_that_is_none_makes_it(part: str, tmp_path: Path):
         ("--seq-len=8", "did you mean --data.sequence_length?"),
         ("--train.max_steps=8", "did you mean --train.steps?"),
         ("--fsdp=8", "did you mean --mesh.fsdp?"),
-        ("--kind=text", "or --data.sources.0.kind or --objective.kind?"),
+        ("--kind=text", "or --data.sources.0.kind or --data.validation.0.kind?"),
         ("--model.num_experts=4", "did you mean --model.moe.num_experts?"),
         ("--hots=2", "did you mean --hosts?"),
         ("--mesh.xyzzy=2", "one of: --mesh.replica, --mesh.pipe,"),
@@ -222,7 +238,8 @@ def test_help_names_every_flag_once_the_verbs_own_first(capsys):
     own = [f"--{field.name}" for field in dataclasses.fields(PlanFlags)]
     assert words[: len(own)] == own
     assert sorted(words[len(own) :]) == sorted(f"--{name}" for name in field_names())
-    assert text.count("None until one of its flags is given") == len(OPTIONAL)
+    absent = ["data.validation.0", "train.stages.0", "train.stages.0.rope_scaling"]
+    assert text.count("None until one of its flags is given") == len([*OPTIONAL, *absent])
     assert all(line == line.rstrip() and len(line) <= 128 for line in text.splitlines())
 
 
