@@ -73,7 +73,7 @@ def write_parts(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folde
     for bad documents, OSError where writing fails.
     """
     key = json.dumps([corpus.key, tokenizer.fingerprint, GROUP_BYTES, PART_CHARACTERS])
-    if not (folder / "key").is_file() or (folder / "key").read_text() != key:
+    if not (folder / "key").is_file() or (folder / "key").read_text(encoding="utf-8") != key:
         for old in folder.glob("*"):
             old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def join_parts(folder: Path, writers: dict[str, StreamWriter]) -> None:
     while (about := _finished(folder, group)) is not None:
         for part in range(about["parts"]):
             path = folder / f"{group}-{part}.json"
-            counts = json.loads(path.read_text())
+            counts = json.loads(path.read_text(encoding="utf-8"))
             writers["train"].extend(_ids(path, "train"), counts["documents"], counts["utf8_bytes"])
             with path.with_suffix(".held").open("rb") as held:
                 contents = [held.read(size) for size in counts["held"]]
@@ -150,7 +150,7 @@ def _stretches(documents: Sequence[Document] | Iterator[Document], size: int) ->
 def _finished(folder: Path, group: int) -> dict | None:
     """Return what is noted of a group that was read and whose parts are all there."""
     try:
-        about = json.loads((folder / f"{group}.json").read_text())
+        about = json.loads((folder / f"{group}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return about if all((folder / f"{group}-{part}.json").exists() for part in range(about["parts"])) else None
@@ -170,6 +170,7 @@ def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encod
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
         for _ in range(processes)

@@ -111,16 +111,26 @@ def block_gradients(
     logits = _masked(scores, visible)
     sum_in = functools.partial(jnp.einsum, preferred_element_type=logits.dtype)
     weights = jnp.exp(logits - logsumexp_BKGQ[..., None])
-    # The narrow operand first: a CPU transposes the first one, and the scores are the larger.
-    dv = sum_in("BKGQM,BKGQS->BKMS", do_BKGQM, weights.astype(do_BKGQM.dtype)).swapaxes(-1, -2)
+    dv = _over_queries(weights.astype(do_BKGQM.dtype), do_BKGQM, logits.dtype)
     d_weights = sum_in("BKGQM,BKSM->BKGQS", do_BKGQM, v_BKSM)
     d_logits = weights * (d_weights - delta_BKGQ[..., None]) * rule.factor(q_BKGQN.shape[-1])
     if rule.softcap:
         d_logits = d_logits * (1 - jnp.square(scores / rule.softcap))
     d_logits = d_logits.astype(q_BKGQN.dtype)
     dq = sum_in("BKGQS,BKSN->BKGQN", d_logits, k_BKSN)
-    dk = sum_in("BKGQN,BKGQS->BKNS", q_BKGQN, d_logits).swapaxes(-1, -2)
+    dk = _over_queries(d_logits, q_BKGQN, logits.dtype)
     return dq, dk, dv
+
+
+def _over_queries(scores_BKGQS: jax.Array, x_BKGQN: jax.Array, dtype: Any) -> jax.Array:
+    """Return the sum over G and Q of scores times x, [B, K, S, N].
+
+    A CPU transposes the first operand of such a product, so the narrow one comes first: with 4 query heads to a kv head the
+    gradients take 0.66 of the time. Of bfloat16 summed in float32 XLA:CPU has no product in that order.
+    """
+    if scores_BKGQS.dtype != dtype:
+        return jnp.einsum("BKGQS,BKGQN->BKSN", scores_BKGQS, x_BKGQN, preferred_element_type=dtype)
+    return jnp.einsum("BKGQN,BKGQS->BKNS", x_BKGQN, scores_BKGQS).swapaxes(-1, -2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Faults:
                 self.due(dispatched)
 
         def train_batches(data, first_step, rows, *more):
-            return Noted(batches(data, first_step, rows, *more), first_step, rows.start, self.note)
+            return Noted(batches(data, first_step, rows, *more), first_step, rows(first_step).start, self.note)
 
         def enter_and_note(stop):
             self.stop_on_signal = enter(stop)

@@ -73,11 +73,8 @@ def test_a_report_from_a_process_of_its_own():
     report = deviceless.report_in_subprocess(tiny())
     assert report.attention.startswith("cudnn: ")
     layer = 4 * 128 * 128 + 3 * 128 * 256
-    matrices, norms, scalars = (
-        layer + 2 * 256 * 128,
-        3 * 128,
-        9,
-    )  # scalars: the step, two counts of the optimizer, six of the schedule
+    # Scalars: the step, two counts of the optimizer, eight numbers of the rates.
+    matrices, norms, scalars = layer + 2 * 256 * 128, 3 * 128, 11
     assert report.argument_bytes == 12 * (matrices // 2 + norms) + 4 * scalars + 3 * 4 * 128
     assert {(row.axes, row.kind, row.dtype) for row in report.rows} == {
         ("fsdp", "all-gather", "bf16"),

@@ -74,7 +74,7 @@ def test_json_holds_tokens_and_log_probabilities(call: Call, model: Model, tmp_p
     found = [json.loads(line) for line in call(f"--prompts={tmp_path}/in.jsonl", "--json")[0]]
     plain = model.generate(PROMPTS[:2], 6, details=True)
     assert [(one["tokens"], one["text"], one["finish"]) for one in found[:2]] == [(p.ids, p.text, p.finish) for p in plain]
-    assert found[0]["logprobs"] == pytest.approx(plain[0].log_probabilities, abs=1e-6)
+    assert found[0]["logprobs"] == pytest.approx(plain[0].log_probabilities, abs=3e-6)
     assert found[0]["prompt"] == PROMPTS[0]
     assert found[2]["messages"] == objects[2]["messages"]
     stop = plain[0].text[2:4]
