@@ -42,3 +42,11 @@ def fused_attention() -> Any:
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
+
+
+def scan_carries(parameters: Any) -> slice:
+    """Return which operands of a `lax.scan` are carried, from the parameters of its equation; constants come before them."""
+    if "num_consts" in parameters:
+        return slice(parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"])
+    constants, carries, _ = parameters["ft_in"].unpack()  # from jax 0.12 on
+    return slice(len(constants), len(constants) + len(carries))

@@ -119,3 +119,11 @@ def test_the_primitives_below_jaxs_wrapper_take_lengths_and_offsets_of_documents
     assert made == (q, logsumexp)
     gradients = jax.eval_shape(lambda q, k, x, s: packed_self_gradients(q, k, k, q, x, q, s, Rule()), q, k, logsumexp, segments)
     assert gradients == (q, k, k)
+
+
+def test_the_carries_of_a_scan():
+    def sums(constant, start, xs):
+        return jax.lax.scan(lambda carry, x: ((carry[0] + x * constant, carry[1] + 1), x), (start, 0), xs)
+
+    (eqn,) = [e for e in jax.make_jaxpr(sums)(2.0, 0.0, jnp.ones(3)).eqns if e.primitive.name == "scan"]
+    assert jax_private.scan_carries(eqn.params) == slice(1, 3)

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
+from jaxtrain.jax_private import scan_carries
 from jaxtrain.sharding import vary, varying_axes
 
 MATMULS = ("dot_general", "ragged_dot", "ragged_dot_general", "pallas_call", "conv_general_dilated")
@@ -122,10 +123,6 @@ def _struct(aval: Any) -> Any:
 # What is needed
 
 
-def _carries(eqn: Any) -> slice:
-    return slice(eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"])
-
-
 def _body(eqn: Any) -> Any:
     """Return a loop's body, with calls opened."""
     body, found = eqn.params["jaxpr"], []
@@ -148,7 +145,7 @@ def _operands_needed(eqn: Any, wanted: list[bool]) -> list[Any]:
 
 def _loop_needs(eqn: Any, body: Any, wanted: list[bool]) -> tuple[list[bool], list[bool]]:
     """(inputs, results) of a loop's body that are needed for some results of the loop: a carry needs itself."""
-    carries, wanted = _carries(eqn), list(wanted)
+    carries, wanted = scan_carries(eqn.params), list(wanted)
     while True:
         needed = _needed(body, wanted)
         inputs = [var in needed for var in body.invars]
@@ -202,7 +199,7 @@ class _Plan:
 
 def _plan_loop(eqn: Any, wanted: list[bool], late: list[bool]) -> _Loop:
     """Cut a loop of which some results are urgent; `late` says which operands come only in the second part."""
-    body, carries = _body(eqn), _carries(eqn)
+    body, carries = _body(eqn), scan_carries(eqn.params)
     _, wanted = _loop_needs(eqn, body.jaxpr, wanted)
     while True:
         plan = _plan(body, wanted, late)
@@ -246,7 +243,7 @@ def _second_operands(plan: _Plan, i: int) -> list[Key]:
         return [a for a, v in zip(eqn.invars, eqn.outvars, strict=True) if v in plan.late]
     if i not in plan.loops:
         return _vars(eqn.invars)
-    loop, carries, body = plan.loops[i], _carries(eqn), plan.loops[i].plan.jaxpr
+    loop, carries, body = plan.loops[i], scan_carries(eqn.params), plan.loops[i].plan.jaxpr
     own = set(loop.plan.crossing)
     read = [
         a
@@ -311,8 +308,8 @@ def _run_first(plan: _Plan, arguments: Sequence[Any]) -> tuple[list[Any], list[A
 
 
 def _first_loop(loop: _Loop, i: int, eqn: Any, operands: list[Any]) -> dict[Key, Any]:
-    plan, carries = loop.plan, _carries(eqn)
-    count, waits = eqn.params["num_carry"], plan.waits
+    plan, carries = loop.plan, scan_carries(eqn.params)
+    count, waits = carries.stop - carries.start, plan.waits
     kept = [not late for late in waits]
     keep = [n for n in range(count) if kept[n]]
     order = {var: n for n, var in enumerate(plan.crossing)}
@@ -355,8 +352,8 @@ def _run_second(plan: _Plan, env: dict[Key, Any]) -> list[Any]:
 
 
 def _second_loop(loop: _Loop, i: int, eqn: Any, operands: list[Any], env: dict[Key, Any]) -> dict[Key, Any]:
-    plan, carries, count = loop.plan, _carries(eqn), eqn.params["num_carry"]
-    late = [n for n in range(count) if plan.waits[n]]
+    plan, carries = loop.plan, scan_carries(eqn.params)
+    late = [n for n in range(carries.stop - carries.start) if plan.waits[n]]
     names = [var for _, var in loop.stacked]
 
     def step(carry: list[Any], xs: tuple) -> tuple[list[Any], list[Any]]:
