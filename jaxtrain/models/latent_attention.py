@@ -22,7 +22,7 @@ from jaxtrain.models.packing import Packing
 from jaxtrain.models.parameters import parameter
 from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.attention_context import AttentionPlan
-from jaxtrain.ops.float8 import multiply
+from jaxtrain.ops.matmul import multiply
 from jaxtrain.ops.norm import rms_norm
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, reduce_scatter

@@ -27,7 +27,7 @@ from jaxtrain.models.positions import with_positions
 from jaxtrain.ops.activation import activate, activate_alone
 from jaxtrain.ops.attention_context import AttentionPlan
 from jaxtrain.ops.expert_dispatch import ExpertBackend
-from jaxtrain.ops.float8 import multiply
+from jaxtrain.ops.matmul import multiply
 from jaxtrain.ops.norm import heads_norm, rms_norm
 from jaxtrain.parallel.turns import Turn, scoped
 from jaxtrain.sharding import all_gather, once, reduce_scatter, vary

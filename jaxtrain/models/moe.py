@@ -23,8 +23,8 @@ from jaxtrain.models.block import Block
 from jaxtrain.models.parameters import parameter
 from jaxtrain.ops.activation import activate
 from jaxtrain.ops.expert_dispatch import Dispatched, ExpertBackend, combine, dispatch_capacity, dispatch_dropless
-from jaxtrain.ops.float8 import multiply
 from jaxtrain.ops.grouped_matmul import grouped_matmul
+from jaxtrain.ops.matmul import multiply
 from jaxtrain.ops.router import Routing, balance_loss, expert_load, route, router_z_loss
 from jaxtrain.parallel.turns import Turn
 from jaxtrain.sharding import all_gather, once, reduce_scatter

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -74,59 +73,6 @@ class Products(Protocol):
     def to_w(self, x: jax.Array, g: jax.Array, dtype: Any, *more: jax.Array) -> jax.Array:
         """Return x^T g."""
         ...
-
-
-@dataclass(frozen=True)
-class Einsum:
-    """The products of an einsum of two operands; no dim repeats within one."""
-
-    equation: str
-    precision: Any = lax.Precision.HIGHEST
-    """Of the gradients: the highest has Hopper's tensor cores add up float8 products in float32 throughout."""
-
-    def _compute(self, operands: str, result: str, a: jax.Array, b: jax.Array, dtype: Any, precision: Any) -> jax.Array:
-        named = dict(zip("xwy", self.equation.replace("->", ",").split(","), strict=True))
-        equation = f"{named[operands[0]]},{named[operands[1]]}->{named[result]}"
-        return jnp.einsum(equation, a, b, preferred_element_type=dtype, precision=precision)
-
-    def forward(self, x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-        return self._compute("xw", "y", x, w, dtype, None)
-
-    def to_x(self, g: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
-        return self._compute("yw", "x", g, w, dtype, self.precision)
-
-    def to_w(self, x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
-        return self._compute("xy", "w", x, g, dtype, self.precision)
-
-
-def multiply(equation: str, x: jax.Array, w: jax.Array | Float8) -> jax.Array:
-    """Return einsum(equation, x, w) in x's dtype; in float8 where the weight is."""
-    if isinstance(w, Float8):
-        return in_float8(Einsum(equation), x, w)
-    axes = tuple(sorted(varying_axes(x) | varying_axes(w)))
-    return _plain(Einsum(equation, precision=None), *vary((x, w), axes))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _plain(products: Einsum, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return x W. JAX's own derivative is dW = (g^T x)^T: a CPU would transpose g, which may be wide and is made as it is
-    transposed, so that a step of 8 layers took 1.3 times the CPU time. There it is x^T g. On GPUs it stays JAX's: with x^T g
-    XLA hid less of the reduce-scatter (70b on 128 H100s: 47.8% of all bytes exposed, with JAX's 6.2%).
-    """
-    return products.forward(x, w, None)
-
-
-def _plain_backward(products: Einsum, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
-    as_jax = jax.linear_transpose(lambda w: products.forward(x, w, None), w)
-    dw = lax.platform_dependent(x, g, cpu=lambda x, g: products.to_w(x, g, None), default=lambda x, g: as_jax(g)[0])
-    return products.to_x(g, w, None), dw
-
-
-_plain.defvjp(
-    lambda products, x, w: (products.forward(x, w, None), (x, w)),
-    _plain_backward,
-)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

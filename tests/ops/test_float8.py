@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.ops.float8 import BACKWARD, FORWARD, LARGEST, multiply, power_of_two, scaled
+from jaxtrain.ops.float8 import BACKWARD, FORWARD, LARGEST, power_of_two, scaled
 from jaxtrain.ops.grouped_matmul import grouped_matmul
+from jaxtrain.ops.matmul import multiply
 from jaxtrain.sharding import Float8
 
 EQUATIONS = {

@@ -51,7 +51,7 @@ def test_the_layer_and_the_operation_are_named(config):
     words = diagnosis(config, change)
     assert words.startswith("first in microbatch 0 of 0 to 1: layer 3, mlp_up: dot_general in ")
     assert "mlp_block" in words
-    assert "BLD,DF->BLF, " in words
+    assert "BLD,DF->BLF, ops/matmul.py:" in words
     assert words.endswith("gave numbers that are not finite")
 
 
