@@ -158,7 +158,7 @@ def check_config(config: Config) -> None:
         f"objective.kind={config.objective.kind}: the law is one of pretraining": config.objective.kind != "pretrain",
         "init_from: small models begin with random weights": config.init_from,
         f"lora.rank={config.lora.rank}: small models train all weights": config.lora.rank,
-        "train.stages: they begin at steps of the long run": getattr(config.train, "stages", ()),
+        "train.stages: they begin at steps of the long run": config.train.stages,
         "data.validation_fraction=0: losses are those of held-out text": not config.data.validation_fraction
         and not getattr(config.data, "validation", ()),
     }

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxtrain.config import Config
+from jaxtrain.config import Config, Recipe
 from jaxtrain.config.loading import written_config
 from jaxtrain.config.names import field_values
 from jaxtrain.errors import ExplainedError, UsageError
@@ -96,9 +96,7 @@ class RunRecord:
             return steps[:0]
         order = np.unique(known, return_index=True)[1]
         found = np.interp(steps, known[order], values[order])
-        if axis == "flops" and self.config is not None:
-            return found * model_flops_per_token(self.config.model, self.config.data.sequence_length, "causal")
-        return found
+        return _flops(self.config, found) if axis == "flops" and self.config is not None else found
 
     def stages(self) -> list[tuple[int, str]]:
         """Return (first step, name) of each stage that the rows name, in order."""
@@ -123,6 +121,15 @@ class RunRecord:
         logged = max((row["time"] for row in self.rows if isinstance(row.get("time"), (int, float))), default=None)
         when = f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(logged))}" if logged is not None else ""
         return f"step {self.steps:,}{of}{when}"
+
+
+def _flops(config: Config, tokens: np.ndarray) -> np.ndarray:
+    """Return the model FLOPs of a run's first tokens: each stage has its own length of sequences."""
+    stages, total = Recipe(config).stages, np.zeros(len(tokens))
+    for stage, end in zip(stages, [*(stage.tokens for stage in stages[1:]), np.inf], strict=True):
+        own = np.clip(tokens, stage.tokens, end) - stage.tokens
+        total += own * model_flops_per_token(stage.config.model, stage.config.data.sequence_length, "causal")
+    return total
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecord]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, to_json
+from jaxtrain.config import Config, Stage, to_json
 from jaxtrain.errors import UsageError
 from jaxtrain.report.runs import differing_fields, read_run, read_runs
 from jaxtrain.telemetry.flops import model_flops_per_token
@@ -66,6 +66,16 @@ def test_curves_have_three_axes(tmp_path: Path):
     flops = 1600 * model_flops_per_token(CONFIG.model, CONFIG.data.sequence_length, "causal")
     assert run.curve("validation_loss", "flops")[0].tolist() == [flops]
     assert run.curve("no such key", "tokens")[0].size == 0
+
+
+def test_flops_go_by_the_lengths_of_stages(tmp_path: Path):
+    """40 steps of 4 x 16 tokens, then rows twice as long."""
+    config = tiny(train={"steps": 100, "global_batch_size": 4}, data={"sequence_length": 16})
+    staged = replace(config, train=replace(config.train, stages=(Stage(from_step=40, sequence_length=32),)))
+    tokens = {40: 40 * 64, 60: 40 * 64 + 20 * 128}
+    run = read_run(write_run(tmp_path / "one", staged, [row(step, tokens=count) for step, count in tokens.items()]), "one")
+    short, long = (model_flops_per_token(config.model, length, "causal") for length in (16, 32))
+    assert run.curve("loss", "flops")[0].tolist() == [2560 * short, 2560 * short + 2560 * long]
 
 
 def test_stages_and_the_supervisor(tmp_path: Path):
