@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ROW_KINDS = ("jsonl", "parquet", "arrow", "tar", "array_record", "chat")
+TEXT_FIELD_KINDS = ("jsonl", "parquet", "arrow", "tar")
 SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "tar", "tokens", "array_record", "synthetic", "chat"]
 TooLong = Literal["drop", "truncate", "refuse"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxtrain.config import Config, MoEConfig
@@ -15,12 +17,19 @@ class Condition(NamedTuple):
     holds: Callable[[Config], bool]
 
 
+def _trains_on(kind: str, config: Config) -> bool:
+    return config.objective.kind == kind
+
+
 _DILOCO = Condition("sync.mode=diloco", lambda c: c.sync.mode == "diloco")
 _APART = Condition("sync.mode=local or diloco", lambda c: c.sync.replicas_differ)
 _REPLICAS = Condition("mesh.replica above 1", lambda c: c.mesh.replica > 1)
 _SPIKE = Condition("guard.spike", lambda c: c.guard.spike != "off")
 _CAPACITY = Condition("model.moe.dispatch=capacity", lambda c: c.model.moe is None or c.model.moe.dispatch == "capacity")
 _CHAT = Condition("a source of kind=chat", lambda c: any(source.kind == "chat" for source in c.data.sources))
+_GROUPS = Condition("model.moe.groups above 1", lambda c: c.model.moe is None or c.model.moe.groups > 1)
+_PIPE = Condition("mesh.pipe above 1", lambda c: c.mesh.pipe > 1)
+_SAVING = Condition("checkpoint.every", lambda c: c.checkpoint.every > 0)
 _DEFAULTS = Config()
 _FALLING = ("cosine", "warmup_stable_decay")
 _CONDITIONS = {
@@ -35,9 +44,17 @@ _CONDITIONS = {
     "sync.mode": _REPLICAS,
     "sync.compression_block": Condition("sync.compression=int8 or float8", lambda c: c.sync.compression in ("int8", "float8")),
     "sync.error_feedback": Condition("sync.compression", lambda c: c.sync.compression != "none"),
+    "pipeline.schedule": _PIPE,
     "sharding.context_attention": Condition("mesh.context above 1", lambda c: c.mesh.context > 1),
     "train.remat_save": Condition("train.remat=named", lambda c: c.train.remat == "named"),
     "train.validate_batches": Condition("train.validate_every", lambda c: c.train.validate_every > 0),
+    "train.tasks_every": Condition("train.tasks", lambda c: bool(c.train.tasks)),
+    "data.store_cache_gib": Condition(
+        "a source with a URL", lambda c: any("://" in source.path for source in (*c.data.sources, *c.data.validation))
+    ),
+    "optimizer.beta1": Condition("another optimizer.name than adafactor", lambda c: c.optimizer.name != "adafactor"),
+    "optimizer.beta2": Condition("optimizer.name=adamw, lion or muon", lambda c: c.optimizer.name in ("adamw", "lion", "muon")),
+    "optimizer.epsilon": Condition("optimizer.name=adamw or muon", lambda c: c.optimizer.name in ("adamw", "muon")),
     "optimizer.decay_fraction": Condition(
         "optimizer.schedule=warmup_stable_decay", lambda c: c.optimizer.schedule == "warmup_stable_decay"
     ),
@@ -52,10 +69,20 @@ _CONDITIONS = {
     "model.moe.capacity_factor": _CAPACITY,
     "model.moe.capacity_group": _CAPACITY,
     "model.moe.exchange_factor": Condition("mesh.expert above 1", lambda c: c.mesh.expert > 1),
+    "model.moe.groups_per_token": _GROUPS,
+    "model.moe.group_score": _GROUPS,
+    "model.local_rope_theta": Condition("model.pattern with local", lambda c: "local" in c.model.pattern),
+    "model.activation_limit": Condition("model.activation=clipped_silu", lambda c: c.model.activation == "clipped_silu"),
     "data.chat_template": _CHAT,
     "data.too_long": _CHAT,
-    "checkpoint.keep": Condition("checkpoint.every", lambda c: c.checkpoint.every > 0),
+    "checkpoint.keep": _SAVING,
+    "checkpoint.asynchronous": _SAVING,
+    "checkpoint.on_failure": _SAVING,
     "checkpoint.fast_dir": Condition("checkpoint.fast_every", lambda c: c.checkpoint.fast_every > 0),
+} | {
+    f"objective.{section}.{field.name}": Condition(f"objective.kind={section}", partial(_trains_on, section))
+    for section in ("dpo", "distill", "grpo")
+    for field in fields(getattr(_DEFAULTS.objective, section))
 }
 
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import re
 
-from jaxtrain.config import ROW_KINDS, DataSource
+from jaxtrain.config import ROW_KINDS, TEXT_FIELD_KINDS, DataSource
 
 _SMALLEST_BPE, _LARGEST_BPE = 257, 2**20
+_ENDINGS = {
+    "jsonl": ("jsonl", "json", "ndjson"),
+    "parquet": ("parquet",),
+    "arrow": ("arrow",),
+    "tar": ("tar", "tgz"),
+    "array_record": ("array_record", "arrayrecord"),
+    "tokens": ("bin", "npy", "idx"),
+}
+"""Endings of files, by the kind of source that reads them."""
 _COPY = {
     "s3": "aws s3 sync {folder} data",
     "gs": "gcloud storage rsync -r {folder} data",
@@ -41,11 +50,29 @@ def bad_rows_problems(name: str, kind: str, share: float) -> list[str]:
     return []
 
 
+def text_field_problems(name: str, kind: str, field: str) -> list[str]:
+    """Return the problem of naming, in field `name`, the field of a row that holds the text, where `kind` has no rows."""
+    if field == DataSource.text_field or kind in TEXT_FIELD_KINDS:
+        return []
+    return [f"{name}={field} has no meaning for kind={kind}; it is for {', '.join(TEXT_FIELD_KINDS)}"]
+
+
+def path_problems(path_name: str, path: str, kind_name: str, kind: str) -> list[str]:
+    """Return the problem of a path that is missing, or that a source of `kind` would not read; names are those of fields."""
+    if kind not in ("stdlib", "synthetic"):
+        return [f"{path_name} is empty; {kind_name}={kind} needs the files to read, e.g. 'books/*.txt'"] * (not path)
+    if not path:
+        return []
+    endings = {end: found for found, ends in _ENDINGS.items() for end in ends}
+    name = path.rpartition("/")[2].lower()
+    likely = next((endings[part] for part in reversed(name.split(".")) if part in endings), "text")
+    return [f"{path_name}={path} is not read by {kind_name}={kind}, which needs no files; give {kind_name}={likely} or so too"]
+
+
 def source_problems(prefix: str, source: DataSource, vocab_size: int) -> list[str]:
     """List the problems of a source's fields; `prefix` precedes their names ("data.sources.0.")."""
-    problems = []
-    if source.kind not in ("stdlib", "synthetic") and not source.path:
-        problems.append(f"{prefix}path is empty; a source of kind {source.kind} needs the files to read")
+    problems = path_problems(f"{prefix}path", source.path, f"{prefix}kind", source.kind)
+    problems += text_field_problems(f"{prefix}text_field", source.kind, source.text_field)
     if source.max_epochs < 0:
         problems.append(f"{prefix}max_epochs={source.max_epochs} must be 0 or more")
     separator = f"{prefix}separator={source.separator}"

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtrain.config.source_rules import bad_rows_problems, bpe_size_problem, remote_problems
+from jaxtrain.config.source_rules import (
+    bad_rows_problems,
+    bpe_size_problem,
+    path_problems,
+    remote_problems,
+    text_field_problems,
+)
 
 TextKind = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "tar", "array_record"]
 
@@ -40,9 +46,8 @@ class TokenizeConfig:
 
 def find_problems(config: TokenizeConfig) -> list[str]:
     """Return all problems of the flags, one line each."""
-    problems = []
-    if config.kind != "stdlib" and not config.input:
-        problems.append(f"--input is missing; --kind={config.kind} needs the files to read, e.g. --input='books/*.txt'")
+    problems = path_problems("--input", config.input, "--kind", config.kind)
+    problems += text_field_problems("--text_field", config.kind, config.text_field)
     if not 0 <= config.validation_fraction < 1:
         problems.append(f"--validation_fraction={config.validation_fraction} must be a share: at least 0 and below 1")
     for field in ("output", "tokenizer", "cache_dir"):

@@ -212,6 +212,21 @@ ONE_PROBLEM = {
     "momentum of one": (1, {"optimizer": {"beta1": 1.0}}, ["beta1=1.0 must be at least 0 and below 1"]),
     "unknown activation": (1, {"train": {"remat_save": ("mlp_gat",)}}, ["'mlp_gat'", "did you mean 'mlp_gate'"]),
     "no sources": (1, {"data": {"sources": ()}}, ["data.sources is empty"]),
+    "a path that is not read": (
+        1,
+        {"data": {"sources": (DataSource(kind="stdlib", path="s3://b/part-*.jsonl.gz"),)}},
+        ["data.sources.0.path=s3://b/part-*.jsonl.gz is not read by data.sources.0.kind=stdlib", "kind=jsonl or so"],
+    ),
+    "a path beside random tokens": (
+        1,
+        {"data": {"sources": (DataSource(kind="synthetic", path="books/"),)}},
+        ["data.sources.0.path=books/ is not read", "kind=text or so"],
+    ),
+    "a text field that is not read": (
+        1,
+        {"data": {"sources": (DataSource(kind="text", path="a", text_field="body"),)}},
+        ["data.sources.0.text_field=body has no meaning for kind=text"],
+    ),
     "no path": (1, {"data": {"sources": (DataSource(kind="text"),)}}, ["data.sources.0.path is empty"]),
     "no weight": (1, {"data": {"sources": (DataSource(weight=0.0),)}}, ["data.sources.0.weight=0.0 must be above 0"]),
     "small tokenizer": (1, {"data": {"tokenizer": "bpe:200"}}, ["'bpe:200'", "at least 257"]),

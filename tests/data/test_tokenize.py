@@ -99,7 +99,7 @@ def test_errors_are_one_line_and_exit_codes_are_right(run, jsonl_file, tmp_path)
     assert "--input" in printed
     code, _, printed = run(f"--output={tmp_path}/out")
     assert code == 2
-    assert "--input is missing" in printed
+    assert "--input is empty" in printed
     code, _, printed = run(f"--input={jsonl_file}", "--kind=jsonl", "--tokenizer=bpe:10", f"--output={tmp_path}/out")
     assert code == 2
     code, _, printed = run(f"--input={jsonl_file}", "--kind=jsonl", f"--output={tmp_path}")
