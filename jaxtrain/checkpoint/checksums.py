@@ -23,8 +23,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-PART_BYTES = 64 << 20
-"""Bytes that `checksum_by_parts` sums at a time."""
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -36,13 +34,9 @@ def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, str]:
     return _added_up(_begin(leaves, whole=True))
 
 
-def checksum_by_parts(array: np.ndarray) -> str:
-    """Return the checksum of an array on the host, summed part by part: the sums' temporaries are twice the part's size."""
-    if not array.ndim or not array.size:
-        return checksums({"": jnp.asarray(array)})[""]
-    rows, inner = max(1, PART_BYTES * len(array) // array.nbytes), [0] * (array.ndim - 1)
-    parts = [word_sums(array[row : row + rows], [row, *inner], array.shape) for row in range(0, len(array), rows)]
-    return _digits(np.stack(parts).sum(axis=0, dtype=np.uint32))
+def block_checksum(block: np.ndarray, starts: Sequence[int], sizes: tuple[int, ...]) -> str:
+    """Return what a block of an array on the host adds to its checksum (see `total`); the temporaries are twice its size."""
+    return _digits(word_sums(jnp.asarray(block), list(starts), sizes))
 
 
 def begin_checksums(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, str]]:

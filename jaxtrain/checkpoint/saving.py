@@ -16,6 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
+from jaxtrain.checkpoint.blocks import in_blocks
 from jaxtrain.checkpoint.checksums import begin_checksums, total
 from jaxtrain.checkpoint.folder import children, partial
 from jaxtrain.checkpoint.stored import PARTIAL, cause, commit, committed_steps, delete, everywhere
@@ -52,6 +53,7 @@ class BackgroundSaves:
         # interpreter from exiting for 305 s.
         self._context = ocp.Context()
         self._context.async_options.create_directories_asynchronously = False
+        self._context.array_options.saving.scoped_storage_options_creator = in_blocks
         self._context.array_options.saving.use_replica_parallel = are_several()  # one process would slice copies in vain
 
     def begin(self, leaves: dict[tuple[str, ...], jax.Array], stored: dict[str, Any], obstacle: OSError | None) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxtrain.checkpoint.addresses import check_average, find, is_average
-from jaxtrain.checkpoint.inspection import arrays
+from jaxtrain.checkpoint.blocks import StoredArray
 from jaxtrain.checkpoint.stored import read_stored, step_path
 from jaxtrain.config import Config, ModelConfig, config_at
 from jaxtrain.config.as_json import from_json
@@ -72,7 +72,9 @@ def opened(run: str) -> tuple[Config, Read, Path, dict[str, Any]]:
         for name in names:
             average = name.replace("params/", "ema/", 1)
             held = average if is_average(run) and average in leaves else name
-            yield from ((name, array) for _, array in arrays(folder, step, [held]))
+            if held not in leaves:
+                raise CheckpointError(f"{run} holds no {held}")
+            yield name, StoredArray(step_path(folder, step), held)
 
     return config, read, beside, metadata.get("origin") or {}
 
@@ -190,18 +192,20 @@ def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str
 def tensors(table: Table, read: Read, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor of a table by name, put together from our parameters.
 
-    Those are read one at a time, and together only where one tensor holds parts of several.
+    Those are read a block of layers at a time; one outside the stack is whole in memory, in the tensor's dtype.
     """
     dtypes = table.dtypes(dtype)
     for ours, theirs in table.groups():
-        held = {name.removeprefix("params/"): np.asarray(array) for name, array in read([f"params/{own}" for own in ours])}
-
-        def part(own: str, layer: int, expert: int | None, held: dict[str, np.ndarray] = held) -> np.ndarray:
-            whole = held[own][layer] if is_stacked(own) else held[own]
-            return whole if expert is None else whole[expert]
-
+        held = {name.removeprefix("params/"): array for name, array in read([f"params/{own}" for own in ours])}
         for name in theirs:
-            yield name, table.write(name, part, _numpy(dtypes[name]))
+            kind = _numpy(dtypes[name])
+
+            def part(own: str, layer: int, expert: int | None, held: dict = held, kind: np.dtype = kind) -> np.ndarray:
+                lead = (layer,) * is_stacked(own) + (() if expert is None else (expert,))
+                array = held[own]
+                return array.read(lead, kind) if isinstance(array, StoredArray) else np.asarray(array)[lead]
+
+            yield name, table.write(name, part, kind)
         held.clear()  # before the next is read
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.checkpoint.streamed import save_streamed
+from jaxtrain.checkpoint import blocks
+from jaxtrain.checkpoint.blocks import Index
+from jaxtrain.checkpoint.streamed import Leaf, save_streamed
 from jaxtrain.config import Config, ModelConfig, to_json, to_plain
 from jaxtrain.config.fields import DType
 from jaxtrain.data.progress import progress
@@ -106,31 +108,43 @@ def is_stacked(ours: str) -> bool:
     return ours.startswith(("layers/", FIRST))
 
 
-def _leaves(folder: WeightsFolder, model: ModelConfig, advance: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name in a checkpoint, whole parameter in canonical form)."""
+def canonical_shape(table: Table, ours: str) -> tuple[int, ...]:
+    """Return the shape of a parameter of all layers."""
+    return (*([table.count(ours)] * is_stacked(ours)), *table.shape_of_ours(ours))
+
+
+def _leaves(folder: WeightsFolder, model: ModelConfig, advance: Callable[[int], None]) -> Iterator[Leaf]:
+    """Yield the parameters of a checkpoint, in canonical form."""
     dims = dims_of(model)
     for ours in folder.table.parameters:
-        array = read_whole(folder.table, ours, folder, held_dtype(dims[ours], model.param_dtype))
-        yield f"params/{ours}", array
-        advance(array.size * np.dtype(_itemsize(folder.dtype)).itemsize)
+        dtype = jax.dtypes.canonicalize_dtype(held_dtype(dims[ours], model.param_dtype))
+        shape = canonical_shape(folder.table, ours)
+        block = _block(dims[ours], shape, dtype.itemsize)
+
+        def read(index: Index, ours: str = ours, dtype: np.dtype = dtype) -> np.ndarray:
+            array = read_block(folder, ours, dtype, index)
+            advance(array.size * (4 if folder.dtype == "float32" else 2))
+            return array
+
+        yield Leaf(f"params/{ours}", shape, dtype, block, read)
 
 
-def _itemsize(dtype: str) -> str:
-    return "float32" if dtype == "float32" else "float16"
+def _block(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Return the shape of blocks of BLOCK_BYTES, if they can be so small: some layers, experts of one, rows of a vocabulary."""
+    block = list(shape)
+    for name in ("layer", "experts", "vocab"):
+        if name in dims:
+            axis = dims.index(name)
+            block[axis] = max(1, min(block[axis], block[axis] * blocks.BLOCK_BYTES // (math.prod(block) * itemsize)))
+    return tuple(block)
 
 
-def read_whole(table: Table, ours: str, folder: WeightsFolder, dtype: str) -> np.ndarray:
-    """Return a parameter of ours in canonical form."""
-    shape = table.shape_of_ours(ours)
-    array = _aligned((table.count(ours), *shape), jax.dtypes.canonicalize_dtype(dtype))
-    for layer, part in enumerate(array):
-        table.read(ours, layer, tuple(slice(0, size) for size in shape), part, folder.fetch)
-    return array if is_stacked(ours) else array[0]
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an array that jax takes as it lies in memory: at a multiple of 64 bytes it makes no copy on a CPU."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+def read_block(folder: WeightsFolder, ours: str, dtype: np.dtype, index: Index) -> np.ndarray:
+    """Return a block of a parameter in canonical form."""
+    array = np.empty([part.stop - part.start for part in index], dtype)
+    if not is_stacked(ours):
+        folder.table.read(ours, 0, index, array, folder.fetch)
+        return array
+    for layer, part in zip(range(index[0].start, index[0].stop), array, strict=True):
+        folder.table.read(ours, layer, index[1:], part, folder.fetch)
+    return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def _read(
     assert index is not None
     whole = _shape(model, stacking, table, ours, dims)
     bounds = [part.indices(size)[:2] for part, size in zip(index, whole, strict=True)]
-    out = np.zeros([stop - start for start, stop in bounds], held_dtype(dims, model.param_dtype))
+    out = _zeros([stop - start for start, stop in bounds], held_dtype(dims, model.param_dtype))
     lead = 3 if ours.startswith("layers/") else 1 if ours.startswith(FIRST) else 0
     numbers = stacking.layer_numbers() if lead == 3 else np.arange(model.first_dense_layers) if lead else np.zeros((), int)
     own = table.shape_of_ours(ours)
@@ -81,6 +82,15 @@ def _read(
         if number >= 0:
             table.read(ours, int(number), tuple(slice(*bound) for bound in inner), out[slot][within], fetch)
     return out
+
+
+def _zeros(shape: list[int], dtype: str) -> np.ndarray:
+    """Return zeros that jax takes as they lie in memory: at a multiple of 64 bytes it makes no copy on a CPU."""
+    kind = jax.dtypes.canonicalize_dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(kind).reshape(shape)
 
 
 def _fill_new_rows(

@@ -71,6 +71,17 @@ def run(*arguments: str) -> tuple[float, int]:
     return time.perf_counter() - begun, usage.ru_maxrss * 1024
 
 
+def disk_rate(folder: Path) -> float:
+    """Return the bytes/s at which a file of 1 GiB is written and synced, as by `dd bs=64M count=16 conv=fsync`."""
+    begun, piece, file = time.perf_counter(), bytes(64 << 20), folder / "rate"
+    with file.open("wb", buffering=0) as opened:
+        for _ in range(16):
+            opened.write(piece)
+        os.fsync(opened.fileno())
+    file.unlink()
+    return (1 << 30) / (time.perf_counter() - begun)
+
+
 def measure(folder: Path, kind: str, gigabytes: float) -> None:
     """Measure and print one kind of folder."""
     source, imported, exported = (str(folder / name) for name in ("source", "run", "exported"))
@@ -87,9 +98,13 @@ def measure(folder: Path, kind: str, gigabytes: float) -> None:
         "nothing": ("-c", "import jaxtrain, jax; jax.devices()"),
     }
     for name, arguments in verbs.items():
+        rate = disk_rate(folder)
         seconds, peak = run(*arguments)
         beside = f", {(peak - 2 * size) / 1e9:.2f} GB beside the parameters in float32" if name == "load" else ""
-        print(f"  {name:8} {seconds:6.1f} s, peak {peak / 1e9:.2f} GB{beside}", flush=True)
+        print(
+            f"  {name:8} {seconds:6.1f} s, peak {peak / 1e9:.2f} GB{beside}; the disk wrote {rate / 1e6:.0f} MB/s before",
+            flush=True,
+        )
 
 
 def main() -> None:
