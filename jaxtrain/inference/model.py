@@ -20,6 +20,8 @@ PyTree = Any
 Ids = Sequence[int]
 UNIT = 64
 """Sequences are padded to multiples of this, so that few programs are compiled."""
+MOST_UNFINISHED = 16
+"""Tokens that may be parts of one character; text after more of them is not valid UTF-8 at all."""
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,18 @@ def _prompts(prompts: Any) -> tuple[bool, bool, list[Any]]:
 
 
 class _Answer:
-    """The tokens of one answer, and their text as far as it is certain."""
+    """The tokens of one answer, and their text as far as it is certain.
+
+    A piece of text is what the newest tokens add to that of the piece before. Decoded alone they could lose what depends on
+    their left, as a blank; decoded with all tokens the time would grow with the square of the answer.
+    """
 
     def __init__(self, model: Model, stop: tuple[str, ...]):
         self._model, self._stop = model, stop
         self._ids: list[int] = []
         self._log_ps: list[float] = []
-        self._told = 0
+        self._text, self._told = "", 0
+        self._before, self._read = 0, 0  # tokens until the piece before begins, and until it ends
 
     def add(self, token: int, log_probability: float) -> None:
         """Take the next token."""
@@ -215,30 +222,42 @@ class _Answer:
         self._log_ps.append(log_probability)
 
     def has_stop(self, ids: list[int]) -> bool:
-        """Return whether the text of these ids holds a text that ends the answer."""
-        return bool(self._stop) and any(stop in self._decoded(ids) for stop in self._stop)
+        """Return whether the text of these ids holds a text that ends the answer; asked after each token."""
+        if not self._stop:
+            return False
+        looked_at = max(0, len(self._text) - max(map(len, self._stop)) + 1)
+        return _has(self._text[looked_at:] + self._piece(ids), self._stop)
 
-    def _decoded(self, ids: list[int]) -> str:
-        inner = ids[:-1] if ids and ids[-1] in self._model.ends else ids
-        return self._model.tokenizer.decode(inner)
-
-    def _text(self) -> str:
-        text = self._decoded(self._ids)
-        return text[: min((text.find(stop) for stop in self._stop if stop in text), default=len(text))]
+    def _piece(self, ids: list[int], is_last: bool = False) -> str:
+        """Return the text that new tokens add, and take it if it holds no unfinished character."""
+        end = len(ids) - (ids[-1] in self._model.ends)
+        before, now = (self._model.tokenizer.decode(ids[self._before : end]) for end in (self._read, end))
+        new = now[len(before) :]
+        if is_last or (new and not new.endswith("\ufffd")) or end - self._read > MOST_UNFINISHED:
+            self._text += new
+            self._before, self._read = self._read, end
+        return new
 
     def new_text(self, is_last: bool) -> str:
         """Return what can be told now: not an unfinished character, nor what may become a text that ends the answer."""
-        text = self._text()
-        certain = len(text)
-        if not is_last:
-            certain = len(text.rstrip("\ufffd"))
-            held = [n for stop in self._stop for n in range(1, len(stop)) if text[:certain].endswith(stop[:n])]
-            certain -= max(held, default=0)
-        new, self._told = text[self._told : certain], max(self._told, certain)
+        self._piece(self._ids, is_last)
+        ends = [at for stop in self._stop if (at := self._text.find(stop, self._told)) >= 0]
+        certain = min(ends, default=len(self._text))
+        if not is_last and not ends:
+            starts = [n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n], self._told)]
+            certain -= max(starts, default=0)
+        new, self._told = self._text[self._told : certain], certain
         return new
 
     def generation(self) -> Generation:
         """Return the whole answer."""
-        text = self._text() if self._model.tokenizer is not None else None
-        is_ended = self._ids[-1] in self._model.ends or self.has_stop(self._ids)
-        return Generation(self._ids, self._log_ps, text, "stop" if is_ended else "length")
+        ended, text = self._ids[-1] in self._model.ends, None
+        if self._model.tokenizer is not None:
+            text = self._model.tokenizer.decode(self._ids[: len(self._ids) - ended])
+            ended = ended or _has(text, self._stop)
+            text = text[: min((text.find(stop) for stop in self._stop if stop in text), default=len(text))]
+        return Generation(self._ids, self._log_ps, text, "stop" if ended else "length")
+
+
+def _has(text: str, stop: tuple[str, ...]) -> bool:
+    return any(one in text for one in stop)
