@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.inference.cache import ROW_AXES, CacheSize
-from jaxtrain.inference.forward import STEPS, Programs, Rows
+from jaxtrain.inference.forward import STEPS, Programs, Rows, apart
 from jaxtrain.inference.sampling import Choice
 from jaxtrain.parallel.stacking import make_stacking
 
@@ -153,7 +153,7 @@ class Engine:
         if not requests:
             return
         programs = self._programs_for(requests, slots, take_experts is not None)
-        cache, rows = programs.empty()
+        (cache, rows), decoding = programs.empty(), apart(params, self._mesh)
         held: list[_Request | None] = [None] * programs.room.rows
         done, part = dict[int, _Request](), itertools.count()
         while (requests or any(held)) and not ends_before(next(part)):
@@ -167,7 +167,7 @@ class Engine:
                 cache, rows, made = programs.begin(params, cache, rows, *self._place(*chunk))
                 tokens, log_ps = (self._fetch(array)[None] for array in made)
             else:
-                cache, rows, made = programs.decode(params, cache, rows, np.int32(self._steps(held)))
+                cache, rows, made = programs.decode(decoding, cache, rows, np.int32(self._steps(held)))
                 tokens, log_ps = map(self._fetch, made)
             before = list(held)
             yield from self._hand_out(held, tokens, log_ps, wants_more)

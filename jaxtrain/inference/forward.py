@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,9 +27,11 @@ from jaxtrain.models.packing import Packing
 from jaxtrain.ops.losses import Logits
 from jaxtrain.parallel.pipeline import Parameters
 from jaxtrain.parallel.turns import alone
-from jaxtrain.sharding import all_gather, shift, specs, vary
+from jaxtrain.sharding import all_gather, is_dims, replicated, shift, specs, vary
 
 PyTree = Any
+APART_BYTES = 64 << 20
+"""Bytes of the layers from which on `apart` has them one by one."""
 STEPS = 8
 """Most decoding steps between two looks at the host: a row that ends rests for the others."""
 
@@ -65,9 +68,8 @@ def _layers(
 ) -> tuple[jax.Array, tuple]:
     """Run one part of the stack over its caches, one of each place in the pattern."""
     config, stacking = decoder.config, decoder.stacking
-    period = stacking.period
+    period, groups = stacking.period, stacking.layers_per_part // stacking.period
     held = jnp.asarray(stacking.counts())[chunk, lax.axis_index("pipe")]
-    of_chunk = jax.tree.map(lambda leaf: leaf[chunk], weights.layers)
 
     def group(carry: tuple, slot: tuple) -> tuple[tuple, None]:
         (x, caches), (own, index) = carry, slot
@@ -77,8 +79,13 @@ def _layers(
             caches = (*caches[:place], entries, *caches[place + 1 :])
         return (x, caches), None
 
-    (x, caches), _ = lax.scan(group, (x, caches), (of_chunk, jnp.arange(stacking.layers_per_part // period)))
-    return x, caches
+    carry = (x, caches)
+    if isinstance(weights.layers, list):  # see `apart`
+        for index in range(groups):
+            carry, _ = group(carry, (weights.layers[index * period : (index + 1) * period], jnp.int32(index)))
+        return carry
+    of_chunk = jax.tree.map(lambda leaf: leaf[chunk], weights.layers)
+    return lax.scan(group, carry, (of_chunk, jnp.arange(groups)))[0]
 
 
 def _layer(
@@ -149,6 +156,20 @@ def _forward(
     return {"first": first, "stack": stack}, all_gather(logits, "tensor", dim=2)[:, 0, : decoder.config.vocab_size]
 
 
+def apart(params: PyTree, mesh: Mesh) -> PyTree:
+    """Return the parameters with a list of layers in place of the stacked ones, in the same memory: to decode on one CPU.
+
+    XLA:CPU copies a layer's matrix out of a stack before each matmul, which takes as long as the matmul of few rows. Small
+    layers, and those on other devices, stay stacked: a program of unrolled layers takes longer to compile.
+    """
+    leaves = jax.tree.leaves(params["layers"])
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or sum(leaf.nbytes for leaf in leaves) < APART_BYTES:
+        return params
+    views = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0))[0, 0], params["layers"])
+    layers = [jax.tree.map(lambda view, i=i: view[i], views) for i in range(leaves[0].shape[2])]
+    return params | {"layers": jax.device_put(layers, replicated(mesh))}  # copies none of 64 bytes' alignment
+
+
 class Programs:
     """The compiled programs of a model on a mesh with a cache of one size."""
 
@@ -183,7 +204,8 @@ class Programs:
         results, dims = (self._cache_specs, self._row_spec, outputs), parameter_dims(self.config.model)
 
         def program(params: PyTree, *more: Any) -> Any:
-            inputs = (specs(dims), self._cache_specs, self._row_spec, *extra)
+            weights = PartitionSpec() if isinstance(params["layers"], list) else specs(dims)
+            inputs = (weights, self._cache_specs, self._row_spec, *extra)
             # Unchecked: what devices along tensor and pipe return is equal because each gathers it whole.
             mapped = jax.shard_map(region, mesh=self.mesh, in_specs=inputs, out_specs=results, check_vma=False)
             return mapped(params, *more)
@@ -208,8 +230,13 @@ class Programs:
         return jax.jit(zeros, out_shardings=places)()
 
     def _weights(self, params: PyTree) -> Parameters:
-        params = to_compute(vary(params), parameter_dims(self.config.model), self.config.model.dtype)
-        return Parameters(params["outer"], self._decoder.stacking.by_place(params["layers"]))
+        layers, dims, stacking = params["layers"], parameter_dims(self.config.model), self._decoder.stacking
+        if isinstance(layers, list):
+            of_layer = jax.tree.map(lambda dims: dims[3:], dims["layers"], is_leaf=is_dims)
+            dims = dims | {"layers": [of_layer] * len(layers)}
+        params = to_compute(vary(params), dims, self.config.model.dtype)
+        layers = params["layers"]
+        return Parameters(params["outer"], layers if isinstance(layers, list) else stacking.by_place(layers))
 
     def _begin(
         self, params: PyTree, cache: PyTree, rows: Rows, tokens_BL: jax.Array, count_B: jax.Array, prompt_B: jax.Array

@@ -12,6 +12,7 @@ import pytest
 from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
+from jaxtrain.inference import forward
 from jaxtrain.inference.cache import CachedAttention, Entries
 from jaxtrain.inference.model import Model
 from jaxtrain.measure.layouts import BASE
@@ -172,3 +173,17 @@ def test_what_cannot_be_used_is_said(prompts, settings, words: str):
 def test_a_table_of_positions_is_not_left():
     with pytest.raises(ExplainedError, match="table of 64 positions"):
         model("table").generate([1, 2], 63)
+
+
+@pytest.mark.parametrize("name", ["windows", "latents"])
+def test_layers_one_by_one_make_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch):
+    """As large ones lie on one CPU; here a stack with empty slots, and one of experts."""
+    monkeypatch.setattr(forward, "APART_BYTES", 0)
+    one = model(name)
+    held = forward.apart(one.params, one.mesh)["layers"]
+    assert len(held) == jax.tree.leaves(one.params["layers"])[0].shape[2]
+    fresh = Model(one.config, one.mesh, one.params)
+    found = fresh.generate(PROMPTS, COUNT, slots=2, details=True)
+    assert [answer.ids for answer in found] == [answer.ids for answer in answers(name)]
+    for mine, other in zip(found, answers(name), strict=True):
+        np.testing.assert_allclose(mine.log_probabilities, other.log_probabilities, atol=1e-5)
