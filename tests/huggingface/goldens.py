@@ -51,7 +51,6 @@ def compute(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
     """(logits, gradients by the names in the folder's file, mean loss) of the folder's model, in float32."""
     import torch
     import transformers
-    from safetensors.numpy import load_file
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     held = {name: torch.from_numpy(value.astype(np.int64)) for name, value in tiny.batch().items()}
@@ -61,6 +60,14 @@ def compute(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
     assert apart < 1e-5 or "longrope" in json.dumps(model.config.to_dict()), f"packed documents see each other: {apart}"
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held["targets"].flatten(), ignore_index=tiny.IGNORED)
     loss.backward()
+    return logits.detach().numpy(), gradients_of(model), loss.item()
+
+
+def gradients_of(model: Any) -> dict[str, np.ndarray]:
+    """Return a model's gradients by the names of its file; they take the place of its weights."""
+    import torch
+    from safetensors.numpy import load_file
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -68,7 +75,7 @@ def compute(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
             buffer.zero_()
     with tempfile.TemporaryDirectory() as written:
         model.save_pretrained(written)
-        return logits.detach().numpy(), load_file(Path(written) / "model.safetensors"), loss.item()
+        return load_file(Path(written) / "model.safetensors")
 
 
 def _masks(config: Any) -> dict[str, Any]:

@@ -6,13 +6,14 @@ The goldens hold the truth (`goldens.py`), so no torch is needed. Row 1 of the b
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ConfigError
 from jaxtrain.huggingface.placing import place
@@ -34,28 +35,34 @@ MESHES = {
 }
 
 
-def config_of(model: ModelConfig, **mesh: int) -> Config:
-    """A config for the batch of `tiny`, in float32."""
+def config_of(model: ModelConfig, objective: ObjectiveConfig, shape: tuple[int, int], **mesh: int) -> Config:
+    """A config for a batch of this shape, in float32."""
     moe = model.moe and replace(model.moe, balance_loss=0.0)
     model = replace(model, dtype="float32", attention="reference", moe=moe)
-    data = DataConfig(sequence_length=tiny.LENGTH, mask_documents=True)
-    return Config(
-        model=model, mesh=MeshConfig(**{"fsdp": 1, **mesh}), data=data, train=TrainConfig(global_batch_size=2, remat="none")
-    )
+    data, train = DataConfig(sequence_length=shape[1]), TrainConfig(global_batch_size=shape[0], remat="none")
+    return Config(model=model, mesh=MeshConfig(**{"fsdp": 1, **mesh}), data=data, train=train, objective=objective)
 
 
 class Ours:
-    """Our model of a family's tiny weights on a mesh."""
+    """Our model of a family's tiny weights on a mesh, with the batch of `tiny` or another one."""
 
-    def __init__(self, family: str, **mesh: int):
+    def __init__(
+        self,
+        family: str,
+        batch: Mapping[str, np.ndarray] | None = None,
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008, it is frozen
+        **mesh: int,
+    ):
         golden, model, self.table = described(family)
-        self.golden, self.config = golden, validate(config_of(model, **mesh), math.prod(mesh.values()))
+        given = tiny.batch() if batch is None else batch
+        config = config_of(model, objective, given["tokens"].shape, **mesh)
+        self.golden, self.config = golden, validate(config, math.prod(mesh.values()))
         self.mesh = make_mesh(self.config.mesh, jax.devices()[: math.prod(self.config.mesh.shape)])
         tensors = {name: tiny.weight(name, shape, family) for name, shape in golden["shapes"].items()}
         fetch = lambda name, index: tensors[name][index]  # noqa: E731
         self.params = place(self.config.model, make_stacking(self.config), self.mesh, self.table, fetch)
-        batch = {name: value for name, value in tiny.batch().items() if name in batch_names(self.config)}
-        self.batch = jax.device_put(batch, batch_sharding(self.mesh))
+        held = {name: value for name, value in given.items() if name in batch_names(self.config)}
+        self.batch = jax.device_put(held, batch_sharding(self.mesh))
 
     def logits_errors(self) -> tuple[float, float]:
         """Largest error of a logit in the row of one document, and in the row of packed documents and padding."""
@@ -65,9 +72,10 @@ class Ours:
         return whole, packed
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """Gradients of the mean loss by the names of the folder's tensors."""
+        """Gradients of the loss by the names of the folder's tensors."""
         step = jax.jit(make_loss_and_gradients(self.config, self.mesh, "reference"))
-        gradients = to_canonical(self.config, step(self.params, self.batch)[2], parameter_dims(self.config.model))
+        self.metrics, _, gradients = step(self.params, self.batch)
+        gradients = to_canonical(self.config, gradients, parameter_dims(self.config.model))
         flat = jax.tree_util.tree_flatten_with_path(jax.tree.map(np.asarray, gradients))[0]
         named = {"/".join(key.key for key in path): leaf for path, leaf in flat}
         stacked = lambda path: path.startswith(("layers/", "outer/first"))  # noqa: E731
