@@ -41,6 +41,7 @@ from jaxtrain.planner.formulas_collectives import PARTS, uncovered
 from jaxtrain.planner.layer_table import BYTES
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.other_models import forward_model
+from jaxtrain.planner.rollouts import rollout_seconds
 from jaxtrain.planner.roofline import Seconds
 from jaxtrain.planner.traffic import Flow, Placement, Times, flows_by_phase, place, require_links, seconds, wire
 from jaxtrain.telemetry.flops import model_flops_per_step
@@ -354,6 +355,7 @@ class CostModel:
             + microbatches * shared.outer.overhead
             + STEP_OVERHEAD,
             other_models=self.before_step.forward_seconds(layout) if self.before_step else 0.0,
+            rollouts=rollout_seconds(self, layout, forward.work.total + forward.waits),
         )
         return Step(time, passes, layers, forward, backward)
 

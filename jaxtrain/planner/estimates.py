@@ -60,6 +60,8 @@ class Memory:
     """A teacher's weights, or those that rewards stay near."""
     kernels: float = 0.0
     """What cuDNN's attention within documents needs while it computes gradients."""
+    rollouts: float = 0.0
+    """What the cache of a rollout takes beyond what a step has at its worst moment, and a rollout has not."""
 
     @property
     def of_program(self) -> float:
@@ -69,7 +71,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Bytes in all."""
-        return self.of_program + self.other_models + self.kernels
+        return self.of_program + self.other_models + self.kernels + self.rollouts
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,14 @@ class StepTime:
     """Launching kernels, and the host."""
     other_models: float = 0.0
     """Forward passes before the step: of the model itself, to score sequences, or of a teacher."""
+    rollouts: float = 0.0
+    """Answers of the model, before the first of the steps on them."""
 
     @property
     def total(self) -> float:
         """Seconds of a step."""
         device = self.matmul + self.attention + self.memory_bound + self.optimizer
-        return device + self.exposed + self.bubble + self.overhead + self.other_models
+        return device + self.exposed + self.bubble + self.overhead + self.other_models + self.rollouts
 
 
 @dataclass(frozen=True)

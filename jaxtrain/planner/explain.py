@@ -35,6 +35,7 @@ HOLDS = {
     "weights": "copies in {dtype}, and those gathered",
     "activations": "kept for the backward pass, of at most {live} passes at a time",
     "other_models": "a teacher's weights, or those that rewards stay near",
+    "rollouts": "the cache of rollouts, beyond what only a step holds",
     "kernels": "what cuDNN's attention within documents needs for gradients",
     "working": "one layer or the head while it is computed, buffers of transfers",
 }

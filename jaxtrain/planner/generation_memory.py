@@ -38,7 +38,7 @@ def generation_memory(config: Config, room: CacheSize) -> GenerationMemory:
 
 def cache_bytes(config: Config, room: CacheSize) -> int:
     """Return a device's bytes of the cache; see `generation_memory`."""
-    return _bytes_of_device(config, cache_shapes(config, room), cache_specs(config))
+    return _bytes_of_device(config, cache_shapes(config, room), cache_specs(config, room.keeps_experts))
 
 
 def _bytes_of_device(config: Config, shapes: Any, places: Any) -> int:

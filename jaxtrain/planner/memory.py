@@ -43,6 +43,7 @@ from jaxtrain.planner.activations import Sizes, folds, kept_bytes, operand_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
 from jaxtrain.planner.other_models import other_weights
+from jaxtrain.planner.rollouts import cache_of_device
 from jaxtrain.planner.state_memory import (
     Cut,
     Shares,
@@ -66,7 +67,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     backward = _backward_moment(config, cut, sizes, backend)
     worst = max(_loss_moment(config, cut, sizes), _between_moment(config, cut, sizes, backward), backward, key=sum)
     weights, activations = _weights(config, cut), _activations(config, cut, sizes, backend)
-    return Memory(
+    step = Memory(
         parameters=parameter_bytes(config, cut),
         optimizer=optimizer_state(config, cut) + sync_state(config, cut) + average_state(config, cut),
         gradients=worst.gradients,
@@ -76,6 +77,8 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
         other_models=other_weights(config),
         kernels=_kernels(config, sizes, backend),
     )
+    held = step.parameters + step.optimizer + step.weights + step.other_models + cache_of_device(config)
+    return replace(step, rollouts=max(0.0, held - step.total))
 
 
 def _kernels(config: Config, sizes: Sizes, backend: str) -> float:

@@ -64,7 +64,7 @@ def other_weights(config: Config) -> float:
 def left_out(config: Config) -> str:
     """Return what estimates leave out of an objective, or nothing."""
     if config.objective.kind == "grpo":
-        return "rollouts: their time, and the cache of keys and values"
+        return "rewards; answers count as long as objective.grpo.max_new_tokens, and rows as not packed"
     if config.objective.kind == "distill" and not config.objective.distill.kept and _teacher(config) is None:
         return f"the teacher, which this machine does not have ({config.objective.distill.teacher})"
     return ""

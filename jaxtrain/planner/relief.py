@@ -36,6 +36,7 @@ WORDS = {
     "activations": "activations kept for the backward pass",
     "working": "what one layer or the loss needs while it is computed",
     "other_models": "a teacher's weights, or those that rewards stay near",
+    "rollouts": "the cache of rollouts, beyond what only a step holds",
     "kernels": "what attention's kernels need while they compute gradients",
 }
 

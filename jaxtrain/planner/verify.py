@@ -145,7 +145,7 @@ def _memory(estimated: Memory, report: CompiledStep) -> Memory:
     rest = estimated.of_program - state
     given, made = report.argument_bytes, report.memory_bytes - report.argument_bytes
     of_state, of_rest = given / state, made / rest if rest else 1.0
-    names = {"parameters": of_state, "optimizer": of_state, "other_models": 1.0, "kernels": 1.0}
+    names = {"parameters": of_state, "optimizer": of_state, "other_models": 1.0, "kernels": 1.0, "rollouts": 1.0}
     return Memory(
         **{field.name: getattr(estimated, field.name) * names.get(field.name, of_rest) for field in dataclasses.fields(Memory)}
     )

@@ -18,6 +18,7 @@ MEMORY_WORDS = {
     "activations": "activations",
     "working": "working",
     "other_models": "other models",
+    "rollouts": "rollouts",
     "kernels": "kernels",
 }
 """Names of `estimates.Memory`'s fields in tables."""
@@ -30,13 +31,14 @@ TIME_WORDS = {
     "bubble": "bubble",
     "overhead": "overhead",
     "other_models": "other models",
+    "rollouts": "rollouts",
 }
 """Names of `estimates.StepTime`'s fields in tables."""
 
 
 def present(words: Mapping[str, str], parts: Sequence[Any]) -> dict[str, str]:
     """Return the names of fields, those that few layouts have only where one of the parts has some."""
-    few = ("other_models", "kernels")
+    few = ("other_models", "kernels", "rollouts")
     return {name: title for name, title in words.items() if name not in few or any(getattr(part, name) for part in parts)}
 
 

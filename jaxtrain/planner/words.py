@@ -40,6 +40,7 @@ SPENT_ON = {
     "bubble": "waiting for other stages",
     "overhead": "launching kernels",
     "other_models": "forward passes before the step",
+    "rollouts": "rollouts",
 }
 
 
@@ -187,6 +188,7 @@ def limiting_part(step: StepTime) -> str:
         "bandwidth": step.memory_bound + step.optimizer,
         "overhead": step.overhead,
         "other models": step.other_models,
+        "rollouts": step.rollouts,
     }
     return max(parts, key=lambda name: parts[name])
 
@@ -198,6 +200,7 @@ LIMITED_BY = {
     "bandwidth": "Memory bandwidth limits it",
     "overhead": "Launching kernels limits it",
     "other models": "Another model limits it",
+    "rollouts": "Rollouts limit it",
 }
 
 

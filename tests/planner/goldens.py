@@ -72,7 +72,9 @@ def figures_of(layout: Layout) -> dict[str, Any]:
 
 def _fields(parts: Any) -> dict[str, float]:
     every = dataclasses.asdict(parts) | {"total": parts.total}
-    return {name: _rounded(value) for name, value in every.items() if name not in ("other_models", "kernels") or value}
+    return {
+        name: _rounded(value) for name, value in every.items() if name not in ("other_models", "kernels", "rollouts") or value
+    }
 
 
 def _rounded(value: float) -> float:
