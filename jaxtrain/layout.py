@@ -117,6 +117,25 @@ def microbatch_rows(config: Config) -> int:
     return rows_of_device(config.train.global_batch_size, config.mesh, config.train.microbatches)
 
 
+def fewer_rows(config: Config, needed: int) -> tuple[int, int]:
+    """Return (rows, microbatches) of the smallest step that has `needed` rows, of those of a quarter, a half and so on.
+
+    A microbatch keeps its rows where their number then divides into whole turns of a pipeline; else it gets fewer.
+    """
+    whole, count, pipe, shards = (
+        config.train.global_batch_size,
+        config.train.microbatches,
+        config.mesh.pipe,
+        config.mesh.batch_shards,
+    )
+    for quarters in (1, 2, 3):
+        rows, fewer = whole * quarters // 4, count * quarters // 4
+        for microbatches in (fewer, count) if count * quarters % (4 * pipe) == 0 else (count,):
+            if 4 * rows == whole * quarters and rows >= needed and rows % (shards * microbatches) == 0:
+                return rows, microbatches
+    return whole, count
+
+
 def local_length(config: Config) -> int:
     """Return L / context, the positions of a sequence that a device has between gathers over tensor."""
     return config.data.sequence_length // config.mesh.context

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import layout
-from jaxtrain.config import MeshConfig, MoEConfig, OptimizerConfig, ShardingConfig, TrainConfig
+from jaxtrain.config import Config, MeshConfig, MoEConfig, OptimizerConfig, ShardingConfig, TrainConfig
+from jaxtrain.layout import fewer_rows
 
 PACKAGE = Path(layout.__file__).parent
 TREES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -128,3 +129,20 @@ def test_decisions():
     assert [layout.whole_moments(OptimizerConfig(name="sgd", beta1=beta)) for beta in (0.0, 0.9)] == [0, 1]
     assert layout.keeps(TrainConfig(remat="dots"), "query")
     assert not layout.keeps(TrainConfig(remat="named", remat_save=("attention",)), "query")
+
+
+@pytest.mark.parametrize(
+    ("rows", "microbatches", "mesh", "needed", "found"),
+    [
+        (256, 1, {}, 200, (256, 1)),
+        (256, 1, {}, 192, (192, 1)),
+        (256, 1, {"fsdp": 8}, 3, (64, 1)),
+        (16, 2, {"fsdp": 8}, 3, (8, 1)),  # a row of a device in each microbatch
+        (16, 2, {"pipe": 2, "fsdp": 4}, 9, (16, 2)),  # three quarters of two rows
+        (32, 4, {"pipe": 2, "fsdp": 4}, 9, (16, 2)),
+        (32, 2, {"pipe": 2, "fsdp": 4}, 9, (16, 2)),  # half a turn of the pipeline is none
+    ],
+)
+def test_fewer_rows_divide_over_devices_and_microbatches(rows, microbatches, mesh, needed, found):
+    config = Config(mesh=MeshConfig(**{"fsdp": 1} | mesh), train=TrainConfig(global_batch_size=rows, microbatches=microbatches))
+    assert fewer_rows(config, needed) == found

@@ -64,6 +64,9 @@ class GrpoConfig:
     """The ratio of new to old probability counts down to 1 - this."""
     clip_high: float = 0.2
     """The ratio of new to old probability counts up to 1 + this."""
+    packing: bool = True
+    """Whether a row of data.sequence_length may hold several prompts with their answers, as documents of their own, where a
+    step of a quarter, a half or three quarters of the rows then holds all answers."""
     kl: float = 0.0
     """Weight of the KL divergence from the initial weights; 0: none, and they are not kept."""
     replay_routing: bool = True

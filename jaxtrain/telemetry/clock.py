@@ -23,6 +23,8 @@ from jaxtrain.hardware import Chip
 from jaxtrain.telemetry.flops import mfu, model_flops_per_token
 
 T = TypeVar("T")
+ROW_SHARE = "row_share"
+"""A metric of a step: its rows over train.global_batch_size."""
 Row = dict[str, float | int | str | None]
 """A logged row, under the names of metrics.jsonl."""
 
@@ -159,11 +161,16 @@ class StepClock:
         finally:
             self._pause += self._now() - before
 
-    def step_done(self, step: int) -> None:
-        """Record that one more step is done. Costs a microsecond."""
+    def step_done(self, step: int, share: float = 1.0) -> None:
+        """Record that one more step is done. Costs a microsecond.
+
+        Args:
+          share: of the work of a whole step that it did, fewer rows being needed where answers are packed.
+        """
         now = self._now()
         self._steps_seconds.append(max(now - self._last - self._pause, 0.0))
-        self._works.append(self._work.at(step))
+        work = self._work.at(step)
+        self._works.append(work if share == 1 else replace(work, tokens_per_step=share * work.tokens_per_step))
         self._last, self._pause, self._step = now, 0.0, step
 
     def window(self) -> Row:
@@ -207,7 +214,7 @@ class StepClock:
 
 def _mean_work(works: Sequence[StepWork]) -> StepWork:
     """Return the mean work of some steps: tokens of a step, and FLOPs of a token."""
-    if works[0] == works[-1]:
+    if all(work == works[0] for work in works):
         return works[0]
     tokens = sum(work.tokens_per_step for work in works)
     full, causal = (

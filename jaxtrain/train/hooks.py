@@ -13,7 +13,7 @@ from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.errors import CheckpointError
 from jaxtrain.files import ReplacedFiles
-from jaxtrain.telemetry.clock import StepClock, memory_row
+from jaxtrain.telemetry.clock import ROW_SHARE, StepClock, memory_row
 from jaxtrain.telemetry.energy import EnergyLog
 from jaxtrain.telemetry.heartbeat import Heartbeat
 from jaxtrain.telemetry.metrics import MetricsLog
@@ -67,7 +67,7 @@ class Logging(Hook):
         """Of every step since the last row: its loss and targets, computed already, to be fetched where a row is logged."""
 
     def metrics_read(self, step: int, metrics: PyTree) -> None:
-        self._telemetry.clock.step_done(step)
+        self._telemetry.clock.step_done(step, metrics.get(ROW_SHARE, 1.0))
         self._telemetry.progress.advance(step)
         self._energy.poll()
         self._losses.append({name: metrics[name] for name in ("loss", "targets") if name in metrics})

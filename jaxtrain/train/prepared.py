@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtrain.config import Config, Recipe
 from jaxtrain.hardware import resolve_chip
+from jaxtrain.layout import fewer_rows
 from jaxtrain.mesh import describe_mesh, make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.ops.float8_choice import choose_matmuls
@@ -66,6 +67,14 @@ class Prepared:
         made.config = replace(
             self.config, model=self.recipe.at(batch).config.model, train=replace(self.config.train, stages=())
         )
+        return made
+
+    def of_rows(self, rows: int) -> Self:
+        """Return this for batches of so many rows, train.global_batch_size or fewer (`layout.fewer_rows`)."""
+        if rows == self.config.train.global_batch_size:
+            return self
+        made, microbatches = copy.copy(self), fewer_rows(self.config, rows)[1]
+        made.config = replace(self.config, train=replace(self.config.train, global_batch_size=rows, microbatches=microbatches))
         return made
 
     def __str__(self) -> str:

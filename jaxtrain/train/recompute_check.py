@@ -62,16 +62,16 @@ class RecomputeCheck:
         self._step += 1
         if self._step % self._guard.repeat_every == 0:
             jax.block_until_ready(state)  # XLA:CPU hangs where two programs with collectives are under way
-            sums = self._sums(self._batch_of(self._step - 1))
+            sums = self._sums(self._batch_of(self._step - 1), len(batch["targets"]))
             once, again = (jax.block_until_ready(sums(state["params"], batch)) for _ in range(2))
             differ = np.asarray(self._differ(once, again))
             if differ.any():
                 self._tell(differ)
         return self._steps(state, batch)
 
-    def _sums(self, batch: int) -> Any:
-        """Return the program of a batch's stage: (params, batch) -> sums over the gradients' bits."""
-        key, at = self._prepared.recipe.at(batch).program, self._prepared.at(batch)
+    def _sums(self, batch: int, rows: int) -> Any:
+        """Return the program of a batch's stage and rows: (params, batch) -> sums over the gradients' bits."""
+        key, at = (self._prepared.recipe.at(batch).program, rows), self._prepared.at(batch).of_rows(rows)
         if key not in self._programs:
             loss_and_gradients = make_loss_and_gradients(at.config, at.mesh, at.backend)
             options = deterministic_options(at.config, at.mesh.devices.flat[0].platform) or None

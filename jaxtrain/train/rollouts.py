@@ -22,13 +22,16 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
+from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.chat_store import ChatPrompt, Prompts
 from jaxtrain.data.order import Order
 from jaxtrain.errors import CheckpointError, DataError
 from jaxtrain.files import AppendedFile, replacing
 from jaxtrain.inference.engine import Sampling
+from jaxtrain.layout import fewer_rows
 from jaxtrain.models.trained import trained, with_trained
 from jaxtrain.objectives.grpo import ADVANTAGES, OLD, REFERENCE, SAMPLER, WEIGHTS
+from jaxtrain.telemetry.clock import ROW_SHARE
 from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.advantages import answer_weights, group_advantages, no_spread
@@ -38,6 +41,8 @@ from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
 
 PyTree = Any
+Place = tuple[int, int]
+"""(row, index in it)."""
 FOLDER, FILE = "rollouts", "rollouts.jsonl"
 SHOWN_ANSWERS = 4
 """Answers of a rollout that run_dir/rollouts.jsonl holds."""
@@ -71,44 +76,64 @@ def usable(prompts: Prompts, config: Config) -> list[int]:
     return found
 
 
-def rows_of(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], length: int) -> dict[str, np.ndarray]:
-    """Return a batch with one answer a row, after its prompt: int32 tokens, targets, positions and segments, and float32 log p.
+def places_of(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], config: Config) -> tuple[int, list[Place]]:
+    """Return the rows of a batch, and where in them each prompt and answer begins.
 
-    Only the answer's tokens are targets; all arrays are [answers, length], aligned with the targets. Where the answers have
-    their experts, int32 experts [answers, length, stacked layers K], -1 in the padding.
+    They are packed by best fit where that makes a smaller step (`layout.fewer_rows`); else each has a row.
     """
-    shape = (len(answers), length)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    targets, log_ps = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    length, train = config.data.sequence_length, config.train
+    sizes = [len(prompt.ids) + len(answer.ids) - 1 for prompt, answer in zip(prompts, answers, strict=True)]
+    packed = best_fit(np.array(sizes), length) if config.objective.grpo.packing else []
+    rows = fewer_rows(config, len(packed))[0] if packed else train.global_batch_size
+    if rows == train.global_batch_size:
+        return rows, [(row, 0) for row in range(len(sizes))]
+    places: list[Place] = [(0, 0)] * len(sizes)
+    for row, members in enumerate(packed):
+        first = 0
+        for member in members.tolist():
+            places[member], first = (row, first), first + sizes[member]
+    return rows, places
+
+
+def rows_of(
+    prompts: Sequence[ChatPrompt], answers: Sequence[Answer], length: int, places: tuple[int, Sequence[Place]] | None = None
+) -> dict[str, np.ndarray]:
+    """Return a batch of answers, each after its prompt: int32 tokens, targets, positions and segments, and float32 log p.
+
+    Only the answers' tokens are targets; all arrays are [rows, length], aligned with the targets. `answer` says which one a
+    place belongs to, -1 in the padding. Where the answers have their experts, int32 experts [rows, length, stacked layers K],
+    -1 in the padding.
+
+    Args:
+      places: of `places_of`; by default each answer has a row.
+    """
+    count, starts = places or (len(answers), [(row, 0) for row in range(len(answers))])
+    tokens, positions, segments = (np.zeros((count, length), np.int32) for _ in range(3))
+    targets, numbers = (np.full((count, length), -1, np.int32) for _ in range(2))
+    log_ps, experts = np.zeros((count, length), np.float32), {}
+    for number, (prompt, answer, (row, begin)) in enumerate(zip(prompts, answers, starts, strict=True)):
         ids = [*map(int, prompt.ids), *answer.ids]
-        count, first = len(ids) - 1, len(prompt.ids) - 1
-        tokens[row, :count], segments[row, :count] = ids[:-1], 1
-        positions[row, :count] = np.arange(count)
-        targets[row, first:count], log_ps[row, first:count] = answer.ids, answer.log_ps
+        first, end = begin + len(prompt.ids) - 1, begin + len(ids) - 1
+        tokens[row, begin:end], numbers[row, begin:end] = ids[:-1], number
+        segments[row, begin:end] = segments[row].max() + 1
+        positions[row, begin:end] = np.arange(end - begin)
+        targets[row, first:end], log_ps[row, first:end] = answer.ids, answer.log_ps
+        if answer.experts is not None:
+            own = answer.experts.reshape(len(answer.experts), -1)
+            whole = experts.setdefault("experts", np.full((count, length, own.shape[1]), -1, np.int32))
+            whole[row, begin : begin + len(own)] = own
     rows = {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments, SAMPLER: log_ps}
-    return rows | _experts(answers, length)
-
-
-def _experts(answers: Sequence[Answer], length: int) -> dict[str, np.ndarray]:
-    given = [answer.experts.reshape(len(answer.experts), -1) for answer in answers if answer.experts is not None]
-    if not given:
-        return {}
-    experts = np.full((len(answers), length, given[0].shape[1]), -1, np.int32)
-    for row, own in enumerate(given):
-        experts[row, : len(own)] = own
-    return {"experts": experts}
+    return rows | {"answer": numbers} | experts
 
 
 def weighed(rows: dict[str, np.ndarray], scores: Scores, config: Config) -> dict[str, np.ndarray]:
     """Return the rows with the floats that the objective wants of each token; the old log-probabilities are still unknown."""
     grpo, is_target = config.objective.grpo, rows["targets"] >= 0
-    lengths = is_target.sum(1)
-    advantages = group_advantages(scores.rewards, grpo.advantage).reshape(-1, 1)
-    normaliser = NORMALISERS[grpo.advantage]
-    weights = answer_weights(lengths, lengths > 0, normaliser, grpo.max_new_tokens)[:, None]
+    lengths = np.bincount(rows["answer"][is_target], minlength=scores.rewards.size)
+    weights = answer_weights(lengths, lengths > 0, NORMALISERS[grpo.advantage], grpo.max_new_tokens)
+    of_answers = {ADVANTAGES: group_advantages(scores.rewards, grpo.advantage).reshape(-1), WEIGHTS: weights}
     unknown = np.full(is_target.shape, np.nan, np.float32)
-    spread = {ADVANTAGES: advantages * is_target, WEIGHTS: weights * is_target}
+    spread = {name: np.where(is_target, values[rows["answer"]], 0) for name, values in of_answers.items()}
     return rows | {name: array.astype(np.float32) for name, array in spread.items()} | {OLD: unknown}
 
 
@@ -173,7 +198,8 @@ class Rollouts:
         if self._grpo.kl:
             with progress.during("making the reference"):
                 self._reference = trained(self._config, prepared.create_state()["params"])  # the others are the state's own
-            self._score = make_score(self._config, prepared.mesh, prepared.backend)
+        self._scores: dict[int, Any] = {}
+        """Programs of the reference's log-probabilities, by the rows of a batch."""
         self._held: Rollout | None = None
         self._folder = self._config.directory / FOLDER
         self._file = AppendedFile(self._config.directory / FILE, progress.say, lambda path: size_up_to(path, first))
@@ -200,8 +226,15 @@ class Rollouts:
             return None
         if self._reference is not None and REFERENCE not in self._held.placed:
             initial = with_trained(self._config, state["params"], self._reference)
-            self._held.placed = self._held.placed | {REFERENCE: self._score(initial, self._held.placed)}
+            score = self._score_of(len(self._held.rows["targets"]))
+            self._held.placed = self._held.placed | {REFERENCE: score(initial, self._held.placed)}
         return self._held.placed
+
+    def _score_of(self, rows: int) -> Any:
+        if rows not in self._scores:
+            config = self._prepared.of_rows(rows).config
+            self._scores[rows] = make_score(config, self._prepared.mesh, self._prepared.backend)
+        return self._scores[rows]
 
     def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
         assert self._held is not None
@@ -278,13 +311,16 @@ class Rollouts:
             scores = self._answering.scores(prompts, groups)
         for line in scores.failures[:1]:
             self._progress.say(f"warning    {len(scores.failures)} reward calls failed, their rewards are 0: {line}")
-        rows = weighed(rows_of(asked, answers, self._config.data.sequence_length), scores, self._config)
+        packed = places_of(asked, answers, self._config)
+        rows = weighed(rows_of(asked, answers, self._config.data.sequence_length, packed), scores, self._config)
         self._show(step, prompts, groups, scores)
-        return Rollout(number, rows, measures(scores, answers, seconds), self._place(rows))
+        fill = {"fill": float((rows["segments"] > 0).mean()), ROW_SHARE: packed[0] / self._config.train.global_batch_size}
+        return Rollout(number, rows, measures(scores, answers, seconds) | fill, self._place(rows))
 
     def _place(self, rows: dict[str, np.ndarray]) -> PyTree:
-        own = self._prepared.rows()
-        return self._prepared.place({name: array[own] for name, array in rows.items()})
+        prepared = self._prepared.of_rows(len(rows["targets"]))
+        own = prepared.rows()
+        return prepared.place({name: array[own] for name, array in rows.items()})
 
     def _show(self, step: int, prompts: Sequence[ChatPrompt], groups: Sequence[Sequence[Answer]], scores: Scores) -> None:
         """Append the first answers of a rollout to run_dir/rollouts.jsonl, as text."""

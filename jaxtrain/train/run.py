@@ -256,7 +256,8 @@ class Run:
     def _compile(self, first: int) -> TrainSteps | RecomputeCheck:
         prepared, batch_of, started = self.prepared, self.resume.rollbacks.batch, time.perf_counter()
         with self.progress.during("compiling"):
-            steps = TrainSteps(prepared, first, self.config.train.steps, batch_of)
+            compiling = lambda: self.progress.during("compiling")  # noqa: E731
+            steps = TrainSteps(prepared, first, self.config.train.steps, batch_of, compiling)
         programs = [program.memory_analysis() for program in steps.programs.values()]
         memory = max(programs, key=lambda program: program.temp_size_in_bytes)
         held, working = map(readable_size, (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
@@ -420,8 +421,9 @@ class Run:
     def _diagnose(self, state: PyTree, step: int) -> str:
         """Return where a step's numbers first went wrong, in words; `state` is that from before it."""
         at = self.prepared.at(self.resume.rollbacks.batch(step - 1))
-        probe = NanProbe(at.config, self.mesh, at.backend)
-        return probe(jax.block_until_ready(state["params"]), self.feed.batch(step - 1))
+        batch = self.feed.batch(step - 1)
+        probe = NanProbe(at.of_rows(len(batch["targets"])).config, self.mesh, at.backend)
+        return probe(jax.block_until_ready(state["params"]), batch)
 
     def _open_meter(self) -> Meter | None:
         """Return what measures the energy here; the log says which. Processes that log nothing need none."""

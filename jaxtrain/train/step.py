@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxtrain.agreement import compare_program
 from jaxtrain.config import Config
+from jaxtrain.config.stages import ResolvedStage
 from jaxtrain.models.trained import trained, trained_dims, with_trained
 from jaxtrain.numerics import settled
 from jaxtrain.objectives import objective_of
@@ -170,14 +172,24 @@ def compile_train_step(
 class TrainSteps:
     """The train steps first + 1 .. last, to be called in order; each runs the compiled program of its exchange.
 
-    All programs are compiled here, before the run. Most sync modes need one or two; so do the stages, each with its shapes.
+    All programs are compiled here, before the run, but for batches of packed answers with fewer rows, which come when they
+    come. Most sync modes need one or two; so do the stages, each with its shapes.
 
     Args:
       batch_of: steps before a step -> the number of its batch, which says its stage.
+      compiling: gives a context for what is compiled later.
     """
 
-    def __init__(self, prepared: Prepared, first: int, last: int, batch_of: Callable[[int], int] = lambda step: step):
+    def __init__(
+        self,
+        prepared: Prepared,
+        first: int,
+        last: int,
+        batch_of: Callable[[int], int] = lambda step: step,
+        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
         config, mesh = prepared.config, prepared.mesh
+        self._prepared, self._compiling = prepared, compiling
         self._sync, self._step, self._batch_of, self._stage_at = config.sync, first, batch_of, prepared.recipe.at
         self._newest_divergence: dict[str, jax.Array] = {}
         kinds = dict.fromkeys(sync.exchange_at(config.sync, step) for step in range(first + 1, max(first + 1, last) + 1))
@@ -185,10 +197,7 @@ class TrainSteps:
         stages = [stage for stage in prepared.recipe.stages if stage.first >= begun]
         self.programs: dict[Any, Any] = {}
         for stage, kind in itertools.product(stages, kinds):
-            if (stage.program, kind) not in self.programs:
-                at = prepared.at(stage.first)
-                compiled = compile_train_step(at.config, mesh, prepared.optimizer, at.backend, exchange=kind)
-                self.programs[stage.program, kind] = compiled
+            self._program(stage, kind, stage.config.train.global_batch_size)
         numbers = stage_numbers(config)
         self._numbers = {stage.first: _placed(numbers[stage.first], mesh) for stage in stages}
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
@@ -199,6 +208,15 @@ class TrainSteps:
         """Set the next step to first + 1, which must not be before the compiled ones."""
         self._step, self._newest_divergence = first, {}
 
+    def _program(self, stage: ResolvedStage, kind: ReplicaExchange, rows: int) -> Any:
+        at = self._prepared.at(stage.first).of_rows(rows)
+        is_whole = rows == stage.config.train.global_batch_size
+        key = (stage.program, kind) if is_whole else (stage.program, kind, rows)
+        if key not in self.programs:
+            with self._compiling():
+                self.programs[key] = compile_train_step(at.config, at.mesh, at.optimizer, at.backend, exchange=kind)
+        return self.programs[key]
+
     def __call__(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """Run the next step: (state, metrics).
 
@@ -207,7 +225,7 @@ class TrainSteps:
         """
         self._step += 1
         stage, kind = self._stage_at(self._batch_of(self._step - 1)), sync.exchange_at(self._sync, self._step)
-        state, metrics = self.programs[stage.program, kind](state, batch, self._numbers[stage.first])
+        state, metrics = self._program(stage, kind, len(batch["targets"]))(state, batch, self._numbers[stage.first])
         if isinstance(metrics, tuple):
             metrics, log_probs = metrics
             metrics |= {"log_probs": log_probs}

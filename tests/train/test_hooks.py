@@ -44,7 +44,7 @@ class Clock:
     def __init__(self):
         self.pauses = 0
 
-    def step_done(self, step):
+    def step_done(self, step, share):
         pass
 
     def window(self):

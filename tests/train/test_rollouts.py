@@ -22,7 +22,7 @@ from jaxtrain.train.answers import Answer, Answering
 from jaxtrain.train.gradients import batch_names, make_loss_and_gradients
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
-from jaxtrain.train.rollouts import Rollouts, answer_seed, rows_of, usable, weighed
+from jaxtrain.train.rollouts import Rollouts, answer_seed, places_of, rows_of, usable, weighed
 from jaxtrain.train.sampler_limits import SamplerLimits
 from jaxtrain.train.state import initial_params
 from jaxtrain.train.stop import StopOnSignal
@@ -53,7 +53,8 @@ def files(tmp_path):
 
 
 def config_of(files, name="run", updates=1, steps=4, mesh=None, **more):
-    grpo = GrpoConfig(reward=str(files / "reward.py"), group_size=4, max_new_tokens=6, updates=updates, **more.pop("grpo", {}))
+    settings = {"group_size": 4, "max_new_tokens": 6, "updates": updates, "packing": False} | more.pop("grpo", {})
+    grpo = GrpoConfig(reward=str(files / "reward.py"), **settings)
     train = {"steps": steps, "global_batch_size": 16, "log_every": 1, "validate_every": 0} | more.pop("train", {})
     return tiny(
         name=name,
@@ -206,7 +207,7 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
         steps=2,
         mesh={"fsdp": 4, "tensor": 2},
         train={"microbatches": 2, "validate_every": 2},
-        grpo={"kl": 0.1, "temperature": 0.7},
+        grpo={"kl": 0.1, "temperature": 0.7, "packing": True},
         lora=LoraConfig(rank=2),  # the reference has the state's own frozen weights
     )
     trainer = trained(config)
@@ -217,23 +218,79 @@ def test_sampling_agrees_with_training_and_held_out_prompts_are_validated(files)
         assert row["ratio_change"] == 0
         assert row["sampler_difference"] < 1e-6
         assert row["reward_std"] > 0
+        assert row["row_share"] == 0.5
+        assert row["fill"] > 0.5
     held_out = [row for row in read_rows(config.directory / "metrics.jsonl") if "validation_reward" in row]
     assert [row["step"] for row in held_out] == [2]
     assert 0 < held_out[0]["validation_response_length"] <= 6
     assert trainer.metrics["validation_reward"].tolist() == [trainer.evaluate()["validation_reward"]]
 
 
+def made_up():
+    """Prompts, answers and scores."""
+    asked = [SimpleNamespace(ids=[65, 66 + i], row={}) for i in range(16)]
+    answers = [Answer([70 + i] * (i % 7), [-5.0] * (i % 7), True) for i in range(16)]
+    return asked, answers, Scores(np.arange(16, dtype=np.float32).reshape(4, 4) ** 2, (), 0.0)
+
+
 def step_on_answers(files, microbatches):
     """Loss, metrics, reports and gradients of a batch of made-up answers; in some microbatches no answer, or few tokens."""
     config = config_of(files, mesh={"data": 1}, train={"microbatches": microbatches})
-    asked = [SimpleNamespace(ids=[65, 66 + i], row={}) for i in range(16)]
-    answers = [Answer([70 + i] * (i % 7), [-5.0] * (i % 7), True) for i in range(16)]
-    rewards = np.arange(16, dtype=np.float32).reshape(4, 4) ** 2
-    rows = weighed(rows_of(asked, answers, 16), Scores(rewards, (), 0.0), config)
+    asked, answers, scores = made_up()
+    rows = weighed(rows_of(asked, answers, 16), scores, config)
     rows["targets"][:4] = -1
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     step = jax.jit(make_loss_and_gradients(config, mesh, "reference"))
     return step(initial_params(config), {name: rows[name] for name in batch_names(config)})
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_packed_rows_hold_the_same_answers(files, advantage):
+    config = config_of(files, grpo={"packing": True, "advantage": advantage}, mesh={"data": 1})
+    asked, answers, scores = made_up()
+    padded = weighed(rows_of(asked, answers, 16), scores, config)
+    packed = weighed(rows_of(asked, answers, 16, places_of(asked, answers, config)), scores, config)
+    assert packed["targets"].shape == (4, 16)
+    for batch in (padded, packed):
+        starts = np.nonzero(np.diff(batch["segments"], axis=1, prepend=0) * (batch["segments"] > 0))
+        assert (batch["positions"][starts] == 0).all()
+        assert len(starts[0]) == 16
+    for name in ("tokens", "targets", "positions", SAMPLER, WEIGHTS, ADVANTAGES):
+        of_answer = [[batch[name][batch["answer"] == i].tolist() for i in range(16)] for batch in (padded, packed)]
+        assert of_answer[0] == of_answer[1], name
+
+
+def step_on_mesh(files, mesh, packing):
+    """Metrics and gradients of a batch of sampled answers on a mesh; no balance loss, which is of rows."""
+    model = {"num_layers": 3, "moe": replace(MOE["moe"], balance_loss=0.0)} if "expert" in mesh else {}
+    config = config_of(files, mesh=mesh, model=model, grpo={"packing": packing}, train={"microbatches": 2})
+    prepared = Prepared(config)
+    params, settings = prepared.create_state()["params"], [Sampling(1 + i % 6, temperature=1.0, seed=i) for i in range(16)]
+    asked = [SimpleNamespace(ids=[65 + i % 3] * (1 + i % 4), row={}) for i in range(16)]
+    answers = Answering(prepared, load_tokenizer("byte")).answers(params, asked, settings, lambda part: False)
+    packed = places_of(asked, answers, config)
+    rows = weighed(rows_of(asked, answers, 16, packed), made_up()[2], config)
+    prepared = prepared.of_rows(packed[0])
+    step = jax.jit(make_loss_and_gradients(prepared.config, prepared.mesh, prepared.backend))
+    metrics, _, gradients = step(params, prepared.place(rows))
+    return packed[0], metrics, gradients
+
+
+PACKED_MESHES = [{"pipe": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "context": 4}, {"data": 2, "expert": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, *(pytest.param(m, marks=pytest.mark.slow) for m in PACKED_MESHES)])
+def test_packed_answers_give_the_loss_and_gradients_of_padded_ones(files, mesh):
+    (many, padded, wanted), (few, packed, found) = (step_on_mesh(files, mesh, packing) for packing in (False, True))
+    assert (many, few) == (16, 8)
+    for metrics in (padded, packed):
+        assert metrics["ratio_change"] == 0
+        assert metrics["sampler_difference"] < 1e-6
+    assert abs(padded["loss"]) > 1e-3
+    for name in ("loss", "total_loss", "targets"):
+        np.testing.assert_allclose(packed[name], padded[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -260,7 +317,8 @@ def test_microbatches_change_neither_rewards_nor_losses_of_a_run(files):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", FOUR_MESHES, ids=lambda mesh: "-".join(mesh))
 def test_the_layout_changes_neither_answers_nor_steps(files, mesh):
-    alone, other = config_of(files, "alone", steps=2), config_of(files, "other", steps=2, mesh=mesh)
+    alone = config_of(files, "alone", steps=2)
+    other = config_of(files, "other", steps=2, mesh=mesh, grpo={"packing": True})
     trained(alone)
     trained(other)
     for row, one in zip(rows(other), rows(alone), strict=True):
@@ -282,10 +340,11 @@ def test_sampling_agrees_with_training_in_bfloat16(files, mesh):
         assert row["sampler_difference"] < 2e-3
 
 
-def test_a_run_that_ends_between_updates_and_in_a_rollout_goes_on_to_the_same_bits(files):
-    whole = trained(config_of(files, "whole", updates=2))
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_that_ends_between_updates_and_in_a_rollout_goes_on_to_the_same_bits(files, packing):
+    whole = trained(config_of(files, "whole", updates=2, grpo={"packing": packing}))
     assert [row["ratio_change"] == 0 for row in rows(whole.config)] == [True, False, True, False]
-    config = config_of(files, "broken", updates=2)
+    config = config_of(files, "broken", updates=2, grpo={"packing": packing})
     ended = trained(config, StopAfter(1)).ended
     assert (ended.step, ended.exit_code) == (1, 76)
     assert [path.name for path in (config.directory / "rollouts").glob("*")] == ["1.npz"]
@@ -429,6 +488,36 @@ def test_two_processes_give_the_same_as_one_and_a_killed_one_goes_on_to_the_same
     assert figures["killed"] == figures["two"]
     for two, one in zip(figures["two"], figures["one"], strict=True):  # gloo sums in another order
         assert [value for value in two if value] == pytest.approx([value for value in one if value], rel=1e-4)
+
+
+FATAL = """
+import os, pathlib
+inner, calls, kill = reward, 0, pathlib.Path(__file__).with_name("kill")
+
+def reward(prompts, completions, rows):
+    global calls
+    calls += 1
+    if calls == 6 and kill.exists():  # the second of four groups of the second rollout
+        kill.unlink()
+        os.kill(os.getpid(), 9)
+    return inner(prompts, completions, rows)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_a_rollout_makes_it_again_to_the_same_bits(files, tmp_path):
+    (files / "reward.py").write_text(REWARD + FATAL)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        for code in (-signal.SIGKILL, 0) if name == "killed" else (0,):
+            if code:
+                (files / "kill").touch()
+            with started(1, 4, arguments(files, f"run_{name}"), tmp_path / name) as running:
+                assert running[0].wait(300) == code, (tmp_path / name / "0.log").read_text()[-3000:]
+    texts = [(files / f"run_{name}" / "rollouts.jsonl").read_text() for name in ("whole", "killed")]
+    assert texts[0] == texts[1]
+    whole, killed = (read_rows(files / f"run_{name}" / "metrics.jsonl") for name in ("whole", "killed"))
+    assert [[row.get(key) for key in SAME] for row in killed] == [[row.get(key) for key in SAME] for row in whole]
 
 
 SAME = ("step", "loss", "reward", "ratio_change", "grad_norm", "validation_reward", "entropy")
