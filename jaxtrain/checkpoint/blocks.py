@@ -20,9 +20,10 @@ BLOCK_BYTES = 64 << 20
 T = TypeVar("T")
 
 
-def in_blocks(_: Any, leaf: Any) -> Any:
+def in_blocks(key: Any, value: Any) -> Any:
     """Return how Orbax stores a large array: in blocks, cut along the layers first, as they are read one by one."""
-    if leaf.nbytes <= BLOCK_BYTES:
+    del key
+    if value.nbytes <= BLOCK_BYTES:
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=BLOCK_BYTES, shard_axes=(0,))
 
@@ -58,7 +59,7 @@ class StoredArray:
         self._what = f"{os.fspath(step)}: {name}"
         self._store = self._or_damaged(lambda: ts.open(_spec(step, name), open=True, read=True).result())
         self.shape, self.dtype = tuple(self._store.shape), self._store.dtype.numpy_dtype
-        self.block: tuple[int, ...] = tuple(self._store.chunk_layout.read_chunk.shape or ())
+        self.block = tuple(int(size or 0) for size in self._store.chunk_layout.read_chunk.shape or ())
         """Shape of the blocks in which it is stored."""
         self._held: tuple[Any, Any] = (None, None)
 

@@ -1,4 +1,4 @@
-"""The memory that generation holds on a device from token to token: weights and the cache of keys and values."""
+"""The memory of generation on a device: weights, the cache of keys and values, and what a decoding step needs beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.config import MESH_AXES, Config
-from jaxtrain.inference.cache import CacheSize, cache_shapes, cache_specs
+from jaxtrain.inference.cache import ROW_AXES, CacheSize, cache_shapes, cache_specs
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.sharding import specs
 from jaxtrain.train.state import initial_params
@@ -23,17 +23,28 @@ class GenerationMemory(NamedTuple):
     """In `model.param_dtype`, as the state of training holds them."""
     cache: int
     """Windows have rings of entries, latent attention an entry of kv_rank + rope_dim numbers."""
+    working: int
+    """Of a step: logits, nine times in float32 where tokens are drawn, or a copy of one layer's cache, if that is more.
+    Measured on programs compiled for CPUs."""
 
 
 def generation_memory(config: Config, room: CacheSize) -> GenerationMemory:
-    """Return what a device holds of a model that generates; sums of exact shapes.
+    """Return what a device holds of a model that generates; weights and cache are sums of exact shapes.
 
     Args:
       config: resolved.
       room: rows of all devices, a multiple of the devices that rows are cut over.
     """
     weights = jax.eval_shape(functools.partial(initial_params, config))
-    return GenerationMemory(_bytes_of_device(config, weights, specs(parameter_dims(config.model))), cache_bytes(config, room))
+    held = _bytes_of_device(config, weights, specs(parameter_dims(config.model)))
+    return GenerationMemory(held, cache_bytes(config, room), working_bytes(config, room))
+
+
+def working_bytes(config: Config, room: CacheSize) -> int:
+    """Return the bytes of a decoding step beside weights and cache; see `GenerationMemory.working`."""
+    devices = math.prod(size for axis, size in zip(MESH_AXES, config.mesh.shape, strict=True) if axis in ROW_AXES)
+    logits = 4 * room.rows // devices * config.model.vocab_size
+    return max(9 * logits, cache_bytes(config, room) * config.mesh.pipe // config.model.num_layers)
 
 
 def cache_bytes(config: Config, room: CacheSize) -> int:

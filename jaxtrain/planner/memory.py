@@ -43,7 +43,7 @@ from jaxtrain.planner.activations import Sizes, folds, kept_bytes, operand_bytes
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.layer_table import BYTES, FLOAT32
 from jaxtrain.planner.other_models import other_weights
-from jaxtrain.planner.rollouts import cache_of_device
+from jaxtrain.planner.rollouts import memory_of_device
 from jaxtrain.planner.state_memory import (
     Cut,
     Shares,
@@ -77,7 +77,7 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
         other_models=other_weights(config),
         kernels=_kernels(config, sizes, backend),
     )
-    held = step.parameters + step.optimizer + step.weights + step.other_models + cache_of_device(config)
+    held = step.parameters + step.optimizer + step.weights + step.other_models + memory_of_device(config)
     return replace(step, rollouts=max(0.0, held - step.total))
 
 

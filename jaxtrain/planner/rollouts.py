@@ -20,7 +20,7 @@ from jaxtrain.inference.cache import ROW_AXES, CacheSize
 from jaxtrain.inference.engine import LARGEST_CHUNK, UNIT
 from jaxtrain.planner.candidate import Candidate, with_layout
 from jaxtrain.planner.estimates import Cluster
-from jaxtrain.planner.generation_memory import cache_bytes
+from jaxtrain.planner.generation_memory import cache_bytes, working_bytes
 from jaxtrain.planner.layer_table import matmuls
 from jaxtrain.planner.roofline import KERNEL_GAP, Roofline
 from jaxtrain.planner.traffic import Flow, place, seconds
@@ -54,6 +54,11 @@ def cache_size(config: Config) -> CacheSize:
 def cache_of_device(config: Config) -> int:
     """Return a device's bytes of the cache of a rollout; 0 where there is none. A slot has its share of `cache_size().rows`."""
     return cache_bytes(config, cache_size(config)) if config.objective.kind == "grpo" else 0
+
+
+def memory_of_device(config: Config) -> int:
+    """Return the bytes that a device needs beside the state while it decodes: the cache, and logits; 0 without rollouts."""
+    return cache_of_device(config) + working_bytes(config, cache_size(config)) if config.objective.kind == "grpo" else 0
 
 
 def rollout_seconds(costs: Costs, layout: Candidate, layer_forward: float) -> float:

@@ -19,7 +19,7 @@ from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.planner.rollouts import cache_of_device, cache_size
+from jaxtrain.planner.rollouts import cache_of_device, cache_size, memory_of_device
 from jaxtrain.telemetry.flops import num_parameters
 from tests.planner.test_formulas import Case
 from tests.tiny import tiny
@@ -80,7 +80,7 @@ def test_rollouts_read_weights_and_cache_for_each_token():
 def test_a_rollout_holds_its_cache_where_a_step_holds_more():
     few, many = (estimate_memory(rewarded(rows=rows)) for rows in (8, 2048))
     assert few.rollouts == 0
-    assert many.total == many.parameters + many.optimizer + many.weights + cache_of_device(rewarded(rows=2048))
+    assert many.total == many.parameters + many.optimizer + many.weights + memory_of_device(rewarded(rows=2048))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(pipe=2, data=2, tensor=2)])
