@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -34,8 +35,13 @@ TRAVELLING = (
 """Files that go with the weights, into a run and out of it again."""
 MAPPED_BYTES = 128 << 20
 """Bytes read before the files are closed: what was read of a mapped file counts as resident memory until then."""
+MOST_PADDING = 0.05
+"""Share of an embedding table that is usual padding: 2% at most in the models of `known.py`."""
 SHOWN = 5
 """Tensors that one line of an error lists."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Stored(NamedTuple):
@@ -212,6 +218,33 @@ class WeightsFolder:
             more = f"\n  - and {len(problems) - 12} more" if len(problems) > 12 else ""
             listed = "".join(f"\n  - {printable(problem)}" for problem in problems[:12])
             raise ExplainedError(f"{self.path} does not hold the weights of its config.json:{listed}{more}")
+
+    def check_tokenizer(self, vocab_size: int) -> None:
+        """Refuse a tokenizer.json with ids beyond a vocabulary, and warn of one that leaves much of the embedding table unused.
+
+        Raises:
+          ExplainedError: it has such ids, or cannot be read.
+        """
+        file, rows = self.path / "tokenizer.json", self.model.vocab_size
+        if not file.is_file():
+            return
+        try:
+            described = self._json("tokenizer.json")
+            pieces = described.get("model", {}).get("vocab", {})
+            ids = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
+            count = 1 + max([-1, *ids, *(token["id"] for token in described.get("added_tokens", []))])
+        except (ExplainedError, AttributeError, TypeError, KeyError) as error:
+            raise ExplainedError(f"{file} is no tokenizer.json ({type(error).__name__}: {error}); fetch it again") from error
+        if count > vocab_size:
+            whose = "config.json has" if vocab_size == rows else f"config.json has vocab_size={rows}, and the run"
+            raise ExplainedError(
+                f"{file} has ids up to {count - 1}, but {whose} vocab_size={vocab_size}: give the tokenizer of these weights, "
+                f"or add rows for its tokens: train with --init_from={self.path} --model.vocab_size={count}"
+            )
+        if 0 < count < (1 - MOST_PADDING) * rows:
+            log.warning(
+                "%s has %d ids, but the embedding table of these weights %d rows: is it their tokenizer?", file, count, rows
+            )
 
     # ------------------------------------------------------------------------------------------------------------------
     # Numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from jaxtrain.checkpoint.streamed import Leaf, save_streamed
 from jaxtrain.config import Config, ModelConfig, to_json, to_plain
 from jaxtrain.config.fields import DType
 from jaxtrain.data.progress import progress
-from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file, user_path
 from jaxtrain.huggingface.files import WeightsFolder, travelling_files
 from jaxtrain.huggingface.table import FIRST, Table
@@ -45,7 +43,7 @@ def import_folder(path: str, run_dir: str, param_dtype: DType) -> Config:
       ExplainedError: the folder is not whole, or run_dir cannot be written; nothing is left in it then.
     """
     with WeightsFolder(path) as folder:
-        _check_tokenizer(folder)
+        folder.check_tokenizer(folder.model.vocab_size)
         target = user_path(run_dir)
         config = imported_config(folder, run_dir, param_dtype)
         metadata = {
@@ -59,25 +57,6 @@ def import_folder(path: str, run_dir: str, param_dtype: DType) -> Config:
         keep_travelling(folder, target)
         replace_file(target / "config.json", to_json(config) + "\n")
         return config
-
-
-def _check_tokenizer(folder: WeightsFolder) -> None:
-    """Refuse a tokenizer.json with more tokens than the model has; fewer are usual."""
-    file, size = folder.path / "tokenizer.json", folder.model.vocab_size
-    if not file.is_file():
-        return
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        pieces = described.get("model", {}).get("vocab", {})
-        ids = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
-        count = 1 + max([-1, *ids, *(token["id"] for token in described.get("added_tokens", []))])
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ExplainedError(f"{file} is no tokenizer.json ({type(error).__name__}: {error}); fetch it again") from error
-    if count > size:
-        raise ExplainedError(
-            f"{file} has ids up to {count - 1}, but config.json has vocab_size={size}: give the tokenizer of these weights, or "
-            f"add rows for its tokens: train with --init_from={folder.path} --model.vocab_size={count}"
-        )
 
 
 def imported_config(folder: WeightsFolder, run_dir: str, param_dtype: DType) -> Config:

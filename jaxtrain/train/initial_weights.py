@@ -55,6 +55,7 @@ def initial_weights(config: Config, mesh: Mesh, optimizer: optax.GradientTransfo
         raise ExplainedError(f"init_from={config.init_from} is a HuggingFace folder, which holds no optimizer state")
     with WeightsFolder(config.init_from) as folder:
         _check_same_model(config, folder.model)
+        folder.check_tokenizer(config.model.vocab_size)
         params = place(config.model.base, make_stacking(config), mesh, folder.table, folder.fetch, holding(config.lora, mesh))
         given = {"params": params}
         return _with_adapter(config, mesh, given, folder.table) if config.lora.init_from else given, origin_of(folder)

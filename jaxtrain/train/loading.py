@@ -69,7 +69,7 @@ def load(
         raise ExplainedError(f"the mesh wants {count} devices, there are {here}; give a smaller mesh.*")
     devices = make_mesh(config.mesh, jax.devices()[:count])
     params = initial_weights(config, devices, optax.identity())[0]["params"]
-    tokenizer = _tokenizer(config.data.tokenizer)
+    tokenizer = _tokenizer(config)
     if not ends and tokenizer is not None:
         ends = _answer_ends(config, tokenizer)
     begins, write = _begins(beside / "tokenizer.json", config.data.tokenizer), _refuse if quantisation else hf_writer(beside)
@@ -145,8 +145,18 @@ def _begins(file: Path, used: str) -> tuple[int, ...]:
     return begin_ids(file)
 
 
-def _tokenizer(name: str) -> Any:
-    """Return the tokenizer of that name, or None where it is made from data that is not at hand."""
-    if name != "byte" and not user_path(name).exists():
+def _tokenizer(config: Config) -> Any:
+    """Return the tokenizer of the data, or None where it is made from data that is not at hand.
+
+    Raises:
+      ExplainedError: it has ids that the model lacks: another stands there than the one that the run was trained with.
+    """
+    name, size = config.data.tokenizer, config.model.vocab_size
+    if name == "byte":
+        return load_tokenizer(name)
+    if not user_path(name).exists():
         return None
-    return load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > size:
+        raise ExplainedError(f"{name} has {tokenizer.vocab_size} ids, but the model vocab_size={size}: put its own there")
+    return tokenizer

@@ -69,6 +69,25 @@ def test_weights_in_8_bits_give_nearly_the_same_and_are_not_written(folder: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_of_another_size_is_named(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Ids beyond the table are refused, in a folder and beside a run; a table that is mostly unused is a warning."""
+    size, other = described("gemma2")[1].vocab_size, tmp_path / "other"
+    shutil.copytree(folder, other)
+    words = {f"word{number}": number for number in range(size + 1)}
+    pieces = {"type": "WordLevel", "vocab": words | {"<|endoftext|>": size + 1}, "unk_token": "word0"}
+    file = other / "tokenizer.json"
+    file.write_text(json.dumps({"model": pieces}), encoding="utf-8")
+    with pytest.raises(ExplainedError, match=f"has ids up to {size + 1}, .*vocab_size={size}: .*--model.vocab_size={size + 2}"):
+        jaxtrain.load(other)
+    file.write_text(json.dumps({"model": pieces | {"vocab": {"word0": 0, "<|endoftext|>": 1}}}), encoding="utf-8")
+    import_folder(str(other), str(tmp_path / "run"), "float32")
+    assert f"has 2 ids, but the embedding table of these weights {size} rows" in caplog.text
+    kept = tmp_path / "run" / "huggingface" / "tokenizer.json"
+    kept.write_text(json.dumps({"model": pieces}), encoding="utf-8")
+    with pytest.raises(ExplainedError, match=f"has {size + 2} ids, but the model vocab_size={size}"):
+        jaxtrain.load(tmp_path / "run")
+
+
 def test_a_text_begins_as_the_tokenizer_says(folder: Path, tmp_path: Path):
     """With <s>, which our own encoding leaves out; token ids are taken as they are."""
     begun = tmp_path / "begun"
