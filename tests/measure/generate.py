@@ -1,6 +1,6 @@
 """Greedy generation beside `transformers`: tokens/s of both with the same weights, and of decoding at full memory bandwidth.
 
-python -m tests.measure.generate [tiny] [135m], with the extra `hf`. Float32, 64 new tokens; the best of three runs each.
+python -m tests.measure.generate [tiny] [135m], with the extra `hf`. Float32, 64 new tokens; the best of three runs, by turns.
 """
 
 from __future__ import annotations
@@ -23,21 +23,15 @@ SMALL = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
 SHAPES = {"tiny": TINY | {"num_key_value_heads": 2}, "135m": SMALL | {"num_key_value_heads": 3, "tie_word_embeddings": True}}
 
 
-def best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of three calls, after one that compiles."""
-    work()
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
-
-
-def bandwidth(size: int) -> float:
-    """Bytes/s of reading an array of this size by all threads of torch."""
-    array = torch.ones(size // 4)
-    return size / best(lambda: array.sum().item())
+def best(*works: Callable[[], object]) -> list[float]:
+    """Seconds of the fastest of three calls of each, by turns, after one that compiles."""
+    seconds = [[] for _ in works]
+    for number in range(4):
+        for work, own in zip(works, seconds, strict=True):
+            begun = time.perf_counter()
+            work()
+            own += [time.perf_counter() - begun] * (number > 0)
+    return [min(own) for own in seconds]
 
 
 def compare(theirs: LlamaForCausalLM, ours: Model, batch: int) -> str:
@@ -54,7 +48,9 @@ def compare(theirs: LlamaForCausalLM, ours: Model, batch: int) -> str:
     def of_ours() -> list[list[int]]:
         return ours.generate(prompts, NEW, slots=batch)
 
-    slow, fast, bound = best(of_theirs), best(of_ours), bandwidth(size) / size
+    weights = torch.ones(size // 4)  # a sum reads them all, by all threads of torch
+    slow, fast, reading = best(of_theirs, of_ours, lambda: [weights.sum().item() for _ in range(NEW)])
+    bound = NEW / reading
     rates = f"transformers {batch * NEW / slow:.1f} tokens/s, jaxtrain {batch * NEW / fast:.1f}, ratio {slow / fast:.2f}"
     bounds = f"weights {size / 1e6:.0f} MB, bound {bound:.1f} steps/s, {bound / (NEW / fast):.2f} x ours"
     return f"batch {batch}: {rates}; same tokens: {of_theirs() == of_ours()}; {bounds}"
