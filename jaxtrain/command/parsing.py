@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, NamedTuple, get_origin
+from typing import Any, Generic, NamedTuple, get_args, get_origin
 
 from jaxtrain.command.help import print_help
 from jaxtrain.command.usage import Flags, NoFlags, Usage
@@ -156,7 +156,9 @@ class _Reading:
 
     def _set_own(self, name: str, flag: Flag) -> None:
         if get_origin(self._hints[name]) is tuple:
-            self.own[name] = (*self.own.get(name, ()), *_values_of(flag))
+            hint, values = self._hints[name], _values_of(flag)
+            given = values if get_args(hint)[0] is str else read_value(",".join(values), hint)
+            self.own[name] = (*self.own.get(name, ()), *given)
         else:
             self.own[name] = _value(flag, self._hints[name])
 

@@ -23,7 +23,7 @@ class Usage(Generic[Flags]):
     """Its description, for --help."""
     own: type[Flags]
     """A dataclass whose fields are the verb's flags. A bool is set by its bare name, `--json`; each further value is added to
-    a tuple, commas included."""
+    a tuple; of texts, commas included."""
     words: tuple[str, ...] = ()
     """The fields given by position, in this order; a tuple takes the rest."""
     config: Literal["needed", "taken", "none"] = "needed"

@@ -279,6 +279,8 @@ class CopyFlags:
     """Variables."""
     dry_run: bool = False
     """Only say so."""
+    shares: tuple[float, ...] = ()
+    """Numbers."""
 
 
 COPY = Usage("copy", "Copy.", CopyFlags, words=("source", "targets"), config="none")
@@ -288,6 +290,10 @@ def test_words_and_flags_of_a_verb_without_a_config():
     line = parse_line(COPY, ["a", "b", "--dry-run", "c,d", "--env", "B=1,2", "C", "--level=1e1", "--env=D"])
     assert line.own == CopyFlags("a", ("b", "c,d"), 10, ("B=1,2", "C", "D"), True)
     assert parse_line(COPY, ["a", "b", "--level", "-2"]).own == CopyFlags("a", ("b",), -2)
+    shares = parse_line(COPY, ["a", "b", "--level=1", "--shares=1,0.5", "--shares", "2", "1e3"]).own.shares
+    assert shares == (1.0, 0.5, 2.0, 1000.0)
+    with pytest.raises(ConfigError, match="--shares=x: give a number"):
+        parse_line(COPY, ["a", "b", "--level=1", "--shares=x"])
 
 
 def test_all_that_is_wrong_with_it_is_told_at_once():
