@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, to_plain
+from jaxtrain.config import Config, MeshConfig, PipelineConfig, ShardingConfig, to_plain
 from jaxtrain.config.loading import for_another_process
+from jaxtrain.config.names import field_values, set_field
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
 from jaxtrain.files import replace_file
 from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
@@ -162,6 +163,16 @@ class Climb:
             replace_file(self.folder / FILE, self.ladder.to_json(forecast))
         except OSError as error:
             raise ExplainedError(f"{self.folder / FILE} cannot be written: {error.strerror}; give another --folder") from error
+
+
+def of_one_machine(config: Config, given: Sequence[str]) -> Config:
+    """Return the config without its file's layout, which is that of the large run; layout flags on the command line stay."""
+    train, values = replace(config.train, microbatches=1), field_values(config)
+    config = replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(), sharding=ShardingConfig(), train=train)
+    for name in given:
+        if name.startswith(("mesh.", "pipeline.", "sharding.")) or name == "train.microbatches":
+            config = set_field(config, name, values[name])
+    return config
 
 
 def differing_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
