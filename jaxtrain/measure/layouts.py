@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrain.config import (
     MESH_AXES,
@@ -32,8 +33,10 @@ from jaxtrain.config import (
     ObjectiveConfig,
     OptimizerConfig,
     PipelineConfig,
+    Recipe,
     RopeScaling,
     ShardingConfig,
+    Stage,
     SyncConfig,
     TrainConfig,
 )
@@ -175,7 +178,15 @@ def draw_task(choose: Choose) -> Config:
     adapters = LoraConfig(rank=4, alpha=8.0, targets=targets, base=base, base_group=2 if base == "nf4" else 0)
     frozen = choose(((), ("outer/*",), ("layers/attention/*",)))
     task = choose((task, task, replace(task, lora=adapters), replace(task, train=replace(task.train, frozen=frozen))))
-    return replace(task, objective=draw_objective(choose, task.data.mask_documents))
+    task = replace(task, objective=draw_objective(choose, task.data.mask_documents))
+    return task if task.objective.kind != "pretrain" else draw_stages(task, choose)
+
+
+def draw_stages(task: Config, choose: Choose) -> Config:
+    """Draw a second stage, of shorter rows and more of them, at other positions, or none."""
+    rows, theta = 2 * task.train.global_batch_size, task.model.rope_theta / 2
+    stage = Stage(from_step=1, sequence_length=LENGTH // 2, global_batch_size=rows, rope_theta=theta)
+    return replace(task, train=replace(task.train, stages=choose(((), (), (), (stage,)))))
 
 
 def draw_objective(choose: Choose, with_documents: bool) -> ObjectiveConfig:
@@ -339,11 +350,11 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
     optimizer = optimizer_of(config)
     state = create_state(config, mesh, optimizer)
     params, optimizer_state = with_second_factors(config, state["params"]), state["optimizer"]
-    rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
-    rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs} | _experts(config)
-    batch = jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
-    region = make_loss_and_gradients(config, mesh, config.model.attention)
-    loss_and_gradients = jax.jit(region).lower(params, batch).compile()
+    recipe, held = Recipe(config), dict[int, tuple[Any, Any]]()
+    for stage in recipe.stages:
+        region = make_loss_and_gradients(stage.config, mesh, config.model.attention)
+        batch = _placed_batch(stage.config, mesh)
+        held[stage.first] = jax.jit(region).lower(params, batch).compile(), batch
 
     def canonical(tree: Any, dims: Any) -> Any:
         return jax.tree.map(np.asarray, to_canonical(config, tree, dims))
@@ -357,11 +368,19 @@ def run(config: Config, steps: int = STEPS) -> Outcome:
 
     initial, losses, first = canonical(params, all_dims), [], None
     for step in range(steps):
+        loss_and_gradients, batch = held[recipe.at(step).first]
         metrics, reports, gradients = loss_and_gradients(params, batch)
         losses.append(float(metrics["total_loss"]))
         first = first or canonical(gradients, dims)
         params, optimizer_state = update(params, optimizer_state, gradients, reports, step)
     return Outcome(initial, losses, first)
+
+
+def _placed_batch(config: Config, mesh: Mesh) -> dict[str, jax.Array]:
+    """Return the batch of a stage, with what its objective reads."""
+    rows = batch_of(config.train.global_batch_size, config.data.sequence_length, vocabulary=config.model.vocab_size)
+    rows = rows | {name: _inputs_of(config, name) for name in objective_of(config).inputs} | _experts(config)
+    return jax.device_put({name: rows[name] for name in batch_names(config)}, batch_sharding(mesh))
 
 
 @functools.lru_cache(maxsize=64)
