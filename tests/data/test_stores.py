@@ -21,16 +21,22 @@ from jaxtrain.data.store_tokens import BlockCache, StoreTokens
 from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import DataError
+from jaxtrain.telemetry.metrics import read_rows
 from tests.data.test_sources import write_parquet
+from tests.launch.processes import started
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Many blocks and ranges in small files; no waiting between attempts."""
+def behind(monkeypatch):
+    """Many blocks and ranges in small files; no waiting between attempts. Return what is to be done behind the rows."""
+    works = []
+    monkeypatch.setattr(BlockCache, "behind", lambda self, work: works.append(work))
     monkeypatch.setattr(store_tokens, "BLOCK_BYTES", 64)
     monkeypatch.setattr(store_tokens, "DIRECT_BYTES", 4096)
     monkeypatch.setattr(store_path, "READ_BYTES", 1000)
+    monkeypatch.setattr(store_tokens, "READ_BYTES", 1000)
     monkeypatch.setattr(stores, "DELAYS", (0.0, 0.0))
+    return works
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ SOURCES = {
 }
 
 
-def test_the_batches_and_the_fingerprint_are_those_of_local_files(store, folder, make_config):
+def test_the_batches_and_the_fingerprint_are_those_of_local_files(store, folder, make_config, behind):
     system, url = store
     system.put(str(folder), url, recursive=True)
     for name, source in SOURCES.items():
@@ -107,6 +113,9 @@ def test_the_batches_and_the_fingerprint_are_those_of_local_files(store, folder,
         assert here.fingerprint == there.fingerprint, name
         with there.train_batches(0, slice(2, 6)) as ahead:
             batches = [(here.train_batch(step, slice(2, 6)), next(ahead)) for step in range(5)]
+            for work in behind:  # from here on of blocks
+                work()
+            batches += [(here.train_batch(step, slice(2, 6)), next(ahead)) for step in range(5, 10)]
         count = here.num_validation_batches(4)
         assert count == there.num_validation_batches(4)
         batches += [tuple(data.validation_batch(i, slice(0, 4), 4) for data in (here, there)) for i in range(min(count, 5))]
@@ -114,26 +123,63 @@ def test_the_batches_and_the_fingerprint_are_those_of_local_files(store, folder,
             assert all(np.array_equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_blocks_are_fetched_once_and_survive_the_process(memory, folder, tmp_path, monkeypatch):
+def test_two_processes_on_a_store_train_what_one_does_on_a_disk(s3, folder, tmp_path):
+    """They share a cache: one of them fetches the file behind the rows of both."""
+    system, url = s3
+    system.put(str(folder), url, recursive=True)
+    flags = (
+        "--config=quickstart --data.tokenizer=byte --data.sources.0.kind=tokens --data.sequence_length=16 --train.steps=4 "
+        "--train.global_batch_size=8 --train.log_every=1 --train.validate_every=4 --train.sample_tokens=0 --checkpoint.every=0 "
+        "--model.num_layers=1 --model.embed_dim=16 --model.num_heads=2 --model.num_kv_heads=2 --model.head_dim=8 "
+        "--model.mlp_dim=16 --model.vocab_size=257 --train.compilation_cache="
+    ).split()
+    found = []
+    for count, root in ((1, folder), (2, url)):
+        own = [
+            f"--data.sources.0.path={root}/tokens",
+            f"--data.cache_dir={tmp_path}/{count}",
+            f"--run_dir={tmp_path}/run{count}",
+        ]
+        with started(count, 2 // count, [*flags, *own], tmp_path) as processes:
+            assert {process.wait(300) for process in processes} == {0}, (tmp_path / "0.log").read_text()[-2000:]
+        rows = read_rows(tmp_path / f"run{count}" / "metrics.jsonl")
+        found.append([row.get("loss", row.get("validation_loss")) for row in rows])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert len(found[0]) == 5
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_rows_are_read_by_themselves_and_a_file_that_fits_is_kept_whole(memory, folder, tmp_path, monkeypatch, behind, fits):
     system, url = memory
     system.put(str(folder), url, recursive=True)
     asked = []
     read = StorePath.read_ranges
     monkeypatch.setattr(StorePath, "read_ranges", lambda self, ranges: asked.extend(ranges) or read(self, ranges))
     ids = np.load(folder / "ids.npy")
+    most = 80_000 if fits else 60_000  # of 60,128 bytes
 
     def tokens():
-        return StoreTokens(StorePath(f"{url}/ids.npy"), ids.dtype, len(ids), 128, BlockCache(tmp_path / "blocks", 1 << 20))
+        return StoreTokens(StorePath(f"{url}/ids.npy"), ids.dtype, len(ids), 128, BlockCache(tmp_path / "blocks", most))
 
-    first = tokens()
-    first.fetch([(100, 150), (140, 200), (29_990, 30_000)])
-    assert len(asked) == len(set(asked)) == 5
-    for array in (first, tokens()):
-        assert np.array_equal(array[100:200], ids[100:200])
-        assert np.array_equal(array[29_990:], ids[29_990:])
-    assert len(asked) == 5
+    spans = [(100, 150), (140, 200), (29_990, 30_000), (100, 150)]
+    for array in (first := tokens(), first):
+        array.fetch(spans)
+        for start, stop in spans:
+            assert np.array_equal(array[start:stop], ids[start:stop])
+    assert asked == [(128 + 2 * start, 128 + 2 * stop) for start, stop in spans[:3]]  # once, and no byte more
     assert np.array_equal(first[:], ids)  # a scan is read in passing
-    assert len(list((tmp_path / "blocks").rglob("*"))) == 6
+    asked.clear()
+    assert len(behind) == fits
+    for work in behind * 2:
+        work()  # the second time nothing is left to fetch
+    if fits:
+        assert len(asked) == -(-60_128 // 960)  # READ_BYTES in whole blocks
+        assert sum(stop - start for start, stop in asked) == 60_128
+        asked.clear()
+        later = tokens()
+        assert np.array_equal(later[100:200], ids[100:200])
+        assert asked == []  # blocks survive the process
+    assert len([path for path in (tmp_path / "blocks").rglob("*[0-9]") if path.is_file()]) == fits * -(-60_128 // 64)
 
 
 def test_the_cache_is_bounded_and_damage_in_it_is_fetched_again(tmp_path, monkeypatch):
@@ -155,7 +201,6 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(tmp_path, caplog):
     cache = BlockCache(tmp_path / "blocks", 1000)
     for number in range(3):
         cache.put("file", number, b"x" * 100)
-    assert cache.get("file", 2) == b"x" * 100  # from memory
     assert len(caplog.records) == 1
     assert "blocks are fetched again; the run goes on" in caplog.text
 
