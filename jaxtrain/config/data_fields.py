@@ -36,6 +36,9 @@ class DataSource:
     """Share of this source in the mixture, relative to the other sources; 0 until train.stages give it one."""
     max_epochs: float = 0.0
     """Most times that the run may read this source; one that would read it more often is refused at its start. 0: no limit."""
+    order: Literal["shuffled", "files"] = "shuffled"
+    """Order of its rows in each epoch. files: as path lists the files and these have the documents, so that a source is a
+    curriculum; rows that are packed have no such order."""
     name: str = ""
     """Its name in metrics; empty: source0, source1 and so on, of data.validation set0, set1."""
 
@@ -53,6 +56,9 @@ class DataConfig:
     """Tokens in a sequence."""
     mask_documents: bool = True
     """Restrict attention to the document, and restart positions with it, if several are packed into a sequence."""
+    packing: Literal["stream", "best_fit"] = "stream"
+    """How documents fill training rows. stream: one after the other, cut where a row ends. best_fit: whole, but for those that
+    are longer than a row, with padding at the rows' ends."""
     validation: tuple[DataSource, ...] = ()
     """Sets to validate on beside what the sources hold out: each whole, under its own name; flags --data.validation.0.kind and
     so on."""

@@ -188,7 +188,7 @@ class TrainConfig:
     validate_every: int = 100
     """Steps between two validations; 0: none. Above 0, the last step validates too."""
     validate_batches: int = 0
-    """Batches of global_batch_size in a validation; 0: all held-out data."""
+    """Batches of global_batch_size in a validation, their rows spread evenly over each set; 0: all held-out data."""
     position_ranges: int = 0
     """Ranges of positions in a document, each twice as long as the one before, whose loss a validation tells too; 0: none."""
     stop_at_validation_loss: float = 0.0

@@ -32,11 +32,15 @@ def run_problems(config: Config) -> list[str]:
     for i, source in enumerate(config.data.sources):
         if source.weight < 0 or (source.weight == 0 and not any(stage.weights for stage in config.train.stages)):
             problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
+        if source.order == "files" and (source.kind == "chat" or config.data.packing == "best_fit"):
+            problems.append(f"data.sources.{i}.order=files: its rows are packed by length, in no order; use shuffled")
         problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
     for field in ("tokenizer", "chat_template", "cache_dir"):
         problems += remote_problems(f"data.{field}", getattr(config.data, field))
     if not config.data.mask_documents and any(source.kind == "chat" for source in config.data.sources):
         problems.append("data.mask_documents=False: samples of kind=chat are packed, and must not see one another; use True")
+    if config.data.packing == "best_fit" and not config.data.mask_documents:
+        problems.append("data.packing=best_fit packs documents, which must not see one another; use data.mask_documents=True")
     problems += tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
     if "://" in config.run_dir:
         problems.append(

@@ -51,9 +51,10 @@ def stage_problems(config: Config) -> list[str]:
                 f"blocks have; use {near[0]}"
             )
     chats = [i for i, source in enumerate(config.data.sources) if source.kind == "chat"]
-    if len(lengths) > 1 and chats:
+    packed = [f"data.sources.{i}, kind=chat," for i in chats] + ["data.packing=best_fit"] * (config.data.packing == "best_fit")
+    if len(lengths) > 1 and packed:
         problems.append(
-            f"train.stages: sequence_length changes, but the rows of data.sources.{chats[0]}, kind=chat, are packed for one "
+            f"train.stages: sequence_length changes, but the rows of {packed[0]} are packed for one "
             "length; keep it, or make the later stages a run of their own with --init_from=RUN --init_from_optimizer=True"
         )
     return problems

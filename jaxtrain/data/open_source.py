@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from jaxtrain.data.chat_store import StoredSamples
 from jaxtrain.data.chat_windows import PackedRows
+from jaxtrain.data.document_rows import DocumentRows
 from jaxtrain.data.token_part import TokenPart
 from jaxtrain.data.windows import Windows
+
+Rows = Windows | PackedRows | DocumentRows
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class OpenSource:
 
     words: str
     weight: float
-    train: Windows | PackedRows
-    validation: Windows | PackedRows
+    train: Rows
+    validation: Rows
     validation_parts: tuple[TokenPart, ...]
     split_rules: frozenset[str]
     identity: object

@@ -38,12 +38,19 @@ class Order:
     shares in any stretch follow the weights (to within 1%, see SMALLEST_SHARE).
     """
 
-    def __init__(self, window_counts: Sequence[int], weights: Sequence[float], seed: int, begins: Sequence[int] = ()):
-        """Take one entry of `window_counts` (at least 1), `weights` (0 for none) and `begins` for each source: the place in
-        its endless sequence where it begins, by default 0.
+    def __init__(
+        self,
+        window_counts: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        begins: Sequence[int] = (),
+        in_order: Sequence[bool] = (),
+    ):
+        """Take one entry of `window_counts` (at least 1), `weights` (0 for none), `begins` and `in_order` for each source: the
+        place in its endless sequence where it begins, by default 0, and whether it is not shuffled, by default False.
         """
         self._counts, self._begins = list(window_counts), begins or [0] * len(window_counts)
-        self._seeds = [shuffle_seed(seed, source) for source in range(len(self._counts))]
+        self._seeds = seeds_of(seed, len(self._counts), in_order)
         self.shares = [int(weight * (SMALLEST_SHARE / min(filter(None, weights)))) for weight in weights]
         self._block = lru_cache(maxsize=8)(self._make_block)
 
@@ -68,6 +75,11 @@ class Order:
             own = sources == source
             windows[own] = shuffled(count, seed, places[own] + self._begins[source])
         return list(zip(sources.tolist(), windows.tolist(), strict=True))
+
+
+def seeds_of(seed: int, sources: int, in_order: Sequence[bool]) -> list[int | None]:
+    """Return the seed of each source's shuffle; None for one that is read in order."""
+    return [None if source < len(in_order) and in_order[source] else shuffle_seed(seed, source) for source in range(sources)]
 
 
 def take_turns(shares: Sequence[int], start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,8 +110,10 @@ def drawn(shares: Sequence[int], count: int) -> list[int]:
     return counts
 
 
-def shuffled(count: int, seed: int, places: np.ndarray) -> np.ndarray:
-    """Return the windows at `places`, ascending, of a source's endless sequence."""
+def shuffled(count: int, seed: int | None, places: np.ndarray) -> np.ndarray:
+    """Return the windows at `places`, ascending, of a source's endless sequence; in order where there is no seed."""
+    if seed is None:
+        return places % count
     windows = np.empty(len(places), np.int64)
     at_once = -(-FEW_WINDOWS // count)  # epochs: one where there are many windows
     blocks = places // (count * at_once)

@@ -9,29 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.config import Config, DataSource, Recipe
+from jaxtrain.config import Config, Recipe
 from jaxtrain.config.data_fields import names_of
-from jaxtrain.data.chat_source import answer_ends, open_chat
+from jaxtrain.data.chat_source import answer_ends
 from jaxtrain.data.chat_store import Prompts, first_question
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
+from jaxtrain.data.document_rows import DocumentRows
 from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
-from jaxtrain.data.open_source import OpenSource, text_bytes
+from jaxtrain.data.open_kinds import open_chat_rows, open_synthetic, open_tokenizer, open_tokens
+from jaxtrain.data.open_source import OpenSource, Rows, text_bytes
 from jaxtrain.data.packing import Batch, document_start, joined, pack
 from jaxtrain.data.prefetch import Prefetcher
 from jaxtrain.data.source_checks import check_sorts, check_split_rules, checked_epochs
 from jaxtrain.data.stage_order import Draws, Pick, Span, StageOrder
-from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
-from jaxtrain.data.token_files import open_token_files
-from jaxtrain.data.token_part import part_of_stream
-from jaxtrain.data.tokenizers import NO_TOKENIZER, IdTokenizer, Tokenizer, load_tokenizer
+from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.data.validation_sets import check_not_trained, config_of_set, open_set
 from jaxtrain.data.windows import (
-    SYNTHETIC_VALIDATION_WINDOWS,
-    SYNTHETIC_WINDOWS,
     StreamWindows,
-    SyntheticWindows,
     Windows,
 )
 from jaxtrain.errors import ConfigError, DataError
@@ -67,11 +63,11 @@ def open_data(config: Config) -> Data:
     sources = []
     for i, source in enumerate(data.sources):
         if source.kind == "synthetic":
-            sources.append(_open_synthetic(source, i, config, only_synthetic))
+            sources.append(open_synthetic(source, i, config, only_synthetic))
         elif source.kind == "chat":
-            sources.append(_open_chat(source, i, config, tokenizer, cache_dir))
+            sources.append(open_chat_rows(source, i, config, tokenizer, cache_dir))
         else:
-            sources.append(_open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
+            sources.append(open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
     check_split_rules(sources)
     check_sorts(sources, config)
     return Data(config, tokenizer, sources, _open_sets(config, tokenizer, corpora, cache_dir))
@@ -91,85 +87,6 @@ def _open_sets(config: Config, tokenizer: Tokenizer, corpora: Mapping[int, Corpu
         own = OpenSource(held_out.words, 1.0, windows, windows, held_out.parts, frozenset(), held_out.identity)
         found[name] = Data(config_of_set(config, source), tokenizer, [own])
     return found
-
-
-def open_tokenizer(config: Config, corpora: Sequence[Corpus], cache_dir: Path) -> Tokenizer:
-    """Return the tokenizer named by data.tokenizer, trained on the corpora's training documents if it is bpe:SIZE.
-
-    Raises DataError if it is missing or broken, or there is no text to train it on.
-    """
-    name = config.data.tokenizer
-    if name == NO_TOKENIZER or all(source.kind == "synthetic" for source in config.data.sources):
-        texts = [
-            f"data.sources.{i}" for i, source in enumerate(config.data.sources) if source.kind not in ("tokens", "synthetic")
-        ]
-        if texts:
-            raise DataError(f"data.tokenizer=none, but {texts[0]} is text; use byte, bpe:SIZE or a tokenizer's file")
-        return IdTokenizer(config.model.vocab_size)
-    if name.startswith("bpe:"):
-        if not corpora:
-            raise DataError(
-                f"data.tokenizer={name}: there is no text to train it on; name the tokenizer that made the tokens, or "
-                "that of the model to fine-tune"
-            )
-        return trained_tokenizer(corpora, int(name[4:]), cache_dir)[0]
-    return load_tokenizer(name)
-
-
-def _open_tokens(
-    source: DataSource, index: int, corpus: Corpus | None, tokenizer: Tokenizer, config: Config, cache_dir: Path
-) -> OpenSource:
-    """Open a source of text (through the cache) or of tokens."""
-    name, data, length = f"data.sources.{index}", config.data, Recipe(config).block_length
-    if corpus is None:
-        train, validation = open_token_files(source, name, tokenizer, config, cache_dir)
-        told = any(part.separator >= 0 for part in train)
-        origin = source.path if told else f"{source.path} (one stream, documents not told apart)"
-    else:
-        streams = cached_streams(corpus, tokenizer, data.tokenizer, cache_dir)
-        train = [part_of_stream(streams.train)]
-        validation = [part_of_stream(streams.validation)]
-        sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
-        if data.validation_fraction and not streams.validation.metadata.documents:
-            sides += ", each held out by its own hash: more of them, or one of over 100,000 characters, give held-out text"
-        left_out = f"; left out {words}" if (words := streams.train.metadata.bad_rows_in_words) else ""
-        origin = f"{source.path or 'stdlib'} ({sides}{left_out})"
-    windows = StreamWindows(train, length, padded=False)
-    if not windows.count:
-        most = max((len(part.tokens) for part in train), default=0)
-        longest = "data.sequence_length" if length == data.sequence_length else "the longest sequence_length of train.stages"
-        raise DataError(
-            f"{name}: {most} training tokens are too short for one sequence, which takes {longest} + 1 = "
-            f"{length + 1}; give more text, or --data.sequence_length={max(1, most - 1)} or less"
-        )
-    held_out = StreamWindows(validation, data.sequence_length, padded=True)
-    tokens = f"{windows.num_targets:,} + {held_out.num_targets:,} held-out tokens"
-    identity = [source.kind, [part.sha256 for part in train], [part.sha256 for part in validation], windows.separator]
-    rules = frozenset(part.split_rule for part in (*train, *validation)) - {""}
-    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), rules, identity)
-
-
-def _open_chat(source: DataSource, index: int, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> OpenSource:
-    """Open a source of chat data. It has no rule for the split to agree with others': a sample is no document of a text."""
-    chat = open_chat(source, f"data.sources.{index}", config, tokenizer, cache_dir)
-    return OpenSource(chat.words, source.weight, chat.train, chat.validation, (), frozenset(), chat.identity, chat.stored)
-
-
-def _open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
-    """Open a source of random tokens, held out only if no other source is, so that bits per byte describe the text."""
-    vocab_size, length, seed = config.model.vocab_size, config.data.sequence_length, config.train.seed
-    block = Recipe(config).block_length
-    held_out = SYNTHETIC_VALIDATION_WINDOWS if with_validation and config.data.validation_fraction > 0 else 0
-    seed = int(short_hash([seed, index])[:16], 16)
-    return OpenSource(
-        f"synthetic: endless random tokens below {vocab_size:,}",
-        source.weight,
-        SyntheticWindows(seed, vocab_size, block, 0, SYNTHETIC_WINDOWS),
-        SyntheticWindows(seed, vocab_size, length, SYNTHETIC_WINDOWS, held_out),
-        (),
-        frozenset(),
-        ["synthetic-1", vocab_size],
-    )
 
 
 class Data:
@@ -216,9 +133,13 @@ class Data:
             Draws(stage.first, stage.config.train.global_batch_size, stage.weights, stage.config.data.sequence_length)
             for stage in self._recipe.stages
         ]
-        self._order = StageOrder(draws, [windows.count for windows in self._train], block, config.train.seed)
+        in_order = [source.order == "files" for source in data.sources]
+        self._order = StageOrder(draws, [windows.count for windows in self._train], block, config.train.seed, in_order)
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        identity = [[source.identity, weight / sum(weights)] for source, weight in zip(sources, weights, strict=True)]
+        identity = [
+            [source.identity, weight / sum(weights), *["in order"] * ordered]
+            for source, weight, ordered in zip(sources, weights, in_order, strict=True)
+        ]
         self.fingerprint = short_hash(["data-2", identity, tokenizer.fingerprint, block, data.mask_documents])
         self.words = "; ".join([*(source.words for source in sources), *(own.words for own in self.sets.values())])
         self.description = (
@@ -262,7 +183,7 @@ class Data:
         """Held-out prompts."""
         return self._prompts("validation", self._validation)
 
-    def _prompts(self, side: str, windows: Sequence[Windows | PackedRows]) -> Prompts:
+    def _prompts(self, side: str, windows: Sequence[Rows]) -> Prompts:
         """Return the prompts of one side, without those longer than sequence_length."""
         used = [
             (source.chat.sides[side], rows.fit.kept)
@@ -290,7 +211,7 @@ class Data:
         """Return training rows by the numbers of `train_row_numbers`; None gives a row of padding."""
         return self._whole_rows(0, self._train, picks)
 
-    def _whole_rows(self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[tuple[int, int] | None]) -> Batch:
+    def _whole_rows(self, side: int, sources: Sequence[Rows], picks: Sequence[tuple[int, int] | None]) -> Batch:
         length = self._config.data.sequence_length
         spans = [None if pick is None else (pick[0], (Span(pick[1], 0, length),)) for pick in picks]
         return self._with_attached(side, sources, spans, length)
@@ -308,9 +229,7 @@ class Data:
         """Return whether batches have an attached array of this name."""
         return name in self._attached
 
-    def _with_attached(
-        self, side: int, sources: Sequence[Windows | PackedRows], picks: Sequence[Pick | None], length: int
-    ) -> Batch:
+    def _with_attached(self, side: int, sources: Sequence[Rows], picks: Sequence[Pick | None], length: int) -> Batch:
         """Return the batch of the given rows, of `length` tokens, and what was attached to them."""
         batch = self._read(sources, picks, length)
         firsts = np.cumsum([0, *(windows.count for windows in sources)])
@@ -335,7 +254,7 @@ class Data:
           rows: of every batch, or a function of its number.
         """
         data = self._config.data
-        waits = any(isinstance(windows, StreamWindows) and windows.lie_in_store for windows in self._train)
+        waits = any(isinstance(windows, StreamWindows | DocumentRows) and windows.lie_in_store for windows in self._train)
 
         def make(step: int) -> Batch:
             number = batch_of(step)
@@ -347,19 +266,26 @@ class Data:
         """Return how many batches of `batch_size` rows hold all held-out tokens."""
         return math.ceil(int(self._validation_ends[-1]) / batch_size)
 
-    def validation_batch(self, index: int, rows: slice, batch_size: int) -> Batch:
+    def validation_batch(self, index: int, rows: slice, batch_size: int, batches: int = 0) -> Batch:
         """Return the rows `rows` (of 0 to batch_size - 1) of validation batch `index`; every held-out token is a target once.
 
         Rows beyond the last window are padding: tokens and segments 0, targets -1.
+
+        Args:
+          batches: of how many; their rows are spread evenly over all held-out ones. 0 for all.
         """
-        picks = self.validation_row_numbers(index, rows, batch_size)
+        picks = self.validation_row_numbers(index, rows, batch_size, batches)
         return self._whole_rows(1, self._validation, picks)
 
-    def validation_row_numbers(self, index: int, rows: slice, batch_size: int) -> list[tuple[int, int] | None]:
+    def validation_row_numbers(
+        self, index: int, rows: slice, batch_size: int, batches: int = 0
+    ) -> list[tuple[int, int] | None]:
         """Return for each row of `validation_batch` the index of its source, and its own in that source; None for padding."""
-        picks = []
+        picks, total, scored = [], int(self._validation_ends[-1]), batches * batch_size
         for row in range(*rows.indices(batch_size)):
             window = index * batch_size + row
+            if 0 < scored < total:
+                window = window * total // scored
             source = int(np.searchsorted(self._validation_ends, window, side="right"))
             first = int(self._validation_ends[source - 1]) if source else 0
             picks.append((source, window - first) if source < len(self._validation) else None)
@@ -391,17 +317,20 @@ class Data:
         window = self._whole_rows(0, self._train, [(0, 0)])["tokens"][0]
         return window[:num_tokens]
 
-    def _read(self, sources: Sequence[Windows | PackedRows], picks: Sequence[Pick | None], length: int) -> Batch:
+    def _read(self, sources: Sequence[Rows], picks: Sequence[Pick | None], length: int) -> Batch:
         """Return the batch of the given rows, of `length` tokens; None gives a row of padding."""
         windows = np.zeros((len(picks), length + 1), np.int32)
         sizes = np.zeros(len(picks), np.int64)
         separators = np.full(len(picks), -1, np.int64)
         split: dict[int, Batch] = {}
         for number, source in enumerate(sources):
+            spans = [span for pick in picks if pick is not None and pick[0] == number for span in pick[1]]
             if isinstance(source, StreamWindows) and source.lie_in_store:
-                source.fetch([span for pick in picks if pick is not None and pick[0] == number for span in pick[1]])
+                source.fetch(spans)
+            elif isinstance(source, DocumentRows) and source.lie_in_store:
+                source.fetch([span.block for span in spans])
         for row, pick in enumerate(picks):
-            if pick is None or isinstance(source := sources[pick[0]], PackedRows):
+            if pick is None or isinstance(source := sources[pick[0]], PackedRows | DocumentRows):
                 continue
             separators[row] = source.separator
             if len(pick[1]) == 1:
@@ -414,8 +343,10 @@ class Data:
             for name, array in parts.items():
                 batch[name][row] = array
         for row, pick in enumerate(picks):
-            if pick is not None and isinstance(source := sources[pick[0]], PackedRows):
+            if pick is not None and isinstance(source := sources[pick[0]], PackedRows | DocumentRows):
                 source.fill(pick[1][0].block, batch, row)
+                self._check_ids(batch["tokens"][row])
+                self._check_ids(np.maximum(batch["targets"][row], 0))
         return batch
 
     def _joined(self, source: Windows, spans: Sequence[Span], length: int) -> Batch:

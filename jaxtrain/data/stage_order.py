@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.order import Order, drawn, shuffle_seed, shuffled, take_turns
+from jaxtrain.data.order import Order, drawn, seeds_of, shuffled, take_turns
 
 BLOCKS_TOGETHER = 256
 """Blocks whose parts are shuffled together."""
@@ -57,20 +57,24 @@ class StageOrder:
       stages: in order; the first begins with batch 0, the last never ends.
       block_counts: blocks of each source, at least 1.
       block_length: tokens of a block.
+      in_order: whether each source is read as it lies, not shuffled.
     """
 
-    def __init__(self, stages: Sequence[Draws], block_counts: Sequence[int], block_length: int, seed: int):
+    def __init__(
+        self, stages: Sequence[Draws], block_counts: Sequence[int], block_length: int, seed: int, in_order: Sequence[bool] = ()
+    ):
         self._stages, self._firsts = stages, [stage.first for stage in stages]
         before, self._before, self._orders = [0] * len(block_counts), list[list[int]](), list[Order]()
         for stage, last in itertools.zip_longest(stages, self._firsts[1:]):
             self._before.append(before)  # rows of each source
-            self._orders.append(order := Order(block_counts, stage.weights, seed, before))
+            self._orders.append(order := Order(block_counts, stage.weights, seed, before, in_order))
             rows = drawn(order.shares, (last - stage.first) * stage.batch_size) if last is not None else before
             before = [a + b for a, b in zip(before, rows, strict=True)]
         lengths = [stage.length for stage in stages]
         self._has_one_length = set(lengths) == {block_length}
+        seeds = seeds_of(seed, len(block_counts), in_order)
         self._sources = [
-            _SourceOrder(count, block_length, shuffle_seed(seed, i), lengths, [rows[i] for rows in self._before])
+            _SourceOrder(count, block_length, seeds[i], lengths, [rows[i] for rows in self._before])
             for i, count in enumerate(block_counts)
         ]
 
@@ -122,7 +126,7 @@ class _Stretch(NamedTuple):
 class _SourceOrder:
     """The rows of one source: numbers of blocks in its endless, shuffled sequence, and what is read of each."""
 
-    def __init__(self, count: int, block_length: int, seed: int, lengths: Sequence[int], firsts: Sequence[int]):
+    def __init__(self, count: int, block_length: int, seed: int | None, lengths: Sequence[int], firsts: Sequence[int]):
         self._count, self._block_length, self._seed = count, block_length, seed
         self._stretches = [_Stretch(0, lengths[0], 0, (), ())]
         for length, first in zip(lengths[1:], firsts[1:], strict=True):
@@ -165,7 +169,8 @@ class _SourceOrder:
     def _part(self, length: int, low: int, high: int, index: int) -> Span:
         """Return part `index` of the shuffled parts of the blocks low to high - 1."""
         parts = self._block_length // length
-        part = int(_shuffled_parts(self._seed, low, (high - low) * parts)[index]) if parts > 1 else index
+        is_mixed = parts > 1 and self._seed is not None
+        part = int(_shuffled_parts(self._seed, low, (high - low) * parts)[index]) if is_mixed else index
         return Span(low + part // parts, part % parts * length, length)
 
     def _left(self, stretch: _Stretch, rows: int) -> tuple[int, tuple[Span, ...]]:

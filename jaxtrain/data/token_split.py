@@ -34,7 +34,7 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
     assert not isinstance(tokens, JoinedTokens), "a file is split once"
     if fraction <= 0 or not len(tokens):
         return part, _of_part(part, tokens[:0], "none")
-    starts = _separators(tokens, part.separator) if part.separator >= 0 else np.zeros(0, np.int64)
+    starts = separators_of(tokens, part.separator) if part.separator >= 0 else np.zeros(0, np.int64)
     if not starts.size:
         return _cut_windows(part, tokens, fraction, length)
     rule = split_rule(fraction)
@@ -54,7 +54,7 @@ def _of_part(part: TokenPart, tokens: Tokens, which: str) -> TokenPart:
     )
 
 
-def _separators(tokens: FileTokens, separator: int) -> np.ndarray:
+def separators_of(tokens: Tokens, separator: int) -> np.ndarray:
     """Return the positions of the separators, ascending."""
     places = [
         start + np.flatnonzero(tokens[start : start + SCAN_TOKENS] == separator) for start in range(0, len(tokens), SCAN_TOKENS)

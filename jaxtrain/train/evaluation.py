@@ -31,7 +31,7 @@ class Evaluation:
     data.validation, and of each range of positions.
 
     Args:
-      batches: validation batches of each set to score; 0 for all.
+      batches: validation batches of each set to score, whose rows are spread evenly over it; 0 for all.
     """
 
     def __init__(self, prepared: Prepared, data: Data, batches: int = 0):
@@ -48,6 +48,14 @@ class Evaluation:
         if isinstance(objective_of(config), SequenceObjective):  # its loss is of pairs
             self._groups = 1
         self._step = make_group_evaluation(*arguments, self._groups) if self._groups > 1 else make_evaluation_step(*arguments)
+
+    def compile(self, state: PyTree) -> list[Any]:
+        """Compile before the run what a state like this one is scored with; calls find it. Return the programs."""
+        scored = [params for params in (state["params"], with_average(self._prepared.config, state)) if params is not None]
+        batch = next(
+            (self._placed(data, 0, self._batches[name]) for name, data in self._sets.items() if self._batches[name]), None
+        )
+        return [self._step.lower(params, batch).compile() for params in scored] if batch else []
 
     def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda batch: False) -> dict[str, float | None] | None:
         """Return the `row` of the weights, and the same of their average (`validation_ema_loss`), where there is one."""
@@ -68,7 +76,7 @@ class Evaluation:
         """
         found, totals, done = {}, [], 0
         for name, data in self._sets.items():
-            total = self._total(data, range(self._batches[name]), params, lambda number, done=done: ends(done + number))
+            total = self._total(data, self._batches[name], params, lambda number, done=done: ends(done + number))
             if total is None:
                 return None
             done += self._batches[name]
@@ -80,23 +88,28 @@ class Evaluation:
             found = {"validation_loss": loss / targets, "validation_bits_per_byte": None} | found
         return found
 
-    def _total(self, data: Data, numbers: range, params: PyTree, ends: Callable[[int], bool]) -> dict[str, np.ndarray] | None:
+    def _total(self, data: Data, batches: int, params: PyTree, ends: Callable[[int], bool]) -> dict[str, np.ndarray] | None:
         """Return the sums over some batches, float64, each [groups] where tokens have groups."""
-        prepared, size, rows, sums = self._prepared, self._prepared.config.train.global_batch_size, self._prepared.rows(), []
-        for number in numbers:
+        sums = []
+        for number in range(batches):
             if ends(number):
                 return None
-            batch = data.validation_batch(number, rows, size)
-            placed = prepared.place(batch)
-            if self._groups > 1:
-                picks = data.validation_row_numbers(number, rows, size)
-                groups = {"groups": self._groups_of(batch["positions"], [pick[0] if pick else 0 for pick in picks])}
-                placed |= to_global(groups, rows, size, ("groups",), prepared.sharding)
-            sums.append(jax.device_get(self._step(params, placed)))
+            sums.append(jax.device_get(self._step(params, self._placed(data, number, batches))))
         return {
             name: np.asarray(np.sum([each[name] for each in sums], axis=0, dtype=np.float64))
             for name in (sums[0] if sums else ())
         }
+
+    def _placed(self, data: Data, number: int, batches: int) -> dict[str, jax.Array]:
+        """Return the arrays of a validation batch."""
+        prepared, size, rows = self._prepared, self._prepared.config.train.global_batch_size, self._prepared.rows()
+        batch = data.validation_batch(number, rows, size, batches)
+        placed = prepared.place(batch)
+        if self._groups > 1:
+            picks = data.validation_row_numbers(number, rows, size, batches)
+            groups = {"groups": self._groups_of(batch["positions"], [pick[0] if pick else 0 for pick in picks])}
+            placed |= to_global(groups, rows, size, ("groups",), prepared.sharding)
+        return placed
 
     def _groups_of(self, positions: np.ndarray, sources: list[int]) -> np.ndarray:
         """Return the group of each token, int32 [rows, L]: its source's number times the ranges, and its range of positions."""
@@ -147,8 +160,16 @@ class StageEvaluation:
         """Return `Evaluation.of_state`."""
         return self._at(max(int(state["step"]) - 1, 0)).of_state(state, ends)
 
+    def compile(self, first: int, state: PyTree) -> list[Any]:
+        """Return the compiled programs of all validations after step `first`, those of later stages too."""
+        begun, stages = self._prepared.recipe.at(self._batch_of(first)).first, self._prepared.recipe.stages
+        return [program for stage in stages if stage.first >= begun for program in self._of(stage.first).compile(state)]
+
     def _at(self, steps_before: int) -> Evaluation:
-        at = self._prepared.for_validation(self._batch_of(steps_before))
+        return self._of(self._batch_of(steps_before))
+
+    def _of(self, batch: int) -> Evaluation:
+        at = self._prepared.for_validation(batch)
         if at.config.model not in self._of_models:
             self._of_models[at.config.model] = Evaluation(at, self._data, at.config.train.validate_batches)
         return self._of_models[at.config.model]

@@ -342,14 +342,15 @@ class RewardEvaluation:
     """The mean reward of held-out prompts, each answered by the most likely tokens.
 
     Args:
-      batches: train.global_batch_size prompts each, to be answered; 0 for all.
+      batches: train.global_batch_size prompts each, to be answered, spread evenly over all; 0 for all.
     """
 
     def __init__(self, prepared: Prepared, answering: Answering, prompts: Prompts, batches: int = 0):
         self._answering, self._grpo = answering, prepared.config.objective.grpo
         size = prepared.config.train.global_batch_size
         numbers = usable(prompts, prepared.config) if prompts.count else []
-        self._prompts = [prompts[number] for number in numbers[: batches * size or None]]
+        count = min(batches * size or len(numbers), len(numbers))
+        self._prompts = [prompts[numbers[i * len(numbers) // count]] for i in range(count)]
         self.batches = -(-len(self._prompts) // size)
         """Batches that are answered; 0 where nothing is held out."""
 

@@ -45,7 +45,7 @@ def test_no_token_is_lost_or_repeated(seed):
     lengths = [int(n) for n in random.choice([2, 4, 8, 16], random.integers(3, 6))]
     counts = [int(n) for n in random.integers(1, 12, 3)]
     stages = random_stages(random, lengths, 3)
-    order = StageOrder(stages, counts, block, seed)
+    order = StageOrder(stages, counts, block, seed, (seed % 2 == 0, False, False))
     seen = [np.zeros((count, block), int) for count in counts]
     rows, short = dict.fromkeys(range(len(stages)), 0), 0
     for stage, source, spans in rows_of(order, stages, 0, STEPS):
@@ -81,6 +81,19 @@ def test_any_process_begins_anywhere(seed):
     for begun in (1, 2):
         past = rows_of(StageOrder(stages[:begun], counts, 16, 1), stages[:begun], 0, stages[begun].first)
         assert list(past) == whole[: len(list(rows_of(StageOrder(stages, counts, 16, 1), stages, 0, stages[begun].first)))]
+
+
+@pytest.mark.parametrize("lengths", [(16,), (4,), (4, 16)])
+def test_a_source_in_order_is_read_as_it_lies(lengths):
+    """Beside a shuffled one, through a change of the length, and the same in the next epoch."""
+    stages = [Draws(5 * i, 4, (1.0, 1.0), length) for i, length in enumerate(lengths)]
+    order = StageOrder(stages, [5, 7], 16, 0, (True, False))
+    found = [span for _, source, spans in rows_of(order, stages, 0, 20) for span in spans if source == 0]
+    places = [
+        place for span in found for place in range(span.block * 16 + span.start, span.block * 16 + span.start + span.length)
+    ]
+    assert places == [i % 80 for i in range(len(places))]
+    assert len(places) > 80
 
 
 def test_rows_of_a_stage_are_mixed_and_then_whole():

@@ -58,8 +58,15 @@ def scored(config, mesh):
 @pytest.fixture(scope="module")
 def told(config):
     prepared, data, params = scored(config[0], config[0].mesh)
-    evaluation = Evaluation(prepared, data)
-    return prepared, data, params, evaluation, evaluation.row(params)
+    evaluation, compiled = Evaluation(prepared, data), []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append("backend_compile" in event))
+    (program,) = evaluation.compile({"params": params})
+    assert program.memory_analysis().temp_size_in_bytes > 0
+    assert any(compiled)
+    compiled.clear()
+    row = evaluation.row(params)
+    assert not any(compiled), "compiled before the run, and again"
+    return prepared, data, params, evaluation, row
 
 
 def by_hand(prepared, data, params):
@@ -108,6 +115,20 @@ def test_a_line_is_short_and_a_signal_ends_all_sets(told):
     asked = []
     assert evaluation.row(params, lambda number: asked.append(number) or number == evaluation.batches - 1) is None
     assert asked == list(range(evaluation.batches))
+
+
+def test_a_few_batches_are_spread_over_all_sources(told):
+    """Three batches of more: rows at even distances, from both sources, the same however they are split over processes."""
+    prepared, data, params, evaluation, _ = told
+    whole = [pick for n in range(data.num_validation_batches(8)) for pick in data.validation_row_numbers(n, slice(0, 8), 8)]
+    whole = [pick for pick in whole if pick is not None]
+    assert len(whole) > 24
+    picks = [pick for n in range(3) for half in (0, 4) for pick in data.validation_row_numbers(n, slice(half, half + 4), 8, 3)]
+    assert picks == [whole[i * len(whole) // 24] for i in range(24)]
+    few, row = Evaluation(prepared, data, 3), evaluation.row(params)
+    found = few.row(params)
+    assert found.keys() == row.keys()
+    assert 0 < found["validation_tokens/code"] < row["validation_tokens/code"]
 
 
 def test_without_held_out_text_the_sets_are_what_counts(told, config):
