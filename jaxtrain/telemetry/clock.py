@@ -7,6 +7,8 @@ host overlap.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import resource
 import statistics
 import sys
@@ -82,21 +84,28 @@ class StepWork:
 
 
 class RunWork:
-    """The work of each step of a run, over its stages, with the methods of `StepWork`."""
+    """The work of each step of a run, over its stages, with the methods of `StepWork`.
 
-    def __init__(self, config: Config, num_devices: int, chip: Chip):
-        self._recipe = Recipe(config)
+    Args:
+      batch_of: steps before a step -> the number of its batch, which says its stage.
+    """
+
+    def __init__(self, config: Config, num_devices: int, chip: Chip, batch_of: Callable[[int], int] = lambda step: step):
+        self._recipe, self._batch_of = Recipe(config), batch_of
         self._works = {stage.first: StepWork.of(stage.config, num_devices, chip) for stage in self._recipe.stages}
         self._has_stages = bool(config.train.stages)
 
     def at(self, step: int) -> StepWork:
-        return self._works[self._recipe.at(step - 1).first]
+        return self._works[self._recipe.at(self._batch_of(step - 1)).first]
 
     def tokens(self, steps: int) -> int:
-        return self._recipe.tokens(steps)
+        stages = self._recipe.stages
+        ends = [bisect.bisect_left(range(steps), stage.first, key=self._batch_of) for stage in stages[1:]]
+        counts = (end - begin for begin, end in itertools.pairwise([0, *ends, steps]))
+        return sum(count * stage.tokens_per_step for count, stage in zip(counts, stages, strict=True))
 
     def stage(self, step: int) -> Row:
-        return {"stage": self._recipe.at(step - 1).name} if self._has_stages else {}
+        return {"stage": self._recipe.at(self._batch_of(step - 1)).name} if self._has_stages else {}
 
 
 class StepClock:

@@ -256,9 +256,11 @@ class Run:
     def _compile(self, first: int) -> TrainSteps | RecomputeCheck:
         prepared, batch_of, started = self.prepared, self.resume.rollbacks.batch, time.perf_counter()
         with self.progress.during("compiling"):
-            compiling = lambda: self.progress.during("compiling")  # noqa: E731
-            steps = TrainSteps(prepared, first, self.config.train.steps, batch_of, compiling)
-        programs = [program.memory_analysis() for program in steps.programs.values()]
+            steps = TrainSteps(prepared, first, self.config.train.steps, batch_of, lambda: self.progress.during("compiling"))
+            evaluation = StageEvaluation(prepared, self.data, batch_of)
+            validates = self.config.train.validate_every and self.answering is None and evaluation.batches
+            self.evaluation, scoring = (evaluation, evaluation.compile(first, self.state)) if validates else (None, [])
+        programs = (program.memory_analysis() for program in (*steps.programs.values(), *scoring))
         memory = max(programs, key=lambda program: program.temp_size_in_bytes)
         held, working = map(readable_size, (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
         self.progress.say(f"compiled   in {time.perf_counter() - started:.1f} s; a device holds {held}, works in {working}")
@@ -329,8 +331,8 @@ class Run:
     def _prepare_batches(self, first: int) -> None:
         """Load what adds to batches: a teacher; or the log-probabilities of the weights of step 0."""
         read_tasks(self.prepared)
+        initial = lambda: (self.prepared.create_state() if first else self.state)["params"]  # noqa: E731
         with self.progress.during("reading other models"):
-            initial = lambda: (self.prepared.create_state() if first else self.state)["params"]  # noqa: E731
             self.completed = completion_of(self.prepared, lambda: self.data, initial, self.progress, self.stop.check)
 
     @functools.cached_property
@@ -344,7 +346,7 @@ class Run:
 
     def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
         chip = resolve_chip(self.config.telemetry.hardware, jax.devices()[0].device_kind)
-        work, last = RunWork(self.config, self.mesh.devices.size, chip), self.config.train.steps
+        work, last = RunWork(self.config, self.mesh.devices.size, chip, self.resume.rollbacks.batch), self.config.train.steps
         logged = self.directory / "metrics.jsonl"
         clock = StepClock(work, last, first, largest_before(logged, first, "elapsed_seconds"))
         used = largest_before(logged, first, "energy_kwh")
@@ -409,13 +411,12 @@ class Run:
             evaluate = RewardEvaluation(self.prepared, self.answering, prompts, train.validate_batches).of_state
             self.validation = Validation(telemetry, evaluate, self.stop.ends_before, 0.0)
             return self.validation
-        evaluation = StageEvaluation(self.prepared, self.data, self.resume.rollbacks.batch)
-        if not train.validate_every or not evaluation.batches:
+        if (evaluation := self.evaluation) is None:
             return None
         if self.data.gzip_bits_per_byte:
             self.progress.say(f"baseline   gzip -9 needs {self.data.gzip_bits_per_byte:.4f} bits/byte for the held-out text")
-        stop_at, metric = train.stop_at_validation_loss, train.validation_metric
-        self.validation = Validation(telemetry, evaluation.of_state, self.stop.ends_before, stop_at, metric)
+        limits = train.stop_at_validation_loss, train.validation_metric
+        self.validation = Validation(telemetry, evaluation.of_state, self.stop.ends_before, *limits)
         return self.validation
 
     def _diagnose(self, state: PyTree, step: int) -> str:

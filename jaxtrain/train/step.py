@@ -198,14 +198,13 @@ class TrainSteps:
         self.programs: dict[Any, Any] = {}
         for stage, kind in itertools.product(stages, kinds):
             self._program(stage, kind, stage.config.train.global_batch_size)
-        numbers = stage_numbers(config)
-        self._numbers = {stage.first: _placed(numbers[stage.first], mesh) for stage in stages}
+        self._numbers = {begin: _placed(numbers, mesh) for begin, numbers in stage_numbers(config).items()}
         self._bytes = {kind: exchanged_bytes(config, mesh, kind) for kind in kinds}
         self.description = describe_exchange(config, mesh)
         """One line on the exchange between replicas; empty for a single replica."""
 
     def begin_at(self, first: int) -> None:
-        """Set the next step to first + 1, which must not be before the compiled ones."""
+        """Set the next step to first + 1; where it is of a stage before the compiled ones, that is compiled when it comes."""
         self._step, self._newest_divergence = first, {}
 
     def _program(self, stage: ResolvedStage, kind: ReplicaExchange, rows: int) -> Any:

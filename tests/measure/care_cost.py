@@ -3,9 +3,10 @@
     .venv/bin/python -m tests.measure.care_cost                                            # the quickstart, one device
     .venv/bin/python -m tests.measure.care_cost --config=configs/1b.py --mesh.fsdp=8  # any config, on GPUs
 
-Steps with guard.non_finite=skip (the update is decided on the device) and on GPUs with train.deterministic are whole programs
-of their own, so their price is a ratio of steps. A comparison of copies (guard.copies, before every save) and a snapshot of
-the fast tier (checkpoint.fast_every) come now and then: their price is in steps, to be divided by how often.
+Steps with guard.non_finite=skip (the update is decided on the device), with train.ema_decay, and on GPUs with
+train.deterministic are whole programs of their own, so their price is a ratio of steps. A comparison of copies (guard.copies,
+before every save) and a snapshot of the fast tier (checkpoint.fast_every) come now and then: their price is in steps, to be
+divided by how often.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> None:
     kinds = {
         "a bare step": config,
         "guard.non_finite=skip": replace(config, guard=replace(config.guard, non_finite="skip", spike="skip")),
+        "train.ema_decay": replace(config, train=replace(config.train, ema_decay=0.999)),
     }
     if on_gpu:
         kinds["train.deterministic"] = replace(config, train=replace(config.train, deterministic=True))

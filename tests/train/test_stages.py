@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,21 +17,30 @@ from jaxtrain.config import (
     Config,
     DataConfig,
     DataSource,
+    GuardConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     Recipe,
     Stage,
+    SyncConfig,
     TrainConfig,
     config_at,
+    to_json,
 )
 from jaxtrain.config.rules import find_problems, validate
 from jaxtrain.data.pipeline import open_data
 from jaxtrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError
 from jaxtrain.telemetry.metrics import read_rows
+from jaxtrain.train import step as step_module
+from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
+from jaxtrain.train.replay import replay
 from jaxtrain.train.run import Run
 from jaxtrain.train.schedule import rate_of_steps
+from tests.launch.processes import started
 from tests.tiny import MODEL
+from tests.train.poison import NAN, poisonable
 from tests.train.runs import Said, StopAt
 
 STEPS = 18
@@ -172,6 +184,43 @@ def test_a_changed_past_is_refused_and_another_future_is_told(whole, stopped):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapters", "replicas", "conversations", "packed"])
+def test_what_else_a_run_has_goes_through_stages(base, tmp_path, kind):
+    """Interrupted in the second stage, it is the run that was not, bit for bit."""
+    rows = [json.dumps({"prompt": f"{n} and ", "completion": "red " * (n % 3 + 1)}) for n in range(400)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    chat = DataSource(kind="chat", path=str(tmp_path / "rows.jsonl"))
+    one_length = tuple(replace(stage, sequence_length=None) for stage in STAGES)
+    config = {
+        "adapters": replace(base, lora=LoraConfig(rank=4, alpha=8.0)),
+        "replicas": replace(base, mesh=MeshConfig(replica=2, fsdp=4), sync=SyncConfig(mode="diloco", every=3)),
+        "conversations": with_stages(replace(base, data=replace(base.data, sources=(base.data.sources[0], chat))), *one_length),
+        "packed": with_stages(replace(base, data=replace(base.data, packing="best_fit")), *one_length),
+    }[kind]
+    config = replace(config, run_dir=f"{base.run_dir}_{kind}")
+    twice = replace(config, run_dir=f"{base.run_dir}_{kind}_again")
+    assert run(config)[0] == EXIT_DONE
+    assert run(twice, stop=8)[0] == EXIT_STOPPED
+    assert run(twice)[0] == EXIT_DONE
+    np.testing.assert_array_equal(losses(config), losses(twice))
+    if kind == "conversations":
+        data = open_data(validate(config, 8))
+        learned = [(batch["targets"] >= 0).mean() for batch in (data.train_batch(n, slice(None)) for n in (5, 12))]
+        assert learned[1] < 0.9 < learned[0]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(base, whole, tmp_path):
+    (tmp_path / "staged.json").write_text(to_json(base))
+    flags = [f"--config={tmp_path / 'staged.json'}", f"--run_dir={tmp_path / 'two'}", "--train.compilation_cache="]
+    with started(2, 4, flags, tmp_path) as both:
+        assert [process.wait(500) for process in both] == [0, 0], (tmp_path / "0.log").read_text()[-2000:]
+    rows = read_rows(tmp_path / "two" / "metrics.jsonl")
+    np.testing.assert_allclose([row["loss"] for row in rows], losses(whole), rtol=1e-6)
+    assert [row["stage"] for row in rows] == [row["stage"] for row in rows_of(whole)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_twenty_interruptions(base, whole, seed):
     """On the same mesh bit for bit; with a mesh drawn for every part to rounding."""
@@ -187,6 +236,76 @@ def test_twenty_interruptions(base, whole, seed):
     difference = np.abs(losses(config) / losses(truth) - 1).max()
     print(f"\n20 interruptions{' on meshes drawn at random' if seed else ''}: at most {difference:.1e} of a loss apart")
     assert difference <= (1e-5 if seed else 0)
+
+
+class Crash(Hook):
+    """Ends a run after a step, as if its process died: nothing is saved."""
+
+    every = 1
+
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, step, state):
+        if step == self.step:
+            jax.block_until_ready(state)
+            raise KeyboardInterrupt
+
+
+def test_snapshots_rollbacks_validation_and_average_go_through_stages(base, tmp_path, monkeypatch):
+    """Batch 15, of the last stage, is bad. A run that nothing else happens to, and one that goes on from a snapshot of the last
+    stage and so has to go back to a checkpoint of the stage before, whose program it has not compiled.
+    """
+    poisonable(monkeypatch)
+    (tmp_path / "held_out.txt").write_text("red one blue. two " * 100)
+    config = replace(
+        base,
+        data=replace(base.data, validation=(DataSource(kind="text", path=str(tmp_path / "held_out.txt")),)),
+        train=replace(base.train, validate_every=STEPS, validate_batches=2, ema_decay=0.9),
+        checkpoint=CheckpointConfig(every=8, fast_dir=str(tmp_path / "fast")),
+        guard=GuardConfig(non_finite="rollback"),
+    )
+
+    def train(name, fast=0, hooks=()):
+        made = replace(config, run_dir=f"{config.run_dir}_{name}", checkpoint=replace(config.checkpoint, fast_every=fast))
+        made = validate(replace(made, parts=replace(made.parts, hooks=hooks)), 8)
+        part = Run(Prepared(made), lambda: open_data(made), Said(), None)
+        healthy = part.data.train_batch
+
+        def train_batch(number, rows):
+            batch = healthy(number, rows)
+            return batch | {"tokens": np.where(number == 15, NAN, batch["tokens"])}
+
+        part.data.train_batch = train_batch
+        compiled = []
+        with monkeypatch.context() as patch:
+            make = step_module.compile_train_step
+            patch.setattr(step_module, "compile_train_step", lambda of, *a, **b: compiled.append(of.name) or make(of, *a, **b))
+            with contextlib.suppress(KeyboardInterrupt):
+                part.train()
+        return made, part.progress.lines, len(compiled)
+
+    quiet, _, programs = train("quiet")
+    assert programs == 3
+    crashed, _, programs = train("crashed", 2, (Crash(15),))
+    assert programs == 3
+    crashed, said, programs = train("crashed", 2)
+    assert [line.split(",")[0] for line in said if line.startswith("resume")] == ["resume     from step 14"]
+    assert any("back to step 8, without batches 15 to 15" in line for line in said)
+    assert programs == 2
+    ours, theirs = ([row for row in read_rows(c.directory / "metrics.jsonl") if "loss" in row] for c in (quiet, crashed))
+    assert [row["loss"] for row in ours] == [row["loss"] for row in theirs]
+    assert [row["stage"] for row in ours] == ["1"] * 6 + ["wide"] * 6 + ["long"] * 6
+    scores = [[row for row in read_rows(c.directory / "metrics.jsonl") if "validation_loss" in row] for c in (quiet, crashed)]
+    assert scores[0][-1]["validation_ema_loss"] == scores[1][-1]["validation_ema_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "mesh"), [(5, None), (11, ANOTHER), (17, None)])
+def test_a_step_of_any_stage_is_replayed(whole, step, mesh):
+    """From the initial state, through the stages before it."""
+    config = validate(whole, 8)
+    assert replay(config, step, mesh and validate(replace(whole, mesh=mesh), 8)).same
 
 
 def later(stages, factor):
