@@ -153,7 +153,7 @@ class Engine:
         if not requests:
             return
         programs = self._programs_for(requests, slots, take_experts is not None)
-        (cache, rows), decoding = programs.empty(), apart(params, self._mesh)
+        (cache, rows), decoding = programs.empty(), apart(params, self._mesh, in_few_bits=bool(self._config.lora.base))
         held: list[_Request | None] = [None] * programs.room.rows
         done, part = dict[int, _Request](), itertools.count()
         while (requests or any(held)) and not ends_before(next(part)):

@@ -156,14 +156,16 @@ def _forward(
     return {"first": first, "stack": stack}, all_gather(logits, "tensor", dim=2)[:, 0, : decoder.config.vocab_size]
 
 
-def apart(params: PyTree, mesh: Mesh) -> PyTree:
+def apart(params: PyTree, mesh: Mesh, in_few_bits: bool = False) -> PyTree:
     """Return the parameters with a list of layers in place of the stacked ones, in the same memory: to decode on one CPU.
 
     XLA:CPU copies a layer's matrix out of a stack before each matmul, which takes as long as the matmul of few rows. Small
-    layers, and those on other devices, stay stacked: a program of unrolled layers takes longer to compile.
+    layers, and those on other devices, stay stacked: a program of unrolled layers takes longer to compile. So do weights in few
+    bits: XLA would compute the numbers of all layers before the loop over steps, and hold them.
     """
     leaves = jax.tree.leaves(params["layers"])
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or sum(leaf.nbytes for leaf in leaves) < APART_BYTES:
+    is_small = sum(leaf.nbytes for leaf in leaves) < APART_BYTES
+    if in_few_bits or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or is_small:
         return params
     views = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0))[0, 0], params["layers"])
     layers = [jax.tree.map(lambda view, i=i: view[i], views) for i in range(leaves[0].shape[2])]

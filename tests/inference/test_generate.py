@@ -182,6 +182,7 @@ def test_layers_one_by_one_make_the_same_tokens(name: str, monkeypatch: pytest.M
     one = model(name)
     held = forward.apart(one.params, one.mesh)["layers"]
     assert len(held) == jax.tree.leaves(one.params["layers"])[0].shape[2]
+    assert forward.apart(one.params, one.mesh, in_few_bits=True) is one.params
     fresh = Model(one.config, one.mesh, one.params)
     found = fresh.generate(PROMPTS, COUNT, slots=2, details=True)
     assert [answer.ids for answer in found] == [answer.ids for answer in answers(name)]
