@@ -2,7 +2,7 @@
 
     checkpoints/1000/committed.json         written last: every leaf's checksum; a folder without it is not a checkpoint
     checkpoints/1000/_CHECKPOINT_METADATA   JSON; "custom_metadata" holds ours: every leaf's name, dtype and shape, the config
-    checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, zstd
+    checkpoints/1000/state/                 the arrays: TensorStore, OCDBT, uncompressed
     checkpoints/900.damaged-1/              set aside: did not hold what was saved; why_set_aside.txt gives the reason
 
 These functions need only a folder, write nothing unless they say so, and are safe beside a run that is saving into it.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtrain.config import Config
 from jaxtrain.config.rules import validate
 from jaxtrain.mesh import count_devices, describe_mesh, make_mesh
-from jaxtrain.preflight import attention, copies, data, devices, experts, folders, hosts, links
+from jaxtrain.preflight import attention, copies, data, devices, experts, float8, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Finding, Site, carry_out
 from jaxtrain.processes import barrier
 from jaxtrain.telemetry.heartbeat import Heartbeat
@@ -49,6 +49,7 @@ def examine(config: Config, patience: float, heartbeat: Heartbeat | None = None)
             *copies.checks(site.config),
             *devices.checks(),
             *attention.checks(site),
+            *float8.checks(site),
             *links.checks(site),
             *experts.checks(site),
             *data.checks(),

@@ -22,7 +22,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.ops import attention_packed, expert_dispatch
 from jaxtrain.ops.expert_dispatch import ExpertBackend
-from jaxtrain.preflight import attention, copies, devices, experts, folders, hosts, links
+from jaxtrain.preflight import attention, copies, devices, experts, float8, folders, hosts, links
 from jaxtrain.preflight.checks import Check, Site, carry_out, limited, odd_ones
 from jaxtrain.train.optimizer import make_optimizer
 from jaxtrain.train.state import create_state
@@ -263,6 +263,21 @@ def test_fused_attention_that_computes_wrongly_is_named(site, monkeypatch):
     ((_, state, words),) = found(attention.checks(site), site)
     assert state == "failed"
     assert words.startswith("attention by cudnn computes wrongly on this process: dK is not finite; use --model")
+
+
+def test_a_float8_matmul_that_computes_wrongly_is_named(site, monkeypatch):
+    """By the products that a CPU emulates, right, and with the scale of one gradient left out."""
+    assert float8.checks(site) == []
+    site.config = replace(site.config, model=replace(site.config.model, matmul_dtype="float8", dtype="bfloat16"))
+    ((_, state, words),) = found(float8.checks(site), site)
+    assert state == "ok"
+    assert words.startswith("a matmul is within 0.")
+    multiply = float8.multiply
+    wrong = lambda e, x, w: multiply(e, x, replace(w, scale=2 * w.scale))  # noqa: E731
+    monkeypatch.setattr(float8, "multiply", wrong)
+    ((_, state, words),) = found(float8.checks(site), site)
+    assert state == "failed"
+    assert "a float8 matmul computes wrongly on this process: the output is off by 100%; use --model.matmul" in words
 
 
 def test_an_exchange_that_computes_wrongly_is_named(site, monkeypatch):
