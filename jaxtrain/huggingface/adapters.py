@@ -1,8 +1,9 @@
 """Adapters in the form of the PEFT library, in and out: adapter_config.json and adapter_model.safetensors.
 
 A layer's A [inputs, rank] is their lora_A [rank, inputs], B [rank, outputs] their lora_B [outputs, rank]; inputs and outputs
-are those of the family's table. A matrix that is not one Linear layer of theirs has no adapter there: experts, and matrices
-that share a tensor. In a model with experts PEFT (0.21) renames the adapters of other MLPs to theirs.
+are those of the family's table. A matrix that is not one Linear layer of theirs has no adapter there, e.g. where some share a
+tensor. Experts have one each, as in files of `transformers` 4: PEFT (0.21) turns them into those of its `target_parameters`, of
+twice the rank for gate and up together. It renames the adapters of other MLPs in such a model to theirs, too.
 """
 
 from __future__ import annotations
@@ -53,10 +54,15 @@ def adapter_table(table: Table, model: ModelConfig) -> Table:
         if a not in known:
             continue
         left, right = (_words(side) for side in row.axes.split("->"))
-        count = len(known[a]) - 2  # of the inputs' axes, without the layers' and the rank
-        if row.per_expert or len(left) != 2:
-            refused[row.ours] = "it is of experts"
-        elif model.moe and "/attention/" not in row.ours:
+        count = len(known[a]) - 2 - row.per_expert  # of the inputs' axes, without the layers', the experts' and the rank
+        pair = {lora.adapter_of(row.ours.rpartition("/")[0] + name)[0] for name in ("/gate", "/up")}
+        if len(left) != 2:
+            refused[row.ours] = "it is of experts whose file has one tensor for all"
+        elif row.per_expert and model.adapters.rank_stabilised:
+            refused[row.ours] = "PEFT doubles the rank of experts' gate and up, which lora.rank_stabilised scales by"
+        elif row.per_expert and a in pair and not pair <= known.keys():
+            refused[row.ours] = "PEFT holds experts' gate and up as one: have both in lora.targets"
+        elif model.moe and "/attention/" not in row.ours and not row.per_expert:
             refused[row.ours] = "beside experts, PEFT takes adapters of MLPs for theirs"
         elif len(sharing[row.theirs]) > 1:
             refused[row.ours] = f"{row.theirs} holds other matrices too"
@@ -97,7 +103,8 @@ def export_adapter(run: str, target: str) -> list[str]:
     if not config.lora.rank:
         raise ExplainedError(f"{run} was trained without adapters (lora.rank=0); export it without --adapter")
     table = _table(config, beside)
-    modules = list(dict.fromkeys(row.theirs.partition("{layer}.")[2].rpartition(".lora_")[0] for row in table.rows))
+    names = (row.theirs.partition("{layer}.")[2].rpartition(".lora_")[0] for row in table.rows)
+    modules = list(dict.fromkeys(name.replace("{expert}.", "") for name in names))
     with new_folder(target) as folder:
         save_file(dict(tensors(table, read, "float32")), folder / WEIGHTS, {"format": "pt"})
         described = _described(config, modules, origin)

@@ -119,7 +119,8 @@ def test_an_adapter_of_peft_goes_out_and_comes_in(run: Config, tmp_path: Path):
     ("family", "targets", "words"),
     [
         ("phi3", (), "layers/attention/query: .* holds other matrices too"),
-        ("qwen3_moe", (), "layers/moe/gate: it is of experts"),
+        ("gpt_oss", (), "layers/moe/gate: it is of experts whose file has one tensor for all"),
+        ("qwen3_moe", ("moe/up",), "layers/moe/up: PEFT holds experts' gate and up as one: have both"),
         ("gpt2", ("down",), "layers/mlp/down: .* is stored with its inputs first"),
         ("deepseek_v3", ("mlp/*",), "outer/first_layers/mlp/gate: beside experts"),
     ],
