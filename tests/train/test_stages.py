@@ -206,7 +206,7 @@ def test_what_else_a_run_has_goes_through_stages(base, tmp_path, kind):
     if kind == "conversations":
         data = open_data(validate(config, 8))
         learned = [(batch["targets"] >= 0).mean() for batch in (data.train_batch(n, slice(None)) for n in (5, 12))]
-        assert learned[1] < 0.9 < learned[0]
+        assert learned[1] < 0.5 < 0.7 < learned[0]
 
 
 @pytest.mark.slow
