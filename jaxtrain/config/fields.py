@@ -26,6 +26,7 @@ REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidde
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 RematPolicy = Literal["none", "dots", "named", "full"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
+MomentsDType = Literal["float32", "int8"]
 SaveFailurePolicy = Literal["retry", "stop"]
 ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
 ZeroLevel = Literal[1, 2, 3]
@@ -167,6 +168,8 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only: no norms, no biases."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    moments_dtype: MomentsDType = "float32"
+    """Dtype of matrices' moments between steps. int8: 8 bits and a scale for each 64; a quarter of the memory."""
 
 
 @dataclass(frozen=True)

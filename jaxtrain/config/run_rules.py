@@ -55,6 +55,8 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.export_hf exports the last checkpoint: give --checkpoint.every=1000 or so too")
     if config.init_from_optimizer and not config.init_from:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
+    if config.optimizer.moments_dtype == "int8" and config.optimizer.name == "adafactor":
+        problems.append("optimizer.moments_dtype=int8: adafactor holds no moments of a matrix's size; use float32, or adamw")
     unused = [
         name
         for name in ("alpha", "targets", "rank_stabilised", "init_from", "base", "base_group")

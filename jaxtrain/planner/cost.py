@@ -248,8 +248,8 @@ class CostModel:
 
     def state_bytes(self, layout: Candidate) -> float:
         """Return the bytes of parameters and moments of one device: less than the layout takes."""
-        each = BYTES[self.config.model.param_dtype] + 4 * whole_moments(self.config.optimizer)
-        return each * self._parameters(layout)
+        model, rule = self.config.model, self.config.optimizer
+        return (BYTES[model.param_dtype] + BYTES[rule.moments_dtype] * whole_moments(rule)) * self._parameters(layout)
 
     # -- one layout --------------------------------------------------------------------------------------------------
 

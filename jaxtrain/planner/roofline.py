@@ -298,7 +298,8 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
     for the direction's norm.
     """
     moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor") + bool(config.train.ema_decay)
-    each = 12 + 8 * moments + 8 + 4 + BYTES[config.model.dtype]
+    held = 2 if config.optimizer.moments_dtype == "int8" else 8
+    each = 12 + held * moments + 8 + 4 + BYTES[config.model.dtype]
     return chip.stream(each * parameters)
 
 

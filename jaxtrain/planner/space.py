@@ -15,6 +15,7 @@ Replicas stay as they are given: they change what training does.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from jaxtrain.config.rules import divisors
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.decoder import check_base
 from jaxtrain.planner.candidate import Candidate
+from jaxtrain.planner.layer_table import trained_weights
 from jaxtrain.planner.traffic import place
+from jaxtrain.train.moments import cut_block
 
 MOST_MICROBATCHES = 12
 MOST_FILLED = 8
@@ -71,18 +74,21 @@ class Space:
             if not _cuts_embed(self.config.model, fsdp):
                 self.pruned["fsdp does not divide the model's width"] += 1
             elif not self._cuts_between_groups(fsdp, tensor):
-                self.pruned["the groups of lora.base would be cut"] += 1
+                self.pruned["the groups of lora.base, or the blocks of moments, would be cut"] += 1
             elif not self._fills_hosts(mesh):
                 self.pruned["axes do not fill hosts"] += 1
             else:
                 yield mesh
 
     def _cuts_between_groups(self, fsdp: int, tensor: int) -> bool:
+        mesh, model = MeshConfig(fsdp=fsdp, tensor=tensor), self.config.model
         try:
-            check_base(self.config.model, MeshConfig(fsdp=fsdp, tensor=tensor))
+            check_base(model, mesh)
         except ConfigError:
             return False
-        return True
+        weights = itertools.chain(*trained_weights(model, self.config.train.frozen))
+        is_in_8_bits = self.config.optimizer.moments_dtype == "int8"
+        return not (is_in_8_bits and any(cut_block(weight.dims, weight.shape, mesh) for weight in weights))
 
     def _fills_hosts(self, mesh: tuple[int, ...]) -> bool:
         try:

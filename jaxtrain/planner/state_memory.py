@@ -13,6 +13,7 @@ from jaxtrain.models.quantised_weights import is_held
 from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
 from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, adapters, layer_weights, outer_weights, trained_weights
 from jaxtrain.train.leaf_axes import leaf_axes
+from jaxtrain.train.moments import block_of
 
 
 class Shares(NamedTuple):
@@ -34,6 +35,10 @@ class Shares(NamedTuple):
     """The same bytes whole over fsdp."""
     float8: float
     """Of them, those that are multiplied in float8."""
+    moment_bytes: float
+    """Bytes of one moment of them in 8 bits."""
+    second_moment_bytes: float
+    """The same of those of which muon keeps two."""
 
 
 class Cut(NamedTuple):
@@ -99,7 +104,15 @@ def _share(weights: Collection[Weight], mesh: MeshConfig, model: ModelConfig) ->
     second = sum(n for w, n in cut if not leaf_axes(w.dims).is_hidden_matrix)
     in_few = sum(n for _, n, _ in few), sum(size for _, size in pieces), whole
     in_float8 = sum(n for w, n in cut if w.is_in_float8(model))
-    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few, in_float8)
+    in_8_bits = [(leaf_axes(w.dims).is_hidden_matrix, _moment_bytes(w) * n) for w, n in cut]
+    moments = sum(size for _, size in in_8_bits), sum(size for is_hidden, size in in_8_bits if not is_hidden)
+    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few, in_float8, *moments)
+
+
+def _moment_bytes(weight: Weight) -> float:
+    """Return the bytes of a number's moment in 8 bits, with its share of the block's scale (`train.moments`)."""
+    _, length = block_of(weight.dims, weight.shape)
+    return 1 + FLOAT32 / length if length else FLOAT32
 
 
 class _Held(NamedTuple):
@@ -145,13 +158,19 @@ def parameter_bytes(config: Config, cut: Cut) -> float:
 
 
 def optimizer_state(config: Config, cut: Cut) -> float:
-    """Return the bytes of the moments, float32 and sharded like the trained parameters.
+    """Return the bytes of the moments, float32 or in 8 bits, and sharded like the trained parameters.
 
     adamw keeps two, lion and sgd with momentum one. muon keeps one for layers' matrices and adamw's two for norms, table and
     head. adafactor keeps a mean over the outputs and one over the inputs of each matrix, whole on every device of a stage, and
     a whole moment of norms.
     """
     name, layers = config.optimizer.name, cut.chunks * cut.layers
+    if config.optimizer.moments_dtype == "int8":
+        once, twice = (
+            layers * getattr(cut.trained, part) + getattr(cut.trained_outer, part)
+            for part in ("moment_bytes", "second_moment_bytes")
+        )
+        return whole_moments(config.optimizer) * once + twice * (name == "muon")
     if name == "adafactor":
         of_layer, of_outer = map(_factors, trained_weights(config.model, config.train.frozen))
         return FLOAT32 * (layers * of_layer + of_outer)

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config, OptimizerConfig, Recipe
 from jaxtrain.errors import ExplainedError, nearest
 from jaxtrain.models.trained import trained_dims
+from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims
 from jaxtrain.train.leaf_axes import LeafAxes, axes_tree, leaf_axes
+from jaxtrain.train.moments import in_8_bits
 from jaxtrain.train.muon import scale_by_muon
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
@@ -197,11 +200,17 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     recipe = Recipe(config)
     most = max(stage.config.optimizer.weight_decay for stage in recipe.all)
     optimizer = replace(config.optimizer, weight_decay=most)  # each step's own is an input; 0 leaves it out of the program
-    return make_optimizer(optimizer, config.train.steps, trained_dims(config), config.model.dtype, recipe.schedules)
+    dims, layers = trained_dims(config), make_stacking(config).layer_numbers()
+    return make_optimizer(optimizer, config.train.steps, dims, config.model.dtype, recipe.schedules, layers)
 
 
 def make_optimizer(
-    config: OptimizerConfig, total_steps: int, dims: PyTree, dtype: str = "float32", schedules: Sequence[str] = ()
+    config: OptimizerConfig,
+    total_steps: int,
+    dims: PyTree,
+    dtype: str = "float32",
+    schedules: Sequence[str] = (),
+    layer_numbers: np.ndarray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the whole update rule, for `optax.apply_updates`.
 
@@ -224,20 +233,24 @@ def make_optimizer(
       dims: the parameter tree with a tuple of logical dim names for each leaf; stacked leaves begin with STACKING.
       dtype: of Muon's products; everything else is float32.
       schedules: names of all schedules of the run, where there are several.
+      layer_numbers: `Stacking.layer_numbers`, which moments in 8 bits need (`train/moments.py`).
 
     Returns:
-      A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, in trees of the
-      parameters' structure and, but for Adafactor's rows and columns, of their shapes.
+      A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, or in 8 bits, in
+      trees of the parameters' structure and, but for Adafactor's rows and columns, of their shapes.
 
     Raises:
       ExplainedError: an unknown optimizer or schedule.
     """
     decays = jax.tree.map(lambda a: a.is_matrix, axes_tree(dims))
     make_learning_rate(config, total_steps)  # raises
+    direction = _direction(config, dims, dtype)
+    if config.moments_dtype == "int8":
+        direction = in_8_bits(direction, dims, layer_numbers)
     return in_float32(
         optax.named_chain(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),
-            (config.name, _direction(config, dims, dtype)),
+            (config.name, direction),
             ("decay", _decay(config.weight_decay, decays) if config.weight_decay else optax.identity()),
             ("learning_rate", _scale_by_learning_rate(config, total_steps, schedules or (config.schedule,))),
         )

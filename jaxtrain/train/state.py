@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config import Config, SyncConfig
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import CheckpointError, ConfigError
 from jaxtrain.models import decoder
 from jaxtrain.models.quantised_weights import holding
 from jaxtrain.models.trained import trained, trained_dims
@@ -31,6 +31,7 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
 from jaxtrain.train.average import EMA, first_average
+from jaxtrain.train.moments import cut_block
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
 from jaxtrain.train.xla_options import options_of_rare_programs
@@ -106,12 +107,13 @@ def _path(key_path: tuple) -> tuple[str, ...]:
 def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple[str, ...], tuple[Dims, tuple]]) -> Dims:
     """Return the logical dims of one leaf of the optimizer state.
 
-    A leaf with a parameter's path and shape is sharded like it. Another leaf that belongs to a stacked parameter keeps the
-    stacking dims (its other dims are small: Adafactor's rows and columns). The rest, counts, are replicated.
+    A leaf with a parameter's path and dims is sharded like it: moments, and the scales of their blocks (`train/moments.py`).
+    Another leaf that belongs to a stacked parameter keeps the stacking dims (its other dims are small: Adafactor's rows and
+    columns). The rest, counts, are replicated.
     """
     for suffix, (dims, shape) in of_params.items():
         if path[-len(suffix) :] == suffix:
-            if leaf.shape == shape:
+            if leaf.ndim == len(shape):
                 return dims
             if dims[:3] == decoder.STACKED and leaf.shape[:3] == shape[:3]:
                 return (*decoder.STACKED, *("norm",) * (leaf.ndim - 3))
@@ -135,12 +137,21 @@ def _of_each_replica(config: Config, dims: PyTree) -> PyTree:
 
 
 def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTree:
-    """Return the logical dims of every leaf of the state."""
+    """Return the logical dims of every leaf of the state.
+
+    Raises:
+      ConfigError: the mesh cuts through blocks of moments in 8 bits.
+    """
     abstract = _replica_shapes(config, optimizer)
     params = decoder.parameter_dims(config.model)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dims)[0]
     shapes = jax.tree_util.tree_flatten_with_path(abstract["params"])[0]
     of_params = {_path(p): (dims, leaf.shape) for (p, dims), (_, leaf) in zip(leaves, shapes, strict=True)}
+    if config.optimizer.moments_dtype == "int8" and config.parts.optimizer is None:
+        both = jax.tree.leaves(trained_dims(config), is_leaf=is_dims), jax.tree.leaves(trained(config, abstract["params"]))
+        cut = filter(None, (cut_block(dims, leaf.shape, config.mesh) for dims, leaf in zip(*both, strict=True)))
+        if problem := next(cut, None):
+            raise ConfigError([problem])
     optimizer_dims = jax.tree_util.tree_map_with_path(
         lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
     )
