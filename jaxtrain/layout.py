@@ -35,6 +35,12 @@ def layers_per_part(layers: int, stages: int, chunks: int, period: int = 1) -> i
     return math.ceil(math.ceil(layers / period) / (stages * chunks)) * period
 
 
+def stage_of_part(part: int, stages: int, folded: bool) -> int:
+    """Return the stage of a part of the layer stack: part % stages, counted from the end in odd chunks of a folded stack."""
+    chunk, position = divmod(part, stages)
+    return stages - 1 - position if folded and chunk % 2 else position
+
+
 def layers_of_part(config: Config) -> int:
     """Return the slots of one part of a config's stack: the layers that a pass through a chunk of a stage runs."""
     model = config.model

@@ -24,6 +24,8 @@ SURE = {
     ("context", "model.latent_attention.query_rank=12"),
     ("pipe", "pipeline.schedule=interleaved"),
     ("pipe", "pipeline.schedule=zero_bubble"),
+    ("pipe", "pipeline.schedule=zero_bubble_v"),
+    ("pipe", "pipeline.schedule=v_shape"),
     ("tensor", "lora.rank=4"),
     ("fsdp", "lora.base=nf4"),
 }

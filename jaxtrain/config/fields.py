@@ -23,7 +23,9 @@ MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "mlp_out")
 REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidden", "expert_out")
 
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "v_shape", "zero_bubble_v"]
+FOLDED_SCHEDULES = ("v_shape", "zero_bubble_v")
+"""Schedules whose second chunk goes back through the stages: the last part of the stack lies on the first stage."""
 RematPolicy = Literal["none", "dots", "named", "full"]
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 MomentsDType = Literal["float32", "int8"]
@@ -137,9 +139,11 @@ class PipelineConfig:
 
     schedule: ScheduleName = "1f1b"
     """Order of forward and backward work over the stages. zero_bubble: interleaved, with the weight gradients' matmuls put off
-    into the ticks in which a stage would wait; for memory (their operands) it saves up to two thirds of the bubble."""
+    into the ticks in which a stage would wait; for memory (their operands) it saves up to two thirds of the bubble. v_shape:
+    two chunks, of which the second goes back from the last stage to the first; 1f1b's bubble for half of its activations.
+    zero_bubble_v: both."""
     chunks: int = 1
-    """Number of parts of the layer stack per stage; more than 1 needs schedule=interleaved or zero_bubble."""
+    """Number of parts of the layer stack per stage. interleaved, zero_bubble: any; v_shape, zero_bubble_v: 2; others: 1."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtrain.config import MESH_AXES, NO_SETTINGS, VOCAB_MULTIPLE, Config, MeshConfig, ModelConfig, SyncConfig
+from jaxtrain.config import (
+    FOLDED_SCHEDULES,
+    MESH_AXES,
+    NO_SETTINGS,
+    VOCAB_MULTIPLE,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    SyncConfig,
+)
 from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
 from jaxtrain.config.stage_rules import stage_problems
@@ -302,11 +311,16 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
         problems.append(
             f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
         )
-    if pipeline.chunks > 1 and pipeline.schedule not in ("interleaved", "zero_bubble"):
+    if pipeline.schedule in FOLDED_SCHEDULES and (mesh.pipe == 1 or pipeline.chunks != 2):
+        problems.append(
+            f"pipeline.schedule={pipeline.schedule} folds two chunks of layers over the stages, but pipeline.chunks="
+            f"{pipeline.chunks} and mesh.pipe={mesh.pipe}; use chunks=2 and pipe of 2 or more, or another schedule"
+        )
+    elif pipeline.chunks > 1 and pipeline.schedule in ("gpipe", "1f1b"):
         problems.append(
             f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved or zero_bubble, not {pipeline.schedule}"
         )
-    if pipeline.chunks > 1 and mesh.pipe == 1:
+    elif pipeline.chunks > 1 and mesh.pipe == 1:
         problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
     parts, groups = mesh.pipe * pipeline.chunks, math.ceil(layers / len(config.model.kinds))
     if parts > groups > 0:

@@ -20,6 +20,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.inference.cache import ROW_AXES, CachedAttention, CacheSize, cache_shapes, cache_specs
 from jaxtrain.inference.sampling import Choice, choose
 from jaxtrain.inference.whole import at_level_three
+from jaxtrain.layout import stage_of_part
 from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder, parameter_dims, to_compute
 from jaxtrain.models.layers import run_layer
@@ -115,9 +116,11 @@ def _through_stages(
 ) -> tuple[jax.Array, tuple]:
     """Run the whole stack, stage after stage; every stage ends with the result."""
     stages, stage = decoder.stacking.stages, lax.axis_index("pipe")
+    parts = stages * decoder.stacking.chunks
     for chunk in range(decoder.stacking.chunks):
         caches = jax.tree.map(lambda leaf, chunk=chunk: leaf[chunk, 0], stack)
-        for turn in range(stages):
+        for turn in range(chunk * stages, (chunk + 1) * stages):
+            here, after = (stage_of_part(part % parts, stages, decoder.stacking.folded) for part in (turn, turn + 1))
 
             def part(x: jax.Array, caches: tuple, chunk: int = chunk) -> tuple[jax.Array, tuple]:
                 return _layers(decoder, weights, x, places, chunk, caches)
@@ -125,10 +128,10 @@ def _through_stages(
             if stages == 1:
                 x, caches = part(x, caches)
             else:
-                x, caches = lax.cond(stage == turn, part, lambda x, caches: (x, caches), x, caches)
-                x = shift(x, "pipe", +1)
+                x, caches = lax.cond(stage == here, part, lambda x, caches: (x, caches), x, caches)
+                x = shift(x, "pipe", after - here) if after != here else x
         stack = jax.tree.map(lambda leaf, new, chunk=chunk: leaf.at[chunk, 0].set(new), stack, caches)
-    if stages > 1:  # the last stage has sent the result to the first one
+    if stages > 1:  # the result is on the stage of the first part
         x = lax.psum(jnp.where(stage == 0, x, 0), "pipe")
     return x, stack
 

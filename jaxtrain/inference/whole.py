@@ -16,7 +16,7 @@ from jaxtrain.models.decoder import parameter_dims, to_compute
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
-from jaxtrain.parallel.pipeline_schedule import forward_only
+from jaxtrain.parallel.pipeline_schedule import forwards_of
 from jaxtrain.sharding import BATCH_AXES, replicated, specs, vary
 
 PyTree = Any
@@ -32,7 +32,7 @@ def _region(config: Config, mesh: Mesh) -> Any:
     config = at_level_three(config)
     model = make_decoder(config, mesh, choose_attention(config, mesh)[0])
     functions, dims = model.logits_functions(), parameter_dims(config.model)
-    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, 1)
+    schedule = forwards_of(config, 1)
 
     def region(params: PyTree, batch: PyTree) -> jax.Array:
         params = to_compute(vary(params), dims, config.model.dtype)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.config import (
+    FOLDED_SCHEDULES,
     MESH_AXES,
     Config,
     DataConfig,
@@ -46,6 +47,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.trained import trained, trained_dims, with_trained
 from jaxtrain.objectives import objective_of
+from jaxtrain.parallel.pipeline_schedule import SCHEDULES
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import LORA, is_dims
 from jaxtrain.train.balance import step_biases
@@ -202,8 +204,8 @@ def draw_layout(task: Config, choose: Choose, devices: int) -> Config:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for _ in range(devices.bit_length() - 1):
         sizes[choose(MESH_AXES)] *= 2
-    schedule = choose(("1f1b", "gpipe", "interleaved", "zero_bubble")) if sizes["pipe"] > 1 else "1f1b"
-    chunks = {"interleaved": 2, "zero_bubble": choose((1, 2))}.get(schedule, 1)
+    schedule = choose(tuple(SCHEDULES)) if sizes["pipe"] > 1 else "1f1b"
+    chunks = 2 if schedule in ("interleaved", *FOLDED_SCHEDULES) else choose((1, 2)) if schedule == "zero_bubble" else 1
     return replace(
         task,
         mesh=MeshConfig(**sizes),

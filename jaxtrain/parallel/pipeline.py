@@ -20,7 +20,9 @@ import numpy as np
 from jax import lax
 
 from jaxtrain.parallel.backward_split import Split
-from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, Slots, TickRun, allocate_slots, cut_into_runs
+from jaxtrain.parallel.buffers import add, add_at, add_gradients, slot, write, zeros
+from jaxtrain.parallel.pipeline_schedule import IDLE, Schedule, TickRun, cut_into_runs
+from jaxtrain.parallel.pipeline_slots import Slots, allocate_slots
 from jaxtrain.sharding import shift, vary, varying_axes
 
 PyTree = Any
@@ -61,42 +63,6 @@ class Result(NamedTuple):
     """The sums that the layers report, [chunks, layers_per_part, ...]."""
     gradients: Parameters
     """Gradients of the master parameters, float32."""
-
-
-def _index(tree: PyTree, i: jax.Array | int) -> PyTree:
-    """Return tree[i], leaf by leaf; a leading dim of 1 needs no lookup."""
-    return jax.tree.map(lambda a: a[0] if a.shape[0] == 1 else lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
-
-
-def _write(tree: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
-    return jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, slot, 0), tree, values)
-
-
-def _add(tree: PyTree, values: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, v: a + v.astype(a.dtype), tree, values)
-
-
-def _add_at(tree: PyTree, values: PyTree, i: jax.Array) -> PyTree:
-    """tree[i] += values, leaf by leaf."""
-
-    def leaf(a: jax.Array, v: jax.Array) -> jax.Array:
-        if a.shape[0] == 1:
-            return a + v[None].astype(a.dtype)
-        return lax.dynamic_update_index_in_dim(a, lax.dynamic_index_in_dim(a, i, keepdims=False) + v.astype(a.dtype), i, 0)
-
-    return jax.tree.map(leaf, tree, values)
-
-
-def _add_gradients(tree: PyTree, leaves: list[jax.Array | None], i: jax.Array) -> PyTree:
-    """tree[i] += leaves, where there is one."""
-    own, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [a if v is None else _add_at(a, v, i) for a, v in zip(own, leaves, strict=True)])
-
-
-def _zeros(tree: PyTree, dtype: Any = None, slots: int | None = None) -> PyTree:
-    """Return zeros like the leaves, with a leading dim of `slots` if given, typed as varying over all mesh axes."""
-    lead = () if slots is None else (slots,)
-    return jax.tree.map(lambda a: vary(jnp.zeros(lead + a.shape, dtype or a.dtype)), tree)
 
 
 def _when(pattern: str, predicate: jax.Array, do: Callable[[], PyTree], otherwise: Callable[[], PyTree]) -> PyTree:
@@ -209,13 +175,13 @@ class _Pass:
         return self.master.outer, self.compute.outer
 
     def layers(self, chunk: jax.Array) -> Weights:
-        return _index(self.master.layers, chunk), _index(self.compute.layers, chunk)
+        return slot(self.master.layers, chunk), slot(self.compute.layers, chunk)
 
     def is_first(self, chunk: jax.Array) -> jax.Array:
         return (self.stage == 0) & (chunk == 0)
 
     def is_last(self, chunk: jax.Array) -> jax.Array:
-        return (self.stage == self.schedule.stages - 1) & (chunk == self.schedule.chunks - 1)
+        return (self.stage == self.schedule.last_stage) & (chunk == self.schedule.chunks - 1)
 
     @property
     def ends(self) -> str:
@@ -229,7 +195,7 @@ def _input(run: _Pass, row: dict, activation: jax.Array, microbatch: PyTree) -> 
         run.ends,
         run.is_first(row["forward_chunk"]),
         lambda: vary(run.functions.embed(run.outer, microbatch)),
-        lambda: _index(activation, row["activation_read"]),
+        lambda: slot(activation, row["activation_read"]),
     )
 
 
@@ -248,7 +214,7 @@ def _loss_pass(run: _Pass, y: jax.Array, microbatch: PyTree) -> tuple[PyTree, Py
 
 def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax.Array) -> tuple[list, PyTree, jax.Array, list]:
     """(gradients of one part's layers, of outer parameters through the embedding on part 0, of the part's input; operands)."""
-    chunk, microbatch = row["backward_chunk"], _index(run.microbatches, row["backward_microbatch"])
+    chunk, microbatch = row["backward_chunk"], slot(run.microbatches, row["backward_microbatch"])
     layers, dx, operands = run.residuals.backward(run.layers(chunk), stored, gradient)
     master, compute = run.outer
 
@@ -256,46 +222,48 @@ def _backward_pass(run: _Pass, row: dict, stored: list[jax.Array], gradient: jax
         _, closure = jax.vjp(lambda master: vary(run.functions.embed((master, compute), microbatch)), master)
         return vary(closure(dx)[0])
 
-    return layers, _when(run.ends, run.is_first(chunk), embed_backward, lambda: _zeros(master)), dx, operands
+    return layers, _when(run.ends, run.is_first(chunk), embed_backward, lambda: zeros(master)), dx, operands
 
 
 def _tick_at_once(run: _Pass, carry: dict, row: dict) -> dict:
     """Run one stage and one chunk, B in the tick of its F, so that nothing is stored."""
-    microbatch = _index(run.microbatches, row["forward_microbatch"])
+    microbatch = slot(run.microbatches, row["forward_microbatch"])
     x = vary(run.functions.embed(run.outer, microbatch))
     y, reports, stored = run.residuals.forward(run.layers(row["forward_chunk"]), x, microbatch, row["forward_chunk"])
     sums, outer, dy = _loss_pass(run, y, microbatch)
     layers, outer_embed, *_ = _backward_pass(run, row, stored, dy)
     return {
-        "sums": _add(carry["sums"], sums),
-        "reports": _add_at(carry["reports"], reports, row["forward_chunk"]),
-        "outer": _add(_add(carry["outer"], outer), outer_embed),
-        "layers": _add_gradients(carry["layers"], layers, row["backward_chunk"]),
+        "sums": add(carry["sums"], sums),
+        "reports": add_at(carry["reports"], reports, row["forward_chunk"]),
+        "outer": add(add(carry["outer"], outer), outer_embed),
+        "layers": add_gradients(carry["layers"], layers, row["backward_chunk"]),
     }
 
 
 def _forward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[dict, jax.Array]:
     """Run F of this tick, and the loss after the last part; return also the activation for the next part."""
-    idle = _zeros((run.shapes.sums, run.master.outer, run.shapes.x))
+    idle = zeros((run.shapes.sums, run.master.outer, run.shapes.x))
 
     def forward() -> tuple:
-        microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+        microbatch, chunk = slot(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
         x = _input(run, row, carry["activation"], microbatch)
         y, reports, stored = run.residuals.forward(run.layers(chunk), x, microbatch, chunk)
         return y, reports, stored, _when(run.ends, run.is_last(chunk), lambda: _loss_pass(run, y, microbatch), lambda: idle)
 
-    doing = row["forward_microbatch"] != IDLE
     # An idle stage rewrites its slot's own value, which needs no extra slot (dynamic indices clamp to the last slot).
-    nothing = _zeros(run.shapes.reports)
+    nothing = idle[2], zeros(run.shapes.reports)
     y, reports, stored, (sums, outer, dy) = _when(
-        pattern, doing, forward, lambda: (idle[2], nothing, _index(carry["residual"], row["residual_write"]), idle)
+        pattern,
+        row["forward_microbatch"] != IDLE,
+        forward,
+        lambda: (*nothing, slot(carry["residual"], row["residual_write"]), idle),
     )
     return carry | {
-        "sums": _add(carry["sums"], sums),
-        "reports": _add_at(carry["reports"], reports, row["forward_chunk"]),
-        "outer": _add(carry["outer"], outer),
-        "residual": _write(carry["residual"], stored, row["residual_write"]),
-        "gradient": _write(carry["gradient"], dy, row["gradient_write_loss"]),
+        "sums": add(carry["sums"], sums),
+        "reports": add_at(carry["reports"], reports, row["forward_chunk"]),
+        "outer": add(carry["outer"], outer),
+        "residual": write(carry["residual"], stored, row["residual_write"]),
+        "gradient": write(carry["gradient"], dy, row["gradient_write_loss"]),
     }, y
 
 
@@ -303,20 +271,18 @@ def _backward_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> tuple[di
     """Run B of this tick; return also the gradient for the part before."""
 
     def backward() -> tuple:
-        stored = _index(carry["residual"], row["residual_read"])
-        return _backward_pass(run, row, stored, _index(carry["gradient"], row["gradient_read"]))
-
-    doing = row["backward_microbatch"] != IDLE
-    nothing = (run.shapes.early, run.master.outer, run.shapes.x)
+        stored = slot(carry["residual"], row["residual_read"])
+        return _backward_pass(run, row, stored, slot(carry["gradient"], row["gradient_read"]))
 
     def idle() -> tuple:
-        return *_zeros(nothing), _index(carry["operand"], row["operand_write"])
+        nothing = (run.shapes.early, run.master.outer, run.shapes.x)
+        return *zeros(nothing), slot(carry["operand"], row["operand_write"])
 
-    layers, outer, dx, operands = _when(pattern, doing, backward, idle)
+    layers, outer, dx, operands = _when(pattern, row["backward_microbatch"] != IDLE, backward, idle)
     return carry | {
-        "operand": _write(carry["operand"], operands, row["operand_write"]),
-        "layers": _add_gradients(carry["layers"], layers, row["backward_chunk"]),
-        "outer": _add(carry["outer"], outer),
+        "operand": write(carry["operand"], operands, row["operand_write"]),
+        "layers": add_gradients(carry["layers"], layers, row["backward_chunk"]),
+        "outer": add(carry["outer"], outer),
     }, dx
 
 
@@ -326,10 +292,21 @@ def _weight_tick(run: _Pass, pattern: str, carry: dict, row: dict) -> dict:
     layers = _when(
         pattern,
         row["weight_microbatch"] != IDLE,
-        lambda: run.residuals.weights(run.layers(chunk), _index(carry["operand"], row["operand_read"])),
-        lambda: _zeros(run.shapes.late),
+        lambda: run.residuals.weights(run.layers(chunk), slot(carry["operand"], row["operand_read"])),
+        lambda: zeros(run.shapes.late),
     )
-    return carry | {"layers": _add_gradients(carry["layers"], layers, chunk)}
+    return carry | {"layers": add_gradients(carry["layers"], layers, chunk)}
+
+
+def _send(run: _Pass, value: jax.Array, step: int) -> list[jax.Array]:
+    """Return what arrives when every stage sends a value on (step 1) or back (-1), for each of `Schedule.ways`."""
+    return [shift(value, "pipe", step * way) if way else value for way in run.schedule.ways]
+
+
+def _receive(buffer: jax.Array, arrived: list[jax.Array], slots: jax.Array) -> jax.Array:
+    for value, i in zip(arrived, slots, strict=True):
+        buffer = write(buffer, value, i)
+    return buffer
 
 
 def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
@@ -337,19 +314,19 @@ def _tick(run: _Pass, patterns: TickRun, carry: dict, row: dict) -> dict:
     arrived = None
     if patterns.forward != "no":
         carry, y = _forward_tick(run, patterns.forward, carry, row)
-        arrived = shift(y, "pipe", +1)
+        arrived = _send(run, y, +1)
     if patterns.backward != "no":
         carry, dx = _backward_tick(run, patterns.backward, carry, row)
-        carry = carry | {"gradient": _write(carry["gradient"], shift(dx, "pipe", -1), row["gradient_write"])}
+        carry = carry | {"gradient": _receive(carry["gradient"], _send(run, dx, -1), row["gradient_write"])}
     if patterns.weight != "no":
         carry = _weight_tick(run, patterns.weight, carry, row)
     if arrived is not None:
-        carry = carry | {"activation": _write(carry["activation"], arrived, row["activation_write"])}
+        carry = carry | {"activation": _receive(carry["activation"], arrived, row["activation_write"])}
     return carry
 
 
 def _rows(schedule: Schedule, slots: Slots, run: TickRun) -> dict[str, np.ndarray]:
-    """Return the table's columns for the ticks of a run, each [ticks, stages]."""
+    """Return the table's columns for the ticks of a run, each [ticks, stages], or [ticks, stages, ways]."""
     columns = {
         name: getattr(source, name)
         for source, names in (
@@ -379,8 +356,8 @@ def _run_table(run: _Pass, tick: Callable[[TickRun, dict, dict], dict], carry: d
 
 def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> _Pass:
     master, compute, microbatches = vary((master, compute, microbatches))
-    first, chunk = _index(microbatches, 0), jnp.zeros((), jnp.int32)
-    outer, layers = (master.outer, compute.outer), (_index(master.layers, chunk), _index(compute.layers, chunk))
+    first, chunk = slot(microbatches, 0), jnp.zeros((), jnp.int32)
+    outer, layers = (master.outer, compute.outer), (slot(master.layers, chunk), slot(compute.layers, chunk))
     residuals = _Residuals(functions)
     x = jax.eval_shape(lambda: vary(functions.embed(outer, first)))
     sums = jax.eval_shape(lambda x: functions.loss(outer, x, first)[1], x)
@@ -402,19 +379,19 @@ def loss_and_gradients(
     """Return the gradients of loss + auxiliary losses, summed over the microbatches, whose leaves are [microbatches, ...]."""
     run = _begin(functions, schedule, master, compute, microbatches)
     carry = {
-        "outer": _zeros(run.master.outer, jnp.float32),
-        "layers": _zeros(run.master.layers, jnp.float32),
-        "sums": _zeros(run.shapes.sums),
-        "reports": _zeros(run.shapes.reports, slots=schedule.chunks),
+        "outer": zeros(run.master.outer, jnp.float32),
+        "layers": zeros(run.master.layers, jnp.float32),
+        "sums": zeros(run.shapes.sums),
+        "reports": zeros(run.shapes.reports, slots=schedule.chunks),
     }
     if schedule.is_accumulation:
         carry = _run_table(run, lambda patterns, carry, row: _tick_at_once(run, carry, row), carry)
     else:
         carry |= {
-            "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1),
-            "gradient": _zeros(run.shapes.x, slots=run.slots.gradient_count + 1),
-            "residual": _zeros(run.shapes.stored, slots=run.slots.residual_count + 1),
-            "operand": _zeros(run.shapes.operands, slots=run.slots.operand_count + 1),
+            "activation": zeros(run.shapes.x, slots=run.slots.activation_count + 1),
+            "gradient": zeros(run.shapes.x, slots=run.slots.gradient_count + 1),
+            "residual": zeros(run.shapes.stored, slots=run.slots.residual_count + 1),
+            "operand": zeros(run.shapes.operands, slots=run.slots.operand_count + 1),
         }
         carry = _run_table(run, lambda patterns, carry, row: _tick(run, patterns, carry, row), carry)
     auxiliary, reports = carry["reports"]
@@ -424,19 +401,19 @@ def loss_and_gradients(
 def forward(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> PyTree:
     """Return the sums of `functions.loss` over all microbatches, this device's share; `schedule` holds forwards only."""
     run = _begin(functions, schedule, master, compute, microbatches)
-    carry = {"sums": _zeros(run.shapes.sums), "activation": _zeros(run.shapes.x, slots=run.slots.activation_count + 1)}
-    idle = _zeros((run.shapes.x, run.shapes.sums))
+    carry = {"sums": zeros(run.shapes.sums), "activation": zeros(run.shapes.x, slots=run.slots.activation_count + 1)}
+    idle = zeros((run.shapes.x, run.shapes.sums))
 
     def tick(patterns: TickRun, carry: dict, row: dict) -> dict:
         def part() -> tuple[jax.Array, PyTree]:
-            microbatch, chunk = _index(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
+            microbatch, chunk = slot(run.microbatches, row["forward_microbatch"]), row["forward_chunk"]
             x = _input(run, row, carry["activation"], microbatch)
             y, _, _ = functions.layers(run.layers(chunk), x, microbatch, chunk)
             last = run.is_last(chunk)
             return y, _when(run.ends, last, lambda: functions.loss(run.outer, y, microbatch)[1], lambda: idle[1])
 
         y, sums = _when(patterns.forward, row["forward_microbatch"] != IDLE, part, lambda: idle)
-        arrived = _write(carry["activation"], shift(y, "pipe", +1), row["activation_write"])
-        return {"sums": _add(carry["sums"], sums), "activation": arrived}
+        activation = _receive(carry["activation"], _send(run, y, +1), row["activation_write"])
+        return {"sums": add(carry["sums"], sums), "activation": activation}
 
     return _run_table(run, tick, carry)["sums"]

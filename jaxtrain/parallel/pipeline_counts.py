@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.parallel.pipeline_schedule import IDLE, cut_into_runs, make_schedule, zero_bubble
+from jaxtrain.config import FOLDED_SCHEDULES
+from jaxtrain.parallel.pipeline_schedule import IDLE, SCHEDULES, cut_into_runs, make_schedule
 
 
 class Passes(NamedTuple):
@@ -27,7 +28,11 @@ def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Pass
     (or groups do not matter), else from the table.
 
     Interleaved (1F1B is one chunk): kM + S - 1 ticks each, B from tick kS - 1 on. GPipe: M + S - 1 each, none with both.
+    Folded: 2M + 2S - 2 each, B from tick 2S - 1 on.
     """
+    if name in FOLDED_SCHEDULES:
+        ticks = 2 * (microbatches + stages - 1)
+        return Passes(ticks, ticks, 2 * microbatches - 1)
     if name == "gpipe":
         return Passes(microbatches + stages - 1, microbatches + stages - 1, 0)
     if chunks == 1 or microbatches % stages == 0:
@@ -39,9 +44,9 @@ def count_passes(name: str, stages: int, chunks: int, microbatches: int) -> Pass
 
 
 @functools.lru_cache(maxsize=4096)
-def _work_of_ticks(stages: int, chunks: int, microbatches: int) -> dict[frozenset[tuple[bool, bool, bool]], int]:
-    """{the sets of passes that stages do in a tick of `zero_bubble`: number of such ticks}."""
-    table = zero_bubble(stages, chunks, microbatches)
+def _work_of_ticks(name: str, stages: int, chunks: int, microbatches: int) -> dict[frozenset[tuple[bool, bool, bool]], int]:
+    """{the sets of passes that stages do in a tick of the table: number of such ticks}."""
+    table = SCHEDULES[name](stages, chunks, microbatches)
     doing = np.stack([table.forward_microbatch, table.backward_microbatch, table.weight_microbatch], -1) != IDLE
     return Counter(frozenset(map(tuple, tick.tolist())) for tick in doing)
 
@@ -54,11 +59,11 @@ def waiting_time(table: tuple[str, int, int, int], forward: float, backward: flo
     """
     name, stages, chunks, microbatches = table
     busy = chunks * microbatches
-    if name != "zero_bubble" or stages == 1:
+    if name not in ("zero_bubble", "zero_bubble_v") or stages == 1:
         passes = count_passes(*table)
         return (passes.forward - busy) * forward + (passes.backward - busy) * backward
     costs = forward, backward - weight, weight
-    ticks = _work_of_ticks(stages, chunks, microbatches).items()
+    ticks = _work_of_ticks(*table).items()
     longest = ((max(sum(c for c, does in zip(costs, work, strict=True) if does) for work in works), n) for works, n in ticks)
     return sum(n * time for time, n in longest) - busy * (forward + backward)
 

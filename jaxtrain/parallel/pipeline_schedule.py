@@ -2,13 +2,14 @@
 
 Time is cut into ticks that all stages share. In a tick a stage does at most one forward (F) and then at most one backward (B)
 of one microbatch through one chunk; then boundary activations go to the next stage and their gradients to the previous one. The
-layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages.
+layer stack is cut into `stages * chunks` parts; part p is chunk p // stages of stage p % stages, or of stage
+S - 1 - p % S in odd chunks if the table is folded (`layout.stage_of_part`).
 
 A table may put the weight-gradient matmuls of a B off to a later W of the same microbatch and chunk, which sends nothing: the
 third kind of pass of a tick, after B.
 
 Sources: GPipe (Huang et al. 2019), 1F1B (PipeDream-flush, Narayanan et al. 2021a), interleaved 1F1B (Narayanan et al. 2021b),
-ZB-H1 (Qi et al. 2023, arXiv:2401.10241).
+ZB-H1 (Qi et al. 2023, arXiv:2401.10241), the V shape (Qi et al. 2024, arXiv:2405.15362).
 In lock-step, F of microbatch m at tick m + i and B at m + 2(S-1) - i on stage i takes exactly the ideal 1F1B time, because
 warm-up ticks hold only F and drain ticks only B; the price is that stage i holds up to 2(S-1-i)+1 microbatches.
 """
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.config import FOLDED_SCHEDULES
+from jaxtrain.layout import stage_of_part
+
 IDLE = -1
-# Order of events inside a tick, to place buffer lifetimes on one time line.
-_FORWARD, _BACKWARD, _WEIGHT, _EXCHANGE, _PHASES = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Schedule:
     weight_microbatch: np.ndarray
     """IDLE everywhere if B computes the weights' gradients too."""
     weight_chunk: np.ndarray
+    folded: bool = False
+    """Whether odd chunks go through the stages from the last to the first, so that the last part is on the first stage."""
+
+    @property
+    def ways(self) -> tuple[int, ...]:
+        """Stages by which a table sends activations on; gradients go by the negative. 0: to itself, where the stack turns."""
+        return (+1, -1, 0) if self.folded else (+1,)
+
+    @property
+    def last_stage(self) -> int:
+        """The stage of the last part, which does the loss."""
+        return stage_of_part(self.parts - 1, self.stages, self.folded)
 
     @property
     def splits_backward(self) -> bool:
@@ -74,37 +88,18 @@ class ScheduleCost:
     """For each stage, the largest number of (microbatch, chunk) whose activations it holds at one time."""
 
 
-@dataclass(frozen=True)
-class Slots:
-    """The buffer slot of each value, int32 [ticks, stages]; slot `count` is written but never read.
-
-    activation: boundary activations received, from the exchange of the sender's tick until the F that takes them.
-    gradient: boundary gradients, from the exchange (or from the loss, on the last part) until the B that takes them.
-    residual: the residuals that F stores for B.
-    operand: the operands of matmuls that B stores for W.
-    """
-
-    activation_count: int
-    activation_read: np.ndarray
-    activation_write: np.ndarray
-    gradient_count: int
-    gradient_read: np.ndarray
-    gradient_write: np.ndarray
-    gradient_write_loss: np.ndarray
-    residual_count: int
-    residual_write: np.ndarray
-    residual_read: np.ndarray
-    operand_count: int
-    operand_write: np.ndarray
-    operand_read: np.ndarray
-
-
 Ticks = Mapping[tuple[int, int, int], int]
 """(stage, microbatch, chunk) -> the tick in which the stage does that pass."""
 
 
 def make_table(
-    stages: int, chunks: int, microbatches: int, forward: Ticks, backward: Ticks, weight: Ticks | None = None
+    stages: int,
+    chunks: int,
+    microbatches: int,
+    forward: Ticks,
+    backward: Ticks,
+    weight: Ticks | None = None,
+    folded: bool = False,
 ) -> Schedule:
     """Return the table of work that is to be done in these ticks; without `weight`, B computes the weights' gradients too.
 
@@ -119,7 +114,7 @@ def make_table(
             if microbatch_array[tick, stage] != IDLE:
                 raise ValueError(f"tick {tick}: stage {stage} would do two passes of one kind")
             microbatch_array[tick, stage], chunk_array[tick, stage] = microbatch, chunk
-    return Schedule(stages, chunks, microbatches, *arrays)
+    return Schedule(stages, chunks, microbatches, *arrays, folded=folded)
 
 
 def _units(stages: int, chunks: int, microbatches: int) -> Iterable[tuple[int, int, int, int]]:
@@ -151,7 +146,37 @@ def zero_bubble(stages: int, chunks: int, microbatches: int) -> Schedule:
     S-1. A W runs where its stage has time left in a tick, in ticks in which all stages do F and B, and in ticks of its own at
     the end. The price: operands of up to 2(S-1) W are held at a time (k = 1), and the lock-step already holds what ZB-H2 would.
     """
-    table = interleaved(stages, chunks, microbatches)
+    return _put_off_weights(interleaved(stages, chunks, microbatches))
+
+
+def v_shape(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """Return a folded table of two chunks: 1F1B's bubble, (S-1)/(M+S-1), and half of its activations, as many on each stage.
+
+    F of microbatch m runs on stage i at ticks 2m + i and 2m + 2S-1 - i, B at 2m + 2S-1 + i and 2m + 4S-2 - i. So a stage holds
+    its two parts of a microbatch, each half a stage's layers, for 2S ticks in all: S microbatches, where 1F1B in lock-step
+    holds up to 2S - 1. The first and the last part are on stage 0.
+    """
+    if chunks != 2:
+        raise ValueError(f"a folded schedule has 2 chunks a stage, not {chunks}")
+    forward, backward, last = {}, {}, 2 * stages - 1
+    for i in range(stages):
+        for m in range(microbatches):
+            forward |= {(i, m, 0): 2 * m + i, (i, m, 1): 2 * m + last - i}
+            backward |= {(i, m, 1): 2 * m + last + i, (i, m, 0): 2 * m + 2 * last - i}
+    return make_table(stages, 2, microbatches, forward, backward, folded=True)
+
+
+def zero_bubble_v(stages: int, chunks: int, microbatches: int) -> Schedule:
+    """Return `v_shape` with W put off, as `zero_bubble` does with interleaved 1F1B: ZB-V's placement in lock-step.
+
+    Its bubble is that of `zero_bubble` with one chunk, for half of the residuals and operands of up to (3S-2)/2 W.
+    """
+    return _put_off_weights(v_shape(stages, chunks, microbatches))
+
+
+def _put_off_weights(table: Schedule) -> Schedule:
+    """Return the table with a W for each B, in the first tick in which it makes no tick longer, or in ticks at the end."""
+    stages = table.stages
     doing = np.stack([table.forward_microbatch != IDLE, table.backward_microbatch != IDLE]).astype(int).sum(0)
     waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(stages)]
     weight, tick = {}, 0
@@ -166,10 +191,10 @@ def zero_bubble(stages: int, chunks: int, microbatches: int) -> Schedule:
                 weight[waiting[stage].pop(0)] = tick
         tick += 1
     forward, backward = (
-        _ticks_of(table.forward_microbatch, table.forward_chunk),
-        _ticks_of(table.backward_microbatch, table.backward_chunk),
+        ticks_of(table.forward_microbatch, table.forward_chunk),
+        ticks_of(table.backward_microbatch, table.backward_chunk),
     )
-    return make_table(stages, chunks, microbatches, forward, backward, weight)
+    return make_table(stages, table.chunks, table.microbatches, forward, backward, weight, table.folded)
 
 
 def one_f_one_b(stages: int, chunks: int, microbatches: int) -> Schedule:
@@ -187,8 +212,11 @@ def gpipe(stages: int, chunks: int, microbatches: int) -> Schedule:
     return make_table(stages, 1, microbatches, forward, backward)
 
 
-def forward_only(stages: int, chunks: int, microbatches: int) -> Schedule:
-    """Return the forwards of `interleaved` alone, for evaluation."""
+def forward_only(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:
+    """Return a table of forwards alone, with the parts of the stack where schedule `name` has them."""
+    if name in FOLDED_SCHEDULES:
+        folded = v_shape(stages, chunks, microbatches)
+        return make_table(stages, 2, microbatches, ticks_of(folded.forward_microbatch, folded.forward_chunk), {}, folded=True)
     forward = {(i, m, c): start + c * stages + i for i, m, c, start in _units(stages, chunks, microbatches)}
     return make_table(stages, chunks, microbatches, forward, {})
 
@@ -198,7 +226,14 @@ def _one_chunk(name: str, chunks: int) -> None:
         raise ValueError(f"schedule {name} has 1 chunk a stage, not {chunks}; use interleaved")
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zero_bubble": zero_bubble}
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zero_bubble": zero_bubble,
+    "v_shape": v_shape,
+    "zero_bubble_v": zero_bubble_v,
+}
 
 
 def schedule_of(config: Any) -> Schedule:
@@ -212,7 +247,17 @@ def schedule_of(config: Any) -> Schedule:
         return make_schedule(config.pipeline.schedule, pipe, chunks, microbatches)
     schedule = config.parts.schedule(pipe, chunks, microbatches)
     check(schedule)
+    if schedule.folded != (config.pipeline.schedule in FOLDED_SCHEDULES):
+        raise ValueError(
+            f"the schedule that is plugged in has folded={schedule.folded}, but pipeline.schedule={config.pipeline.schedule} "
+            f"says where the layers lie; give --pipeline.schedule={'v_shape' if schedule.folded else '1f1b'} too"
+        )
     return schedule
+
+
+def forwards_of(config: Any, microbatches: int) -> Schedule:
+    """Return a table of forwards alone, for evaluation, with the layers where the config's schedule has them."""
+    return forward_only(config.pipeline.schedule, config.mesh.pipe, config.pipeline.chunks, microbatches)
 
 
 def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Schedule:
@@ -222,7 +267,7 @@ def make_schedule(name: str, stages: int, chunks: int, microbatches: int) -> Sch
     return schedule
 
 
-def _ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int, int], int]:
+def ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int, int], int]:
     """{(stage, microbatch, chunk): tick} of one kind of pass.
 
     Raises:
@@ -239,10 +284,12 @@ def _ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int,
     return found
 
 
-def _neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[int, int] | None:
+def neighbour(stage: int, chunk: int, schedule: Schedule, step: int) -> tuple[int, int] | None:
     """(stage, chunk) of the part `step` positions on, or None past either end."""
-    part = chunk * schedule.stages + stage + step
-    return (part % schedule.stages, part // schedule.stages) if 0 <= part < schedule.parts else None
+    part = chunk * schedule.stages + stage_of_part(stage + schedule.stages * chunk, schedule.stages, schedule.folded) + step
+    if not 0 <= part < schedule.parts:
+        return None
+    return stage_of_part(part, schedule.stages, schedule.folded), part // schedule.stages
 
 
 def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
@@ -254,25 +301,25 @@ def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     Raises:
       ValueError: a pass cannot run; names it.
     """
-    f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
-    b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
+    f = ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
+    b = ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
     everything = {
         (s, m, c) for s in range(schedule.stages) for m in range(schedule.microbatches) for c in range(schedule.chunks)
     }
-    w = _ticks_of(schedule.weight_microbatch, schedule.weight_chunk)
+    w = ticks_of(schedule.weight_microbatch, schedule.weight_chunk)
     named = [("forward", f)] + [("backward", b)] * backward + [("weight", w)] * schedule.splits_backward
     for name, done in named:
         if set(done) != everything:
             odd = sorted(set(done) ^ everything)[0]
             raise ValueError(f"{name} of (stage, microbatch, chunk) {odd} is {'missing' if odd in everything else 'unknown'}")
     for (stage, microbatch, chunk), tick in f.items():
-        before = _neighbour(stage, chunk, schedule, -1)
+        before = neighbour(stage, chunk, schedule, -1)
         if before and f[before[0], microbatch, before[1]] >= tick:
             raise ValueError(
                 f"forward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no input yet"
             )
     for (stage, microbatch, chunk), tick in b.items():
-        after = _neighbour(stage, chunk, schedule, +1)
+        after = neighbour(stage, chunk, schedule, +1)
         late = b[after[0], microbatch, after[1]] >= tick if after else False
         if late or f[stage, microbatch, chunk] > tick:
             raise ValueError(
@@ -304,100 +351,6 @@ def live_parts(schedule: Schedule) -> list[int]:
     return (np.cumsum(forward, 0) - np.cumsum(backward, 0) + backward).max(0).tolist()
 
 
-def allocate_slots(schedule: Schedule) -> Slots:
-    """Give every stored value a slot, with as few slots as the lifetimes allow (interval colouring, stage by stage)."""
-    f = _ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
-    b = _ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
-    shape = schedule.forward_microbatch.shape
-    w = _ticks_of(schedule.weight_microbatch, schedule.weight_chunk)
-    activations, gradients, residuals = [], [], []  # (stage, write time, read time)
-    operands = [(key[0], b[key] * _PHASES + _BACKWARD, tick * _PHASES + _WEIGHT) for key, tick in w.items()]
-    for (stage, microbatch, chunk), tick in f.items():
-        before = _neighbour(stage, chunk, schedule, -1)
-        if before:
-            sent = f[before[0], microbatch, before[1]]
-            activations.append((stage, sent * _PHASES + _EXCHANGE, tick * _PHASES + _FORWARD))
-        if b:
-            back = b[stage, microbatch, chunk] * _PHASES + _BACKWARD
-            residuals.append((stage, tick * _PHASES + _FORWARD, back))
-            after = _neighbour(stage, chunk, schedule, +1)
-            sent = b[after[0], microbatch, after[1]] * _PHASES + _EXCHANGE if after else tick * _PHASES + _FORWARD
-            gradients.append((stage, sent, back))
-    activation_count, activation_write, activation_read = _colour(activations, shape)
-    gradient_count, gradient_write, gradient_read = _colour(gradients, shape)
-    residual_count, residual_write, residual_read = _colour(residuals, shape)
-    operand_count, operand_write, operand_read = _colour(operands, shape)
-    return Slots(
-        activation_count=activation_count,
-        activation_read=activation_read[_FORWARD],
-        activation_write=activation_write[_EXCHANGE],
-        gradient_count=gradient_count,
-        gradient_read=gradient_read[_BACKWARD],
-        gradient_write=gradient_write[_EXCHANGE],
-        gradient_write_loss=gradient_write[_FORWARD],
-        residual_count=residual_count,
-        residual_write=residual_write[_FORWARD],
-        residual_read=residual_read[_BACKWARD],
-        operand_count=operand_count,
-        operand_write=operand_write[_BACKWARD],
-        operand_read=operand_read[_WEIGHT],
-    )
-
-
-def count_slots(schedule: Schedule) -> tuple[int, int, int, int]:
-    """Return the number of slots of `allocate_slots` for (activations, gradients, residuals, operands), without allocating.
-
-    It is the largest number of overlapping lifetimes on any stage. The planner calls it for many tables.
-    """
-    f = _tick_of_each(schedule, schedule.forward_microbatch, schedule.forward_chunk) * _PHASES
-    b = _tick_of_each(schedule, schedule.backward_microbatch, schedule.backward_chunk) * _PHASES
-    parts = f.reshape(schedule.parts, -1), b.reshape(schedule.parts, -1)  # [chunk * stages + stage, microbatch]
-    lifetimes = {"activation": (parts[0][:-1] + _EXCHANGE, parts[0][1:] + _FORWARD, 1)}
-    sent = np.concatenate([parts[1][1:] + _EXCHANGE, parts[0][-1:] + _FORWARD])
-    lifetimes |= {"gradient": (sent, parts[1] + _BACKWARD, 0), "residual": (parts[0] + _FORWARD, parts[1] + _BACKWARD, 0)}
-    if schedule.splits_backward:
-        w = _tick_of_each(schedule, schedule.weight_microbatch, schedule.weight_chunk).reshape(schedule.parts, -1)
-        lifetimes |= {"operand": (parts[1] + _BACKWARD, w * _PHASES + _WEIGHT, 0)}
-    counts = []
-    for writes, reads, first in lifetimes.values():
-        stages = (np.arange(len(writes)) + first) % schedule.stages
-        counts.append(max((_overlap(writes[stages == i], reads[stages == i]) for i in range(schedule.stages)), default=0))
-    return counts[0], counts[1], counts[2], counts[3] if schedule.splits_backward else 0
-
-
-def _tick_of_each(schedule: Schedule, microbatch: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """Return the tick of each pass of one kind, int [chunks, stages, microbatches]."""
-    ticks = np.zeros((schedule.chunks, schedule.stages, schedule.microbatches), np.int64)
-    tick, stage = np.nonzero(microbatch != IDLE)
-    ticks[chunk[tick, stage], stage, microbatch[tick, stage]] = tick
-    return ticks
-
-
-def _overlap(writes: np.ndarray, reads: np.ndarray) -> int:
-    """Return the maximum number of overlapping intervals [write, read]; a slot is free only after its read."""
-    begun, ended = np.sort(writes, axis=None), np.sort(reads, axis=None)
-    alive = np.searchsorted(begun, begun, "right") - np.searchsorted(ended, begun, "left")
-    return int(alive.max(initial=0))
-
-
-def _colour(lifetimes: list[tuple[int, int, int]], shape: tuple[int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Return for (stage, write time, read time): number of slots, and slots written and read as [phase, tick, stage]."""
-    free: dict[int, list[tuple[int, int]]] = {}  # stage -> (time from which the slot is free, slot)
-    placed, count = [], 0
-    for stage, write, read in sorted(lifetimes):
-        slots = free.setdefault(stage, [])
-        ready = next((i for i, (since, _) in enumerate(slots) if since < write), None)
-        slot = slots.pop(ready)[1] if ready is not None else len(slots)
-        slots.append((read, slot))
-        count = max(count, slot + 1)
-        placed.append((stage, write, read, slot))
-    writes, reads = (np.full((_PHASES, *shape), count, np.int32) for _ in range(2))
-    for stage, write, read, slot in placed:
-        writes[write % _PHASES, write // _PHASES, stage] = slot
-        reads[read % _PHASES, read // _PHASES, stage] = slot
-    return count, writes, reads
-
-
 @dataclass(frozen=True)
 class TickRun:
     """Ticks [start, stop), in each of which "no", "some" or "all" stages do each kind of pass."""
@@ -415,12 +368,12 @@ def _pattern(busy: np.ndarray) -> str:
 
 
 def cut_into_runs(schedule: Schedule, most: int | None = None) -> list[TickRun]:
-    """Cut the table into at most `most` runs of like ticks: 4, or 6 if W is a pass of its own.
+    """Cut the table into at most `most` runs of like ticks: 4, 5 if it is folded, or 6 if W is a pass of its own.
 
     The executor traces a run once, with a conditional only for a pass that "some" stages do, so the steady state has none.
     Adjacent runs are joined where that adds the fewest conditional passes, since every run is compiled separately.
     """
-    most = most or (6 if schedule.splits_backward else 4)
+    most = most or (6 if schedule.splits_backward else 5 if schedule.folded else 4)
     busy = [m != IDLE for m in (schedule.forward_microbatch, schedule.backward_microbatch, schedule.weight_microbatch)]
 
     def run(start: int, stop: int) -> TickRun:

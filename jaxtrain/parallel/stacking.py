@@ -4,6 +4,8 @@ Part p = chunk * stages + stage holds consecutive layers, so an even cut is a pl
 not divide, some parts hold one layer less and an empty slot (zeros) at their end, which the executor skips: the last part
 first, then the first one, and so on inward, because those also do the loss and the embedding.
 
+Part p of a folded stack (`layout.stage_of_part`) lies on stage S - 1 - p % S in odd chunks.
+
 Where kinds of layers repeat with a period (`model.pattern`), a part holds whole groups of that many layers, so that a slot's
 place in the pattern is the same on every stage; the group at the end of the stack may be incomplete.
 """
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.config import Config
+from jaxtrain.config import FOLDED_SCHEDULES, Config
 from jaxtrain.layout import layers_per_part
 
 PyTree = Any
@@ -33,6 +35,8 @@ class Stacking:
     chunks: int
     period: int = 1
     """Layers in a group that no cut divides."""
+    folded: bool = False
+    """Whether odd chunks go through the stages from the last to the first."""
 
     @property
     def layers_per_part(self) -> int:
@@ -50,19 +54,27 @@ class Stacking:
         return math.prod(self.shape) == self.num_layers
 
     def counts(self) -> np.ndarray:
-        """Return the number of layers in each part, int32 [chunks, stages]."""
+        """Return the number of layers that each stage holds of each chunk, int32 [chunks, stages]."""
         parts, groups = self.stages * self.chunks, math.ceil(self.num_layers / self.period)
         empty = parts * self.layers_per_part // self.period - groups
         outermost_first = sorted(range(parts), key=lambda part: (min(part, parts - 1 - part), -part))
         counts = np.full(parts, self.layers_per_part, np.int32)
         counts[outermost_first[:empty]] -= self.period
         counts[np.flatnonzero(counts)[-1]] -= groups * self.period - self.num_layers
-        return counts.reshape(self.chunks, self.stages)
+        return self._fold(counts.reshape(self.chunks, self.stages))
+
+    def _fold(self, parts: Any) -> Any:
+        """[chunks, stages, ...] in the order of parts -> by stage; it is its own inverse."""
+        if not self.folded:
+            return parts
+        turned = [parts[chunk, ::-1] if chunk % 2 else parts[chunk] for chunk in range(self.chunks)]
+        return (jnp if isinstance(parts, jax.Array) else np).stack(turned)
 
     def layer_slots(self) -> np.ndarray:
         """Return each layer's slot in the flattened [chunks * stages * layers_per_part], int32 [num_layers]."""
-        held = np.arange(self.layers_per_part) < self.counts()[..., None]
-        return np.flatnonzero(held).astype(np.int32)
+        held = self._fold(np.arange(self.layers_per_part) < self.counts()[..., None])
+        slots = self._fold(np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape))
+        return slots[held]
 
     def layer_numbers(self) -> np.ndarray:
         """Return the layer number in each slot, int32 [chunks, stages, layers_per_part]; -1 in an empty slot."""
@@ -72,15 +84,16 @@ class Stacking:
 
     def stack(self, canonical: jax.Array) -> jax.Array:
         """[num_layers, ...] -> [chunks, stages, layers_per_part, ...]; empty slots are zero."""
-        if not self.is_even:
-            slots = jnp.zeros((math.prod(self.shape), *canonical.shape[1:]), canonical.dtype)
-            canonical = slots.at[self.layer_slots()].set(canonical)
-        return canonical.reshape(*self.shape, *canonical.shape[1:])
+        if self.is_even:
+            return self._fold(canonical.reshape(*self.shape, *canonical.shape[1:]))
+        slots = jnp.zeros((math.prod(self.shape), *canonical.shape[1:]), canonical.dtype)
+        return slots.at[self.layer_slots()].set(canonical).reshape(*self.shape, *canonical.shape[1:])
 
     def unstack(self, stacked: jax.Array) -> jax.Array:
         """[chunks, stages, layers_per_part, ...] -> [num_layers, ...]."""
-        flat = stacked.reshape(-1, *stacked.shape[3:])
-        return flat if self.is_even else flat[self.layer_slots()]
+        if self.is_even:
+            return self._fold(stacked).reshape(-1, *stacked.shape[3:])
+        return stacked.reshape(-1, *stacked.shape[3:])[self.layer_slots()]
 
     def by_place(self, layers: PyTree) -> tuple[PyTree, ...]:
         """Return a stage's layers [chunks, 1, layers_per_part, ...] for each place in the group, [chunks, groups, ...].
@@ -109,4 +122,6 @@ class Stacking:
 
 def make_stacking(config: Config) -> Stacking:
     """Return how a resolved config distributes its layers over stages."""
-    return Stacking(config.model.stacked_layers, config.mesh.pipe, config.pipeline.chunks, len(config.model.kinds))
+    model, pipeline = config.model, config.pipeline
+    folded = pipeline.schedule in FOLDED_SCHEDULES
+    return Stacking(model.stacked_layers, config.mesh.pipe, pipeline.chunks, len(model.kinds), folded)

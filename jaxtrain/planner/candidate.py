@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxtrain.config import Config, LatentAttentionConfig, MeshConfig
+from jaxtrain.config import FOLDED_SCHEDULES, Config, LatentAttentionConfig, MeshConfig
 
 
 class Candidate(NamedTuple):
@@ -21,6 +21,11 @@ class Candidate(NamedTuple):
     zero: int
     context: str
     """`sharding.context_attention`."""
+
+    @property
+    def folded(self) -> bool:
+        """Return whether activations go both ways along pipe."""
+        return self.schedule in FOLDED_SCHEDULES
 
 
 def layout_of(config: Config) -> Candidate:

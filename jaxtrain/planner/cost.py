@@ -196,7 +196,7 @@ class CostModel:
             "gradients": (fsdp, expert, tensor, present, layout.zero, joined),
             "sequence": (rows, context, tensor, remat),
             "loss": (rows, context, tensor),
-            "pipe": (present, rows, context, tensor),
+            "pipe": (present, rows, context, tensor, layout.folded),
             "experts": (rows, expert, context, tensor, remat),
             "context": (rows, context, tensor, layout.context, remat, layout.microbatches),
             "scalars": (present,),
@@ -321,7 +321,7 @@ class CostModel:
 
     def _shared_of(self, layout: Candidate) -> _Shared:
         rows, joined = self.rows(layout), layout.mesh[1] * layout.chunks == 1
-        key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, joined)
+        key = (layout.mesh, rows, layout.remat, layout.remat_save, layout.zero, layout.context, joined, layout.folded)
         return self._once(key, lambda: self._shared(layout, rows))
 
     def step(self, layout: Candidate) -> Step:

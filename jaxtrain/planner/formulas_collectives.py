@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from jaxtrain.config import MESH_AXES, Config
+from jaxtrain.config import FOLDED_SCHEDULES, MESH_AXES, Config
 from jaxtrain.layout import (
     gathers_each_layer,
     keeps,
@@ -262,10 +262,11 @@ def _loss(config: Config) -> Iterator[Transfers]:
 
 def _pipe(config: Config) -> Iterator[Transfers]:
     """Send boundary activations B L/(c t) D to the next stage after each forward pass, their gradients back after each
-    backward. What the last of each sends, nobody reads."""
+    backward; in a folded stack both to the next and to the stage before. What the last of each sends, nobody reads."""
+    ways = 2 if config.pipeline.schedule in FOLDED_SCHEDULES else 1
     payload = _tokens(config) // config.mesh.tensor * config.model.embed_dim * BYTES[config.model.dtype]
     for phase, purpose in (("forward", "activations to the next stage"), ("backward", "gradients to the stage before")):
-        entry = _entry(config, phase, ["pipe"], "collective-permute", HLO_DTYPE[config.model.dtype], payload, purpose)
+        entry = _entry(config, phase, ["pipe"], "collective-permute", HLO_DTYPE[config.model.dtype], payload, purpose, ways)
         yield replace(entry, unread=payload)
 
 

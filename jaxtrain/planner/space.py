@@ -193,22 +193,25 @@ class Space:
             return
         self.pruned["gpipe: 1f1b takes as long and holds less"] += 1
         if fits(pipe):
-            yield from self._zero_bubble(pipe, 1, microbatches)
+            yield from self._zero_bubble("zero_bubble", pipe, 1, microbatches)
+        if fits(2 * pipe) and 2 * pipe <= self._groups():
+            yield "v_shape", 2
+            yield from self._zero_bubble("zero_bubble_v", pipe, 2, microbatches)
         if microbatches % pipe:
             self.pruned["interleaved: microbatches are not a multiple of the stages"] += 1
             return
         for chunks in useful_chunks(self._groups(), pipe):
             if fits(pipe * chunks):
                 yield "interleaved", chunks
-                yield from self._zero_bubble(pipe, chunks, microbatches)
+                yield from self._zero_bubble("zero_bubble", pipe, chunks, microbatches)
 
-    def _zero_bubble(self, pipe: int, chunks: int, microbatches: int) -> Iterator[tuple[str, int]]:
+    def _zero_bubble(self, name: str, pipe: int, chunks: int, microbatches: int) -> Iterator[tuple[str, int]]:
         """(schedule, chunks) of weight gradients as passes of their own, where that shortens a step."""
         is_even = self.config.model.stacked_layers % (pipe * chunks * len(self.config.model.kinds)) == 0
         if is_even and 2 * (pipe - 1) <= microbatches <= MOST_FILLED * pipe and not self.config.lora.rank:
-            yield "zero_bubble", chunks
+            yield name, chunks
         else:
-            self.pruned["zero_bubble: too few microbatches to fill waits, too many to wait, or nothing to put off"] += 1
+            self.pruned[f"{name}: too few microbatches to fill waits, too many to wait, or nothing to put off"] += 1
 
 
 def useful_chunks(layers: int, pipe: int) -> list[int]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from jaxtrain.config import Config, MeshConfig, ModelConfig
 from jaxtrain.layout import layers_of_part, whole_moments
 from jaxtrain.models.quantised_weights import is_held
-from jaxtrain.parallel.pipeline_schedule import SCHEDULES, count_slots, cut_into_runs
+from jaxtrain.parallel.pipeline_schedule import SCHEDULES, cut_into_runs
+from jaxtrain.parallel.pipeline_slots import count_slots
 from jaxtrain.planner.layer_table import BYTES, FLOAT32, Weight, adapters, layer_weights, outer_weights, trained_weights
 from jaxtrain.train.leaf_axes import leaf_axes
 from jaxtrain.train.moments import block_of

@@ -20,7 +20,7 @@ from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.ops.losses import IGNORED, OF_TOKENS, count_targets
 from jaxtrain.parallel import pipeline
 from jaxtrain.parallel.pipeline import Parameters
-from jaxtrain.parallel.pipeline_schedule import forward_only, schedule_of
+from jaxtrain.parallel.pipeline_schedule import forwards_of, schedule_of
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import (
     BATCH_AXES,
@@ -187,7 +187,7 @@ def _of_tokens(config: Config, mesh: Mesh, model: Decoder, objective: Objective)
     """(params, batch) -> what the objective reports of each token, float32 [B, L, ...]: chunk by chunk, as in training."""
     functions, names = model.loss_functions(objective), token_names(config)
     held, count = params_dims(config), config.train.microbatches
-    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, count)
+    schedule = forwards_of(config, count)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         rows = _placed_microbatches(config, model, objective, batch) | {"scale": jnp.ones(count)}
@@ -247,7 +247,7 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
         return jax.jit(weighed, out_shardings=replicated(mesh), compiler_options=_reproducible(config, mesh))
     functions = model.loss_functions()
     microbatches, held = config.train.microbatches, params_dims(config)
-    schedule = forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
+    schedule = forwards_of(config, microbatches)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         rows = _microbatches(share_out(batch, model.attention.kind), microbatches) | {"scale": jnp.ones(microbatches)}
@@ -265,7 +265,7 @@ def make_group_evaluation(config: Config, mesh: Mesh, backend: str, count: int) 
       count: number of groups; the batch has the group of each token, "groups", int32 [B, L].
     """
     model, microbatches, held = make_decoder(config, mesh, backend), config.train.microbatches, params_dims(config)
-    functions, schedule = model.loss_functions(SCORE), forward_only(config.mesh.pipe, config.pipeline.chunks, microbatches)
+    functions, schedule = model.loss_functions(SCORE), forwards_of(config, microbatches)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         groups = share_out({"groups": batch["groups"]}, model.attention.kind)["groups"]

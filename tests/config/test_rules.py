@@ -183,6 +183,16 @@ ONE_PROBLEM = {
         {"mesh": {"pipe": 2}, "pipeline": {"chunks": 2}},
         ["chunks=2 needs", "interleaved or zero_bubble, not 1f1b"],
     ),
+    "one chunk folded": (
+        2,
+        {"mesh": {"pipe": 2}, "pipeline": {"schedule": "v_shape"}},
+        ["schedule=v_shape folds two chunks", "chunks=1 and mesh.pipe=2", "use chunks=2"],
+    ),
+    "one stage folded": (
+        1,
+        {"pipeline": {"schedule": "zero_bubble_v", "chunks": 2}},
+        ["schedule=zero_bubble_v folds two chunks", "mesh.pipe=1", "pipe of 2 or more"],
+    ),
     "chunks without stages": (1, {"pipeline": {"schedule": "interleaved", "chunks": 2}}, ["mesh.pipe above 1"]),
     "unknown choice": (1, {"optimizer": {"name": "adamv"}}, ["optimizer.name='adamv'", "did you mean 'adamw'", "muon"]),
     "unknown dtype": (1, {"model": {"dtype": "float16"}}, ["model.dtype='float16'", "'bfloat16'"]),
@@ -451,7 +461,12 @@ def layouts(draw) -> tuple[Config, int]:
         tie_embeddings=draw(st.booleans()),
     )
     chunks = draw(st.sampled_from([1, 1, 2, 3]))
-    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved"] if chunks == 1 else ["interleaved"]))
+    schedules = (
+        ["gpipe", "1f1b", "interleaved"]
+        if chunks == 1
+        else ["interleaved", *(["v_shape", "zero_bubble_v"] if chunks == 2 else [])]
+    )
+    schedule = draw(st.sampled_from(schedules))
     microbatches = draw(st.integers(1, 5))
     batch = mesh["data"] * mesh["fsdp"] * microbatches * draw(st.sampled_from([1, 2]))
     config = Config(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig
+from jaxtrain.config import LatentAttentionConfig, MeshConfig, MoEConfig, PipelineConfig
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.inference import forward
@@ -58,9 +58,11 @@ COUNT = 9
 
 
 @functools.cache
-def model(name: str, zero: int = 3, **mesh: int) -> Model:
+def model(name: str, zero: int = 3, chunks: int = 1, **mesh: int) -> Model:
     config = replace(BASE, model=MODELS[name], mesh=MeshConfig(**{"fsdp": 1, **mesh}))
     config = replace(config, sharding=replace(config.sharding, zero=zero))
+    if chunks > 1:
+        config = replace(config, pipeline=PipelineConfig(schedule="v_shape", chunks=chunks))
     config = validate(config, math.prod(mesh.values() or [1]))
     devices = make_mesh(config.mesh, jax.devices()[: math.prod(config.mesh.shape)])
     born = jax.jit(lambda: initial_params(config), out_shardings=named(devices, parameter_dims(config.model)))
@@ -92,6 +94,7 @@ def test_the_cache_gives_what_whole_sequences_give(name: str):
         ("windows", {"pipe": 2, "fsdp": 2, "tensor": 2, "zero": 1}),
         ("latents", {"expert": 2, "context": 2, "tensor": 2}),
         ("table", {"data": 2, "context": 2, "tensor": 2}),
+        ("table", {"pipe": 2, "context": 2, "chunks": 2}),
     ],
 )
 def test_every_mesh_makes_the_same_tokens_and_logits(name: str, mesh: dict[str, int]):

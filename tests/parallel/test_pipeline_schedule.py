@@ -7,23 +7,27 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxtrain.config import FOLDED_SCHEDULES
+from jaxtrain.layout import stage_of_part
 from jaxtrain.parallel.pipeline_counts import waiting_time
 from jaxtrain.parallel.pipeline_schedule import (
     IDLE,
     SCHEDULES,
     Schedule,
-    allocate_slots,
     bubble_fraction,
     check,
-    count_slots,
     cut_into_runs,
     forward_only,
     live_parts,
     make_schedule,
 )
+from jaxtrain.parallel.pipeline_slots import allocate_slots, count_slots
 
 STAGES, MICROBATCHES, CHUNKS = range(1, 7), range(1, 10), range(1, 5)
-CASES = [(name, stages, 1, microbatches) for name in SCHEDULES for stages in STAGES for microbatches in MICROBATCHES] + [
+FEWEST = {name: 2 if name in FOLDED_SCHEDULES else 1 for name in SCHEDULES}
+CASES = [
+    (name, stages, FEWEST[name], microbatches) for name in SCHEDULES for stages in STAGES for microbatches in MICROBATCHES
+] + [
     (name, stages, chunks, microbatches)
     for name in ("interleaved", "zero_bubble")
     for stages in STAGES
@@ -47,22 +51,24 @@ def test_every_table_runs(name: str, cases: list):
 def test_bubble_is_the_ideal_one(name: str, cases: list):
     """(S-1)/(kM+S-1), for interleaved where S divides M; else interleaved wastes the rest of its last group.
 
-    Of zero_bubble (S-1)/(3kM+S-1), which is ZB-H1's, from M = 2(S-1) on; below, more, but less than with B whole.
+    Of zero_bubble (S-1)/(3kM+S-1), which is ZB-H1's, from M = 2(S-1) on; below, more, but less than with B whole. The folded
+    ones have the bubble of one chunk.
     """
-    for _, stages, chunks, microbatches in cases:
-        if name == "zero_bubble":
+    for _, stages, own_chunks, microbatches in cases:
+        chunks = 1 if name in FOLDED_SCHEDULES else own_chunks
+        if name in ("zero_bubble", "zero_bubble_v"):
             whole, ideal = (
                 (stages - 1) / (chunks * microbatches + stages - 1),
                 (stages - 1) / (3 * chunks * microbatches + stages - 1),
             )
-            bubble = bubble_fraction(make(name, stages, chunks, microbatches))
+            bubble = bubble_fraction(make(name, stages, own_chunks, microbatches))
             if chunks > 1 and microbatches % stages:
                 whole = bubble_fraction(make("interleaved", stages, chunks, microbatches))
             elif microbatches >= 2 * (stages - 1):
                 assert bubble == pytest.approx(ideal, abs=1e-12), (stages, chunks, microbatches)
             assert ideal - 1e-12 < bubble < whole or stages == 1
             continue
-        bubble = bubble_fraction(make(name, stages, chunks, microbatches))
+        bubble = bubble_fraction(make(name, stages, own_chunks, microbatches))
         ideal = (stages - 1) / (chunks * microbatches + stages - 1)
         if chunks == 1 or microbatches % stages == 0:
             assert bubble == pytest.approx(ideal, abs=1e-12), (stages, chunks, microbatches)
@@ -77,6 +83,10 @@ def test_live_parts():
         assert live_parts(make("1f1b", stages, 1, microbatches)) == expected
         assert live_parts(make("interleaved", stages, 1, microbatches)) == expected
         assert live_parts(make("gpipe", stages, 1, microbatches)) == [microbatches] * stages
+        # Folded: 2S halves of a microbatch on each stage, S microbatches.
+        if microbatches >= 2 * stages:
+            assert live_parts(make("v_shape", stages, 2, microbatches)) == [2 * stages] * stages
+        assert max(live_parts(make("zero_bubble_v", stages, 2, microbatches))) == min(2 * stages, 2 * microbatches)
 
 
 def test_interleaved_holds_less_than_everything():
@@ -88,6 +98,12 @@ def test_interleaved_holds_less_than_everything():
 def test_chunks_are_refused_where_there_are_none(name: str):
     with pytest.raises(ValueError, match=f"schedule {name} has 1 chunk a stage, not 2; use interleaved"):
         make_schedule(name, 2, 2, 4)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_folded_schedule_has_two_chunks(chunks: int):
+    with pytest.raises(ValueError, match=f"has 2 chunks a stage, not {chunks}"):
+        make_schedule("v_shape", 2, chunks, 4)
 
 
 def test_a_bubble_is_that_of_the_costs_given():
@@ -108,18 +124,22 @@ def test_put_off_weight_gradients_hold_2_s_minus_1_operands():
         slots, plain = (allocate_slots(make(name, stages, 1, microbatches)) for name in ("zero_bubble", "1f1b"))
         assert (slots.operand_count, plain.operand_count) == (2 * (stages - 1), 0)
         assert slots.residual_count == plain.residual_count
+        folded = allocate_slots(make("zero_bubble_v", stages, 2, microbatches))
+        if microbatches >= 2 * stages:  # each of half the size
+            assert (folded.residual_count, folded.operand_count) == (2 * stages, 3 * stages - 2)
 
 
 def test_forward_only_holds_forwards_only():
-    for stages, chunks, microbatches in itertools.product(STAGES, CHUNKS, MICROBATCHES):
-        schedule = forward_only(stages, chunks, microbatches)
+    cases = [("1f1b", *case) for case in itertools.product(STAGES, CHUNKS, MICROBATCHES)]
+    for name, stages, chunks, microbatches in (*cases, *(("v_shape", s, 2, m) for s in STAGES for m in MICROBATCHES)):
+        schedule = forward_only(name, stages, chunks, microbatches)
         check(schedule, backward=False)
         assert (schedule.backward_microbatch == IDLE).all()
         slots = allocate_slots(schedule)
         assert (slots.residual_count, slots.gradient_count) == (0, 0)
         replay(schedule)
     with pytest.raises(ValueError, match="backward of .* is missing"):
-        check(forward_only(2, 1, 2))
+        check(forward_only("1f1b", 2, 1, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +168,7 @@ EVERY_KIND = [
         for k in ("forward", "backward")
         for n, c in (("gpipe", (3, 1, 4)), ("1f1b", (3, 1, 4)), ("1f1b", (1, 1, 3)))
     ),
-    *((("interleaved", 2, 3, 4), kind) for kind in ("forward", "backward")),
+    *((case, kind) for case in (("interleaved", 2, 3, 4), ("v_shape", 3, 2, 4)) for kind in ("forward", "backward")),
     (("zero_bubble", 3, 1, 4), "weight"),
 ]
 
@@ -225,13 +245,17 @@ def replay(schedule: Schedule) -> int:
     residual = [[rubbish] * (slots.residual_count + 1) for _ in range(stages)]
     operand = [[rubbish] * (slots.operand_count + 1) for _ in range(stages)]
     done = 0
+
+    def part_of(stage: int, chunk: int) -> int:
+        return chunk * stages + stage_of_part(chunk * stages + stage, stages, schedule.folded)  # its own inverse
+
     for t in range(schedule.ticks):
         sent, sent_back = [rubbish] * stages, [rubbish] * stages
         for i in range(stages):
             m, c = int(schedule.forward_microbatch[t, i]), int(schedule.forward_chunk[t, i])
             stored = loss = rubbish
             if m != IDLE:
-                part = c * stages + i
+                part = part_of(i, c)
                 if part > 0 and activation[i][slots.activation_read[t, i]] != ("activation", m, part):
                     return done
                 sent[i], stored = ("activation", m, part + 1), ("residual", m, part)
@@ -243,7 +267,7 @@ def replay(schedule: Schedule) -> int:
         for i in range(stages):
             m, c = int(schedule.backward_microbatch[t, i]), int(schedule.backward_chunk[t, i])
             if m != IDLE:
-                part = c * stages + i
+                part = part_of(i, c)
                 if residual[i][slots.residual_read[t, i]] != ("residual", m, part):
                     return done
                 if gradient[i][slots.gradient_read[t, i]] != ("gradient", m, part):
@@ -257,8 +281,9 @@ def replay(schedule: Schedule) -> int:
                     return done
                 done += 1
         for i in range(stages):
-            activation[i][slots.activation_write[t, i]] = sent[(i - 1) % stages]
-            gradient[i][slots.gradient_write[t, i]] = sent_back[(i + 1) % stages]
+            for n, way in enumerate((+1, -1, 0) if schedule.folded else (+1,)):
+                activation[i][slots.activation_write[t, i, n]] = sent[(i - way) % stages]
+                gradient[i][slots.gradient_write[t, i, n]] = sent_back[(i + way) % stages]
     return done
 
 
@@ -360,7 +385,7 @@ def test_ten_parts_on_five_nodes():
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("microbatches", [1, 3, 4, 8])
 def test_slots_are_counted_as_they_are_allocated(name: str, stages: int, microbatches: int):
-    for chunks in (1, 2, 3) if name in ("interleaved", "zero_bubble") else (1,):
+    for chunks in (1, 2, 3) if name in ("interleaved", "zero_bubble") else (FEWEST[name],):
         schedule = make_schedule(name, stages, chunks, microbatches)
         slots = allocate_slots(schedule)
         counts = slots.activation_count, slots.gradient_count, slots.residual_count, slots.operand_count

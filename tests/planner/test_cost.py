@@ -44,11 +44,15 @@ LAYOUTS = {
     "tensor, none": config_of(8, fsdp=2, tensor=4, remat="none"),
     "pipe": config_of(8, pipe=4, fsdp=2, microbatches=8, remat="dots"),
     "interleaved": config_of(16, pipe=4, fsdp=2, tensor=2, microbatches=8, schedule="interleaved", chunks=2),
+    "folded": config_of(16, pipe=4, fsdp=2, tensor=2, microbatches=8, schedule="zero_bubble_v", chunks=2),
     "ring": config_of(8, context=4, fsdp=2, context_attention="ring"),
     "ulysses": config_of(8, context=4, fsdp=2, context_attention="ulysses", remat="none"),
     "experts": config_of(8, MOE, expert=4, fsdp=2, microbatches=2),
     "experts, pipe": config_of(16, MOE, expert=2, tensor=2, pipe=2, fsdp=2, microbatches=4),
 }
+
+
+TABLES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 3), ("v_shape", 2), ("zero_bubble_v", 2))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -68,7 +72,7 @@ def test_phases_add_up_to_the_formulas(name: str):
 
 @pytest.mark.parametrize(
     "case",
-    [(n, s, k, m) for s in (1, 2, 4) for m in (1, 2, 4, 6, 8) for n, k in (("gpipe", 1), ("1f1b", 1), ("interleaved", 3))],
+    [(n, s, k, m) for s in (1, 2, 4) for m in (1, 2, 4, 6, 8) for n, k in TABLES],
 )
 def test_passes_are_those_of_the_table(case: tuple[str, int, int, int]):
     name, stages, chunks, microbatches = case

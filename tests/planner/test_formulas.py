@@ -101,6 +101,9 @@ CASES = {
         remat="named",
         remat_save=("attention", "attention_out", "query", "mlp_up"),
     ),
+    "pipe, folded": Case(
+        MeshConfig(pipe=2, fsdp=2, tensor=2), microbatches=4, pipeline=PipelineConfig("v_shape", 2), remat="dots"
+    ),
     "replica x fsdp": Case(MeshConfig(replica=2, fsdp=4)),
     "expert, dropless": Case(MeshConfig(fsdp=2, expert=4), model=MOE, prefetches=False),
     "expert, capacity": Case(MeshConfig(fsdp=2, expert=4), model=CAPACITY, remat="dots"),

@@ -28,6 +28,7 @@ CONFIG = Config(
 PATTERN = replace(CONFIG, model=replace(MODEL, pattern=("local", "global"), sliding_window=512))
 MOE = replace(CONFIG, model=replace(MODEL, moe=MoEConfig(num_experts=4, mlp_dim=512)))
 SCHEDULES = [("1f1b", 1), *(("interleaved", k) for k in (2, 3, 6)), *(("zero_bubble", k) for k in (1, 2, 3, 6))]
+SCHEDULES += [("v_shape", 2), ("zero_bubble_v", 2)]
 
 
 def everything(config: Config, devices: int, per_host: int) -> list[Candidate]:
@@ -40,10 +41,10 @@ def everything(config: Config, devices: int, per_host: int) -> list[Candidate]:
         for (name, chunks), kind, zero, m in itertools.product(SCHEDULES, kinds, zeros, divisors(12)):
             layout = Candidate(mesh, m, name, chunks, "none", (), zero, kind)
             groups = math.ceil(6 / len(config.model.kinds))
-            in_groups = chunks == 1 or (m % mesh[1] == 0 and chunks in useful_chunks(groups, mesh[1]))
+            in_groups = chunks == 1 or (m % mesh[1] == 0 and chunks in useful_chunks(groups, mesh[1])) or layout.folded
             data_axis = mesh[4] > 1 and not config.model.moe  # without experts, the axis `expert` is one more `data`
             fills = 2 * (mesh[1] - 1) <= m <= 8 * mesh[1] and 6 % (mesh[1] * chunks * len(config.model.kinds)) == 0
-            in_groups = in_groups and (name != "zero_bubble" or (mesh[1] > 1 and fills))
+            in_groups = in_groups and (not name.startswith("zero_bubble") or (mesh[1] > 1 and fills))
             if in_groups and not data_axis and not find_problems(with_layout(config, layout), devices)[1]:
                 found.append(layout)
     return found
@@ -144,4 +145,4 @@ def test_many_divisors_and_chunks_are_gone_through_in_steps():
     counts = sorted({layout.microbatches for layout in layouts if layout.mesh == (1, 1, 1, 4, 1, 1, 1)})
     assert (counts[0], counts[-1]) == (1, 1260)
     assert all(b <= 2 * a for a, b in itertools.pairwise(counts))
-    assert {layout.schedule for layout in layouts} == {"1f1b", "interleaved", "zero_bubble"}
+    assert {layout.schedule for layout in layouts} == {name for name, _ in SCHEDULES} - {"zero_bubble_v"}  # 6 layers, 4 parts

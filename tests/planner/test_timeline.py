@@ -8,6 +8,7 @@ from jaxtrain.parallel.pipeline_schedule import bubble_fraction, make_schedule
 from jaxtrain.planner.timeline import text_gantt, timeline
 
 SCHEDULES = [("gpipe", 4, 1, 6), ("1f1b", 4, 1, 8), ("1f1b", 1, 1, 3), ("interleaved", 3, 2, 6), ("zero_bubble", 4, 1, 8)]
+SCHEDULES += [("v_shape", 4, 2, 8), ("zero_bubble_v", 3, 2, 6)]
 
 
 @pytest.mark.parametrize("arguments", SCHEDULES, ids=str)

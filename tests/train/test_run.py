@@ -94,11 +94,11 @@ def base(tmp_path_factory):
 
 
 def other_layout(config):
-    """Five layers in four parts on two stages, 384 padded ids over tensor, gradient accumulation, interleaved."""
+    """Five layers in four parts on two stages, 384 padded ids over tensor, gradient accumulation, folded."""
     return replace(
         config,
         mesh=MeshConfig(pipe=2, data=2, fsdp=1, tensor=2),
-        pipeline=PipelineConfig(schedule="interleaved", chunks=2),
+        pipeline=PipelineConfig(schedule="v_shape", chunks=2),
         train=replace(config.train, microbatches=2),
     )
 

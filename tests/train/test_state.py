@@ -46,6 +46,7 @@ LAYOUTS = {
     "one": (MeshConfig(fsdp=1), PipelineConfig()),
     "pipe": (MeshConfig(pipe=2, fsdp=2, tensor=2), PipelineConfig()),
     "chunks": (MeshConfig(pipe=2, data=2, fsdp=2), PipelineConfig(schedule="interleaved", chunks=2)),
+    "folded": (MeshConfig(pipe=2, data=2, fsdp=2), PipelineConfig(schedule="v_shape", chunks=2)),
     "tensor": (MeshConfig(fsdp=4, tensor=2), PipelineConfig()),
 }
 
