@@ -27,20 +27,7 @@ def run_problems(config: Config) -> list[str]:
     problems += [f"data.store_cache_gib={config.data.store_cache_gib} must be at least 0"] * (config.data.store_cache_gib < 0)
     if config.data.workers > _MOST_THREADS:
         problems.append(f"data.workers={config.data.workers} threads are too many for a process; use {_MOST_THREADS} or fewer")
-    if not config.data.sources:
-        problems.append("data.sources is empty; give at least one source")
-    for i, source in enumerate(config.data.sources):
-        if source.weight < 0 or (source.weight == 0 and not any(stage.weights for stage in config.train.stages)):
-            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
-        if source.order == "files" and (source.kind == "chat" or config.data.packing == "best_fit"):
-            problems.append(f"data.sources.{i}.order=files: its rows are packed by length, in no order; use shuffled")
-        problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
-    for field in ("tokenizer", "chat_template", "cache_dir"):
-        problems += remote_problems(f"data.{field}", getattr(config.data, field))
-    if not config.data.mask_documents and any(source.kind == "chat" for source in config.data.sources):
-        problems.append("data.mask_documents=False: samples of kind=chat are packed, and must not see one another; use True")
-    if config.data.packing == "best_fit" and not config.data.mask_documents:
-        problems.append("data.packing=best_fit packs documents, which must not see one another; use data.mask_documents=True")
+    problems += _data_problems(config)
     problems += tokenizer_problems(config.data.tokenizer, config.model.vocab_size)
     if "://" in config.run_dir:
         problems.append(
@@ -57,6 +44,45 @@ def run_problems(config: Config) -> list[str]:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
     if config.optimizer.moments_dtype == "int8" and config.optimizer.name == "adafactor":
         problems.append("optimizer.moments_dtype=int8: adafactor holds no moments of a matrix's size; use float32, or adamw")
+    if config.checkpoint.fast_every and not config.checkpoint.every:
+        problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
+    if "://" in config.checkpoint.fast_dir:
+        problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
+    problems += validation_problems(config)
+    problems += _idle_problems(config) + _guard_problems(config) + _float8_problems(config) + objective_problems(config)
+    problems += _lora_problems(config)
+    if config.telemetry.hardware != "auto":
+        problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
+    for option in config.train.xla_options:
+        problems += _explained(functools.partial(parse_xla_option, option))
+        if config.train.deterministic and re.match(r"\s*xla_gpu_\w*determinis|\s*xla_gpu_autotune_level", option):
+            problems.append(f"train.xla_options: {option!r} does not go with train.deterministic, which sets that itself")
+    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
+        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
+    return problems
+
+
+def _data_problems(config: Config) -> list[str]:
+    problems = []
+    if not config.data.sources:
+        problems.append("data.sources is empty; give at least one source")
+    for i, source in enumerate(config.data.sources):
+        if source.weight < 0 or (source.weight == 0 and not any(stage.weights for stage in config.train.stages)):
+            problems.append(f"data.sources.{i}.weight={source.weight} must be above 0; leave the source out instead")
+        if source.order == "files" and (source.kind == "chat" or config.data.packing == "best_fit"):
+            problems.append(f"data.sources.{i}.order=files: its rows are packed by length, in no order; use shuffled")
+        problems += source_problems(f"data.sources.{i}.", source, config.model.vocab_size)
+    for field in ("tokenizer", "chat_template", "cache_dir"):
+        problems += remote_problems(f"data.{field}", getattr(config.data, field))
+    if not config.data.mask_documents and any(source.kind == "chat" for source in config.data.sources):
+        problems.append("data.mask_documents=False: samples of kind=chat are packed, and must not see one another; use True")
+    if config.data.packing == "best_fit" and not config.data.mask_documents:
+        problems.append("data.packing=best_fit packs documents, which must not see one another; use data.mask_documents=True")
+    return problems
+
+
+def _lora_problems(config: Config) -> list[str]:
+    problems = []
     unused = [
         name
         for name in ("alpha", "targets", "rank_stabilised", "init_from", "base", "base_group")
@@ -70,20 +96,6 @@ def run_problems(config: Config) -> list[str]:
         problems.append(f"lora.base_group={config.lora.base_group}: nf4 packs pairs of numbers; use an even number")
     if config.lora.init_from and not config.init_from:
         problems.append("lora.init_from is an adapter of given weights: give --init_from=FOLDER too")
-    if config.checkpoint.fast_every and not config.checkpoint.every:
-        problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
-    if "://" in config.checkpoint.fast_dir:
-        problems.append(f"checkpoint.fast_dir={config.checkpoint.fast_dir!r}: give a folder of the host's own, e.g. /dev/shm")
-    problems += validation_problems(config)
-    problems += _idle_problems(config) + _guard_problems(config) + _float8_problems(config) + objective_problems(config)
-    if config.telemetry.hardware != "auto":
-        problems += _explained(lambda: load_chip(config.telemetry.hardware, "telemetry.hardware"))
-    for option in config.train.xla_options:
-        problems += _explained(functools.partial(parse_xla_option, option))
-        if config.train.deterministic and re.match(r"\s*xla_gpu_\w*determinis|\s*xla_gpu_autotune_level", option):
-            problems.append(f"train.xla_options: {option!r} does not go with train.deterministic, which sets that itself")
-    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
-        problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems
 
 

@@ -31,15 +31,19 @@ KERNELS = 18
 
 
 class Costs(Protocol):
-    """What `cost.CostModel` knows of layouts."""
+    """The part of `cost.CostModel` that rollouts are timed with."""
 
     base: Config
     chip: Roofline
     cluster: Cluster
 
-    def rows(self, layout: Candidate) -> int: ...
+    def rows(self, layout: Candidate) -> int:
+        """Return the sequences of one microbatch on one device."""
+        ...
 
-    def flows(self, part: str, layout: Candidate, rows: int) -> Mapping[str, tuple[Flow, ...]]: ...
+    def flows(self, part: str, layout: Candidate, rows: int) -> Mapping[str, tuple[Flow, ...]]:
+        """Return what a part of `cost.PARTS` moves, by phase."""
+        ...
 
 
 def cache_size(config: Config) -> CacheSize:

@@ -99,6 +99,7 @@ class RunWork:
         return self._works[self._recipe.at(self._batch_of(step - 1)).first]
 
     def tokens(self, steps: int) -> int:
+        """Return the tokens of the first `steps` steps."""
         stages = self._recipe.stages
         ends = [bisect.bisect_left(range(steps), stage.first, key=self._batch_of) for stage in stages[1:]]
         counts = (end - begin for begin, end in itertools.pairwise([0, *ends, steps]))
