@@ -36,8 +36,16 @@ def config_of(precision: str, steps: int, rate: float, width: int) -> Config:
     dtype, *more = precision.split("+")
     if dtype not in DTYPES or more not in ([], ["int8-moments"]):
         raise SystemExit(f"precision {precision!r}: {', '.join(DTYPES)}, each perhaps with +int8-moments")
-    shape = {"num_heads": 2, "num_kv_heads": 2, "head_dim": width // 2, "mlp_dim": 3 * width, "vocab_size": 256}
-    model = ModelConfig(num_layers=2, embed_dim=width, dtype="float32" if dtype == "float32" else "bfloat16", **shape)
+    model = ModelConfig(
+        num_layers=2,
+        embed_dim=width,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=width // 2,
+        mlp_dim=3 * width,
+        vocab_size=256,
+        dtype="float32" if dtype == "float32" else "bfloat16",
+    )
     if dtype == "float8":
         model = replace(model, matmul_dtype="float8")
     optimizer = OptimizerConfig(peak_lr=rate, warmup_steps=50, moments_dtype="int8" if more else "float32")

@@ -56,7 +56,7 @@ def test_small_changes_count_in_the_mean():
     v = jnp.full((64, 64), 0.5).at[0].set(1.0)
     target, key = 0.25, jax.random.key(1)
 
-    def step(held: tuple, key: jax.Array) -> tuple:
+    def step(held: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple:
         v = 0.999 * decode(*held, 0, 64) + 0.001 * jnp.where(jnp.arange(64)[:, None] == 0, 1.0, target)
         return encode(v, jax.random.bits(key, v.shape, jnp.uint32), 0, 64, True), None
 
