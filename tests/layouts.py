@@ -22,10 +22,7 @@ SURE = {
     ("tensor", "sharding.context_attention=ulysses"),
     ("fsdp", "sharding.context_attention=gather"),
     ("context", "model.latent_attention.query_rank=12"),
-    ("pipe", "pipeline.schedule=interleaved"),
     ("pipe", "pipeline.schedule=zero_bubble"),
-    ("pipe", "pipeline.schedule=zero_bubble_v"),
-    ("pipe", "pipeline.schedule=v_shape"),
     ("tensor", "lora.rank=4"),
     ("fsdp", "lora.base=nf4"),
 }
@@ -44,7 +41,7 @@ def configs(draw: st.DrawFn, devices: int = DEVICES) -> list[Config]:
 @functools.cache
 def candidates() -> list[list[Config]]:
     """Return the layouts of drawn tasks, the same in every run."""
-    chance = random.Random(0)
+    chance = random.Random(7)
     drawn = (draw_configs(chance.choice, DEVICES) for _ in range(CANDIDATES))
     return [layouts for layouts in drawn if len(layouts) == LAYOUTS_A_TASK]
 
@@ -66,7 +63,8 @@ def seconds_of(layouts: list[Config]) -> int:
     """Estimate the CPU seconds of a task: what is traced and compiled grows with the kinds of layers and their programs."""
 
     def seconds(config: Config, in_turns: bool) -> int:
-        return 8 + 3 * max(1, len(config.model.pattern)) * (2 if config.model.moe else 1) * (2 if in_turns else 1)
+        of_kind = 3 * (2 if config.model.moe else 1) * (2 if in_turns else 1)
+        return (8 + max(1, len(config.model.pattern)) * of_kind) * (1 + len(config.train.stages))
 
     in_turns = [config.mesh.tensor > 1 or config.mesh.expert > 1 for config in layouts]
     return seconds(layouts[0], False) + sum(map(seconds, layouts, in_turns))
@@ -82,7 +80,7 @@ def covering(count: int) -> list[list[Config]]:
 
         def worth(layouts: list[Config], seen: set = seen, values: set = values) -> float:
             new = features_of([layouts]) - seen
-            return (len(new) + 10 * len({met for _, met in new} - values) + 100 * len(new & SURE)) / seconds_of(layouts)
+            return (len(new) + 10 * len({met for _, met in new} - values) + 300 * len(new & SURE)) / seconds_of(layouts)
 
         chosen.append(max(candidates(), key=worth))
     return chosen

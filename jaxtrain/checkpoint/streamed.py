@@ -69,10 +69,10 @@ def _outline(path: epath.Path, leaves: list[Leaf], stored: dict[str, Any]) -> No
         numbers = {tuple(leaf.name.split("/")): jnp.zeros([1] * len(leaf.shape), leaf.dtype) for leaf in leaves}
         ocp.save(path, nested(numbers), custom_metadata=stored)
     file, shapes = path / "state" / "_METADATA", {tuple(leaf.name.split("/")): leaf.shape for leaf in leaves}
-    outline = json.loads(file.read_text())
+    outline = json.loads(file.read_text(encoding="utf-8"))
     for entry in outline["tree_metadata"].values():
         entry["value_metadata"]["write_shape"] = shapes[tuple(part["key"] for part in entry["key_metadata"])]
-    file.write_text(json.dumps(outline))
+    file.write_text(json.dumps(outline), encoding="utf-8")
 
 
 def _write(path: epath.Path, leaf: Leaf) -> str:

@@ -18,10 +18,12 @@ import pytest
 from jaxtrain.config import DistillConfig, DpoConfig, GrpoConfig, ObjectiveConfig
 from tests.huggingface import goldens, tiny
 from tests.huggingface.test_oracle import MESHES, Ours
-from tests.objectives.test_trl import alone
 
 trl = pytest.importorskip("trl")
 torch = pytest.importorskip("torch")
+
+from tests.objectives.test_trl import alone  # noqa: E402  # it is skipped where trl is not
+
 FAMILY, ROWS, PROMPT, LENGTH = "llama3_1", 8, 3, 16
 """Rows of a prompt and an answer; the first half is chosen, the second rejected where there are pairs."""
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxtrain.config import MeshConfig
+from jaxtrain.config import MeshConfig, PipelineConfig
 from jaxtrain.measure.layouts import BASE, compare
 from tests.layouts import SURE, candidates, covering, features_of
 
@@ -17,18 +17,19 @@ def test_any_valid_config_is_equal_to_one_device(task: int):
         assert compare(config).problem is None, config
 
 
-def test_the_draws_of_every_run_have_nearly_all_that_can_be_drawn():
+def test_the_draws_of_every_run_have_most_of_what_can_be_drawn():
     """Of each value of a field with each axis above 1, of which some for certain."""
     seen, every = features_of(covering(TASKS)), features_of(candidates())
     assert seen >= SURE
-    assert len(seen) > 0.85 * len(every), every - seen
+    assert len(seen) > 0.8 * len(every), every - seen
 
 
 VARIANTS = {
     "uneven_layers_and_three_microbatches": replace(
         BASE,
-        model=replace(BASE.model, num_layers=5),
+        model=replace(BASE.model, num_layers=7),
         mesh=MeshConfig(pipe=3, fsdp=1, tensor=2),
+        pipeline=PipelineConfig(schedule="zero_bubble_v", chunks=2),
         train=replace(BASE.train, global_batch_size=48, microbatches=3, remat="dots"),
     ),
     "odd_axes": replace(

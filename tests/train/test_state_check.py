@@ -131,9 +131,11 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
     monkeypatch.setattr(recompute_check, "make_loss_and_gradients", lambda *_: lambda params, batch: ({}, {}, params))
     config = replace(config, guard=replace(config.guard, repeat_every=2))
     steps = RecomputeCheck(prepared_of(config, mesh), lambda state, batch: (state, {}), first=0)
+    rows = config.train.global_batch_size
+    batch = {"targets": np.zeros((rows, 1))}
     for _ in range(4):  # the even ones are compared
-        steps({"params": gradients}, {})
-    once, calls = steps._sums(0), []
+        steps({"params": gradients}, batch)
+    once, calls = steps._sums(0, rows), []
 
     def errs(params, batch):
         calls.append(None)
@@ -141,10 +143,10 @@ def test_gradients_that_do_not_repeat_are_told(monkeypatch):
             params = params | {"outer": params["outer"] | {"norm": changed(params["outer"]["norm"], 3, flip(7))}}
         return once(params, batch)
 
-    steps._sums = lambda batch: errs
-    steps({"params": gradients}, {})
+    steps._sums = lambda batch, rows: errs
+    steps({"params": gradients}, batch)
     with pytest.raises(NumbersError) as caught:
-        steps({"params": gradients}, {})
+        steps({"params": gradients}, batch)
     message = str(caught.value)
     assert "the gradients of step 6 came out otherwise" in message
     assert "(outer/norm), on device 3 of process 0 (data=1, fsdp=1)" in message
