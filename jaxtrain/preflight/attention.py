@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxtrain.config import Config
 from jaxtrain.models.building import choose_attention
 from jaxtrain.ops.attention import attention
 from jaxtrain.ops.attention_mask import Rule
-from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors
 
 LENGTH, KV_HEADS = 1024, 2
 LARGEST_ERROR = 0.02
@@ -69,15 +68,8 @@ def look_at_attention(site: Site) -> dict[str, Any]:
 
 def judge_attention(site: Site, seen: list[dict[str, Any]]) -> list[Finding]:
     """Name each process whose kernels are wrong, by what is worst."""
-    findings, worst = [], 0.0
-    for process, facts in enumerate(seen):
-        errors = {name: math.inf if math.isnan(error) else error for name, error in facts["errors"].items()}
-        name = max(errors, key=lambda name: errors[name])
-        worst = max(worst, errors[name])
-        if errors[name] > LARGEST_ERROR:
-            how = f"is off by {errors[name]:.0%}" if math.isfinite(errors[name]) else "is not finite"
-            words = f"attention by {facts['backend']} computes wrongly on {site.name(process)}: {name} {how}"
-            findings.append(Finding("attention", "failed", f"{words}; use --model.attention=blockwise"))
+    errors = [(f"attention by {facts['backend']}", facts["errors"]) for facts in seen]
+    findings, worst = judge_errors(site, "attention", errors, LARGEST_ERROR, "--model.attention=blockwise")
     words = f"{seen[0]['backend']} is within {worst:.2%} of the formula, gradients too"
     return findings or [Finding("attention", "ok", words, {"processes": seen})]
 

@@ -7,11 +7,12 @@ all processes have seen, so that every process comes to the same exit code, and 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,6 +109,25 @@ def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
     keys = [repr(value) for value in values]
     common = max(dict.fromkeys(keys), key=lambda key: Counter(keys)[key])
     return values[keys.index(common)], {i: value for i, value in enumerate(values) if keys[i] != common}
+
+
+def judge_errors(
+    site: Site, check: str, seen: Sequence[tuple[str, Mapping[str, float]]], limit: float, way_out: str
+) -> tuple[list[Finding], float]:
+    """Return a failed finding for each process that computes wrongly, naming its worst result, and the worst error of all.
+
+    Args:
+      seen: of each process, what computes ("attention by cudnn"), and {result: error as a share of its norm}.
+    """
+    findings, largest = [], 0.0
+    for process, (subject, errors) in enumerate(seen):
+        name, worst = max(((n, math.inf if math.isnan(e) else e) for n, e in errors.items()), key=lambda pair: pair[1])
+        largest = max(largest, worst)
+        if worst > limit:
+            how = f"is off by {worst:.0%}" if math.isfinite(worst) else "is not finite"
+            words = f"{subject} computes wrongly on {site.name(process)}: {name} {how}; use {way_out}"
+            findings.append(Finding(check, "failed", words))
+    return findings, largest
 
 
 def _first_line(error: Exception) -> str:

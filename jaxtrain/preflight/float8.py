@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from jaxtrain.ops.float8 import BACKWARD, FORWARD, power_of_two, scaled
 from jaxtrain.ops.matmul import multiply
-from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors
 from jaxtrain.sharding import Float8
 
 ROWS, LARGEST_WIDTH = 256, 2048
@@ -19,7 +17,7 @@ NAMES = ("the output", "the gradient of the input", "the gradient of the weight"
 
 
 def look_at_float8(site: Site) -> list[float]:
-    """Return the errors of y = x W, dx and dW on this process's first device, as shares of the norm; NaN as inf."""
+    """Return the errors of y = x W, dx and dW on this process's first device, as shares of the norm."""
     model = site.config.model
     k, n = min(model.embed_dim, LARGEST_WIDTH), min(model.moe.mlp_dim if model.moe else model.mlp_dim, LARGEST_WIDTH)
 
@@ -39,8 +37,7 @@ def look_at_float8(site: Site) -> list[float]:
         x, w, g = (q.astype(jnp.float32) * scale for q, scale in (held(*kind) for kind in kinds))
         with jax.default_matmul_precision("highest"):
             pairs = ((y, x @ w), (dx, g @ w.T), (dw.slot, x.T @ g))
-        errors = [jnp.linalg.norm(got - right) / jnp.linalg.norm(right) for got, right in pairs]
-        return jnp.nan_to_num(jnp.stack(errors), nan=jnp.inf, posinf=jnp.inf)
+        return jnp.stack([jnp.linalg.norm(got - right) / jnp.linalg.norm(right) for got, right in pairs])
 
     with jax.default_device(jax.local_devices()[0]):
         return [float(error) for error in jax.jit(compare)()]
@@ -48,14 +45,9 @@ def look_at_float8(site: Site) -> list[float]:
 
 def judge_float8(site: Site, seen: list[list[float]]) -> list[Finding]:
     """Name each process whose products are wrong, by what is worst."""
-    findings = []
-    for process, errors in enumerate(seen):
-        worst = max(range(len(errors)), key=errors.__getitem__)
-        if not errors[worst] <= LARGEST_ERROR:
-            how = f"is off by {errors[worst]:.0%}" if math.isfinite(errors[worst]) else "is not finite"
-            words = f"a float8 matmul computes wrongly on {site.name(process)}: {NAMES[worst]} {how}"
-            findings.append(Finding("float8", "failed", f"{words}; use --model.matmul_dtype=default"))
-    words = f"a matmul is within {max(map(max, seen)):.2%} of the same numbers' in float32, gradients too"
+    errors = [("a float8 matmul", dict(zip(NAMES, of_process, strict=True))) for of_process in seen]
+    findings, worst = judge_errors(site, "float8", errors, LARGEST_ERROR, "--model.matmul_dtype=default")
+    words = f"a matmul is within {worst:.2%} of the same numbers' in float32, gradients too"
     return findings or [Finding("float8", "ok", words, {"processes": seen})]
 
 
