@@ -326,8 +326,12 @@ class Canonical:
         self._from = jax.tree.map(functools.partial(jitted, _from_canonical_leaf), self._dims, abstract, is_leaf=is_dims)
 
     def from_state(self, state: PyTree) -> PyTree:
-        """Return the canonical form of a state, which is left unchanged."""
-        return jax.tree.map(lambda convert, leaf: convert(leaf), self._to, _without_record(state))
+        """Return the canonical form of a state, which is left unchanged.
+
+        On CPUs a leaf waits for the one before: where layers move between stages, XLA:CPU hangs with two programs under way.
+        """
+        waits = jax.block_until_ready if self._mesh.devices.flat[0].platform == "cpu" else lambda value: value
+        return jax.tree.map(lambda convert, leaf: waits(convert(leaf)), self._to, waits(_without_record(state)))
 
     def part_to_state(self, canonical: PyTree) -> PyTree:
         """Return some parts of a state, {"params": ...}, of their canonical form, which is freed leaf by leaf."""

@@ -341,3 +341,19 @@ def test_plain_sgd_has_no_moments():
     state = jax.eval_shape(lambda: initial_state(config, optimizer))
     assert all(leaf.ndim == 0 for leaf in jax.tree.leaves(state["optimizer"]))
     assert isinstance(state["optimizer"]["sgd"], optax.EmptyState)
+
+
+def test_on_cpus_one_leaf_is_converted_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Two programs that move layers between stages make XLA:CPU hang: 400 saves of two chunks on two stages never ended."""
+    config, mesh, optimizer = setup("folded")
+    events: list[str] = []
+
+    def converts(value: Any) -> Any:
+        events.append("begun")
+        return value
+
+    canonical = Canonical(config, mesh, optimizer)
+    monkeypatch.setattr(canonical, "_to", jax.tree.map(lambda _: converts, canonical.abstract))
+    monkeypatch.setattr(jax, "block_until_ready", lambda value: events.append("ended") or value)
+    canonical.from_state(canonical.abstract)
+    assert events == ["ended", *["begun", "ended"] * len(jax.tree.leaves(canonical.abstract))]
