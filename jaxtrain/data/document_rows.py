@@ -16,6 +16,7 @@ from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.packing import Batch
 from jaxtrain.data.progress import progress
+from jaxtrain.data.stage_order import Span
 from jaxtrain.data.token_cache import made_once
 from jaxtrain.data.token_part import TokenPart, Tokens, lie_in_store
 from jaxtrain.data.token_split import separators_of
@@ -82,15 +83,15 @@ class DocumentRows:
         """Return whether rows are fetched over a network."""
         return any(map(lie_in_store, self._tokens))
 
-    def fetch(self, rows: Sequence[int]) -> None:
-        """Fetch at the same time what lies in a store of some rows; `fill` would fetch piece by piece."""
+    def fetch(self, spans: Sequence[Span]) -> None:
+        """Fetch at the same time what lies in a store of some rows, each a span's block; `fill` would fetch piece by piece."""
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for row in rows:
-            for part, begin, size in self._of_row(row):
+        for span in spans:
+            for part, begin, size in self._of_row(span.block):
                 wanted.setdefault(part, []).append((begin, begin + size + 1))
-        for part, spans in wanted.items():
+        for part, stretches in wanted.items():
             if not isinstance(tokens := self._tokens[part], np.ndarray):
-                tokens.fetch(spans)
+                tokens.fetch(stretches)
 
 
 def _packed(files: Sequence[Tokens], separator: int, length: int, title: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

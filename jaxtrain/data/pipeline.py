@@ -26,10 +26,7 @@ from jaxtrain.data.source_checks import check_sorts, check_split_rules, checked_
 from jaxtrain.data.stage_order import Draws, Pick, Span, StageOrder
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.data.validation_sets import check_not_trained, config_of_set, open_set
-from jaxtrain.data.windows import (
-    StreamWindows,
-    Windows,
-)
+from jaxtrain.data.windows import StreamWindows, Windows
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.files import user_path
 
@@ -325,10 +322,8 @@ class Data:
         split: dict[int, Batch] = {}
         for number, source in enumerate(sources):
             spans = [span for pick in picks if pick is not None and pick[0] == number for span in pick[1]]
-            if isinstance(source, StreamWindows) and source.lie_in_store:
+            if isinstance(source, StreamWindows | DocumentRows) and source.lie_in_store:
                 source.fetch(spans)
-            elif isinstance(source, DocumentRows) and source.lie_in_store:
-                source.fetch([span.block for span in spans])
         for row, pick in enumerate(picks):
             if pick is None or isinstance(source := sources[pick[0]], PackedRows | DocumentRows):
                 continue
