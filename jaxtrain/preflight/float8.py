@@ -13,7 +13,7 @@ from jaxtrain.sharding import Float8
 ROWS, LARGEST_WIDTH = 256, 2048
 LARGEST_ERROR = 0.02
 """Of the norm: the operands are the same numbers, so that only sums and the rounding of a bfloat16 result (0.002) differ."""
-NAMES = ("the output", "the gradient of the input", "the gradient of the weight")
+NAMES: tuple[str, ...] = ("the output", "the gradient of the input", "the gradient of the weight")
 
 
 def look_at_float8(site: Site) -> list[float]:

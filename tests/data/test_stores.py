@@ -96,6 +96,7 @@ SOURCES = {
     "jsonl": DataSource(kind="jsonl", path="rows.jsonl"),
     "parquet": DataSource(kind="parquet", path="*.parquet"),
     "tokens": DataSource(kind="tokens", path="tokens"),
+    "packed": DataSource(kind="tokens", path="tokens"),
     "one stream": DataSource(kind="tokens", path="ids.npy"),
     "documents": DataSource(kind="tokens", path="ids.npy", separator=7),
 }
@@ -105,9 +106,10 @@ def test_the_batches_and_the_fingerprint_are_those_of_local_files(store, folder,
     system, url = store
     system.put(str(folder), url, recursive=True)
     for name, source in SOURCES.items():
-        tokenizer = "byte" if name in ("text", "jsonl", "parquet", "tokens") else "none"
+        fields = {"tokenizer": "byte" if name in ("text", "jsonl", "parquet", "tokens", "packed") else "none"}
+        fields |= {"packing": "best_fit"} if name == "packed" else {}
         here, there = (
-            open_data(make_config(replace(source, path=f"{root}/{source.path}"), cache_dir=str(cache), tokenizer=tokenizer))
+            open_data(make_config(replace(source, path=f"{root}/{source.path}"), cache_dir=str(cache), **fields))
             for root, cache in ((folder, folder / "cache"), (url, folder / "cache there"))
         )
         assert here.fingerprint == there.fingerprint, name
