@@ -16,7 +16,9 @@ MODEL = {"embed_dim": 32, "mlp_dim": 48, "qk_norm": "head", "attention_bias": "a
 
 
 def test_no_gradient_is_off_by_more_than_rounding():
-    """Of 4,096 tokens: sums of so many numbers, rounded to bfloat16 after each, are off by sqrt(4096) / 2^9, a tenth or so."""
+    """Of 4,096 tokens. The largest error is 0.026, of a value's bias. With the MLP's weight gradients summed token by token in
+    bfloat16 theirs are 0.12 to 0.13: sqrt(4096) / 2^9 or so.
+    """
     config = tiny(
         model=MODEL | {"norm": "layer"},
         data={"sequence_length": LENGTH, "mask_documents": False},
