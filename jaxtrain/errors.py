@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 EXIT_DONE = 0
 EXIT_ERROR = 1
@@ -105,3 +105,8 @@ def nearest(name: str, options: Iterable[object]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     listing = "one of: " + ", ".join(options)
     return f"did you mean {close[0]!r}? {listing}" if close else listing
+
+
+def violated(rules: Mapping[str, object]) -> list[str]:
+    """Return the messages of a table {message: whether it applies} that apply, in their order."""
+    return [message for message, applies in rules.items() if applies]

@@ -23,20 +23,10 @@ MESH_AXES = ("replica", "pipe", "data", "fsdp", "expert", "context", "tensor")
 REMAT_NAMES = ("query", "key", "value", "attention", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "mlp_out")
 REMAT_NAMES += ("router", "expert_in", "expert_gate", "expert_up", "expert_hidden", "expert_out")
 
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "v_shape", "zero_bubble_v"]
 FOLDED_SCHEDULES = ("v_shape", "zero_bubble_v")
 """Schedules whose second chunk goes back through the stages: the last part of the stack lies on the first stage."""
-RematPolicy = Literal["none", "dots", "named", "full"]
-OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
-MomentsDType = Literal["float32", "int8"]
-SaveFailurePolicy = Literal["retry", "stop"]
-ContextAttention = Literal["auto", "ring", "gather", "ulysses"]
-ZeroLevel = Literal[1, 2, 3]
-SyncMode = Literal["every_step", "local", "diloco", "delayed"]
 Compression = Literal["none", "bfloat16", "int8", "float8"]
-EnergySource = Literal["auto", "nvml", "rapl", "none"]
 BadStepPolicy = Literal["off", "stop", "skip", "rollback"]
-CopiesPolicy = Literal["off", "stop", "rollback"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +63,10 @@ class MeshConfig:
 class ShardingConfig:
     """Choices for the mesh axes. None of them changes a result."""
 
-    zero: ZeroLevel = 3
+    zero: Literal[1, 2, 3] = 3
     """What `fsdp` shards (Rajbhandari et al. 2020). 1: master weights and optimizer state; weights are gathered and gradients
     reduced once a step. 2: gradients too, reduced in every microbatch. 3: the weights too, gathered layer by layer."""
-    context_attention: ContextAttention = "auto"
+    context_attention: Literal["auto", "ring", "gather", "ulysses"] = "auto"
     """How attention reaches the keys of other devices along `context`. ring: one device at a time; gather: all at once;
     ulysses: heads are exchanged for sequence; auto: chosen by size (see the log)."""
     take_turns: bool = True
@@ -88,7 +78,7 @@ class ShardingConfig:
 class SyncConfig:
     """Synchronisation of the replicas (mesh axis `replica`)."""
 
-    mode: SyncMode = "every_step"
+    mode: Literal["every_step", "local", "diloco", "delayed"] = "every_step"
     """every_step: gradients are averaged in every step. local: parameters are averaged every `every` steps. diloco: as local,
     with outer Nesterov momentum on the difference. delayed: averaged gradients are applied `delay` steps late."""
     every: int = 20
@@ -137,7 +127,7 @@ class SyncConfig:
 class PipelineConfig:
     """The order of the pipeline stages' work in time."""
 
-    schedule: ScheduleName = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "v_shape", "zero_bubble_v"] = "1f1b"
     """Order of forward and backward work over the stages. zero_bubble: interleaved, with the weight gradients' matmuls put off
     into the ticks in which a stage would wait; for memory (their operands) it saves up to two thirds of the bubble. v_shape:
     two chunks, of which the second goes back from the last stage to the first; 1f1b's bubble for half of its activations.
@@ -150,7 +140,7 @@ class PipelineConfig:
 class OptimizerConfig:
     """The update rule and its learning rate over time."""
 
-    name: OptimizerName = "adamw"
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = "adamw"
     """The update rule. muon orthogonalises matrices in model.dtype; embedding, head, norms and biases take adamw."""
     peak_lr: float = 3e-4
     """Largest learning rate."""
@@ -172,7 +162,7 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only: no norms, no biases."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    moments_dtype: MomentsDType = "float32"
+    moments_dtype: Literal["float32", "int8"] = "float32"
     """Dtype of matrices' moments between steps. int8: 8 bits and a scale for each 64; a quarter of the memory."""
 
 
@@ -202,7 +192,7 @@ class TrainConfig:
     """Validation loss (nats per token) at which the run stops; 0: never."""
     validation_metric: str = "validation_loss"
     """Number of a validation that stop_at_validation_loss and checkpoint.keep_best read, by its name in metrics.jsonl."""
-    remat: RematPolicy = "full"
+    remat: Literal["none", "dots", "named", "full"] = "full"
     """Recomputation in the backward pass. none: nothing; dots: all but matmuls; named: all but remat_save; full: each layer."""
     remat_save: tuple[str, ...] = ("attention",)
     """remat=named only: names of the activations to keep."""
@@ -249,7 +239,7 @@ class CheckpointConfig:
     from there, in this run_dir."""
     asynchronous: bool = True
     """Write checkpoints while training goes on."""
-    on_failure: SaveFailurePolicy = "retry"
+    on_failure: Literal["retry", "stop"] = "retry"
     """Reaction to a failed save when the next one begins. retry: warn and go on, but the last save must succeed. stop: end the
     run."""
     mirror: str = ""
@@ -280,7 +270,7 @@ class GuardConfig:
     """rollback: number of batches to leave out, ending with the bad step's; none from before the checkpoint."""
     budget: int = 10
     """Number of skips and rollbacks in the whole run; the next bad step stops it."""
-    copies: CopiesPolicy = "stop"
+    copies: Literal["off", "stop", "rollback"] = "stop"
     """Reaction to devices whose copies of the state differ by a bit. They are compared before every save."""
     copies_every: int = 0
     """Steps between further comparisons; 0: none."""
@@ -306,7 +296,7 @@ class TelemetryConfig:
     """File for Prometheus (node_exporter's textfile collector), ending in .prom, replaced at each logged row; empty: none."""
     profile: str = ""
     """Steps to trace as FIRST:LAST, e.g. 10:13 (XProf and Perfetto, in run_dir/profile); empty: none."""
-    energy: EnergySource = "auto"
+    energy: Literal["auto", "nvml", "rapl", "none"] = "auto"
     """Energy meter: nvml (GPUs), rapl (CPUs), auto (whichever fits and can be read), or none."""
     hardware: str = "auto"
     """Chip whose peak FLOP/s the MFU is measured against, by name or as a chip file; auto: the device's own."""

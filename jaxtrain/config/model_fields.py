@@ -10,27 +10,14 @@ from jaxtrain.parts import ModelParts
 
 VOCAB_MULTIPLE = 128
 DType = Literal["float32", "bfloat16"]
-MatmulDType = Literal["default", "float8", "auto"]
-AttentionBackend = Literal["auto", "reference", "blockwise", "cudnn"]
-Router = Literal["softmax", "sigmoid"]
-GroupScore = Literal["top2", "max"]
 LayerKind = Literal["global", "local", "nope"]
-Norm = Literal["rms", "layer"]
-NormPlacement = Literal["pre", "post", "both"]
-Residual = Literal["sequential", "parallel", "parallel_one_norm"]
-AttentionBias = Literal["none", "qkv", "all"]
-QKNorm = Literal["none", "head", "width"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "clipped_silu"]
-RopeScalingKind = Literal["llama3", "linear", "yarn", "longrope"]
-Dispatch = Literal["dropless", "capacity"]
-Base = Literal["", "int8", "float8", "nf4"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Stretching of the RoPE wavelengths beyond the length that the model was first trained on (`ops/rope.py` has formulas)."""
 
-    kind: RopeScalingKind = "llama3"
+    kind: Literal["llama3", "linear", "yarn", "longrope"] = "llama3"
     """llama3: long wavelengths are stretched, short ones kept. linear: all are. yarn: between the two by rotations within the
     original length. longrope: each frequency is divided by a factor of its own."""
     factor: float = 8.0
@@ -91,7 +78,7 @@ class MoEConfig:
     """Experts that every token goes through, beside the routed ones; they are one MLP of shared_experts x mlp_dim."""
     first_dense_layers: int = 0
     """Number of first layers with a dense MLP (of model.mlp_dim). With a pipeline they belong to the first stage."""
-    router: Router = "softmax"
+    router: Literal["softmax", "sigmoid"] = "softmax"
     """Function from router logits to scores, before the top-k."""
     normalize_weights: bool = True
     """Divide the scores of a token's experts by their sum."""
@@ -101,7 +88,7 @@ class MoEConfig:
     """Number of equal groups of experts; only groups_per_token of them are open to a token (node-limited routing)."""
     groups_per_token: int = 1
     """Groups open to a token: those with the best score."""
-    group_score: GroupScore = "top2"
+    group_score: Literal["top2", "max"] = "top2"
     """Score of a group: the sum of its two best experts' scores (DeepSeek-V3), or the best one (DeepSeek-V2)."""
     router_bias: bool = False
     """Add a learned bias to the router's logits."""
@@ -114,7 +101,7 @@ class MoEConfig:
     bias_update_rate: float = 0.0
     """Auxiliary-loss-free balance: every step an expert's bias, used only to choose experts, rises by this if its load is
     below the mean, and falls if above; 0: no bias."""
-    dispatch: Dispatch = "dropless"
+    dispatch: Literal["dropless", "capacity"] = "dropless"
     """dropless: every token reaches its experts. capacity: an expert takes a fixed number of a group's tokens and drops the
     rest."""
     capacity_factor: float = 1.25
@@ -152,7 +139,7 @@ class LoraConfig:
     """s = alpha / sqrt(rank), so that the output's size does not depend on the rank (arXiv:2312.03732)."""
     init_from: str = ""
     """Folder of a PEFT adapter to begin with; empty: new ones."""
-    base: Base = ""
+    base: Literal["", "int8", "float8", "nf4"] = ""
     """How W is held: int8, float8, or nf4, the 4-bit NormalFloat of QLoRA (arXiv:2305.14314), but table and head as they are;
     empty: all in model.param_dtype."""
     base_group: int = 0
@@ -201,7 +188,7 @@ class ModelConfig:
     """Stretching of the RoPE wavelengths; None for plain RoPE."""
     learned_positions: int = 0
     """Rows of a learned table of positions, used in place of RoPE; 0: RoPE."""
-    norm: Norm = "rms"
+    norm: Literal["rms", "layer"] = "rms"
     """rms: RMSNorm. layer: LayerNorm, which subtracts the mean."""
     norm_epsilon: float = 1e-5
     """Added to the mean square inside the norm."""
@@ -209,9 +196,9 @@ class ModelConfig:
     """Add a learned bias after the norm."""
     norm_offset: float = 0.0
     """The norm's scale is this + the weight (Gemma: 1)."""
-    norm_placement: NormPlacement = "pre"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
     """Where a block's norm stands: pre: on its input; post: on its output, before it is added; both."""
-    residual: Residual = "sequential"
+    residual: Literal["sequential", "parallel", "parallel_one_norm"] = "sequential"
     """sequential: the MLP reads what attention was added to. parallel: both read the same. parallel_one_norm: both read one
     norm's output."""
     residual_scale: float = 1.0
@@ -224,9 +211,9 @@ class ModelConfig:
     """Bound c of the logits, c tanh(logit / c); 0: none."""
     tie_embeddings: bool = False
     """Use the embedding table as the output projection too."""
-    qk_norm: QKNorm = "none"
+    qk_norm: Literal["none", "head", "width"] = "none"
     """RMSNorm on queries and keys before RoPE. head: on every head. width: over the width of all heads."""
-    attention_bias: AttentionBias = "none"
+    attention_bias: Literal["none", "qkv", "all"] = "none"
     """Biases of attention: none, qkv (queries, keys and values), or all (the output projection too)."""
     attention_scale: float = 0.0
     """Factor on the scores q k; 0: 1 / sqrt(d_k)."""
@@ -236,7 +223,7 @@ class ModelConfig:
     """Give every query head a learned score that takes part in the softmax without a value."""
     latent_attention: LatentAttentionConfig | None = None
     """Multi-head latent attention; None for grouped-query attention."""
-    activation: Activation = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "clipped_silu"] = "silu"
     """Activation of the MLP and of experts. clipped_silu: (clip(up) + 1) g sigmoid(1.702 g) with g = min(gate, limit)."""
     activation_limit: float = 7.0
     """clipped_silu: the limit of gate and up."""
@@ -248,13 +235,13 @@ class ModelConfig:
     """Mixture of experts; None for a dense model."""
     dtype: DType = "bfloat16"
     """Compute dtype of matmuls and activations; softmax, norms and the loss are always float32."""
-    matmul_dtype: MatmulDType = "default"
+    matmul_dtype: Literal["default", "float8", "auto"] = "default"
     """How the matrices of attention, MLP and experts are multiplied. default: in model.dtype. float8: E4M3 forward, E5M2
     gradients. auto: float8 where the chip gains by it (see the log)."""
     param_dtype: DType = "float32"
     """Dtype of stored matrices; norms, routers, biases and the optimizer's moments are float32. bfloat16 is updated by
     stochastic rounding, the same on every mesh."""
-    attention: AttentionBackend = "auto"
+    attention: Literal["auto", "reference", "blockwise", "cudnn"] = "auto"
     """Attention backend; auto: the fastest that the device and the mask allow (see the log)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; divided by sqrt(2 num_layers) for projections into the residual stream."""

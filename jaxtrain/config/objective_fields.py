@@ -5,25 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-ObjectiveKind = Literal["pretrain", "sft", "dpo", "distill", "grpo"]
-PreferenceLoss = Literal["sigmoid", "ipo", "orpo"]
-Reference = Literal["initial", "none"]
-Advantage = Literal["grpo", "dr_grpo", "rloo"]
-RewardFailure = Literal["zero", "stop"]
-
 
 @dataclass(frozen=True)
 class DpoConfig:
     """Preferences: pairs of a chosen and a rejected answer."""
 
-    loss: PreferenceLoss = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "orpo"] = "sigmoid"
     """sigmoid: DPO (Rafailov et al. 2023). ipo: the squared loss of Azar et al. 2023. orpo: the likelihood of the chosen answer
     with an odds ratio (Hong et al. 2024), which needs no reference."""
     beta: float = 0.1
     """Strength of the pull towards the reference; orpo: weight of the odds ratio."""
     label_smoothing: float = 0.0
     """sigmoid: probability that a pair's label is the wrong way round."""
-    reference: Reference = "initial"
+    reference: Literal["initial", "none"] = "initial"
     """Model to stay near to: initial: the weights that the run begins with, whose log-probabilities are computed once, before
     the first step; none: no model (the reference's log-probabilities are 0)."""
 
@@ -57,7 +51,7 @@ class GrpoConfig:
     """Temperature at which answers are sampled, and under which their log-probabilities are trained."""
     updates: int = 1
     """Optimizer steps on the same answers."""
-    advantage: Advantage = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """grpo: (reward - mean) / std of the group, each answer's tokens averaged. dr_grpo: reward - mean, tokens summed and
     divided by max_new_tokens. rloo: reward - mean of the group's others."""
     clip_low: float = 0.2
@@ -86,7 +80,7 @@ class GrpoConfig:
     """Time limit of a call of the reward function, in seconds."""
     reward_workers: int = 4
     """Threads that call the reward function, each for one group."""
-    on_reward_error: RewardFailure = "stop"
+    on_reward_error: Literal["zero", "stop"] = "stop"
     """Reaction to an exception or a timeout in the reward function: stop the run, or count the reward as zero."""
 
 
@@ -94,7 +88,7 @@ class GrpoConfig:
 class ObjectiveConfig:
     """The objective of training, and the settings of each kind."""
 
-    kind: ObjectiveKind = "pretrain"
+    kind: Literal["pretrain", "sft", "dpo", "distill", "grpo"] = "pretrain"
     """pretrain: -log p of the next token. sft: the same, on the answers of conversations. dpo: preferences. distill: a
     teacher's probabilities. grpo: rewards."""
     dpo: DpoConfig = field(default_factory=DpoConfig)

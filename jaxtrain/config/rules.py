@@ -27,7 +27,7 @@ from jaxtrain.config.model_rules import setting_problems
 from jaxtrain.config.run_rules import run_problems
 from jaxtrain.config.stage_rules import stage_problems
 from jaxtrain.config.stages import MOST_MICROBATCHES, Recipe
-from jaxtrain.errors import ConfigError, nearest
+from jaxtrain.errors import ConfigError, nearest, violated
 from jaxtrain.text import listed
 
 
@@ -173,65 +173,58 @@ def value_problems(config: Config) -> list[str]:
     return problems + _range_problems(config, problems)
 
 
+def _largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of `number` that is not above `most`."""
+    return max((d for d in divisors(max(number, 1)) if d <= most), default=1)
+
+
 def _model_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
-    problems = []
-    if model.num_heads % model.num_kv_heads:
-        problems.append(
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
-            f"use {_or(divisors(model.num_heads))}"
-        )
-    if model.head_dim % 2:
-        problems.append(f"model.head_dim={model.head_dim} is odd, but RoPE turns pairs; use {model.head_dim + 1}")
-    tensor, fsdp = mesh.tensor, mesh.fsdp
+    tensor, fsdp, vocabulary = max(mesh.tensor, 1), max(mesh.fsdp, 1), model.padded_vocab_size
     sizes = {f"model.{name}": getattr(model, name) for name in ("num_heads", "num_kv_heads", "mlp_dim")}
     if model.moe:
         sizes["model.moe.mlp_dim"] = model.moe.mlp_dim
-    cut = math.gcd(model.padded_vocab_size, *sizes.values())
-    fits = _or([d for d in divisors(cut) if d <= 64])
-    for name, size in sizes.items():
-        if tensor > 0 and size % tensor:
-            problems.append(f"mesh.tensor={tensor} does not divide {name}={size}; use {fits}")
-    if tensor > 0 and model.padded_vocab_size % tensor:
-        problems.append(
-            f"mesh.tensor={tensor} does not divide the padded vocabulary of {model.padded_vocab_size} "
-            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {fits}"
-        )
-    if fsdp > 0 and model.embed_dim % fsdp:
-        problems.append(
+    fits = _or([d for d in divisors(math.gcd(vocabulary, *sizes.values())) if d <= 64])
+    return violated(
+        {
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"use {_or(divisors(model.num_heads))}": model.num_heads % model.num_kv_heads,
+            f"model.head_dim={model.head_dim} is odd, but RoPE turns pairs; use {model.head_dim + 1}": model.head_dim % 2,
+            **{
+                f"mesh.tensor={tensor} does not divide {name}={size}; use {fits}": size % tensor for name, size in sizes.items()
+            },
+            f"mesh.tensor={tensor} does not divide the padded vocabulary of {vocabulary} "
+            f"(model.vocab_size={model.vocab_size} up to a multiple of {VOCAB_MULTIPLE}); use {fits}": vocabulary % tensor,
             f"mesh.fsdp={fsdp} does not divide model.embed_dim={model.embed_dim}, over which parameters are sharded; "
-            f"use fsdp={max(d for d in divisors(model.embed_dim) if d <= fsdp)} and data for the rest, "
-            f"or embed_dim={_nearest_multiples(model.embed_dim, fsdp)}"
-        )
-    return problems
+            f"use fsdp={_largest_divisor(model.embed_dim, fsdp)} and data for the rest, "
+            f"or embed_dim={_nearest_multiples(model.embed_dim, fsdp)}": model.embed_dim % fsdp,
+        }
+    )
 
 
 def _latent_attention_problems(model: ModelConfig, mesh: MeshConfig) -> list[str]:
-    latent, fsdp = model.latent_attention, mesh.fsdp
+    latent, fsdp = model.latent_attention, max(mesh.fsdp, 1)
     if latent is None:
         return []
-    problems = []
-    if model.num_kv_heads != model.num_heads:
-        problems.append(
+    sizes = dataclasses.asdict(latent)
+    return violated(
+        {
             f"model.latent_attention gives every query head its own key, but model.num_kv_heads={model.num_kv_heads}; "
-            f"use model.num_heads={model.num_heads}"
-        )
-    if model.qk_norm != "none":
-        problems.append(f"model.qk_norm={model.qk_norm}: latent attention norms its latents instead; use none")
-    for name in ("kv_rank", "rope_dim", "value_dim"):
-        if getattr(latent, name) < 1:
-            problems.append(f"model.latent_attention.{name}={getattr(latent, name)} must be at least 1")
-    if latent.query_rank < 0:
-        problems.append(f"model.latent_attention.query_rank={latent.query_rank} must be 0 or more")
-    for name in ("query_rank", "kv_rank"):
-        rank = getattr(latent, name)
-        if fsdp > 0 and rank > 0 and rank % fsdp:
-            problems.append(
-                f"mesh.fsdp={fsdp} does not divide model.latent_attention.{name}={rank}, over which the projections up are "
-                f"sharded; use fsdp={max(d for d in divisors(rank) if d <= fsdp)} and data for the rest"
-            )
-    if latent.rope_dim % 2:
-        problems.append(f"model.latent_attention.rope_dim={latent.rope_dim} is odd, but RoPE turns pairs")
-    return problems
+            f"use model.num_heads={model.num_heads}": model.num_kv_heads != model.num_heads,
+            f"model.qk_norm={model.qk_norm}: latent attention norms its latents instead; use none": model.qk_norm != "none",
+            f"model.latent_attention.query_rank={latent.query_rank} must be 0 or more": latent.query_rank < 0,
+            **{
+                f"model.latent_attention.{name}={sizes[name]} must be at least 1": sizes[name] < 1
+                for name in ("kv_rank", "rope_dim", "value_dim")
+            },
+            **{
+                f"mesh.fsdp={fsdp} does not divide model.latent_attention.{name}={sizes[name]}, over which the projections up "
+                f"are sharded; use fsdp={_largest_divisor(sizes[name], fsdp)} and data for the rest": sizes[name] % fsdp
+                for name in ("query_rank", "kv_rank")
+                if sizes[name] > 0
+            },
+            f"model.latent_attention.rope_dim={latent.rope_dim} is odd, but RoPE turns pairs": latent.rope_dim % 2,
+        }
+    )
 
 
 def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
@@ -241,100 +234,80 @@ def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
     at_least = {"num_experts": 1, "experts_per_token": 1, "mlp_dim": 1, "groups": 1, "groups_per_token": 1}
     at_least |= dict.fromkeys(("shared_experts", "first_dense_layers", "capacity_group"), 0)
     at_least |= dict.fromkeys(("balance_loss", "router_z_loss", "bias_update_rate"), 0)
-    wrong = [(name, least) for name, least in at_least.items() if getattr(moe, name) < least]
-    if wrong:
-        return [f"model.moe.{name}={getattr(moe, name)} must be at least {least}" for name, least in wrong]
-    problems = []
+    values = {name: getattr(moe, name) for name in at_least}
+    if wrong := violated({f"model.moe.{n}={v} must be at least {at_least[n]}": v < at_least[n] for n, v in values.items()}):
+        return wrong
     open_experts = moe.num_experts // moe.groups * min(moe.groups_per_token, moe.groups)
-    if moe.num_experts % moe.groups:
-        problems.append(
-            f"model.moe.groups={moe.groups} does not divide num_experts={moe.num_experts}; use {_or(divisors(moe.num_experts))}"
-        )
-    elif moe.groups_per_token > moe.groups:
-        problems.append(f"model.moe.groups_per_token={moe.groups_per_token} is more than groups={moe.groups}")
-    elif moe.experts_per_token > open_experts:
-        problems.append(
-            f"model.moe.experts_per_token={moe.experts_per_token} is more than the {open_experts} experts to choose from"
-        )
-    if moe.first_dense_layers >= layers:
-        problems.append(f"model.moe.first_dense_layers={moe.first_dense_layers} leaves none of the {layers} layers; use fewer")
-    if moe.num_experts % mesh.expert:
-        problems.append(
-            f"mesh.expert={mesh.expert} does not divide model.moe.num_experts={moe.num_experts}; "
-            f"use {_or([d for d in divisors(moe.num_experts) if d <= 64])}"
-        )
-    if moe.weight_scale <= 0 or moe.capacity_factor <= 0:
-        problems.append(f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above 0")
-    if moe.exchange_factor and (moe.exchange_factor < 1 or moe.dispatch != "dropless"):
-        problems.append(
-            f"model.moe.exchange_factor={moe.exchange_factor} with dispatch={moe.dispatch}: dropless takes 0 (room for all "
-            "rows) or at least 1; capacity has capacity_factor"
-        )
+    is_uneven, has_few_groups = moe.num_experts % moe.groups > 0, moe.groups_per_token > moe.groups
     group, piece = moe.group(length), length if mesh.context == 1 else length // (2 * mesh.context)
-    if moe.dispatch == "capacity" and piece % group:
-        problems.append(
+    return violated(
+        {
+            f"model.moe.groups={moe.groups} does not divide num_experts={moe.num_experts}; "
+            f"use {_or(divisors(moe.num_experts))}": is_uneven,
+            f"model.moe.groups_per_token={moe.groups_per_token} is more than groups={moe.groups}": has_few_groups
+            and not is_uneven,
+            f"model.moe.experts_per_token={moe.experts_per_token} is more than the {open_experts} experts to choose from": (
+                moe.experts_per_token > open_experts and not is_uneven and not has_few_groups
+            ),
+            f"model.moe.first_dense_layers={moe.first_dense_layers} leaves none of the {layers} layers; "
+            "use fewer": moe.first_dense_layers >= layers,
+            f"mesh.expert={mesh.expert} does not divide model.moe.num_experts={moe.num_experts}; "
+            f"use {_or([d for d in divisors(moe.num_experts) if d <= 64])}": moe.num_experts % mesh.expert,
+            f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above "
+            "0": moe.weight_scale <= 0 or moe.capacity_factor <= 0,
+            f"model.moe.exchange_factor={moe.exchange_factor} with dispatch={moe.dispatch}: dropless takes 0 (room for all "
+            "rows) or at least 1; capacity has capacity_factor": moe.exchange_factor
+            and (moe.exchange_factor < 1 or moe.dispatch != "dropless"),
             f"model.moe.capacity_group={moe.capacity_group}: groups of {group} tokens must fit whole into the {piece} "
-            f"consecutive tokens that a device holds with mesh.context={mesh.context}; use {_or(divisors(piece)[-3:])}"
-        )
-    return problems
+            f"consecutive tokens that a device holds with mesh.context={mesh.context}; "
+            f"use {_or(divisors(piece)[-3:])}": moe.dispatch == "capacity" and piece % group,
+        }
+    )
 
 
 def _context_problems(config: Config, mesh: MeshConfig) -> list[str]:
     length, context, model = config.data.sequence_length, mesh.context, config.model
-    problems, unit = [], math.lcm(2 * context if context > 1 else 1, context * mesh.tensor)
-    if length % unit:
-        problems.append(
+    pieces = 2 * context if context > 1 else 1
+    unit = math.lcm(pieces, context * mesh.tensor)
+    heads = math.gcd(model.num_heads, model.num_kv_heads) // mesh.tensor
+    return violated(
+        {
             f"data.sequence_length={length} is not a multiple of {unit}: with mesh.context={context} the sequence is cut into "
-            f"{2 * context if context > 1 else 1} pieces, and with mesh.tensor={mesh.tensor} sharded between blocks too; "
-            f"use {_nearest_multiples(length, unit)}"
-        )
-    heads = math.gcd(model.num_heads, model.num_kv_heads) // max(mesh.tensor, 1)
-    if config.sharding.context_attention == "ulysses" and heads and heads % context:
-        problems.append(
+            f"{pieces} pieces, and with mesh.tensor={mesh.tensor} sharded between blocks too; "
+            f"use {_nearest_multiples(length, unit)}": length % unit,
             f"sharding.context_attention=ulysses exchanges heads, but mesh.context={context} does not divide the {heads} "
-            f"kv heads that mesh.tensor={mesh.tensor} leaves a device; use context={_or(divisors(heads))}, ring or gather"
-        )
-    return problems
+            f"kv heads that mesh.tensor={mesh.tensor} leaves a device; use context={_or(divisors(heads))}, ring or "
+            "gather": config.sharding.context_attention == "ulysses" and heads % context,
+        }
+    )
 
 
 def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
     train, pipeline, layers = config.train, config.pipeline, config.model.stacked_layers
-    problems = []
+    schedule, chunks, pipe, kinds = pipeline.schedule, pipeline.chunks, mesh.pipe, len(config.model.kinds)
     unit = mesh.batch_shards * train.microbatches
-    if train.global_batch_size % unit:
-        problems.append(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of replica x data x fsdp x expert x "
-            f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
-            f"use {_nearest_multiples(train.global_batch_size, unit)}"
-        )
-    if train.microbatches > MOST_MICROBATCHES:
-        problems.append(
-            f"train.microbatches={train.microbatches} are too many for the table of a step; use at most {MOST_MICROBATCHES}"
-        )
-    if pipeline.schedule in FOLDED_SCHEDULES and (mesh.pipe == 1 or pipeline.chunks != 2):
-        problems.append(
-            f"pipeline.schedule={pipeline.schedule} folds two chunks of layers over the stages, but pipeline.chunks="
-            f"{pipeline.chunks} and mesh.pipe={mesh.pipe}; use chunks=2 and pipe of 2 or more, or another schedule"
-        )
-    elif pipeline.chunks > 1 and pipeline.schedule in ("gpipe", "1f1b"):
-        problems.append(
-            f"pipeline.chunks={pipeline.chunks} needs pipeline.schedule=interleaved or zero_bubble, not {pipeline.schedule}"
-        )
-    elif pipeline.chunks > 1 and mesh.pipe == 1:
-        problems.append(f"pipeline.chunks={pipeline.chunks} needs mesh.pipe above 1; with one stage use chunks=1")
-    parts, groups = mesh.pipe * pipeline.chunks, math.ceil(layers / len(config.model.kinds))
-    if parts > groups > 0:
-        whole = f" (groups of {len(config.model.kinds)} layers, of model.pattern, are not cut)" if config.model.pattern else ""
-        problems.append(
-            f"mesh.pipe={mesh.pipe} x pipeline.chunks={pipeline.chunks} cuts {layers} layers into {parts} parts, "
-            f"some without a layer{whole}; use at most {groups} parts"
-        )
-    if config.sync.replicas_differ and config.model.param_dtype == "bfloat16":
-        problems.append(
-            f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
-            "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed"
-        )
-    problems += _sync_problems(config.sync, mesh, config.model, parts)
+    parts, groups = pipe * chunks, math.ceil(layers / kinds)
+    whole = f" (groups of {kinds} layers, of model.pattern, are not cut)" if config.model.pattern else ""
+    is_folded, is_plain = schedule in FOLDED_SCHEDULES, schedule in ("gpipe", "1f1b")
+    rules = {
+        f"train.global_batch_size={train.global_batch_size} is not a multiple of replica x data x fsdp x expert x "
+        f"microbatches = {mesh.replica} x {mesh.data} x {mesh.fsdp} x {mesh.expert} x {train.microbatches} = {unit}; "
+        f"use {_nearest_multiples(train.global_batch_size, unit)}": train.global_batch_size % unit,
+        f"train.microbatches={train.microbatches} are too many for the table of a step; "
+        f"use at most {MOST_MICROBATCHES}": train.microbatches > MOST_MICROBATCHES,
+        f"pipeline.schedule={schedule} folds two chunks of layers over the stages, but pipeline.chunks={chunks} and "
+        f"mesh.pipe={pipe}; use chunks=2 and pipe of 2 or more, or another schedule": is_folded and (pipe == 1 or chunks != 2),
+        f"pipeline.chunks={chunks} needs pipeline.schedule=interleaved or zero_bubble, not {schedule}": chunks > 1 and is_plain,
+        f"pipeline.chunks={chunks} needs mesh.pipe above 1; with one stage use chunks=1": chunks > 1
+        and pipe == 1
+        and not (is_folded or is_plain),
+        f"mesh.pipe={pipe} x pipeline.chunks={chunks} cuts {layers} layers into {parts} parts, "
+        f"some without a layer{whole}; use at most {groups} parts": parts > groups > 0,
+        f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
+        "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed": config.sync.replicas_differ
+        and config.model.param_dtype == "bfloat16",
+    }
+    problems = violated(rules) + _sync_problems(config.sync, mesh, config.model, parts)
     return problems + _moe_problems(config, mesh) + _context_problems(config, mesh)
 
 
@@ -342,22 +315,20 @@ def _sync_problems(sync: SyncConfig, mesh: MeshConfig, model: ModelConfig, parts
     """Return the problems of `sync` for the model's stack cut into `parts`."""
     if not sync.replicas_differ:
         return []
-    problems, layers, period = [], model.stacked_layers, len(model.kinds)
-    if mesh.replica == 1:
-        problems.append(f"sync.mode={sync.mode} keeps replicas together, but mesh.replica=1; use 2 or more, or mode=every_step")
-    if sync.fragments > 1 and (layers % (parts * sync.fragments) or layers % (parts * period)):
-        fits = [n for n in divisors(layers) if layers % (parts * n) == 0 == layers % (parts * period)] or [1]
-        problems.append(
+    layers, is_whole = model.stacked_layers, model.stacked_layers % (parts * len(model.kinds)) == 0
+    fits = [n for n in divisors(max(layers, 1)) if layers % (parts * n) == 0 and is_whole] or [1]
+    return violated(
+        {
+            f"sync.mode={sync.mode} keeps replicas together, but mesh.replica=1; use 2 or more, or "
+            "mode=every_step": mesh.replica == 1,
             f"sync.fragments={sync.fragments}: the {layers} layers of the stack do not make up {sync.fragments} fragments in "
-            f"each of {parts} parts (mesh.pipe x pipeline.chunks); use {_or(fits)}"
-        )
-    if sync.fragments > sync.every:
-        problems.append(
-            f"sync.fragments={sync.fragments}: at most one begins in a step, so use at most sync.every={sync.every}"
-        )
-    if sync.overlap >= sync.every:
-        problems.append(f"sync.overlap={sync.overlap} must be below sync.every={sync.every}")
-    return problems
+            f"each of {parts} parts (mesh.pipe x pipeline.chunks); use {_or(fits)}": sync.fragments > 1
+            and (layers % (parts * sync.fragments) or not is_whole),
+            f"sync.fragments={sync.fragments}: at most one begins in a step, so use at most "
+            f"sync.every={sync.every}": sync.fragments > sync.every,
+            f"sync.overlap={sync.overlap} must be below sync.every={sync.every}": sync.overlap >= sync.every,
+        }
+    )
 
 
 def find_problems(config: Config, num_devices: int) -> tuple[Config, list[str]]:

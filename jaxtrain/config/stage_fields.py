@@ -8,8 +8,6 @@ from typing import Literal
 from jaxtrain.config.model_fields import RopeScaling
 
 LearningRateSchedule = Literal["constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
-StageSchedule = Literal["", "constant", "cosine", "warmup_stable_decay", "inverse_sqrt"]
-BatchRule = Literal["none", "sqrt", "linear"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Stage:
     """model.rope_theta from now on."""
     rope_scaling: RopeScaling | None = None
     """model.rope_scaling from now on."""
-    schedule: StageSchedule = ""
+    schedule: Literal["", "constant", "cosine", "warmup_stable_decay", "inverse_sqrt"] = ""
     """Begins a new learning-rate schedule here; empty: the one before goes on."""
     warmup_steps: int = 0
     """With schedule: steps from the rate before the stage to peak_lr."""
@@ -44,7 +42,7 @@ class Stage:
     """With schedule: optimizer.final_lr_fraction."""
     peak_lr: float | None = None
     """optimizer.peak_lr from now on; also in the middle of a schedule."""
-    batch_rule: BatchRule = "none"
+    batch_rule: Literal["none", "sqrt", "linear"] = "none"
     """Factor on peak_lr where a step's tokens grow by r. sqrt: r^(1/2) (Malladi et al. 2022, arXiv:2205.10287); linear: r."""
     weight_decay: float | None = None
     """optimizer.weight_decay from now on."""
