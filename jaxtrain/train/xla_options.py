@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -31,82 +30,36 @@ MIB = 2**20
 Value = bool | int | float | str
 
 
-@dataclass(frozen=True)
-class Option:
-    """One row of the table."""
-
-    name: str
-    weights: Value
-    """Its value if only weights move between devices."""
-    activations: Value
-    """Its value if activations move too."""
-    why: str
-
-
-TABLE = (
-    Option(
-        "xla_gpu_enable_latency_hiding_scheduler",
-        True,
-        True,
-        "orders the program so that matmuls stand between the start and the end of transfers; nothing is hidden without it",
-    ),
-    Option(
-        "xla_gpu_experimental_parallel_collective_overlap_limit",
-        2,
-        4,
-        "transfers under way at a time (XLA: 1); else a gather over slow links keeps all others waiting. 7b fsdp=64: 31.8% "
-        "exposed with 1, 16.4% with 2, 29.4% with 3; 70b fsdp=32 tensor=8: 33.2% with 2, 27.0% with 4",
-    ),
-    Option(
-        "xla_gpu_enable_pipelined_all_gather",
-        True,
-        False,
-        "gathers the next layer's weights in this iteration of the scan, in backward too. 7b fsdp=64: 3% of the gathers' bytes "
-        "exposed with it, 56% without",
-    ),
-    Option("xla_gpu_enable_pipelined_reduce_scatter", True, False, "sends a layer's gradients in the next iteration"),
-    Option("xla_gpu_enable_pipelined_all_reduce", True, False, "the same for gradients that data parallelism sums"),
-    Option(
-        "xla_gpu_enable_while_loop_double_buffering",
-        True,
-        False,
-        "two layers an iteration, so that a gathered layer is not copied into the place of the one before it",
-    ),
-    Option(
-        "xla_gpu_all_gather_combine_threshold_bytes",
-        256 * MIB,
-        128 * MIB,
-        "gathers up to so much in one call: a layer's weights, and not the activations of two parts that take turns",
-    ),
-    Option(
-        "xla_gpu_reduce_scatter_combine_threshold_bytes",
-        3 * MIB,
-        4 * MIB,
-        "the same for reduce-scatters, of which XLA counts what each device is left with: a large matrix's gradient travels "
-        "alone, as soon as it is there. 7b fsdp=64: 16.4% exposed with a layer's gradients in one call, 7.1% so",
-    ),
-    Option(
-        "xla_gpu_all_reduce_combine_threshold_bytes",
-        256 * MIB,
-        256 * MIB,
-        "one all-reduce for all the gradients of norms, and few for those that data parallelism sums",
-    ),
-    Option(
-        "xla_gpu_collective_permute_connected_components",
-        True,
-        True,
-        "a permute meets its own ring only; all devices of the mesh would wait for one another in the ring attention of a "
-        "pipeline stage that others do not run in that tick. From the option's own words; not tried on GPUs",
-    ),
-    Option(
-        "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel",
-        False,
-        False,
-        "rows go to experts by NCCL's sends. XLA's own kernel, for up to 8 devices of a host, reached 2% of NVLink's bandwidth "
-        "on 8 B200s (openxla/xla#33386), and gradients were NaN through it (marin-community/marin#8077). Not tried on GPUs",
-    ),
-)
-
+TABLE: dict[str, tuple[Value, Value]] = {
+    # Orders the program so that matmuls stand between the start and the end of transfers; nothing is hidden without it.
+    "xla_gpu_enable_latency_hiding_scheduler": (True, True),
+    # Transfers under way at a time (XLA: 1); else a gather over slow links keeps all others waiting. 7b fsdp=64: 31.8% exposed
+    # with 1, 16.4% with 2, 29.4% with 3; 70b fsdp=32 tensor=8: 33.2% with 2, 27.0% with 4.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": (2, 4),
+    # Gathers the next layer's weights in this iteration of the scan, in backward too. 7b fsdp=64: 3% of the gathers' bytes
+    # exposed with it, 56% without.
+    "xla_gpu_enable_pipelined_all_gather": (True, False),
+    # Sends a layer's gradients in the next iteration.
+    "xla_gpu_enable_pipelined_reduce_scatter": (True, False),
+    # The same for gradients that data parallelism sums.
+    "xla_gpu_enable_pipelined_all_reduce": (True, False),
+    # Two layers an iteration, so that a gathered layer is not copied into the place of the one before it.
+    "xla_gpu_enable_while_loop_double_buffering": (True, False),
+    # Gathers up to so much in one call: a layer's weights, and not the activations of two parts that take turns.
+    "xla_gpu_all_gather_combine_threshold_bytes": (256 * MIB, 128 * MIB),
+    # The same for reduce-scatters, of which XLA counts what each device is left with: a large matrix's gradient travels alone,
+    # as soon as it is there. 7b fsdp=64: 16.4% exposed with a layer's gradients in one call, 7.1% so.
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": (3 * MIB, 4 * MIB),
+    # One all-reduce for all the gradients of norms, and few for those that data parallelism sums.
+    "xla_gpu_all_reduce_combine_threshold_bytes": (256 * MIB, 256 * MIB),
+    # A permute meets its own ring only; all devices of the mesh would wait for one another in the ring attention of a pipeline
+    # stage that others do not run in that tick. From the option's own words; not tried on GPUs.
+    "xla_gpu_collective_permute_connected_components": (True, True),
+    # Rows go to experts by NCCL's sends. XLA's own kernel, for up to 8 devices of a host, reached 2% of NVLink's bandwidth on 8
+    # B200s (openxla/xla#33386), and gradients were NaN through it (marin-community/marin#8077). Not tried on GPUs.
+    "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": (False, False),
+}
+"""{option: (its value if only weights move between devices, its value if activations move too)}, each with what it does."""
 
 FLOAT8 = {"xla_gpu_enable_triton_gemm": False}
 """Options of `model.matmul_dtype=float8`: matmuls go to cuBLAS, whose float8 kernels take the scales. Of Triton's, XLA knows no
@@ -124,7 +77,7 @@ def default_options(config: Config, platform: str) -> dict[str, Value]:
     """Return the table's values for a layout; empty on other platforms than NVIDIA's."""
     if not is_gpu(platform):
         return {}
-    values = {option.name: option.activations if moves_activations(config.mesh) else option.weights for option in TABLE}
+    values = {name: both[moves_activations(config.mesh)] for name, both in TABLE.items()}
     return values | (FLOAT8 if config.model.matmul_dtype == "float8" else {})
 
 
