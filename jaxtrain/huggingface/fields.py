@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import ModelConfig, MoEConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface.table import Row
 
@@ -107,6 +107,16 @@ def is_harmless(name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A translation of some fields of config.json, both ways."""
+
+    read: Callable[[Fields], dict[str, Any]]
+    """Fields of config.json -> arguments of `ModelConfig`."""
+    write: Callable[[Any], dict[str, Any]] = lambda model: {}
+    """The inverse of `read`."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models: how its config and its weights are ours."""
 
@@ -114,57 +124,121 @@ class Family:
     """As config.json has it."""
     architecture: str
     """Class of `transformers`."""
-    read: Callable[[Fields], dict[str, Any]]
-    """Fields of config.json -> arguments of `ModelConfig`."""
-    write: Callable[[ModelConfig], dict[str, Any]]
-    """The inverse of `read`."""
+    parts: Sequence[Part]
+    """The translation of its fields; of two parts with the same one the later counts."""
     rows: Callable[[ModelConfig], list[Row]]
     """The weights."""
     unneeded: Sequence[str] = ()
     """Regular expressions of tensors that folders may hold and the model does not use."""
+    left_out: Sequence[str] = ()
+    """Fields that `parts` write, and this family does not have."""
+
+    def read(self, fields: Fields) -> dict[str, Any]:
+        """Return the arguments of `ModelConfig`."""
+        return _joined(part.read(fields) for part in self.parts)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the fields of config.json."""
+        found = _joined(part.write(model) for part in self.parts)
+        return {name: value for name, value in found.items() if name not in self.left_out}
 
 
-def standard(fields: Fields, *, tied: bool = False, activation: str = "hidden_act") -> dict[str, Any]:
-    """Translate the fields that most families share.
+def _joined(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def same(theirs: str, ours: str, *default: Any, or_null: bool = False) -> Part:
+    """Return the part of a field that has the same values in both.
+
+    Args:
+      default: for a file without it; a function of the fields gives it, too.
+      or_null: write null for 0.
+    """
+
+    def read(fields: Fields) -> dict[str, Any]:
+        return {ours: fields.take(theirs, *(value(fields) if callable(value) else value for value in default))}
+
+    return Part(read, lambda model: {theirs: (getattr(model, ours) or None) if or_null else getattr(model, ours)})
+
+
+def flag(theirs: str, ours: str, on: str, off: str = "none", default: bool = False) -> Part:
+    """Return the part of a boolean that chooses one of two settings of ours."""
+    return Part(
+        lambda fields: {ours: on if fields.take(theirs, default) else off}, lambda model: {theirs: getattr(model, ours) == on}
+    )
+
+
+def biases(kind: str = "all", default: bool = False) -> Part:
+    """Return the part of `attention_bias`, which in this family adds these biases."""
+    return flag("attention_bias", "attention_bias", kind, default=default)
+
+
+def fixed(**ours: Any) -> Part:
+    """Return the part of settings that all models of a family have."""
+    return Part(lambda fields: ours)
+
+
+def written(**theirs: Any) -> Part:
+    """Return the part of fields that are the same in all files that we write."""
+    return Part(lambda fields: {}, lambda model: theirs)
+
+
+def expects(name: str, *allowed: Any) -> Part:
+    """Return the part of a field that must have one of these values, if it is there."""
+    return Part(lambda fields: fields.expect(name, *allowed) or {})
+
+
+def ignored(name: str) -> Part:
+    """Return the part of a field that has no effect in this family."""
+    return Part(lambda fields: {} if fields.take(name, None) else {})
+
+
+def standard(
+    tied: bool = False, activation: str = "hidden_act", activations: Mapping[str, str] = ACTIVATIONS
+) -> tuple[Part, ...]:
+    """Return the parts that most families share.
 
     Args:
       tied: whether embeddings are tied where the file does not say so.
-      activation: name of the activation's field.
+      activation: name of the activation's field, of which `activations` gives ours.
     """
-    width, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
-    return {
-        "num_layers": fields.take("num_hidden_layers"),
-        "embed_dim": width,
-        "num_heads": heads,
-        "num_kv_heads": fields.take("num_key_value_heads", heads),
-        "head_dim": fields.take("head_dim", width // heads),
-        "mlp_dim": fields.take("intermediate_size"),
-        "vocab_size": fields.take("vocab_size"),
-        "norm_epsilon": fields.take("rms_norm_eps", 1e-6),
-        "tie_embeddings": fields.take("tie_word_embeddings", tied),
-        "activation": fields.one_of(activation, ACTIVATIONS, "silu"),
-    }
+    return (
+        same("num_hidden_layers", "num_layers"),
+        same("hidden_size", "embed_dim"),
+        same("num_attention_heads", "num_heads"),
+        same("num_key_value_heads", "num_kv_heads", lambda fields: fields.peek("num_attention_heads")),
+        same("head_dim", "head_dim", lambda fields: fields.peek("hidden_size") // fields.peek("num_attention_heads")),
+        same("intermediate_size", "mlp_dim"),
+        same("vocab_size", "vocab_size"),
+        same("rms_norm_eps", "norm_epsilon", 1e-6),
+        same("tie_word_embeddings", "tie_embeddings", tied),
+        Part(
+            lambda fields: {"activation": fields.one_of(activation, activations, "silu")},
+            lambda model: {activation: OF_ACTIVATION.get(model.activation, model.activation)},
+        ),
+    )
 
 
-def standard_back(model: ModelConfig, activation: str = "hidden_act") -> dict[str, Any]:
-    """Return the fields that `standard` translates."""
-    return {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.embed_dim,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.mlp_dim,
-        "vocab_size": model.vocab_size,
-        "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": model.tie_embeddings,
-        activation: OF_ACTIVATION.get(model.activation, model.activation),
-    }
+def mixture(*parts: Part, **fixed: Any) -> Part:
+    """Return the part of a mixture of experts, from parts of `MoEConfig` and settings that all models of a family have."""
+
+    def read(fields: Fields) -> dict[str, Any]:
+        return {"moe": MoEConfig(**_joined(part.read(fields) for part in parts), **fixed)}
+
+    def write(model: ModelConfig) -> dict[str, Any]:
+        assert model.moe is not None
+        return _joined(part.write(model.moe) for part in parts)
+
+    return Part(read, write)
 
 
-def biases(fields: Fields, kind: str = "all") -> dict[str, Any]:
-    """Translate `attention_bias`, which in this family adds these biases."""
-    return {"attention_bias": kind if fields.take("attention_bias", False) else "none"}
+CHOSEN = same("num_experts_per_tok", "experts_per_token")
+WIDTH = Part(lambda fields: {"mlp_dim": fields.peek("intermediate_size")}, lambda moe: {"intermediate_size": moe.mlp_dim})
+"""The width of an expert, where the file has no field of its own for it."""
 
 
 def pattern(kinds: Sequence[str], window: int | None) -> dict[str, Any]:
@@ -195,3 +269,18 @@ def layer_types_back(model: ModelConfig) -> dict[str, Any]:
     """Return `layer_types` and `sliding_window`."""
     kinds = [model.kinds[i % len(model.kinds)] for i in range(model.num_layers)]
     return {"layer_types": [OF_LAYER[kind] for kind in kinds], "sliding_window": model.sliding_window or None}
+
+
+def layers(is_local: Callable[[Fields, int], bool], window: int = 0) -> Part:
+    """Return the part of `layer_types` and `sliding_window`.
+
+    Args:
+      is_local: whether layer i is local where the file does not say.
+      window: of a file that does not say.
+    """
+
+    def read(fields: Fields) -> dict[str, Any]:
+        kinds = layer_types(fields, lambda i: "sliding_attention" if is_local(fields, i) else "full_attention")
+        return pattern(kinds, fields.take("sliding_window", window))
+
+    return Part(read, layer_types_back)

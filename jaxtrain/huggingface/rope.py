@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig, RopeScaling
 from jaxtrain.errors import ExplainedError
-from jaxtrain.huggingface.fields import Fields
+from jaxtrain.huggingface.fields import Fields, Part
 
 KINDS = {"default": None, "linear": "linear", "llama3": "llama3", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 NAMES = {
@@ -34,6 +34,11 @@ def read_rope(fields: Fields, theta: float = 10_000.0, old_theta: str = "rope_th
     fields.take("rope_theta", None)
     length = fields.take("original_max_position_embeddings", None), fields.peek("max_position_embeddings")
     return {"rope_theta": float(base), "rope_fraction": fraction, "rope_scaling": read_scaling(parameters, *length)}
+
+
+def rope(theta: float = 10_000.0, old_theta: str = "rope_theta", old_fraction: str = "") -> Part:
+    """Return the part of RoPE; see `read_rope`."""
+    return Part(lambda fields: read_rope(fields, theta, old_theta, old_fraction), write_rope)
 
 
 def read_scaling(parameters: Mapping[str, Any], original: int | None, length: int | None) -> RopeScaling | None:

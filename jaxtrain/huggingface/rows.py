@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface.table import Row
@@ -92,17 +92,23 @@ def experts(
     return rows
 
 
+NORMS = {"attention/norm": "input_layernorm", "mlp/norm": "post_attention_layernorm"}
+"""{our norm of a layer: its name in the file}: one before each block."""
+
+
 def llama(
     model: ModelConfig,
     mixture: Callable[[str, ModelConfig], list[Row]] = experts,
     own_attention: Callable[[str, ModelConfig], list[Row]] = attention,
+    own_mlp: Callable[[str, ModelConfig], list[Row]] = mlp,
+    norms: Mapping[str, str] = NORMS,
 ) -> list[Row]:
-    """Return the rows of a decoder in Llama's names, with a norm before each block."""
+    """Return the rows of a decoder in Llama's names."""
 
     def layer(prefix: str, is_mixture: bool) -> list[Row]:
-        block = "moe" if is_mixture else "mlp"
-        rows = norm(f"{prefix}attention/norm", f"{LAYER}input_layernorm", model)
-        rows += norm(f"{prefix}{block}/norm", f"{LAYER}post_attention_layernorm", model)
-        return rows + own_attention(prefix, model) + (mixture if is_mixture else mlp)(prefix, model)
+        found = own_attention(prefix, model) + (mixture if is_mixture else own_mlp)(prefix, model)
+        for ours, theirs in norms.items():
+            found += norm(prefix + (ours.replace("mlp/", "moe/") if is_mixture else ours), LAYER + theirs, model)
+        return found
 
     return outer(model) + stack(model, layer)

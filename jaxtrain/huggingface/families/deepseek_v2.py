@@ -6,23 +6,25 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.huggingface.families.deepseek_v3 import latent, latent_back, weights
-from jaxtrain.huggingface.families.glm4_moe import grouped, grouped_back
-from jaxtrain.huggingface.fields import Family, Fields
+from jaxtrain.huggingface.families.deepseek_v3 import LATENT, weights
+from jaxtrain.huggingface.families.glm4_moe import grouped
+from jaxtrain.huggingface.fields import Family, Fields, Part, mixture, written
+
+SOFTMAX = mixture(*grouped("softmax"), router="softmax", group_score="max", selection_bias=False)
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json; the weights of a token's experts are never divided by their sum, whatever norm_topk_prob says."""
+def experts(fields: Fields) -> dict[str, Any]:
+    """Translate the experts; a token's weights are never divided by their sum, whatever norm_topk_prob says."""
     by_group = fields.one_of("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy")
-    moe = replace(grouped(fields, "softmax"), group_score="max", normalize_weights=False)
-    return latent(fields) | {"moe": moe if by_group else replace(moe, groups=1, groups_per_token=1)}
+    moe = replace(SOFTMAX.read(fields)["moe"], normalize_weights=False)
+    return {"moe": moe if by_group else replace(moe, groups=1, groups_per_token=1)}
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    assert model.moe is not None
-    method = "greedy" if model.moe.groups == 1 else "group_limited_greedy"
-    return latent_back(model) | grouped_back(model) | {"topk_method": method, "attention_bias": False, "mlp_bias": False}
+def experts_back(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of `experts`."""
+    found = SOFTMAX.write(model)
+    return found | {"topk_method": "greedy" if found["n_group"] == 1 else "group_limited_greedy"}
 
 
-FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", read, write, weights)
+PARTS = (*LATENT, Part(experts, experts_back), written(attention_bias=False, mlp_bias=False))
+FAMILY = Family("deepseek_v2", "DeepseekV2ForCausalLM", PARTS, weights)

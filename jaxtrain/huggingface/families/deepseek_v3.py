@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxtrain.config import LatentAttentionConfig, ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families.glm4_moe import grouped, grouped_back
-from jaxtrain.huggingface.fields import Family, Fields, standard, standard_back
-from jaxtrain.huggingface.rope import mscale_of, read_rope, write_rope
+from jaxtrain.huggingface.families.glm4_moe import SIGMOID
+from jaxtrain.huggingface.fields import Family, Fields, Part, expects, ignored, standard, written
+from jaxtrain.huggingface.rope import mscale_of, rope, write_rope
 from jaxtrain.huggingface.rows import LAYER
 from jaxtrain.huggingface.table import Row
 
@@ -18,11 +18,7 @@ STEM = f"{LAYER}self_attn."
 
 
 def latent(fields: Fields) -> dict[str, Any]:
-    """Translate latent attention and its YaRN, whose mscale_all_dim scales the scores by its square."""
-    fields.expect("attention_bias", False)
-    fields.expect("mlp_bias", False)
-    fields.expect("rms_norm_eps", 1e-6)  # what the norms of the latents have in `transformers`, whatever it says
-    fields.take("head_dim", None)
+    """Translate latent attention; the mscale_all_dim of its YaRN scales the scores by its square."""
     plain, turned = fields.take("qk_nope_head_dim"), fields.take("qk_rope_head_dim")
     ranks = {"query_rank": fields.take("q_lora_rank", 0), "kv_rank": fields.take("kv_lora_rank")}
     parts = LatentAttentionConfig(**ranks, rope_dim=turned, value_dim=fields.take("v_head_dim"))
@@ -30,31 +26,19 @@ def latent(fields: Fields) -> dict[str, Any]:
     all_dims, own = parameters.get("mscale_all_dim") or 0, {"latent_attention": parts, "head_dim": plain}
     if all_dims and parameters.get("rope_type", parameters.get("type")) != "default":
         own["attention_scale"] = mscale_of(parameters["factor"], all_dims) ** 2 / math.sqrt(plain + turned)
-    return standard(fields) | own | read_rope(fields)
+    return own
 
 
 def latent_back(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields of `latent`."""
-    parts, shared = model.latent_attention, standard_back(model) | write_rope(model)
+    """Return the fields of `latent`, and RoPE's."""
+    parts, found = model.latent_attention, write_rope(model)
     assert parts is not None
-    shared |= {"q_lora_rank": parts.query_rank or None, "kv_lora_rank": parts.kv_rank, "v_head_dim": parts.value_dim}
-    shared |= {"qk_nope_head_dim": model.head_dim, "qk_rope_head_dim": parts.rope_dim, "head_dim": parts.rope_dim}
+    found |= {"q_lora_rank": parts.query_rank or None, "kv_lora_rank": parts.kv_rank, "v_head_dim": parts.value_dim}
+    found |= {"qk_nope_head_dim": model.head_dim, "qk_rope_head_dim": parts.rope_dim, "head_dim": parts.rope_dim}
     if model.attention_scale and model.rope_scaling:
         mscale = math.sqrt(model.attention_scale * math.sqrt(model.head_dim + parts.rope_dim))
-        shared["rope_parameters"]["mscale_all_dim"] = round((mscale - 1) / 0.1 / math.log(model.rope_scaling.factor), 9)
-    return shared
-
-
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    fields.expect("topk_method", "noaux_tc")
-    fields.expect("rope_interleave", True)
-    return latent(fields) | {"moe": grouped(fields)}
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields; the layers that predict further tokens are not part of the model."""
-    return latent_back(model) | grouped_back(model) | {"rope_interleave": True, "num_nextn_predict_layers": 0}
+        found["rope_parameters"]["mscale_all_dim"] = round((mscale - 1) / 0.1 / math.log(model.rope_scaling.factor), 9)
+    return found
 
 
 def latent_rows(prefix: str, model: ModelConfig) -> list[Row]:
@@ -76,5 +60,21 @@ def latent_rows(prefix: str, model: ModelConfig) -> list[Row]:
     ]
 
 
+LATENT = (
+    expects("attention_bias", False),
+    expects("mlp_bias", False),
+    expects("rms_norm_eps", 1e-6),  # what the norms of the latents have in `transformers`, whatever it says
+    ignored("head_dim"),
+    *standard(),
+    rope(),
+    Part(latent, latent_back),
+)
+OWN = (
+    expects("topk_method", "noaux_tc"),
+    expects("rope_interleave", True),
+    SIGMOID,
+    # The layers that predict further tokens are not part of the model.
+    written(rope_interleave=True, num_nextn_predict_layers=0),
+)
 weights = partial(rows.llama, own_attention=latent_rows)
-FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", read, write, weights, [r"model\.layers\.61\..*"])
+FAMILY = Family("deepseek_v3", "DeepseekV3ForCausalLM", (*LATENT, *OWN), weights, [r"model\.layers\.61\..*"])

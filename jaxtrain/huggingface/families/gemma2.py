@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families.gemma import shared
-from jaxtrain.huggingface.fields import Family, Fields, layer_types, layer_types_back, pattern, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
-from jaxtrain.huggingface.rows import LAYER
-from jaxtrain.huggingface.table import Row
+from jaxtrain.huggingface.families import gemma
+from jaxtrain.huggingface.fields import ACTIVATIONS, Family, Part, fixed, ignored, layers, same, standard
+from jaxtrain.huggingface.rope import rope
 
-
-def capped(fields: Fields) -> dict[str, Any]:
-    """Translate the soft caps and the scale of attention."""
-    return {
-        "norm_placement": "both",
-        "attention_scale": fields.take("query_pre_attn_scalar") ** -0.5,
-        "attention_softcap": fields.take("attn_logit_softcapping", 0.0),
-        "logit_softcap": fields.take("final_logit_softcapping", 0.0),
-    }
-
-
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    model = shared(fields) | capped(fields) | read_rope(fields)
-    kinds = layer_types(fields, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    return model | pattern(kinds, fields.take("sliding_window", 0))
-
-
-def write_shared(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields that Gemma 3 shares."""
-    own = {"attn_logit_softcapping": model.attention_softcap or None, "final_logit_softcapping": model.logit_softcap or None}
-    own |= {"query_pre_attn_scalar": _whole(model.attention_scale**-2), "attention_bias": model.attention_bias == "all"}
-    return standard_back(model, "hidden_activation") | own | layer_types_back(model)
+NORMS = {"attention/norm": "input_layernorm", "attention/post_norm": "post_attention_layernorm"}
+NORMS |= {"mlp/norm": "pre_feedforward_layernorm", "mlp/post_norm": "post_feedforward_layernorm"}
 
 
 def _whole(number: float) -> float:
@@ -42,18 +18,19 @@ def _whole(number: float) -> float:
     return round(number) if abs(number - round(number)) < 1e-9 * number else number
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    return write_shared(model) | write_rope(model)
-
-
-def weights(model: ModelConfig) -> list[Row]:
-    """Return the rows."""
-    found = [*rows.outer(model), *rows.attention("layers/", model), *rows.mlp("layers/", model)]
-    found += rows.norm("layers/attention/norm", f"{LAYER}input_layernorm", model)
-    found += rows.norm("layers/attention/post_norm", f"{LAYER}post_attention_layernorm", model)
-    found += rows.norm("layers/mlp/norm", f"{LAYER}pre_feedforward_layernorm", model)
-    return found + rows.norm("layers/mlp/post_norm", f"{LAYER}post_feedforward_layernorm", model)
-
-
-FAMILY = Family("gemma2", "Gemma2ForCausalLM", read, write, weights)
+SHARED = (
+    # As `transformers` reads it: the models were trained with the tanh form.
+    *standard(tied=True, activation="hidden_activation", activations=ACTIVATIONS | {"gelu": "gelu_tanh"}),
+    ignored("hidden_act"),  # `transformers` reads hidden_activation alone; published files have both
+    *gemma.SHARED,
+    fixed(norm_placement="both"),
+    Part(
+        lambda fields: {"attention_scale": fields.take("query_pre_attn_scalar") ** -0.5},
+        lambda model: {"query_pre_attn_scalar": _whole(model.attention_scale**-2)},
+    ),
+    same("attn_logit_softcapping", "attention_softcap", 0.0, or_null=True),
+    same("final_logit_softcapping", "logit_softcap", 0.0, or_null=True),
+)
+"""What Gemma 3 shares."""
+weights = partial(rows.llama, norms=NORMS)
+FAMILY = Family("gemma2", "Gemma2ForCausalLM", (*SHARED, rope(), layers(lambda _, i: i % 2 == 0)), weights)

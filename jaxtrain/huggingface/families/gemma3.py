@@ -6,9 +6,8 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ExplainedError
-from jaxtrain.huggingface.families.gemma import shared
-from jaxtrain.huggingface.families.gemma2 import capped, weights, write_shared
-from jaxtrain.huggingface.fields import Family, Fields, layer_types, pattern
+from jaxtrain.huggingface.families.gemma2 import SHARED, weights
+from jaxtrain.huggingface.fields import Family, Fields, Part, fixed, layers
 from jaxtrain.huggingface.rope import read_scaling, write_scaling
 
 
@@ -25,19 +24,18 @@ def ropes(fields: Fields) -> dict[str, Any]:
     return {"rope_theta": float(base), "local_rope_theta": float(local), "rope_scaling": scaling}
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    every = fields.peek("sliding_window_pattern") or fields.peek("_sliding_window_pattern") or 6
-    model = shared(fields) | capped(fields) | ropes(fields) | {"qk_norm": "head"}
-    kinds = layer_types(fields, lambda i: "sliding_attention" if (i + 1) % every else "full_attention")
-    return model | pattern(kinds, fields.take("sliding_window", 0))
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
+def ropes_back(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of `ropes`."""
     whole = {"rope_theta": model.rope_theta, **write_scaling(model.rope_scaling)}
     near = {"rope_theta": model.local_rope_theta, "rope_type": "default"}
-    return write_shared(model) | {"rope_parameters": {"full_attention": whole, "sliding_attention": near}}
+    return {"rope_parameters": {"full_attention": whole, "sliding_attention": near}}
 
 
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, write, weights)
+def is_local(fields: Fields, layer: int) -> bool:
+    """Return whether a layer is local where the file has no list of them."""
+    every = fields.peek("sliding_window_pattern") or fields.peek("_sliding_window_pattern") or 6
+    return (layer + 1) % every != 0
+
+
+OWN = (Part(ropes, ropes_back), fixed(qk_norm="head"), layers(is_local))
+FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", (*SHARED, *OWN), weights)

@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import ACTIVATIONS, OF_ACTIVATION, Family, Fields
+from jaxtrain.huggingface.fields import ACTIVATIONS, OF_ACTIVATION, Family, Part, expects, fixed, ignored, same
 from jaxtrain.huggingface.table import Row
 
 LAYER = "transformer.h.{layer}."
-
-
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    for name, value in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        fields.expect(name, value)
-    fields.take("reorder_and_upcast_attn", None)  # only how it is computed
-    width, heads = fields.take("n_embd"), fields.take("n_head")
-    own = {"norm": "layer", "norm_bias": True, "gated_mlp": False, "mlp_bias": True, "attention_bias": "all"}
-    return own | {
-        "num_layers": fields.take("n_layer"),
-        "embed_dim": width,
-        "num_heads": heads,
-        "num_kv_heads": heads,
-        "head_dim": width // heads,
-        "mlp_dim": fields.take("n_inner", 4 * width),
-        "vocab_size": fields.take("vocab_size"),
-        "norm_epsilon": fields.take("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": fields.take("tie_word_embeddings", True),
-        "activation": fields.one_of("activation_function", ACTIVATIONS, "gelu_new"),
-        "learned_positions": fields.peek("n_positions", 1024),
-    }
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    sizes = {"n_layer": model.num_layers, "n_embd": model.embed_dim, "n_head": model.num_heads, "n_inner": model.mlp_dim}
-    sizes |= {"vocab_size": model.vocab_size, "n_positions": model.learned_positions}
-    activation = "gelu_new" if model.activation == "gelu_tanh" else OF_ACTIVATION[model.activation]
-    own = {"layer_norm_epsilon": model.norm_epsilon, "tie_word_embeddings": model.tie_embeddings}
-    return sizes | own | {"activation_function": activation}
 
 
 def weights(model: ModelConfig) -> list[Row]:
@@ -66,4 +29,27 @@ def weights(model: ModelConfig) -> list[Row]:
     return found
 
 
-FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, weights, [r".*attn\.(masked_)?bias"])
+PARTS = (
+    expects("scale_attn_weights", True),
+    expects("scale_attn_by_inverse_layer_idx", False),
+    expects("add_cross_attention", False),
+    ignored("reorder_and_upcast_attn"),  # only how it is computed
+    fixed(norm="layer", norm_bias=True, gated_mlp=False, mlp_bias=True, attention_bias="all"),
+    same("n_layer", "num_layers"),
+    same("n_embd", "embed_dim"),
+    same("n_head", "num_heads"),
+    same("n_inner", "mlp_dim", lambda fields: 4 * fields.peek("n_embd")),
+    same("vocab_size", "vocab_size"),
+    same("layer_norm_epsilon", "norm_epsilon", 1e-5),
+    same("tie_word_embeddings", "tie_embeddings", True),
+    Part(lambda fields: {"num_kv_heads": fields.peek("n_head"), "head_dim": fields.peek("n_embd") // fields.peek("n_head")}),
+    Part(
+        lambda fields: {"learned_positions": fields.peek("n_positions", 1024)},
+        lambda model: {"n_positions": model.learned_positions},
+    ),
+    Part(
+        lambda fields: {"activation": fields.one_of("activation_function", ACTIVATIONS, "gelu_new")},
+        lambda model: {"activation_function": (OF_ACTIVATION | {"gelu_tanh": "gelu_new"})[model.activation]},
+    ),
+)
+FAMILY = Family("gpt2", "GPT2LMHeadModel", PARTS, weights, [r".*attn\.(masked_)?bias"])

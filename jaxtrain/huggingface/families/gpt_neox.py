@@ -6,39 +6,19 @@ from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import Family, Fields, standard, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
+from jaxtrain.huggingface.fields import Family, Part, biases, fixed, flag, ignored, same, standard
+from jaxtrain.huggingface.rope import rope, write_rope
 from jaxtrain.huggingface.rows import linear
 from jaxtrain.huggingface.table import Row
 
 LAYER = "gpt_neox.layers.{layer}."
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    fields.take("num_key_value_heads", None)  # not a field of this family
-    model = standard(fields, activation="hidden_act") | read_rope(fields, 1e4, "rotary_emb_base", "rotary_pct")
-    return model | {
-        "norm": "layer",
-        "norm_bias": True,
-        "norm_epsilon": fields.take("layer_norm_eps", 1e-5),
-        "gated_mlp": False,
-        "mlp_bias": True,
-        "attention_bias": "all" if fields.take("attention_bias", True) else "none",
-        "residual": "parallel" if fields.take("use_parallel_residual", True) else "sequential",
-    }
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    own = {"layer_norm_eps": model.norm_epsilon, "use_parallel_residual": model.residual == "parallel"}
-    own |= {"attention_bias": model.attention_bias == "all"}
-    shared = standard_back(model)
-    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
-        del shared[name]
-    rope = write_rope(model)
-    rope["rope_parameters"]["partial_rotary_factor"] = model.rope_fraction
-    return shared | rope | own
+def rope_back(model: ModelConfig) -> dict[str, Any]:
+    """Return RoPE's fields, always with the fraction of a head that is rotated: by default it is a quarter here."""
+    found = write_rope(model)
+    found["rope_parameters"]["partial_rotary_factor"] = model.rope_fraction
+    return found
 
 
 def weights(model: ModelConfig) -> list[Row]:
@@ -56,5 +36,15 @@ def weights(model: ModelConfig) -> list[Row]:
     return found + linear("layers/mlp/down", f"{LAYER}mlp.dense_4h_to_h", "D F -> F D", True)
 
 
+PARTS = (
+    ignored("num_key_value_heads"),  # not a field of this family
+    *standard(),
+    Part(rope(1e4, "rotary_emb_base", "rotary_pct").read, rope_back),
+    fixed(norm="layer", norm_bias=True, gated_mlp=False, mlp_bias=True),
+    same("layer_norm_eps", "norm_epsilon", 1e-5),
+    biases(default=True),
+    flag("use_parallel_residual", "residual", "parallel", "sequential", default=True),
+)
 UNNEEDED = [r".*attention\.(masked_)?bias", r".*rotary_emb\.inv_freq"]
-FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, weights, UNNEEDED)
+LEFT_OUT = ["head_dim", "num_key_value_heads", "rms_norm_eps"]
+FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", PARTS, weights, UNNEEDED, LEFT_OUT)

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from jaxtrain.config import ModelConfig, MoEConfig
+from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import Family, Fields, biases, layer_types, layer_types_back, pattern, standard, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
+from jaxtrain.huggingface.fields import (
+    CHOSEN,
+    WIDTH,
+    Family,
+    Fields,
+    Part,
+    biases,
+    expects,
+    fixed,
+    layers,
+    mixture,
+    same,
+    standard,
+    written,
+)
+from jaxtrain.huggingface.rope import rope
 from jaxtrain.huggingface.rows import LAYER
 from jaxtrain.huggingface.table import Row
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json; MXFP4 files are expanded as they are read."""
+def quantisation(fields: Fields) -> dict[str, Any]:
+    """Accept MXFP4 files, which are expanded as they are read."""
     method = fields.take("quantization_config", {}).get("quant_method", "mxfp4")
     fields.one_of("quantization_config.quant_method", {"mxfp4": None}, method)
-    fields.expect("swiglu_alpha", 1.702)
-    model = standard(fields) | read_rope(fields, 1.5e5) | biases(fields)
-    moe = MoEConfig(
-        num_experts=fields.take("num_local_experts"),
-        experts_per_token=fields.take("num_experts_per_tok"),
-        mlp_dim=model["mlp_dim"],
-        router_bias=True,
-    )
-    kinds = layer_types(fields, lambda i: "full_attention" if i % 2 else "sliding_attention")
-    own = {"moe": moe, "mlp_bias": True, "attention_sinks": True, "activation": "clipped_silu"}
-    own |= {"activation_limit": fields.take("swiglu_limit", 7.0)}
-    return model | own | pattern(kinds, fields.take("sliding_window", 128))
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    assert model.moe is not None
-    own = {"num_local_experts": model.moe.num_experts, "num_experts_per_tok": model.moe.experts_per_token}
-    own |= {"swiglu_limit": model.activation_limit, "hidden_act": "silu", "intermediate_size": model.moe.mlp_dim}
-    own |= {"attention_bias": model.attention_bias == "all"}
-    return standard_back(model) | write_rope(model) | layer_types_back(model) | own
+    return {}
 
 
 def experts(prefix: str, model: ModelConfig) -> list[Row]:
@@ -53,9 +48,14 @@ def experts(prefix: str, model: ModelConfig) -> list[Row]:
     return [*found, Row(f"{own}down_bias", f"{stem}experts.down_proj_bias", "E D -> E D")]
 
 
-def weights(model: ModelConfig) -> list[Row]:
-    """Return the rows."""
-    return rows.llama(model, experts)
-
-
-FAMILY = Family("gpt_oss", "GptOssForCausalLM", read, write, weights)
+OWN = (
+    Part(quantisation),
+    expects("swiglu_alpha", 1.702),
+    mixture(same("num_local_experts", "num_experts"), CHOSEN, WIDTH, router_bias=True),
+    layers(lambda _, i: i % 2 == 0, 128),
+    fixed(mlp_bias=True, attention_sinks=True, activation="clipped_silu"),
+    same("swiglu_limit", "activation_limit", 7.0),
+    written(hidden_act="silu"),
+)
+PARTS = (*standard(), rope(1.5e5), biases(), *OWN)
+FAMILY = Family("gpt_oss", "GptOssForCausalLM", PARTS, partial(rows.llama, mixture=experts))

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import Family, Fields, biases, standard, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
+from jaxtrain.huggingface.fields import Family, biases, same, standard
+from jaxtrain.huggingface.rope import rope
 
-
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    return standard(fields) | read_rope(fields) | biases(fields) | {"mlp_bias": fields.take("mlp_bias", False)}
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    own = {"attention_bias": model.attention_bias == "all", "mlp_bias": model.mlp_bias}
-    return standard_back(model) | write_rope(model) | own
-
-
-FAMILY = Family("llama", "LlamaForCausalLM", read, write, rows.llama, [r".*rotary_emb\.inv_freq"])
+PARTS = (*standard(), rope(), biases(), same("mlp_bias", "mlp_bias", False))
+FAMILY = Family("llama", "LlamaForCausalLM", PARTS, rows.llama, [r".*rotary_emb\.inv_freq"])

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.families.mistral import read
-from jaxtrain.huggingface.families.mistral import write as write_mistral
-from jaxtrain.huggingface.fields import Family
+from jaxtrain.huggingface.families import mistral
+from jaxtrain.huggingface.fields import Family, Part
 from jaxtrain.huggingface.rows import LAYER
 from jaxtrain.huggingface.table import Row
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    found = write_mistral(model)
-    del found["head_dim"]
-    scaling = model.rope_scaling
-    return found | ({"original_max_position_embeddings": scaling.original_length} if scaling else {})
+def stretched_back(model: ModelConfig) -> dict[str, Any]:
+    """Return the context before LongRoPE, which these files have outside of RoPE's fields."""
+    return {"original_max_position_embeddings": model.rope_scaling.original_length} if model.rope_scaling else {}
 
 
-def weights(model: ModelConfig) -> list[Row]:
-    """Return the rows."""
-    found = rows.outer(model) + rows.norm("layers/attention/norm", f"{LAYER}input_layernorm", model)
-    found += rows.norm("layers/mlp/norm", f"{LAYER}post_attention_layernorm", model)
-    pieces = ("[HN]+KN+KN D -> D H N", "HN+[KN]+KN D -> D K N", "HN+KN+[KN] D -> D K N")
-    for name, axes in zip(("query", "key", "value"), pieces, strict=True):
-        found += [Row(f"layers/attention/{name}", f"{LAYER}self_attn.qkv_proj.weight", axes)]
-    found += [Row("layers/attention/out", f"{LAYER}self_attn.o_proj.weight", "D (H N) -> H N D")]
-    found += [Row("layers/mlp/gate", f"{LAYER}mlp.gate_up_proj.weight", "[F]+F D -> D F")]
-    found += [Row("layers/mlp/up", f"{LAYER}mlp.gate_up_proj.weight", "F+[F] D -> D F")]
-    return [*found, Row("layers/mlp/down", f"{LAYER}mlp.down_proj.weight", "D F -> F D")]
+def attention(prefix: str, model: ModelConfig) -> list[Row]:
+    """Return the rows of attention."""
+    pieces = {"query": "[HN]+KN+KN D -> D H N", "key": "HN+[KN]+KN D -> D K N", "value": "HN+KN+[KN] D -> D K N"}
+    found = [Row(f"{prefix}attention/{name}", f"{LAYER}self_attn.qkv_proj.weight", axes) for name, axes in pieces.items()]
+    return [*found, Row(f"{prefix}attention/out", f"{LAYER}self_attn.o_proj.weight", "D (H N) -> H N D")]
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", read, write, weights)
+def mlp(prefix: str, model: ModelConfig) -> list[Row]:
+    """Return the rows of the MLP."""
+    fused, down = f"{LAYER}mlp.gate_up_proj.weight", Row(f"{prefix}mlp/down", f"{LAYER}mlp.down_proj.weight", "D F -> F D")
+    return [Row(f"{prefix}mlp/gate", fused, "[F]+F D -> D F"), Row(f"{prefix}mlp/up", fused, "F+[F] D -> D F"), down]
+
+
+PARTS = (*mistral.PARTS, Part(lambda fields: {}, stretched_back))
+FAMILY = Family(
+    "phi3", "Phi3ForCausalLM", PARTS, partial(rows.llama, own_attention=attention, own_mlp=mlp), left_out=["head_dim"]
+)

@@ -4,45 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtrain.config import ModelConfig, MoEConfig
+from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import Family, Fields, biases, standard, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
+from jaxtrain.huggingface.fields import CHOSEN, Family, Fields, Part, biases, expects, fixed, mixture, same, standard, written
+from jaxtrain.huggingface.rope import rope
 
 
-def mixture(fields: Fields, width: int | None = None, normalised: bool = False) -> MoEConfig:
-    """Translate the experts; `width` is that of one where the file has no field for it."""
-    count = fields.take("num_local_experts", None)
-    return MoEConfig(
-        num_experts=fields.take("num_experts", *[count] if count else []),
-        experts_per_token=fields.take("num_experts_per_tok"),
-        mlp_dim=width or fields.take("moe_intermediate_size"),
-        normalize_weights=fields.take("norm_topk_prob", normalised),
-    )
+def count(fields: Fields) -> dict[str, Any]:
+    """Translate the number of experts, which has two names."""
+    other = fields.take("num_local_experts", None)
+    return {"num_experts": fields.take("num_experts", *[other] if other else [])}
 
 
-def mixture_back(model: ModelConfig, width: str = "moe_intermediate_size") -> dict[str, Any]:
-    """Return the fields of `mixture`."""
-    assert model.moe is not None
-    own = {"num_experts": model.moe.num_experts, "num_experts_per_tok": model.moe.experts_per_token}
-    return own | {width: model.moe.mlp_dim, "norm_topk_prob": model.moe.normalize_weights}
+def window(fields: Fields) -> dict[str, Any]:
+    """Translate the window, which all layers have or none."""
+    size, used = fields.take("sliding_window", 0), fields.take("use_sliding_window", False)
+    return {"sliding_window": size if used else 0}
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
-    fields.expect("decoder_sparse_step", 1)
-    fields.expect("mlp_only_layers", [])
-    local = fields.take("sliding_window", 0) if fields.take("use_sliding_window", False) else 0
-    fields.take("sliding_window", None)
-    own = {"qk_norm": "head", "moe": mixture(fields), "sliding_window": local}
-    return standard(fields) | read_rope(fields) | biases(fields) | own
+def window_back(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of `window`."""
+    return {"sliding_window": model.sliding_window or None, "use_sliding_window": model.sliding_window > 0}
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
-    own = {"attention_bias": model.attention_bias == "all", "decoder_sparse_step": 1, "mlp_only_layers": []}
-    own |= {"sliding_window": model.sliding_window or None, "use_sliding_window": model.sliding_window > 0}
-    return standard_back(model) | write_rope(model) | mixture_back(model) | own
-
-
-FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", read, write, rows.llama)
+EXPERTS = (
+    Part(count, lambda moe: {"num_experts": moe.num_experts}),
+    CHOSEN,
+    same("norm_topk_prob", "normalize_weights", False),
+)
+OWN = (
+    expects("decoder_sparse_step", 1),
+    expects("mlp_only_layers", []),
+    fixed(qk_norm="head"),
+    Part(window, window_back),
+    mixture(*EXPERTS, same("moe_intermediate_size", "mlp_dim")),
+    written(decoder_sparse_step=1, mlp_only_layers=[]),
+)
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", (*standard(), rope(), biases(), *OWN), rows.llama)

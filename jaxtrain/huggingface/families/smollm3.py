@@ -7,34 +7,25 @@ from typing import Any
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.huggingface import rows
-from jaxtrain.huggingface.fields import Family, Fields, biases, layer_types, pattern, standard, standard_back
-from jaxtrain.huggingface.rope import read_rope, write_rope
+from jaxtrain.huggingface.fields import Family, Fields, Part, biases, expects, ignored, layer_types, pattern, same, standard
+from jaxtrain.huggingface.rope import rope
 
 
-def read(fields: Fields) -> dict[str, Any]:
-    """Translate config.json."""
+def positions(fields: Fields) -> dict[str, Any]:
+    """Translate which layers rotate; none may be local."""
     every, count = fields.peek("no_rope_layer_interval") or 4, fields.peek("num_hidden_layers")
     rotated = fields.take("no_rope_layers", [int((i + 1) % every != 0) for i in range(count)])
-    fields.expect("use_sliding_window", False)
     if "local" in layer_types(fields, lambda i: "full_attention"):
         raise ExplainedError("config.json: sliding windows in a smollm3 are not supported")
-    fields.take("sliding_window", None)
-    model = standard(fields, tied=True) | read_rope(fields, 2e6) | biases(fields)
-    return (
-        model
-        | pattern(["global" if with_rope else "nope" for with_rope in rotated], 0)
-        | {"mlp_bias": fields.take("mlp_bias", False)}
-    )
+    return pattern(["global" if with_rope else "nope" for with_rope in rotated], 0)
 
 
-def write(model: ModelConfig) -> dict[str, Any]:
-    """Return config.json's fields."""
+def positions_back(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of `positions`."""
     kinds = [model.kinds[i % len(model.kinds)] for i in range(model.num_layers)]
-    own = {"no_rope_layers": [int(kind != "nope") for kind in kinds], "layer_types": ["full_attention"] * model.num_layers}
-    own |= {"attention_bias": model.attention_bias == "all", "mlp_bias": model.mlp_bias}
-    shared = standard_back(model) | write_rope(model) | own
-    del shared["head_dim"]
-    return shared
+    return {"no_rope_layers": [int(kind != "nope") for kind in kinds], "layer_types": ["full_attention"] * model.num_layers}
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", read, write, rows.llama)
+OWN = (Part(positions, positions_back), expects("use_sliding_window", False), ignored("sliding_window"))
+PARTS = (*standard(tied=True), rope(2e6), biases(), same("mlp_bias", "mlp_bias", False), *OWN)
+FAMILY = Family("smollm3", "SmolLM3ForCausalLM", PARTS, rows.llama, left_out=["head_dim"])
