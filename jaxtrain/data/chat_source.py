@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -13,25 +12,16 @@ from jaxtrain.data.chat_store import SIDES, StoredSamples, open_samples
 from jaxtrain.data.chat_template import TODAY, ChatTemplate, read_chat_template
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.conversations import Conversations, Encoded
+from jaxtrain.data.open_source import OpenSource
 from jaxtrain.data.token_cache import made_once
 from jaxtrain.data.tokenizers import Tokenizer, tokenizer_file
 from jaxtrain.errors import DataError
 from jaxtrain.files import user_path
 
 
-@dataclass(frozen=True)
-class ChatSource:
-    """An open source of chat data, with the rows that its samples are packed into."""
-
-    stored: StoredSamples
-    train: PackedRows
-    validation: PackedRows
-    words: str
-    identity: object
-
-
-def open_chat(source: DataSource, name: str, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> ChatSource:
-    """Open a source of kind=chat; encode it if that was not done yet.
+def open_chat(source: DataSource, name: str, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> OpenSource:
+    """Open a source of kind=chat; encode it if that was not done yet. It has no rule for the split to agree with others': a
+    sample is no document of a text.
 
     Raises DataError where a row is broken or no sample fits, ExplainedError where the chat template cannot be read.
     """
@@ -48,7 +38,8 @@ def open_chat(source: DataSource, name: str, config: Config, tokenizer: Tokenize
             why = f"all {len(stored.sides['validation'].ends) // per_sample} are held out, or none has an answer to learn"
         raise DataError(f"{name}: no sample to train on: {why}; {stored.told.words or 'nothing else was left out'}")
     identity = ["chat-1", stored.sort, [stored.sides[side].sha256 for side in SIDES], data.too_long]
-    return ChatSource(stored, train, validation, _words(source, stored, train, validation, data.sequence_length), identity)
+    words = _words(source, stored, train, validation, data.sequence_length)
+    return OpenSource(words, source.weight, train, validation, identity, chat=stored)
 
 
 def _words(source: DataSource, stored: StoredSamples, train: PackedRows, validation: PackedRows, length: int) -> str:

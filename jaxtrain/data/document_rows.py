@@ -18,7 +18,7 @@ from jaxtrain.data.packing import Batch
 from jaxtrain.data.progress import progress
 from jaxtrain.data.stage_order import Span
 from jaxtrain.data.token_cache import made_once
-from jaxtrain.data.token_part import TokenPart, Tokens, lie_in_store
+from jaxtrain.data.token_part import TokenPart, Tokens, fetch, lie_in_store
 from jaxtrain.data.token_split import separators_of
 from jaxtrain.errors import DataError
 
@@ -85,13 +85,8 @@ class DocumentRows:
 
     def fetch(self, spans: Sequence[Span]) -> None:
         """Fetch at the same time what lies in a store of some rows, each a span's block; `fill` would fetch piece by piece."""
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for span in spans:
-            for part, begin, size in self._of_row(span.block):
-                wanted.setdefault(part, []).append((begin, begin + size + 1))
-        for part, stretches in wanted.items():
-            if not isinstance(tokens := self._tokens[part], np.ndarray):
-                tokens.fetch(stretches)
+        pieces = (piece for span in spans for piece in self._of_row(span.block))
+        fetch(self._tokens, ((part, begin, begin + size + 1) for part, begin, size in pieces))
 
 
 def _packed(files: Sequence[Tokens], separator: int, length: int, title: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -105,15 +105,12 @@ class JsonTokenizer:
             raise failed_encoding(self._where, texts, self._backend.encode, error) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    def encode_marked(self, text: str) -> np.ndarray:
-        """Return the ids of a text in which control tokens are spelled out, as in a rendered chat template, [length] int32.
+    def encode_marked_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[CutIds]:
+        """Encode texts in which control tokens are spelled out, as in a rendered chat template, and say which tokens lie before
+        each of their cuts, positions in the text.
 
         Control tokens that went through `control.spell_apart` stay plain text. Raises DataError where the library fails.
         """
-        return self.encode_marked_batch([text], [[]])[0].ids
-
-    def encode_marked_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[CutIds]:
-        """Encode each text as `encode_marked`, and say which tokens lie before each of its cuts, positions in the text."""
         marked = [self.control.marked_with_cuts(text, places) for text, places in zip(texts, cuts, strict=True)]
         self._backend.encode_special_tokens = False
         try:

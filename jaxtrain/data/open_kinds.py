@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain.config import Config, DataSource, Recipe
-from jaxtrain.data.chat_source import open_chat
 from jaxtrain.data.corpus import Corpus
 from jaxtrain.data.document_rows import DocumentRows
 from jaxtrain.data.file_hashes import short_hash
@@ -53,12 +52,12 @@ def open_tokens(
         origin = source.path if told else f"{source.path} (one stream, documents not told apart)"
     else:
         streams = cached_streams(corpus, tokenizer, data.tokenizer, cache_dir)
-        train = [part_of_stream(streams.train)]
-        validation = [part_of_stream(streams.validation)]
-        sides = f"{streams.train.metadata.documents} + {streams.validation.metadata.documents} held-out documents"
-        if data.validation_fraction and not streams.validation.metadata.documents:
+        train, validation = ([part_of_stream(stream)] for stream in streams)
+        told, held = (stream.metadata for stream in streams)
+        sides = f"{told.documents} + {held.documents} held-out documents"
+        if data.validation_fraction and not held.documents:
             sides += ", each held out by its own hash: more of them, or one of over 100,000 characters, give held-out text"
-        left_out = f"; left out {words}" if (words := streams.train.metadata.bad_rows_in_words) else ""
+        left_out = f"; left out {words}" if (words := told.bad_rows_in_words) else ""
         origin = f"{source.path or 'stdlib'} ({sides}{left_out})"
     packed = DocumentRows(train, length, name, cache_dir) if data.packing == "best_fit" else None
     windows = packed or StreamWindows(train, length, padded=False)
@@ -75,13 +74,7 @@ def open_tokens(
     if packed:
         tokens, identity = f"{tokens}, {packed.words}", [*identity, "best_fit"]
     rules = frozenset(part.split_rule for part in (*train, *validation)) - {""}
-    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, tuple(validation), rules, identity)
-
-
-def open_chat_rows(source: DataSource, index: int, config: Config, tokenizer: Tokenizer, cache_dir: Path) -> OpenSource:
-    """Open a source of chat data. It has no rule for the split to agree with others': a sample is no document of a text."""
-    chat = open_chat(source, f"data.sources.{index}", config, tokenizer, cache_dir)
-    return OpenSource(chat.words, source.weight, chat.train, chat.validation, (), frozenset(), chat.identity, chat.stored)
+    return OpenSource(f"{origin}: {tokens}", source.weight, windows, held_out, identity, tuple(validation), rules)
 
 
 def open_synthetic(source: DataSource, index: int, config: Config, with_validation: bool) -> OpenSource:
@@ -95,7 +88,5 @@ def open_synthetic(source: DataSource, index: int, config: Config, with_validati
         source.weight,
         SyntheticWindows(seed, vocab_size, block, 0, SYNTHETIC_WINDOWS),
         SyntheticWindows(seed, vocab_size, length, SYNTHETIC_WINDOWS, held_out),
-        (),
-        frozenset(),
         ["synthetic-1", vocab_size],
     )

@@ -16,15 +16,15 @@ Rows = Windows | PackedRows | DocumentRows
 
 @dataclass(frozen=True)
 class OpenSource:
-    """One source of the mixture, ready to read. `identity` is its part of the fingerprint."""
+    """One source of the mixture, or a set of data.validation, ready to read. `identity` is its part of the fingerprint."""
 
     words: str
     weight: float
     train: Rows
     validation: Rows
-    validation_parts: tuple[TokenPart, ...]
-    split_rules: frozenset[str]
     identity: object
+    validation_parts: tuple[TokenPart, ...] = ()
+    split_rules: frozenset[str] = frozenset()
     chat: StoredSamples | None = None
 
 

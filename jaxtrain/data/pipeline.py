@@ -11,14 +11,14 @@ import numpy as np
 
 from jaxtrain.config import Config, Recipe
 from jaxtrain.config.data_fields import names_of
-from jaxtrain.data.chat_source import answer_ends
+from jaxtrain.data.chat_source import answer_ends, open_chat
 from jaxtrain.data.chat_store import Prompts, first_question
 from jaxtrain.data.chat_windows import PackedRows
 from jaxtrain.data.corpus import Corpus, open_corpus
 from jaxtrain.data.document_rows import DocumentRows
 from jaxtrain.data.documents_of_function import with_documents_kept
 from jaxtrain.data.file_hashes import short_hash
-from jaxtrain.data.open_kinds import open_chat_rows, open_synthetic, open_tokenizer, open_tokens
+from jaxtrain.data.open_kinds import open_synthetic, open_tokenizer, open_tokens
 from jaxtrain.data.open_source import OpenSource, Rows, text_bytes
 from jaxtrain.data.packing import Batch, document_start, joined, pack
 from jaxtrain.data.prefetch import Prefetcher
@@ -62,7 +62,7 @@ def open_data(config: Config) -> Data:
         if source.kind == "synthetic":
             sources.append(open_synthetic(source, i, config, only_synthetic))
         elif source.kind == "chat":
-            sources.append(open_chat_rows(source, i, config, tokenizer, cache_dir))
+            sources.append(open_chat(source, f"data.sources.{i}", config, tokenizer, cache_dir))
         else:
             sources.append(open_tokens(source, i, corpora.get(i), tokenizer, config, cache_dir))
     check_split_rules(sources)
@@ -77,13 +77,9 @@ def _open_sets(config: Config, tokenizer: Tokenizer, corpora: Mapping[int, Corpu
         name: open_set(source, i, config, tokenizer, cache_dir)
         for i, (name, source) in enumerate(zip(names, sources, strict=True))
     }
-    check_not_trained(opened, {i: corpus.hashes for i, corpus in corpora.items()})
-    found = {}
-    for source, (name, held_out) in zip(sources, opened.items(), strict=True):
-        windows = held_out.windows
-        own = OpenSource(held_out.words, 1.0, windows, windows, held_out.parts, frozenset(), held_out.identity)
-        found[name] = Data(config_of_set(config, source), tokenizer, [own])
-    return found
+    check_not_trained({name: files for name, (_, files) in opened.items()}, {i: own.hashes for i, own in corpora.items()})
+    of_sets = [config_of_set(config, source) for source in sources]
+    return {name: Data(of_set, tokenizer, [own]) for of_set, (name, (own, _)) in zip(of_sets, opened.items(), strict=True)}
 
 
 class Data:

@@ -26,14 +26,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class SplitStreams:
-    """The training and the held-out stream of a source."""
-
-    train: TokenStream
-    validation: TokenStream
-
-
-@dataclass(frozen=True)
 class TokenizerNames:
     """The name of a tokenizer that people see, and that by which a process loads it."""
 
@@ -126,16 +118,16 @@ def write_streams(
     return metadata
 
 
-def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> SplitStreams:
-    """Return the token streams of a corpus: from the cache if whole, else tokenized now.
+def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> list[TokenStream]:
+    """Return the token streams of a corpus, of training and held-out documents: from the cache if whole, else tokenized now.
 
     Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
     """
     key = short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
     folder = cache_dir / "streams" / key
 
-    def open_both() -> SplitStreams:
-        return SplitStreams(open_stream(folder / "train.bin", cache_dir), open_stream(folder / "validation.bin", cache_dir))
+    def open_both() -> list[TokenStream]:
+        return [open_stream(folder / f"{side}.bin", cache_dir) for side in SIDES]
 
     names, parts = TokenizerNames(tokenizer_name, tokenizer_name), folder.with_name(f"{folder.name}.parts")
     return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, names, temporary, parts))

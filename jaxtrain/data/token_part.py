@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class JoinedTokens:
 
     def __init__(self, tokens: FileTokens, spans: np.ndarray):
         """Take `spans`, [n, 2]: the first index of each and the one after its last."""
-        self._tokens, self._spans = tokens, spans
+        self.tokens, self._spans = tokens, spans
         self._ends = np.cumsum(spans[:, 1] - spans[:, 0])
 
     def __len__(self) -> int:
@@ -30,19 +30,19 @@ class JoinedTokens:
         start, stop, step = part.indices(len(self))
         assert step == 1, "ids are read in order"
         if start >= stop:
-            return self._tokens[:0]
+            return self.tokens[:0]
         first, last = self._ends.searchsorted((start, stop - 1), side="right").tolist()
         # Index in the joined ids - index in the array, of the first span and of the last.
         offset, last_offset = (int(self._ends[i] - self._spans[i, 1]) for i in (first, last))
         if first == last:
-            return self._tokens[start - offset : stop - offset]
-        middle = [self._tokens[begin:end] for begin, end in self._spans[first + 1 : last].tolist()]
-        ends = self._tokens[start - offset : self._spans[first, 1]], self._tokens[self._spans[last, 0] : stop - last_offset]
+            return self.tokens[start - offset : stop - offset]
+        middle = [self.tokens[begin:end] for begin, end in self._spans[first + 1 : last].tolist()]
+        ends = self.tokens[start - offset : self._spans[first, 1]], self.tokens[self._spans[last, 0] : stop - last_offset]
         return np.concatenate([ends[0], *middle, ends[1]])
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> None:
         """Fetch what the joined spans [start, stop) need, where the array lies in a store."""
-        if isinstance(self._tokens, np.ndarray):
+        if isinstance(self.tokens, np.ndarray):
             return
         wanted = []
         for start, stop in spans:
@@ -50,11 +50,7 @@ class JoinedTokens:
             for (begin, end), joined_end in zip(self._spans[first : last + 1], self._ends[first : last + 1], strict=True):
                 offset = joined_end - end
                 wanted.append((int(max(begin, start - offset)), int(min(end, stop - offset))))
-        self._tokens.fetch(wanted)
-
-    @property
-    def lie_in_store(self) -> bool:
-        return lie_in_store(self._tokens)
+        self.tokens.fetch(wanted)
 
 
 Tokens = FileTokens | JoinedTokens
@@ -62,9 +58,19 @@ Tokens = FileTokens | JoinedTokens
 
 def lie_in_store(tokens: Tokens) -> bool:
     """Return whether ids are fetched over a network."""
-    if isinstance(tokens, DocumentTokens):
-        return isinstance(tokens.tokens, StoreTokens)
-    return tokens.lie_in_store if isinstance(tokens, JoinedTokens) else isinstance(tokens, StoreTokens)
+    return lie_in_store(tokens.tokens) if isinstance(tokens, JoinedTokens | DocumentTokens) else isinstance(tokens, StoreTokens)
+
+
+def fetch(tokens: Sequence[Tokens], spans: Iterable[tuple[int, int, int]]) -> None:
+    """Fetch what lies in a store of spans (number of `tokens`, first id, the one after the last), those of each at the same
+    time; reading them would fetch one by one.
+    """
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for number, start, stop in spans:
+        wanted.setdefault(number, []).append((start, stop))
+    for number, stretches in wanted.items():
+        if not isinstance(own := tokens[number], np.ndarray):
+            own.fetch(stretches)
 
 
 def stretch_of(tokens: FileTokens, start: int, stop: int) -> Tokens:

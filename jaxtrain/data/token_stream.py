@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +27,12 @@ from jaxtrain.errors import DataError
 
 FORMAT = "jaxtrain-tokens-1"
 GZIP_SAMPLE_BYTES = 1 << 26  # gzip -9 reads about 20 MB/s, and this much text determines its ratio well enough
-DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+STORED_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+OLDER_LACK: dict[str, Any] = {"split_rule": "", "rows": 0, "bad_rows": 0, "first_bad_row": ""}
+"""Fields that older files lack, with what they mean."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StreamMetadata:
     """The content of the JSON file beside a token stream."""
 
@@ -38,10 +41,6 @@ class StreamMetadata:
     """"train" or "validation"."""
     dtype: str
     """uint16 if the vocabulary fits, else uint32; little-endian."""
-    count: int
-    """Tokens in the stream, separators included."""
-    largest_id: int
-    """Largest id in the stream; -1 if it is empty."""
     vocab_size: int
     """Number of the tokenizer's ids."""
     tokenizer: str
@@ -49,18 +48,22 @@ class StreamMetadata:
     tokenizer_fingerprint: str
     separator: int
     """The id between documents; -1: none."""
-    documents: int
-    utf8_bytes: int
+    count: int = 0
+    """Tokens in the stream, separators included."""
+    largest_id: int = -1
+    """Largest id in the stream; -1 if it is empty."""
+    documents: int = 0
+    utf8_bytes: int = 0
     """Bytes of the documents' text; 0: unknown."""
-    gzip_bytes: int
+    gzip_bytes: int = 0
     """Bytes of gzip -9 of the first gzip_input_bytes of the joined documents; 0: not measured."""
-    gzip_input_bytes: int
-    sha256: str
+    gzip_input_bytes: int = 0
+    sha256: str = ""
     """SHA-256 of the whole .bin file."""
     split_rule: str = ""
-    """How the documents were split (see `split.split_rule`); empty in older files, which lack it."""
+    """How the documents were split (see `split.split_rule`); empty: unknown."""
     rows: int = 0
-    """Rows read for both splits together, bad ones included; 0 in older files, which lack it."""
+    """Rows read for both splits together, bad ones included."""
     bad_rows: int = 0
     """How many of the rows were left out."""
     first_bad_row: str = ""
@@ -76,19 +79,8 @@ class StreamMetadata:
 class TokenStream:
     """An opened stream. `tokens` is a read-only memory map, [count], or reads from a store."""
 
-    path: SourcePath
     tokens: np.ndarray | StoreTokens
     metadata: StreamMetadata
-
-    @property
-    def num_targets(self) -> int:
-        """Number of predicted tokens: all but the first."""
-        return max(0, len(self.tokens) - 1)
-
-
-def stream_dtype(vocab_size: int) -> str:
-    """Return the smallest dtype that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def check_separator(ids: np.ndarray, separator: int, text: str, tokenizer_name: str) -> None:
@@ -105,13 +97,19 @@ class StreamWriter:
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str, split_rule: str = ""):
         """Open `path` (a .bin) for writing; gzip is measured only for split="validation". Raises OSError."""
-        self._path, self._split, self._split_rule = path, split, split_rule
-        self._tokenizer, self._tokenizer_name = tokenizer, tokenizer_name
-        self._dtype = stream_dtype(tokenizer.vocab_size)
+        self._path = path
+        self._told = StreamMetadata(
+            FORMAT,
+            split,
+            dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer_name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            separator=tokenizer.separator,
+            split_rule=split_rule,
+        )
         self._digest = hashlib.sha256()
         self._gzip = zlib.compressobj(9, wbits=31) if split == "validation" else None
-        self._count, self._largest, self._documents = 0, -1, 0
-        self._utf8_bytes, self._gzip_bytes, self._gzip_input_bytes = 0, 0, 0
         self._file = path.open("wb")
 
     def append(self, text: str, ids: np.ndarray) -> None:
@@ -119,62 +117,43 @@ class StreamWriter:
 
         Raises OSError; DataError where the separator is among the ids.
         """
-        separator = self._tokenizer.separator
-        check_separator(ids, separator, text, self._tokenizer_name)
+        check_separator(ids, self._told.separator, text, self._told.tokenizer)
         content = text.encode()
-        self.extend(np.concatenate([[separator], ids]), 1, len(content), [content])
+        self.extend(np.concatenate([[self._told.separator], ids]), 1, len(content), [content])
 
     def extend(self, ids: np.ndarray, documents: int, utf8_bytes: int, contents: Iterable[bytes] = ()) -> None:
         """Add documents: their ids, each after a separator, their number, and their text, for split="validation" alone."""
         self._write(ids)
-        self._documents += documents
-        self._utf8_bytes += utf8_bytes
+        self._told.documents += documents
+        self._told.utf8_bytes += utf8_bytes
         for content in contents:
-            if self._gzip is not None and self._gzip_input_bytes < GZIP_SAMPLE_BYTES:
-                self._gzip_bytes += len(self._gzip.compress(content))
-                self._gzip_input_bytes += len(content)
+            if self._gzip is not None and self._told.gzip_input_bytes < GZIP_SAMPLE_BYTES:
+                self._told.gzip_bytes += len(self._gzip.compress(content))
+                self._told.gzip_input_bytes += len(content)
 
     def _write(self, ids: np.ndarray) -> None:
         if not ids.size:
             return
-        content = np.ascontiguousarray(ids, dtype=DTYPES[self._dtype]).astype(f"<u{2 if self._dtype == 'uint16' else 4}")
+        content = np.ascontiguousarray(ids, STORED_DTYPES[self._told.dtype])
         self._file.write(content.data)
         self._digest.update(content.data)
-        self._count += ids.size
-        self._largest = max(self._largest, int(ids.max()))
+        self._told.count += ids.size
+        self._told.largest_id = max(self._told.largest_id, int(ids.max()))
 
     def close(self, bad_rows: BadRows | None = None) -> StreamMetadata:
         """End the stream, and write its JSON file, with the source's `bad_rows`. Raises OSError."""
-        bad_rows = bad_rows or BadRows()
-        if self._documents:
-            self._write(np.array([self._tokenizer.separator]))
+        told, bad_rows = self._told, bad_rows or BadRows()
+        if told.documents:
+            self._write(np.array([told.separator]))
         self._file.close()
         if self._gzip is not None:
-            self._gzip_bytes += len(self._gzip.flush())
-        metadata = StreamMetadata(
-            format=FORMAT,
-            split=self._split,
-            dtype=self._dtype,
-            count=self._count,
-            largest_id=self._largest,
-            vocab_size=self._tokenizer.vocab_size,
-            tokenizer=self._tokenizer_name,
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
-            separator=self._tokenizer.separator,
-            documents=self._documents,
-            utf8_bytes=self._utf8_bytes,
-            gzip_bytes=self._gzip_bytes,
-            gzip_input_bytes=self._gzip_input_bytes,
-            sha256=self._digest.hexdigest(),
-            split_rule=self._split_rule,
-            rows=bad_rows.rows,
-            bad_rows=bad_rows.count,
-            first_bad_row=bad_rows.first,
-        )
-        fields = dataclasses.asdict(metadata)
+            told.gzip_bytes += len(self._gzip.flush())
+        told.sha256 = self._digest.hexdigest()
+        told.rows, told.bad_rows, told.first_bad_row = bad_rows.rows, bad_rows.count, bad_rows.first
+        fields = dataclasses.asdict(told)
         text = json.dumps(fields | {"digest": short_hash(fields)}, indent=2) + "\n"
         self._path.with_suffix(".json").write_text(text, encoding="utf-8")
-        return metadata
+        return told
 
     def abandon(self) -> None:
         """Close the file without finishing the stream."""
@@ -197,7 +176,7 @@ def read_metadata(path: SourcePath) -> StreamMetadata:
         raise DataError(f"{json_path}: not JSON ({error})") from error
     content = content if isinstance(content, dict) else {}
     kinds = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
-    fields = {field.name: content.get(field.name, field.default) for field in dataclasses.fields(StreamMetadata)}
+    fields = dict.fromkeys(kinds) | OLDER_LACK | {name: value for name, value in content.items() if name in kinds}
     wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
     if wrong:
         raise DataError(f"{json_path}: field {wrong[0]!r} is missing or of the wrong type; make the file again")
@@ -205,7 +184,7 @@ def read_metadata(path: SourcePath) -> StreamMetadata:
     digest = short_hash({name: value for name, value in content.items() if name != "digest"})
     if content.get("digest", digest) != digest:
         raise DataError(f"{json_path}: its contents do not have the checksum in its field 'digest'; make the file again")
-    if metadata.format != FORMAT or metadata.dtype not in DTYPES:
+    if metadata.format != FORMAT or metadata.dtype not in STORED_DTYPES:
         raise DataError(f"{json_path}: format {metadata.format!r} of {metadata.dtype} is not {FORMAT!r}; make the file again")
     return metadata
 
@@ -218,7 +197,8 @@ def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> Token
     altered.
     """
     metadata = read_metadata(path)
-    expected = metadata.count * np.dtype(DTYPES[metadata.dtype]).itemsize
+    dtype = STORED_DTYPES[metadata.dtype]
+    expected = metadata.count * dtype.itemsize
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -228,10 +208,9 @@ def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> Token
             f"{path}: {size} bytes, but {path.with_suffix('.json').name} says {metadata.count} tokens of {metadata.dtype} = "
             f"{expected} bytes; the file is damaged, make it again"
         )
-    dtype = np.dtype(f"<u{2 if metadata.dtype == 'uint16' else 4}")
     if isinstance(path, StorePath):
         blocks = block_cache(cache_dir / "blocks", most_bytes)
-        return TokenStream(path, StoreTokens(path, dtype, metadata.count, 0, blocks), metadata)
+        return TokenStream(StoreTokens(path, dtype, metadata.count, 0, blocks), metadata)
     if file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
         raise DataError(f"{path}: its contents do not have the checksum in {path.with_suffix('.json').name}; make it again")
-    return TokenStream(path, map_array(path, dtype, metadata.count), metadata)
+    return TokenStream(map_array(path, dtype, metadata.count), metadata)

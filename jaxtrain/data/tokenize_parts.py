@@ -4,7 +4,6 @@ A group is one large file or several small ones, a part a stretch of its documen
 so the ids do not depend on the number of processes, and a run that was killed goes on with the parts that are missing. In a
 folder beside the result:
 
-    GROUP-PART.RUN.texts              the part's documents on their way to a process, JSON lines
     GROUP-PART.train, .validation     its ids, int32, each document after a separator
     GROUP-PART.held                   its held-out documents, UTF-8
     GROUP-PART.json                   its counts, written last
@@ -14,25 +13,25 @@ folder beside the result:
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import secrets
-import subprocess
-import sys
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
+from typing import Any
 
 import numpy as np
 
-import jaxtrain
 from jaxtrain.data.corpus import Corpus, Document
 from jaxtrain.data.documents import BadRows
 from jaxtrain.data.progress import progress
 from jaxtrain.data.token_stream import StreamWriter, check_separator
-from jaxtrain.data.tokenizers import Tokenizer
+from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 from jaxtrain.files import replace_file
 
@@ -42,8 +41,7 @@ PART_CHARACTERS = 1 << 23
 BATCH_CHARACTERS = 1 << 21
 """Per call of the tokenizer: enough for its threads, little for memory."""
 SIDES = ("train", "validation")
-WORKER = "jaxtrain.data.tokenize_worker"
-Encode = Callable[[Sequence[Document], Path], None]
+Encode = Callable[[Sequence[Document], Path], Future[None]]
 
 
 def encode_part(documents: Sequence[Document], tokenizer: Tokenizer, name: str, target: Path) -> None:
@@ -79,10 +77,10 @@ def write_parts(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folde
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "key", key)
     total = BadRows(corpus.source.max_bad_rows)
-    with progress(f"tokenizing {corpus.name}", sum(corpus.sizes)) as advance, ExitStack() as stack:
-        pool = ThreadPoolExecutor(processes)
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        encode = stack.enter_context(_encoders(tokenizer, tokenizer_name, processes))
+    with (
+        progress(f"tokenizing {corpus.name}", sum(corpus.sizes)) as advance,
+        _encoders(tokenizer, tokenizer_name, processes) as encode,
+    ):
         pending: deque[Future[None]] = deque()
         for group, files in enumerate(_groups(corpus.sizes)):
             about = _finished(folder, group)
@@ -92,7 +90,7 @@ def write_parts(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folde
                     target = folder / f"{group}-{count}"
                     count += 1
                     if not target.with_suffix(".json").exists():
-                        pending.append(pool.submit(encode, part, target))
+                        pending.append(encode(part, target))
                     while len(pending) > 2 * processes:
                         pending.popleft().result()
                 about = {"parts": count, "rows": bad.rows, "bad_rows": bad.count, "first": bad.first}
@@ -158,53 +156,38 @@ def _finished(folder: Path, group: int) -> dict | None:
 
 @contextmanager
 def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encode]:
-    """Yield a function that writes a part, in one of `processes`; threads may call it."""
+    """Yield a function that begins to write a part, in one of `processes`, and returns its future."""
     if processes == 1:
-        yield lambda documents, target: encode_part(documents, tokenizer, name, target)
-        return
-    path = os.pathsep.join([str(Path(jaxtrain.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", WORKER, name, tokenizer.fingerprint]
-    started = [
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        for _ in range(processes)
-    ]
-    run = secrets.token_hex(4)  # a process of a killed run may still be at its last part, and remove its texts
-    free: Queue[subprocess.Popen[str]] = Queue()
-    for worker in started:
-        free.put(worker)
-
-    def encode(documents: Sequence[Document], target: Path) -> None:
-        lines = (json.dumps([document.text, document.file, document.held_out]) + "\n" for document in documents)
-        texts = target.with_name(f"{target.name}.{run}.texts")
-        replace_file(texts, "".join(lines))
-        worker = free.get()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps([str(texts), str(target)]) + "\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            free.put(worker)
-        if not answer:
-            raise DataError(
-                f"a tokenizing process ended with {worker.wait()}; give the same command again: what is done is kept"
-            )
-        if fault := json.loads(answer):
-            raise DataError(fault)
-
+        pool, own = ThreadPoolExecutor(1), (tokenizer, name)
+    else:
+        context = multiprocessing.get_context("spawn")
+        pool, own = ProcessPoolExecutor(processes, context, _begin_worker, (name, tokenizer.fingerprint)), ()
     try:
-        yield encode
+        yield lambda documents, target: pool.submit(_encode, documents, target, *own)
+    except BrokenProcessPool as error:
+        raise DataError("a tokenizing process ended; give the same command again: what is done is kept") from error
     finally:
-        for worker in started:
-            worker.kill()
-            worker.wait()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_of_worker: list[Any] = []
+"""In a process of its own: the tokenizer and its name."""
+
+
+def _begin_worker(name: str, fingerprint: str) -> None:
+    """Load the tokenizer in a process, which ends with the one that started it, also where that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the process that started this one ends it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    threading.Thread(target=lambda: (starter.join(), os._exit(1)), daemon=True).start()
+    _of_worker[:] = load_tokenizer(name), name, fingerprint
+
+
+def _encode(documents: Sequence[Document], target: Path, tokenizer: Tokenizer | None = None, name: str = "") -> None:
+    """Do `encode_part`, with this process's own tokenizer where none is given."""
+    if tokenizer is None:
+        tokenizer, name, fingerprint = _of_worker
+        if tokenizer.fingerprint != fingerprint:
+            raise DataError(f"{name}: was changed while it was used")
+    encode_part(documents, tokenizer, name, target)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxtrain.data.packing import num_full_windows, num_padded_windows, read_window
-from jaxtrain.data.token_part import TokenPart, lie_in_store
+from jaxtrain.data.token_part import TokenPart, fetch, lie_in_store
 
 SYNTHETIC_WINDOWS = 2**31 - 1
 SYNTHETIC_VALIDATION_WINDOWS = 64
@@ -43,10 +43,14 @@ class StreamWindows:
         self.num_targets = sum(targets) if padded else self.count * length
         self.separator = parts[0].separator if parts else -1
 
-    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
+    def _place(self, index: int, start: int) -> tuple[int, int]:
+        """Return the part of a window, and where in it the window's token `start` is."""
         part = int(self._ends.searchsorted(index, side="right"))
-        first = int(self._ends[part - 1]) if part else 0
-        return read_window(self._parts[part].tokens, (index - first) * self._length + start, out)
+        return part, (index - (int(self._ends[part - 1]) if part else 0)) * self._length + start
+
+    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
+        part, begin = self._place(index, start)
+        return read_window(self._parts[part].tokens, begin, out)
 
     @property
     def lie_in_store(self) -> bool:
@@ -55,14 +59,8 @@ class StreamWindows:
 
     def fetch(self, spans: Sequence[tuple[int, int, int]]) -> None:
         """Fetch what lies in a store of (window, first token, tokens), at the same time; `read` would fetch one by one."""
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for index, start, length in spans:
-            part = int(self._ends.searchsorted(index, side="right"))
-            begin = (index - (int(self._ends[part - 1]) if part else 0)) * self._length + start
-            wanted.setdefault(part, []).append((begin, begin + length + 1))
-        for part, stretches in wanted.items():
-            if not isinstance(tokens := self._parts[part].tokens, np.ndarray):
-                tokens.fetch(stretches)
+        places = ((*self._place(index, start), length) for index, start, length in spans)
+        fetch([part.tokens for part in self._parts], ((part, begin, begin + length + 1) for part, begin, length in places))
 
 
 class SyntheticWindows:
