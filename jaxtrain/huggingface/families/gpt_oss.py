@@ -28,7 +28,7 @@ from jaxtrain.huggingface.table import Row
 
 
 def quantisation(fields: Fields) -> dict[str, Any]:
-    """Accept MXFP4 files, which are expanded as they are read."""
+    """Check that a quantised file is MXFP4, which is expanded as it is read."""
     method = fields.take("quantization_config", {}).get("quant_method", "mxfp4")
     fields.one_of("quantization_config.quant_method", {"mxfp4": None}, method)
     return {}
