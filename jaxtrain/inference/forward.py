@@ -203,6 +203,8 @@ class Programs:
         """(rows, which) -> rows."""
         self.decode = self._decode_program()
         """(params, cache, rows, steps) -> (cache, rows, (tokens or -1, log-probabilities) [STEPS, B])."""
+        self.empty = self._empty_program()
+        """() -> (a cache without tokens, rows at rest)."""
 
     def _jit(self, region: Any, extra: tuple, outputs: PyTree, donate: tuple[int, ...] = (1, 2)) -> Any:
         """Return the jit of a region (params, cache, rows, *extra) -> (cache, rows, outputs)."""
@@ -217,8 +219,7 @@ class Programs:
 
         return jax.jit(program, donate_argnums=donate)
 
-    def empty(self) -> tuple[PyTree, Rows]:
-        """Return a cache without tokens, and rows at rest."""
+    def _empty_program(self) -> Any:
         count, shapes = self.room.rows, cache_shapes(self.config, self.room)
 
         def zeros() -> tuple[PyTree, Rows]:
@@ -232,7 +233,7 @@ class Programs:
             return cache, Rows(ints(), ints(), ints(), ints(), seen, ends, choice)
 
         places = jax.tree.map(lambda place: NamedSharding(self.mesh, place), (self._cache_specs, self._row_spec))
-        return jax.jit(zeros, out_shardings=places)()
+        return jax.jit(zeros, out_shardings=places)
 
     def _weights(self, params: PyTree) -> Parameters:
         layers, dims, stacking = params["layers"], parameter_dims(self.config.model), self._decoder.stacking
