@@ -14,34 +14,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrain.checkpoint import Checkpoints
-    from jaxtrain.config import Config
-    from jaxtrain.config.loading import load_config
-    from jaxtrain.config.rules import validate
-    from jaxtrain.errors import ExplainedError
-    from jaxtrain.models.parameters import parameter
-    from jaxtrain.objectives import Objective, SequenceObjective
-    from jaxtrain.parts import ModelParts
-    from jaxtrain.planner.plan import plan
-    from jaxtrain.train.loading import load
-    from jaxtrain.train.loop import Hook
-    from jaxtrain.train.trainer import Trainer
-
-__all__ = [
-    "Checkpoints",
-    "Config",
-    "ExplainedError",
-    "Hook",
-    "ModelParts",
-    "Objective",
-    "SequenceObjective",
-    "Trainer",
-    "load",
-    "load_config",
-    "parameter",
-    "plan",
-    "validate",
-]
+    from jaxtrain.checkpoint import Checkpoints as Checkpoints
+    from jaxtrain.config import Config as Config
+    from jaxtrain.config.loading import load_config as load_config
+    from jaxtrain.config.rules import validate as validate
+    from jaxtrain.errors import ExplainedError as ExplainedError
+    from jaxtrain.models.parameters import parameter as parameter
+    from jaxtrain.objectives import Objective as Objective
+    from jaxtrain.objectives import SequenceObjective as SequenceObjective
+    from jaxtrain.parts import ModelParts as ModelParts
+    from jaxtrain.planner.plan import plan as plan
+    from jaxtrain.train.loading import load as load
+    from jaxtrain.train.loop import Hook as Hook
+    from jaxtrain.train.trainer import Trainer as Trainer
 
 _HOMES = {
     "Checkpoints": "checkpoint",
@@ -58,6 +43,7 @@ _HOMES = {
     "plan": "planner.plan",
     "validate": "config.rules",
 }
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NamedTuple, NoReturn
@@ -23,7 +22,7 @@ from jaxtrain import quiet_plugin
 from jaxtrain.config import Config
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, ExplainedError, Interrupted, Stopped, UsageError, nearest
 from jaxtrain.processes import announce, are_several
-from jaxtrain.signals import STOPPING, Request, Watch, end_at_once, say
+from jaxtrain.signals import STOPPING, Request, Watch, begin_timer, end_at_once, say
 from jaxtrain.text import make_streams_safe, printable
 
 UNWINDING_SECONDS = 5.0  # from an interrupt to the end of the process, if the interrupt was swallowed or its handling hangs
@@ -121,15 +120,10 @@ class Signals:
     """
 
     def __init__(self, unwinds: bool):
-        self._unwinds = unwinds
-        self._works = False
-        self._raised = False
+        self._unwinds, self._works = unwinds, False
+        self.interrupted = False
+        """Whether `Interrupted` was raised."""
         self._code: int | None = None
-
-    @property
-    def interrupted(self) -> bool:
-        """Return whether `Interrupted` was raised."""
-        return self._raised
 
     def work(self) -> None:
         """Let signals unwind from now on: everything is imported."""
@@ -145,18 +139,16 @@ class Signals:
             if request == "at once" or (request == "stop" and not are_several()):
                 end_at_once(self._code, _flush)
         elif request == "at once" or (request == "stop" and not self._works):
-            end_at_once(128 + number, lambda: say(f"interrupted by {signal.Signals(number).name}"))
+            self._end(number)
         elif request == "stop":
-            timer = threading.Timer(UNWINDING_SECONDS, self._end, [number])
-            timer.daemon = True
-            timer.start()
+            begin_timer(UNWINDING_SECONDS, self._end, number)
 
     def in_main_thread(self, number: int, frame: FrameType | None) -> None:
         """Raise `Interrupted` once."""
-        if self._works and not self._raised and self._code is None:
+        if self._works and not self.interrupted and self._code is None:
             if _is_importing(frame):  # a library may swallow exceptions during its import, and has nothing to clean up
                 self._end(number)
-            self._raised = True
+            self.interrupted = True
             raise Interrupted(number)
 
     def _end(self, number: int) -> None:

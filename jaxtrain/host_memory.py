@@ -38,9 +38,9 @@ def _of_host(root: Path) -> Iterator[int]:
 
 
 def _number(file: Path) -> int | None:
-    """Return the number in a file; None for "max", and if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(file.read_text(encoding="utf-8"))
+    """Return the number that a file begins with; None for "max", and if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(file.read_text(encoding="utf-8").split()[0])
     return None
 
 
@@ -67,11 +67,4 @@ def _of_groups(root: Path) -> Iterator[int]:
 def _of_address_space(root: Path) -> Iterator[int]:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        pages = (_read_first(root / "proc/self/statm") or 0) * resource.getpagesize()
-        yield limit - pages
-
-
-def _read_first(file: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        return int(file.read_text(encoding="utf-8").split()[0])
-    return None
+        yield limit - (_number(root / "proc/self/statm") or 0) * resource.getpagesize()

@@ -115,12 +115,18 @@ class Watch:
                     self._hear(byte[0], requests.hear(byte[0], quiet, time.monotonic()))
 
 
+def begin_timer(seconds: float, work: Callable[..., object], *arguments: Any) -> threading.Timer:
+    """Have `work` done after some time, by a thread that does not keep the process from ending."""
+    timer = threading.Timer(seconds, work, arguments)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def end_at_once(exit_code: int, last_words: Callable[[], object]) -> NoReturn:
     """End the process without unwinding, after `last_words`, which has a second, as the terminal may hang."""
     with contextlib.suppress(RuntimeError):  # no thread can start while Python itself ends
-        timer = threading.Timer(1.0, os._exit, [exit_code])
-        timer.daemon = True
-        timer.start()
+        begin_timer(1.0, os._exit, exit_code)
     with contextlib.suppress(BaseException):
         last_words()
     os._exit(exit_code)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.cells import cell_len
@@ -51,17 +53,10 @@ def _width(table: Table, console: Console) -> int:
 
 def _part(table: Table, indices: Sequence[int]) -> Table:
     """Return some of a table's columns as a table of the same style, without the title."""
-    part = Table(
-        header_style=table.header_style,
-        box=table.box,
-        pad_edge=table.pad_edge,
-        collapse_padding=table.collapse_padding,
-    )
-    columns = [table.columns[i] for i in indices]
-    for column in columns:
+    part = copy.copy(table)
+    part.title, part.columns = None, []
+    for place, column in enumerate(table.columns[i] for i in indices):
         lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
         least = max(map(cell_len, lines)) if column.no_wrap else column.min_width
-        part.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap, min_width=least, overflow="fold")
-    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
-        part.add_row(*cells, style=row.style)
+        part.columns.append(replace(column, min_width=least, overflow="fold", _index=place))
     return part

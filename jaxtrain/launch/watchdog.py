@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import json
 import os
 import statistics
 import sys
@@ -24,14 +25,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxtrain import processes
 from jaxtrain.config import Config, DistributedConfig
 from jaxtrain.errors import EXIT_ERROR, EXIT_FAULT, EXIT_PEER, EXIT_USAGE
 from jaxtrain.launch import distributed
 from jaxtrain.processes import LONG_SECONDS, Failure
+from jaxtrain.signals import begin_timer
 from jaxtrain.telemetry.heartbeat import Heartbeat, innermost
 
 POLL_SECONDS = 1.0
@@ -43,8 +45,7 @@ FOLDER = "stacks"
 """Folder for stacks in run_dir."""
 
 
-@dataclass(frozen=True, order=True)
-class Position:
+class Position(NamedTuple):
     """A process's progress; of two that wait for each other, the lower one is behind."""
 
     dispatched: int = 0
@@ -57,20 +58,10 @@ class Position:
     """The work that steps wait for; empty while training."""
 
     def is_behind(self, other: Position) -> bool:
-        return astuple(self)[:3] < astuple(other)[:3]
+        return self[:3] < other[:3]
 
     def __str__(self) -> str:
         return f"at step {self.dispatched}" + (f", {self.phase}" if self.phase else "")
-
-    def encode(self) -> str:
-        """Return the text for the key-value store."""
-        return f"{self.dispatched} {self.done} {self.collectives} {self.phase}"
-
-    @classmethod
-    def decode(cls, text: str) -> Position:
-        """Parse the text of `encode`."""
-        dispatched, done, collectives, phase = text.split(" ", 3)
-        return cls(int(dispatched), int(done), int(collectives), phase)
 
 
 class Stall:
@@ -196,15 +187,13 @@ class Watchdog:
         return None if processes.announced() is not None and not (found and found.hang) else found
 
     def _publish(self, position: Position) -> None:
-        text = position.encode()
+        text = json.dumps(position)
         if processes.are_several() and text != self._published:
             processes.tell(f"position/{processes.own_index()}", text)
             self._published = text
 
     def _end(self, failure: Failure) -> None:
-        timer = threading.Timer(10.0, os._exit, [code_for(failure)])  # in case the terminal hangs
-        timer.daemon = True
-        timer.start()
+        begin_timer(10.0, os._exit, code_for(failure))  # in case the terminal hangs
         self.before_exit()
         where = self._write_stacks() if failure.hang else ""
         print(f"error: {words_for(failure, where, self._stacks)}", file=sys.stderr, flush=True)
@@ -244,4 +233,4 @@ def words_for(failure: Failure, where: str, stacks: Path) -> str:
 
 
 def _positions() -> dict[int, Position]:
-    return {int(process): Position.decode(text) for process, text in processes.read_folder("position").items()}
+    return {int(process): Position(*json.loads(text)) for process, text in processes.read_folder("position").items()}

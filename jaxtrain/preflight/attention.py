@@ -13,7 +13,7 @@ from jaxtrain.config import Config
 from jaxtrain.models.building import choose_attention
 from jaxtrain.ops.attention import attention
 from jaxtrain.ops.attention_mask import Rule
-from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors
+from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors, relative_error
 
 LENGTH, KV_HEADS = 1024, 2
 LARGEST_ERROR = 0.02
@@ -51,12 +51,7 @@ def attention_errors(config: Config, backend: str) -> dict[str, float]:
 
     run = jax.jit(compute, static_argnames="name")
     right = run(*(x.astype(jnp.float32) for x in arrays), name="reference")
-    return {name: _error(a, e) for name, a, e in zip(NAMES, run(*arrays, name=backend), right, strict=True)}
-
-
-def _error(actual: jax.Array, expected: jax.Array) -> float:
-    difference = np.linalg.norm(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))
-    return float(difference / np.linalg.norm(np.asarray(expected, np.float64)))
+    return {name: float(relative_error(a, e)) for name, a, e in zip(NAMES, run(*arrays, name=backend), right, strict=True)}
 
 
 def look_at_attention(site: Site) -> dict[str, Any]:

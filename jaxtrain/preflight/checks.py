@@ -10,18 +10,25 @@ import contextlib
 import math
 import os
 import sys
-import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from jaxtrain.agreement import shortened
 from jaxtrain.config import Config
 from jaxtrain.errors import EXIT_FAULT
 from jaxtrain.processes import exchange
+from jaxtrain.signals import begin_timer
 from jaxtrain.telemetry.heartbeat import Heartbeat
 
+BLOCK = 2**20
+"""Bytes that each process writes to each place."""
 State = Literal["ok", "warning", "failed", "skipped"]
 
 
@@ -88,20 +95,33 @@ def limited(what: str, seconds: float) -> Iterator[None]:
     """End this process with a message if the block takes longer: a hang in a collective cannot be interrupted."""
 
     def end() -> None:
-        print(
-            f"error: preflight: {what!r} did not end within {seconds:.0f} s; allow more with --patience",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: preflight: {what!r} did not end within {seconds:.0f} s; allow more with --patience", file=sys.stderr)
+        sys.stderr.flush()
         os._exit(EXIT_FAULT)
 
-    timer = threading.Timer(seconds + 15, end)  # later than `exchange`, which can name the missing process
-    timer.daemon = True
-    timer.start()
+    timer = begin_timer(seconds + 15, end)  # later than `exchange`, which can name the missing process
     try:
         yield
     finally:
         timer.cancel()
+
+
+def write_probe(site: Site, path: Path, block: bytes) -> float:
+    """Write a file that goes at the end, flush it to disk and read it back; return the seconds of the writing.
+
+    Raises:
+      OSError: it cannot be written, or other bytes come back.
+    """
+    started = time.perf_counter()
+    with open(path, "xb") as file:
+        site.closing.callback(path.unlink, missing_ok=True)
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    if path.read_bytes() != block:
+        raise OSError(0, "the data read back differs from the data written", str(path))
+    return seconds
 
 
 def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
@@ -109,6 +129,12 @@ def odd_ones(values: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
     keys = [repr(value) for value in values]
     common = max(dict.fromkeys(keys), key=lambda key: Counter(keys)[key])
     return values[keys.index(common)], {i: value for i, value in enumerate(values) if keys[i] != common}
+
+
+def relative_error(found: jax.Array, right: jax.Array) -> jax.Array:
+    """|found - right| / |right|, norms in float32; NaN where numbers are not finite."""
+    found, right = (x.astype(jnp.float32) for x in (found, right))
+    return jnp.linalg.norm((found - right).ravel()) / jnp.maximum(jnp.linalg.norm(right.ravel()), 1e-30)
 
 
 def judge_errors(

@@ -15,11 +15,8 @@ from jaxtrain.checkpoint.fast import KEPT
 from jaxtrain.checkpoint.mirror import Mirror
 from jaxtrain.config import Config
 from jaxtrain.files import user_path
-from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.preflight.checks import BLOCK, Check, Finding, Site, write_probe
 from jaxtrain.text import readable_size
-
-BLOCK = 2**20
-"""Bytes written to each place."""
 
 
 def snapshot_bytes(site: Site) -> int:
@@ -39,13 +36,8 @@ def snapshot_bytes(site: Site) -> int:
 def look_at_snapshots(site: Site) -> dict[str, Any]:
     """Write a file and read it back; return the free bytes and the largest size of this process's snapshots."""
     folder = user_path(site.config.checkpoint.fast_dir)
-    path, block = folder / f".preflight-{site.token}-{jax.process_index()}", os.urandom(BLOCK)
     try:
-        with open(path, "xb") as file:
-            site.closing.callback(path.unlink, missing_ok=True)
-            file.write(block)
-        if path.read_bytes() != block:
-            raise OSError("the data read back differs from the data written")
+        write_probe(site, folder / f".preflight-{site.token}-{jax.process_index()}", os.urandom(BLOCK))
     except OSError as error:
         return {"problem": error.strerror or str(error)}
     return {"problem": "", "free": shutil.disk_usage(folder).free, "needed": (KEPT + 1) * snapshot_bytes(site)}

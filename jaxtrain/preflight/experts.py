@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jaxtrain.models.decoder import to_compute
 from jaxtrain.models.moe import MoE
 from jaxtrain.ops.expert_dispatch import ExpertBackend, choose_expert_backend
 from jaxtrain.parallel.turns import alone
-from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors, relative_error
 from jaxtrain.sharding import BATCH_AXES, gather_weights, reduce_gradients, specs, vary
 
 LARGEST_ERROR = 0.02
@@ -31,7 +30,7 @@ def _block(config: Config) -> tuple[Any, Any, Any]:
 
 
 def expert_errors(site: Site, backend: ExpertBackend) -> dict[str, float]:
-    """Return the error of the output and of every gradient against the padded exchange, as a share of the norm; NaN as inf.
+    """Return the error of the output and of every gradient against the padded exchange, as a share of the norm.
 
     Every device has the rows of a microbatch, of normal numbers, and routes them by a fresh router.
     """
@@ -74,15 +73,9 @@ def expert_errors(site: Site, backend: ExpertBackend) -> dict[str, float]:
         ]
         (y, dx, got), (right_y, right_dx, right) = (run(params, x, dy) for run in runs)
         pairs = {"the output": (y, right_y), "the gradient of the input": (dx, right_dx)}
-        return {n: _error(*p) for n, p in (pairs | {f"the gradient of {n}": (got[n], right[n]) for n in got}).items()}
+        return {n: relative_error(*p) for n, p in (pairs | {f"the gradient of {n}": (got[n], right[n]) for n in got}).items()}
 
     return {name: float(error) for name, error in jax.jit(compare)(params, x, dy).items()}
-
-
-def _error(got: jax.Array, right: jax.Array) -> jax.Array:
-    got, right = got.astype(jnp.float32), right.astype(jnp.float32)
-    error = jnp.linalg.norm(got - right) / jnp.maximum(jnp.linalg.norm(right), 1e-30)
-    return jnp.where(jnp.isfinite(got).all() & jnp.isfinite(right).all(), error, jnp.inf)
 
 
 def look_at_experts(site: Site) -> dict[str, float]:
@@ -91,15 +84,10 @@ def look_at_experts(site: Site) -> dict[str, float]:
 
 
 def judge_experts(site: Site, seen: list[dict[str, float]]) -> list[Finding]:
-    """Name what is wrong, not finite before merely off."""
-    wrong = {name: error for name, error in seen[0].items() if not error <= LARGEST_ERROR}
-    if wrong:
-        words = "; ".join(f"{n} {f'is off by {e:.0%}' if math.isfinite(e) else 'is not finite'}" for n, e in wrong.items())
-        return [
-            Finding("experts", "failed", f"the experts' exchange computes wrongly: {words}; use --model.moe.dispatch=capacity")
-        ]
-    worst = max(seen[0].values())
-    return [Finding("experts", "ok", f"the exchange is within {worst:.2%} of a padded one, gradients too", seen[0])]
+    """Name what is worst; all processes have the same errors."""
+    errors = [("the experts' exchange", seen[0])]
+    findings, worst = judge_errors(site, "experts", errors, LARGEST_ERROR, "--model.moe.dispatch=capacity")
+    return findings or [Finding("experts", "ok", f"the exchange is within {worst:.2%} of a padded one, gradients too", seen[0])]
 
 
 def checks(site: Site) -> list[Check]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxtrain.ops.float8 import BACKWARD, FORWARD, power_of_two, scaled
 from jaxtrain.ops.matmul import multiply
-from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors
+from jaxtrain.preflight.checks import Check, Finding, Site, judge_errors, relative_error
 from jaxtrain.sharding import Float8
 
 ROWS, LARGEST_WIDTH = 256, 2048
@@ -37,7 +37,7 @@ def look_at_float8(site: Site) -> list[float]:
         x, w, g = (q.astype(jnp.float32) * scale for q, scale in (held(*kind) for kind in kinds))
         with jax.default_matmul_precision("highest"):
             pairs = ((y, x @ w), (dx, g @ w.T), (dw.slot, x.T @ g))
-        return jnp.stack([jnp.linalg.norm(got - right) / jnp.linalg.norm(right) for got, right in pairs])
+        return jnp.stack([relative_error(*pair) for pair in pairs])
 
     with jax.default_device(jax.local_devices()[0]):
         return [float(error) for error in jax.jit(compare)()]

@@ -15,13 +15,11 @@ import jax
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
-from jaxtrain.preflight.checks import Check, Finding, Site
+from jaxtrain.preflight.checks import BLOCK, Check, Finding, Site, write_probe
 from jaxtrain.processes import exchange
 from jaxtrain.text import readable_size
 from jaxtrain.train.state import Canonical
 
-BLOCK = 2**20
-"""Bytes that each process writes."""
 SEEN_WITHIN = 5.0
 """Seconds that a network file system may take to show one host another host's file."""
 NEIGHBOURS = 64
@@ -52,15 +50,7 @@ def look_at_writing(site: Site) -> dict[str, float]:
     for folder in folders(site.config):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            started, path = time.perf_counter(), _probe(folder, token, process)
-            with open(path, "xb") as file:
-                site.closing.callback(path.unlink, missing_ok=True)
-                file.write(_block(token, process))
-                file.flush()
-                os.fsync(file.fileno())
-            seconds[str(folder)] = time.perf_counter() - started
-            if path.read_bytes() != _block(token, process):
-                raise OSError(0, "the data read back differs from the data written", str(path))
+            seconds[str(folder)] = write_probe(site, _probe(folder, token, process), _block(token, process))
         except OSError as error:
             why = error.strerror or str(error)
             raise OSError(f"{folder} cannot be written: {why} ({error.filename}); give another --run_dir") from None
