@@ -7,6 +7,8 @@ missing records in memory, tries again at every further write, and reports once 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import threading
@@ -95,6 +97,27 @@ def check_output(flag: str, path: str, overwrite: bool = False) -> None:
     else:
         return
     raise UsageError(f"{flag}={path}: {why}; give a file in a folder that can be written")
+
+
+@contextlib.contextmanager
+def file_lock(path: os.PathLike | str, wait: bool = True) -> Iterator[bool]:
+    """Hold a file as a lock between processes, and give True; False where another holds it and this does not `wait`.
+
+    The system frees it when the holder dies. A file system without locks gives True to all.
+
+    Raises:
+      OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        is_ours = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            is_ours = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        yield is_ours
+    finally:
+        os.close(descriptor)
 
 
 def whole_lines(path: Path) -> int:

@@ -12,10 +12,11 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jaxtrain.errors import PeerMissing
+from jaxtrain.errors import ExplainedError, PeerMissing
 from jaxtrain.jax_private import distributed_state
 from jaxtrain.text import listed
 
@@ -137,8 +138,8 @@ def read_folder(folder: str) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in client.key_value_dir_get(prefix)}
 
 
-def wait_for(key: str, seconds: float, process: int = 0) -> str:
-    """Wait until `process` has set a key; return its value.
+def wait_for(key: str, seconds: float) -> str:
+    """Wait until process 0 has set a key; return its value.
 
     Raises:
       PeerMissing: it was not set in time.
@@ -150,7 +151,7 @@ def wait_for(key: str, seconds: float, process: int = 0) -> str:
     except Exception as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise PeerMissing(f"process {process} did not come to {key!r} within {seconds:.0f} s; see its log") from error
+        raise PeerMissing(f"process 0 did not come to {key!r} within {seconds:.0f} s; see its log") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +209,24 @@ def from_first(value: Any, seconds: float | None = None) -> Any:
     if own_index() == 0:
         post(key, json.dumps(value))
     return json.loads(wait_for(key, limit_seconds if seconds is None else seconds))
+
+
+def in_first(work: Callable[[], Any], error: Callable[[str], Exception], seconds: float | None = None) -> Any:
+    """Return what `work` returns in process 0, JSON values, in all processes.
+
+    Raises:
+      error: in all processes, where it raised an ExplainedError or OSError there.
+    """
+    found, problem = None, ""
+    if own_index() == 0:
+        try:
+            found = work()
+        except (ExplainedError, OSError) as failure:
+            problem = str(failure)
+    found, problem = from_first((found, problem), seconds)
+    if problem:
+        raise error(problem)
+    return found
 
 
 def _enter() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jaxtrain.errors import CheckpointError
 
@@ -19,7 +20,7 @@ def leaves_by_path(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves: dict[tuple[str, ...], Any] = {}
     for path, leaf in flat:
-        name = tuple(_key_name(entry) for entry in path)
+        name = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
         # Orbax joins keys with "." on disk, so {"a.b": x, "a": {"b": y}} would silently hold one value for both
         if name in leaves or not all(key and "." not in key and "/" not in key for key in name):
             raise ValueError(f"leaf {jax.tree_util.keystr(path)}: keys must be distinct, not empty, without '.' and '/'")
@@ -27,22 +28,9 @@ def leaves_by_path(tree: Any) -> tuple[dict[tuple[str, ...], Any], Any]:
     return leaves, treedef
 
 
-def _key_name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    raise TypeError(f"unknown key type {type(entry).__name__} in the state tree")
-
-
 def nested(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Return nested dicts: the inverse of `leaves_by_path`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(leaves)
 
 
 def check_same_leaves(path: os.PathLike, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:

@@ -37,7 +37,7 @@ from jaxtrain.checkpoint.stored import (
 from jaxtrain.checkpoint.trees import describe, leaves_by_path
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
-from jaxtrain.processes import LONG_SECONDS, from_first
+from jaxtrain.processes import LONG_SECONDS, from_first, in_first
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Checkpoints:
         self._saves = BackgroundSaves(self.directory, self._committed)
         self._mirror: Mirror | None = None  # only in process 0
         if config.mirror:
-            self._open_mirror()
+            in_first(self._open_mirror, CheckpointError, LONG_SECONDS)  # it may download a checkpoint
         newest = self.latest_step()
         self._newest = -1 if newest is None else newest
 
@@ -94,27 +94,14 @@ class Checkpoints:
             log.error("%s", lost)  # do not hide the error that ended the run
 
     def _open_mirror(self) -> None:
-        """Open the mirror in process 0; if the folder holds no checkpoint, download the newest.
-
-        Raises:
-          CheckpointError: in all processes, if that fails.
-        """
-        said = ""
-        if self._first_process:
-            try:
-                self._mirror, url = Mirror(self.directory, self._config, self._metric), self._config.mirror
-                steps = committed_steps(self.directory)
-                may_fetch = self._config.resume in ("auto", "required")
-                step = self._mirror.open(fetch=may_fetch and not steps and not broken(self.directory))
-                if step is not None:
-                    log.warning("%s held no checkpoint; step %d was fetched from %s", self.directory, step, url)
-                elif steps and not self._config.resume.isdecimal():  # else only once the run is known to go on from there
-                    self._mirror.copy(steps[-1])
-            except CheckpointError as error:
-                said = str(error)
-        said = from_first(said, LONG_SECONDS)  # process 0 may be downloading a checkpoint
-        if said:
-            raise CheckpointError(said)
+        """Open the mirror, in process 0; if the folder holds no checkpoint, download the newest."""
+        self._mirror, steps = Mirror(self.directory, self._config, self._metric), committed_steps(self.directory)
+        may_fetch = self._config.resume in ("auto", "required")
+        step = self._mirror.open(fetch=may_fetch and not steps and not broken(self.directory))
+        if step is not None:
+            log.warning("%s held no checkpoint; step %d was fetched from %s", self.directory, step, self._config.mirror)
+        elif steps and not self._config.resume.isdecimal():  # else only once the run is known to go on from there
+            self._mirror.copy(steps[-1])
 
     def latest_step(self) -> int | None:
         """Return the newest committed step, the same on all processes, or None."""

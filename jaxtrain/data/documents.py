@@ -117,6 +117,14 @@ def _named(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
+def _or_fault(text_of: Callable[..., str], *row: Any) -> str | DataError:
+    """Return the text of a row, or its fault."""
+    try:
+        return text_of(*row)
+    except DataError as fault:
+        return fault
+
+
 def _text_of_row(row: Any, text_field: str, where: str) -> str:
     """Return the text field of a decoded JSON row."""
     if not isinstance(row, dict):
@@ -138,11 +146,7 @@ def _read_jsonl(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                try:
-                    text = _text_of_line(line, text_field, f"{path}: line {number}", offset)
-                except DataError as fault:
-                    text = fault
-                yield text
+                yield _or_fault(_text_of_line, line, text_field, f"{path}: line {number}", offset)
             offset += len(line)
 
 
@@ -234,11 +238,7 @@ def _read_tar(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
             with tarfile.open(fileobj=tail, mode="r|") as archive:
                 for key, members in itertools.groupby(filter(tarfile.TarInfo.isfile, archive), _sample_key):
                     found = {PurePosixPath(member.name).suffix: _content(archive, member) for member in members}
-                    try:
-                        text = _text_of_sample(found, text_field, f"{path}: sample {key!r}")
-                    except DataError as fault:
-                        text = fault
-                    yield text
+                    yield _or_fault(_text_of_sample, found, text_field, f"{path}: sample {key!r}")
             if tail.last.strip(b"\0") or len(tail.last) < TAR_BLOCK:
                 raise tarfile.ReadError("it has no mark at its end and may be cut short")
         except tarfile.TarError as error:
@@ -303,11 +303,7 @@ def _read_array_record(path: SourcePath, text_field: str) -> Iterator[str | Data
             except Exception as error:  # the library's exception class depends on its C++ status
                 raise broken_file(path, "ArrayRecord", error) from error
             for number, record in enumerate(records, start):
-                try:
-                    text = _decode_utf8(record, f"{path}: record {number}")
-                except DataError as fault:
-                    text = fault
-                yield text
+                yield _or_fault(_decode_utf8, record, f"{path}: record {number}")
 
 
 @contextmanager

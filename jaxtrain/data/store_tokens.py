@@ -4,13 +4,12 @@ that fit into a bounded folder are read whole, in order, and kept there in block
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.store_path import READ_BYTES, StorePath
 from jaxtrain.errors import DataError
-from jaxtrain.files import Tolerance, log_warning, replace_file
+from jaxtrain.files import Tolerance, file_lock, log_warning, replace_file
 
 BLOCK_BYTES = 1 << 17
 """Bytes of a file that are kept together: a shuffled row needs one or two blocks."""
@@ -105,22 +104,10 @@ class BlockCache:
         while True:
             self._work.get()()
 
-    @contextmanager
-    def alone(self, key: str) -> Iterator[bool]:
-        """Give True to one process of the host at a time, for a file."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._folder / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:
-            yield False
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-        except BlockingIOError:
-            yield False
-        finally:
-            os.close(descriptor)
+    def alone(self, key: str) -> AbstractContextManager[bool]:
+        """Give True to one process of the host at a time, for a file. Raises OSError where the folder cannot be written."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return file_lock(self._folder / f"{key}.lock", wait=False)
 
     def _file(self, key: str, number: int) -> Path:
         return self._folder / key / str(number)
@@ -223,7 +210,7 @@ class StoreTokens:
     def _fetch_all(self) -> None:
         """Keep all blocks, in order, in one process of a host. Where it fails, what is not here is read when it is needed."""
         step, end = READ_BYTES // BLOCK_BYTES * BLOCK_BYTES or BLOCK_BYTES, self._end
-        with self._cache.alone(self._key) as is_ours, suppress(DataError):
+        with suppress(DataError, OSError), self._cache.alone(self._key) as is_ours:
             for begin in range(0, end if is_ours else 0, AT_ONCE * step):
                 starts = range(begin, min(begin + AT_ONCE * step, end), step)
                 lacking = [start for start in starts if not self._cache.has(self._key, range(start, min(start + step, end)))]

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, Tok
 from jaxtrain.data.tokenize_parts import SIDES, join_parts, write_parts
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
+from jaxtrain.files import file_lock
 
 LARGEST_TRAINING_SAMPLE = 100_000_000
 ABANDONED_SECONDS = 24 * 3600
@@ -40,24 +41,18 @@ def unwritable(path: Path, error: OSError) -> DataError:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock between the processes of a host; the system frees it when the holder dies.
+    """Hold `path` as a lock between the processes of a host.
 
-    On a file system without locks there is none: work may be done twice, but results are renamed into place whole, so nothing
-    breaks. Raises DataError where the lock file cannot be made.
+    On a file system without locks work may be done twice, but results are renamed into place whole, so nothing breaks. Raises
+    DataError where the lock file cannot be made.
     """
-    import fcntl
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path))
+        except OSError as error:
+            raise unwritable(path, error) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -49,19 +49,13 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> ModelC
 def _checked(model: ModelConfig, where: str) -> ModelConfig:
     """Return the model with its sizes checked: those that give shapes must be whole and positive."""
     sizes = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
-    problems = [
-        f"{name}={getattr(model, name)!r} must be a whole number above 0" for name in sizes if not _is_size(model, name)
-    ]
+    given = {name: getattr(model, name) for name in sizes}
+    problems = [f"{n}={v!r} must be a whole number above 0" for n, v in given.items() if type(v) is not int or v < 1]
     if not problems and model.num_heads % model.num_kv_heads:
         problems = [f"num_key_value_heads={model.num_kv_heads} must divide num_attention_heads={model.num_heads}"]
     if problems:
         raise ConfigError(problems, f"in {where}")
     return model
-
-
-def _is_size(model: ModelConfig, name: str) -> bool:
-    value = getattr(model, name)
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:

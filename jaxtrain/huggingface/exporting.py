@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # lets numpy know bfloat16
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -181,7 +181,7 @@ def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any
 def write_weights(table: Table, read: Read, folder: Path, dtype: str, title: str) -> None:
     """Write the tensors of a table into weight files, with an index if there are several."""
     dtypes, files = table.dtypes(dtype), _Shards(folder)
-    sizes = {name: int(np.prod(shape)) * _numpy(dtypes[name]).itemsize for name, shape in table.shapes().items()}
+    sizes = {name: int(np.prod(shape)) * np.dtype(dtypes[name]).itemsize for name, shape in table.shapes().items()}
     with progress(title, sum(sizes.values())) as advance:
         for name, tensor in tensors(table, read, dtype):
             files.add(name, tensor)
@@ -198,7 +198,7 @@ def tensors(table: Table, read: Read, dtype: str) -> Iterator[tuple[str, np.ndar
     for ours, theirs in table.groups():
         held = {name.removeprefix("params/"): array for name, array in read([f"params/{own}" for own in ours])}
         for name in theirs:
-            kind = _numpy(dtypes[name])
+            kind = np.dtype(dtypes[name])
 
             def part(own: str, layer: int, expert: int | None, held: dict = held, kind: np.dtype = kind) -> np.ndarray:
                 lead = (layer,) * is_stacked(own) + (() if expert is None else (expert,))
@@ -239,7 +239,3 @@ class _Shards:
         if count > 1:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _numpy(dtype: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)

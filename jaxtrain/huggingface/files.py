@@ -93,7 +93,7 @@ class WeightsFolder:
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(math.prod(shape) for shape in self.table.shapes().values()) * np.dtype(_numpy(self.dtype)).itemsize
+        return sum(math.prod(shape) for shape in self.table.shapes().values()) * np.dtype(self.dtype).itemsize
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -281,10 +281,6 @@ class WeightsFolder:
 def travelling_files(folder: Path) -> list[Path]:
     """Return the files of a folder, if it is there, that go with the weights: config, tokenizer, chat template, licence."""
     return sorted({file for kind in TRAVELLING for file in folder.glob(kind) if file.is_file()})
-
-
-def _numpy(dtype: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def _listed(names: list[str], what: str) -> str:

@@ -20,7 +20,7 @@ from jaxtrain.sharding import named
 from jaxtrain.train.average import with_average
 from jaxtrain.train.export import hf_writer
 from jaxtrain.train.feed import to_global
-from jaxtrain.train.gradients import make_evaluation_step, make_group_evaluation
+from jaxtrain.train.gradients import make_evaluation_step
 from jaxtrain.train.prepared import Prepared
 
 PyTree = Any
@@ -44,10 +44,9 @@ class Evaluation:
         self._sources = names_of(config.data.sources, "source")
         self._edges = position_edges(config.data.sequence_length, config.train.position_ranges)
         self._groups = len(self._sources) * len(self._edges)
-        arguments = config, prepared.mesh, prepared.backend
-        if isinstance(objective_of(config), SequenceObjective):  # its loss is of pairs
-            self._groups = 1
-        self._step = make_group_evaluation(*arguments, self._groups) if self._groups > 1 else make_evaluation_step(*arguments)
+        if self._groups == 1 or isinstance(objective_of(config), SequenceObjective):  # whose loss is of pairs
+            self._groups = 0
+        self._step = make_evaluation_step(config, prepared.mesh, prepared.backend, self._groups)
 
     def compile(self, state: PyTree) -> list[Any]:
         """Compile before the run what a state like this one is scored with; calls find it. Return the programs."""
@@ -105,7 +104,7 @@ class Evaluation:
         prepared, size, rows = self._prepared, self._prepared.config.train.global_batch_size, self._prepared.rows()
         batch = data.validation_batch(number, rows, size, batches)
         placed = prepared.place(batch)
-        if self._groups > 1:
+        if self._groups:
             picks = data.validation_row_numbers(number, rows, size, batches)
             groups = {"groups": self._groups_of(batch["positions"], [pick[0] if pick else 0 for pick in picks])}
             placed |= to_global(groups, rows, size, ("groups",), prepared.sharding)
@@ -123,7 +122,7 @@ class Evaluation:
         loss = means.pop("loss")
         found = _of_text(suffix, loss, data.bits_per_byte(loss), int(targets) if suffix else None)
         found |= {f"validation_{name}{suffix}": value for name, value in means.items()}
-        if self._groups == 1:
+        if not self._groups:
             return found
         losses, counts = (total[name].reshape(len(self._sources), -1) for name in ("loss", "targets"))
         if not suffix and len(self._sources) > 1:

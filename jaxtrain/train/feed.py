@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 
@@ -15,6 +16,11 @@ def owned_rows(sharding: NamedSharding, shape: tuple[int, int]) -> slice:
     indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
     bounds = [rows.indices(shape[0])[:2] for rows, _ in indices]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def on_every_host(array: jax.Array) -> np.ndarray:
+    """Return a global array whole, in all processes; all call it."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def to_global(

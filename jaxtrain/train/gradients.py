@@ -183,18 +183,25 @@ def _in_sequence_order(kept: PyTree, model: Decoder) -> PyTree:
     return {name: in_sequence_order(array, model.attention.kind, model.mesh.context) for name, array in kept.items()}
 
 
-def _of_tokens(config: Config, mesh: Mesh, model: Decoder, objective: Objective) -> Step:
-    """(params, batch) -> what the objective reports of each token, float32 [B, L, ...]: chunk by chunk, as in training."""
-    functions, names = model.loss_functions(objective), token_names(config)
-    held, count = params_dims(config), config.train.microbatches
+def _region_of_tokens(config: Config, model: Decoder, objective: Objective) -> Step:
+    """Return what gives, inside the manual region, the objective's reports of each token: [B, L, ...] of this device's rows, in
+    its order.
+    """
+    functions, held, count = model.loss_functions(objective), params_dims(config), config.train.microbatches
     schedule = forwards_of(config, count)
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
         rows = _placed_microbatches(config, model, objective, batch) | {"scale": jnp.ones(count)}
         return _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]
 
+    return region
+
+
+def _of_tokens(config: Config, mesh: Mesh, model: Decoder, objective: Objective) -> Step:
+    """(params, batch) -> what the objective reports of each token, float32 [B, L, ...]: chunk by chunk, as in training."""
+    names, held = token_names(config), params_dims(config)
     mapped = jax.shard_map(
-        region,
+        _region_of_tokens(config, model, objective),
         mesh=mesh,
         in_specs=(specs(held), specs(dict.fromkeys(names, BATCH_DIMS))),
         out_specs=spec(BATCH_DIMS),
@@ -229,11 +236,15 @@ def _all_but(left_out: Dims, axes: Dims = MESH_AXES) -> Dims:
     return tuple(axis for axis in axes if axis not in left_out)
 
 
-def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
+def make_evaluation_step(config: Config, mesh: Mesh, backend: str, groups: int = 0) -> Step:
     """Return the jitted (params, batch) -> {"loss": summed negative log likelihood in nats, "targets": their number}.
 
     Of a sequence objective: its loss and metrics, each times the pairs of the batch where it counts them, else its targets, and
     that number as "targets".
+
+    Args:
+      groups: give the sums of each of so many groups, float32 [groups]; the batch has the group of each token, "groups", int32
+        [B, L].
     """
     model, objective = make_decoder(config, mesh, backend), objective_of(config)
     if not isinstance(objective, Objective):
@@ -245,52 +256,27 @@ def make_evaluation_step(config: Config, mesh: Mesh, backend: str) -> Step:
             return {name: value * count for name, value in (metrics | {"loss": loss}).items()} | {"targets": count}
 
         return jax.jit(weighed, out_shardings=replicated(mesh), compiler_options=_reproducible(config, mesh))
-    functions = model.loss_functions()
-    microbatches, held = config.train.microbatches, params_dims(config)
-    schedule = forwards_of(config, microbatches)
+    log_probs_of, held = _region_of_tokens(config, model, SCORE), params_dims(config)
+    names = (*token_names(config), *(("groups",) if groups else ()))
 
     def region(params: PyTree, batch: PyTree) -> PyTree:
-        rows = _microbatches(share_out(batch, model.attention.kind), microbatches) | {"scale": jnp.ones(microbatches)}
-        sums = pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows)
-        return {"loss": sum_over(sums["loss"], MESH_AXES), "targets": sum_over(count_targets(batch["targets"]), _BATCH_AXES)}
-
-    return _jit_region(config, mesh, region, outputs=PartitionSpec())
-
-
-def make_group_evaluation(config: Config, mesh: Mesh, backend: str, count: int) -> Step:
-    """Return the jitted (params, batch) -> {"loss", "targets"}, float32 [count]: the sums of `make_evaluation_step` over the
-    tokens of each group.
-
-    Args:
-      count: number of groups; the batch has the group of each token, "groups", int32 [B, L].
-    """
-    model, microbatches, held = make_decoder(config, mesh, backend), config.train.microbatches, params_dims(config)
-    functions, schedule = model.loss_functions(SCORE), forwards_of(config, microbatches)
-
-    def region(params: PyTree, batch: PyTree) -> PyTree:
-        groups = share_out({"groups": batch["groups"]}, model.attention.kind)["groups"]
-        targets = share_out({"targets": batch["targets"]}, model.attention.kind)["targets"]
         rows = {name: batch[name] for name in token_names(config)}
-        rows = _placed_microbatches(config, model, SCORE, rows) | {"scale": jnp.ones(microbatches)}
-        log_probs = _kept_apart(pipeline.forward(functions, schedule, *_both(config, own(held, params)), rows))[1]["log_probs"]
+        own_order = share_out({name: batch[name] for name in names}, model.attention.kind)
 
-        def of_groups(values: jax.Array) -> jax.Array:
-            sums = jax.ops.segment_sum(values.reshape(-1), groups.reshape(-1), num_segments=count)
-            return sum_over(sums, _BATCH_AXES)
+        def total(values: jax.Array) -> jax.Array:
+            values = values.reshape(-1)
+            if groups:
+                values = jax.ops.segment_sum(values, own_order["groups"].reshape(-1), num_segments=groups)
+            return sum_over(values if groups else values.sum(), _BATCH_AXES)
 
-        return {"loss": of_groups(-log_probs), "targets": of_groups((targets != IGNORED).astype(jnp.float32))}
+        log_probs, counted = log_probs_of(params, rows)["log_probs"], (own_order["targets"] != IGNORED).astype(jnp.float32)
+        return {"loss": total(-log_probs), "targets": total(counted)}
 
-    return _jit_region(config, mesh, region, PartitionSpec(), ("groups",))
+    in_specs = (specs(held), specs(dict.fromkeys(names, BATCH_DIMS)))
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=True)
+    return jax.jit(mapped, compiler_options=_reproducible(config, mesh))
 
 
 def _reproducible(config: Config, mesh: Mesh) -> dict[str, Any] | None:
     """Return the compiler's options of a read-only program."""
     return deterministic_options(config, mesh.devices.flat[0].platform) or None
-
-
-def _jit_region(config: Config, mesh: Mesh, region: Step, outputs: PartitionSpec, further: tuple[str, ...] = ()) -> Step:
-    """Return the jit of a read-only region over (params, batch), which has `further` arrays beside the tokens'."""
-    dims = params_dims(config)
-    rows = specs(dict.fromkeys((*token_names(config), *further), BATCH_DIMS))
-    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims), rows), out_specs=outputs, check_vma=True)
-    return jax.jit(mapped, compiler_options=_reproducible(config, mesh))

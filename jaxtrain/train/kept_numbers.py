@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxtrain import processes
 from jaxtrain.data.file_hashes import short_hash
@@ -25,6 +24,7 @@ from jaxtrain.data.pipeline import Data
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file, replacing
 from jaxtrain.telemetry.progress import Progress
+from jaxtrain.train.feed import on_every_host
 from jaxtrain.train.prepared import Prepared
 
 PyTree = Any
@@ -203,12 +203,6 @@ def _batches(
     for done, (side, first) in enumerate(work, 1):
         before()
         found = numbers(prepared.place(readers[side](first)))
-        yield side, first, {name: _whole(array) for name, array in found.items()}
+        yield side, first, {name: on_every_host(array) for name, array in found.items()}
         if progress is not None:
             progress.now(f"scoring the data {done}/{len(work)}")
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

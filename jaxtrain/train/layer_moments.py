@@ -119,7 +119,7 @@ def make_layer_moments(config: Config, mesh: Mesh, backend: str) -> Callable[[Py
         found = jax.tree.map(np.asarray, program(params, batch))
         moments = np.concatenate([found["moments"][:1, 0], found["moments"][:, 1]])
         leaves = jax.tree_util.tree_flatten_with_path(found["gradients"])[0]
-        gradients = {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+        gradients = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
         norm = float(np.sqrt(sum(leaf[..., 1].sum(dtype=np.float64) for leaf in gradients.values())))
         return LayerMoments(float(found["loss"]), norm, moments, gradients, config.model.first_dense_layers)
 

@@ -59,6 +59,11 @@ def leaf_axes(dims: Dims) -> LeafAxes:
     return LeafAxes(tuple(range(first, len(dims))), tuple(range(first, outputs[0])), outputs, is_table)
 
 
+def names_of_path(key_path: tuple) -> tuple[str, ...]:
+    """Return the names on jax's way to a leaf."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+
+
 def axes_tree(dims: PyTree) -> PyTree:
     """Return the `LeafAxes` of every leaf of a tree of dims."""
     return jax.tree.map(leaf_axes, dims, is_leaf=is_dims)

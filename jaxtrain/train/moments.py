@@ -25,7 +25,7 @@ import optax
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.sharding import RULES, Dims, is_dims
-from jaxtrain.train.leaf_axes import leaf_axes
+from jaxtrain.train.leaf_axes import leaf_axes, names_of_path
 from jaxtrain.train.rounding import random_bits
 
 PyTree = Any
@@ -74,11 +74,11 @@ def in_8_bits(inner: optax.GradientTransformation, dims: PyTree, layer_numbers: 
       layer_numbers: `Stacking.layer_numbers`.
     """
     inner = optax.with_extra_args_support(inner)
-    of_params = {_path(path): own for path, own in jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)[0]}
+    of_params = {names_of_path(path): own for path, own in jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)[0]}
 
     def owner(path: tuple, leaf: jax.Array) -> tuple[Dims, int, int, bool] | None:
         """(dims, axis and length of blocks, whether it is a second moment) of a leaf that is held in 8 bits."""
-        names = _path(path)
+        names = names_of_path(path)
         for suffix, own in of_params.items():
             if names[-len(suffix) :] == suffix and len(own) == leaf.ndim:
                 axis, length = block_of(own, leaf.shape)
@@ -137,7 +137,3 @@ def decode(codes: jax.Array, scales: jax.Array, axis: int, length: int) -> jax.A
 
 def _blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
-
-
-def _path(key_path: tuple) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)

@@ -293,7 +293,7 @@ class NanProbe:
         """Return the names and layers of the arrays with non-finite numbers."""
         names = []
         for path, count in jax.tree_util.tree_flatten_with_path(counts)[0]:
-            name = "/".join(str(entry.key) for entry in path)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             if count.ndim and count.any():
                 first = self._config.model.first_dense_layers
                 names.append(f"{name} of layer {', '.join(str(first + i) for i in np.flatnonzero(count))}")

@@ -52,8 +52,7 @@ class Prepared:
             return self
         stage = self.recipe.at(batch)
         if stage.first not in self._of_stages:
-            made = self._of_stages[stage.first] = copy.copy(self)
-            made.config = stage.config
+            made = self._of_stages[stage.first] = self._with(stage.config)
             made.backend, made.why_backend = choose_attention(stage.config, self.mesh)
         return self._of_stages[stage.first]
 
@@ -63,18 +62,20 @@ class Prepared:
         """
         if not self.config.train.stages:
             return self
-        made = copy.copy(self)
-        made.config = replace(
-            self.config, model=self.recipe.at(batch).config.model, train=replace(self.config.train, stages=())
-        )
-        return made
+        model = self.recipe.at(batch).config.model
+        return self._with(replace(self.config, model=model, train=replace(self.config.train, stages=())))
 
     def of_rows(self, rows: int) -> Self:
         """Return this for batches of so many rows, train.global_batch_size or fewer (`layout.fewer_rows`)."""
         if rows == self.config.train.global_batch_size:
             return self
-        made, microbatches = copy.copy(self), fewer_rows(self.config, rows)[1]
-        made.config = replace(self.config, train=replace(self.config.train, global_batch_size=rows, microbatches=microbatches))
+        microbatches = fewer_rows(self.config, rows)[1]
+        train = replace(self.config.train, global_batch_size=rows, microbatches=microbatches)
+        return self._with(replace(self.config, train=train))
+
+    def _with(self, config: Config) -> Self:
+        made = copy.copy(self)
+        made.config = config
         return made
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.files import ReplacedFiles, replace_file, user_path
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
 from jaxtrain.parts import digests
-from jaxtrain.processes import from_first
+from jaxtrain.processes import from_first, in_first
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
@@ -242,21 +242,8 @@ class Resume:
 
 
 def _in_first(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns in process 0, JSON values, in all processes.
-
-    Raises:
-      CheckpointError: it failed there, in one line.
-    """
-    found, problem = None, ""
-    if jax.process_index() == 0:
-        try:
-            found = work()
-        except (CheckpointError, OSError) as error:
-            problem = f"--checkpoint.resume: {error}"
-    found, problem = from_first((found, problem))
-    if problem:
-        raise CheckpointError(problem)
-    return found
+    """Do `processes.in_first`; a failure is a CheckpointError."""
+    return in_first(work, lambda problem: CheckpointError(f"--checkpoint.resume: {problem}"))
 
 
 def _take_past(source: Path, run_dir: Path, step: int) -> None:

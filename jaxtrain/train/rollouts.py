@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxtrain.checkpoint import committed_steps
 from jaxtrain.config import Config
@@ -36,6 +35,7 @@ from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.advantages import answer_weights, group_advantages, no_spread
 from jaxtrain.train.answers import Answer, Answering
+from jaxtrain.train.feed import on_every_host
 from jaxtrain.train.gradients import make_score
 from jaxtrain.train.prepared import Prepared
 from jaxtrain.train.rewards import Scores
@@ -251,8 +251,7 @@ class Rollouts:
         """Write the rollout under training, where updates are still to come; and remove the files of steps that are gone."""
         if not self._position(step)[1] or self._held is None:
             return
-        old = self._held.placed[OLD]
-        old = np.asarray(old if old.is_fully_addressable else multihost_utils.process_allgather(old, tiled=True))
+        old = on_every_host(self._held.placed[OLD])
         if jax.process_index() != 0:
             return
         self._folder.mkdir(exist_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -19,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache as jax_compilat
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import user_path
+from jaxtrain.files import file_lock, user_path
 from jaxtrain.telemetry.metrics import read_rows
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.text import is_utf8, readable_size
@@ -55,19 +53,16 @@ def only_run_in(directory: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    with open(directory / LOCK_FILE, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # other errors: the file system has no locks
-                owner = file.read(200).strip() or "another process"
-                raise ExplainedError(
-                    f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
-                ) from error
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
+    file = directory / LOCK_FILE
+    with file_lock(file, wait=False) as is_ours:
+        if not is_ours:
+            owner = file.read_text(encoding="utf-8").strip() or "another process"
+            raise ExplainedError(
+                f"{owner} is training in --run_dir={directory}; stop it or wait for it, or give another --run_dir"
+            )
         with contextlib.suppress(OSError):  # the owner's name is not essential
-            file.truncate(0)
-            os.pwrite(file.fileno(), owner.encode(), 0)
+            owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"
+            file.write_text(owner, encoding="utf-8")
         yield
 
 

@@ -31,6 +31,7 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
 from jaxtrain.train.average import EMA, first_average
+from jaxtrain.train.leaf_axes import names_of_path
 from jaxtrain.train.moments import cut_block
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
@@ -100,10 +101,6 @@ def _if_any(record: PyTree) -> PyTree:
     return {"guard": record} if record else {}
 
 
-def _path(key_path: tuple) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
-
-
 def _optimizer_leaf_dims(path: tuple[str, ...], leaf: Any, of_params: dict[tuple[str, ...], tuple[Dims, tuple]]) -> Dims:
     """Return the logical dims of one leaf of the optimizer state.
 
@@ -146,14 +143,14 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
     params = decoder.parameter_dims(config.model)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_dims)[0]
     shapes = jax.tree_util.tree_flatten_with_path(abstract["params"])[0]
-    of_params = {_path(p): (dims, leaf.shape) for (p, dims), (_, leaf) in zip(leaves, shapes, strict=True)}
+    of_params = {names_of_path(p): (dims, leaf.shape) for (p, dims), (_, leaf) in zip(leaves, shapes, strict=True)}
     if config.optimizer.moments_dtype == "int8" and config.parts.optimizer is None:
         both = jax.tree.leaves(trained_dims(config), is_leaf=is_dims), jax.tree.leaves(trained(config, abstract["params"]))
         cut = filter(None, (cut_block(dims, leaf.shape, config.mesh) for dims, leaf in zip(*both, strict=True)))
         if problem := next(cut, None):
             raise ConfigError([problem])
     optimizer_dims = jax.tree_util.tree_map_with_path(
-        lambda p, leaf: _optimizer_leaf_dims(_path(p), leaf, of_params), abstract["optimizer"]
+        lambda p, leaf: _optimizer_leaf_dims(names_of_path(p), leaf, of_params), abstract["optimizer"]
     )
     average = {EMA: trained_dims(config)} if config.train.ema_decay else {}
     changing = _of_each_replica(config, {"params": params, "optimizer": optimizer_dims} | average)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.checkpoint.checksums import word_sums
@@ -28,6 +27,7 @@ from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.errors import NumbersError
 from jaxtrain.sharding import RULES, Dims, is_dims, specs, sum_over, vary
 from jaxtrain.train.bad_steps import RollBack, check_budget
+from jaxtrain.train.feed import on_every_host
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.state import state_dims
@@ -159,7 +159,7 @@ class StateCheck(Hook):
         self._passed = step
 
     def _who_differs(self, step: int, names: list[str], differ: np.ndarray, of_each_device: jax.Array) -> str:
-        sums = np.asarray(multihost_utils.process_allgather(of_each_device, tiled=True))
+        sums = on_every_host(of_each_device)
         dims = jax.tree.leaves(self._dims, is_leaf=is_dims)
         arrays: dict[int, list[str]] = {}
         certain = True
