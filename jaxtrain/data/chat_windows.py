@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtrain.config import TooLong
 from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.chat_store import StoredSide, ids_of, lengths_of
-from jaxtrain.data.packing import NO_TARGET, Batch
+from jaxtrain.data.packing import NO_TARGET, Batch, put
 from jaxtrain.errors import DataError
 
 
@@ -50,28 +50,19 @@ class PackedRows:
         self.slots = int(self.fit.slots.sum())
         self.num_targets = self.fit.targets
 
-    def _sequences(self, sample: int) -> list[np.ndarray]:
-        first = int(self.fit.kept[sample]) * self._per_sample
-        slots = self.fit.slots[sample].tolist()
-        return [self._side.sequence(first + i)[: count + 1] for i, count in enumerate(slots)]
-
-    def samples(self, row: int) -> Sequence[list[np.ndarray]]:
-        """Return the samples of a row in order, each with its sequences as they are stored (see `chat_store`)."""
-        return [self._sequences(int(sample)) for sample in self._rows[row]]
+    def _sequences(self, row: int) -> Iterator[np.ndarray]:
+        """Yield the sequences of a row's samples in order, as they are stored (see `chat_store`)."""
+        for sample in self._rows[row].tolist():
+            first = int(self.fit.kept[sample]) * self._per_sample
+            for i, count in enumerate(self.fit.slots[sample].tolist()):
+                yield self._side.sequence(first + i)[: count + 1]
 
     def fill(self, index: int, batch: Batch, row: int) -> None:
         """Write window `index` into row `row` of a batch, which is padding so far."""
-        place, segment = 0, 0
-        for sample in self.samples(index):
-            for marked in sample:
-                segment += 1
-                ids = ids_of(marked)
-                stretch = slice(place, place + len(ids) - 1)
-                batch["tokens"][row, stretch] = ids[:-1]
-                batch["targets"][row, stretch] = np.where(marked[1:] < 0, ids[1:], NO_TARGET)
-                batch["positions"][row, stretch] = np.arange(len(ids) - 1)
-                batch["segments"][row, stretch] = segment
-                place = stretch.stop
+        place = 0
+        for segment, marked in enumerate(self._sequences(index), 1):
+            ids = ids_of(marked)
+            place = put(batch, row, place, segment, ids[:-1], np.where(marked[1:] < 0, ids[1:], NO_TARGET))
 
 
 def _fit(side: StoredSide, per_sample: int, length: int, too_long: TooLong, name: str) -> Fit:

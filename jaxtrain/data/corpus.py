@@ -114,11 +114,6 @@ def training_texts(corpora: Sequence[Corpus], largest_sample: int) -> Iterator[s
         yield from (text for i, text in enumerate(training) if i % stride == 0)
 
 
-def training_key(corpora: Sequence[Corpus]) -> str:
-    """Return a hash that changes whenever the documents that a tokenizer is trained on may change."""
-    return short_hash([corpus.key for corpus in corpora])
-
-
 def check_sides(corpus: Corpus, training_documents: int, validation_documents: int) -> None:
     """Raise DataError if there is no training document."""
     if training_documents:

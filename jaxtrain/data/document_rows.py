@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.file_hashes import short_hash
-from jaxtrain.data.packing import Batch
+from jaxtrain.data.packing import Batch, put
 from jaxtrain.data.progress import progress
 from jaxtrain.data.stage_order import Span
 from jaxtrain.data.token_cache import made_once
@@ -73,10 +73,8 @@ class DocumentRows:
         """Write row `index` into row `row` of a batch, which is padding so far."""
         place = 0
         for segment, (part, begin, size) in enumerate(self._of_row(index), 1):
-            ids, stretch = self._tokens[part][begin : begin + size + 1], slice(place, place + size)
-            batch["tokens"][row, stretch], batch["targets"][row, stretch] = ids[:-1], ids[1:]
-            batch["positions"][row, stretch], batch["segments"][row, stretch] = np.arange(size), segment
-            place += size
+            ids = self._tokens[part][begin : begin + size + 1]
+            place = put(batch, row, place, segment, ids[:-1], ids[1:])
 
     @property
     def lie_in_store(self) -> bool:

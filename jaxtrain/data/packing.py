@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxtrain.data.token_part import Tokens
 
+Ids = np.ndarray | list[int]
 Batch = dict[str, np.ndarray]
 """int32 arrays, each [R, L]: `tokens`; `targets`, the token that follows each (-1 where there is no loss); `segments`,
 the number of the document inside the row (1, 2, ...; 0 for padding); `positions`, counted from 0 in each document."""
@@ -72,6 +73,14 @@ def joined(parts: list[Batch], length: int, mask_documents: bool) -> Batch:
         row["positions"] = np.arange(len(row["tokens"]), dtype=np.int32)
     missing = length - len(row["tokens"])
     return {name: np.pad(a, (0, missing), constant_values=NO_TARGET if name == "targets" else 0) for name, a in row.items()}
+
+
+def put(batch: Batch, row: int, place: int, segment: int, tokens: Ids, targets: Ids) -> int:
+    """Write a document into a row of a batch from `place` on, where it is padding so far; return the place after it."""
+    stretch = slice(place, place + len(tokens))
+    batch["tokens"][row, stretch], batch["targets"][row, stretch] = tokens, targets
+    batch["positions"][row, stretch], batch["segments"][row, stretch] = np.arange(len(tokens)), segment
+    return stretch.stop
 
 
 def document_start(ids: np.ndarray, separator: int, length: int) -> int:

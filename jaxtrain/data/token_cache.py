@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jaxtrain.data.corpus import Corpus, check_sides, training_key, training_texts
+from jaxtrain.data.corpus import Corpus, check_sides, training_texts
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
 from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
@@ -118,12 +118,8 @@ def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, ca
 
     Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
     """
-    key = short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
-    folder = cache_dir / "streams" / key
-
-    def open_both() -> list[TokenStream]:
-        return [open_stream(folder / f"{side}.bin", cache_dir) for side in SIDES]
-
+    folder = cache_dir / "streams" / short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
+    open_both = lambda: [open_stream(folder / f"{side}.bin", cache_dir) for side in SIDES]  # noqa: E731
     names, parts = TokenizerNames(tokenizer_name, tokenizer_name), folder.with_name(f"{folder.name}.parts")
     return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, names, temporary, parts))
 
@@ -148,7 +144,7 @@ def trained_tokenizer(corpora: Sequence[Corpus], vocab_size: int, cache_dir: Pat
 
     It is kept in cache_dir/tokenizers and trained again if the documents change. Raises DataError like `cached_streams`.
     """
-    key = short_hash([training_key(corpora), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
+    key = short_hash([short_hash([corpus.key for corpus in corpora]), vocab_size, LARGEST_TRAINING_SAMPLE, "bpe-1"])
     path = cache_dir / "tokenizers" / key / "tokenizer.json"
 
     def load() -> JsonTokenizer:

@@ -83,13 +83,9 @@ def _held_out_beside(files: Sequence[_TokenFile]) -> list[SourcePath]:
     return [
         path
         for folder, suffix in folders
-        for path in sorted(_beside(folder, f"val*{suffix}"), key=str)
+        for path in sorted(folder.glob(f"val*{suffix}"), key=str)
         if HELD_OUT_NAME.fullmatch(path.stem) and _split_of(path) == VALIDATION
     ]
-
-
-def _beside(folder: SourcePath, pattern: str) -> list[SourcePath]:
-    return [*folder.glob(pattern)]
 
 
 def _split_of(path: SourcePath) -> str:

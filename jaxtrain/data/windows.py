@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -14,23 +13,11 @@ SYNTHETIC_WINDOWS = 2**31 - 1
 SYNTHETIC_VALIDATION_WINDOWS = 64
 
 
-class Windows(Protocol):
-    """Numbered windows of L + 1 ids; neighbours share one id."""
-
-    count: int
-    """Number of windows."""
-    num_targets: int
-    """Number of tokens that the windows predict."""
-    separator: int
-    """The id that begins a document; -1: none."""
-
-    def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
-        """Copy window `index` from token `start` on into `out`, [L + 1] or shorter, and return how many ids that were."""
-        ...
-
-
 class StreamWindows:
-    """The windows of several parts, one part after the other; a window never reaches into the next part."""
+    """The windows of several parts, one part after the other; a window never reaches into the next part.
+
+    `count` is their number, `num_targets` that of the tokens that they predict; `separator` begins a document, -1: none.
+    """
 
     def __init__(self, parts: Sequence[TokenPart], length: int, padded: bool):
         """Keep each part's last, incomplete window if `padded`, so that every token is predicted once; else drop it."""
@@ -49,6 +36,7 @@ class StreamWindows:
         return part, (index - (int(self._ends[part - 1]) if part else 0)) * self._length + start
 
     def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
+        """Copy window `index` from token `start` on into `out`, [L + 1] or shorter, and return how many ids that were."""
         part, begin = self._place(index, start)
         return read_window(self._parts[part].tokens, begin, out)
 
@@ -74,7 +62,12 @@ class SyntheticWindows:
         self.count, self.num_targets = count, count * length
 
     def read(self, index: int, out: np.ndarray, start: int = 0) -> int:
+        """Do as `StreamWindows.read`."""
         key = np.array([self._seed % 2**64, self._first + index], dtype=np.uint64)
         ids = np.random.Generator(np.random.Philox(key=key)).integers(0, self._vocab_size, self._length + 1)
         out[:] = ids[start : start + len(out)]
         return len(out)
+
+
+Windows = StreamWindows | SyntheticWindows
+"""Numbered windows of L + 1 ids; neighbours share one id."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 from jaxtrain.data.pipeline import Data
 from jaxtrain.train.prepared import Prepared
@@ -12,31 +13,30 @@ from jaxtrain.train.prepared import Prepared
 PyTree = Any
 
 
-class Feed(Protocol):
+class Feed(ABC):
     """Gives each step its batch."""
 
+    @abstractmethod
     def next(self, state: PyTree, step: int) -> PyTree | None:
         """Return the batch of the step after `step` steps, placed; None where a signal ends the run before it."""
-        ...
+
+    @abstractmethod
+    def batch(self, step: int) -> PyTree:
+        """Return the batch of a step that was taken, counted from 0, again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End threads and close files."""
 
     def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Take the metrics of the step that was just dispatched; return those to log."""
-        ...
+        return metrics
 
-    def batch(self, step: int) -> PyTree:
-        """Return the batch of a step that was taken, counted from 0, again."""
-        ...
-
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> None:  # noqa: B027, most feeds need nothing
         """Keep on disk what a run needs, beside the state after `step` steps, to go on from there."""
-        ...
-
-    def close(self) -> None:
-        """End threads and close files."""
-        ...
 
 
-class DataFeed:
+class DataFeed(Feed):
     """The batches of the data, made ahead.
 
     Args:
@@ -64,16 +64,10 @@ class DataFeed:
             batch = next(self._batches)
         return self._completed(self._prepared.at(self._batch_of(step)).place(batch))
 
-    def stepped(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        return metrics
-
     def batch(self, step: int) -> PyTree:
         number = self._batch_of(step)
         prepared = self._prepared.at(number)
         return self._completed(prepared.place(self._data.train_batch(number, prepared.rows())))
-
-    def save(self, step: int) -> None:
-        """Do nothing: batch n is a pure function of the data and n."""
 
     def close(self) -> None:
         self._batches.close()

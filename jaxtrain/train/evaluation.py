@@ -106,14 +106,11 @@ class Evaluation:
         placed = prepared.place(batch)
         if self._groups:
             picks = data.validation_row_numbers(number, rows, size, batches)
-            groups = {"groups": self._groups_of(batch["positions"], [pick[0] if pick else 0 for pick in picks])}
-            placed |= to_global(groups, rows, size, ("groups",), prepared.sharding)
+            sources = np.array([pick[0] if pick else 0 for pick in picks])
+            ranges = np.searchsorted(self._edges, batch["positions"], side="right") - 1
+            groups = (sources[:, None] * len(self._edges) + ranges).astype(np.int32)
+            placed |= to_global({"groups": groups}, rows, size, ("groups",), prepared.sharding)
         return placed
-
-    def _groups_of(self, positions: np.ndarray, sources: list[int]) -> np.ndarray:
-        """Return the group of each token, int32 [rows, L]: its source's number times the ranges, and its range of positions."""
-        ranges = np.searchsorted(self._edges, positions, side="right") - 1
-        return (np.array(sources)[:, None] * len(self._edges) + ranges).astype(np.int32)
 
     def _figures(self, data: Data, total: dict[str, np.ndarray], suffix: str) -> dict[str, float | None]:
         """Return a set's part of a row."""

@@ -163,7 +163,7 @@ class Validation(Hook):
 
 
 class Saving(Hook):
-    """Saves behind training; `save_now` waits until it is done.
+    """Saves behind training.
 
     Args:
       save: (step, state, whether to wait) begins a save.
@@ -179,14 +179,8 @@ class Saving(Hook):
     ):
         self._telemetry, self._checkpoints, self._save, self._stop_on_failure = telemetry, checkpoints, save, stop_on_failure
 
-    def after_step(self, step: int, state: PyTree) -> None:
-        self._begin(step, state, wait=False)
-
-    def save_now(self, step: int, state: PyTree) -> None:
-        """Save, and wait until it is committed."""
-        self._begin(step, state, wait=True)
-
-    def _begin(self, step: int, state: PyTree, wait: bool) -> None:
+    def after_step(self, step: int, state: PyTree, wait: bool = False) -> None:
+        """Begin a save, or `wait` until it is committed."""
         with self._telemetry.pause("saving"):
             try:
                 self._checkpoints.wait()
@@ -215,13 +209,12 @@ class Profiling(Hook):
         self._window, self._progress = window, progress
 
     def before_step(self, step: int, state: PyTree) -> None:
-        if self._window.on_step(step, state):
-            self._say_where()
+        self._say_if(self._window.on_step(step, state))
 
     def close(self) -> None:
         """End a trace that is still open."""
-        if self._window.close():
-            self._say_where()
+        self._say_if(self._window.close())
 
-    def _say_where(self) -> None:
-        self._progress.say(f"profile    written to {self._window.directory}")
+    def _say_if(self, written: bool) -> None:
+        if written:
+            self._progress.say(f"profile    written to {self._window.directory}")

@@ -51,6 +51,21 @@ def metadata(config: Config, data: Data, program: dict[str, str]) -> dict[str, A
     }
 
 
+def described(
+    now: dict[str, Any], origin: dict[str, Any], rollbacks: Rollbacks, state: PyTree, validated: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the metadata of a checkpoint of this state.
+
+    Args:
+      now: `metadata`.
+      origin: where the initial weights came from; empty if they were random.
+      validated: the newest validation.
+    """
+    guard = record_to_plain(state.get("guard", {}))
+    found = now | {"rollbacks": rollbacks.to_plain(), "guard": guard, "validation": validated}
+    return found | ({"origin": origin} if origin else {})
+
+
 def leave_later_steps(run_dir: Path, step: int, rollbacks: Rollbacks) -> Path:
     """Make a branch of what a run has after `step`, so that it goes on from there; return it. Process 0 alone calls it.
 
@@ -184,10 +199,8 @@ class Resume:
 
     def describe(self, state: PyTree, validated: dict[str, Any]) -> dict[str, Any]:
         """Return the metadata of a checkpoint of this state; `validated` is the newest validation."""
-        guard = record_to_plain(state.get("guard", {}))
-        origin = {"origin": self._prepared.origin} if self._prepared.origin else {}
-        origin |= {name: self.restored[name] for name in ("branched_from",) if name in self.restored}
-        return self._now | origin | {"rollbacks": self.rollbacks.to_plain(), "guard": guard, "validation": validated}
+        branched = {name: self.restored[name] for name in ("branched_from",) if name in self.restored}
+        return described(self._now, self._prepared.origin, self.rollbacks, state, validated) | branched
 
     def reached_before(self, step: int) -> str | None:
         """Return why the run has nothing left at `step`, where it stopped for its validation loss and may not go below it."""

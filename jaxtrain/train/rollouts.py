@@ -24,6 +24,7 @@ from jaxtrain.config import Config
 from jaxtrain.data.best_fit import best_fit
 from jaxtrain.data.chat_store import ChatPrompt, Prompts
 from jaxtrain.data.order import Order
+from jaxtrain.data.packing import NO_TARGET, put
 from jaxtrain.errors import CheckpointError, DataError
 from jaxtrain.files import AppendedFile, replacing
 from jaxtrain.inference.engine import Sampling
@@ -35,6 +36,7 @@ from jaxtrain.telemetry.metrics import size_up_to
 from jaxtrain.telemetry.progress import Progress
 from jaxtrain.train.advantages import answer_weights, group_advantages, no_spread
 from jaxtrain.train.answers import Answer, Answering
+from jaxtrain.train.batch_feed import Feed
 from jaxtrain.train.feed import on_every_host
 from jaxtrain.train.gradients import make_score
 from jaxtrain.train.prepared import Prepared
@@ -108,22 +110,19 @@ def rows_of(
       places: of `places_of`; by default each answer has a row.
     """
     count, starts = places or (len(answers), [(row, 0) for row in range(len(answers))])
-    tokens, positions, segments = (np.zeros((count, length), np.int32) for _ in range(3))
-    targets, numbers = (np.full((count, length), -1, np.int32) for _ in range(2))
+    rows = {name: np.zeros((count, length), np.int32) for name in ("tokens", "positions", "segments")}
+    rows |= {name: np.full((count, length), NO_TARGET, np.int32) for name in ("targets", "answer")}
     log_ps, experts = np.zeros((count, length), np.float32), {}
     for number, (prompt, answer, (row, begin)) in enumerate(zip(prompts, answers, starts, strict=True)):
         ids = [*map(int, prompt.ids), *answer.ids]
         first, end = begin + len(prompt.ids) - 1, begin + len(ids) - 1
-        tokens[row, begin:end], numbers[row, begin:end] = ids[:-1], number
-        segments[row, begin:end] = segments[row].max() + 1
-        positions[row, begin:end] = np.arange(end - begin)
-        targets[row, first:end], log_ps[row, first:end] = answer.ids, answer.log_ps
+        put(rows, row, begin, rows["segments"][row].max() + 1, ids[:-1], [*[NO_TARGET] * (first - begin), *answer.ids])
+        rows["answer"][row, begin:end], log_ps[row, first:end] = number, answer.log_ps
         if answer.experts is not None:
             own = answer.experts.reshape(len(answer.experts), -1)
             whole = experts.setdefault("experts", np.full((count, length, own.shape[1]), -1, np.int32))
             whole[row, begin : begin + len(own)] = own
-    rows = {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments, SAMPLER: log_ps}
-    return rows | {"answer": numbers} | experts
+    return rows | {SAMPLER: log_ps} | experts
 
 
 def weighed(rows: dict[str, np.ndarray], scores: Scores, config: Config) -> dict[str, np.ndarray]:
@@ -168,7 +167,7 @@ class Rollout:
     placed: PyTree
 
 
-class Rollouts:
+class Rollouts(Feed):
     """A feed of rollouts.
 
     Args:

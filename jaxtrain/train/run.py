@@ -281,7 +281,9 @@ class Run:
           row: to log first.
         """
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(self._open_log(first))
+            config, project = self.config, self.config.telemetry.wandb_project
+            log = MetricsLog(self.directory, first, jax.process_index(), project, config.name, config, self.progress.say)
+            stack.enter_context(log)
             if row:
                 log.write(row)
             clock, energy = self._clocks(first)
@@ -306,7 +308,7 @@ class Run:
             try:
                 reason = loop.run()
                 if saving is not None:
-                    saving.save_now(loop.step, loop.state)
+                    saving.after_step(loop.step, loop.state, wait=True)
             except (RollBack, NumbersError) as bad:
                 # The step under way: XLA:CPU hangs where another program's collectives join in.
                 jax.block_until_ready(loop.state)
@@ -339,10 +341,6 @@ class Run:
     def answering(self) -> Answering | None:
         """The maker and judge of answers, where the objective learns from rewards."""
         return Answering(self.prepared, self.data.tokenizer) if self.config.objective.kind == "grpo" else None
-
-    def _open_log(self, first: int) -> MetricsLog:
-        config, project = self.config, self.config.telemetry.wandb_project
-        return MetricsLog(self.directory, first, jax.process_index(), project, config.name, config, self.progress.say)
 
     def _clocks(self, first: int) -> tuple[StepClock, EnergyLog]:
         chip = resolve_chip(self.config.telemetry.hardware, jax.devices()[0].device_kind)

@@ -39,14 +39,13 @@ from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
 from jaxtrain.train.gradients import batch_names
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
-from jaxtrain.train.resume import metadata
+from jaxtrain.train.resume import described, metadata
 from jaxtrain.train.rollbacks import Rollbacks
 from jaxtrain.train.rollouts import RewardEvaluation
 from jaxtrain.train.run import Ended, Run
 from jaxtrain.train.run_dir import make_run_dir, only_run_in
 from jaxtrain.train.state_check import StateCheck
 from jaxtrain.train.step import TrainSteps, read_metrics
-from jaxtrain.train.step_acceptance import record_to_plain
 from jaxtrain.train.stop import StopOnSignal
 
 PyTree = Any
@@ -301,10 +300,8 @@ class Trainer:
         make_run_dir(config.directory)
         folder, metric = config.directory / "checkpoints", config.train.validation_metric
         with only_run_in(config.directory), Checkpoints(folder, config.checkpoint, metric) as checkpoints:
-            guard = record_to_plain(self.state.get("guard", {}))
-            described = metadata(config, self.data, {}) | {"rollbacks": self._rollbacks.to_plain(), "guard": guard}
-            described |= {"validation": {}} | ({"origin": prepared.origin} if prepared.origin else {})
-            checkpoints.save(self._step, prepared.canonical().from_state(self.state), described, wait=True)
+            about = described(metadata(config, self.data, {}), prepared.origin, self._rollbacks, self.state, {})
+            checkpoints.save(self._step, prepared.canonical().from_state(self.state), about, wait=True)
         self._saved = self._step
         return self._step
 

@@ -329,7 +329,7 @@ def test_a_save_that_failed_is_told_and_the_next_one_is_made():
     hook.after_step(10, "a")
     checkpoints.failure = CheckpointError("step 10: disk full")
     hook.after_step(20, "b")
-    hook.save_now(23, "c")
+    hook.after_step(23, "c", wait=True)
     assert checkpoints.saved == [(10, "canonical a", False), (20, "canonical b", False), (23, "canonical c", True)]
     assert said.lines == ["warning    step 10: disk full"]
 

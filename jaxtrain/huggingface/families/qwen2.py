@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtrain.config import ModelConfig
 from jaxtrain.huggingface import rows
 from jaxtrain.huggingface.fields import Family, Fields, Part, fixed, layer_types_back, layers, standard
 from jaxtrain.huggingface.rope import rope
@@ -16,10 +15,5 @@ def windows(fields: Fields) -> dict[str, Any]:
     return layers(lambda _, i: used and i >= first).read(fields)
 
 
-def windows_back(model: ModelConfig) -> dict[str, Any]:
-    """Return the fields of `windows`."""
-    return layer_types_back(model) | {"use_sliding_window": model.sliding_window > 0}
-
-
-WINDOWS = Part(windows, windows_back)
+WINDOWS = Part(windows, lambda model: layer_types_back(model) | {"use_sliding_window": model.sliding_window > 0})
 FAMILY = Family("qwen2", "Qwen2ForCausalLM", (*standard(), rope(), WINDOWS, fixed(attention_bias="qkv")), rows.llama)
