@@ -243,9 +243,7 @@ def explained(work: Callable[[], int]) -> int:
     try:
         return work()
     except ExplainedError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        announce(error.exit_code, printable(str(error)))
-        return error.exit_code
+        return _refuse(printable(str(error)), error.exit_code)
     except Stopped as stop:
         print(f"stopped: {stop}; nothing that was saved is lost, and the same command resumes from there", file=sys.stderr)
         return stop.exit_code
@@ -256,23 +254,26 @@ def explained(work: Callable[[], int]) -> int:
     except UnicodeEncodeError as error:
         if error.encoding != sys.getfilesystemencoding():
             raise
-        print(
-            f"error: the file name {error.object!a} cannot be written in this environment's encoding, {error.encoding}; "
+        return _refuse(
+            f"the file name {error.object!a} cannot be written in this environment's encoding, {error.encoding}; "
             "set LC_ALL=C.UTF-8, and leave PYTHONUTF8=0 out",
-            file=sys.stderr,
+            EXIT_ERROR,
         )
-        announce(EXIT_ERROR, f"a file name cannot be written in its environment's encoding, {error.encoding}")
-        return EXIT_ERROR
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"error: out of device memory: {str(error).splitlines()[0]}\nWhat helps: more mesh.fsdp or mesh.tensor, more "
+        return _refuse(
+            f"out of device memory: {str(error).splitlines()[0]}\nWhat helps: more mesh.fsdp or mesh.tensor, more "
             "train.microbatches, --train.remat=full, a smaller train.global_batch_size or data.sequence_length.",
-            file=sys.stderr,
+            EXIT_ERROR,
         )
-        announce(EXIT_ERROR, f"out of device memory: {str(error).splitlines()[0]}")
-        return EXIT_ERROR
+
+
+def _refuse(words: str, exit_code: int) -> int:
+    """Print an error, tell the peers, and return its exit code."""
+    print(f"error: {words}", file=sys.stderr)
+    announce(exit_code, words)
+    return exit_code
 
 
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from itertools import islice
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Encoding:
         bad_rows = BadRows(self._source.max_bad_rows)
         conversations = Conversations(self._tokenizer, self._template, _begins(self._tokenizer_name), self._tokenizer.end)
         sort: Sort | None = None
-        with _Keeper(folder, bad_rows, self._tokenizer, self._fraction) as keeper, self._progress() as advance:
+        with closing(_Keeper(folder, bad_rows, self._tokenizer, self._fraction)) as keeper, self._progress() as advance:
             rows = (row for path in self._files for row in read_rows(path, bad_rows))
             while chunk := list(islice(rows, ROWS_AT_ONCE)):
                 samples = list(_samples(chunk, bad_rows, sort))
@@ -94,10 +94,8 @@ class _Keeper:
         self.counts = Counter[str]()
         self._bad_rows, self._control, self._fraction = bad_rows, getattr(tokenizer, "control", None), fraction
 
-    def __enter__(self) -> _Keeper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         for side in self.sides.values():
             side.close()
 

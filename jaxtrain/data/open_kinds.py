@@ -12,7 +12,6 @@ from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.open_source import OpenSource
 from jaxtrain.data.token_cache import cached_streams, trained_tokenizer
 from jaxtrain.data.token_files import open_token_files
-from jaxtrain.data.token_part import part_of_stream
 from jaxtrain.data.tokenizers import NO_TOKENIZER, IdTokenizer, Tokenizer, load_tokenizer
 from jaxtrain.data.windows import SYNTHETIC_VALIDATION_WINDOWS, SYNTHETIC_WINDOWS, StreamWindows, SyntheticWindows
 from jaxtrain.errors import DataError
@@ -52,8 +51,8 @@ def open_tokens(
         origin = source.path if told else f"{source.path} (one stream, documents not told apart)"
     else:
         streams = cached_streams(corpus, tokenizer, data.tokenizer, cache_dir)
-        train, validation = ([part_of_stream(stream)] for stream in streams)
-        told, held = (stream.metadata for stream in streams)
+        (part, told), (held_part, held) = streams
+        train, validation = [part], [held_part]
         sides = f"{told.documents} + {held.documents} held-out documents"
         if data.validation_fraction and not held.documents:
             sides += ", each held out by its own hash: more of them, or one of over 100,000 characters, give held-out text"

@@ -8,14 +8,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from jaxtrain.data.corpus import Corpus, check_sides, training_texts
 from jaxtrain.data.file_hashes import short_hash
 from jaxtrain.data.json_tokenizer import JsonTokenizer, train_bpe
-from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, TokenStream, open_stream
+from jaxtrain.data.token_part import TokenPart
+from jaxtrain.data.token_stream import FORMAT, StreamMetadata, StreamWriter, open_stream
 from jaxtrain.data.tokenize_parts import SIDES, join_parts, write_parts
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
@@ -24,14 +24,6 @@ from jaxtrain.files import file_lock
 LARGEST_TRAINING_SAMPLE = 100_000_000
 ABANDONED_SECONDS = 24 * 3600
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TokenizerNames:
-    """The name of a tokenizer that people see, and that by which a process loads it."""
-
-    shown: str
-    file: str
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
@@ -90,18 +82,17 @@ def _rename_unless_present(temporary: Path, target: Path) -> None:
 
 
 def write_streams(
-    corpus: Corpus, tokenizer: Tokenizer, names: TokenizerNames, folder: Path, parts: Path, processes: int = 1
+    corpus: Corpus, tokenizer: Tokenizer, names: tuple[str, str], folder: Path, parts: Path, processes: int = 1
 ) -> dict[str, StreamMetadata]:
     """Tokenize a corpus into folder/train.bin and folder/validation.bin with their JSON files, with a progress bar.
 
-    What is done is kept in the folder `parts` until all is (see `tokenize_parts`). Raises DataError for bad documents or an
-    empty corpus, OSError where writing fails.
+    `names` are that of the tokenizer that people see, and that by which a process loads it. What is done is kept in the folder
+    `parts` until all is (see `tokenize_parts`). Raises DataError for bad documents or an empty corpus, OSError where writing
+    fails.
     """
-    bad_rows = write_parts(corpus, tokenizer, names.file, parts, processes)
+    bad_rows = write_parts(corpus, tokenizer, names[1], parts, processes)
     bad_rows.check(corpus.name)
-    writers = {
-        split: StreamWriter(folder / f"{split}.bin", split, tokenizer, names.shown, corpus.split_rule) for split in SIDES
-    }
+    writers = {split: StreamWriter(folder / f"{split}.bin", split, tokenizer, names[0], corpus.split_rule) for split in SIDES}
     try:
         join_parts(parts, writers)
         metadata = {split: writer.close(bad_rows) for split, writer in writers.items()}
@@ -113,14 +104,16 @@ def write_streams(
     return metadata
 
 
-def cached_streams(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path) -> list[TokenStream]:
+def cached_streams(
+    corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, cache_dir: Path
+) -> list[tuple[TokenPart, StreamMetadata]]:
     """Return the token streams of a corpus, of training and held-out documents: from the cache if whole, else tokenized now.
 
     Raises DataError for bad documents, an empty corpus, or a cache that cannot be written.
     """
     folder = cache_dir / "streams" / short_hash([corpus.key, tokenizer.fingerprint, FORMAT])
     open_both = lambda: [open_stream(folder / f"{side}.bin", cache_dir) for side in SIDES]  # noqa: E731
-    names, parts = TokenizerNames(tokenizer_name, tokenizer_name), folder.with_name(f"{folder.name}.parts")
+    names, parts = (tokenizer_name, tokenizer_name), folder.with_name(f"{folder.name}.parts")
     return made_once(folder, open_both, lambda temporary: write_streams(corpus, tokenizer, names, temporary, parts))
 
 

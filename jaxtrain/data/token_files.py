@@ -20,7 +20,7 @@ from jaxtrain.data.progress import progress
 from jaxtrain.data.split import split_rule
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.data.store_tokens import StoreTokens, block_cache
-from jaxtrain.data.token_part import FileTokens, JoinedTokens, TokenPart, part_of_stream
+from jaxtrain.data.token_part import FileTokens, JoinedTokens, TokenPart
 from jaxtrain.data.token_split import split_part
 from jaxtrain.data.token_stream import open_stream, read_metadata
 from jaxtrain.data.tokenizers import NO_TOKENIZER, Tokenizer
@@ -115,14 +115,14 @@ def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, confi
         return _TokenFile(name, path, _split_of(path), "", _open_megatron(path, source.separator, tokenizer, config, cache_dir))
     if path.suffix != ".bin":
         raise DataError(f"{path}: kind=tokens reads .bin and .npy files; for text use kind=text, jsonl or parquet")
-    stream = open_stream(path, cache_dir, config.data.store_cache_gib << 30)
-    made_by = stream.metadata.tokenizer_fingerprint
+    part, told = open_stream(path, cache_dir, config.data.store_cache_gib << 30)
+    made_by = told.tokenizer_fingerprint
     if tokenizer.fingerprint not in (made_by, NO_TOKENIZER):
         raise DataError(
-            f"{path}: made by another tokenizer ({stream.metadata.tokenizer}, {made_by[:8]}) than "
+            f"{path}: made by another tokenizer ({told.tokenizer}, {made_by[:8]}) than "
             f"data.tokenizer={config.data.tokenizer} ({tokenizer.fingerprint[:8]}); name the one that made it"
         )
-    separator, limit = stream.metadata.separator, config.model.vocab_size
+    separator, limit = told.separator, config.model.vocab_size
     known = tokenizer.fingerprint != NO_TOKENIZER
     if separator != tokenizer.separator if known else not -1 <= separator < limit:
         wanted = f"that of its tokenizer is {tokenizer.separator}" if known else f"model.vocab_size={limit}"
@@ -131,10 +131,9 @@ def _open_file(file: SourceFile, source: DataSource, tokenizer: Tokenizer, confi
         raise DataError(
             f"{path}: {path.with_suffix('.json').name} says separator={separator}, but the source {source.separator}"
         )
-    part = part_of_stream(stream)
     if isinstance(path, Path):  # its stated largest id is not trusted: the file may come from anywhere
         part = dataclasses.replace(part, largest_id=-1)
-    return _TokenFile(name, path, stream.metadata.split, made_by, part)
+    return _TokenFile(name, path, told.split, made_by, part)
 
 
 def _open_npy(path: SourcePath, separator: int, config: Config, cache_dir: Path) -> TokenPart:

@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxtrain.data.megatron import DocumentTokens
 from jaxtrain.data.store_tokens import StoreTokens
-from jaxtrain.data.token_stream import TokenStream
 
 FileTokens = np.ndarray | StoreTokens | DocumentTokens
 """The ids of a file, [count]: mapped into memory, or behind a URL, or with separators between its documents."""
@@ -94,12 +93,3 @@ class TokenPart:
     gzip_bytes: int = 0
     gzip_input_bytes: int = 0
     split_rule: str = ""
-
-
-def part_of_stream(stream: TokenStream) -> TokenPart:
-    """Return a whole stream as one part."""
-    data = stream.metadata
-    gzip = data.gzip_bytes, data.gzip_input_bytes
-    return TokenPart(
-        stream.tokens, data.sha256, data.separator, data.largest_id, data.utf8_bytes, *gzip, split_rule=data.split_rule
-    )

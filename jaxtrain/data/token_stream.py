@@ -22,6 +22,7 @@ from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
 from jaxtrain.data.mapped import map_array
 from jaxtrain.data.store_path import SourcePath, StorePath
 from jaxtrain.data.store_tokens import StoreTokens, block_cache
+from jaxtrain.data.token_part import FileTokens, TokenPart
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.errors import DataError
 
@@ -73,14 +74,6 @@ class StreamMetadata:
     def bad_rows_in_words(self) -> str:
         """Count and first fault of the rows left out; empty if none was."""
         return f"{self.bad_rows:,} of {self.rows:,} rows, the first: {self.first_bad_row}" if self.bad_rows else ""
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """An opened stream. `tokens` is a read-only memory map, [count], or reads from a store."""
-
-    tokens: np.ndarray | StoreTokens
-    metadata: StreamMetadata
 
 
 def check_separator(ids: np.ndarray, separator: int, text: str, tokenizer_name: str) -> None:
@@ -189,8 +182,9 @@ def read_metadata(path: SourcePath) -> StreamMetadata:
     return metadata
 
 
-def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> TokenStream:
-    """Open a .bin file with its JSON file beside it, and check that it is whole.
+def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> tuple[TokenPart, StreamMetadata]:
+    """Open a .bin file with its JSON file beside it, and check that it is whole. Its ids are a read-only memory map, or read
+    from a store.
 
     The checksum is computed again only if size or modification time changed since it last matched; of a file in a store it is
     believed, and `most_bytes` of its blocks are kept in `cache_dir`. Raises DataError where the file is missing, cut short or
@@ -209,8 +203,10 @@ def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> Token
             f"{expected} bytes; the file is damaged, make it again"
         )
     if isinstance(path, StorePath):
-        blocks = block_cache(cache_dir / "blocks", most_bytes)
-        return TokenStream(StoreTokens(path, dtype, metadata.count, 0, blocks), metadata)
-    if file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
+        tokens: FileTokens = StoreTokens(path, dtype, metadata.count, 0, block_cache(cache_dir / "blocks", most_bytes))
+    elif file_hashes([path], cache_dir, f"checking {path.name}") != [metadata.sha256]:
         raise DataError(f"{path}: its contents do not have the checksum in {path.with_suffix('.json').name}; make it again")
-    return TokenStream(map_array(path, dtype, metadata.count), metadata)
+    else:
+        tokens = map_array(path, dtype, metadata.count)
+    described = {field.name for field in dataclasses.fields(TokenPart)} - {"tokens"}
+    return TokenPart(tokens, **{name: getattr(metadata, name) for name in described}), metadata

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxtrain.config import DataSource
 from jaxtrain.data.corpus import Corpus, open_corpus
-from jaxtrain.data.token_cache import TokenizerNames, locked, new_folder, trained_tokenizer, write_streams
+from jaxtrain.data.token_cache import locked, new_folder, trained_tokenizer, write_streams
 from jaxtrain.data.token_stream import StreamMetadata
 from jaxtrain.data.tokenize_config import TokenizeConfig, find_problems
 from jaxtrain.data.tokenize_parts import PART_CHARACTERS
@@ -40,7 +40,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, StreamMetadata]:
                 side = original.with_name("tokenizer_config.json")  # it may name the separator
                 if side.is_file():
                     (folder / side.name).write_bytes(side.read_bytes())
-            names = TokenizerNames(config.tokenizer, config.tokenizer if original is None else str(original))
+            names = config.tokenizer, config.tokenizer if original is None else str(original)
             processes = config.processes or min(os.cpu_count() or 1, 1 + sum(corpus.sizes) // PART_CHARACTERS)
             written = write_streams(corpus, tokenizer, names, folder, parts, processes)
             parts.with_suffix(".lock").unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from jaxtrain.data.corpus import open_corpus
 from jaxtrain.data.open_source import OpenSource
 from jaxtrain.data.token_cache import cached_streams
 from jaxtrain.data.token_files import open_token_files
-from jaxtrain.data.token_part import part_of_stream
 from jaxtrain.data.tokenizers import Tokenizer
 from jaxtrain.data.windows import StreamWindows
 from jaxtrain.errors import DataError
@@ -44,8 +43,8 @@ def open_set(
         parts = train or held_out
     else:
         corpus = open_corpus(source, name, 0.0, cache_dir)
-        stream, _ = cached_streams(corpus, tokenizer, config.data.tokenizer, cache_dir)
-        parts, files = [part_of_stream(stream)], corpus.hashes
+        (part, _), _ = cached_streams(corpus, tokenizer, config.data.tokenizer, cache_dir)
+        parts, files = [part], corpus.hashes
     windows = StreamWindows(parts, config.data.sequence_length, padded=True)
     if not windows.count:
         raise DataError(f"{name}: {source.path or source.kind} has no token to predict")

@@ -13,9 +13,9 @@ from jaxtrain.config import Config
 from jaxtrain.objectives.distill import distill_objective
 from jaxtrain.objectives.dpo import dpo_objective
 from jaxtrain.objectives.grpo import grpo_objective
-from jaxtrain.objectives.kinds import COEFFICIENTS, PRETRAIN, SCORE, Objective, SequenceObjective
+from jaxtrain.objectives.kinds import COEFFICIENTS, PRETRAIN, SCORE, WEIGHTED, Objective, SequenceObjective
 
-__all__ = ["COEFFICIENTS", "PRETRAIN", "SCORE", "Objective", "SequenceObjective", "objective_of"]
+__all__ = ["COEFFICIENTS", "PRETRAIN", "SCORE", "WEIGHTED", "Objective", "SequenceObjective", "objective_of"]
 
 
 def objective_of(config: Config) -> Objective | SequenceObjective:

@@ -69,11 +69,6 @@ class SequenceObjective:
     inputs: tuple[str, ...] = ()
     """As those of `Objective`; the loss sees the batch's tokens too."""
 
-    @property
-    def weighted(self) -> Objective:
-        """The token objective whose gradients are those of this one, given the coefficients; its value is zero."""
-        return _WEIGHTED
-
     def weigh(self, log_probs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
         """Return (coefficients [B, L], loss, metrics)."""
         (loss, metrics), gradient = jax.value_and_grad(self.loss, has_aux=True)(log_probs, batch)
@@ -88,7 +83,8 @@ def _minus_weighted(log_probs: jax.Array, inputs: Inputs) -> jax.Array:
 PRETRAIN = Objective(negative_log_likelihood)
 SCORE = Objective(negative_log_likelihood, keeps_log_probs=True)
 """Reports every target's log-probability."""
-_WEIGHTED = Objective(_minus_weighted, (COEFFICIENTS,), "sum")
+WEIGHTED = Objective(_minus_weighted, (COEFFICIENTS,), "sum")
+"""Has the gradients of a sequence objective, given its coefficients; its value is zero."""
 
 
 def sums_of_segments(values: jax.Array, segments: jax.Array) -> jax.Array:

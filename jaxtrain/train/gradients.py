@@ -15,7 +15,7 @@ from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import Decoder
 from jaxtrain.models.float8_weights import in_float8
 from jaxtrain.models.trained import trained, trained_dims
-from jaxtrain.objectives import COEFFICIENTS, PRETRAIN, SCORE, Objective, objective_of
+from jaxtrain.objectives import COEFFICIENTS, PRETRAIN, SCORE, WEIGHTED, Objective, objective_of
 from jaxtrain.ops.attention_order import in_sequence_order, share_out
 from jaxtrain.ops.losses import IGNORED, OF_TOKENS, count_targets
 from jaxtrain.parallel import pipeline
@@ -114,7 +114,7 @@ def make_loss_and_gradients(config: Config, mesh: Mesh, backend: str, model: Dec
     model, objective = model or make_decoder(config, mesh, backend), objective_of(config)
     if isinstance(objective, Objective):
         return _token_gradients(config, mesh, model, objective)
-    gradients_of, score = _token_gradients(config, mesh, model, objective.weighted), _scores(config, mesh, model)
+    gradients_of, score = _token_gradients(config, mesh, model, WEIGHTED), _scores(config, mesh, model)
 
     def weighed(params: PyTree, batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         with jax.named_scope("weigh"):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.checkpoint.fast import FastTier
 from jaxtrain.errors import CheckpointError
 from jaxtrain.files import ReplacedFiles
 from jaxtrain.telemetry.clock import ROW_SHARE, StepClock, memory_row
@@ -189,17 +188,6 @@ class Saving(Hook):
                     raise
                 self._telemetry.progress.say(f"warning    {error}")
             self._save(step, state, wait)
-
-
-class Snapshots(Hook):
-    """Takes snapshots for the fast tier."""
-
-    def __init__(self, telemetry: Telemetry, fast: FastTier, metadata: dict[str, Any]):
-        self._telemetry, self._fast, self._metadata = telemetry, fast, metadata
-
-    def after_step(self, step: int, state: PyTree) -> None:
-        with self._telemetry.pause("taking a snapshot"):
-            self._fast.save(step, state, self._metadata)
 
 
 class Profiling(Hook):

@@ -49,7 +49,6 @@ from jaxtrain.train.hooks import (
     Profiling,
     Retrying,
     Saving,
-    Snapshots,
     Telemetry,
     Validation,
     multiples,
@@ -378,11 +377,15 @@ class Run:
         hooks.add(self._check, every=guard.copies_every)
         if saving is not None:
             hooks.add(saving, every=checkpoint.every)
-        if self.fast is not None:
+        if (fast := self.fast) is not None:
             saved = multiples(checkpoint.every, train.steps)
             taken = multiples(checkpoint.fast_every)
-            described = self.metadata | {"origin": self.prepared.origin}
-            hooks.add(Snapshots(telemetry, self.fast, described), every=lambda step: taken(step) and not saved(step))
+
+            def take_snapshot(step: int, state: PyTree) -> None:
+                with telemetry.pause("taking a snapshot"):
+                    fast.save(step, state, self.metadata | {"origin": self.prepared.origin})
+
+            hooks.add(take_snapshot, every=lambda step: taken(step) and not saved(step))
         hooks.add(self.stop)
         return hooks
 
