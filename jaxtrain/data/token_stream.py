@@ -169,7 +169,7 @@ def read_metadata(path: SourcePath) -> StreamMetadata:
         raise DataError(f"{json_path}: not JSON ({error})") from error
     content = content if isinstance(content, dict) else {}
     kinds = {field.name: {"str": str, "int": int}[str(field.type)] for field in dataclasses.fields(StreamMetadata)}
-    fields = dict.fromkeys(kinds) | OLDER_LACK | {name: value for name, value in content.items() if name in kinds}
+    fields: dict[str, Any] = {name: content.get(name, OLDER_LACK.get(name)) for name in kinds}
     wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
     if wrong:
         raise DataError(f"{json_path}: field {wrong[0]!r} is missing or of the wrong type; make the file again")

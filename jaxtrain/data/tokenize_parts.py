@@ -19,7 +19,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,13 +157,15 @@ def _finished(folder: Path, group: int) -> dict | None:
 @contextmanager
 def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encode]:
     """Yield a function that begins to write a part, in one of `processes`, and returns its future."""
-    if processes == 1:
-        pool, own = ThreadPoolExecutor(1), (tokenizer, name)
-    else:
+    pool: Executor = ThreadPoolExecutor(1)
+    if processes > 1:
         context = multiprocessing.get_context("spawn")
-        pool, own = ProcessPoolExecutor(processes, context, _begin_worker, (name, tokenizer.fingerprint)), ()
+        pool = ProcessPoolExecutor(processes, context, _begin_worker, (name, tokenizer.fingerprint))
     try:
-        yield lambda documents, target: pool.submit(_encode, documents, target, *own)
+        if processes > 1:
+            yield lambda documents, target: pool.submit(_encode_in_worker, documents, target)
+        else:
+            yield lambda documents, target: pool.submit(encode_part, documents, tokenizer, name, target)
     except BrokenProcessPool as error:
         raise DataError("a tokenizing process ended; give the same command again: what is done is kept") from error
     finally:
@@ -171,7 +173,7 @@ def _encoders(tokenizer: Tokenizer, name: str, processes: int) -> Iterator[Encod
 
 
 _of_worker: list[Any] = []
-"""In a process of its own: the tokenizer and its name."""
+"""In a process of its own: the tokenizer, its name, and the fingerprint that it must have."""
 
 
 def _begin_worker(name: str, fingerprint: str) -> None:
@@ -184,10 +186,8 @@ def _begin_worker(name: str, fingerprint: str) -> None:
     _of_worker[:] = load_tokenizer(name), name, fingerprint
 
 
-def _encode(documents: Sequence[Document], target: Path, tokenizer: Tokenizer | None = None, name: str = "") -> None:
-    """Do `encode_part`, with this process's own tokenizer where none is given."""
-    if tokenizer is None:
-        tokenizer, name, fingerprint = _of_worker
-        if tokenizer.fingerprint != fingerprint:
-            raise DataError(f"{name}: was changed while it was used")
+def _encode_in_worker(documents: Sequence[Document], target: Path) -> None:
+    tokenizer, name, fingerprint = _of_worker
+    if tokenizer.fingerprint != fingerprint:
+        raise DataError(f"{name}: was changed while it was used")
     encode_part(documents, tokenizer, name, target)

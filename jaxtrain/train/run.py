@@ -159,7 +159,10 @@ class Run:
             if (reached := self.resume.reached_before(first)) or first == self.config.train.steps:
                 reason = reached or f"all {first} steps were done before; a larger --train.steps trains on"
                 return self._nothing_left(first, reason)
-            self._prepare_batches(first)
+            read_tasks(self.prepared)
+            initial = lambda: (self.prepared.create_state() if first else self.state)["params"]  # noqa: E731
+            with self.progress.during("reading other models"):
+                self.completed = completion_of(self.prepared, lambda: self.data, initial, self.progress, self.stop.check)
             self.stop.check()
             step_function = self._compile(first)
             self.stop.check()
@@ -328,13 +331,6 @@ class Run:
             return self.stop.ends_before(work, part) and self.stop.end_loop()
 
         return Rollouts(self.prepared, self.answering, self.data.prompts, first, self.progress, batch_of, ends_before)
-
-    def _prepare_batches(self, first: int) -> None:
-        """Load what adds to batches: a teacher; or the log-probabilities of the weights of step 0."""
-        read_tasks(self.prepared)
-        initial = lambda: (self.prepared.create_state() if first else self.state)["params"]  # noqa: E731
-        with self.progress.during("reading other models"):
-            self.completed = completion_of(self.prepared, lambda: self.data, initial, self.progress, self.stop.check)
 
     @functools.cached_property
     def answering(self) -> Answering | None:
