@@ -92,7 +92,7 @@ class _Keeper:
     def __init__(self, folder: Path, bad_rows: BadRows, tokenizer: Tokenizer, fraction: float):
         self.sides = {side: SideWriter(folder, side) for side in SIDES}
         self.counts = Counter[str]()
-        self._bad_rows, self._control, self._fraction = bad_rows, getattr(tokenizer, "control", None), fraction
+        self._bad_rows, self._control, self._fraction = bad_rows, tokenizer.control, fraction
 
     def close(self) -> None:
         """Close the files."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtrain.data.chat_template import Message
 from jaxtrain.data.compressed import HEAD_BYTES
-from jaxtrain.data.documents import BadRows, broken_file, open_parquet, open_text, row_of_line
+from jaxtrain.data.documents import BadRows, broken_file, json_rows, open_parquet
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.optional import require
 from jaxtrain.data.store_path import SourcePath
@@ -79,19 +79,12 @@ def read_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
 
 
 def _json_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
-    offset = 0
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}: line {number}"
-            try:
-                row = None if line.isspace() else row_of_line(line, where, offset)
-                if row is not None:
-                    bad_rows.rows += 1
-                    yield ChatRow(where, row, len(line))
-            except DataError as fault:
-                bad_rows.rows += 1
-                bad_rows.leave_out(fault)
-            offset += len(line)
+    for where, row, size in json_rows(path):
+        bad_rows.rows += row is not None
+        if isinstance(row, DataError):
+            bad_rows.leave_out(row)
+        elif row is not None:
+            yield ChatRow(where, row, size)
 
 
 def _parquet_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:

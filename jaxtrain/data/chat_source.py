@@ -77,7 +77,7 @@ def answer_ends(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
     after an answer. Raises ExplainedError where the template cannot be read.
     """
     ends, template = {tokenizer.separator, tokenizer.end}, chat_template_of(config)
-    if template is not None and hasattr(tokenizer, "control"):
+    if template is not None and tokenizer.control:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (probe,) = Conversations(tokenizer, template).encode([("", Conversation(messages, [False, True]))])
         if isinstance(probe, Encoded):

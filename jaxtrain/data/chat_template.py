@@ -49,7 +49,8 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
         )
         environment.extend(generation_marks=self._marks)
-        environment.filters["tojson"] = _to_json
+        # Without the HTML escapes of Jinja's own filter, with the arguments that transformers gives it.
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: (now or _now()).strftime(form)}
         self.source, self.tokens, self.where = source, tokens, where
         self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
@@ -157,13 +158,6 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 def _text_of(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Return JSON without the HTML escapes of Jinja's own filter, with the arguments that transformers gives it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -79,7 +79,7 @@ class Conversations:
 
     def _id_of(self, name: str) -> int:
         """Return the id of a control token; -1 where the name is none."""
-        ids = self._marked_ids(name) if name and hasattr(self._tokenizer, "control") else ()
+        ids = self._marked_ids(name) if name and self._tokenizer.control else ()
         return int(ids[0]) if len(ids) == 1 else -1
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
@@ -121,7 +121,7 @@ class Conversations:
                 f"{where}: messages need a chat template, and there is none beside data.tokenizer; give --data.chat_template=, "
                 "a .jinja file or a folder that has one"
             )
-        if not hasattr(self._tokenizer, "control"):
+        if not self._tokenizer.control:
             raise DataError(f"{where}: messages need a tokenizer.json, which names its control tokens; data.tokenizer has none")
         apart = self._tokenizer.control.spell_apart
         safe = replace(part, messages=apart(list(part.messages)), tools=apart(part.tools))

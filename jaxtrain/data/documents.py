@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from jaxtrain.data.compressed import HEAD_BYTES, open_content
 from jaxtrain.data.file_hashes import unreadable
@@ -19,6 +19,7 @@ from jaxtrain.data.optional import require
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError, nearest
 
+T = TypeVar("T")
 ROWS_AT_ONCE = 1024
 ARROW_FILE, ARROW_END = b"ARROW1\0\0", b"\xff\xff\xff\xff\0\0\0\0"
 TAR_BLOCK = 512
@@ -117,16 +118,18 @@ def _named(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _or_fault(text_of: Callable[..., str], *row: Any) -> str | DataError:
-    """Return the text of a row, or its fault."""
+def _or_fault(value_of: Callable[..., T], *row: Any) -> T | DataError:
+    """Return the value of a row, or its fault."""
     try:
-        return text_of(*row)
+        return value_of(*row)
     except DataError as fault:
         return fault
 
 
 def _text_of_row(row: Any, text_field: str, where: str) -> str:
-    """Return the text field of a decoded JSON row."""
+    """Return the text field of a decoded JSON row; nothing of a blank one."""
+    if row is None:
+        return ""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be a JSON object, but this is a {type(row).__name__}")
     if text_field not in row:
@@ -141,23 +144,26 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
     return text
 
 
-def _read_jsonl(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
+def json_rows(path: SourcePath) -> Iterator[tuple[str, Any, int]]:
+    """Yield of each line that is not blank its place, its JSON value or fault (see `row_of_line`), and its size in bytes."""
     offset = 0
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield _or_fault(_text_of_line, line, text_field, f"{path}: line {number}", offset)
+                where = f"{path}: line {number}"
+                yield where, _or_fault(row_of_line, line, where, offset), len(line)
             offset += len(line)
 
 
-def _text_of_line(line: bytes, text_field: str, where: str, offset: int) -> str:
-    """Return the text field of a JSON line that starts at byte `offset`. Joined files leave a byte order mark inside."""
-    row = row_of_line(line, where, offset)
-    return "" if row is None else _text_of_row(row, text_field, where)
+def _read_jsonl(path: SourcePath, text_field: str) -> Iterator[str | DataError]:
+    for where, row, _ in json_rows(path):
+        yield row if isinstance(row, DataError) else _or_fault(_text_of_row, row, text_field, where)
 
 
 def row_of_line(line: bytes, where: str, offset: int) -> Any:
-    """Return the JSON value of a line that starts at byte `offset`; None for a blank one. Raises DataError with the place."""
+    """Return the JSON value of a line that starts at byte `offset`; None for a blank one: joined files leave a byte order mark
+    inside. Raises DataError with the place.
+    """
     text = _decode_utf8(line, where, offset).lstrip(BYTE_ORDER_MARK)
     if not text.strip():
         return None
@@ -272,7 +278,7 @@ def _text_of_sample(found: dict[str, bytes], text_field: str, where: str) -> str
     if ".txt" in found:
         return _decode_utf8(found[".txt"], f"{where}, .txt").removeprefix(BYTE_ORDER_MARK)
     if ".json" in found:
-        return _text_of_line(found[".json"], text_field, f"{where}, .json", 0)
+        return _text_of_row(row_of_line(found[".json"], f"{where}, .json", 0), text_field, f"{where}, .json")
     raise DataError(f"{where}: has {', '.join(sorted(found))}, but neither .txt nor .json")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
@@ -50,7 +51,36 @@ def _cut_ids(encoding: Any, moved: dict[int, int]) -> CutIds:
     return CutIds(np.array(encoding.ids, dtype=np.int32), ended, begun)
 
 
-class JsonTokenizer:
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """Number of ids, the separator included: every id is below it."""
+    separator: int
+    """The id before, between and after documents; -1: none."""
+    names: dict[int, str]
+    """Names of the control tokens that may be shown; their ids are left out of a decoded text."""
+    control: Any = None
+    """The `ControlWords` of those names; None where they cannot be encoded."""
+    end: int
+    """The id after an answer that is a text: the tokenizer's eos_token, else the separator; -1: none."""
+    fingerprint: str
+    """Changes whenever the mapping from text to ids does."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of the text, [length], without any separator."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode each text, on several cores where the tokenizer can."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of the ids. Separators and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
+
+
+class JsonTokenizer(Tokenizer):
     """A HuggingFace `tokenizer.json`, read by the `tokenizers` library.
 
     The separator is the first that the vocabulary has of: <|endoftext|>; <|end_of_text|>; the eos_token of the

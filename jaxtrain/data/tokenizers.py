@@ -8,7 +8,6 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from jaxtrain.data.compressed import HEAD_BYTES
 from jaxtrain.data.control_words import ControlWords
 from jaxtrain.data.file_hashes import unreadable
 from jaxtrain.data.file_kinds import known_kind
-from jaxtrain.data.json_tokenizer import END_OF_TEXT, CutIds, JsonTokenizer, failed_encoding, reason
+from jaxtrain.data.json_tokenizer import END_OF_TEXT, CutIds, JsonTokenizer, Tokenizer, failed_encoding, reason
 from jaxtrain.data.optional import require
 from jaxtrain.errors import DataError
 from jaxtrain.files import user_path
@@ -25,34 +24,7 @@ NO_TOKENIZER = "none"
 KINDS_THAT_WORK = "use byte, bpe:SIZE, none (for sources that are already tokens), a tokenizer.json, or a SentencePiece .model"
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    vocab_size: int
-    """Number of ids, the separator included: every id is below it."""
-    separator: int
-    """The id before, between and after documents; -1: none."""
-    names: dict[int, str]
-    """Names of the control tokens that may be shown; their ids are left out of a decoded text."""
-    end: int
-    """The id after an answer that is a text: the tokenizer's eos_token, else the separator; -1: none."""
-    fingerprint: str
-    """Changes whenever the mapping from text to ids does."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of the text, [length], without any separator."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text, on several cores where the tokenizer can."""
-        ...
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of the ids. Separators and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
-        ...
-
-
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The UTF-8 bytes of the text, 0 to 255, and the separator 256."""
 
     vocab_size = 257
@@ -66,9 +38,6 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
 
     def encode_marked_batch(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[CutIds]:
         """Encode texts in which <|endoftext|> is the separator, as `JsonTokenizer.encode_marked_batch` does."""
@@ -91,7 +60,7 @@ class ByteTokenizer:
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
 
 
-class IdTokenizer:
+class IdTokenizer(Tokenizer):
     """No tokenizer, for sources that are already token ids: shows ids as numbers and encodes nothing."""
 
     separator = end = -1
@@ -104,16 +73,12 @@ class IdTokenizer:
         """Raise DataError: there is no tokenizer to encode text with."""
         raise DataError(f"data.tokenizer=none cannot turn text into tokens; {KINDS_THAT_WORK}")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Raise DataError, like `encode`."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the ids as numbers with spaces between."""
         return " ".join(str(int(i)) for i in ids)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`. Text is normalised as the model says, so decoding need not give back every character."""
 
     def __init__(self, content: bytes, where: str):
@@ -141,9 +106,6 @@ class SentencePieceTokenizer:
             return np.array(self._backend.encode(text), dtype=np.int32)
         except BaseException as error:
             raise failed_encoding(self._where, [text], self._backend.encode, error) from error
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of the ids, without control pieces."""

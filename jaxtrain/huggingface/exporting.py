@@ -130,34 +130,26 @@ def merging(model: ModelConfig, read: Read) -> Read:
 
     A W that is held in few bits is float32.
     """
-    known, read = dims_of(model), _dequantising(model, read)
+    known = dims_of(model)
+
+    def array_of(name: str) -> Any:
+        """Return an array; of a matrix that is held in few bits its float32 numbers."""
+        dims = known.get(f"{name.removeprefix('params/')}/values")
+        if dims is None:
+            ((_, array),) = read([name])
+            return array
+        values, scale = (np.asarray(array) for _, array in read([f"{name}/values", f"{name}/scale"]))
+        return dequantise(np, dims, Quantised(values, scale))
 
     def merged(names: list[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
-            factors = [f"params/{path}" for path in lora.adapter_of(name.removeprefix("params/"))]
-            if factors[0].removeprefix("params/") not in known:
-                yield from read([name])
-                continue
-            held = {own: np.asarray(array) for own, array in read([name, *factors])}
-            yield name, lora.merge(np, model.adapters.scale, *(held[own] for own in (name, *factors)))
+            array, factors = array_of(name), lora.adapter_of(name.removeprefix("params/"))
+            if factors[0] in known:
+                both = (np.asarray(array_of(f"params/{factor}")) for factor in factors)
+                array = lora.merge(np, model.adapters.scale, np.asarray(array), *both)
+            yield name, array
 
     return merged
-
-
-def _dequantising(model: ModelConfig, read: Read) -> Read:
-    """Return `read` with the float32 numbers of matrices that are held in few bits."""
-    known = dims_of(model)
-
-    def numbers(names: list[str]) -> Iterator[tuple[str, Any]]:
-        for name in names:
-            dims = known.get(f"{name.removeprefix('params/')}/values")
-            if dims is None:
-                yield from read([name])
-                continue
-            values, scale = (np.asarray(array) for _, array in read([f"{name}/values", f"{name}/scale"]))
-            yield name, dequantise(np, dims, Quantised(values, scale))
-
-    return numbers
 
 
 def described_as(model: ModelConfig, beside: Path, length: int) -> dict[str, Any]:

@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-from jaxtrain.huggingface.families import (
-    cohere,
-    deepseek_v2,
-    deepseek_v3,
-    gemma,
-    gemma2,
-    gemma3,
-    glm4_moe,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmoe,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
+from importlib import import_module
+
 from jaxtrain.huggingface.fields import Family
 
-MODULES = (
-    llama,
-    mistral,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    mixtral,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    olmo2,
-    olmoe,
-    phi3,
-    smollm3,
-    granite,
-    cohere,
-    glm4_moe,
-    deepseek_v3,
-    deepseek_v2,
-    gpt_oss,
-)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in MODULES}
-"""By config.json's `model_type`. A model of ours is exported as the first that can express it."""
+NAMES = (
+    "llama mistral qwen2 qwen3 qwen3_moe mixtral gemma gemma2 gemma3 gpt2 gpt_neox olmo2 olmoe phi3 smollm3 granite cohere "
+    "glm4_moe deepseek_v3 deepseek_v2 gpt_oss"
+).split()
+"""Modules of `families`, in the order in which a model of ours is exported as the first that can express it."""
+_LISTED: list[Family] = [import_module(f"jaxtrain.huggingface.families.{name}").FAMILY for name in NAMES]
+FAMILIES = {family.model_type: family for family in _LISTED}
+"""By config.json's `model_type`."""

@@ -7,6 +7,7 @@ expert, which is then the first axis of our parameter.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class Table:
         Args:
           get: (path of our parameter, layer of our stack, expert or None) -> its numbers, of that layer and expert.
         """
-        rows = self.rows_of(theirs)
+        rows = self._of_theirs[theirs]
         target = np.empty(shape_of(parse(rows[0][0].axes)[0], self.sizes), dtype)
         for row, layer, expert in rows:
             left, right = parse(row.axes)
@@ -174,11 +175,11 @@ class Table:
                     ours += [other for other in sharing if other not in ours]
             yield ours, list(theirs)
 
-    def rows_of(self, theirs: str) -> list[tuple[Row, int, int]]:
-        """Return (row, layer of our stack, expert) of every part of a file's tensor."""
-        if not hasattr(self, "_of_theirs"):
-            self._of_theirs: dict[str, list[tuple[Row, int, int]]] = defaultdict(list)
-            for row in self.rows:
-                for name, layer, expert in self.names(row):
-                    self._of_theirs[name].append((row, layer, expert))
-        return self._of_theirs[theirs]
+    @functools.cached_property
+    def _of_theirs(self) -> dict[str, list[tuple[Row, int, int]]]:
+        """(row, layer of our stack, expert) of every part of each of a file's tensors."""
+        found: dict[str, list[tuple[Row, int, int]]] = defaultdict(list)
+        for row in self.rows:
+            for name, layer, expert in self.names(row):
+                found[name].append((row, layer, expert))
+        return found

@@ -106,10 +106,7 @@ def seconds(time: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
-    days, *rest = (int(part) if part else None for part in match.groups())
-    first, second, third = rest[0] or 0, rest[1], rest[2]
-    if days is not None:  # days-hours[:minutes[:seconds]]
-        return ((days * 24 + first) * 60 + (second or 0)) * 60 + (third or 0)
-    if third is not None:  # hours:minutes:seconds
-        return (first * 60 + (second or 0)) * 60 + third
-    return first * 60 + (second or 0)  # minutes[:seconds]
+    days, *rest = (int(part or 0) for part in match.groups())
+    if match[1] is None and match[4] is None:  # minutes[:seconds], not hours:minutes:seconds or days-hours[:minutes[:seconds]]
+        rest = [0, *rest[:2]]
+    return ((days * 24 + rest[0]) * 60 + rest[1]) * 60 + rest[2]

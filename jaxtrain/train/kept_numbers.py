@@ -60,8 +60,7 @@ class KeptNumbers:
           shapes: (rows, L) of each side.
         """
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-            if self._differing(note):
+            if self._differing():
                 return None
             found = {side: {name: np.load(self.file(name, side), mmap_mode="r") for name in self.widths} for side in self.sides}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
@@ -71,16 +70,17 @@ class KeptNumbers:
                 return None
         return found
 
-    def _differing(self, note: Mapping[str, str]) -> list[str]:
-        return [name for name, value in self.of.items() if value and note[name] != value]
+    def _differing(self) -> list[str]:
+        """Return in words what the numbers in the folder are of otherwise. Raises an error where there is no whole note."""
+        note = json.loads(self.note.read_text(encoding="utf-8"))
+        return [f"{name}: {note[name]} there, {here} here" for name, here in self.of.items() if here and note[name] != here]
 
     def check_replaceable(self) -> None:
         """Raise ExplainedError where the folder is a user's, and holds numbers of something else."""
         if not self.field:
             return
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-            differing = [f"{name}: {note[name]} there, {self.of[name]} here" for name in self._differing(note)]
+            differing = self._differing()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return  # nothing whole is lost
         if differing:
