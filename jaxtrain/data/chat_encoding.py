@@ -119,7 +119,7 @@ class _Keeper:
     def _spells(self, part: Conversation | Texts) -> bool:
         if not isinstance(part, Texts) or self._control is None:
             return False
-        return bool(self._control.found(part.prompt + (part.completion or "")))
+        return bool(self._control.found(part.text))
 
 
 def _left_out(sample: ChatSample, sequences: Sequence[np.ndarray]) -> str:

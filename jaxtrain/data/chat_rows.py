@@ -44,6 +44,10 @@ class Texts(NamedTuple):
     prompt: str
     completion: str | None
 
+    @property
+    def text(self) -> str:
+        return self.prompt + (self.completion or "")
+
 
 @dataclass(frozen=True)
 class ChatSample:

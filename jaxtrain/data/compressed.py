@@ -81,15 +81,15 @@ NEW_MEMBER: dict[str, Callable[[], Any]] = {
 }
 
 
-class _Members(io.RawIOBase):
-    """The content of a gzip, bzip2 or xz file.
-
-    Unlike the standard library's readers, it does not take damage in a later member for the end of the file.
-    """
+class _Content(io.RawIOBase):
+    """The content of a compressed file, by a method `_read`."""
 
     def __init__(self, file: BinaryIO, path: SourcePath, kind: str):
         self._file, self._path, self._kind = file, path, kind
-        self._member = NEW_MEMBER[kind]()
+
+    def _read(self, most: int) -> bytes:
+        """Return up to `most` bytes; none at the end of the file."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         return True
@@ -98,14 +98,28 @@ class _Members(io.RawIOBase):
         try:
             content = self._read(len(buffer))
         except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # a disk error; bz2 raises OSError without a number
+            if isinstance(error, OSError) and error.errno is not None:  # a disk error; libraries' own have no number
                 raise
             raise _damaged(self._path, self._kind, self._file, error) from error
         buffer[: len(content)] = content
         return len(content)
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Members(_Content):
+    """The content of a gzip, bzip2 or xz file.
+
+    Unlike the standard library's readers, it does not take damage in a later member for the end of the file.
+    """
+
+    def __init__(self, file: BinaryIO, path: SourcePath, kind: str):
+        super().__init__(file, path, kind)
+        self._member = NEW_MEMBER[kind]()
+
     def _read(self, most: int) -> bytes:
-        """Return up to `most` bytes; none at the end of the file."""
         while True:
             block = b""
             if self._member.eof:
@@ -125,37 +139,14 @@ class _Members(io.RawIOBase):
             rest = block.lstrip(b"\0")
         return rest
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-class _Zstd(io.RawIOBase):
+class _Zstd(_Content):
     """The contents of a zstd file, frame after frame."""
 
     def __init__(self, file: BinaryIO, path: SourcePath):
-        self._file, self._path = file, path
+        super().__init__(file, path, "zstd")
         arrow = require("pyarrow", f"{path}, a zstd file,")
-        self._stream = arrow.CompressedInputStream(arrow.PythonFile(file, mode="r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            content = self._stream.read(len(buffer))
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            if "Truncated" in str(error):
-                raise _cut_short(self._path, "zstd", self._file) from error
-            raise _damaged(self._path, "zstd", self._file, error) from error
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+        self._read = arrow.CompressedInputStream(arrow.PythonFile(file, mode="r"), "zstd").read
 
 
 def _cut_short(path: SourcePath, kind: str, file: BinaryIO) -> DataError:
@@ -164,6 +155,8 @@ def _cut_short(path: SourcePath, kind: str, file: BinaryIO) -> DataError:
 
 def _damaged(path: SourcePath, kind: str, file: BinaryIO, error: Exception) -> DataError:
     why = str(error).partition("decompress failed: ")[2] or str(error)
+    if "Truncated" in why:
+        return _cut_short(path, kind, file)
     if "too much memory" in why:
         return DataError(f"{path}: the zstd file has a window beyond 128 MiB; write it anew without --long (zstd -d --long=31)")
     return DataError(f"{path}: the {kind} file is damaged before byte {file.tell()} ({why}); fetch it again")

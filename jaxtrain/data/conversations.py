@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtrain.data.chat_rows import Conversation, Texts
 from jaxtrain.data.chat_template import ChatTemplate, Message
+from jaxtrain.data.documents import encodable
 from jaxtrain.data.json_tokenizer import CutIds
 from jaxtrain.errors import DataError, ExplainedError
 
@@ -47,19 +48,6 @@ class Rendered:
     @property
     def cuts(self) -> list[int]:
         return [place for span in self.spans for place in span]
-
-
-Part = TypeVar("Part", Rendered, Texts)
-
-
-def _encodable(part: Part, where: str) -> Part:
-    """Return the part. Raises DataError where UTF-8 cannot hold its text."""
-    text = part.text if isinstance(part, Rendered) else part.prompt + (part.completion or "")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a surrogate pair ({text[error.start]!a})") from error
-    return part
 
 
 class Conversations:
@@ -97,9 +85,11 @@ class Conversations:
         for i, (where, part) in enumerate(parts):
             try:
                 if isinstance(part, Conversation):
-                    rendered[i] = _encodable(self._render(part, where), where)
+                    encodable((one := self._render(part, where)).text, f"{where}:")
+                    rendered[i] = one
                 else:
-                    texts[i] = _encodable(part, where)
+                    encodable(part.text, f"{where}:")
+                    texts[i] = part
             except DataError as fault:
                 found[i] = fault
         cuts = self._cut(list(rendered.values()))
@@ -232,7 +222,7 @@ class Conversations:
     def _encode_texts(self, texts: Sequence[Texts]) -> list[Encoded]:
         """Return the ids of prompts and completions; where a token would join the two, each is encoded by itself."""
         prompts = self._tokenizer.encode_batch([text.prompt for text in texts]) if texts else []
-        joined = self._tokenizer.encode_batch([text.prompt + (text.completion or "") for text in texts]) if texts else []
+        joined = self._tokenizer.encode_batch([text.text for text in texts]) if texts else []
         found = []
         for text, prompt, whole in zip(texts, prompts, joined, strict=True):
             rest = whole[len(prompt) :]

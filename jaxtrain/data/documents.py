@@ -137,10 +137,15 @@ def _text_of_row(row: Any, text_field: str, where: str) -> str:
     text = row[text_field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {text_field!r} is {_named(text)}, not text")
+    return encodable(text, f"{where}: field {text_field!r}")
+
+
+def encodable(text: str, what: str) -> str:
+    """Return the text. Raises DataError where UTF-8 cannot hold it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {text_field!r} has half a surrogate pair at character {error.start}") from error
+        raise DataError(f"{what} holds half a surrogate pair ({text[error.start]!a}) at character {error.start}") from error
     return text
 
 

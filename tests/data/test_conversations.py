@@ -158,8 +158,8 @@ def test_half_a_surrogate_pair_is_a_fault_of_its_row_alone(opened):
     bad = part_of([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}])
     parts = [bad, part_of(draw_conversation(0)), ("there", Texts("a\udc00", "b")), ("there", Texts("a", "b"))]
     fault, good, text_fault, text = conversations.encode(parts)
-    assert str(fault) == "here: holds half a surrogate pair ('\\ud800')"
-    assert str(text_fault) == "there: holds half a surrogate pair ('\\udc00')"
+    assert str(fault).startswith("here: holds half a surrogate pair ('\\ud800') at character ")
+    assert str(text_fault).startswith("there: holds half a surrogate pair ('\\udc00') at character ")
     assert good.learned.any()
     assert text.learned.any()
 
