@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtrain.data.chat_template import Message
 from jaxtrain.data.compressed import HEAD_BYTES
 from jaxtrain.data.documents import BadRows, broken_file, json_rows, open_parquet
-from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.file_hashes import reading
 from jaxtrain.data.optional import require
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.errors import DataError
@@ -74,12 +74,10 @@ def read_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:
 
     A row that is no JSON is counted in `bad_rows`. Raises DataError with the place.
     """
-    try:
+    with reading(path):
         with path.open("rb") as file:
             is_parquet = file.read(HEAD_BYTES).startswith(b"PAR1")
         yield from _parquet_rows(path, bad_rows) if is_parquet else _json_rows(path, bad_rows)
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _json_rows(path: SourcePath, bad_rows: BadRows) -> Iterator[ChatRow]:

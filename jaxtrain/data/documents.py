@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from jaxtrain.data.compressed import HEAD_BYTES, open_content
-from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.file_hashes import reading
 from jaxtrain.data.file_kinds import known_kind, what_it_is
 from jaxtrain.data.optional import require
 from jaxtrain.data.store_path import SourcePath
@@ -71,15 +71,13 @@ def read_documents(kind: str, path: SourcePath, text_field: str, bad_rows: BadRo
     row.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    try:
+    with reading(path):
         for text in READERS[kind](path, text_field):
             bad_rows.rows += 1
             if isinstance(text, DataError):
                 bad_rows.leave_out(text)
                 text = ""
             yield text
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _decode_utf8(content: bytes, where: str, offset: int = 0) -> str:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxtrain.data.progress import progress
@@ -28,6 +28,22 @@ def short_hash(value: object) -> str:
 def unreadable(path: SourcePath, error: OSError) -> DataError:
     """Return the error for a failed read of `path`."""
     return DataError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+@contextmanager
+def reading(path: SourcePath) -> Iterator[None]:
+    """Turn a failure to read `path` into its DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def keep_note(path: Path, content: str) -> None:
+    """Keep what only saves time: where it cannot be written, it is found again."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
 
 
 def file_hashes(paths: Sequence[SourcePath], cache_dir: Path, title: str) -> list[str]:
@@ -53,26 +69,21 @@ def file_hashes(paths: Sequence[SourcePath], cache_dir: Path, title: str) -> lis
             for i, path in enumerate(paths)
             if stats[i].st_mtime_ns < settled_before
         }
-        _write_note(note_path, note)
+        keep_note(note_path, json.dumps(note))
     return hashes
 
 
 def _stat(path: SourcePath) -> os.stat_result | StoreStat:
-    try:
+    with reading(path):
         return path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _hash_file(path: SourcePath, advance) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-                advance(len(block))
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 
@@ -83,9 +94,3 @@ def _read_note(path: Path) -> dict[str, list]:
         return {}
     good = isinstance(note, dict) and all(isinstance(entry, list) and len(entry) == 4 for entry in note.values())
     return note if good else {}
-
-
-def _write_note(path: Path, note: dict[str, list]) -> None:
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(note))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.file_hashes import reading
 from jaxtrain.data.store_path import SourcePath
 from jaxtrain.data.store_tokens import StoreTokens
 from jaxtrain.errors import DataError
@@ -73,11 +73,8 @@ def read_index(path: SourcePath, size: int) -> tuple[np.dtype, np.ndarray]:
 
     Raises DataError where the index is none, cut short, or does not describe so many bytes.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), path.open("rb") as file:
+        content = file.read()
     if not content.startswith(MAGIC):
         raise DataError(f"{path}: begins with {content[:9]!r}, not {MAGIC!r}: it is no index of Megatron's")
     if len(content) < _HEADER.size:

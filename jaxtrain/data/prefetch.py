@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(AbstractContextManager[Any], Iterator[T]):
     """Iterates over make(first), make(first + 1), ... without end, in order, with `depth` results made ahead.
 
     An error in `make` is raised by the `next` that would have given its result, and closes the iterator. `close` (or the end of
@@ -22,7 +23,7 @@ class Prefetcher(Generic[T]):
         self._make, self._next_index = make, first
         self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="jaxtrain-data")
         self._pending: deque[Future[T]] = deque()
-        self._closed = False
+        """Empty once it is closed."""
         for _ in range(depth):
             self._submit()
 
@@ -30,12 +31,9 @@ class Prefetcher(Generic[T]):
         self._pending.append(self._executor.submit(self._make, self._next_index))
         self._next_index += 1
 
-    def __iter__(self) -> Prefetcher[T]:
-        return self
-
     def __next__(self) -> T:
         """Return the next result; StopIteration after `close`."""
-        if self._closed:
+        if not self._pending:
             raise StopIteration
         try:
             result = self._pending.popleft().result()
@@ -47,12 +45,8 @@ class Prefetcher(Generic[T]):
 
     def close(self) -> None:
         """Drop the remaining results, and wait for the threads to end. May be called again."""
-        self._closed = True
         self._pending.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Prefetcher[T]:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

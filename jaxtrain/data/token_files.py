@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jaxtrain.config import Config, DataSource
-from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
+from jaxtrain.data.file_hashes import file_hashes, keep_note, short_hash, unreadable
 from jaxtrain.data.listing import SourceFile, list_files
 from jaxtrain.data.mapped import map_array
 from jaxtrain.data.megatron import read_index, with_separators
@@ -196,9 +195,7 @@ def check_ids(part: TokenPart, name: str, tokenizer: Tokenizer, config: Config, 
             vocabulary = f"the {tokenizer.vocab_size} ids of data.tokenizer={config.data.tokenizer}"
             way_out = "name the tokenizer that made it, or --data.tokenizer=none"
         raise DataError(f"{name}: token id {value} at position {first} is outside {vocabulary}; {way_out}")
-    with suppress(OSError):  # the record only saves time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    keep_note(note, "")
 
 
 def _first_outside(tokens: FileTokens, limit: int, title: str) -> tuple[int, int]:

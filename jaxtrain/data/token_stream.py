@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.documents import BadRows
-from jaxtrain.data.file_hashes import file_hashes, short_hash, unreadable
+from jaxtrain.data.file_hashes import file_hashes, reading, short_hash, unreadable
 from jaxtrain.data.mapped import map_array
 from jaxtrain.data.store_path import SourcePath, StorePath
 from jaxtrain.data.store_tokens import StoreTokens, block_cache
@@ -193,10 +193,8 @@ def open_stream(path: SourcePath, cache_dir: Path, most_bytes: int = 0) -> tuple
     metadata = read_metadata(path)
     dtype = STORED_DTYPES[metadata.dtype]
     expected = metadata.count * dtype.itemsize
-    try:
+    with reading(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise unreadable(path, error) from error
     if size != expected:
         raise DataError(
             f"{path}: {size} bytes, but {path.with_suffix('.json').name} says {metadata.count} tokens of {metadata.dtype} = "

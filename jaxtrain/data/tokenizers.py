@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxtrain.data.compressed import HEAD_BYTES
 from jaxtrain.data.control_words import ControlWords
-from jaxtrain.data.file_hashes import unreadable
+from jaxtrain.data.file_hashes import reading
 from jaxtrain.data.file_kinds import known_kind
 from jaxtrain.data.json_tokenizer import END_OF_TEXT, CutIds, JsonTokenizer, Tokenizer, failed_encoding, reason
 from jaxtrain.data.optional import require
@@ -136,10 +136,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     path = tokenizer_file(name)
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from error
     if what := known_kind(content[:HEAD_BYTES]):
         raise DataError(f"{path}: is not a tokenizer but {what}")
     if path.suffix == ".model":

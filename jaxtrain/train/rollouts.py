@@ -353,15 +353,11 @@ class RewardEvaluation:
         """Batches that are answered; 0 where nothing is held out."""
 
     def of_state(self, state: PyTree, ends: Callable[[int], bool] = lambda part: False) -> dict[str, float | None] | None:
-        """Return the `row` of the weights."""
-        return self.row(state["params"], ends)
-
-    def row(self, params: PyTree, ends: Callable[[int], bool] = lambda part: False) -> dict[str, float | None] | None:
         """Return the mean reward, the tokens of an answer and the share of answers that no token ended; None where `ends` ended
         it.
         """
         samplings = [Sampling(self._grpo.max_new_tokens)] * len(self._prompts)
-        answers = self._answering.answers(params, self._prompts, samplings, ends)
+        answers = self._answering.answers(state["params"], self._prompts, samplings, ends)
         if answers is None:
             return None
         scores = self._answering.scores(self._prompts, [[answer] for answer in answers])
