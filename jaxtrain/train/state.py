@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -179,14 +179,14 @@ def create_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransforma
     if config.lora.base:
         return state_of(config, mesh, optimizer, {"params": _params_in_few_bits(config, mesh)})
     shardings = state_shardings(config, mesh, optimizer)
-    options = options_of_rare_programs(mesh.devices.flat[0].platform)
-    born = jax.jit(
-        lambda seed: initial_state(config, optimizer, seed),
-        in_shardings=replicated(mesh),
-        out_shardings=shardings,
-        compiler_options=options,
-    )
+    born = _rare(lambda seed: initial_state(config, optimizer, seed), mesh, shardings, in_shardings=replicated(mesh))
     return born(seed_words(config.train.seed))
+
+
+def _rare(function: Callable[..., PyTree], mesh: Mesh, shardings: PyTree, **options: Any) -> Callable[..., PyTree]:
+    """Return the jit of a function that runs once."""
+    compiler_options = options_of_rare_programs(mesh.devices.flat[0].platform)
+    return jax.jit(function, out_shardings=shardings, compiler_options=compiler_options, **options)
 
 
 def _params_in_few_bits(config: Config, mesh: Mesh) -> PyTree:
@@ -195,26 +195,16 @@ def _params_in_few_bits(config: Config, mesh: Mesh) -> PyTree:
     They are made by one program and quantised by others: fused, a scale would be rounded as the program of each mesh likes.
     """
     plain = dataclasses.replace(config, lora=dataclasses.replace(config.lora, base="", base_group=0))
-    dims, options = decoder.parameter_dims(plain.model), options_of_rare_programs(mesh.devices.flat[0].platform)
-    born = jax.jit(
-        lambda seed: initial_params(plain, seed),
-        in_shardings=replicated(mesh),
-        out_shardings=named(mesh, dims),
-        compiler_options=options,
-    )
+    dims = decoder.parameter_dims(plain.model)
+    born = _rare(lambda seed: initial_params(plain, seed), mesh, named(mesh, dims), in_shardings=replicated(mesh))
     return jax.tree.map(holding(config.lora, mesh), dims, born(seed_words(config.train.seed)), is_leaf=is_dims)
 
 
 @settled()
 def state_of(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, given: PyTree) -> PyTree:
     """Return the state at step 0 with these parameters, and optimizer state if given, which are donated."""
-    born = jax.jit(
-        lambda given: initial_state(config, optimizer, given=given),
-        out_shardings=state_shardings(config, mesh, optimizer),
-        donate_argnums=0,
-        compiler_options=options_of_rare_programs(mesh.devices.flat[0].platform),
-    )
-    return born(given)
+    shardings = state_shardings(config, mesh, optimizer)
+    return _rare(lambda given: initial_state(config, optimizer, given=given), mesh, shardings, donate_argnums=0)(given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
