@@ -39,7 +39,7 @@ def reading(path: SourcePath) -> Iterator[None]:
         raise unreadable(path, error) from error
 
 
-def keep_note(path: Path, content: str) -> None:
+def keep_note(path: Path, content: str | bytes) -> None:
     """Keep what only saves time: where it cannot be written, it is found again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,18 +7,18 @@ without separators do not show where a document is, and a copy of some of them i
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from jaxtrain.data.file_hashes import short_hash
+from jaxtrain.data.file_hashes import keep_note, short_hash
 from jaxtrain.data.packing import num_full_windows
 from jaxtrain.data.progress import progress
 from jaxtrain.data.split import LONG_DOCUMENT, hash_share, held_out_start, split_rule
 from jaxtrain.data.token_part import FileTokens, JoinedTokens, TokenPart, Tokens, stretch_of
-from jaxtrain.files import replacing
 
 SCAN_TOKENS = 1 << 22
 Span = tuple[int, int, bool]
@@ -42,7 +42,8 @@ def split_part(part: TokenPart, fraction: float, length: int, title: str, cache_
     spans = _read_note(note)
     if spans is None:
         spans = np.array(list(_merged(_document_spans(tokens, starts, fraction, title))), np.int64).reshape(-1, 3)
-        _write_note(note, spans)
+        np.save(content := io.BytesIO(), spans)
+        keep_note(note, content.getvalue())
     train, held_out = (_joined(tokens, spans[spans[:, 2] == side, :2], int(starts[-1])) for side in (0, 1))
     return _of_part(part, train, f"{rule}: training"), _of_part(part, held_out, f"{rule}: held out")
 
@@ -122,10 +123,3 @@ def _read_note(path: Path) -> np.ndarray | None:
         if spans.dtype == np.int64 and spans.ndim == 2 and spans.shape[1] == 3:
             return spans
     return None
-
-
-def _write_note(path: Path, spans: np.ndarray) -> None:
-    with suppress(OSError):  # the record only saves time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside, beside.open("wb") as file:
-            np.save(file, spans)

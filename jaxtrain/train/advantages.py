@@ -42,10 +42,5 @@ def answer_weights(lengths_N: np.ndarray, counted_N: np.ndarray, normaliser: str
     """
     lengths = np.maximum(lengths_N, 1).astype(np.float64)
     count = max(1, int(counted_N.sum()))
-    if normaliser == "answer":
-        weights = 1 / (count * lengths)
-    elif normaliser == "token":
-        weights = np.full(len(lengths), 1 / max(1, int(lengths_N[counted_N].sum())))
-    else:
-        weights = np.full(len(lengths), 1 / (count * most))
-    return np.where(counted_N, weights, 0.0).astype(np.float32)
+    tokens = {"answer": count * lengths, "token": max(1, int(lengths_N[counted_N].sum())), "constant": count * most}
+    return np.where(counted_N, 1 / tokens[normaliser], 0.0).astype(np.float32)

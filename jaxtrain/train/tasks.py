@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -66,21 +66,16 @@ class Tasks(Hook):
         self._telemetry.progress.say(f"tasks      step {step} | {' | '.join(measured)}")
 
     def _row(self, step: int, model: Model) -> dict[str, Any] | None:
-        row, part = {"step": step}, 0
+        row, parts = {"step": step}, itertools.count(1)
 
         def advance(count: int) -> None:
-            nonlocal part
-            part += 1
-            if self._stop.ends_before(f"tasks {step}", part):
+            if self._stop.ends_before(f"tasks {step}", next(parts)):
                 raise _Unfinished
 
         try:
             for task in self._tasks:
-                row |= self._measured(model, task, advance)
+                found = evaluate(model, task, self._settings, advance).measures
+                row |= {f"task_{task.name}_{name}": value for name, value in found.items()}
         except _Unfinished:
             return None
         return row
-
-    def _measured(self, model: Model, task: Task, advance: Callable[[int], None]) -> dict[str, float]:
-        found = evaluate(model, task, self._settings, advance).measures
-        return {f"task_{task.name}_{name}": value for name, value in found.items()}
