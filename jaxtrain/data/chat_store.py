@@ -156,11 +156,9 @@ class SideWriter:
         self._files = {name: (folder / f"{side}.{name}").open("wb") for name in _FILES}
         self._digests = {name: hashlib.sha256() for name in _FILES}
         self._counts = dict.fromkeys(_FILES, 0)
-        self.samples = 0
 
     def append(self, sequences: Iterable[np.ndarray], sample: ChatSample) -> None:
         """Add a sample; of a prompt its row too. Raises OSError."""
-        self.samples += 1
         for sequence in sequences:
             self._write("tokens", sequence)
             self._write("ends", np.array([self._counts["tokens"]]))
