@@ -37,6 +37,7 @@ from jaxtrain.program import hlo
 from jaxtrain.program.collectives import instruction_seconds, read_collectives
 from jaxtrain.program.groups import group_of, layout_of
 from jaxtrain.program.hlo import matmul_flops
+from tests.data.streams import append
 from tests.program.test_hlo import counted
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -221,7 +222,7 @@ def token_files() -> dict[str, bytes]:
     ids = np.random.default_rng(0).integers(0, 256, 900)
     with tempfile.TemporaryDirectory() as folder:
         writer = StreamWriter(Path(folder) / "ids.bin", "train", ByteTokenizer(), "byte")
-        writer.append(bytes(ids % 128).decode(), ids)
+        append(writer, bytes(ids % 128).decode(), ids)
         writer.close()
         np.save(Path(folder) / "ids.npy", ids.astype(np.uint16))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

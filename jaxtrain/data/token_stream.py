@@ -76,17 +76,8 @@ class StreamMetadata:
         return f"{self.bad_rows:,} of {self.rows:,} rows, the first: {self.first_bad_row}" if self.bad_rows else ""
 
 
-def check_separator(ids: np.ndarray, separator: int, text: str, tokenizer_name: str) -> None:
-    """Raise DataError where the separator is among the ids of a document."""
-    if (inside := np.flatnonzero(ids == separator)).size:
-        raise DataError(
-            f"tokenizer {tokenizer_name}: gave the id {separator} that separates documents at position {inside[0]} "
-            f"of the document that begins {text[:60]!r}; use a tokenizer with a separator of its own"
-        )
-
-
 class StreamWriter:
-    """Writes one stream, document by document. `close` adds the closing separator and the JSON file."""
+    """Writes one stream. `close` adds the closing separator and the JSON file."""
 
     def __init__(self, path: Path, split: str, tokenizer: Tokenizer, tokenizer_name: str, split_rule: str = ""):
         """Open `path` (a .bin) for writing; gzip is measured only for split="validation". Raises OSError."""
@@ -104,15 +95,6 @@ class StreamWriter:
         self._digest = hashlib.sha256()
         self._gzip = zlib.compressobj(9, wbits=31) if split == "validation" else None
         self._file = path.open("wb")
-
-    def append(self, text: str, ids: np.ndarray) -> None:
-        """Add one document: its ids, [length]; its text is only measured.
-
-        Raises OSError; DataError where the separator is among the ids.
-        """
-        check_separator(ids, self._told.separator, text, self._told.tokenizer)
-        content = text.encode()
-        self.extend(np.concatenate([[self._told.separator], ids]), 1, len(content), [content])
 
     def extend(self, ids: np.ndarray, documents: int, utf8_bytes: int, contents: Iterable[bytes] = ()) -> None:
         """Add documents: their ids, each after a separator, their number, and their text, for split="validation" alone."""

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtrain.data.corpus import Corpus, Document
 from jaxtrain.data.documents import BadRows
 from jaxtrain.data.progress import progress
-from jaxtrain.data.token_stream import StreamWriter, check_separator
+from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import Tokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 from jaxtrain.files import replace_file
@@ -50,7 +50,7 @@ def encode_part(documents: Sequence[Document], tokenizer: Tokenizer, name: str, 
     separator, held, utf8_bytes = np.array([tokenizer.separator], np.int32), [], 0
     for batch in _stretches(documents, BATCH_CHARACTERS):
         for document, found in zip(batch, tokenizer.encode_batch([one.text for one in batch]), strict=True):
-            check_separator(found, tokenizer.separator, document.text, name)
+            _check_separator(found, tokenizer.separator, document.text, name)
             ids["validation" if document.held_out else "train"] += [separator, found.astype(np.int32)]
             content = document.text.encode()
             if document.held_out:
@@ -62,6 +62,15 @@ def encode_part(documents: Sequence[Document], tokenizer: Tokenizer, name: str, 
     replace_file(target.with_suffix(".held"), b"".join(held))
     about = {"documents": len(documents) - len(held), "utf8_bytes": utf8_bytes, "held": [len(content) for content in held]}
     replace_file(target.with_suffix(".json"), json.dumps(about))
+
+
+def _check_separator(ids: np.ndarray, separator: int, text: str, tokenizer_name: str) -> None:
+    """Raise DataError where the separator is among the ids of a document."""
+    if (inside := np.flatnonzero(ids == separator)).size:
+        raise DataError(
+            f"tokenizer {tokenizer_name}: gave the id {separator} that separates documents at position {inside[0]} "
+            f"of the document that begins {text[:60]!r}; use a tokenizer with a separator of its own"
+        )
 
 
 def write_parts(corpus: Corpus, tokenizer: Tokenizer, tokenizer_name: str, folder: Path, processes: int) -> BadRows:

@@ -15,6 +15,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.tokenize import TokenizeConfig
 from jaxtrain.data.tokenize import find_problems as tokenize_problems
 from jaxtrain.errors import ConfigError, DataError
+from tests.data.streams import append
 
 
 def is_refused(config, *words):
@@ -279,7 +280,7 @@ def test_what_the_json_beside_a_token_file_says_is_not_believed(make_config, tmp
     from jaxtrain.data.tokenizers import ByteTokenizer
 
     writer = StreamWriter(tmp_path / "ids.bin", "train", ByteTokenizer(), "byte")
-    writer.append("x" * 500, np.full(500, 290))
+    append(writer, "x" * 500, np.full(500, 290))
     writer.close()
     beside = tmp_path / "ids.json"
     said = json.loads(beside.read_text())

@@ -16,6 +16,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import DataError
+from tests.data.streams import append
 
 SEPARATOR = ByteTokenizer.separator
 
@@ -40,7 +41,7 @@ def test_megatrons_documents_are_those_of_its_index(tmp_path, texts, make_config
     theirs = write_megatron(tmp_path / "theirs.bin", ids)
     writer = StreamWriter(tmp_path / "ours.bin", "train", ByteTokenizer(), "byte")
     for text, document in zip(texts, ids, strict=True):
-        writer.append(text, document)
+        append(writer, text, document)
     writer.close()
     ours = DataSource(kind="tokens", path=str(tmp_path / "ours.bin"))
     one, other = (open_data(make_config(source, validation_fraction=fraction)) for source in (theirs, ours))

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtrain.data.corpus import Document
 from jaxtrain.data.json_tokenizer import train_bpe
-from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenize import TokenizeConfig, tokenize
+from jaxtrain.data.tokenize_parts import encode_part
 from jaxtrain.data.tokenizers import ByteTokenizer, load_tokenizer
 from jaxtrain.errors import DataError
 
@@ -225,10 +226,10 @@ def test_no_text_gives_the_separator_of_a_sentencepiece_model(tmp_path_factory, 
 
 def test_a_stream_refuses_a_separator_inside_a_document(tmp_path):
     """The law holds for any tokenizer, whoever wrote it."""
-    writer = StreamWriter(tmp_path / "a.bin", "train", ByteTokenizer(), "byte")
+    tokenizer = ByteTokenizer()
+    tokenizer.encode = lambda text: np.array([1, 2, 256, 3])
     with pytest.raises(DataError, match=r"gave the id 256 that separates documents at position 2"):
-        writer.append("abcd", np.array([1, 2, 256, 3]))
-    writer.abandon()
+        encode_part([Document("abcd", 0, False)], tokenizer, "byte", tmp_path / "0-0")
 
 
 def test_the_separators_of_a_stream_are_as_many_as_its_documents(tmp_path):

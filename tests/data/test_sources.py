@@ -16,6 +16,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import DataError
+from tests.data.streams import append
 
 
 def write_parquet(path, texts, column="text"):
@@ -160,7 +161,7 @@ print(opened.tokens_per_epoch)
     for i in range(100):
         np.save(tmp_path / f"n{i}.npy", np.full(33, i))
         writer = StreamWriter(tmp_path / f"b{i}.bin", "validation" if i == 0 else "train", ByteTokenizer(), "byte")
-        writer.append(f"{i:031}", np.full(31, i % 200))
+        append(writer, f"{i:031}", np.full(31, i % 200))
         writer.close()
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (f"{(99 + 100) * 32}\n", 0), done.stderr
@@ -199,7 +200,7 @@ def test_npy_tokens_are_one_stream_unless_asked_where_documents_begin(make_confi
 
 def test_files_of_one_source_agree_on_the_separator(make_config, tmp_path):
     writer = StreamWriter(tmp_path / "a.bin", "train", ByteTokenizer(), "byte")
-    writer.append("x" * 500, np.full(500, 120))
+    append(writer, "x" * 500, np.full(500, 120))
     writer.close()
     np.save(tmp_path / "b.npy", np.full(500, 120, np.uint16))
     for path, separator, words in (("a.bin", 7, "a.json says separator=256"), ("[ab].*", -1, "separators -1 and 256")):

@@ -22,6 +22,7 @@ from jaxtrain.data.token_stream import StreamWriter
 from jaxtrain.data.tokenizers import ByteTokenizer
 from jaxtrain.errors import DataError
 from jaxtrain.telemetry.metrics import read_rows
+from tests.data.streams import append
 from tests.data.test_sources import write_parquet
 from tests.launch.processes import started
 
@@ -86,7 +87,7 @@ def folder(tmp_path, texts):
     for split in ("train", "validation"):
         writer = StreamWriter(folder / "tokens" / f"{split}.bin", split, ByteTokenizer(), "byte")
         for text in texts:
-            writer.append(text * (3 if split == "train" else 1), ByteTokenizer().encode(text))
+            append(writer, text * (3 if split == "train" else 1), ByteTokenizer().encode(text))
         writer.close()
     return folder
 
