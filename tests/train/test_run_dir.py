@@ -27,7 +27,7 @@ def fail(request):
 
 def test_the_lock_holds_without_its_owners_name(tmp_path, monkeypatch, fail):
     make_run_dir(tmp_path)
-    monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     with only_run_in(tmp_path), pytest.raises(ExplainedError, match="another process is training in"), only_run_in(tmp_path):
         pass
 
