@@ -80,13 +80,29 @@ def _layers(
             caches = (*caches[:place], entries, *caches[place + 1 :])
         return (x, caches), None
 
-    carry = (x, caches)
-    if isinstance(weights.layers, list):  # see `apart`
-        for index in range(groups):
-            carry, _ = group(carry, (weights.layers[index * period : (index + 1) * period], jnp.int32(index)))
-        return carry
     of_chunk = jax.tree.map(lambda leaf: leaf[chunk], weights.layers)
-    return lax.scan(group, carry, (of_chunk, jnp.arange(groups)))[0]
+    return lax.scan(group, (x, caches), (of_chunk, jnp.arange(groups)))[0]
+
+
+def _one_by_one(decoder: Decoder, layers: list, x: jax.Array, places: Places, caches: list) -> tuple[jax.Array, list]:
+    """Run layers that are `apart`, each with a cache of its own."""
+    period, held = decoder.stacking.period, int(decoder.stacking.counts()[0, 0])
+    for number, weights in enumerate(layers[:held]):
+        x, entries = _layer(decoder, decoder.config, weights, number % period, x, places, caches[number], jnp.int32(0))
+        caches = [*caches[:number], entries, *caches[number + 1 :]]
+    return x, caches
+
+
+def _caches_apart(stack: tuple) -> list:
+    """Return the cache of each layer, [1, ...]: XLA:CPU would copy it out of the stack, and the stack at every step."""
+    groups = jax.tree.leaves(stack)[0].shape[2]
+    return [jax.tree.map(lambda leaf, i=i: leaf[0, 0, i : i + 1], own) for i in range(groups) for own in stack]
+
+
+def _caches_stacked(caches: list, period: int) -> tuple:
+    """Return the caches of `_caches_apart` as they were."""
+    places = (caches[place::period] for place in range(period))
+    return tuple(jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[None, None], *own) for own in places)
 
 
 def _layer(
@@ -111,10 +127,10 @@ def _layer(
     return x, attention.entries
 
 
-def _through_stages(
-    decoder: Decoder, weights: Parameters, x: jax.Array, places: Places, stack: tuple
-) -> tuple[jax.Array, tuple]:
+def _through_stages(decoder: Decoder, weights: Parameters, x: jax.Array, places: Places, stack: Any) -> tuple[jax.Array, Any]:
     """Run the whole stack, stage after stage; every stage ends with the result."""
+    if isinstance(weights.layers, list):
+        return _one_by_one(decoder, weights.layers, x, places, stack)
     stages, stage = decoder.stacking.stages, lax.axis_index("pipe")
     parts = stages * decoder.stacking.chunks
     for chunk in range(decoder.stacking.chunks):
@@ -264,7 +280,8 @@ class Programs:
 
         def region(params: PyTree, cache: PyTree, rows: Rows, steps: jax.Array) -> tuple[PyTree, Rows, tuple]:
             weights = self._weights(params)
-            count = rows.left.shape[0]
+            is_apart, count = isinstance(weights.layers, list), rows.left.shape[0]
+            cache = cache | {"stack": _caches_apart(cache["stack"])} if is_apart else cache
             none = (jnp.full((STEPS, count), -1, jnp.int32), jnp.zeros((STEPS, count), jnp.float32))
 
             def step(number: jax.Array, carry: tuple) -> tuple:
@@ -277,7 +294,9 @@ class Programs:
                 rows, new = _advance(rows, logits, active)
                 return cache, rows, jax.tree.map(lambda held, own: held.at[number].set(own), made, new)
 
-            return lax.fori_loop(0, steps, step, (cache, rows, none))
+            cache, rows, made = lax.fori_loop(0, steps, step, (cache, rows, none))
+            period = self._decoder.stacking.period
+            return cache | {"stack": _caches_stacked(cache["stack"], period)} if is_apart else cache, rows, made
 
         return self._jit(region, (PartitionSpec(),), PartitionSpec(None, ROW_AXES))
 
