@@ -16,20 +16,25 @@ mesh cuts between blocks (`cut_block`). Norms and biases, and dims with less tha
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.sharding import RULES, Dims, is_dims
 from jaxtrain.train.leaf_axes import leaf_axes, names_of_path
-from jaxtrain.train.rounding import random_bits
+from jaxtrain.train.rounding import STACKED, random_bits
 
 PyTree = Any
 LONGEST_BLOCK, SHORTEST_BLOCK = 64, 8
+LAYER = STACKED.index("layer")
 SECOND_MOMENT = "nu"
 """Name of optax's trees of second moments."""
 
@@ -66,54 +71,98 @@ def cut_block(dims: Dims, shape: tuple[int, ...], mesh: MeshConfig) -> str:
     )
 
 
-def in_8_bits(inner: optax.GradientTransformation, dims: PyTree, layer_numbers: Any) -> optax.GradientTransformation:
+def in_8_bits(
+    inner: optax.GradientTransformation, dims: PyTree, layer_numbers: np.ndarray, by_layer: bool = True
+) -> optax.GradientTransformation:
     """Return the transformation with its moments held in 8 bits between steps; each update computes in float32.
 
     Args:
       dims: logical dims of the trained parameters.
       layer_numbers: `Stacking.layer_numbers`.
+      by_layer: update stacked layers one after the other, so that one layer's moments at a time are there in float32. For rules
+        that take each number by itself, without its parameter.
     """
     inner = optax.with_extra_args_support(inner)
     of_params = {names_of_path(path): own for path, own in jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)[0]}
+    owner = functools.partial(_owner, of_params)
 
-    def owner(path: tuple, leaf: jax.Array) -> tuple[Dims, int, int, bool] | None:
-        """(dims, axis and length of blocks, whether it is a second moment) of a leaf that is held in 8 bits."""
-        names = names_of_path(path)
-        for suffix, own in of_params.items():
-            if names[-len(suffix) :] == suffix and len(own) == leaf.ndim:
-                axis, length = block_of(own, leaf.shape)
-                return (own, axis, length, SECOND_MOMENT in names[: -len(suffix)]) if length else None
-        return None
-
-    def held(state: PyTree, step: jax.Array) -> HeldMoments:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    def held(state: PyTree, step: jax.Array, numbers: Any = layer_numbers) -> HeldMoments:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_none)
         key, both = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), step), []
         for number, (path, leaf) in enumerate(leaves):
-            if (found := owner(path, leaf)) is None:
+            own, axis, length, is_second = owner(path, leaf)
+            if not length:
                 both.append((leaf, optax.MaskedNode()))
                 continue
-            own, axis, length, is_second = found
-            bits = random_bits(jax.random.fold_in(key, number), leaf.shape, own, layer_numbers)
+            bits = random_bits(jax.random.fold_in(key, number), leaf.shape, own, numbers)
             both.append(encode(leaf, bits, axis, length, is_second))
         codes, scales = zip(*both, strict=True) if both else ((), ())
         return HeldMoments(step, structure.unflatten(codes), structure.unflatten(scales))
 
-    def as_numbers(state: HeldMoments) -> PyTree:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(state.codes)
+    def as_numbers(codes: PyTree, scales: PyTree) -> PyTree:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(codes, is_leaf=_is_none)
         numbers = []
-        for (path, code), scale in zip(leaves, structure.flatten_up_to(state.scales), strict=True):
-            found = owner(path, code)
-            numbers.append(code if found is None else decode(code, scale, found[1], found[2]))
+        for (path, code), scale in zip(leaves, structure.flatten_up_to(scales), strict=True):
+            _, axis, length, _ = owner(path, code)
+            numbers.append(decode(code, scale, axis, length) if length else code)
         return structure.unflatten(numbers)
 
     def init(params: PyTree) -> HeldMoments:
         return held(inner.init(params), jnp.zeros((), jnp.int32))
 
     def update(gradients: PyTree, state: HeldMoments, params: PyTree = None, **numbers: Any) -> tuple[PyTree, HeldMoments]:
-        updates, new = inner.update(gradients, as_numbers(state), params, **numbers)
-        return updates, held(new, state.step + 1)
+        if not by_layer:
+            updates, new = inner.update(gradients, as_numbers(state.codes, state.scales), params, **numbers)
+            return updates, held(new, state.step + 1)
+
+        def some(own: tuple, which: Any) -> tuple:
+            updates, new = inner.update(own[0], as_numbers(*own[1:]), None, **numbers)
+            return updates, *held(new, state.step + 1, which)[1:]
+
+        updates, *moments = _layer_by_layer(some, (gradients, *state[1:]), lambda *leaf: owner(*leaf)[0], layer_numbers)
+        return updates, HeldMoments(state.step + 1, *moments)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def _owner(of_params: Mapping[tuple, Dims], path: tuple, leaf: jax.Array | None) -> tuple[Dims, int, int, bool]:
+    """(dims of a leaf's parameter, axis and length of its blocks, 0 if there are none, whether it is a second moment)."""
+    names = names_of_path(path)
+    for suffix, own in of_params.items():
+        if leaf is not None and names[-len(suffix) :] == suffix and len(own) == leaf.ndim:
+            return own, *block_of(own, leaf.shape), SECOND_MOMENT in names[: -len(suffix)]
+    return (), 0, 0, False
+
+
+def _layer_by_layer(
+    some: Callable[[Any, Any], Any], whole: Any, dims_of: Callable[[tuple, jax.Array], Dims], layer_numbers: np.ndarray
+) -> Any:
+    """Return what `some` makes of trees: of one layer of the stacked leaves after the other, then of all other leaves.
+
+    Args:
+      some: (trees with None for leaves that are left out, but for scalars, layer numbers) -> trees to put in their place.
+      dims_of: (path, leaf) -> logical dims.
+    """
+
+    def is_stacked(path: tuple, leaf: jax.Array) -> bool:
+        return dims_of(path, leaf)[: len(STACKED)] == STACKED
+
+    def part(whole: Any, layer: jax.Array | None = None) -> Any:
+        def take(path: tuple, leaf: jax.Array) -> jax.Array | None:
+            if layer is not None and is_stacked(path, leaf):
+                return lax.dynamic_slice_in_dim(leaf, layer, 1, LAYER)
+            return None if is_stacked(path, leaf) or (layer is not None and leaf.ndim) else leaf
+
+        def put(path: tuple, leaf: jax.Array, new: Any) -> jax.Array:
+            if layer is not None and is_stacked(path, leaf):
+                return lax.dynamic_update_slice_in_dim(leaf, new, layer, LAYER)
+            return leaf if is_stacked(path, leaf) or layer is not None else new
+
+        which = layer_numbers if layer is None else lax.dynamic_slice_in_dim(jnp.asarray(layer_numbers), layer, 1, LAYER)
+        own = jax.tree_util.tree_map_with_path(take, whole)
+        return jax.tree_util.tree_map_with_path(put, whole, some(own, which))
+
+    return part(lax.fori_loop(0, layer_numbers.shape[LAYER], lambda layer, whole: part(whole, layer), whole))
 
 
 def encode(x: jax.Array, bits: jax.Array, axis: int, length: int, is_second: bool) -> tuple[jax.Array, jax.Array]:
@@ -137,3 +186,7 @@ def decode(codes: jax.Array, scales: jax.Array, axis: int, length: int) -> jax.A
 
 def _blocks(x: jax.Array, axis: int, length: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

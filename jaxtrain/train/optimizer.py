@@ -246,7 +246,8 @@ def make_optimizer(
     make_learning_rate(config, total_steps)  # raises
     direction = _direction(config, dims, dtype)
     if config.moments_dtype == "int8":
-        direction = in_8_bits(direction, dims, layer_numbers)
+        assert layer_numbers is not None
+        direction = in_8_bits(direction, dims, layer_numbers, by_layer=config.name != "muon")
     return in_float32(
         optax.named_chain(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),

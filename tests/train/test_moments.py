@@ -12,7 +12,7 @@ from jaxtrain.config import MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ConfigError
 from jaxtrain.mesh import make_mesh
-from jaxtrain.train.moments import HeldMoments, block_of, cut_block, decode, encode
+from jaxtrain.train.moments import HeldMoments, block_of, cut_block, decode, encode, in_8_bits
 from jaxtrain.train.optimizer import optimizer_of
 from jaxtrain.train.state import Canonical, create_state, state_dims
 from tests.tiny import UNEVEN, tiny
@@ -132,6 +132,29 @@ def test_each_device_updates_its_own_blocks():
     config, _, optimizer = setup("one")
     with pytest.raises(ConfigError, match="cuts through the blocks of 64"):
         state_dims(replace(config, mesh=MeshConfig(fsdp=4)), optimizer)
+
+
+def test_layers_one_after_the_other_update_as_all_at_once():
+    """Two chunks of three layers with five numbers: the same updates, codes and scales, but for sums in another order."""
+    stacked = ("chunk", "stage", "layer")
+    dims = {"table": ("vocab", "embed"), "up": (*stacked, "embed", "mlp"), "norm": (*stacked, "embed")}
+    shapes = {"table": (16, 64), "up": (2, 1, 3, 64, 128), "norm": (2, 1, 3, 64)}
+    params = {name: jnp.asarray(numbers(shape)) for name, shape in shapes.items()}
+    layers = np.asarray([[[0, 1, 2]], [[3, 4, -1]]], np.int32)
+    results = []
+    for by_layer in (False, True):
+        rule = in_8_bits(optax.scale_by_adam(), dims, layers, by_layer)
+        state = rule.init(params)
+        for seed in (1.0, 2.0):
+            updates, state = rule.update(jax.tree.map(lambda p, seed=seed: jnp.sin(seed * 1e3 * p), params), state)
+        results.append((updates, state))
+    (updates, state), (others, held) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state.scales, held.scales)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-6), updates, others)  # a code apart
+    assert int(held.codes.count) == int(held.step) == 2
+    for name in ("mu", "nu"):
+        same = np.asarray(getattr(state.codes, name)["up"]) == np.asarray(getattr(held.codes, name)["up"])
+        assert same.mean() > 0.999  # with another layer's bits one code in three would differ
 
 
 def test_adafactor_is_refused():
