@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,6 +185,36 @@ def _scatter_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
     return x
 
 
+def _gather_stacks(dims_tree: Any, compute: Any) -> Any:
+    """Gather every leaf over fsdp, those of the layers in a loop over layers.
+
+    A gather puts the dim that was cut first. Of a whole stack that is an order in which no layer lies in one piece, and XLA
+    kept it beside the stack in the model's order: 8b on fsdp=64 with ZeRO 2 held its weights twice.
+    """
+    dims, structure = jax.tree.flatten(dims_tree, is_leaf=is_dims)
+    leaves, stacks = structure.flatten_up_to(compute), defaultdict(list)
+    for i, (names, x) in enumerate(zip(dims, leaves, strict=True)):
+        if "layer" in names and _fsdp_dims(names) and x is not None:
+            shape = (x.values if isinstance(x, Float8) else x).shape
+            stacks[shape[: names.index("layer") + 1]].append(i)
+        else:
+            leaves[i] = _gather_over_fsdp(names, x)
+    for leading, places in stacks.items():
+        whole = _gather_stack(leading, [dims[i] for i in places], [leaves[i] for i in places])
+        leaves = [whole[places.index(i)] if i in places else x for i, x in enumerate(leaves)]
+    return structure.unflatten(leaves)
+
+
+def _gather_stack(leading: tuple[int, ...], dims: Sequence[Dims], stack: Sequence[Any]) -> list[Any]:
+    """Gather layers over fsdp, which are stacked along dims of sizes `leading`."""
+
+    def gather(layers: list[Any]) -> list[Any]:
+        return [_gather_over_fsdp(names[len(leading) :], x) for names, x in zip(dims, layers, strict=True)]
+
+    flat = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(leading) :]), x) for x in stack]
+    return [jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), x) for x in lax.map(gather, flat)]
+
+
 def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[Any, Any]:
     """(master, compute) for the layers, prepared at the start of a step; see `sharding.zero` in the config.
 
@@ -206,7 +237,7 @@ def gather_once(master: Any, compute: Any, dims_tree: Any, zero: int) -> tuple[A
 
     if not gathers_each_layer(zero):
         with jax.named_scope("fsdp_once"):
-            compute = jax.tree.map(_gather_over_fsdp, dims_tree, compute, is_leaf=is_dims)
+            compute = _gather_stacks(dims_tree, compute)
     return jax.tree.map(gradient_like, dims_tree, master, is_leaf=is_dims), compute
 
 

@@ -349,9 +349,23 @@ def _run_table(run: _Pass, tick: Callable[[TickRun, dict, dict], dict], carry: d
         with jax.named_scope(f"ticks_{patterns.start}_{patterns.stop}"):
             if patterns.stop - patterns.start == 1:
                 carry, _ = step(carry, {name: jnp.asarray(column[0]) for name, column in rows.items()})
+            elif run.schedule.is_accumulation:
+                carry = _loop_of_hidden_length(step, carry, rows, patterns.stop - patterns.start)
             else:
                 carry, _ = lax.scan(step, carry, rows)
     return carry
+
+
+def _loop_of_hidden_length(step: Callable[[dict, dict], tuple[dict, None]], carry: dict, rows: dict, length: int) -> dict:
+    """Run `lax.scan(step, carry, rows)` by a loop whose length XLA does not know when it unrolls loops by two.
+
+    It unrolls those of layers, so that gathered weights are not copied. With the loop over microbatches unrolled too, the zeros
+    for the second microbatch's kept activations are made while the first's are still there: 7b on fsdp=8 with 4 microbatches
+    takes 27.0 GiB instead of 21.3, 1b on 4 devices with ZeRO 2 24.9 instead of 18.7. In a pipeline it saves nothing.
+    """
+    columns = {name: jnp.asarray(column) for name, column in rows.items()}
+    hidden = lax.optimization_barrier(jnp.int32(length))
+    return lax.fori_loop(0, hidden, lambda i, carry: step(carry, {name: slot(c, i) for name, c in columns.items()})[0], carry)
 
 
 def _begin(functions: Functions, schedule: Schedule, master: Parameters, compute: Parameters, microbatches: PyTree) -> _Pass:

@@ -9,7 +9,7 @@ A step has three moments that can be the worst one. In all the state, the comput
 activations kept are there, since XLA sets the gradients' buffers to zero before the loss:
 
 * **the loss**: the head is gathered whole over fsdp, its gradient is summed in float32, and a chunk of logits is there;
-* **between forward and backward**: what experts gave back is laid anew, if it is kept; whole weights may be there twice;
+* **between forward and backward**: what experts gave back is laid anew, if it is kept;
 * **the backward of a layer**: the layer is computed again as far as remat says, and its gradients are made.
 
 The optimizer's update is never worse: by then the activations are gone, and XLA updates the state in its own place.
@@ -108,17 +108,13 @@ def _weights(config: Config, cut: Cut) -> float:
 
     There are none where that is the dtype in which parameters are kept, nor of weights in few bits, which are gathered so.
 
-    A gather puts the dim that was cut first. Loops read another order, ticks outside of loops that one: a pipeline with both
-    holds its layers twice, and three times where a loop is unrolled by two, since its first tick runs before it. Of several
-    chunks, the one at work is copied out.
+    Of several chunks, the one at work is copied out.
     """
     whole = not gathers_each_layer(config.sharding.zero) and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype and config.model.matmul_dtype != "float8":
         return 0.0
     layer, outer = (_copy_bytes(config, share, whole) for share in (cut.layer, cut.outer))
-    is_unrolled = not moves_activations(config.mesh) and max(cut.runs, default=0) > 3
-    copies = cut.chunks * (1 + (whole and 1 in cut.runs) * (1 + is_unrolled)) + (whole and cut.chunks > 1)
-    return copies * cut.layers * layer + outer
+    return (cut.chunks + (whole and cut.chunks > 1)) * cut.layers * layer + outer
 
 
 def _copy_bytes(config: Config, share: Shares, whole: bool) -> float:
@@ -147,27 +143,16 @@ def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
 # Activations that wait
 
 
-def _is_ahead(config: Config, cut: Cut) -> bool:
-    """Return whether XLA makes the zeros for a second tick's activations and head before the first tick has run.
-
-    It unrolls a loop over ticks by two where only weights move. It makes the zeros when they are needed where layers have loops
-    or transfers of their own, along context or among experts, and where weights are not gathered layer by layer.
-    """
-    plain = config.mesh.context == 1 and not config.model.moe and _gathers(config)
-    return cut.is_loop and not moves_activations(config.mesh) and (cut.is_pipe or plain)
-
-
 def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
     """Return the bytes that wait for the backward: a part's layers in each slot of the ring, and boundary activations.
 
     Where weights' gradients are passes of their own, so do the operands of their matmuls, and a tick has a copy of a slot.
 
     A backward tick of a pipeline reads its slot into a buffer of its own. Without a pipeline nothing waits but the microbatch
-    at hand; but where XLA unrolls the loop over microbatches by two, it may make the zeros into which the next one's
-    activations are to be written along with this one's.
+    at hand.
     """
     part = cut.layers * kept_bytes(config, sizes, backend)
-    copies = cut.residuals + (cut.is_pipe or _is_ahead(config, cut))
+    copies = cut.residuals + cut.is_pipe
     if cut.operands:
         part_operands = cut.layers * operand_bytes(config, sizes)
         return copies * part + (cut.operands + 1) * part_operands + cut.boundaries * BYTES[config.model.dtype] * sizes.stream
@@ -186,7 +171,7 @@ over chunks is not unrolled by two: where activations move), and the zeros it be
 does in the conditionals of a pipeline)."""
 HEAD_SUMS_LEFT = 2
 """Of those, alive still while the layers' backward runs in a step of one tick: the gradient, until it is scattered, and the
-zeros. In a loop over microbatches that XLA unrolls by two, twice as many; in a pipeline none: there the loss ends in a tick."""
+zeros. In a pipeline none: there the loss ends in a tick."""
 UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_RECOMPUTED = 1.2, 2.0, 0.3, 3.0
 """Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered: XLA sends them an iteration late, but
 not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`)."""
@@ -276,7 +261,7 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
 
     There are gathered weights (with adapters, their sums too) and whole gradients of about a layer; what is left of the loss;
     the layer's own arrays. A loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA
-    unrolls that loop by two (double buffering, `train.xla_options`), the next tick's zeros too.
+    unrolls a pipeline's by two (double buffering, `train.xla_options`), the next tick's zeros too.
     """
     layer = cut.layer.gathered
     sums = BYTES[config.model.dtype] * layer * bool(config.lora.rank)
@@ -287,29 +272,21 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
         waiting = UNREDUCED_RECOMPUTED if again else UNREDUCED_IN_ORDER
     scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero)
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * scatters
-    by_two = cut.is_loop and not moves_activations(config.mesh)
-    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * (1 + _is_ahead(config, cut)) * trains_head(config)
-    # Where layers do not scatter gradients, the second's zeros wait for the first's sums. Experts' leave gaps as large.
-    is_late = not scatters and not cut.is_pipe and (config.train.microbatches == 2 or not config.model.moe)
+    by_two = cut.is_pipe and not moves_activations(config.mesh)
+    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * trains_head(config)
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
     is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
-    copies = cut.is_loop + (by_two and not is_late)
+    copies = cut.is_loop + by_two
     working = weights + whole + sums * FLOAT32 * head_numbers(config) + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies, int(is_straight)), working)
 
 
 def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) -> Moment:
-    """Return the moment between forward and backward: what experts gave back in all layers, where it is kept, is laid anew.
-
-    At ZeRO 2 and remat dots, with one microbatch and only weights moving, the whole weights are there twice: as gathered, for
-    the last layers' forward, and transposed, for the backward; and so are the sums of the head's gradient.
-    """
+    """Return the moment between forward and backward: what experts gave back in all layers, where it is kept, is laid anew."""
     remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
     is_kept = remat != "none" and keeps(config.train, "expert_out")
     working = is_kept * bytes_each * cut.layers * sizes.choices * config.model.embed_dim
-    if remat == "dots" and config.sharding.zero == 2 and not cut.is_loop and not moves_activations(config.mesh):
-        working += _weights(config, cut) + HEAD_SUMS_LEFT * FLOAT32 * head_numbers(config) * trains_head(config)
     return Moment(backward.gradients, working)
 
 
