@@ -108,13 +108,17 @@ def _weights(config: Config, cut: Cut) -> float:
 
     There are none where that is the dtype in which parameters are kept, nor of weights in few bits, which are gathered so.
 
-    Of several chunks, the one at work is copied out.
+    A gather puts the dim that was cut first, ticks outside of loops read that order, and loops another: a pipeline with both
+    holds its layers twice, and three times where a loop is unrolled by two, since its first tick runs before it. Of several
+    chunks, the one at work is copied out.
     """
     whole = not gathers_each_layer(config.sharding.zero) and config.mesh.fsdp > 1
     if not whole and config.model.dtype == config.model.param_dtype and config.model.matmul_dtype != "float8":
         return 0.0
     layer, outer = (_copy_bytes(config, share, whole) for share in (cut.layer, cut.outer))
-    return (cut.chunks + (whole and cut.chunks > 1)) * cut.layers * layer + outer
+    is_unrolled = not moves_activations(config.mesh) and max(cut.runs, default=0) > 3
+    copies = cut.chunks * (1 + (whole and 1 in cut.runs) * (1 + is_unrolled)) + (whole and cut.chunks > 1)
+    return copies * cut.layers * layer + outer
 
 
 def _copy_bytes(config: Config, share: Shares, whole: bool) -> float:
