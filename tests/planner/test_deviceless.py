@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig, to_json
+from jaxtrain.config import (
+    Config,
+    DataConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    to_json,
+)
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import CHIPS
@@ -82,6 +90,15 @@ def test_a_report_from_a_process_of_its_own():
         ("fsdp", "all-reduce", "f32"),
     }
     assert report.memory_bytes > report.argument_bytes > 0
+
+
+@pytest.mark.plan
+def test_further_microbatches_have_the_memory_of_the_first():
+    """XLA unrolls loops of layers by two; of the loop over microbatches it would keep the activations of two."""
+    config = replace(tiny(), model=replace(TINY, num_layers=4))
+    rows = [replace(config.train, remat="dots", global_batch_size=64 * n, microbatches=n) for n in (1, 4)]
+    one, four = (deviceless.report(validate(replace(config, train=train), 2)).temp_bytes for train in rows)
+    assert four < 1.15 * one
 
 
 @pytest.mark.plan
