@@ -186,7 +186,7 @@ def _scatter_over_fsdp(dims: Dims, x: jax.Array) -> jax.Array:
 
 
 def _gather_stacks(dims_tree: Any, compute: Any) -> Any:
-    """Gather every leaf over fsdp, those of the layers in a loop over layers.
+    """Make every leaf whole over fsdp, those of the layers in a loop over layers.
 
     A gather puts the dim that was cut first. Of a whole stack that is an order in which no layer lies in one piece, and XLA
     kept it beside the stack in the model's order: 8b on fsdp=64 with ZeRO 2 held its weights twice.
@@ -206,7 +206,7 @@ def _gather_stacks(dims_tree: Any, compute: Any) -> Any:
 
 
 def _gather_stack(leading: tuple[int, ...], dims: Sequence[Dims], stack: Sequence[Any]) -> list[Any]:
-    """Gather layers over fsdp, which are stacked along dims of sizes `leading`."""
+    """Make layers whole over fsdp, which are stacked along dims of sizes `leading`."""
 
     def gather(layers: list[Any]) -> list[Any]:
         return [_gather_over_fsdp(names[len(leading) :], x) for names, x in zip(dims, layers, strict=True)]
