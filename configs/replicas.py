@@ -4,7 +4,7 @@ export XLA_FLAGS=--xla_force_host_platform_device_count=2
 jaxtrain train --config=configs/replicas.py --name=every_step
 jaxtrain train --config=configs/replicas.py --name=diloco --sync.mode=diloco --sync.every=20
 jaxtrain train --config=configs/replicas.py --name=delayed --sync.mode=delayed --sync.delay=1
-jaxtrain plot jaxtrain/parallel/replicas.png runs/every_step runs/diloco runs/delayed
+jaxtrain report runs/every_step runs/diloco runs/delayed --html=replicas.html
 """
 
 from jaxtrain.config import (

@@ -60,7 +60,6 @@ VERBS = {
     "bench": Verb("measure the compiled train step on the devices at hand"),
     "calibrate": Verb("measure the devices at hand, and write a chip file for the planner"),
     "layouts": Verb("prove that the layout does not change what a config trains, on fake devices"),
-    "plot": Verb("draw the losses of several runs into one picture"),
     "ladder": Verb("train small models of a config, and foretell its loss and the rate it wants", unwinds=False),
     "report": Verb("report runs side by side, as one page with curves or as tables"),
     "configs": Verb("list the configs that are shipped: name, parameters, one line"),

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from jaxtrain.errors import UsageError
+from jaxtrain.errors import ExplainedError, UsageError
 
 MOST_RECORDS, MOST_BYTES = 100_000, 64 << 20
 """Records and bytes of one file that are kept in memory while it cannot be written; then the oldest are dropped."""
@@ -118,6 +120,29 @@ def file_lock(path: os.PathLike | str, wait: bool = True) -> Iterator[bool]:
         yield is_ours
     finally:
         os.close(descriptor)
+
+
+def write_output(flag: str, path: str, content: str) -> None:
+    """Replace the file that a flag names (see `replace_file`).
+
+    Raises:
+      ExplainedError: it cannot be written; names the flag.
+    """
+    try:
+        replace_file(user_path(path), content)
+    except OSError as error:
+        raise ExplainedError(f"{flag}={path}: {error.strerror}; give a file in a folder that can be written") from error
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file's lines, [] without a file; a line that is none, or only half written, is left out."""
+    found: list[Any] = []
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 def whole_lines(path: Path) -> int:

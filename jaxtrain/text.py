@@ -48,6 +48,11 @@ def show(text: str) -> None:
     print(printable(text))
 
 
+def tell(words: str) -> None:
+    """Print a progress line to standard error."""
+    print(words, file=sys.stderr, flush=True)
+
+
 def is_utf8(text: str) -> bool:
     """Return whether the text can be written as UTF-8; a file name of other bytes cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -5,7 +5,7 @@
 
 Each picture holds a hash of the code that draws it and of the configs it shows, comments and docstrings left out;
 `test_pictures` compares.
-What training itself computes is not in the hash: `quickstart.png` and `replicas.png` take four minutes each on two cores.
+What training itself computes is not in the hash: `quickstart.png` and `replicas.svg` take four minutes each on two cores.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def draw_quickstart(path: Path) -> None:
 
 
 def draw_replicas(path: Path) -> None:
-    """Draw three ways to keep two replicas together."""
-    from jaxtrain.telemetry.plots import plot_comparison
+    """Draw the losses of three ways to keep two replicas together, and what they send."""
+    from jaxtrain.report.curves import COLOURS, charts
+    from jaxtrain.report.runs import read_runs
 
     ways = {
         "every_step": (),
@@ -104,7 +105,10 @@ def draw_replicas(path: Path) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: _train(folder, "--config=configs/replicas.py", *flags, devices=2) for name, flags in ways.items()}
-        plot_comparison({name: run / "metrics.jsonl" for name, run in runs.items()}, path)
+        losses = charts(read_runs([str(run) for run in runs.values()]), "tokens")[:2]
+    names = "".join(f'<tspan dx="24" fill="{colour}">{name}</tspan>' for name, colour in zip(ways, COLOURS, strict=False))
+    heads = [f'<text y="14" font-size="13" fill="var(--ink)">{chart.title}{names}</text></svg>' for chart in losses]
+    path.write_text(stack([chart.svg.replace("</svg>", head) for chart, head in zip(losses, heads, strict=True)]))
 
 
 def draw_rewards(path: Path) -> None:
@@ -145,12 +149,12 @@ def stack(pictures: list[str]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{paper}{"".join(parts)}</svg>'
 
 
-PLOTS = "jaxtrain/telemetry/plots.py"
+PLOTS, CURVES = "jaxtrain/telemetry/plots.py", "jaxtrain/report/curves.py"
 PLANNER = tuple(f"jaxtrain/planner/{name}.py" for name in ("pictures", "timeline", "search", "cost", "memory", "activations"))
 PICTURES = {
     ".github/quickstart.png": Picture(draw_quickstart, ("configs/quickstart.py", PLOTS)),
     ".github/rewards.png": Picture(draw_rewards, ("configs/grpo_warmup.py", "configs/grpo_quickstart.py", PLOTS)),
-    "jaxtrain/parallel/replicas.png": Picture(draw_replicas, ("configs/replicas.py", PLOTS)),
+    "jaxtrain/parallel/replicas.svg": Picture(draw_replicas, ("configs/replicas.py", CURVES)),
     "jaxtrain/planner/plan.svg": Picture(draw_plan, ("configs/405b.py", *PLANNER)),
 }
 

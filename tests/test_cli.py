@@ -18,7 +18,7 @@ from jaxtrain.verbs import configs
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtrain"
 VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "import", "export", "generate", "evaluate", "replay"]
-VERBS += ["tokenize", "bench", "calibrate", "layouts", "plot", "ladder", "report", "configs"]
+VERBS += ["tokenize", "bench", "calibrate", "layouts", "ladder", "report", "configs"]
 INSIDE = {"planner/deviceless.py", "planner/verify.py", "launch/on_ray.py"}
 """Programs that this one starts itself."""
 
@@ -94,7 +94,7 @@ def test_without_a_verb():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (["pl"], ["plan", "plot"]),
+        (["pl"], ["plan"]),
         (["train", "--dr"], ["--dry_run"]),
         (["train", "--mesh.f"], ["--mesh.fsdp"]),
         (["plan", "--model.moe.num"], ["--model.moe.num_experts"]),

@@ -20,7 +20,7 @@ def test_no_picture_is_older_than_what_it_shows(name: str):
     [
         ("README.md", ".github/quickstart.png"),
         ("README.md", ".github/rewards.png"),
-        ("jaxtrain/parallel/README.md", "replicas.png"),
+        ("jaxtrain/parallel/README.md", "replicas.svg"),
         ("jaxtrain/planner/README.md", "plan.svg"),
     ],
 )

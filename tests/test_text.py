@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.errors import EXIT_UNREAD
-from jaxtrain.telemetry.plots import plot_comparison, plot_losses
+from jaxtrain.telemetry.plots import plot_losses
 from jaxtrain.telemetry.progress import LiveProgress, PlainProgress
 from jaxtrain.text import open_console, printable
 
@@ -58,7 +58,6 @@ def test_pictures_have_any_title(tmp_path):
     rows = ({"step": step, "loss": 1.0, "learning_rate": 1.0} for step in (1, 2))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", UGLY, dots_per_inch=40)
-    plot_comparison({UGLY: tmp_path / "metrics.jsonl"}, tmp_path / "both.png", UGLY, dots_per_inch=40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

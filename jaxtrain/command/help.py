@@ -13,37 +13,19 @@ import itertools
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from jaxtrain.command.usage import Usage
 from jaxtrain.config import Config
-from jaxtrain.config.names import hints_of, nested, section_kind
+from jaxtrain.config.names import Section, default_of, hints_of, sections_of
 from jaxtrain.errors import UsageError, nearest
 
 COLUMN = 34
 """Column at which the texts begin."""
 WIDTH = 128
 KINDS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{True,False}"}
-RUN = "run"
-"""Section of the fields of `Config` itself."""
-
-
-class Section(NamedTuple):
-    """Fields of one dataclass of the config."""
-
-    name: str
-    """Dotted prefix of its fields; "run" for those of Config itself."""
-    kind: type
-    here: Any
-    """The part of the config that is shown, or None."""
-    fields: list[str]
-
-    @property
-    def prefix(self) -> str:
-        """Prefix of a field's name in its flag."""
-        return "" if self.name == RUN else f"{self.name}."
 
 
 def print_help(usage: Usage[Any], config: Config, section: str = "") -> None:
@@ -79,22 +61,6 @@ def print_list(usage: str, about: str, items: Mapping[str, str]) -> None:
     print("\n\n".join([f"usage: {usage}", _filled(about), "\n".join(lines)]))
 
 
-def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Section]:
-    """Yield the sections of a config, also those that are None; a tuple of dataclasses has one, for its first item."""
-    plain, inner = [], []
-    for field, hint in hints_of(kind).items():
-        is_many = get_origin(hint) is tuple
-        held = getattr(config, field, None)
-        part = nested(get_args(hint)[0]) if is_many else section_kind(hint, held)
-        if part is None:
-            plain.append(field)
-            continue
-        here = held[0] if is_many and held else None if is_many else held
-        inner.append(sections_of(here, part, f"{name}.{field}".lstrip(".") + (".0" if is_many else "")))
-    yield Section(name or RUN, kind, config, plain)
-    yield from itertools.chain.from_iterable(inner)
-
-
 @functools.cache
 def texts_of(kind: type) -> dict[str, str]:
     """Return the string below each field of a dataclass, on one line."""
@@ -122,7 +88,7 @@ def _section_text(section: Section) -> str:
     many = f"Of each; the next ones are {several}.1, {several}.2. " if last == "0" else ""
     lines = [f"{section.name}: {absent}{many}{about}" if section.prefix else "run: name and folder of the run."]
     hints, texts = hints_of(section.kind), texts_of(section.kind)
-    defaults = {field.name: _default(field) for field in dataclasses.fields(section.kind)}
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(section.kind)}
     rows = []
     for name in section.fields:
         default, here = defaults[name], getattr(section.here, name, defaults[name])
@@ -132,7 +98,7 @@ def _section_text(section: Section) -> str:
 
 
 def _own_text(usage: Usage[Any], field: dataclasses.Field[Any]) -> str:
-    hint, default, text = hints_of(usage.own)[field.name], _default(field), texts_of(usage.own).get(field.name, "")
+    hint, default, text = hints_of(usage.own)[field.name], default_of(field), texts_of(usage.own).get(field.name, "")
     kind = "" if hint is bool or field.name in usage.words else f" {kind_of(hint, own=True)}"
     if hint is not bool and default not in (dataclasses.MISSING, None, "", ()):
         text += f" (default: {shown(default)})"
@@ -153,10 +119,6 @@ def kind_of(hint: Any, own: bool = False) -> str:
 def shown(value: Any) -> str:
     """Return a value as its flag would be written; an empty text as ''."""
     return ",".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value) or "''"
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _row(flag: str, text: str) -> str:

@@ -18,7 +18,7 @@ from jaxtrain.command.help import print_help
 from jaxtrain.command.usage import Flags, NoFlags, Usage
 from jaxtrain.config import Config
 from jaxtrain.config.loading import read_config
-from jaxtrain.config.names import NoSuchField, field_hint, field_names, hints_of, meant, read_value, set_field
+from jaxtrain.config.names import NoSuchField, default_of, field_hint, field_names, hints_of, meant, read_value, set_field
 from jaxtrain.errors import ConfigError, ExplainedError
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.starting import folder_config, is_model_folder
@@ -142,7 +142,8 @@ class _Reading:
     def missing(self) -> list[str]:
         """Return a line for each required flag or word of the verb that is missing."""
         usage = self._usage
-        needed = [field.name for field in dataclasses.fields(usage.own) if _is_needed(field) and field.name not in self.own]
+        required = [field.name for field in dataclasses.fields(usage.own) if default_of(field) is dataclasses.MISSING]
+        needed = [name for name in required if name not in self.own]
         return [f"{usage.word(name)} is missing; see `jaxtrain {usage.verb} --help`" for name in needed]
 
     def _take_word(self, word: str) -> None:
@@ -172,10 +173,6 @@ class _Reading:
             except NoSuchField:
                 pass
         return None
-
-
-def _is_needed(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _value(flag: Flag, hint: Any) -> Any:
@@ -224,20 +221,10 @@ def _take_config(arguments: Sequence[str], needed: bool) -> tuple[str, list[str]
 
     Without it, a HuggingFace folder that --init_from names is its own config.
     """
-    rest, path, i = [], None, 0
-    while i < len(arguments):
-        name, equals, text = arguments[i].partition("=")
-        if name != "--config":
-            rest.append(arguments[i])
-        elif equals:
-            path = text
-        else:
-            i += 1
-            path = arguments[i] if i < len(arguments) else ""
-        i += 1
+    path, rest = _taken("config", arguments)
     if path == "":
         raise ConfigError([f"--config needs a file, {EXAMPLE}"])
-    source = _init_from(rest) if path is None else ""
+    source = (_taken("init_from", rest)[0] or "") if path is None else ""
     if source and is_model_folder(user_path(source)):
         return source, rest
     if path is None and needed:
@@ -246,11 +233,13 @@ def _take_config(arguments: Sequence[str], needed: bool) -> tuple[str, list[str]
     return path or "", rest
 
 
-def _init_from(arguments: Sequence[str]) -> str:
-    """Return the value of --init_from; empty without it."""
-    path = ""
-    for i, argument in enumerate(arguments):
+def _taken(flag: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the last value of --FLAG, None without it and empty without a value; the other arguments)."""
+    rest, value, left = [], None, iter(arguments)
+    for argument in left:
         name, equals, text = argument.partition("=")
-        if name.replace("-", "_") == "__init_from":
-            path = text if equals else "".join(arguments[i + 1 : i + 2])
-    return path
+        if name.replace("-", "_") == f"__{flag}":
+            value = text if equals else next(left, "")
+        else:
+            rest.append(argument)
+    return value, rest

@@ -9,14 +9,17 @@ import dataclasses
 import decimal
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from jaxtrain.config import NO_SETTINGS, Config
 from jaxtrain.errors import ExplainedError, nearest
 
+RUN = "run"
+"""Section of the fields of `Config` itself."""
 LONGEST_NUMBER = 40
 """Most decimal places of a whole number: no field is as large, and 1e999999999 would fill the memory."""
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -75,6 +78,11 @@ def hints_of(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if name not in NO_SETTINGS}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of a dataclass's field; MISSING where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def nested(hint: Any) -> type | None:
     """Return the dataclass that a field of this type holds (X of `X | None`), or None for a plain value."""
     if get_origin(hint) is UnionType:
@@ -87,20 +95,46 @@ def section_kind(hint: Any, held: Any = None) -> type | None:
     return type(held) if dataclasses.is_dataclass(held) else nested(hint)
 
 
-def field_names(part: Any = Config, prefix: str = "") -> Iterator[str]:
+class Section(NamedTuple):
+    """Fields of one dataclass of the config."""
+
+    name: str
+    """Dotted prefix of its fields; "run" for those of Config itself."""
+    kind: type
+    here: Any
+    """The part of the config that is shown, or None."""
+    fields: list[str]
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of a field's name in its flag."""
+        return "" if self.name == RUN else f"{self.name}."
+
+
+def sections_of(config: Any, kind: type = Config, name: str = "") -> Iterator[Section]:
+    """Yield the sections of a config, also those that are None; a tuple of dataclasses has one, for its first item."""
+    plain, inner = [], []
+    for field, hint in hints_of(kind).items():
+        is_many = get_origin(hint) is tuple
+        held = getattr(config, field, None)
+        part = nested(get_args(hint)[0]) if is_many else section_kind(hint, held)
+        if part is None:
+            plain.append(field)
+            continue
+        here = held[0] if is_many and held else None if is_many else held
+        inner.append(sections_of(here, part, f"{name}.{field}".lstrip(".") + (".0" if is_many else "")))
+    yield Section(name or RUN, kind, config, plain)
+    yield from itertools.chain.from_iterable(inner)
+
+
+def field_names(config: Config | type[Config] = Config) -> Iterator[str]:
     """Yield the dotted names of all plain fields, also of optional parts; one index for each tuple of dataclasses (sources.0).
 
     Args:
-      part: a config, whose sections may be subclasses with more fields, or the class of one.
+      config: a config, whose sections may be subclasses with more fields, or the class of one.
     """
-    for name, hint in hints_of(part if isinstance(part, type) else type(part)).items():
-        held = None if isinstance(part, type) else getattr(part, name)
-        inner = nested(get_args(hint)[0]) if get_origin(hint) is tuple else section_kind(hint, held)
-        if inner is None:
-            yield prefix + name
-        else:
-            section = held if isinstance(held, inner) else inner
-            yield from field_names(section, f"{prefix}{name}.{'0.' if get_origin(hint) is tuple else ''}")
+    for section in sections_of(config, config if isinstance(config, type) else type(config)):
+        yield from (section.prefix + name for name in section.fields)
 
 
 def field_values(part: Any, prefix: str = "") -> dict[str, Any]:

@@ -125,37 +125,29 @@ def _after(run: Config, last: ResolvedStage, stage: Stage, first: int, name: str
     """Return the stage of a run that follows `last` at step `first`."""
     config, train = last.config, last.config.train
     tokens = last.tokens + (first - last.first) * last.tokens_per_step
-    model = {name: value for name in ("rope_theta", "rope_scaling") if (value := getattr(stage, name)) is not None}
-    data = replace(config.data, sequence_length=_or(stage.sequence_length, config.data.sequence_length))
+    model, data = replace(config.model, **_given(stage, "rope_theta", "rope_scaling")), config.data
+    data = replace(data, **_given(stage, "sequence_length"))
     if stage.weights:
         weighed = zip(data.sources, stage.weights, strict=False)
         data = replace(data, sources=tuple(replace(source, weight=weight) for source, weight in weighed))
-    batch = _or(stage.global_batch_size, train.global_batch_size)
-    grown = batch * data.sequence_length / last.tokens_per_step
-    new = replace(train, global_batch_size=batch, z_loss=_or(stage.z_loss, train.z_loss))
-    new = replace(new, microbatches=_microbatches(run, batch * data.sequence_length, batch))
+    new = replace(train, **_given(stage, "global_batch_size", "z_loss"))
+    step_tokens = new.global_batch_size * data.sequence_length
+    grown = step_tokens / last.tokens_per_step
+    new = replace(new, microbatches=_microbatches(run, step_tokens, new.global_batch_size))
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[stage.batch_rule]
-    optimizer = replace(
-        config.optimizer,
-        peak_lr=_or(stage.peak_lr, config.optimizer.peak_lr * grown**power),
-        weight_decay=_or(stage.weight_decay, config.optimizer.weight_decay),
-    )
-    config = replace(config, model=replace(config.model, **model), data=data, train=new)
+    optimizer = replace(config.optimizer, peak_lr=config.optimizer.peak_lr * grown**power)
+    optimizer = replace(optimizer, **_given(stage, "peak_lr", "weight_decay"))
+    config = replace(config, model=model, data=data, train=new)
     if not stage.schedule:
         return ResolvedStage(name, first, replace(config, optimizer=optimizer), tokens, last.rate_first, last.rate_steps)
-    optimizer = replace(
-        optimizer,
-        schedule=stage.schedule,
-        warmup_steps=stage.warmup_steps,
-        decay_fraction=_or(stage.decay_fraction, optimizer.decay_fraction),
-        final_lr_fraction=_or(stage.final_lr_fraction, optimizer.final_lr_fraction),
-    )
+    own = _given(stage, "schedule", "warmup_steps", "decay_fraction", "final_lr_fraction")
     steps = stage.schedule_steps or max(train.steps - first, 1)
-    return ResolvedStage(name, first, replace(config, optimizer=optimizer), tokens, first, steps)
+    return ResolvedStage(name, first, replace(config, optimizer=replace(optimizer, **own)), tokens, first, steps)
 
 
-def _or(given: Any, before: Any) -> Any:
-    return before if given is None else given
+def _given(stage: Stage, *names: str) -> dict[str, Any]:
+    """Return what a stage gives of some fields."""
+    return {name: value for name in names if (value := getattr(stage, name)) is not None}
 
 
 def _microbatches(run: Config, tokens: int, batch: int) -> int:

@@ -15,15 +15,13 @@ from jaxtrain.config import Config, to_plain
 from jaxtrain.planner.estimates import Cluster, Estimate, SearchResult
 from jaxtrain.planner.ladder import Forecast
 from jaxtrain.planner.wording import (
+    FIGURES,
     MEMORY_WORDS,
     cluster_words,
     gib,
     how_words,
-    joules,
     mesh_words,
-    percent,
     present,
-    seconds,
 )
 from jaxtrain.tables import plain_table
 
@@ -94,32 +92,22 @@ def make_bill(estimate: Estimate, tokens: float, days: float, price_per_gpu_hour
 
 def ranking_table(ranked: Sequence[Estimate], title: str) -> Table:
     """Return a table of the layouts, best first: time, use of the chips, and traffic."""
-    table = plain_table(title)
+    table, heads = plain_table(title), [head for head in FIGURES if head != "GiB"]
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("mesh; schedule, microbatches,\nremat, choices", min_width=30)
-    for head in ("step", "MFU", "tokens/s", "in-host\nGiB", "network\nGiB", "bubble", "J/token"):
-        table.add_column(head, justify="right", no_wrap=True)
+    for head in heads:
+        table.add_column(head.replace(" GiB", "\nGiB"), justify="right", no_wrap=True)
     table.add_column("from", no_wrap=True)
-    for rank, estimate in enumerate(ranked, 1):
-        table.add_row(
-            str(rank),
-            Text.assemble(mesh_words(estimate.config.mesh), "\n", (how_words(estimate.config), "dim")),
-            seconds(estimate.time.total),
-            percent(estimate.mfu),
-            f"{estimate.tokens_per_second:,.0f}",
-            gib(estimate.sent(crosses_hosts=False)),
-            gib(estimate.sent(crosses_hosts=True)),
-            percent(estimate.bubble),
-            joules(estimate.joules_per_token),
-            estimate.origin,
-            style="bold" if rank == 1 else None,
-        )
+    for rank, layout in enumerate(ranked, 1):
+        name = Text.assemble(mesh_words(layout.config.mesh), "\n", (how_words(layout.config), "dim"))
+        figures = (FIGURES[head](layout) for head in heads)
+        table.add_row(str(rank), name, *figures, layout.origin, style="bold" if rank == 1 else None)
     return table
 
 
-def memory_table(ranked: Sequence[Estimate], title: str = "Memory of the fullest device, GiB") -> Table:
+def memory_table(ranked: Sequence[Estimate]) -> Table:
     """Return a table of the fullest device's memory by category, against its budget."""
-    table = plain_table(title)
+    table = plain_table("Memory of the fullest device, GiB")
     table.add_column("#", justify="right")
     words = present(MEMORY_WORDS, [estimate.memory for estimate in ranked])
     for head in (*words.values(), "total", "budget", "used"):

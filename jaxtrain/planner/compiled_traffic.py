@@ -19,6 +19,7 @@ from jaxtrain.planner.estimates import Cluster
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.formulas_collectives import collectives
 from jaxtrain.planner.targets import find_target
+from jaxtrain.program.collectives import summed
 from jaxtrain.tables import plain_table, print_table
 from jaxtrain.text import readable_size
 
@@ -30,16 +31,11 @@ SMALL = 1024
 
 def expectation(config: Config) -> tuple[dict[tuple[str, str, str], dict[str, float]], str]:
     """({(axes, kind, dtype): calls, payload, wire and unread bytes} by the closed form, what it does not cover)."""
+    names = ("calls", "payload", "wire", "unread")
     try:
-        entries = collectives(config)
+        return summed(collectives(config), lambda entry: (entry.axes, entry.kind, entry.dtype), names), ""
     except ValueError as error:
         return {}, str(error)
-    sums: dict[tuple[str, str, str], dict[str, float]] = {}
-    for entry in entries:
-        row = sums.setdefault((entry.axes, entry.kind, entry.dtype), dict.fromkeys(("calls", "payload", "wire", "unread"), 0.0))
-        for name in row:
-            row[name] += getattr(entry, name)
-    return sums, ""
 
 
 def _flops(config: Config, attention: str) -> float | None:

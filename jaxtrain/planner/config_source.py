@@ -8,8 +8,9 @@ from typing import Any
 import jaxtrain.config
 from jaxtrain.config import NO_SETTINGS, Config, to_json, to_plain
 from jaxtrain.config.loading import load_config
+from jaxtrain.config.names import default_of
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import replace_file, user_path
+from jaxtrain.files import user_path, write_output
 
 WIDTH = 128
 
@@ -43,10 +44,7 @@ def write_config(config: Config, path: str, docstring: str) -> None:
         )
     if file.suffix not in (".py", ".json"):
         raise ExplainedError(f"--write={path}: a config is a Python or JSON file; give a name that ends in .py or .json")
-    try:
-        replace_file(file, to_json(config) + "\n" if file.suffix == ".json" else config_source(config, docstring))
-    except OSError as error:
-        raise ExplainedError(f"--write={path}: {error.strerror}; give a file in a folder that can be written") from error
+    write_output("--write", path, to_json(config) + "\n" if file.suffix == ".json" else config_source(config, docstring))
     assert to_plain(load_config(file)) == to_plain(config), f"{path} does not give the config that was written to it"
 
 
@@ -58,8 +56,9 @@ def _expression(value: Any, indent: int, column: int, used: set[str]) -> str:
         name = type(value).__name__
         assert getattr(jaxtrain.config, name) is type(value)
         used.add(name)
-        fields = [(f.name, getattr(value, f.name)) for f in _set_fields(value)]
-        return _call(f"{name}(", [(f"{field}=", item) for field, item in fields], ")", indent, column, used)
+        fields = [f for f in dataclasses.fields(value) if f.name not in NO_SETTINGS]
+        given = [(f"{f.name}=", held) for f in fields if (held := getattr(value, f.name)) != default_of(f)]
+        return _call(f"{name}(", given, ")", indent, column, used)
     if isinstance(value, tuple):
         return _call("(", [("", item) for item in value], ",)" if len(value) == 1 else ")", indent, column, used)
     if isinstance(value, str):
@@ -77,14 +76,3 @@ def _call(opening: str, items: list[tuple[str, Any]], closing: str, indent: int,
     inner = " " * (indent + 4)
     lines = [f"{inner}{key}{_expression(item, indent + 4, indent + 4 + len(key), used)},\n" for key, item in items]
     return f"{opening}\n{''.join(lines)}{' ' * indent}{closing.lstrip(',')}"
-
-
-def _set_fields(value: Any) -> list[dataclasses.Field]:
-    """Return the fields without their default value."""
-    return [f for f in dataclasses.fields(value) if f.name not in NO_SETTINGS and getattr(value, f.name) != _default(f)]
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else dataclasses.MISSING

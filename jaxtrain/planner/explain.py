@@ -19,10 +19,11 @@ from jaxtrain.parallel.pipeline_schedule import bubble_fraction, live_parts, mak
 from jaxtrain.planner import formulas
 from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.cost import estimate
-from jaxtrain.planner.estimates import Cluster, Estimate, Wire
+from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.formulas_collectives import Transfers, collectives
 from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, present, seconds
+from jaxtrain.program.collectives import summed
 from jaxtrain.tables import plain_table, print_table
 from jaxtrain.telemetry.flops import num_parameters
 
@@ -125,36 +126,32 @@ def axes_table(explanation: Explanation) -> Table:
     layout = explanation.estimate
     heads = ("axes", "what", "collective", "dtype", "calls", "GiB sent", "over")
     table = _table("Each axis moves, a device and step", heads, numbers=("calls", "GiB sent"))
-    for (axes, purpose, kind, dtype), (calls, sent) in grouped(explanation.entries).items():
+    for (axes, purpose, kind, dtype), sums in grouped(explanation.entries).items():
         across = any(getattr(layout.config.mesh, axis) > explanation.inside[MESH_AXES.index(axis)] for axis in axes.split("+"))
-        table.add_row(axes, purpose, kind, dtype, f"{calls:,}", gib(sent), "network" if across else "in host")
+        table.add_row(
+            axes, purpose, kind, dtype, f"{sums['calls']:,.0f}", gib(sums["wire"]), "network" if across else "in host"
+        )
     small = sum(entry.wire for entry in explanation.entries if entry.wire < SMALL)
     if small:
         table.add_row("", "counts, losses, norms and what else is small", "", "", "", gib(small), "", style="dim")
     if not explanation.entries and explanation.uncovered:
-        _add_wires(table, layout.wires)
+        for wire in layout.wires:
+            across = "network" if wire.crosses_hosts else "in host"
+            table.add_row(wire.axes, "", wire.kind, wire.dtype, "", gib(wire.bytes), across)
         table.caption = explanation.uncovered
     elif not explanation.entries:
         table.caption = "nothing: one device"
     return table
 
 
-def grouped(entries: Sequence[Transfers]) -> dict[tuple[str, str, str, str], tuple[int, float]]:
-    """{(axes, purpose, kind, dtype): (calls, bytes sent)}, without small entries."""
-    sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
-    for entry in entries:
-        if entry.wire < SMALL:
-            continue
+def grouped(entries: Sequence[Transfers]) -> dict[tuple[str, str, str, str], dict[str, float]]:
+    """{(axes, purpose, kind, dtype): calls and bytes sent (wire)}, without small entries."""
+
+    def key(entry: Transfers) -> tuple[str, str, str, str]:
         purpose = "gradients of weights" if entry.purpose.startswith("gradient of ") else entry.purpose
-        key = (entry.axes, purpose, entry.kind, entry.dtype)
-        calls, sent = sums.get(key, (0, 0.0))
-        sums[key] = calls + entry.calls, sent + entry.wire
-    return sums
+        return entry.axes, purpose, entry.kind, entry.dtype
 
-
-def _add_wires(table: Table, wires: Sequence[Wire]) -> None:
-    for wire in wires:
-        table.add_row(wire.axes, "", wire.kind, wire.dtype, "", gib(wire.bytes), "network" if wire.crosses_hosts else "in host")
+    return summed([entry for entry in entries if entry.wire >= SMALL], key, ("calls", "wire"))
 
 
 def time_table(layout: Estimate) -> Table:

@@ -11,12 +11,12 @@ stage holds ("held"), or per step ("once"). `collectives` multiplies them by how
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from jaxtrain.config import FOLDED_SCHEDULES, MESH_AXES, Config
+from jaxtrain.errors import violated
 from jaxtrain.layout import (
     gathers_each_layer,
     keeps,
@@ -107,7 +107,7 @@ def phase_counts(ticks: Ticks) -> dict[str, int]:
 
 def uncovered(config: Config) -> list[str]:
     """Return the fields of a config that have no closed form here."""
-    found = {
+    fields = {
         "model.moe.first_dense_layers": config.model.first_dense_layers > 0,
         "model.latent_attention": config.model.latent_attention is not None,
         "model.sliding_window with mesh.context": config.mesh.context > 1 and "local" in config.model.kinds,
@@ -115,15 +115,7 @@ def uncovered(config: Config) -> list[str]:
         f"sync.compression={config.sync.compression}": config.mesh.replica > 1 and config.sync.compression != "none",
         "the forward pass that scores sequences": not isinstance(objective_of(config), Objective),
     }
-    return [what for what, is_there in found.items() if is_there]
-
-
-def totals(entries: Sequence[Transfers]) -> dict[tuple[str, str, str], float]:
-    """Sum payload bytes by (axes, kind, dtype)."""
-    sums: dict[tuple[str, str, str], float] = defaultdict(float)
-    for entry in entries:
-        sums[entry.axes, entry.kind, entry.dtype] += entry.payload
-    return dict(sums)
+    return violated(fields)
 
 
 def _entry(

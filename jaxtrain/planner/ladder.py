@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtrain.config import Config, ModelConfig, to_plain
-from jaxtrain.errors import UsageError
+from jaxtrain.errors import UsageError, violated
 from jaxtrain.files import user_path
 from jaxtrain.planner.ladder_flags import LadderFlags
 from jaxtrain.planner.scaling_law import BestRate, FittedLaw, Interval, best_rate, fit_law, predict_rate
@@ -162,7 +162,7 @@ def check_config(config: Config) -> None:
         "data.validation_fraction=0: losses are those of held-out text": not config.data.validation_fraction
         and not getattr(config.data, "validation", ()),
     }
-    if wrong := [words for words, is_wrong in reasons.items() if is_wrong]:
+    if wrong := violated(reasons):
         raise UsageError(f"a ladder cannot be made of this config: {'; '.join(wrong)}")
 
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from jaxtrain.errors import UsageError
+from jaxtrain.errors import UsageError, violated
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,5 @@ def check_flags(flags: LadderFlags) -> None:
         * len(flags.tokens)
         < 6,
     }
-    if problems := [words for words, is_wrong in wrong.items() if is_wrong]:
+    if problems := violated(wrong):
         raise UsageError("; ".join(problems))

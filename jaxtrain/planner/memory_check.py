@@ -21,7 +21,7 @@ from jaxtrain.mesh import make_mesh
 from jaxtrain.models.building import choose_attention
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.planner.relief import categories, smallest_changes
+from jaxtrain.planner.relief import change_lines, memory_lines, smallest_changes
 from jaxtrain.planner.stages import worst_stage
 from jaxtrain.telemetry.flops import num_parameters
 from jaxtrain.text import readable_size
@@ -103,20 +103,13 @@ def _state(memory: Memory) -> float:
 def _too_large_batch(config: Config, batch: float, host: float) -> str:
     size, length, ahead = config.train.global_batch_size, config.data.sequence_length, config.data.prefetch
     share = host / (ahead * batch)
+    sizes = {"data.prefetch": ahead, "train.global_batch_size": size, "data.sequence_length": length}
     return (
         f"out of host memory: a batch of train.global_batch_size={size:,} sequences of data.sequence_length={length:,} tokens "
         f"takes {readable_size(batch)} here, data.prefetch={ahead:,} of them {readable_size(ahead * batch)}, and "
         f"{readable_size(host)} are available on this host. Nothing was allocated. They would fit with one of: "
-        f"{'; '.join(f'--{name}={int(now * share)}' for name, now in _sizes_of_batch(config).items() if now * share >= 1)}."
+        f"{'; '.join(f'--{name}={int(now * share)}' for name, now in sizes.items() if now * share >= 1)}."
     )
-
-
-def _sizes_of_batch(config: Config) -> dict[str, int]:
-    return {
-        "data.prefetch": config.data.prefetch,
-        "train.global_batch_size": config.train.global_batch_size,
-        "data.sequence_length": config.data.sequence_length,
-    }
 
 
 def _too_large_state(config: Config, memory: Memory, room: Room) -> str:
@@ -139,14 +132,10 @@ def _too_large_step(config: Config, memory: Memory, room: Room, backend: str) ->
         f"out of memory: {config.name} takes about {readable_size(memory.total * room.devices)} by estimate, and there are "
         f"{readable_size(room.available)} {room.words}. Nothing was allocated."
     ]
-    lines += [f"  {readable_size(size * room.devices):>9}  {words}" for words, size in categories(memory)]
+    lines += memory_lines(memory, room.devices)
     changes = smallest_changes(config, math.prod(config.mesh.shape), room.available / room.devices, backend)
     lines += ["The smallest changes that fit:"] if changes else ["Fewer or shorter sequences, or a smaller model, take less."]
-    lines += [
-        f"  {' '.join(f'--{n}={v}' for n, v in flags.items())}  ({readable_size(size * room.devices)})"
-        for flags, size in changes
-    ]
-    return "\n".join(lines)
+    return "\n".join(lines + change_lines(changes, room.devices))
 
 
 def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str, int]:

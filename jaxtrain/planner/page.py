@@ -25,6 +25,7 @@ from jaxtrain.planner.pictures import (
     time_picture,
 )
 from jaxtrain.planner.wording import (
+    FIGURES,
     cluster_words,
     duration,
     gib,
@@ -87,6 +88,7 @@ def render(plan: Plan) -> str:
     """Return the page of a plan that found something."""
     best = plan.best
     assert best is not None
+    chart = map_picture(plan.search.points, plan.search.pareto, plan.ranked)
     body = [
         f"<h1>{escape(plan.config.name)} on {escape(cluster_words(plan.cluster))}</h1>",
         f'<p class="lead"><b>{escape(layout_words(best))}</b></p>',
@@ -96,7 +98,7 @@ def render(plan: Plan) -> str:
         section("The schedule of a step", _figure(gantt_picture(best), _schedule_caption(best))),
         section("Memory of the fullest device", _figure(memory_picture(plan.ranked), "")),
         section("Where a step's time goes", _figure(time_picture(plan.ranked), "")),
-        section("All layouts: time against memory", _figure(_map(plan), _map_caption(plan))),
+        section("All layouts: time against memory", _figure(chart, _map_caption(plan))),
         section("The ranking", f"<figure>{_ranking(plan)}</figure>"),
         _footer(plan),
     ]
@@ -148,11 +150,7 @@ def _tiles(best: Estimate, bill: Bill | None) -> str:
         ("MFU", percent(best.mfu), f"bubble {percent(best.bubble)}"),
         ("Tokens a second", scaled(best.tokens_per_second), f"{best.tokens_per_second / best.cluster.devices:,.0f} a device"),
         ("Memory", f"{gib(best.memory.total)} GiB", used),
-        (
-            "Sent between hosts",
-            f"{gib(best.sent(crosses_hosts=True))} GiB",
-            f"{gib(best.sent(crosses_hosts=False))} GiB in a host",
-        ),
+        ("Sent between hosts", f"{FIGURES['network GiB'](best)} GiB", f"{FIGURES['in-host GiB'](best)} GiB in a host"),
         ("Joules a token", joules(best.joules_per_token), "chips alone"),
     ]
     if bill:
@@ -181,10 +179,6 @@ def _schedule_caption(best: Estimate) -> str:
     )
 
 
-def _map(plan: Plan) -> Figure:
-    return map_picture(plan.search.points, plan.search.pareto, plan.ranked)
-
-
 def _map_caption(plan: Plan) -> str:
     pruned = "; ".join(f"{reason}: {count:,}" for reason, count in plan.search.pruned.items())
     return (
@@ -196,36 +190,24 @@ def _map_caption(plan: Plan) -> str:
 
 
 def _ranking(plan: Plan) -> str:
-    heads = ("#", "mesh", "schedule", "microbatches", "remat", "choices", "step", "MFU", "tokens/s", "GiB")
-    heads += ("in-host GiB", "network GiB", "bubble", "J/token", "from")
-    words = {"mesh", "schedule", "remat", "choices", "from"}
+    words = ("mesh", "schedule", "remat", "choices", "from")
+    heads = ("#", "mesh", "schedule", "microbatches", "remat", "choices", *FIGURES, "from")
     rows = []
     for rank, layout in enumerate(plan.ranked, 1):
         config = layout.config
-        cells = (
-            str(rank),
-            mesh_words(layout.config.mesh),
-            schedule_words(config),
-            str(config.train.microbatches),
-            remat_words(config),
-        )
-        cells += (options_words(config), seconds(layout.time.total), percent(layout.mfu), f"{layout.tokens_per_second:,.0f}")
-        cells += (gib(layout.memory.total), gib(layout.sent(crosses_hosts=False)), gib(layout.sent(crosses_hosts=True)))
-        cells += (percent(layout.bubble), joules(layout.joules_per_token), layout.origin)
-        rows.append(cells)
+        choices = schedule_words(config), str(config.train.microbatches), remat_words(config), options_words(config)
+        figures = (figure(layout) for figure in FIGURES.values())
+        rows.append((str(rank), mesh_words(config.mesh), *choices, *figures, layout.origin))
     return table(heads, rows, words)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str]) -> str:
     """Return a table; columns whose head is among `words` are aligned to the left."""
-    head = "".join(f"<th{_left(name in words)}>{escape(name)}</th>" for name in heads)
-    cells = ["".join(f"<td{_left(h in words)}>{escape(c)}</td>" for h, c in zip(heads, row, strict=True)) for row in rows]
+    sides = [' class="left"' if head in words else "" for head in heads]
+    head = "".join(f"<th{side}>{escape(name)}</th>" for side, name in zip(sides, heads, strict=True))
+    cells = ["".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides, row, strict=True)) for row in rows]
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _left(yes: bool) -> str:
-    return ' class="left"' if yes else ""
 
 
 def _footer(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtrain.config.names import set_field
 from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.planner.wording import MEMORY_WORDS
 from jaxtrain.text import readable_size
 
 Flags = Mapping[str, Any]
@@ -28,10 +29,8 @@ MOST_AT_ONCE = 3
 LEAST_CHUNK = 128
 CLEARLY_LESS = 0.9
 """Share of the estimate that a change must reach if the estimate alone does not explain why memory ran out."""
-WORDS = {
-    "parameters": "parameters",
+WORDS = MEMORY_WORDS | {
     "optimizer": "optimizer state",
-    "gradients": "gradients",
     "weights": "weights in the compute dtype",
     "activations": "activations kept for the backward pass",
     "working": "what one layer or the loss needs while it is computed",
@@ -122,14 +121,14 @@ def explain_out_of_memory(
     if held is not None:
         lines.append(f"{readable_size(held)} were in use when that was asked for.")
     lines.append(f"By estimate the fullest device needs {readable_size(memory.total)}{there}:")
-    lines += [f"  {readable_size(size):>9}  {words}" for words, size in categories(memory)]
+    lines += memory_lines(memory)
     budget = min(limit or math.inf, CLEARLY_LESS * memory.total)
     changes = smallest_changes(config, devices, budget, backend)
     if limit and memory.total <= limit:
         lines.append("That would fit: other programs may hold memory there, or the estimate is short. What holds clearly less:")
     elif changes:
         lines.append("The smallest changes that fit:" if limit else "The smallest changes that hold clearly less:")
-    lines += [f"  {' '.join(f'--{n}={v}' for n, v in flags.items())}  ({readable_size(size)})" for flags, size in changes]
+    lines += change_lines(changes)
     if not changes:
         lines.append("No change of microbatches, remat, ZeRO level or mesh on these devices fits.")
     lines.append("`jaxtrain plan --config=...` ranks all layouts, and says how many devices it takes.")
@@ -140,3 +139,14 @@ def categories(memory: Memory) -> list[tuple[str, float]]:
     """(words, bytes) of each non-empty category, the largest first."""
     sizes = [(WORDS[field.name], getattr(memory, field.name)) for field in fields(memory)]
     return sorted([(words, size) for words, size in sizes if size], key=lambda item: -item[1])
+
+
+def memory_lines(memory: Memory, devices: int = 1) -> list[str]:
+    """Return a line for each category, of so many devices together."""
+    return [f"  {readable_size(size * devices):>9}  {words}" for words, size in categories(memory)]
+
+
+def change_lines(changes: Sequence[tuple[Flags, float]], devices: int = 1) -> list[str]:
+    """Return a line for each change: its flags, and what so many devices then take together."""
+    flags = [" ".join(f"--{name}={value}" for name, value in each.items()) for each, _ in changes]
+    return [f"  {words}  ({readable_size(size * devices)})" for words, (_, size) in zip(flags, changes, strict=True)]

@@ -23,7 +23,9 @@ waves and depth, of attention's curve, and of STREAM.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
@@ -53,8 +55,7 @@ TRANSFER_CORES = 16
 exposed. NCCL takes one a channel, and has 16 to 32 channels on an H100."""
 
 
-@dataclass(frozen=True)
-class Seconds:
+class Seconds(NamedTuple):
     """Seconds that a stretch of work computes, by what limits it."""
 
     matmul: float = 0.0
@@ -67,17 +68,8 @@ class Seconds:
         """Seconds in all."""
         return self.matmul + self.attention + self.memory_bound + self.overhead
 
-    def times(self, count: float) -> Seconds:
-        """Return the seconds of `count` such stretches."""
-        return Seconds(self.matmul * count, self.attention * count, self.memory_bound * count, self.overhead * count)
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(
-            self.matmul + other.matmul,
-            self.attention + other.attention,
-            self.memory_bound + other.memory_bound,
-            self.overhead + other.overhead,
-        )
+    def __add__(self, other: Seconds) -> Seconds:  # type: ignore[override]  # a sum of work, not of tuples
+        return Seconds(*map(operator.add, self, other))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,11 +25,14 @@ from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.verify import compiled
-from jaxtrain.planner.wording import gib, joules, mesh_words, percent, seconds
+from jaxtrain.planner.wording import FIGURES, mesh_words, seconds
 from jaxtrain.tables import plain_table
+from jaxtrain.telemetry.metrics import read_rows
 
 Way = Literal["estimate", "compile", "run"]
 MOST_ROWS = 512
+MEASURED = ("first loss", "last loss", "measured step", "estimated")
+ESTIMATED = ("step", "MFU", "tokens/s", "GiB", "of budget", "bubble", "J/token")
 
 
 @dataclass(frozen=True)
@@ -188,12 +191,9 @@ def _environment(cluster: Cluster) -> dict[str, str]:
 
 def read_metrics(metrics_jsonl: Path) -> Measured:
     """Return the losses of all steps, and the median of their times without the first, which warms up."""
-    import statistics
-
-    rows = [json.loads(line) for line in metrics_jsonl.read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    times = [row["step_seconds"] for row in rows if row.get("step_seconds")]
-    return Measured(tuple(losses), statistics.median(times[1:] or times))
+    rows = read_rows(metrics_jsonl)
+    losses, times = (tuple(row[name] for row in rows if row.get(name) is not None) for name in ("loss", "step_seconds"))
+    return Measured(losses, statistics.median(times[1:] or times))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,14 +205,13 @@ def sweep_table(rows: Sequence[SweepRow], way: Way) -> Table:
     table = plain_table(f"Sweep, by {way}")
     for name in rows[0].values:
         table.add_column(name, justify="right")
-    heads = ("first loss", "last loss", "measured step", "estimated") if way == "run" else ("step", "MFU", "tokens/s", "GiB")
-    for head in heads if way == "run" else (*heads, "of budget", "bubble", "J/token"):
+    heads = MEASURED if way == "run" else ESTIMATED
+    for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("mesh")
     best = min((row for row in rows if _time(row) is not None), key=lambda row: _time(row) or 0.0, default=None)
     for row in rows:
-        count = len(heads) if way == "run" else len(heads) + 3
-        cells = [""] * count if row.problem else _measured_cells(row) if way == "run" else _estimated_cells(row)
+        cells = [""] * len(heads) if row.problem else _measured_cells(row) if way == "run" else _estimated_cells(row)
         tail = row.problem or (mesh_words(row.config.mesh) if row.config else "")
         style = "dim" if row.problem else "bold green" if row is best else None
         table.add_row(*row.values.values(), *cells, tail, style=style)
@@ -237,15 +236,9 @@ def _estimated_cells(row: SweepRow) -> list[str]:
     layout = row.estimate
     assert layout is not None
     used = layout.memory.total / layout.cluster.budget_bytes
-    return [
-        seconds(layout.time.total),
-        percent(layout.mfu),
-        f"{layout.tokens_per_second:,.0f}",
-        gib(layout.memory.total),
-        f"{used:.0%}" + ("" if layout.fits else " does not fit"),
-        percent(layout.bubble),
-        joules(layout.joules_per_token),
-    ]
+    figures = {head: figure(layout) for head, figure in FIGURES.items()}
+    figures["of budget"] = f"{used:.0%}" + ("" if layout.fits else " does not fit")
+    return [figures[head] for head in ESTIMATED]
 
 
 def sweep_json(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:

@@ -58,9 +58,9 @@ class Times(NamedTuple):
         """One after the other."""
         return self.link + self.nic
 
-    def plus(self, other: Times, count: float = 1.0) -> Times:
-        """self + count * other."""
-        return Times(self.link + count * other.link, self.nic + count * other.nic)
+    def plus(self, other: Times) -> Times:
+        """self + other."""
+        return Times(self.link + other.link, self.nic + other.nic)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,12 @@ from jaxtrain.planner.targets import TARGETS
 from jaxtrain.planner.traffic import Flow, Placement, place, seconds
 from jaxtrain.planner.wording import layout_words
 from jaxtrain.program.collectives import CollectiveRow
+from jaxtrain.text import tell
 
 BEST = 5
 """Default number of layouts to compile."""
+AT_ONCE = 2
+"""Number of compilations at a time."""
 MOST_FAKE_DEVICES = 512
 """Making more takes XLA:CPU longer than compiling for them."""
 
@@ -43,8 +46,7 @@ def verify(
     estimates: Sequence[Estimate],
     k: int = BEST,
     objective: Objective = "time",
-    at_once: int = 2,
-    tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    tell: Callable[[str], None] = tell,
 ) -> list[Estimate]:
     """Return the estimates, the first k of them compiled and ranked anew; the others follow unchanged.
 
@@ -55,7 +57,6 @@ def verify(
     Args:
       estimates: best first, as `search` ranks them.
       k: how many to compile.
-      at_once: compilations at a time.
     """
 
     def check(estimate: Estimate) -> Estimate | ExplainedError:
@@ -67,7 +68,7 @@ def verify(
         tell(f"verify     {layout_words(estimate)}: compiled in {time.monotonic() - started:.0f} s")
         return result
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         results = list(pool.map(check, estimates[:k]))
     if results and all(isinstance(result, CompilerDied) for result in results):
         tell(f"verify     nothing could be compiled, so that all figures are estimates: {results[0]}")

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from jaxtrain.config import MESH_AXES, Config, MeshConfig
-from jaxtrain.planner.estimates import Cluster, Estimate, Wire
+from jaxtrain.planner.estimates import Cluster, Estimate, Memory, StepTime, Wire
 
 GIBI = 2**30
-MEMORY_WORDS = {
-    "parameters": "parameters",
-    "optimizer": "optimizer",
-    "gradients": "gradients",
-    "weights": "weights in use",
-    "activations": "activations",
-    "working": "working",
-    "other_models": "other models",
-    "rollouts": "rollouts",
-    "kernels": "kernels",
-}
+MEMORY_WORDS = {field.name: field.name.replace("_", " ") for field in fields(Memory)} | {"weights": "weights in use"}
 """Names of `estimates.Memory`'s fields in tables."""
-TIME_WORDS = {
-    "matmul": "matmuls",
-    "attention": "attention",
-    "memory_bound": "memory-bound",
-    "optimizer": "optimizer",
-    "exposed": "transfers",
-    "bubble": "bubble",
-    "overhead": "overhead",
-    "other_models": "other models",
-    "rollouts": "rollouts",
-}
+TIME_WORDS = {field.name: field.name.replace("_", " ") for field in fields(StepTime)}
+TIME_WORDS |= {"matmul": "matmuls", "memory_bound": "memory-bound", "exposed": "transfers"}
 """Names of `estimates.StepTime`'s fields in tables."""
 
 
@@ -145,3 +127,16 @@ def cluster_words(cluster: Cluster) -> str:
 def link_words(wire: Wire) -> str:
     """Return the name of a transfer's links: inside a host, or the network between hosts."""
     return "the network between hosts" if wire.crosses_hosts else "the links inside a host"
+
+
+FIGURES: Mapping[str, Callable[[Estimate], str]] = {
+    "step": lambda layout: seconds(layout.time.total),
+    "MFU": lambda layout: percent(layout.mfu),
+    "tokens/s": lambda layout: f"{layout.tokens_per_second:,.0f}",
+    "GiB": lambda layout: gib(layout.memory.total),
+    "in-host GiB": lambda layout: gib(layout.sent(crosses_hosts=False)),
+    "network GiB": lambda layout: gib(layout.sent(crosses_hosts=True)),
+    "bubble": lambda layout: percent(layout.bubble),
+    "J/token": lambda layout: joules(layout.joules_per_token),
+}
+"""{head of a column: what tables of layouts have in it}."""

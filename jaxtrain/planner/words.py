@@ -13,6 +13,7 @@ from jaxtrain.planner.answer import Bill
 from jaxtrain.planner.estimates import Cluster, Estimate, Memory, SearchResult, StepTime, Wire, axes_in_use
 from jaxtrain.planner.wording import (
     MEMORY_WORDS,
+    TIME_WORDS,
     cluster_words,
     duration,
     gib,
@@ -31,16 +32,13 @@ SECONDS_TO_ASK = 20.0
 """Seconds after which no further search is begun, so that the answer for thousands of devices comes in time too."""
 NEGLIGIBLE = 0.01
 """Differences below this share count as none."""
-SPENT_ON = {
-    "matmul": "matmuls",
-    "attention": "attention",
+SPENT_ON = TIME_WORDS | {
     "memory_bound": "work that the memory's bandwidth limits",
     "optimizer": "the optimizer",
     "exposed": "waiting for transfers",
     "bubble": "waiting for other stages",
     "overhead": "launching kernels",
     "other_models": "forward passes before the step",
-    "rollouts": "rollouts",
 }
 
 
@@ -180,28 +178,17 @@ def _culprit(name: str, best: Estimate, other: Estimate) -> str:
 
 
 def limiting_part(step: StepTime) -> str:
-    """Return where most of a step goes: "compute", "transfers", "bubble", "bandwidth" or "overhead"."""
+    """Say where most of a step goes."""
     parts = {
-        "compute": step.matmul + step.attention,
-        "transfers": step.exposed,
-        "bubble": step.bubble,
-        "bandwidth": step.memory_bound + step.optimizer,
-        "overhead": step.overhead,
-        "other models": step.other_models,
-        "rollouts": step.rollouts,
+        "Compute limits it": step.matmul + step.attention,
+        "Transfers limit it": step.exposed,
+        "The pipeline's bubble limits it": step.bubble,
+        "Memory bandwidth limits it": step.memory_bound + step.optimizer,
+        "Launching kernels limits it": step.overhead,
+        "Another model limits it": step.other_models,
+        "Rollouts limit it": step.rollouts,
     }
     return max(parts, key=lambda name: parts[name])
-
-
-LIMITED_BY = {
-    "compute": "Compute limits it",
-    "transfers": "Transfers limit it",
-    "bubble": "The pipeline's bubble limits it",
-    "bandwidth": "Memory bandwidth limits it",
-    "overhead": "Launching kernels limits it",
-    "other models": "Another model limits it",
-    "rollouts": "Rollouts limit it",
-}
 
 
 def what_limits(best: Estimate, found: SearchResult) -> str:
@@ -209,7 +196,7 @@ def what_limits(best: Estimate, found: SearchResult) -> str:
     total = best.time.total
     shares = sorted(((getattr(best.time, name) / total, words) for name, words in SPENT_ON.items()), reverse=True)
     spent = listed([f"{share:.1%} {words}" for share, words in shares if share >= 0.001])
-    said = [f"{LIMITED_BY[limiting_part(best.time)]}: a step is {spent}."]
+    said = [f"{limiting_part(best.time)}: a step is {spent}."]
     waiting = sum(wire.exposed_seconds for wire in best.wires)
     if waiting > NEGLIGIBLE * total:
         worst = max(best.wires, key=_waited(best.wires))

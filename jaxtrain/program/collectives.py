@@ -21,15 +21,16 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtrain.errors import ProgramError
 from jaxtrain.hardware import Chip, find_chip
 from jaxtrain.program.groups import Group, MeshOrder, group_of
 from jaxtrain.program.hlo import Array, Computation, Instruction, Program, parse, understood
 
+T = TypeVar("T")
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -62,8 +63,6 @@ class Transfer:
     seconds: float = 0.0
     """Seconds on the wire."""
     hidden_seconds: float = 0.0
-    behind_flops: float = 0.0
-    """Matmul FLOPs scheduled between start and done, all calls together."""
     overlapped_calls: float = 0.0
     """Calls with any matmul between start and done."""
 
@@ -168,14 +167,21 @@ def _replay(text: str, layout: MeshOrder, chip: Chip | None, flops_per_second: f
 
 def table(transfers: Sequence[Transfer]) -> list[CollectiveRow]:
     """Sum the transfers by axes, kind and dtype, the largest first."""
-    grouped: dict[tuple[str, str, str], list[Transfer]] = defaultdict(list)
-    for transfer in transfers:
-        grouped[transfer.group.axes, transfer.kind, transfer.dtype].append(transfer)
-    rows = []
-    for (axes, kind, dtype), members in grouped.items():
-        sums = {name: sum(getattr(t, name) for t in members) for name in ("calls", "payload", "wire", "hidden", "overlapped")}
-        rows.append(CollectiveRow(axes, kind, dtype, **sums, crosses_hosts=any(t.group.crosses_hosts for t in members)))
+    names = ("calls", "payload", "wire", "hidden", "overlapped")
+    sums = summed(transfers, lambda transfer: (transfer.group.axes, transfer.kind, transfer.dtype), names)
+    across = {transfer.group.axes for transfer in transfers if transfer.group.crosses_hosts}
+    rows = [CollectiveRow(*key, **values, crosses_hosts=key[0] in across) for key, values in sums.items()]
     return sorted(rows, key=lambda row: -row.wire)
+
+
+def summed(entries: Iterable[T], key: Callable[[T], tuple[str, ...]], names: Sequence[str]) -> dict[Any, dict[str, float]]:
+    """Return {key: {name: sum}} of numbers of entries, by their names."""
+    sums: dict[tuple[str, ...], dict[str, float]] = {}
+    for entry in entries:
+        row = sums.setdefault(key(entry), dict.fromkeys(names, 0.0))
+        for name in names:
+            row[name] += getattr(entry, name)
+    return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +359,6 @@ class _Replay:
         between = self.flops - flight.flops_at_start
         for transfer in flight.transfers:
             transfer.hidden_seconds += flight.weight * max(0.0, flight.end - flight.begin - flight.exposed)
-            transfer.behind_flops += flight.weight * between
             transfer.overlapped_calls += flight.weight * (between > 0)
         self.under_way = [other for other in self.under_way if not other.waited]
 

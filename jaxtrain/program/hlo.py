@@ -335,14 +335,6 @@ _BINARY: dict[str, Callable[[int, int], int]] = {
     "minimum": min,
     "maximum": max,
 }
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-    "EQ": operator.eq,
-    "NE": operator.ne,
-}
 
 
 def _scalar(program: Program, computation: Computation, name: str, element: Callable[[int], int], inside: bool = False) -> int:
@@ -369,7 +361,8 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
             raise _Unknown(f"{instruction.op} {name} grows beyond 64 bits")
         return made
     if instruction.op == "compare":
-        return int(_COMPARISONS[instruction.attributes.partition("direction=")[2][:2]](value(0), value(1)))
+        direction = instruction.attributes.partition("direction=")[2][:2]  # LT, LE, GT, GE, EQ or NE
+        return int(getattr(operator, direction.lower())(value(0), value(1)))
     if instruction.op == "parameter" and inside:
         return element(int(operands[0]))
     if instruction.op in ("fusion", "call"):

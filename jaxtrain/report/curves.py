@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from jaxtrain.planner.pictures import DRAWN, LIGHT, PARTS, svg
 from jaxtrain.planner.wording import scaled
 from jaxtrain.report.runs import Axis, RunRecord
-from jaxtrain.telemetry.plots import column, literal, smooth
+from jaxtrain.telemetry.plots import column, literal, shown_range, smooth
 
 COLOURS = [PARTS[i] for i in (0, 5, 2, 7, 3, 4, 1, 6)]
 """Of the runs, in order, neighbours far apart."""
@@ -129,18 +129,17 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, is_exact: bool)
     middle_x, middle_y = averaged(x, y)
     smoothed = smooth(middle_y, max(len(middle_y) / SMOOTHED, 0.5))
     axes.plot(middle_x, smoothed, color=colour, linewidth=1.8)
-    # Everything below the first value is shown; above it, the highest hundredth may be cut off as spikes.
-    shown = np.array([min(y.min(), smoothed.min()), max(y[0], smoothed.max(), np.quantile(y, 0.99))])
+    shown = np.array(shown_range(y, smoothed))
     thin_x, thin_y = thinned(x, y)
     axes.plot(thin_x, np.clip(thin_y, *shown), color=colour, linewidth=0.8, alpha=0.3)
     return shown
 
 
-def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most about `most` points: first, last, and of each stretch the lowest and the highest, so that spikes stay."""
-    if len(x) <= most:
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most about MOST_POINTS: first, last, and of each stretch the lowest and the highest, so that spikes stay."""
+    if len(x) <= MOST_POINTS:
         return x, y
-    edges = np.linspace(0, len(x), most // 2 + 1).astype(int)
+    edges = np.linspace(0, len(x), MOST_POINTS // 2 + 1).astype(int)
     kept = {0, len(x) - 1}
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         kept |= {start + int(y[start:stop].argmin()), start + int(y[start:stop].argmax())}
@@ -148,11 +147,11 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
     return x[places], y[places]
 
 
-def averaged(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of x and y over at most `most` stretches of equal length."""
-    if len(x) <= most:
+def averaged(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of x and y over at most MOST_POINTS stretches of equal length."""
+    if len(x) <= MOST_POINTS:
         return x, y
-    edges = np.linspace(0, len(x), most + 1).astype(int)
+    edges = np.linspace(0, len(x), MOST_POINTS + 1).astype(int)
     counts = np.diff(edges)
     return np.add.reduceat(x, edges[:-1]) / counts, np.add.reduceat(y, edges[:-1]) / counts
 
@@ -167,16 +166,10 @@ def _mark(axes: Axes, run: RunRecord, axis: Axis, colour: str, alone: bool) -> N
         elif number and not alone:
             axes.axvline(edges[number], color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
         if alone:
-            place = (edges[number] + edges[number + 1]) / 2, 0.995
-            words = literal(name)
-            axes.text(
-                *place, words, transform=axes.get_xaxis_transform(), ha="center", va="top", color=LIGHT["soft"], fontsize=10
-            )
+            middle, look = (edges[number] + edges[number + 1]) / 2, {"ha": "center", "va": "top", "fontsize": 10}
+            axes.text(middle, 0.995, literal(name), transform=axes.get_xaxis_transform(), color=LIGHT["soft"], **look)
     marked = [event for event in run.events if event.step is not None and event.step <= run.steps]
     places = run.place(np.array([event.step for event in marked], float), axis)
     if places.size:
-        titles = [f"{event.kind}: {event.words}" for event in marked]
-        heights = np.full(places.size, 0.025)
-        axes.scatter(
-            places, heights, 30, marker="^", color=colour, urls=titles, transform=axes.get_xaxis_transform(), clip_on=False
-        )
+        look = {"marker": "^", "urls": [f"{event.kind}: {event.words}" for event in marked], "clip_on": False}
+        axes.scatter(places, np.full(places.size, 0.025), 30, color=colour, transform=axes.get_xaxis_transform(), **look)

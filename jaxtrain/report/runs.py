@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import calendar
-import json
+import datetime
 import re
 import time
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from jaxtrain.config import Config, Recipe
 from jaxtrain.config.loading import written_config
 from jaxtrain.config.names import field_values
 from jaxtrain.errors import ExplainedError, UsageError
-from jaxtrain.files import user_path
+from jaxtrain.files import json_lines, user_path
 from jaxtrain.telemetry.flops import model_flops_per_token, num_parameters
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.plots import column
+from jaxtrain.telemetry.plots import column, stages_of
 from jaxtrain.text import printable
 
 Axis = Literal["tokens", "flops", "time"]
@@ -100,11 +99,7 @@ class RunRecord:
 
     def stages(self) -> list[tuple[int, str]]:
         """Return (first step, name) of each stage that the rows name, in order."""
-        found: list[tuple[int, str]] = []
-        for row in self.rows:
-            if row.get("stage") is not None and (not found or found[-1][1] != str(row["stage"])):
-                found.append((row["step"] if found else 0, str(row["stage"])))
-        return found
+        return stages_of(self.rows)
 
     def parameters(self) -> int | None:
         """Return the number of all parameters."""
@@ -156,7 +151,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
             raise UsageError(f"{folder} is no folder of a run: it has no metrics.jsonl, config.json or log.txt")
         rows = sorted(read_rows(folder / "metrics.jsonl"), key=lambda row: row["step"])
         log = _text(folder / "log.txt")
-        supervised = _records(folder / "launch" / "events.jsonl")
+        supervised = json_lines(folder / "launch" / "events.jsonl")
         events = [*_starts(folder), *_told(log), *_supervisor(supervised)]
         goodput = _goodput(supervised, rows)
         return RunRecord(name, folder, _config(folder), rows, sorted(events, key=lambda e: e.time), _sample(log), goodput)
@@ -176,18 +171,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file's lines; a line that is none, or only half written, is left out."""
-    found = []
-    for line in _text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found += [record] if isinstance(record, dict) else []
-    return found
-
-
 def _config(folder: Path) -> Config | None:
     try:
         return written_config(_text(folder / "config.json")).config
@@ -197,13 +180,10 @@ def _config(folder: Path) -> Config | None:
 
 def _starts(folder: Path) -> list[Event]:
     events = []
-    for record in _records(folder / "starts.jsonl"):
+    for record in json_lines(folder / "starts.jsonl"):
         try:
-            moment = calendar.timegm(time.strptime(record["time"][:19], "%Y-%m-%dT%H:%M:%S"))
-            zone = record["time"][19:]
-            offset = (int(zone[1:3]) * 3600 + int(zone[3:5]) * 60) * (-1 if zone[:1] == "-" else 1)
             words = f"on {record['host']}, jaxtrain {record['jaxtrain']} {record.get('git', '')}".rstrip()
-            events.append(Event(moment - offset, "start", words))
+            events.append(Event(datetime.datetime.fromisoformat(record["time"]).timestamp(), "start", words))
         except (KeyError, ValueError, TypeError):
             continue
     return events

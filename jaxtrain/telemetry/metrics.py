@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from jaxtrain.config import Config, to_plain
 from jaxtrain.errors import ExplainedError
-from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, log_warning, user_path
+from jaxtrain.files import AppendedFile, ReplacedFiles, Say, Tolerance, json_lines, log_warning, user_path
 from jaxtrain.telemetry.prometheus import PrometheusWriter
 from jaxtrain.telemetry.tensorboard import TensorBoardWriter
 
@@ -108,18 +108,7 @@ def to_json_line(row: Mapping[str, Any]) -> str:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return all rows of a metrics.jsonl, without a line that a killed process left unfinished; [] without a file."""
-    if not Path(path).exists():
-        return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return [row for row in map(_parse, file) if row is not None]
-
-
-def _parse(line: str | bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return [row for row in json_lines(path) if isinstance(row.get("step"), int)]
 
 
 def size_up_to(path: Path, step: int) -> int:
@@ -127,11 +116,18 @@ def size_up_to(path: Path, step: int) -> int:
     size = 0
     with open(path, "rb") as file:
         for line in file if step > 0 else ():
-            row = _parse(line)
-            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
+            if not line.endswith(b"\n") or _step(line) > step:
                 break
             size += len(line)
     return size
+
+
+def _step(line: bytes) -> int:
+    """Return the step of a line, 0 for one that is no row."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return 0
 
 
 class JsonLinesWriter:

@@ -1,4 +1,4 @@
-"""Draw a run's losses (loss.png, from metrics.jsonl), or those of several runs in one picture (`jaxtrain plot`)."""
+"""Draw a run's losses: loss.png, from metrics.jsonl. `jaxtrain report` draws several runs, and more of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAINING, VALIDATION, BASELINE, RATE, INK, FAINT = "#2563eb", "#ea580c", "#64748b", "#0d9488", "#0f172a", "#e2e8f0"
-COMPARED = (TRAINING, VALIDATION, RATE, "#9333ea", "#ca8a04", BASELINE)
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -55,66 +54,31 @@ def plot_losses(
 
     Returns False, and draws nothing, if there is no training loss yet.
     """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     rows = read_rows(metrics_jsonl)
-    steps, losses = column(rows, "loss")
-    if not steps.size:
+    if not column(rows, "loss")[0].size:
         return False
     beside: Callable[[Axes], None] | None = None
     if column(rows, "reward")[0].size:
         beside = functools.partial(_draw_reward, rows=rows)
     elif column(rows, "validation_bits_per_byte")[0].size:
         beside = functools.partial(_draw_validation, rows=rows, baselines=dict(baselines or {}))
-
-    def draw(figure: Figure) -> None:
-        _draw(figure, rows, beside)
-
-    _save(png_path, draw, 11 if beside else 6.8, title, dots_per_inch)
-    return True
-
-
-def plot_comparison(runs: Mapping[str, Path], png_path: Path, title: str = "", dots_per_inch: int = 150) -> None:
-    """Draw several runs' smoothed training losses and held-out losses (nats per token) over steps into a PNG.
-
-    Args:
-      runs: {name in the legend: its metrics.jsonl}.
-    """
-
-    def draw(figure: Figure) -> None:
-        training, held_out = figure.subplots(1, 2)
-        for (run, path), color in zip(runs.items(), COMPARED * len(runs), strict=False):
-            name, rows = literal(run), read_rows(path)
-            steps, losses = column(rows, "loss")
-            training.plot(steps, smooth(losses, width=max(len(losses) / 30, 0.5)), color=color, linewidth=1.8, label=name)
-            steps, losses = column(rows, "validation_loss")
-            label = f"{name}: {losses[-1]:.3f}" if losses.size else name
-            held_out.plot(steps, losses, "-o", color=color, linewidth=1.8, markersize=5, markeredgecolor="white", label=label)
-        training.set(title="Training loss, smoothed", xlabel="step", ylabel="cross-entropy (nats per token)")
-        held_out.set(title="Held-out text", xlabel="step", ylabel="cross-entropy (nats per token)")
-        for panel in (training, held_out):
-            panel.legend(loc="upper right")
-
-    _save(png_path, draw, 11, title, dots_per_inch)
-
-
-def _save(png_path: Path, draw: Callable[[Figure], None], width: float, title: str, dots_per_inch: int) -> None:
-    """Draw a picture of `width` x 4.6 inches and replace the file atomically."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     # A Figure of our own, not pyplot's, which would look for a window system and change global state.
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(11 if beside else 6.8, 4.6), layout=layout, facecolor="white")
         FigureCanvasAgg(figure)
-        draw(figure)
+        _draw(figure, rows, beside)
         if title:
             figure.suptitle(literal(title), x=0.012, ha="left", fontsize=13.5, fontweight="bold")
-        with replacing(png_path) as beside, warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing from font"
-            )  # letters without a glyph become boxes, without a warning
-            figure.savefig(beside, dpi=dots_per_inch, format="png")
+        with replacing(png_path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # letters without a glyph become boxes
+            figure.savefig(file, dpi=dots_per_inch, format="png")
+    return True
 
 
 def literal(text: str) -> str:
@@ -170,89 +134,70 @@ def _draw(figure: Figure, rows: list[dict[str, Any]], beside: Callable[[Axes], N
         panel.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 
+def stages_of(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """Return (first step, name) of each stage that rows name, in order."""
+    found: list[tuple[int, str]] = []
+    for row in rows:
+        if row.get("stage") is not None and (not found or found[-1][1] != str(row["stage"])):
+            found.append((row["step"] if found else 0, str(row["stage"])))
+    return found
+
+
 def _draw_stages(panels: Sequence[Axes], rows: list[dict[str, Any]], last: int) -> None:
     """Draw every other stage as a band behind the panels, and their names into the first."""
-    firsts: dict[str, int] = {}
-    for row in rows:
-        if "stage" in row:
-            firsts.setdefault(row["stage"], row["step"] if firsts else 0)
-    begins = sorted((first, name) for name, first in firsts.items())
-    for number, (begin, name) in enumerate(begins):
-        end = begins[number + 1][0] if number + 1 < len(begins) else last * 1.02
+    stages = stages_of(rows)
+    ends = [begin for begin, _ in stages[1:]] + [last * 1.02]
+    for number, ((begin, name), end) in enumerate(zip(stages, ends, strict=False)):
         for panel in panels:
             panel.axvspan(begin, end, color=FAINT, alpha=0.7 * (number % 2), linewidth=0, zorder=0)
-        panels[0].annotate(
-            literal(name),
-            (begin, 0.01),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 3),
-            textcoords="offset points",
-            color=BASELINE,
-        )
+        across = panels[0].get_xaxis_transform()
+        panels[0].text(begin, 0.01, f" {literal(name)}", transform=across, color=BASELINE, va="bottom")
+
+
+def shown_range(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """Return the bounds of a picture of logged values, which may have spikes, and of others, all of which are shown.
+
+    Everything below the first value is shown; above it, the highest hundredth may be cut off.
+    """
+    visible = np.concatenate([values[:1], [np.quantile(values, 0.99)], others])
+    return min(values.min(), visible.min()), visible.max()
+
+
+def _draw_logged(axes: Axes, rows: list[dict[str, Any]], key: str, logged: str, held_out: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a number of each logged step, as it is and smoothed, and that of validations; return both."""
+    (steps, values), (held_out_steps, held_out_values) = column(rows, key), column(rows, f"validation_{key}")
+    means = column(rows, f"{key}_mean")[1]
+    smoothed = smooth(means if means.size == steps.size else values, width=max(len(values) / 40, 0.5))
+    axes.plot(steps, values, color=TRAINING, alpha=0.35, linewidth=1.0, label=f"{logged}, each logged step")
+    axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label=f"{logged}, smoothed")
+    if held_out_steps.size:
+        look = {"color": VALIDATION, "linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white"}
+        axes.plot(held_out_steps, held_out_values, "-o", **look, zorder=4, label=held_out)
+    axes.legend(loc="best")
+    return values, held_out_values
 
 
 def _draw_loss(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    steps, losses = column(rows, "loss")
-    means = column(rows, "loss_mean")
-    smoothed = smooth(means[1] if means[0].size == steps.size else losses, width=max(len(losses) / 40, 0.5))
-    axes.plot(steps, losses, color=TRAINING, alpha=0.35, linewidth=1.0, label="training, each logged step")
-    axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label="training, smoothed")
-    held_out_steps, held_out = column(rows, "validation_loss")
-    if held_out.size:
-        axes.plot(
-            held_out_steps,
-            held_out,
-            "o",
-            color=VALIDATION,
-            markersize=4.5,
-            markeredgecolor="white",
-            label="held-out text",
-            zorder=4,
-        )
-    # Everything below the first loss is shown; above it, the highest 1% of values may be cut off as spikes.
-    visible = np.concatenate([losses[:1], [np.quantile(losses, 0.99)], held_out])
-    low, high = min(losses.min(), visible.min()), visible.max()
+    low, high = shown_range(*_draw_logged(axes, rows, "loss", "training", "held-out text"))
     margin = 0.06 * (high - low) or 0.1
     axes.set(title="Loss", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
-    axes.legend(loc="upper right")
 
 
 def _draw_reward(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    steps, rewards = column(rows, "reward")
-    smoothed = smooth(rewards, width=max(len(rewards) / 40, 0.5))
-    axes.plot(steps, rewards, color=TRAINING, alpha=0.35, linewidth=1.0, label="sampled answers, each logged step")
-    axes.plot(steps, smoothed, color=TRAINING, linewidth=2.0, label="sampled answers, smoothed")
-    held_out = column(rows, "validation_reward")
-    if held_out[0].size:
-        label = "held-out prompts, likeliest answers"
-        axes.plot(*held_out, "-o", color=VALIDATION, linewidth=1.6, markersize=5, markeredgecolor="white", label=label)
+    _draw_logged(axes, rows, "reward", "sampled answers", "held-out prompts, likeliest answers")
     axes.set(title="Reward", xlabel="step", ylabel="mean reward of an answer")
-    axes.legend(loc="best")
 
 
 def _draw_validation(axes: Axes, rows: list[dict[str, Any]], baselines: dict[str, float]) -> None:
     steps, bits = column(rows, "validation_bits_per_byte")
     axes.plot(steps, bits, "-o", color=VALIDATION, linewidth=2.0, markersize=5.5, markeredgecolor="white", zorder=3)
-    beside = (0, -17) if len(bits) > 1 and bits[-1] <= bits[-2] else (0, 9)  # away from the line to the point
-    axes.annotate(
-        f"{bits[-1]:.3f}",
-        (steps[-1], bits[-1]),
-        xytext=beside,
-        textcoords="offset points",
-        ha="right",
-        color=VALIDATION,
-        weight="bold",
-    )
+    falls = len(bits) > 1 and bits[-1] <= bits[-2]
+    words = f"\n{bits[-1]:.3f}" if falls else f"{bits[-1]:.3f}\n"  # away from the line to the point
+    look: dict[str, Any] = {"ha": "right", "va": "top" if falls else "bottom", "color": VALIDATION, "weight": "bold"}
+    axes.text(steps[-1], bits[-1], words, **look)
     for name, level in baselines.items():
         axes.axhline(level, color=BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), zorder=2)
-        axes.annotate(
-            f"{name}: {level:.3f}",
-            (0.01, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(2, 4),
-            textcoords="offset points",
-            color=BASELINE,
-        )
+        axes.text(0.01, level, f"{name}: {level:.3f}", transform=axes.get_yaxis_transform(), color=BASELINE, va="bottom")
     levels = [*bits, *baselines.values()]
     margin = 0.12 * (max(levels) - min(levels)) or 0.1
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(min(levels) - margin, max(levels) + margin))

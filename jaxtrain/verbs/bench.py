@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 
 from jaxtrain.command import NoFlags, Usage, parse
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE
+from jaxtrain.text import tell
 
 USAGE = Usage(
     "bench",
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # Without the compilation cache, so that compile_seconds is that of a first run.
     config = validate(bench_config(config), count_devices())
-    ask_for_memory(config, 1, lambda line: print(line, file=sys.stderr))
+    ask_for_memory(config, 1, tell)
     report = Bench(config).report()
     print(table(report))
     print(json.dumps(report))

@@ -7,7 +7,6 @@ each.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from jaxtrain.command import Usage, parse
 from jaxtrain.errors import EXIT_DONE, UsageError
 from jaxtrain.files import check_output
 from jaxtrain.hardware import ENDINGS, Chip, write_chip
-from jaxtrain.text import open_console
+from jaxtrain.text import open_console, tell
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     count_devices()
     first = jax.process_index() == 0
 
-    def say(words: str) -> None:
-        if first:
-            print(f"{words} ...", file=sys.stderr, flush=True)
-
-    chip = calibrate(flags.chip, flags.seconds, say)
+    chip = calibrate(flags.chip, flags.seconds, lambda words: tell(f"{words} ...") if first else None)
     if first:
         write_chip(flags.output, chip)
         show(chip)

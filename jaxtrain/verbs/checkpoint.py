@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,17 +85,15 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # must not take a GPU away from a run
     from jaxtrain.checkpoint import inspection
 
-    if name == "list":
-        return inspection.list_steps(flags.folder)
-    if name == "verify":
-        return inspection.verify(flags.folder, flags.all)
-    if name == "inspect":
-        return inspection.inspect(flags.folder)
-    if name == "diff":
-        return inspection.diff(flags.folder, flags.other)
-    if name == "rewind":
-        return _rewind(flags.folder)
-    return inspection.prune(flags.folder, flags.keep, flags.keep_every, flags.set_aside, flags.dry_run)
+    acts = {
+        "list": inspection.list_steps,
+        "verify": inspection.verify,
+        "inspect": inspection.inspect,
+        "diff": inspection.diff,
+        "prune": inspection.prune,
+        "rewind": _rewind,
+    }
+    return acts[name](*(getattr(flags, field.name) for field in dataclasses.fields(flags)))
 
 
 def _rewind(address: str) -> int:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from jaxtrain.command import Usage, parse
 from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, load_text_model
-from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
-from jaxtrain.files import replace_file, user_path
+from jaxtrain.errors import EXIT_DONE, UsageError
+from jaxtrain.files import write_output
 
 if TYPE_CHECKING:
     from jaxtrain.evaluation.measures import Settings, TaskResult
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     results = [_measured(model, task, settings) for task in tasks]
     _print(results, flags.json)
     if flags.output:
-        _write(results, flags.output)
+        rows = [json.dumps({"task": result.task.name, **row}) for result in results for row in result.rows]
+        write_output("--output", flags.output, "\n".join(rows) + "\n")
     return EXIT_DONE
 
 
@@ -98,11 +99,3 @@ def _print(results: Sequence[TaskResult], as_json: bool) -> None:
             error = f"{result.errors[name]:.4f}" if name in result.errors else ""
             table.add_row(result.task.name, name.replace("_", " "), f"{len(result.rows):,}", f"{value:.4f}", error)
     print_table(Console(file=sys.stdout), table)
-
-
-def _write(results: Sequence[TaskResult], path: str) -> None:
-    rows = [json.dumps({"task": result.task.name, **row}) for result in results for row in result.rows]
-    try:
-        replace_file(user_path(path), "\n".join(rows) + "\n")
-    except OSError as error:
-        raise ExplainedError(f"--output={path} cannot be written: {error}") from error

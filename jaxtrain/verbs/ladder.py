@@ -8,7 +8,6 @@ Exit codes: 0 done, 1 an error explained in one message, 2 wrong usage, 76 stopp
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from jaxtrain.command import Usage, parse
 from jaxtrain.errors import EXIT_DONE
 from jaxtrain.files import user_path
 from jaxtrain.planner.ladder_flags import LadderFlags, check_flags
-from jaxtrain.text import open_console
+from jaxtrain.text import open_console, tell
 
 WIDTH = 120
 """Columns of the tables without a terminal."""
@@ -56,8 +55,3 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"\n{law_words(climb.ladder, forecast)}", soft_wrap=not console.is_terminal)
     tell(f"wrote {folder / FILE}; jaxtrain plan --ladder={folder / FILE} prints the predicted loss beside the cost")
     return EXIT_DONE
-
-
-def tell(words: str) -> None:
-    """Print a progress line to standard error."""
-    print(words, file=sys.stderr, flush=True)

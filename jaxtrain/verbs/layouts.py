@@ -7,7 +7,6 @@ models of every kind too. A config that fails is printed as code.
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from jaxtrain.command import Usage, parse
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
-from jaxtrain.text import show
+from jaxtrain.text import show, tell
 
 if TYPE_CHECKING:
     from jaxtrain.measure.layouts import Errors
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             problem = traceback.format_exc(limit=-3)
         if problem:
             broken.append(f"{problem}\n{config!r}")
-        print(f"{number}/{flags.draws} {axes_of(config)}: {broken[-1] if problem else 'equal'}", file=sys.stderr, flush=True)
+        tell(f"{number}/{flags.draws} {axes_of(config)}: {broken[-1] if problem else 'equal'}")
         jax.clear_caches()
     print_table(found)
     show("\n\n".join([f"\n{len(broken)} layouts change the result", *broken]))

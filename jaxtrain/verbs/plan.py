@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jaxtrain.command import Usage, parse
 from jaxtrain.config import Config
-from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
-from jaxtrain.files import check_output, replace_file, user_path
+from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError, violated
+from jaxtrain.files import check_output, write_output
 from jaxtrain.hardware import load_chip
-from jaxtrain.text import open_console
+from jaxtrain.text import open_console, tell
 
 if TYPE_CHECKING:
     from jaxtrain.planner.answer import Plan
@@ -160,30 +159,35 @@ def explain(config: Config, cluster: Cluster, flags: PlanFlags) -> int:
 
 def check_flags(flags: PlanFlags) -> None:
     """Raise UsageError for flags that are out of range or do not go together."""
-    for name, least in (("hosts", 1), ("devices_per_host", 1), ("verify", 0), ("steps", 1)):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name}={value}: give at least {least}")
-    for name in ("tokens", "days", "price_per_gpu_hour"):
-        value = getattr(flags, name)
-        if not math.isfinite(value) or value < 0:
-            raise UsageError(f"--{name}={value}: give a number of 0 or more")
-    if flags.price_per_gpu_hour and not (flags.tokens or flags.days):
-        raise UsageError("--price_per_gpu_hour needs to know for how long: give --tokens or --days too, e.g. --tokens=15e12")
-    if flags.explain and flags.sweep:
-        raise UsageError("--explain speaks of one layout and --sweep of many; give one of them")
-    if (flags.run or (flags.compile and not flags.explain)) and not flags.sweep:
-        raise UsageError(
-            "--compile and --run go with --sweep, e.g. --sweep mesh.tensor=1,2 --run, --compile also with --explain"
+    least = {"hosts": 1, "devices_per_host": 1, "verify": 0, "steps": 1}
+    values = {name: getattr(flags, name) for name in (*least, "tokens", "days", "price_per_gpu_hour")}
+    files = {name: getattr(flags, name) for name in ("write", "html", "ladder")}
+    rules = {f"--{n}={values[n]}: give at least {least[n]}": values[n] is not None and values[n] < least[n] for n in least}
+    rules |= {
+        f"--{name}={values[name]}: give a number of 0 or more": not 0 <= values[name] < math.inf
+        for name in ("tokens", "days", "price_per_gpu_hour")
+    }
+    rules |= {
+        "--price_per_gpu_hour needs to know for how long: give --tokens or --days too, e.g. --tokens=15e12": (
+            flags.price_per_gpu_hour and not (flags.tokens or flags.days)
+        ),
+        "--explain speaks of one layout and --sweep of many; give one of them": flags.explain and flags.sweep,
+        "--compile and --run go with --sweep, e.g. --sweep mesh.tensor=1,2 --run, --compile also with --explain": (
+            (flags.run or (flags.compile and not flags.explain)) and not flags.sweep
+        ),
+        "--compile and --run: give one of them": flags.compile and flags.run,
+    }
+    rules |= {
+        f"--{name} {does} the best layout of a search; leave out --explain and --sweep": (
+            files[name] and (flags.explain or flags.sweep)
         )
-    if flags.compile and flags.run:
-        raise UsageError("--compile and --run: give one of them")
-    for name in ("write", "html", "ladder"):
-        if getattr(flags, name) and (flags.explain or flags.sweep):
-            does = "speaks of" if name == "ladder" else "saves"
-            raise UsageError(f"--{name} {does} the best layout of a search; leave out --explain and --sweep")
-        if getattr(flags, name) and name != "ladder":
-            check_output(f"--{name}", getattr(flags, name), flags.overwrite)
+        for name, does in {"write": "saves", "html": "saves", "ladder": "speaks of"}.items()
+    }
+    if problems := violated(rules):
+        raise UsageError(problems[0])
+    for name in ("write", "html"):
+        if files[name]:
+            check_output(f"--{name}", files[name], flags.overwrite)
 
 
 def make_cluster(config: Config, flags: PlanFlags) -> Cluster:
@@ -237,12 +241,7 @@ def save(plan: Plan, flags: PlanFlags, config: Config) -> None:
     if flags.html:
         from jaxtrain.planner.page import render
 
-        try:
-            replace_file(user_path(flags.html), render(plan))
-        except OSError as error:
-            raise ExplainedError(
-                f"--html={flags.html}: {error.strerror}; give a file in a folder that can be written"
-            ) from error
+        write_output("--html", flags.html, render(plan))
         tell(f"wrote {flags.html}")
 
 
@@ -255,8 +254,3 @@ def describe(best: Estimate) -> str:
         f"{layout_words(best)}: {seconds(best.time.total)} a step, {percent(best.mfu)} MFU, {best.tokens_per_second:,.0f} "
         f"tokens/s,\n{gib(best.memory.total)} GiB on the fullest device ({best.origin}).\n"
     )
-
-
-def tell(words: str) -> None:
-    """Print a progress line to standard error."""
-    print(words, file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from jaxtrain.config import Config
 from jaxtrain.config.names import split_items
 from jaxtrain.config.rules import validate
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, UsageError
+from jaxtrain.text import open_console, tell
 
 if TYPE_CHECKING:
     from jaxtrain.train.layer_moments import Difference
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     with Watchdog(config, heartbeat):
         devices = count_devices()
         config = validate(config, devices)
-        ask_for_memory(config, place.local_processes if place else 1, lambda line: print(line, file=sys.stderr))
+        ask_for_memory(config, place.local_processes if place else 1, tell)
         replayed = replay(config, flags.step, against and validate(against, devices), flags.tolerance)
         if own_index() == 0 and flags.json:
             found = [dataclasses.asdict(each) for each in replayed.differences]
@@ -101,7 +101,6 @@ def other_config(config: Config, against: str) -> Config:
 def show(replayed: Replayed) -> None:
     """Print the comparison: all of it, or if it is long the parts that differ and those before."""
     from jaxtrain.tables import plain_table, print_table
-    from jaxtrain.text import open_console
 
     found, tolerance = replayed.differences, replayed.tolerance
     table = plain_table(replayed.title, ["computed", "farthest apart", ""], ["difference"])

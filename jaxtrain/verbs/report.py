@@ -6,14 +6,13 @@ Exit codes: 0 done, 1 the page cannot be written, 2 wrong usage, or a folder tha
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtrain.command import Usage, parse
-from jaxtrain.errors import EXIT_DONE, ExplainedError
-from jaxtrain.files import check_output, replace_file, user_path
-from jaxtrain.text import open_console
+from jaxtrain.errors import EXIT_DONE
+from jaxtrain.files import check_output, write_output
+from jaxtrain.text import open_console, tell
 
 WIDTH = 140
 """Columns of the tables without a terminal."""
@@ -58,9 +57,6 @@ def main(arguments: Sequence[str]) -> int:
         for table in tables(runs):
             print_table(console, table)
         return EXIT_DONE
-    try:
-        replace_file(user_path(flags.html), render(runs))
-    except OSError as error:
-        raise ExplainedError(f"--html={flags.html}: {error.strerror}; give a file in a folder that can be written") from error
-    print(f"wrote {flags.html}", file=sys.stderr)
+    write_output("--html", flags.html, render(runs))
+    tell(f"wrote {flags.html}")
     return EXIT_DONE

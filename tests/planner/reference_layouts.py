@@ -30,8 +30,9 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.files import replace_file, user_path
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.estimates import Memory
-from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals, uncovered
+from jaxtrain.planner.formulas_collectives import Transfers, collectives, uncovered
 from jaxtrain.planner.memory import estimate_memory
+from jaxtrain.program.collectives import summed
 
 ROOT = Path(__file__).parents[2]
 CONFIGS, PACKAGE = ROOT / "configs", ROOT / "jaxtrain"
@@ -42,6 +43,12 @@ STEP += tuple(f"train/{name}.py" for name in ("balance", "exchange", "optimizer"
 """Files of the package that a compiled step depends on."""
 SMALL = 2**20
 """Bytes of a kind of transfer in a step below which its deviation is not counted: scalars that XLA adds up before it sends."""
+
+
+def totals(entries: Sequence[Transfers]) -> dict[tuple[str, str, str], float]:
+    """Payload bytes by (axes, kind, dtype)."""
+    sums = summed(entries, lambda entry: (entry.axes, entry.kind, entry.dtype), ("payload",))
+    return {key: row["payload"] for key, row in sums.items()}
 
 
 @dataclass(frozen=True)

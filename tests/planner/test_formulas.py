@@ -23,8 +23,9 @@ from jaxtrain.config.loading import load_config
 from jaxtrain.config.rules import validate
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.formulas import muon_flops, step_flops
-from jaxtrain.planner.formulas_collectives import Transfers, collectives, totals
+from jaxtrain.planner.formulas_collectives import Transfers, collectives
 from jaxtrain.planner.memory import estimate_memory
+from tests.planner.reference_layouts import totals
 
 MOE = ModelConfig(
     num_layers=2,

@@ -4,10 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from jaxtrain.errors import ConfigError, UsageError
 from jaxtrain.telemetry import plots
 from jaxtrain.telemetry.plots import column, plot_losses, smooth
-from jaxtrain.verbs.plot import main
 
 
 def write(path, rows):
@@ -60,31 +58,6 @@ def test_smoothing_keeps_a_constant_and_does_not_lag():
     rough = np.random.default_rng(0).normal(size=400)
     assert smooth(rough, 5.0)[50:350].std() < 0.4
     assert smooth(np.array([7.0]), 4.0).tolist() == [7.0]
-
-
-def test_runs_are_compared_in_one_picture(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "metrics.jsonl", TRAINING + (VALIDATION if name == "one" else []))
-    picture = tmp_path / "compared.png"
-    main([str(picture), str(tmp_path / "one"), str(tmp_path / "other")])
-    pixels = matplotlib.image.imread(picture, format="png")
-    assert pixels.shape[:2] == (690, 1650)
-    assert pixels[..., :3].std() > 0.05
-    with pytest.raises(UsageError, match="give --overwrite"):
-        main([str(picture), str(tmp_path / "one")])
-    main([str(picture), str(tmp_path / "one"), "--overwrite"])
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["picture.png"], ["picture.pdf", "one"], ["picture.png", "nowhere"]])
-def test_wrong_usage_draws_nothing(tmp_path, monkeypatch, arguments):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "one").mkdir()
-    write(tmp_path / "one" / "metrics.jsonl", TRAINING)
-    with pytest.raises((SystemExit, UsageError, ConfigError)) as ended:
-        main(arguments)
-    assert getattr(ended.value, "exit_code", 0) == (0 if arguments == ["--help"] else 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_no_point_is_cut_off_and_every_panel_says_what_it_shows(tmp_path, monkeypatch):
