@@ -134,6 +134,19 @@ def write_output(flag: str, path: str, content: str) -> None:
         raise ExplainedError(f"{flag}={path}: {error.strerror}; give a file in a folder that can be written") from error
 
 
+def make_file(path: Path, content: str, way_out: str) -> None:
+    """Replace the content of `path` atomically, and make its folder (see `replace_file`).
+
+    Raises:
+      ExplainedError: it cannot be written; ends with the way out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise ExplainedError(f"{path} cannot be written: {error.strerror}; {way_out}") from error
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects of a file's lines, [] without a file; a line that is none, or only half written, is left out."""
     found: list[Any] = []

@@ -11,7 +11,7 @@ import difflib
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -193,6 +193,13 @@ def set_field(config: Any, name: str, value: Any) -> Any:
     items = [*held, get_args(hint)[0]()] if int(place) == len(held) else list(held)
     items[int(place)] = set_field(items[int(place)], field, value)
     return dataclasses.replace(config, **{first: tuple(items)})
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the config with fields, given by their dotted names, replaced."""
+    for name, value in values.items():
+        config = set_field(config, name, value)
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import ExplainedError, nearest
-from jaxtrain.files import replace_file, user_path
+from jaxtrain.files import make_file, user_path
 from jaxtrain.hardware.chip import DTYPE_ALIASES, PEAK_DTYPES, Calibration, Chip
 
 ENDINGS = (".json", ".toml")
@@ -90,12 +90,7 @@ def write_chip(path: str | Path, chip: Chip) -> None:
     table["peak_flops"] = dict(chip.peak_flops)
     table["calibration"] = chip.calibration and dataclasses.asdict(chip.calibration)
     kept = {name: value for name, value in table.items() if value not in (None, "", {}, ())}
-    path = user_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(kept, indent=2) + "\n")
-    except OSError as error:
-        raise ExplainedError(f"cannot write {path}: {error.strerror}; give another --output") from error
+    make_file(user_path(path), json.dumps(kept, indent=2) + "\n", "give another --output")
 
 
 def _read_table(path: Path, where: str) -> dict[str, Any]:

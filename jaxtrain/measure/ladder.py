@@ -19,7 +19,7 @@ from jaxtrain.config import Config, MeshConfig, PipelineConfig, ShardingConfig, 
 from jaxtrain.config.loading import for_another_process
 from jaxtrain.config.names import field_values, set_field
 from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, EXIT_STOPPED, EXIT_USAGE, ExplainedError, Stopped
-from jaxtrain.files import replace_file
+from jaxtrain.files import make_file
 from jaxtrain.launch.supervisor import Policy, Supervisor, command_of
 from jaxtrain.planner.ladder import (
     FILE,
@@ -158,11 +158,7 @@ class Climb:
         return found
 
     def _save(self, forecast: Forecast | None = None) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self.folder / FILE, self.ladder.to_json(forecast))
-        except OSError as error:
-            raise ExplainedError(f"{self.folder / FILE} cannot be written: {error.strerror}; give another --folder") from error
+        make_file(self.folder / FILE, self.ladder.to_json(forecast), "give another --folder")
 
 
 def of_one_machine(config: Config, given: Sequence[str]) -> Config:
@@ -217,11 +213,7 @@ def train_apart(config: Config) -> int:
       ExplainedError: its folder cannot be made.
     """
     folder = config.directory
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "small.json", for_another_process(config))
-    except OSError as error:
-        raise ExplainedError(f"{folder} cannot be written: {error.strerror}; give another --folder") from error
+    make_file(folder / "small.json", for_another_process(config), "give another --folder")
     command = command_of("train", [f"--config={folder / 'small.json'}"])
     said: list[str] = []
     code = Supervisor(

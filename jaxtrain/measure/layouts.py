@@ -256,18 +256,11 @@ def as_task(config: Config) -> Config:
 
     Not in float8, in which a sum in another order may move a number by a step of 1/8 (`tests/models/test_float8_weights.py`).
     """
-    return replace(
-        config,
-        model=replace(config.model, dtype="float32", matmul_dtype="default", attention="reference"),
-        mesh=MeshConfig(fsdp=1),
-        pipeline=PipelineConfig(),
-        sharding=ShardingConfig(),
-        sync=SyncConfig(),
-        train=replace(config.train, microbatches=1),
-    )
+    alone = on_one_device(config, config.train.remat)
+    return replace(alone, model=replace(alone.model, dtype="float32", matmul_dtype="default"), sync=SyncConfig())
 
 
-def on_one_device(config: Config) -> Config:
+def on_one_device(config: Config, remat: str = "none") -> Config:
     """Return the config to compare with: one device, one microbatch, no recomputation, reference attention."""
     return replace(
         config,
@@ -275,7 +268,7 @@ def on_one_device(config: Config) -> Config:
         mesh=MeshConfig(fsdp=1),
         pipeline=PipelineConfig(),
         sharding=ShardingConfig(),
-        train=replace(config.train, microbatches=1, remat="none"),
+        train=replace(config.train, microbatches=1, remat=remat),
     )
 
 

@@ -137,8 +137,8 @@ def plan_title(plan: Plan) -> str:
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
     """Return one layout with every figure, in base units (bytes, seconds, joules); unknown ones are null."""
     config = estimate.config
-    return {
-        "mesh": estimate.mesh,
+    same = ("mesh", "origin", "fits", "mfu", "tokens_per_second", "bubble", "model_flops", "joules_per_token")
+    return {name: getattr(estimate, name) for name in same} | {
         "schedule": config.pipeline.schedule,
         "chunks": config.pipeline.chunks,
         "microbatches": config.train.microbatches,
@@ -147,22 +147,15 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
         "zero": config.sharding.zero,
         "context_attention": config.sharding.context_attention,
         "take_turns": config.sharding.take_turns,
-        "origin": estimate.origin,
-        "fits": estimate.fits,
         "step_seconds": estimate.time.total,
         "time": dataclasses.asdict(estimate.time),
-        "mfu": estimate.mfu,
-        "tokens_per_second": estimate.tokens_per_second,
         "memory_bytes": estimate.memory.total,
         "memory": dataclasses.asdict(estimate.memory),
         "budget_bytes": _finite(estimate.cluster.budget_bytes),
         "in_host_bytes": estimate.sent(crosses_hosts=False),
         "network_bytes": estimate.sent(crosses_hosts=True),
         "wires": [dataclasses.asdict(wire) for wire in estimate.wires],
-        "bubble": estimate.bubble,
         "flops_per_device": estimate.flops,
-        "model_flops": estimate.model_flops,
-        "joules_per_token": estimate.joules_per_token,
     }
 
 

@@ -180,6 +180,7 @@ def compile_for(
     """Compile the train step of a valid config (no mesh axis -1) for as many chips as its mesh has.
 
     Args:
+      chip: as in `make_devices`; empty: for the devices of this process.
       devices_per_host: as in `make_devices`.
       options: XLA options over those that the trainer sets.
       exchange: what the step does between replicas; by default it only averages gradients.
@@ -196,9 +197,9 @@ def compile_for(
     from jaxtrain.train.optimizer import optimizer_of
     from jaxtrain.train.step import compile_train_step
 
-    mesh = make_mesh(config.mesh, make_devices(chip, math.prod(config.mesh.shape), devices_per_host))
-    optimizer = optimizer_of(config)
-    with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability):
+    count, optimizer = math.prod(config.mesh.shape), optimizer_of(config)
+    mesh = make_mesh(config.mesh, make_devices(chip, count, devices_per_host) if chip else None)
+    with cudnn_without_a_gpu(find_target(chip).architecture.compute_capability) if chip else contextlib.nullcontext():
         backend, why = choose_attention(config, mesh)
         program = compile_train_step(config, mesh, optimizer, backend, options, exchange or ReplicaExchange())
     return program, mesh, f"{backend}: {why}"
@@ -217,7 +218,7 @@ def report(
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return CompiledStep(
         flops=matmul_flops(text),
-        rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip)))),
+        rows=tuple(table(read_collectives(text, layout_of(mesh), find_chip(chip)))) if chip else (),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -230,12 +231,19 @@ def report(
 def report_in_subprocess(config: Config, chip: str = "h100-sxm", devices_per_host: int = DEVICES_PER_HOST) -> CompiledStep:
     """Do `report` in a process of its own: XLA may end it, and this one may be on any backend.
 
+    Args:
+      chip: as in `make_devices`; empty: compile for `devices_per_host` fake CPU devices.
+
     Raises:
       ExplainedError: the process's error, or how it ended.
     """
-    require_plugin()
+    flags = {}
+    if chip:
+        require_plugin()
+    else:
+        flags["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices_per_host}"
     request = json.dumps([for_another_process(config), chip, devices_per_host])
-    said = ask("jaxtrain.planner.deviceless", request, f"compiling for {chip}")
+    said = ask(request, f"compiling for {chip or f'{devices_per_host} fake CPU devices'}", **flags)
     said["rows"] = tuple(CollectiveRow(**row) for row in said["rows"])
     return CompiledStep(**said)
 
@@ -244,15 +252,15 @@ class CompilerDied(ExplainedError):
     """A compiling process ended without an answer: XLA aborted, or the system ended it."""
 
 
-def ask(module: str, request: str, doing: str, **environment: str) -> dict[str, Any]:
-    """Run a module on CPU in its own process with `request` on its standard input; return what it passed to `answer`.
+def ask(request: str, doing: str, **environment: str) -> dict[str, Any]:
+    """Run this module on CPU in its own process with `request` on its standard input; return what it answers.
 
     Raises:
       ExplainedError: the process's error.
       CompilerDied: how it ended, in one line, after what it was `doing`.
     """
     done = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", "jaxtrain.planner.deviceless"],
         input=request,
         env=os.environ | {"JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
@@ -276,19 +284,14 @@ def _cause(stderr: str) -> str:
     return next((line for level in "FEW" for line in lines if re.match(rf"{level}\d{{4,}} ", line)), lines[-1])
 
 
-def answer(make: Callable[[], dict[str, Any]]) -> None:
-    """Write what `make` returns, or its ExplainedError, for the process that asked (`ask`)."""
+def main() -> None:
+    """Read a request of `report_in_subprocess` from standard input, and answer with the report, or with its ExplainedError."""
+    config, *arguments = json.loads(sys.stdin.read())
     try:
-        said = make()
+        said = dataclasses.asdict(report(config_of(config), *arguments))
     except ExplainedError as error:
         said = {"error": str(error)}
     print(_MARK + json.dumps(said), flush=True)
-
-
-def main() -> None:
-    """Read a request of `report_in_subprocess` from standard input, and answer with the report."""
-    config, *arguments = json.loads(sys.stdin.read())
-    answer(lambda: dataclasses.asdict(report(config_of(config), *arguments)))
 
 
 if __name__ == "__main__":

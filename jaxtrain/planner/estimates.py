@@ -168,6 +168,11 @@ class Estimate:
         """Energy per token; None if the chip's power is not published."""
         return None if self.joules is None else self.joules / self.tokens
 
+    def score(self, objective: str) -> float:
+        """Return the quantity ranked, smaller is better: joules a token for energy, else seconds a token (so money too)."""
+        per_token = self.joules_per_token if objective == "energy" else None
+        return 1 / self.tokens_per_second if per_token is None else per_token
+
     @property
     def mesh(self) -> dict[str, int]:
         """{axis: size} of the axes above 1."""

@@ -24,6 +24,8 @@ from jaxtrain.telemetry.flops import model_flops_per_token, num_parameters
 
 FILE = "ladder.json"
 LEAST_STEPS = 20
+ALONE: dict[str, Any] = {"stop_at_validation_loss": 0.0, "tasks": (), "sample_tokens": 0}
+"""Fields of `train` of small runs, which are measured by their last validation alone."""
 MOST_RATES = 9
 """Learning rates of a size, after which the best of them is taken whatever may lie beyond."""
 NEAR = 1.2
@@ -132,22 +134,15 @@ def small_run(size: Config, config: Config, tokens: float, rate: float) -> Confi
             f"a model of {parameters_of(size.model):,} parameters would train for {steps} steps; the least is {LEAST_STEPS}: "
             "give a smaller --train.global_batch_size, more --train.steps, or fewer --sizes"
         )
-    train, optimizer, checkpoint = config.train, config.optimizer, config.checkpoint
-    warmup = round(optimizer.warmup_steps * steps / train.steps)
-    log_every = max(1, min(train.log_every, steps // 50))
+    train, optimizer = config.train, config.optimizer
+    checkpoint = replace(
+        config.checkpoint, keep=1, keep_every=0, keep_best=0, fast_every=0, mirror="", export_hf="", resume="auto"
+    )
     return replace(
         size,
-        optimizer=replace(optimizer, peak_lr=rate, warmup_steps=warmup),
-        train=replace(
-            train,
-            steps=steps,
-            log_every=log_every,
-            validate_every=steps,
-            stop_at_validation_loss=0.0,
-            tasks=(),
-            sample_tokens=0,
-        ),
-        checkpoint=replace(checkpoint, keep=1, keep_every=0, keep_best=0, fast_every=0, mirror="", export_hf="", resume="auto"),
+        optimizer=replace(optimizer, peak_lr=rate, warmup_steps=round(optimizer.warmup_steps * steps / train.steps)),
+        train=replace(train, steps=steps, log_every=max(1, min(train.log_every, steps // 50)), validate_every=steps, **ALONE),
+        checkpoint=checkpoint,
         telemetry=replace(config.telemetry, wandb_project="", prometheus="", profile=""),
     )
 

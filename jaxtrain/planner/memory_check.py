@@ -7,6 +7,7 @@ estimate (`planner.memory`) for a GPU's program: if that is larger than the memo
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -150,12 +151,10 @@ def largest_that_fit(config: Config, fits: Callable[[Config], bool]) -> dict[str
     if model.moe:
         sizes |= {"model.moe.num_experts": (model.moe.num_experts, 1, model.moe.experts_per_token)}
     for name, (now, unit, least) in sizes.items():
-        low, high = 0, now // unit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(set_field(config, name, middle * unit)) else (low, middle - 1)
-        if least <= low * unit < now:
-            offers[name] = low * unit
+        counts = range(1, now // unit + 1)
+        most = unit * bisect.bisect_left(counts, True, key=lambda n: not fits(set_field(config, name, n * unit)))  # noqa: B023
+        if least <= most < now:
+            offers[name] = most
     return offers
 
 

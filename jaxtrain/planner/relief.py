@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.config.names import set_field
+from jaxtrain.config.names import with_fields
 from jaxtrain.config.rules import divisors, find_problems
 from jaxtrain.planner.estimates import Memory
 from jaxtrain.planner.memory import estimate_memory
@@ -38,13 +38,6 @@ WORDS = MEMORY_WORDS | {
     "rollouts": "the cache of rollouts, beyond what only a step holds",
     "kernels": "what attention's kernels need while they compute gradients",
 }
-
-
-def with_flags(config: Config, flags: Flags) -> Config:
-    """Return the config with these fields changed."""
-    for name, value in flags.items():
-        config = set_field(config, name, value)
-    return config
 
 
 def turns(config: Config) -> dict[str, list[Flags]]:
@@ -95,7 +88,7 @@ def _that_fit(
                 break
             flags |= knob[place]
         else:
-            changed = with_flags(config, flags)
+            changed = with_fields(config, flags)
             if find_problems(changed, devices)[1]:
                 continue
             held = estimate_memory(changed, backend).total

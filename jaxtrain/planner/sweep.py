@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jaxtrain.config import Config
 from jaxtrain.config.loading import for_another_process
-from jaxtrain.config.names import NoSuchField, field_hint, read_value, set_field
+from jaxtrain.config.names import NoSuchField, field_hint, read_value, set_field, with_fields
 from jaxtrain.config.rules import find_problems
 from jaxtrain.errors import ExplainedError, UsageError
 from jaxtrain.planner.answer import estimate_json
@@ -159,13 +159,11 @@ def run(config: Config, cluster: Cluster, steps: int) -> Measured:
     Raises:
       ExplainedError: the run failed; gives its last line.
     """
-    train = dataclasses.replace(config.train, steps=steps, log_every=1, validate_every=0, sample_tokens=0)
-    checkpoint = dataclasses.replace(config.checkpoint, every=0, resume="never")
+    bare = {"train.steps": steps, "train.log_every": 1, "train.validate_every": 0, "train.sample_tokens": 0}
+    bare |= {"checkpoint.every": 0, "checkpoint.resume": "never", "telemetry.profile": ""}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-sweep-") as folder:
         file, run_dir = Path(folder) / "config.json", Path(folder) / "run"
-        telemetry = dataclasses.replace(config.telemetry, profile="")
-        whole = dataclasses.replace(config, train=train, checkpoint=checkpoint, telemetry=telemetry, run_dir=str(run_dir))
-        file.write_text(for_another_process(whole), encoding="utf-8")
+        file.write_text(for_another_process(with_fields(config, bare | {"run_dir": str(run_dir)})), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "jaxtrain", "train", f"--config={file}"],
             env=_environment(cluster),

@@ -10,20 +10,16 @@ Every layout is compiled in a process of its own, two at a time. An error there 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jaxtrain.config import Config
-from jaxtrain.config.loading import config_of, for_another_process
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.parallel.pipeline_counts import count_passes
 from jaxtrain.planner.candidate import stand_in
 from jaxtrain.planner.cost import joules
-from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, answer, ask, find_obstacle, has_plugin, report_in_subprocess
+from jaxtrain.planner.deviceless import CompiledStep, CompilerDied, find_obstacle, has_plugin, report_in_subprocess
 from jaxtrain.planner.estimates import Estimate, Memory, Wire
 from jaxtrain.planner.formulas import step_flops
 from jaxtrain.planner.roofline import roofline
@@ -77,7 +73,7 @@ def verify(
         if isinstance(result, ExplainedError):
             tell(f"verify     {layout_words(estimate)}: left out: {result}")
     found = [result for result in results if isinstance(result, Estimate)]
-    found.sort(key=lambda estimate: (not estimate.fits, _value(estimate, objective)))
+    found.sort(key=lambda estimate: (not estimate.fits, estimate.score(objective)))
     fitting = [estimate for estimate in found if estimate.fits]
     return [*fitting, *estimates[k:], *found[len(fitting) :]]
 
@@ -95,12 +91,6 @@ def choose_count(chip: Chip, asked: int | None) -> tuple[int, str]:
         return 0, "all figures are estimates in closed form" + (f": {obstacle}" if obstacle and asked is None else "")
     where = f"fake CPU devices, labelled approximate: {obstacle}" if obstacle else f"{chip.target}"
     return count, f"figures are estimates in closed form; those of the best {count} come from compiling for {where}"
-
-
-def _value(estimate: Estimate, objective: Objective) -> float:
-    if objective == "energy" and estimate.joules is not None:
-        return estimate.joules
-    return estimate.time.total
 
 
 def compiled(estimate: Estimate) -> Estimate:
@@ -168,43 +158,10 @@ def _with_fake(estimate: Estimate) -> Estimate:
     """Return the estimate, labelled approximate, with the state's bytes and FLOPs of the step compiled for as many CPU
     devices.
     """
-    devices = estimate.cluster.devices
+    devices, memory = estimate.cluster.devices, estimate.memory
     if devices > MOST_FAKE_DEVICES:
         raise ExplainedError(f"{devices} fake CPU devices are too many to compile for (at most {MOST_FAKE_DEVICES})")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    said = ask(
-        "jaxtrain.planner.verify",
-        for_another_process(estimate.config),
-        f"compiling for {devices} fake CPU devices",
-        XLA_FLAGS=flags,
-    )
-    memory = estimate.memory
-    scale = said["argument_bytes"] / (memory.parameters + memory.optimizer)
-    state = {"parameters": memory.parameters * scale, "optimizer": memory.optimizer * scale}
-    return dataclasses.replace(estimate, origin="approximate", memory=dataclasses.replace(memory, **state), flops=said["flops"])
-
-
-def _compile_here(config: Config) -> dict[str, float]:
-    """Compile a config's step for this process's CPU devices."""
-    from jaxtrain.mesh import make_mesh
-    from jaxtrain.models.building import choose_attention
-    from jaxtrain.program.hlo import matmul_flops
-    from jaxtrain.train.optimizer import optimizer_of
-    from jaxtrain.train.step import compile_train_step
-
-    mesh = make_mesh(config.mesh)
-    optimizer = optimizer_of(config)
-    program = compile_train_step(config, mesh, optimizer, choose_attention(config, mesh)[0])
-    return {
-        "argument_bytes": program.memory_analysis().argument_size_in_bytes,
-        "flops": matmul_flops(program.as_text()),
-    }
-
-
-def main() -> None:
-    """Read a config from standard input, compile it for fake CPU devices, and answer with the figures."""
-    answer(lambda: _compile_here(config_of(sys.stdin.read())))
-
-
-if __name__ == "__main__":
-    main()
+    report = report_in_subprocess(estimate.config, "", devices)
+    scale = report.argument_bytes / (memory.parameters + memory.optimizer)
+    memory = dataclasses.replace(memory, parameters=memory.parameters * scale, optimizer=memory.optimizer * scale)
+    return dataclasses.replace(estimate, origin="approximate", memory=memory, flops=report.flops)

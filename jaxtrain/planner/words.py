@@ -65,13 +65,6 @@ def explain_plan(
 # Why it won
 
 
-def score(estimate: Estimate, objective: str) -> float:
-    """Return the quantity ranked, smaller is better: joules per token for energy, else seconds per token (so money too)."""
-    if objective == "energy" and estimate.joules_per_token is not None:
-        return estimate.joules_per_token
-    return 1 / estimate.tokens_per_second
-
-
 def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = "time") -> str:
     """Compare the winner with the runner-up, and with the best of up to two other kinds of layout."""
     best = ranked[0]
@@ -89,7 +82,7 @@ def why_first(ranked: Sequence[Estimate], found: SearchResult, objective: str = 
     for estimate in (*others, *found.ranked, *found.kinds):
         if _kind(estimate) not in (_kind(best), _kind(ranked[min(1, len(others))])):  # the runner-up is described already
             kinds.setdefault(_kind(estimate), estimate)
-    nearest = sorted(kinds.values(), key=lambda estimate: score(estimate, objective))[:2]
+    nearest = sorted(kinds.values(), key=lambda estimate: estimate.score(objective))[:2]
     said += [_against(f"The best {_apart(best, estimate)}", best, estimate, found, objective) for estimate in nearest]
     return " ".join(said + _checked(ranked, found))
 
@@ -138,7 +131,7 @@ def _against(name: str, best: Estimate, other: Estimate, found: SearchResult, ob
     """Return one comparison; a layout that was not compiled is compared with the winner's estimate."""
     if other.origin != best.origin:
         best = _estimated(best, found) or best
-    worse = score(other, objective) / score(best, objective) - 1
+    worse = other.score(objective) / best.score(objective) - 1
     what = "energy" if objective == "energy" else "time"
     measure = f"takes {worse:.1%} more {what}" if worse > 0 else f"was estimated to take {-worse:.1%} less {what}"
     if abs(worse) < NEGLIGIBLE:
@@ -280,7 +273,7 @@ def _outcome(name: str, best: Estimate, found: SearchResult, objective: str) -> 
     if not found.ranked:
         return f"With {name} nothing would fit."
     other = found.ranked[0]
-    gain = score(best, objective) / score(other, objective) - 1
+    gain = best.score(objective) / other.score(objective) - 1
     unit = "tokens a joule" if objective == "energy" else "tokens/s"
     verdict = "nothing gained" if abs(gain) < NEGLIGIBLE else f"{abs(gain):.1%} {'more' if gain > 0 else 'fewer'} {unit}"
     mfu = f" at {percent(other.mfu)} MFU" if other.mfu is not None else ""

@@ -20,8 +20,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config
-from jaxtrain.errors import ExplainedError
-from jaxtrain.files import replace_file, user_path
+from jaxtrain.files import make_file, user_path
 from jaxtrain.hardware import chip_of_device_kind
 from jaxtrain.program.collectives import instruction_seconds
 from jaxtrain.program.groups import layout_of
@@ -53,11 +52,7 @@ def write_profile(seconds: Mapping[str, float], folder: str = FOLDER) -> Path:
     of a host may write at once. The folder must not be writable by others, who could put a link there.
     """
     text = "".join(f'costs {{ name: "{name}" cost_us: {1e6 * time:.3f} }}\n' for name, time in seconds.items())
-    directory = user_path(folder)
-    path = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text)
-    except OSError as error:  # without the profile this process would compile another program than its peers
-        raise ExplainedError(f"{path} cannot be written: {error.strerror}; XLA reads instruction durations there") from error
+    path = user_path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pbtxt"
+    # An error if that fails: without the profile this process would compile another program than its peers.
+    make_file(path, text, "XLA reads instruction durations there")
     return path

@@ -161,7 +161,7 @@ def test_the_process_may_die(monkeypatch: pytest.MonkeyPatch, said: str, cause: 
     died = subprocess.CompletedProcess([], -8, stdout="", stderr=said)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: died)
     with pytest.raises(CompilerDied, match=f"^compiling for h200 ended with SIGFPE: (.* )?{cause}$"):
-        deviceless.ask("jaxtrain.planner.deviceless", "", "compiling for h200")
+        deviceless.ask("", "compiling for h200")
 
 
 @pytest.mark.parametrize(("jaxlib", "works"), [("0.10.2", True), ("0.11.1", False), ("0.12.0.1", False), ("1.0", False)])

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jaxtrain.config.names import with_fields
 from jaxtrain.config.rules import find_problems
 from jaxtrain.planner.memory import estimate_memory
-from jaxtrain.planner.relief import categories, explain_out_of_memory, smallest_changes, turns, with_flags
+from jaxtrain.planner.relief import categories, explain_out_of_memory, smallest_changes, turns
 
 GIB = 2**30
 BASE = Config(
@@ -29,7 +30,7 @@ def test_every_change_fits_and_a_smaller_turn_does_not(gib):
     assert changes
     assert len({len([f for f in flags if f != "mesh.data"]) for flags, _ in changes}) == 1  # as few knobs as will do
     for flags, held in changes:
-        changed = with_flags(BASE, flags)
+        changed = with_fields(BASE, flags)
         assert find_problems(changed, 8)[1] == []
         assert held == estimate_memory(changed).total <= budget
         assert changed.train.global_batch_size == BASE.train.global_batch_size
@@ -37,7 +38,7 @@ def test_every_change_fits_and_a_smaller_turn_does_not(gib):
             ((name, value),) = flags.items()
             (options,) = [o for o in turns(BASE).values() if {name: value} in o]
             smaller = options[: options.index({name: value})]
-            assert all(estimate_memory(with_flags(BASE, option)).total > budget for option in smaller)
+            assert all(estimate_memory(with_fields(BASE, option)).total > budget for option in smaller)
 
 
 def test_fewer_knobs_do_for_more_memory():
@@ -67,7 +68,7 @@ def test_the_message_has_the_bytes_and_flags_that_can_be_pasted():
     assert pasted
     for line in pasted:
         flags = {n: int(v) if v.isdigit() else v for n, v in (flag[2:].split("=") for flag in line.split())}
-        assert estimate_memory(with_flags(BASE, flags)).total <= 40 * GIB
+        assert estimate_memory(with_fields(BASE, flags)).total <= 40 * GIB
 
 
 def test_an_estimate_that_fits_asks_for_clearly_less():
