@@ -23,7 +23,7 @@ from jaxtrain.data.pipeline import open_data
 from jaxtrain.hardware import resolve_chip
 from jaxtrain.mesh import describe_mesh
 from jaxtrain.objectives import objective_of
-from jaxtrain.telemetry.clock import StepClock, StepWork, memory_row
+from jaxtrain.telemetry.clock import RunWork, StepClock, memory_row
 from jaxtrain.telemetry.metrics import MetricsLog
 from jaxtrain.telemetry.progress import PlainProgress
 from jaxtrain.train.hooks import Logging, Telemetry, multiples
@@ -61,7 +61,8 @@ class Bench(Prepared):
         self.compile_seconds = time.perf_counter() - started
         self.state, self.numbers = self.create_state(), place_numbers(config, self.mesh)
         chip = resolve_chip(config.telemetry.hardware, jax.devices()[0].device_kind)
-        self.work = StepWork.of(config, self.mesh.devices.size, chip)
+        self.run_work = RunWork(config, self.mesh.devices.size, chip)
+        self.work = self.run_work.at(1)
 
     def step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         """Run one step: (state, metrics)."""
@@ -105,7 +106,7 @@ class Bench(Prepared):
                 self.times.append(time.perf_counter())
 
         stopwatch = Stopwatch()
-        clock = StepClock(self.work, count + 1)
+        clock = StepClock(self.run_work, count + 1)
         with MetricsLog(directory) as log, self.data.train_batches(0, self.rows()) as batches:
             progress = PlainProgress(count + 1, io.StringIO())
             hooks, due = Hooks(), multiples(self.config.train.log_every, 1, count + 1)

@@ -46,18 +46,6 @@ class StepWork:
     peak_flops: float | None
     """Peak matmul FLOP/s of one device in the compute dtype; None if unknown."""
 
-    def at(self, step: int) -> StepWork:
-        """Return the work of a step, from 1; `RunWork` has steps that differ."""
-        return self
-
-    def tokens(self, steps: int) -> float:
-        """Return the tokens of the first `steps` steps."""
-        return steps * self.tokens_per_step
-
-    def stage(self, step: int) -> Row:
-        """Return a row with the name of the stage of a step, empty in a run without `train.stages`."""
-        return {}
-
     @classmethod
     def of(cls, config: Config, num_devices: int, chip: Chip) -> StepWork:
         """Return the work of one step of `config` over `num_devices` chips."""
@@ -84,7 +72,7 @@ class StepWork:
 
 
 class RunWork:
-    """The work of each step of a run, over its stages, with the methods of `StepWork`.
+    """The work of each step of a run, over its stages.
 
     Args:
       batch_of: steps before a step -> the number of its batch, which says its stage.
@@ -96,6 +84,7 @@ class RunWork:
         self._has_stages = bool(config.train.stages)
 
     def at(self, step: int) -> StepWork:
+        """Return the work of a step, from 1."""
         return self._works[self._recipe.at(self._batch_of(step - 1)).first]
 
     def tokens(self, steps: int) -> int:
@@ -106,6 +95,7 @@ class RunWork:
         return sum(count * stage.tokens_per_step for count, stage in zip(counts, stages, strict=True))
 
     def stage(self, step: int) -> Row:
+        """Return a row with the name of the stage of a step, empty in a run without `train.stages`."""
         return {"stage": self._recipe.at(self._batch_of(step - 1)).name} if self._has_stages else {}
 
 
@@ -122,7 +112,7 @@ class StepClock:
 
     def __init__(
         self,
-        work: StepWork | RunWork,
+        work: RunWork,
         total_steps: int,
         start_step: int = 0,
         elapsed_before: float = 0.0,

@@ -50,7 +50,7 @@ def main() -> None:
     work = bench.Bench(validate(bench.bench_config(parse_config(arguments)), 1))
     device = Device()
     with MetricsLog(Path(tempfile.mkdtemp())) as log, work.data.train_batches(0, work.rows()) as batches:
-        progress, clock = PlainProgress(STEPS, io.StringIO()), StepClock(work.work, STEPS)
+        progress, clock = PlainProgress(STEPS, io.StringIO()), StepClock(work.run_work, STEPS)
         hooks = Hooks()
         hooks.add(Logging(Telemetry(log, progress, clock), multiples(10, 1, STEPS)))
         loop = Loop(device.step, lambda state, step: work.place(next(batches)), device.wait, hooks, None, 0, STEPS)

@@ -14,6 +14,22 @@ WORK = StepWork(
 )
 
 
+class Alike(RunWork):
+    """A run whose steps all do the same work."""
+
+    def __init__(self, work: StepWork):
+        self.work = work
+
+    def at(self, step: int) -> StepWork:
+        return self.work
+
+    def tokens(self, steps: int) -> int:
+        return int(steps * self.work.tokens_per_step)
+
+    def stage(self, step: int) -> dict:
+        return {}
+
+
 class Hand:
     """A clock that a test moves."""
 
@@ -36,7 +52,7 @@ def take_steps(clock, hand, seconds, first=1):
 
 
 def test_a_window_has_the_median_step_and_the_throughput_of_all(hand):
-    clock = StepClock(WORK, total_steps=10, now=hand)
+    clock = StepClock(Alike(WORK), total_steps=10, now=hand)
     hand.time += 50  # compilation
     clock.start()
     take_steps(clock, hand, [1.0, 1.0, 4.0])
@@ -54,7 +70,7 @@ def test_a_window_has_the_median_step_and_the_throughput_of_all(hand):
 
 
 def test_waiting_for_data_counts_and_pauses_do_not(hand):
-    clock = StepClock(WORK, total_steps=10, now=hand)
+    clock = StepClock(Alike(WORK), total_steps=10, now=hand)
     for step in (1, 2):
         with clock.waiting_for_data():
             hand.time += 0.5
@@ -71,7 +87,7 @@ def test_waiting_for_data_counts_and_pauses_do_not(hand):
 
 
 def test_a_resumed_run_goes_on_counting(hand):
-    clock = StepClock(WORK, total_steps=20, start_step=10, elapsed_before=100.0, now=hand)
+    clock = StepClock(Alike(WORK), total_steps=20, start_step=10, elapsed_before=100.0, now=hand)
     assert clock.eta_seconds() is None
     take_steps(clock, hand, [3.0, 3.0], first=11)
     row = clock.window()
@@ -81,7 +97,7 @@ def test_a_resumed_run_goes_on_counting(hand):
 
 
 def test_an_empty_window_is_unknown_not_zero(hand):
-    row = StepClock(WORK, total_steps=5, now=hand).window()
+    row = StepClock(Alike(WORK), total_steps=5, now=hand).window()
     assert row["step_seconds"] is row["tokens_per_second"] is row["mfu_full"] is row["eta_seconds"] is None
 
 
