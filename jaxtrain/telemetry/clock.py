@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -132,34 +132,30 @@ class StepClock:
         self._started = self._last = self._now()
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the block, which takes the next batch, as data wait, and as part of the step's time too."""
+    def _counted(self, total: str) -> Iterator[None]:
+        """Add the seconds of the block to one of the sums."""
         before = self._now()
         try:
             yield
         finally:
-            self._window_data_wait += self._now() - before
+            setattr(self, total, getattr(self, total) + self._now() - before)
+
+    def waiting_for_data(self) -> AbstractContextManager[None]:
+        """Count the block, which takes the next batch, as data wait, and as part of the step's time too."""
+        return self._counted("_window_data_wait")
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave the block (validation, checkpoints) out of step times and throughput, not out of elapsed time and ETA."""
+        return self._counted("_pause")
 
     def timed_as_waiting(self, function: Callable[..., T]) -> Callable[..., T]:
         """Wrap a function that dispatches a step or waits for its results; the rest of a step's time is the host's own work."""
 
         def timed(*arguments: Any) -> T:
-            before = self._now()
-            try:
+            with self._counted("_window_device_wait"):
                 return function(*arguments)
-            finally:
-                self._window_device_wait += self._now() - before
 
         return timed
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block (validation, checkpoints) out of step times and throughput, not out of elapsed time and ETA."""
-        before = self._now()
-        try:
-            yield
-        finally:
-            self._pause += self._now() - before
 
     def step_done(self, step: int, share: float = 1.0) -> None:
         """Record that one more step is done. Costs a microsecond.
