@@ -244,8 +244,9 @@ def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
         {
             f"model.moe.groups={moe.groups} does not divide num_experts={moe.num_experts}; "
             f"use {_or(divisors(moe.num_experts))}": is_uneven,
-            f"model.moe.groups_per_token={moe.groups_per_token} is more than groups={moe.groups}": has_few_groups
-            and not is_uneven,
+            f"model.moe.groups_per_token={moe.groups_per_token} is more than groups={moe.groups}": (
+                has_few_groups and not is_uneven
+            ),
             f"model.moe.experts_per_token={moe.experts_per_token} is more than the {open_experts} experts to choose from": (
                 moe.experts_per_token > open_experts and not is_uneven and not has_few_groups
             ),
@@ -253,8 +254,9 @@ def _moe_problems(config: Config, mesh: MeshConfig) -> list[str]:
             "use fewer": moe.first_dense_layers >= layers,
             f"mesh.expert={mesh.expert} does not divide model.moe.num_experts={moe.num_experts}; "
             f"use {_or([d for d in divisors(moe.num_experts) if d <= 64])}": moe.num_experts % mesh.expert,
-            f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above "
-            "0": moe.weight_scale <= 0 or moe.capacity_factor <= 0,
+            f"model.moe: weight_scale={moe.weight_scale} and capacity_factor={moe.capacity_factor} must be above 0": (
+                moe.weight_scale <= 0 or moe.capacity_factor <= 0
+            ),
             f"model.moe.exchange_factor={moe.exchange_factor} with dispatch={moe.dispatch}: dropless takes 0 (room for all "
             "rows) or at least 1; capacity has capacity_factor": moe.exchange_factor
             and (moe.exchange_factor < 1 or moe.dispatch != "dropless"),

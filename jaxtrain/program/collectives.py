@@ -40,7 +40,6 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_SOURCE = re.compile(r'op_name="([^"]*)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NO_TIME = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 SHORTEST = 1e-6
@@ -51,12 +50,9 @@ SHORTEST = 1e-6
 class Transfer:
     """All runs of one collective instruction in a step, for one dtype."""
 
-    name: str
     kind: str
     dtype: str
     group: Group
-    source: str
-    """The op_name: the model line that it comes from."""
     payload_once: float
     """Bytes of one call."""
     calls: float = 0.0
@@ -370,8 +366,7 @@ class _Replay:
         found = []
         for dtype, sent in _bytes_sent(computation, instruction, kind).items():
             payload = sent * group.size if kind == "all-gather" else sent
-            source = _SOURCE.search(instruction.attributes)
-            new = Transfer(instruction.name, kind, dtype, group, source.group(1) if source else "", payload)
+            new = Transfer(kind, dtype, group, payload)
             found.append(self.transfers.setdefault((f"{computation.name}/{instruction.name}", dtype), new))
         return found
 
