@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,6 @@ class CompiledStep:
     """Bytes of the output that alias arguments."""
     attention: str
     """Attention backend and the reason."""
-    compile_seconds: float
 
     @property
     def memory_bytes(self) -> int:
@@ -212,9 +210,7 @@ def report(
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
     """Compile (see `compile_for`) and report on the program."""
-    started = time.perf_counter()
     compiled, mesh, attention = compile_for(config, chip, devices_per_host, options)
-    seconds = time.perf_counter() - started
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return CompiledStep(
         flops=matmul_flops(text),
@@ -224,7 +220,6 @@ def report(
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         attention=attention,
-        compile_seconds=seconds,
     )
 
 

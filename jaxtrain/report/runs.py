@@ -57,7 +57,6 @@ class RunRecord:
     """A run, as its folder shows it."""
 
     name: str
-    folder: Path
     config: Config | None
     """None where config.json is missing or of another version."""
     rows: list[dict[str, Any]]
@@ -154,7 +153,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         supervised = json_lines(folder / "launch" / "events.jsonl")
         events = [*_starts(folder), *_told(log), *_supervisor(supervised)]
         goodput = _goodput(supervised, rows)
-        return RunRecord(name, folder, _config(folder), rows, sorted(events, key=lambda e: e.time), _sample(log), goodput)
+        return RunRecord(name, _config(folder), rows, sorted(events, key=lambda e: e.time), _sample(log), goodput)
     except OSError as error:
         raise UsageError(f"{folder} cannot be read: {error.strerror}") from error
 

@@ -77,11 +77,6 @@ class ParameterCount:
         return self.embedding + self.output + self.layers + self.final_norm
 
     @property
-    def active(self) -> int:
-        """All parameters but those of the experts that a token does not use."""
-        return self.total - self.idle
-
-    @property
     def non_embedding(self) -> int:
         """All but the embedding table and the output projection: N of Kaplan et al. 2020."""
         return self.layers + self.final_norm

@@ -186,7 +186,8 @@ def compare(layout: Layout, cache: Path) -> Comparison:
 
 
 def _report(kept: dict[str, Any]) -> deviceless.CompiledStep:
-    fields: dict[str, Any] = {name: value for name, value in kept.items() if name != "layout"}
+    names = {field.name for field in dataclasses.fields(deviceless.CompiledStep)}  # a cache may have more
+    fields: dict[str, Any] = {name: value for name, value in kept.items() if name in names}
     fields["rows"] = tuple(deviceless.CollectiveRow(**row) for row in fields["rows"])
     return deviceless.CompiledStep(**fields)
 

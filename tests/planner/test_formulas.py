@@ -250,7 +250,7 @@ def test_deviations_are_found():
     rest = [deviceless.CollectiveRow(*key, 1, total, 0, 0, 0, False) for key, total in totals(others).items()]
 
     def found(*rows: deviceless.CollectiveRow) -> list[str]:
-        return deviations(deviceless.CompiledStep(0, (*rows, *rest), 0, 0, 0, 0, "", 0), entries)
+        return deviations(deviceless.CompiledStep(0, (*rows, *rest), 0, 0, 0, 0, ""), entries)
 
     assert found(row("bf16", 1)) == []
     assert found(row("bf16", 1.015)) == []

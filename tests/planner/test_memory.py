@@ -317,7 +317,7 @@ def test_deviations_of_bytes():
 
     def deviation(payload: float, dtype: str = "bf16") -> float:
         found = deviceless.CollectiveRow("fsdp", "all-gather", dtype, 1, payload, 0, 0, 0, False)
-        return worst_deviation([entry], deviceless.CompiledStep(0, (found,), 0, 0, 0, 0, "", 0))
+        return worst_deviation([entry], deviceless.CompiledStep(0, (found,), 0, 0, 0, 0, ""))
 
     assert deviation(2**30) == deviation(0.75 * 2**30) == 0
     assert deviation(1.5 * 2**30) == 0.5
@@ -329,7 +329,7 @@ def test_a_table_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     def report(config: Config) -> deviceless.CompiledStep:
         compiled.append(config.name)
-        return deviceless.CompiledStep(1.0, (), 2**30, 2**30, 0, 0, "cudnn", 1.0)
+        return deviceless.CompiledStep(1.0, (), 2**30, 2**30, 0, 0, "cudnn")
 
     monkeypatch.setattr(deviceless, "report_in_subprocess", report)
     cache = f"--cache={tmp_path / 'new' / 'kept.json'}"

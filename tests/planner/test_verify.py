@@ -34,7 +34,7 @@ def report_of(config: Config, *, wait: float, more_memory: int = 0) -> CompiledS
     """A program that computes what the formula says, and waits for half a gather of so many bytes."""
     state = round(state_bytes(config))
     row = CollectiveRow("fsdp", "all-gather", "bf16", 4, 2 * wait, wait, hidden=wait / 2, overlapped=wait, crosses_hosts=False)
-    return CompiledStep(step_flops(config, "cudnn"), (row,), state, 1_000_000 + more_memory, state, state, "cudnn: why", 1.0)
+    return CompiledStep(step_flops(config, "cudnn"), (row,), state, 1_000_000 + more_memory, state, state, "cudnn: why")
 
 
 def test_what_was_compiled_takes_the_place_of_the_estimate():
