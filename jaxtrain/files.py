@@ -131,7 +131,7 @@ def write_output(flag: str, path: str, content: str) -> None:
     try:
         replace_file(user_path(path), content)
     except OSError as error:
-        raise ExplainedError(f"{flag}={path}: {error.strerror}; give a file in a folder that can be written") from error
+        raise ExplainedError(f"{flag}={path} cannot be written: {error.strerror}; give a file in another folder") from error
 
 
 def make_file(path: Path, content: str, way_out: str) -> None:
