@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxtrain"
 VERBS = ["train", "plan", "launch", "preflight", "checkpoint", "import", "export", "generate", "evaluate", "replay"]
 VERBS += ["tokenize", "bench", "calibrate", "layouts", "ladder", "report", "configs"]
-INSIDE = {"planner/deviceless.py", "planner/verify.py", "launch/on_ray.py"}
+INSIDE = {"planner/deviceless.py", "launch/on_ray.py"}
 """Programs that this one starts itself."""
 
 
