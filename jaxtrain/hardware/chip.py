@@ -147,10 +147,11 @@ def interpolated(rates: tuple[Rate, ...], dtype: str, size: float) -> float | No
     points = sorted((rate.size, rate.fraction) for rate in rates if rate.dtype == dtype)
     if not points:
         return None
-    import numpy as np  # not at the top: it is slow, and only measured chips need it
-
-    sizes, fractions = zip(*points, strict=True)
-    return float(np.interp(math.log(size), np.log(sizes), fractions))
+    for (small, below), (large, above) in zip(points, points[1:], strict=False):
+        if small <= size < large:
+            share = math.log(size / small) / math.log(large / small)
+            return below + (above - below) * share
+    return points[0][1] if size < points[0][0] else points[-1][1]
 
 
 def predicted_watts(chip: Chip, utilisation: float) -> float | None:
