@@ -40,6 +40,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _INDEX = re.compile(r"index=(\d+)")
 _NO_TIME = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 SHORTEST = 1e-6
@@ -53,6 +54,8 @@ class Transfer:
     kind: str
     dtype: str
     group: Group
+    source: str
+    """The op_name: the model line that it comes from."""
     payload_once: float
     """Bytes of one call."""
     calls: float = 0.0
@@ -366,7 +369,8 @@ class _Replay:
         found = []
         for dtype, sent in _bytes_sent(computation, instruction, kind).items():
             payload = sent * group.size if kind == "all-gather" else sent
-            new = Transfer(kind, dtype, group, payload)
+            source = _SOURCE.search(instruction.attributes)
+            new = Transfer(kind, dtype, group, source.group(1) if source else "", payload)
             found.append(self.transfers.setdefault((f"{computation.name}/{instruction.name}", dtype), new))
         return found
 
