@@ -107,7 +107,7 @@ def draw_replicas(path: Path) -> None:
         runs = {name: _train(folder, "--config=configs/replicas.py", *flags, devices=2) for name, flags in ways.items()}
         losses = charts(read_runs([str(run) for run in runs.values()]), "tokens")[:2]
     names = "".join(f'<tspan dx="24" fill="{colour}">{name}</tspan>' for name, colour in zip(ways, COLOURS, strict=False))
-    heads = [f'<text y="14" font-size="13" fill="var(--ink)">{chart.title}{names}</text></svg>' for chart in losses]
+    heads = [f'<text y="9" font-size="12" fill="var(--ink)">{chart.title}{names}</text></svg>' for chart in losses]
     path.write_text(stack([chart.svg.replace("</svg>", head) for chart, head in zip(losses, heads, strict=True)]))
 
 
@@ -146,7 +146,8 @@ def stack(pictures: list[str]) -> str:
         top += height + MARGIN
     size = f'viewBox="0 0 {width + 2 * MARGIN:g} {top:g}"'
     paper = '<rect width="100%" height="100%" fill="var(--card)"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style>{paper}{"".join(parts)}</svg>'
+    style = re.sub(r"(?m)^svg \{.*?\}", "", STYLE)  # the page's width of a picture would be that of each part of this one
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{paper}{"".join(parts)}</svg>'
 
 
 PLOTS, CURVES = "jaxtrain/telemetry/plots.py", "jaxtrain/report/curves.py"

@@ -64,3 +64,9 @@ def test_pictures_below_each_other_are_one_valid_file():
     )
     assert whole.get("viewBox") == "0 0 58 97"
     assert [part.get("y") for part in whole if part.tag.endswith("svg")] == ["24", "68"]
+
+
+@pytest.mark.parametrize("name", [name for name in pictures.PICTURES if name.endswith(".svg")])
+def test_parts_of_a_picture_have_sizes_of_their_own(name: str):
+    """A width of every svg, as the page gives, would lay the parts over each other."""
+    assert not re.search(r"(?m)^svg \{", (pictures.ROOT / name).read_text())
