@@ -194,14 +194,15 @@ def _gather_stacks(dims_tree: Any, compute: Any) -> Any:
     dims, structure = jax.tree.flatten(dims_tree, is_leaf=is_dims)
     leaves, stacks = structure.flatten_up_to(compute), defaultdict(list)
     for i, (names, x) in enumerate(zip(dims, leaves, strict=True)):
-        if "layer" in names and _fsdp_dims(names) and x is not None:
+        if "layer" in names and _fsdp_dims(names):
             shape = (x.values if isinstance(x, Float8) else x).shape
             stacks[shape[: names.index("layer") + 1]].append(i)
         else:
             leaves[i] = _gather_over_fsdp(names, x)
     for leading, places in stacks.items():
         whole = _gather_stack(leading, [dims[i] for i in places], [leaves[i] for i in places])
-        leaves = [whole[places.index(i)] if i in places else x for i, x in enumerate(leaves)]
+        for i, x in zip(places, whole, strict=True):
+            leaves[i] = x
     return structure.unflatten(leaves)
 
 
