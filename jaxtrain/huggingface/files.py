@@ -33,6 +33,8 @@ TRAVELLING = (
     "added_tokens.json chat_template.* vocab.json vocab.txt merges.txt *.tiktoken preprocessor_config.json LICENSE* USE_POLICY*"
 ).split()
 """Files that go with the weights, into a run and out of it again."""
+PIECE = 1 << 17
+"""Numbers that `fetch` looks at together, so that a cache holds them."""
 MAPPED_BYTES = 128 << 20
 """Bytes read before the files are closed: what was read of a mapped file counts as resident memory until then."""
 MOST_PADDING = 0.05
@@ -260,8 +262,9 @@ class WeightsFolder:
             return expand(blocks, self._read(f"{name}{SCALES}", index[:1]))[(slice(None), *index[1:])]
         array, kind = self._read(name, index), self._stored[name].dtype
         words, exponent = EXPONENTS[kind]
-        bits = np.ascontiguousarray(array).view(words)
-        if (bits & words(exponent) == exponent).any():
+        bits = np.ascontiguousarray(array).view(words).reshape(-1)
+        pieces = (bits[start : start + PIECE] for start in range(0, bits.size, PIECE))  # which a cache holds
+        if any((piece & words(exponent) == exponent).any() for piece in pieces):
             raise ExplainedError(f"{self.path}: {name} holds numbers that are not finite (NaN or infinity)")
         return array
 
