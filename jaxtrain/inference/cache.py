@@ -126,6 +126,10 @@ class CachedAttention:
         """Return an array of the cache with the new tokens written."""
         count = array.shape[-2]
         place_BL = jnp.where(self._positions_BL >= 0, self._positions_BL % count, count)  # padding is dropped
+        if array.shape[0] == new_BLKN.shape[0] == new_BLKN.shape[1] == 1:
+            # A scatter of one row becomes an update in place, around which XLA:CPU copies the cache four times.
+            is_new_S = place_BL[0] == jnp.arange(count)
+            return jnp.where(is_new_S[:, None], new_BLKN.swapaxes(1, 2).astype(array.dtype), array)
         rows_B1 = jnp.arange(new_BLKN.shape[0])[:, None]
         return array.at[self._layer, rows_B1, :, place_BL].set(new_BLKN.astype(array.dtype), mode="drop")
 

@@ -171,7 +171,8 @@ def _forward(
     x, stack = _through_stages(decoder, weights, x, places, cache["stack"])
     x_BLD = all_gather(x, "tensor", dim=1).reshape(rows, count, -1)
     x_B1D = jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)
-    logits = Logits(decoder.config.vocab_size, decoder.config.logit_softcap).of(outer.head_input(x_B1D), outer.head_DV())
+    to_logits = Logits(decoder.config.vocab_size, decoder.config.logit_softcap)
+    logits = to_logits.of(outer.head_input(x_B1D), *outer.head_with_dims())
     return {"first": first, "stack": stack}, all_gather(logits, "tensor", dim=2)[:, 0, : decoder.config.vocab_size]
 
 

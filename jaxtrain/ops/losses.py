@@ -39,9 +39,13 @@ class Logits(NamedTuple):
     temperature: float = 1.0
     """Divides the logits, after the bound."""
 
-    def of(self, x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
-        """Return this device's share of the logits, float32 [B, L, V/tensor]; MASKED_LOGIT for padding of the vocabulary."""
-        logits = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
+    def of(self, x_BLD: jax.Array, head: jax.Array, dims: str = "DV") -> jax.Array:
+        """Return this device's share of the logits, float32 [B, L, V/tensor]; MASKED_LOGIT for padding of the vocabulary.
+
+        Args:
+          dims: of the head, "DV" or "VD".
+        """
+        logits = jnp.einsum(f"BLD,{dims}->BLV", x_BLD, head, preferred_element_type=jnp.float32)
         if self.softcap:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if self.temperature != 1:
