@@ -119,13 +119,15 @@ def test_attention_within_documents_is_fused_as_without_them():
 def test_matmuls_in_float8_are_those_of_cublas():
     """All products of the layers' matrices, with float8 operands; others only for the head. As many FLOPs as in bfloat16.
 
-    XLA joins what reads one input: 3 products forward and attention's output, 9 for gradients, 4 computed again.
+    XLA joins what reads one input. Of each layer: 4 products forward (queries to values, output, gate and up, down), 3 of them
+    again in the backward pass, 4 for dW and 7 for dx.
     """
-    config = replace(tiny(1), model=replace(TINY, num_layers=1, matmul_dtype="float8"))
+    model = replace(TINY, num_layers=2, matmul_dtype="float8")  # of one layer jaxlib 0.12 would compute nothing again
+    config = replace(tiny(1), model=model)
     text = deviceless.compile_for(validate(config, 1))[0].as_text()
     calls = re.findall(r' = \(?(\w+)\[.*custom_call_target="(__cublas[^"]*)".*op_name="([^"]*)"', text)
     in_float8 = [name for _, target, name in calls if target.endswith("$f8")]
-    assert len(in_float8) == 17
+    assert len(in_float8) == 18 * model.num_layers
     assert all("jvp(loss)" in name for _, target, name in calls if not target.endswith("$f8"))
     assert not re.search(r" dot\(", text)
     assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=1e-6)
