@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config import FOLDED_SCHEDULES
+from jaxtrain.errors import ExplainedError
 from jaxtrain.layout import stage_of_part
 
 IDLE = -1
@@ -104,7 +105,7 @@ def make_table(
     """Return the table of work that is to be done in these ticks; without `weight`, B computes the weights' gradients too.
 
     Raises:
-      ValueError: a stage would do two passes of one kind in a tick.
+      ExplainedError: a stage would do two passes of one kind in a tick.
     """
     works = forward, backward, weight or {}
     ticks = max(tick for work in works for tick in work.values()) + 1
@@ -112,7 +113,7 @@ def make_table(
     for work, microbatch_array, chunk_array in zip(works, arrays[::2], arrays[1::2], strict=True):
         for (stage, microbatch, chunk), tick in work.items():
             if microbatch_array[tick, stage] != IDLE:
-                raise ValueError(f"tick {tick}: stage {stage} would do two passes of one kind")
+                raise ExplainedError(f"tick {tick}: stage {stage} would do two passes of one kind")
             microbatch_array[tick, stage], chunk_array[tick, stage] = microbatch, chunk
     return Schedule(stages, chunks, microbatches, *arrays, folded=folded)
 
@@ -157,7 +158,7 @@ def v_shape(stages: int, chunks: int, microbatches: int) -> Schedule:
     holds up to 2S - 1. The first and the last part are on stage 0.
     """
     if chunks != 2:
-        raise ValueError(f"a folded schedule has 2 chunks a stage, not {chunks}")
+        raise ExplainedError(f"a folded schedule has 2 chunks a stage, not {chunks}")
     forward, backward, last = {}, {}, 2 * stages - 1
     for i in range(stages):
         for m in range(microbatches):
@@ -223,7 +224,7 @@ def forward_only(name: str, stages: int, chunks: int, microbatches: int) -> Sche
 
 def _one_chunk(name: str, chunks: int) -> None:
     if chunks != 1:
-        raise ValueError(f"schedule {name} has 1 chunk a stage, not {chunks}; use interleaved")
+        raise ExplainedError(f"schedule {name} has 1 chunk a stage, not {chunks}; use interleaved")
 
 
 SCHEDULES = {
@@ -240,15 +241,23 @@ def schedule_of(config: Any) -> Schedule:
     """Return the schedule of a valid `Config`, checked: the one that is plugged in, else that of pipeline.schedule.
 
     Raises:
-      ValueError: the schedule that is plugged in cannot run; names the pass.
+      ExplainedError: the schedule that is plugged in cannot run; names the pass. Or it is one of other sizes.
     """
     pipe, chunks, microbatches = config.mesh.pipe, config.pipeline.chunks, config.train.microbatches
     if config.parts.schedule is None:
         return make_schedule(config.pipeline.schedule, pipe, chunks, microbatches)
     schedule = config.parts.schedule(pipe, chunks, microbatches)
+    if not isinstance(schedule, Schedule):
+        raise ExplainedError(f"the schedule that is plugged in gave a {type(schedule).__name__}; return what make_table gives")
+    made = schedule.stages, schedule.chunks, schedule.microbatches
+    if made != (pipe, chunks, microbatches):
+        raise ExplainedError(
+            f"the schedule that is plugged in is one of (stages, chunks, microbatches) {made}, but was asked for one of "
+            f"{(pipe, chunks, microbatches)} (mesh.pipe, pipeline.chunks, train.microbatches)"
+        )
     check(schedule)
     if schedule.folded != (config.pipeline.schedule in FOLDED_SCHEDULES):
-        raise ValueError(
+        raise ExplainedError(
             f"the schedule that is plugged in has folded={schedule.folded}, but pipeline.schedule={config.pipeline.schedule} "
             f"says where the layers lie; give --pipeline.schedule={'v_shape' if schedule.folded else '1f1b'} too"
         )
@@ -271,13 +280,13 @@ def ticks_of(microbatch: np.ndarray, chunk: np.ndarray) -> dict[tuple[int, int, 
     """{(stage, microbatch, chunk): tick} of one kind of pass.
 
     Raises:
-      ValueError: a pass is done twice.
+      ExplainedError: a pass is done twice.
     """
     found: dict[tuple[int, int, int], int] = {}
     for tick, stage in zip(*np.nonzero(microbatch != IDLE), strict=True):
         key = (int(stage), int(microbatch[tick, stage]), int(chunk[tick, stage]))
         if key in found:
-            raise ValueError(
+            raise ExplainedError(
                 f"stage {key[0]} passes microbatch {key[1]} through chunk {key[2]} in ticks {found[key]} and {tick}"
             )
         found[key] = int(tick)
@@ -299,7 +308,7 @@ def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     (which is all that a lock-step table needs to be free of deadlock), and W, if it is a pass of its own, after its B.
 
     Raises:
-      ValueError: a pass cannot run; names it.
+      ExplainedError: a pass cannot run; names it.
     """
     f = ticks_of(schedule.forward_microbatch, schedule.forward_chunk)
     b = ticks_of(schedule.backward_microbatch, schedule.backward_chunk)
@@ -311,23 +320,25 @@ def check(schedule: Schedule, backward: bool = True) -> ScheduleCost:
     for name, done in named:
         if set(done) != everything:
             odd = sorted(set(done) ^ everything)[0]
-            raise ValueError(f"{name} of (stage, microbatch, chunk) {odd} is {'missing' if odd in everything else 'unknown'}")
+            raise ExplainedError(
+                f"{name} of (stage, microbatch, chunk) {odd} is {'missing' if odd in everything else 'unknown'}"
+            )
     for (stage, microbatch, chunk), tick in f.items():
         before = neighbour(stage, chunk, schedule, -1)
         if before and f[before[0], microbatch, before[1]] >= tick:
-            raise ValueError(
+            raise ExplainedError(
                 f"forward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no input yet"
             )
     for (stage, microbatch, chunk), tick in b.items():
         after = neighbour(stage, chunk, schedule, +1)
         late = b[after[0], microbatch, after[1]] >= tick if after else False
         if late or f[stage, microbatch, chunk] > tick:
-            raise ValueError(
+            raise ExplainedError(
                 f"backward of microbatch {microbatch} on stage {stage} chunk {chunk} at tick {tick} has no gradient yet"
             )
     for key, tick in w.items():
         if b[key] > tick:
-            raise ValueError(f"weight of (stage, microbatch, chunk) {key} at tick {tick} comes before its backward")
+            raise ExplainedError(f"weight of (stage, microbatch, chunk) {key} at tick {tick} comes before its backward")
     return ScheduleCost(schedule.ticks, bubble_fraction(schedule), live_parts(schedule))
 
 

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxtrain.config import FOLDED_SCHEDULES
+from jaxtrain.config import FOLDED_SCHEDULES, Config, MeshConfig, TrainConfig
+from jaxtrain.errors import ExplainedError
 from jaxtrain.layout import stage_of_part
 from jaxtrain.parallel.pipeline_counts import waiting_time
 from jaxtrain.parallel.pipeline_schedule import (
@@ -20,8 +21,10 @@ from jaxtrain.parallel.pipeline_schedule import (
     forward_only,
     live_parts,
     make_schedule,
+    schedule_of,
 )
 from jaxtrain.parallel.pipeline_slots import allocate_slots, count_slots
+from jaxtrain.parts import Parts
 
 STAGES, MICROBATCHES, CHUNKS = range(1, 7), range(1, 10), range(1, 5)
 FEWEST = {name: 2 if name in FOLDED_SCHEDULES else 1 for name in SCHEDULES}
@@ -96,13 +99,13 @@ def test_interleaved_holds_less_than_everything():
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_chunks_are_refused_where_there_are_none(name: str):
-    with pytest.raises(ValueError, match=f"schedule {name} has 1 chunk a stage, not 2; use interleaved"):
+    with pytest.raises(ExplainedError, match=f"schedule {name} has 1 chunk a stage, not 2; use interleaved"):
         make_schedule(name, 2, 2, 4)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_folded_schedule_has_two_chunks(chunks: int):
-    with pytest.raises(ValueError, match=f"has 2 chunks a stage, not {chunks}"):
+    with pytest.raises(ExplainedError, match=f"has 2 chunks a stage, not {chunks}"):
         make_schedule("v_shape", 2, chunks, 4)
 
 
@@ -138,7 +141,7 @@ def test_forward_only_holds_forwards_only():
         slots = allocate_slots(schedule)
         assert (slots.residual_count, slots.gradient_count) == (0, 0)
         replay(schedule)
-    with pytest.raises(ValueError, match="backward of .* is missing"):
+    with pytest.raises(ExplainedError, match="backward of .* is missing"):
         check(forward_only("1f1b", 2, 1, 2))
 
 
@@ -177,12 +180,12 @@ EVERY_KIND = [
 def test_every_pass_left_out_or_done_twice_is_refused(case: tuple, kind: str):
     schedule, field = make(*case), f"{kind}_microbatch"
     for tick, stage in np.argwhere(getattr(schedule, field) != IDLE):
-        with pytest.raises(ValueError, match=f"{kind} of .* is missing"):
+        with pytest.raises(ExplainedError, match=f"{kind} of .* is missing"):
             check(tampered(schedule, field, {(tick, stage): IDLE}))
         other = (getattr(schedule, field)[tick, stage] + 1) % schedule.microbatches
-        with pytest.raises(ValueError, match=f"passes microbatch {other} through chunk"):
+        with pytest.raises(ExplainedError, match=f"passes microbatch {other} through chunk"):
             check(tampered(schedule, field, {(tick, stage): other}))
-        with pytest.raises(ValueError, match=f"{kind} of .* is (missing|unknown)"):
+        with pytest.raises(ExplainedError, match=f"{kind} of .* is (missing|unknown)"):
             check(tampered(schedule, field, {(tick, stage): schedule.microbatches}))
 
 
@@ -190,11 +193,11 @@ def test_a_pass_that_comes_too_early_is_refused():
     schedule = make("1f1b", 3, 1, 4)
     # Stage 1 does its first forward in tick 1, when stage 0's has just been sent.
     early = swapped(schedule, "forward", 1, 0, 1)
-    with pytest.raises(ValueError, match="forward of microbatch 0 on stage 1 chunk 0 at tick 0 has no input yet"):
+    with pytest.raises(ExplainedError, match="forward of microbatch 0 on stage 1 chunk 0 at tick 0 has no input yet"):
         check(early)
     # Stage 1 does its first backward in tick 3, one after the last stage.
     early = swapped(schedule, "backward", 1, 2, 3)
-    with pytest.raises(ValueError, match="backward of microbatch 0 on stage 1 chunk 0 at tick 2 has no gradient yet"):
+    with pytest.raises(ExplainedError, match="backward of microbatch 0 on stage 1 chunk 0 at tick 2 has no gradient yet"):
         check(early)
 
 
@@ -202,14 +205,14 @@ def test_a_weight_gradient_before_its_backward_is_refused():
     schedule = make("zero_bubble", 3, 1, 4)
     tick = int(np.flatnonzero(schedule.weight_microbatch[:, 0] == 2)[0])
     before = int(np.flatnonzero(schedule.backward_microbatch[:, 0] == 2)[0]) - 1
-    with pytest.raises(ValueError, match=r"weight of .* \(0, 2, 0\) at tick \d+ comes before its backward"):
+    with pytest.raises(ExplainedError, match=r"weight of .* \(0, 2, 0\) at tick \d+ comes before its backward"):
         check(swapped(schedule, "weight", 0, before, tick))
 
 
 def test_a_backward_before_its_own_forward_is_refused():
     """The last part needs no gradient from elsewhere, only its own forward."""
     schedule = make("1f1b", 1, 1, 3)
-    with pytest.raises(ValueError, match="backward of microbatch 1 on stage 0 chunk 0 at tick 0 has no gradient yet"):
+    with pytest.raises(ExplainedError, match="backward of microbatch 1 on stage 0 chunk 0 at tick 0 has no gradient yet"):
         check(swapped(schedule, "backward", 0, 0, 1))
 
 
@@ -224,7 +227,7 @@ def test_every_delay_of_an_input_is_refused():
         }
         late[microbatch, 0], late[-1, 0] = IDLE, microbatch
         rest["forward_chunk"][-1, 0] = 0
-        with pytest.raises(ValueError, match=f"forward of microbatch {microbatch} on stage 1 .* no input yet"):
+        with pytest.raises(ExplainedError, match=f"forward of microbatch {microbatch} on stage 1 .* no input yet"):
             check(dataclasses.replace(schedule, forward_microbatch=late, **rest))
 
 
@@ -390,3 +393,21 @@ def test_slots_are_counted_as_they_are_allocated(name: str, stages: int, microba
         slots = allocate_slots(schedule)
         counts = slots.activation_count, slots.gradient_count, slots.residual_count, slots.operand_count
         assert count_slots(schedule) == counts
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        (
+            lambda *sizes: make("1f1b", 2, 1, 4),
+            r"\(2, 1, 4\), but was asked for one of \(2, 1, 8\)",
+        ),
+        (lambda *sizes: make("1f1b", 1, 1, 8), r"\(1, 1, 8\), but was asked for one of \(2, 1, 8\)"),
+        (lambda *sizes: make("v_shape", 2, 2, 8), r"\(2, 2, 8\), but was asked for one of \(2, 1, 8\)"),
+        (lambda *sizes: None, "gave a NoneType"),
+    ],
+)
+def test_a_schedule_that_is_plugged_in_has_the_sizes_it_was_asked_for(own, problem):
+    config = Config(mesh=MeshConfig(pipe=2), train=TrainConfig(microbatches=8))
+    with pytest.raises(ExplainedError, match=problem):
+        schedule_of(dataclasses.replace(config, parts=Parts(schedule=own)))
