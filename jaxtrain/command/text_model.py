@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,17 +39,22 @@ def check_given(line: CommandLine[Any], verb: str) -> None:
         raise UsageError(f"--{others[0]}: {verb} takes its own flags and --mesh.*; the model's settings come with its weights")
 
 
-def load_text_model(line: CommandLine[Any]) -> Model:
-    """Return the model of the flags.
+@contextlib.contextmanager
+def text_model(line: CommandLine[Any]) -> Iterator[Model]:
+    """Give the model of the flags; what is compiled for it in the block is kept for the next call.
+
+    In the user's own cache, whatever a run's config names: programs in a folder that came with a run would be foreign code.
 
     Raises:
       ExplainedError: it cannot be read, does not fit the mesh, or has no tokenizer.
     """
     from jaxtrain.train.loading import load
+    from jaxtrain.train.run_dir import compilation_cache
 
     flags: TextModelFlags = line.own
     mesh = line.config.mesh if line.given else None
     model = load(flags.model, mesh, flags.dtype or None, flags.quantisation or None, flags.group)
     if model.tokenizer is None or model.config.data.tokenizer == "none":
         raise ExplainedError(f"{flags.model}: has no tokenizer.json, so no text can be given to its model")
-    return model
+    with compilation_cache(model.mesh):
+        yield model

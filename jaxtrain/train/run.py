@@ -138,8 +138,8 @@ class Run:
           ExplainedError: run_dir belongs to another run, or to a process that is training there; what is written or read on
             the way cannot be.
         """
-        platform = self.mesh.devices.flat[0].platform
-        with contextlib.ExitStack() as log, compilation_cache(self.config, platform, self.progress):
+        cache = compilation_cache(self.mesh, self.config.train.compilation_cache, self.progress.say)
+        with contextlib.ExitStack() as log, cache:
             return self._train(log, held)
 
     def _train(self, log: contextlib.ExitStack, held: Held | None) -> Ended:

@@ -8,19 +8,19 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_compilation_cache
+from jax.sharding import Mesh
 
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.files import file_lock, user_path
 from jaxtrain.telemetry.metrics import read_rows
-from jaxtrain.telemetry.progress import Progress
-from jaxtrain.text import is_utf8, readable_size
+from jaxtrain.text import is_utf8, readable_size, tell
 
 LOCK_FILE = ".lock"
 LEAST_CACHE_BYTES = 64 << 20
@@ -67,14 +67,16 @@ def only_run_in(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compilation_cache(config: Config, platform: str, progress: Progress) -> Iterator[None]:
+def compilation_cache(
+    mesh: Mesh, directory: str = Config().train.compilation_cache, warn: Callable[[str], None] = tell
+) -> Iterator[None]:
     """Use jax's persistent compilation cache during the block, so that a restart compiles nothing again.
 
     Not for pipelines on CPUs: a program with collectives in branches that XLA:CPU loads from the cache may start them in
     another order on each device, and then waits forever (jaxlib 0.10.2; never seen with the program as it was compiled).
     """
-    folder = _usable_cache(config, progress)
-    if platform == "cpu" and config.mesh.pipe > 1:
+    folder = _usable_cache(directory, warn)
+    if mesh.devices.flat[0].platform == "cpu" and mesh.shape["pipe"] > 1:
         settings: dict[str, Any] = {"jax_enable_compilation_cache": False}
     elif folder:
         # 0 seconds: a start has a hundred small programs.
@@ -96,23 +98,23 @@ def _set_cache(settings: Mapping[str, Any]) -> None:
         jax_compilation_cache.reset_cache()  # jax looks at these settings once
 
 
-def _usable_cache(config: Config, progress: Progress) -> str:
+def _usable_cache(name: str, warn: Callable[[str], None]) -> str:
     """Return the cache's folder; empty where there is none, and say why it cannot be used."""
-    if not config.train.compilation_cache:
+    if not name:
         return ""
-    directory = user_path(config.train.compilation_cache)
+    directory = user_path(name)
     if not is_utf8(str(directory.absolute())):
-        progress.say(f"warning    no compilation cache: XLA cannot name {directory}, which is not UTF-8")
+        warn(f"warning    no compilation cache: XLA cannot name {directory}, which is not UTF-8")
         return ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        progress.say(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
+        warn(f"warning    no compilation cache: {directory} cannot be made ({error.strerror})")
         return ""
     free = shutil.disk_usage(directory).free
     if not os.access(directory, os.W_OK) or free < LEAST_CACHE_BYTES:
         why = f"has {readable_size(free)} of free space" if os.access(directory, os.W_OK) else "cannot be written"
-        progress.say(f"warning    compilation cache: {directory} {why}; the next start may have to compile again")
+        warn(f"warning    compilation cache: {directory} {why}; the next start may have to compile again")
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one for each program
     return str(directory)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jaxtrain.command import Usage, parse
-from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, load_text_model
+from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, text_model
 from jaxtrain.errors import EXIT_DONE, UsageError
 from jaxtrain.files import write_output
 
@@ -63,10 +63,10 @@ def main(arguments: Sequence[str]) -> int:
 
     tasks = [read_task(path) for path in flags.tasks]
     tasks = [replace(task, rows=task.rows[: flags.limit or None]) for task in tasks]
-    model = load_text_model(line)
-    table = model.config.model.learned_positions
-    settings = Settings(min(flags.length, table or flags.length), flags.max_new_tokens, flags.stop)
-    results = [_measured(model, task, settings) for task in tasks]
+    with text_model(line) as model:
+        table = model.config.model.learned_positions
+        settings = Settings(min(flags.length, table or flags.length), flags.max_new_tokens, flags.stop)
+        results = [_measured(model, task, settings) for task in tasks]
     _print(results, flags.json)
     if flags.output:
         rows = [json.dumps({"task": result.task.name, **row}) for result in results for row in result.rows]

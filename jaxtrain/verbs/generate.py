@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxtrain.command import Usage, parse
-from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, load_text_model
+from jaxtrain.command.text_model import ONE_DEVICE, TextModelFlags, check_given, text_model
 from jaxtrain.errors import EXIT_DONE, ExplainedError, UsageError
 from jaxtrain.files import user_path
 from jaxtrain.signals import Request, Watch, end_at_once, say
@@ -81,11 +81,11 @@ def main(arguments: Sequence[str]) -> int:
 
     Sampling(flags.max_new_tokens, **_sampling(flags))  # before the weights are read
     prompts = [] if flags.chat else _prompts(flags)
-    model = load_text_model(line)
-    if flags.chat:
-        _chat(model, flags)
-    else:
-        _answer_all(model, flags, prompts)
+    with text_model(line) as model:
+        if flags.chat:
+            _chat(model, flags)
+        else:
+            _answer_all(model, flags, prompts)
     return EXIT_DONE
 
 

@@ -5,11 +5,12 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from jaxtrain.config import Config, MeshConfig, TrainConfig
 from jaxtrain.errors import ExplainedError
 from jaxtrain.train import run_dir
 from jaxtrain.train.run_dir import compilation_cache, largest_before, make_run_dir, only_run_in
@@ -50,13 +51,17 @@ def cache_settings():
     return [getattr(jax.config, name) for name in CACHE]
 
 
+def mesh_of(platform, pipe):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape={"pipe": pipe})
+
+
 def test_a_full_compilation_cache_is_told_once_and_not_for_each_program(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     said = Said()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with compilation_cache(Config(name="x", train=TrainConfig(compilation_cache=str(tmp_path))), "cpu", said):
+        with compilation_cache(mesh_of("cpu", 1), str(tmp_path), said.say):
             warnings.warn("Error writing persistent compilation cache entry for 'jit_f': OSError: No space", stacklevel=1)
             warnings.warn("another warning", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["another warning"]
@@ -67,8 +72,7 @@ def test_a_full_compilation_cache_is_told_once_and_not_for_each_program(tmp_path
 
 @pytest.mark.parametrize(("platform", "pipe", "is_used"), [("cpu", 1, True), ("cuda", 2, True), ("cpu", 2, False)])
 def test_the_compilation_cache_is_used_where_it_is_safe_and_left_as_it_was(tmp_path, platform, pipe, is_used):
-    config = Config(name="x", mesh=MeshConfig(pipe=pipe), train=TrainConfig(compilation_cache=str(tmp_path)))
     before = cache_settings()
-    with compilation_cache(config, platform, Said()):
+    with compilation_cache(mesh_of(platform, pipe), str(tmp_path)):
         assert cache_settings() == ([str(tmp_path), 0.0, True] if is_used else [*before[:2], False])
     assert cache_settings() == before

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxtrain
@@ -47,7 +48,7 @@ def model(folder: Path) -> Model:
 def call(folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """(lines of the answers, standard error) of the verb, with the model that is loaded once."""
 
-    def run(*flags: str, said: str = "") -> tuple[list[str], str]:
+    def run(*flags: str, said: str = "", model: Model = model) -> tuple[list[str], str]:
         monkeypatch.setattr(loading, "load", lambda *_: model)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said.encode())))
         assert generate.main([str(folder), "--max_new_tokens=6", *flags]) == 0
@@ -66,6 +67,19 @@ def test_answers_are_those_of_python_in_the_order_of_the_prompts(call: Call, mod
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
     assert call(f"--prompts={tmp_path}/prompts.txt")[0] == call(said="\n".join(PROMPTS))[0] == expected
     assert [line for prompt in PROMPTS for line in call(f"--prompt={prompt}")[0]] == expected  # streamed
+
+
+def test_what_is_compiled_is_kept_in_the_users_own_cache(folder: Path, call: Call, home: Path):
+    compiled, before = home / ".cache/jaxtrain/compilation", jax.config.jax_compilation_cache_dir
+
+    def programs(model: Model) -> set[str]:
+        call("--prompt=one", model=model)
+        return {path.name for path in compiled.glob("jit_program-*")}
+
+    first = programs(jaxtrain.load(folder))
+    assert len(first) >= 2  # a prompt's and a step's
+    assert programs(jaxtrain.load(folder)) == first
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_json_holds_tokens_and_log_probabilities(call: Call, model: Model, tmp_path: Path):
