@@ -99,12 +99,15 @@ def _backward(products: Products, kept: tuple, gradient: jax.Array) -> tuple:
     x = lax.bitcast_convert_type(x, FORWARD)
     g, of_g = _quantised(gradient, BACKWARD)
     dx = products.to_x(g, w, gradient.dtype, *more)
+    dx = dx * (of_g * of_w).astype(dx.dtype)
     dw = None
     if dtype_of_w is not None:
         dw = products.to_w(x, g, dtype_of_w.dtype, *more)
         dw = dw * (scale * of_g).astype(dw.dtype)
+        if x.size > g.size:  # dW first, which frees x's transpose: XLA kept it until the layer's last products
+            dx, dw = lax.optimization_barrier((dx, dw))
     no_values, no_scale = vary((jnp.zeros_like(w), jnp.zeros_like(of_w)), tuple(varying_axes(w)))
-    return dx * (of_g * of_w).astype(dx.dtype), Float8(no_values, no_scale, dw), *[None] * len(more)
+    return dx, Float8(no_values, no_scale, dw), *[None] * len(more)
 
 
 in_float8.defvjp(_forward, _backward)

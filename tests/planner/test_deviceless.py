@@ -120,7 +120,7 @@ def test_matmuls_in_float8_are_those_of_cublas():
     """All products of the layers' matrices, with float8 operands; others only for the head. As many FLOPs as in bfloat16.
 
     XLA joins what reads one input. Of each layer: 4 products forward (queries to values, output, gate and up, down), 3 of them
-    again in the backward pass, 4 for dW and 7 for dx.
+    again in the backward pass, 4 for dW and 7 for dx. dW of down, of the widest input, comes before what follows it backward.
     """
     model = replace(TINY, num_layers=2, matmul_dtype="float8")  # of one layer jaxlib 0.12 would compute nothing again
     config = replace(tiny(1), model=model)
@@ -128,6 +128,10 @@ def test_matmuls_in_float8_are_those_of_cublas():
     calls = re.findall(r' = \(?(\w+)\[.*custom_call_target="(__cublas[^"]*)".*op_name="([^"]*)"', text)
     in_float8 = [name for _, target, name in calls if target.endswith("$f8")]
     assert len(in_float8) == 18 * model.num_layers
+    first = [
+        next(i for i, name in enumerate(in_float8) if f"/{equation}/" in name) for equation in ("BLF,BLD->FD", "BLF,DF->BLD")
+    ]
+    assert first == sorted(first)
     assert all("jvp(loss)" in name for _, target, name in calls if not target.endswith("$f8"))
     assert not re.search(r" dot\(", text)
     assert matmul_flops(text) == pytest.approx(step_flops(config, "cudnn"), rel=1e-6)
