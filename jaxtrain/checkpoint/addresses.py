@@ -29,7 +29,7 @@ def find(text: str) -> tuple[str, int]:
     folder = os.fspath(inside if inside.is_dir() else absolute(folder))
     steps = committed_steps(folder)
     if not steps:
-        raise CheckpointError(f"{folder} holds no checkpoint")
+        raise CheckpointError(f"{folder} {'holds no checkpoint' if os.path.isdir(folder) else 'is no folder'}")
     step = best_step(folder) if name == "best" else int(name) if name else steps[-1]
     step_path(folder, step)
     return folder, step

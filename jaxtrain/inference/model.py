@@ -81,7 +81,7 @@ class Model:
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Ids],
         max_new_tokens: int = 64,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         slots: int = 8,
         on_text: Callable[[int, str], None] | None = None,
         on_done: Callable[[int, Generation], None] | None = None,
@@ -92,7 +92,7 @@ class Model:
 
         Args:
           prompts: one or several; ids are given as a list (or a list of lists) of int.
-          stop: texts that end an answer; the answer holds what stands before the first of them.
+          stop: a text that ends an answer, or several; the answer holds what stands before the first of them.
           slots: most prompts that are answered at a time; the others wait for a free place.
           on_text: called with (index of the prompt, new text) as it is made.
           on_done: called with (index of the prompt, its answer) as soon as that is whole.
@@ -108,12 +108,14 @@ class Model:
         is_text, is_one, asked = _prompts(prompts)
         if (is_text or stop or on_text) and self.tokenizer is None:
             raise ExplainedError("this model has no tokenizer: give prompts as token ids, without stop and on_text")
-        ids = [self.ids(p) if is_text else [int(i) for i in p] for p in asked]
-        for prompt in ids:
-            self._checked([prompt or [0]])
+        ids = [self.ids(p) if is_text else p for p in asked]
+        ids = [self._checked([prompt])[0].tolist() if len(prompt) else [] for prompt in ids]
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stop or slots < 1:
+            raise ExplainedError(f"stop={stop}, slots={slots}: a text that ends an answer is not empty, and there is a slot")
         given = Sampling(max_new_tokens, **sampling)
         settings = [replace(given, seed=(given.seed + i) % 2**32) for i in range(len(ids))]
-        answers = [_Answer(self, tuple(stop)) for _ in ids]
+        answers = [_Answer(self, stop) for _ in ids]
         runs = self.engine.run(
             self.params, ids, settings, slots=slots, wants_more=lambda i, made: not answers[i].has_stop(made)
         )
@@ -159,7 +161,11 @@ class Model:
         Raises:
           ExplainedError: they are no such array, or out of the vocabulary.
         """
-        tokens, size = np.asarray(tokens), self.config.model.vocab_size
+        size = self.config.model.vocab_size
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError as error:
+            raise ExplainedError("tokens are whole numbers [B, L]; rows of several lengths go one at a time") from error
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise ExplainedError(f"tokens are whole numbers [B, L], not {tokens.dtype} {list(tokens.shape)}")
         if tokens.min() < 0 or tokens.max() >= size:

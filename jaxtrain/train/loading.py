@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import optax
@@ -19,7 +19,7 @@ from jaxtrain.config.as_json import from_json
 from jaxtrain.config.rules import find_problems
 from jaxtrain.data.chat_source import answer_ends
 from jaxtrain.data.tokenizers import Tokenizer, begin_ids, load_tokenizer
-from jaxtrain.errors import ConfigError, ExplainedError
+from jaxtrain.errors import ConfigError, ExplainedError, nearest
 from jaxtrain.files import user_path
 from jaxtrain.huggingface.files import WeightsFolder
 from jaxtrain.huggingface.importing import TRAVELLING_FOLDER
@@ -52,6 +52,7 @@ def load(
       ExplainedError: it cannot be read, or the mesh does not fit the model.
     """
     source = str(source)
+    _check(mesh, quantisation, group)
     config, ends, beside = _of_source(source)
     if quantisation and config.lora.base:
         raise ExplainedError(f"{source} holds its weights in {config.lora.base} already; load it without quantisation")
@@ -74,6 +75,16 @@ def load(
         ends = _answer_ends(config, tokenizer)
     begins, write = _begins(beside / "tokenizer.json", config.data.tokenizer), _refuse if quantisation else hf_writer(beside)
     return Model(config, devices, params, tokenizer, ends, begins, write)
+
+
+def _check(mesh: Any, quantisation: Any, group: int) -> None:
+    """Refuse arguments of `load` that say nothing."""
+    if not isinstance(mesh, MeshConfig | None):
+        raise ExplainedError(f"mesh={mesh!r}: give a MeshConfig, such as jaxtrain.config.MeshConfig(fsdp=2)")
+    if quantisation and quantisation not in get_args(Kind):
+        raise ExplainedError(f"quantisation={quantisation!r}: {nearest(quantisation, get_args(Kind))}")
+    if group < 0 or (group and not quantisation):
+        raise ExplainedError(f"group={group}: it is a number of neighbouring inputs, of a model with quantisation")
 
 
 def _refuse(*_: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Constructing one touches no device, no file, no signal handler and no global sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from jaxtrain.telemetry.progress import Progress, is_validation, open_progress
 from jaxtrain.train.answers import Answering
 from jaxtrain.train.completion import Completion, completion_of
 from jaxtrain.train.evaluation import Evaluation, continue_text, model_in_hand
+from jaxtrain.train.given import check_parts, checked_batch
 from jaxtrain.train.gradients import batch_names
 from jaxtrain.train.loop import Hook
 from jaxtrain.train.prepared import Prepared
@@ -74,11 +75,12 @@ class Trainer:
         objective: Objective | SequenceObjective | TokenLoss | None = None,
         optimizer: optax.GradientTransformation | None = None,
         schedule: Callable[[int, int, int], Schedule] | None = None,
-        hooks: Iterable[Hook] = (),
+        hooks: Sequence[Hook] = (),
         documents: Callable[[], Iterable[str]] | None = None,
     ):
-        given = {"objective": objective, "optimizer": optimizer, "schedule": schedule}
-        given |= {"hooks": tuple(hooks), "documents": documents}
+        given = {"objective": objective, "optimizer": optimizer, "schedule": schedule, "hooks": hooks, "documents": documents}
+        check_parts(config, given | {"model": model})
+        given["hooks"] = tuple(hooks)
         parts = replace(config.parts, **{name: part for name, part in given.items() if part not in (None, ())})
         if model is not None:
             config = replace(config, model=replace(config.model, parts=model))
@@ -202,15 +204,15 @@ class Trainer:
             positions and, with data.mask_documents, segments; float32 inputs of the objective. None for the data's next one.
 
         Raises:
-          ExplainedError: an array is missing.
+          ExplainedError: an array is missing, or cannot be such a batch's.
         """
         if batch is None and self.config.objective.kind == "grpo":
             raise ExplainedError(
                 "objective.kind=grpo takes its steps on rollouts; use train(), or give step() a batch of your own"
             )
+        number, is_own = self._rollbacks.batch(self._step), batch is None
         if batch is None:
             _ = self._completed  # it may add to the data's batches
-            number = self._rollbacks.batch(self._step)
             batch = self.data.train_batch(number, self.prepared.at(number).rows())
         objective, distill = objective_of(self.config), self.config.objective.distill
         has_teacher = self.config.objective.kind == "distill" and not distill.kept
@@ -219,11 +221,12 @@ class Trainer:
         ]
         if missing:
             raise ExplainedError(f"the batch has no {', '.join(missing)}; it has {', '.join(batch)}")
+        batch = batch if is_own else checked_batch(batch, self.prepared.at(number))
         state, prepared = self.state, self.prepared
         if self._steps is None:
             last = max(prepared.config.train.steps, self._step + 1)
             self._steps = TrainSteps(prepared, self._step, last, self._rollbacks.batch)
-        placed = prepared.at(self._rollbacks.batch(self._step)).place(batch)
+        placed = prepared.at(number).place(batch)
         self._state, metrics = self._steps(state, self._completed(placed) if has_teacher else placed)
         self._step += 1
         values = read_metrics(metrics)
@@ -245,6 +248,8 @@ class Trainer:
         Raises:
           ExplainedError: nothing is held out.
         """
+        if batches < 0:
+            raise ExplainedError(f"batches={batches}: give 0 for all of them, or how many")
         evaluation = self._evaluation(batches)
         if not evaluation.batches:
             raise ExplainedError("no text is held out; give data.validation_fraction, or a path for validation")

@@ -124,3 +124,30 @@ def test_what_cannot_be_loaded_is_said(folder: Path, tmp_path: Path):
         jaxtrain.load(tmp_path / "none")
     with pytest.raises(ExplainedError, match=r"mesh\.tensor=7 does not divide"):
         jaxtrain.load(folder, MeshConfig(fsdp=1, tensor=7))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"mesh": 2}, "mesh=2: give a MeshConfig"),
+        ({"mesh": {"fsdp": 2}}, "give a MeshConfig"),
+        ({"quantisation": "int4"}, "quantisation='int4': did you mean 'int8'"),
+        ({"group": 64}, "group=64: .* with quantisation"),
+        ({"quantisation": "int8", "group": -1}, "group=-1"),
+    ],
+)
+def test_arguments_that_say_nothing_are_refused(folder: Path, given: dict, problem: str):
+    with pytest.raises(ExplainedError, match=problem):
+        jaxtrain.load(folder, **given)
+
+
+def test_prompts_and_tokens_are_whole_numbers_in_the_vocabulary(folder: Path):
+    model = jaxtrain.load(folder)
+    for tokens in ([[1.5, 2]], [[True]], [[[1, 2]]], [[10**6]], [[-1]]):
+        for call in (model.logits, model.score, model.generate):
+            with pytest.raises(ExplainedError, match="whole numbers|token ids are 0 to"):
+                call(tokens)
+    with pytest.raises(ExplainedError, match="rows of several lengths go one at a time"):
+        model.logits([[1, 2], [3]])
+    with pytest.raises(ExplainedError, match="slots=0"):
+        model.generate([1, 2], 3, slots=0)

@@ -149,8 +149,11 @@ def test_texts_end_at_stop_strings_and_end_tokens_and_stream():
     prompt, text = Letters().decode(PROMPTS[0]), Letters().decode(whole)
     assert texts.generate(prompt, COUNT) == text
     stop, told = text[4:6], []
-    assert texts.generate(prompt, COUNT, stop=[stop], on_text=lambda i, new: told.append(new)) == text[: text.index(stop)]
+    assert texts.generate(prompt, COUNT, stop=stop, on_text=lambda i, new: told.append(new)) == text[: text.index(stop)]
     assert "".join(told) == text[: text.index(stop)]
+    for empty in ("", [stop, ""]):
+        with pytest.raises(ExplainedError, match="a text that ends an answer is not empty"):
+            texts.generate(prompt, COUNT, stop=empty)
     ended = Model(one.config, one.mesh, one.params, Letters(), (whole[3],))
     answer = ended.generate([prompt], COUNT, details=True)[0]
     cut = whole.index(whole[3])
