@@ -14,7 +14,14 @@ from flax import nnx
 from jax import lax
 
 from jaxtrain.config import REMAT_NAMES, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
-from jaxtrain.layout import keeps, kept_names, layers_per_iteration, parts_in_turns, reduces_layer_by_layer
+from jaxtrain.layout import (
+    keeps,
+    kept_names,
+    layers_per_iteration,
+    parts_in_turns,
+    recomputes_layer_by_layer,
+    reduces_layer_by_layer,
+)
 from jaxtrain.models import lora
 from jaxtrain.models.layers import EmbeddingAndHead, Packing, layer_kind, run_layer
 from jaxtrain.models.parameters import declare, held_dtype
@@ -27,7 +34,7 @@ from jaxtrain.ops.float8 import SCALE_NAME
 from jaxtrain.ops.losses import IGNORED, OF_TOKENS, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
-from jaxtrain.parallel.turns import reduce_behind_next, take_turns
+from jaxtrain.parallel.turns import recompute_behind_next, reduce_behind_next, take_turns
 from jaxtrain.sharding import Float8, all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
@@ -299,12 +306,20 @@ class Decoder:
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
             places = [self._layer(self.config, microbatch, place) for place in range(period)]
             in_order = reduces_layer_by_layer(self.config, self.mesh, in_iteration)
+            again = recomputes_layer_by_layer(self.config, self.mesh, self.train.remat, in_iteration)
+            if again:
+                places = [recompute_behind_next(layer) for layer in places]
 
             def step(layer: Any, carry: tuple, slot: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
-                (xs, auxiliary, clock, reduced), ((master, compute), index) = carry, slot
+                (xs, auxiliary, clock, reduced, begun), ((master, compute), index) = carry, slot
                 if in_order:
                     xs, reduced, master = reduce_behind_next(xs, reduced, master)
-                ys, more, reports, clock = layer(xs, (master, compute), clock, self._experts(microbatch, chunk, index))
+                arguments = (xs, (master, compute), clock, self._experts(microbatch, chunk, index))
+                if again:
+                    begun, *made = layer(begun, *arguments)
+                else:
+                    made = layer(*arguments)
+                ys, more, reports, clock = made
                 if not self.stacking.is_even:
                     # An empty slot's layer runs too, on zero weights, and is discarded: its stage would only wait for the
                     # others, and transfers inside a conditional could not overlap with anything.
@@ -312,7 +327,7 @@ class Decoder:
                     keep = lambda new, old: jnp.where(held, new, old)  # noqa: E731
                     ys = jax.tree.map(keep, ys, xs)
                     more, reports = jax.tree.map(lambda new: keep(new, jnp.zeros_like(new)), (more, reports))
-                return (ys, auxiliary + more, clock, reduced), reports
+                return (ys, auxiliary + more, clock, reduced, begun), reports
 
             def group(carry: tuple, slots: tuple[Weights, jax.Array]) -> tuple[tuple, PyTree]:
                 (master, compute), indices = slots
@@ -323,8 +338,8 @@ class Decoder:
                 return carry, jax.tree.map(lambda *of_places: jnp.stack(of_places), *reports)
 
             slots = (weights, jnp.arange(slots_of_part).reshape(groups, period))
-            start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 3))
-            (xs, auxiliary, clock, _), reports = lax.scan(group, start, slots, unroll=in_iteration // period)
+            start = (cut_rows(x, parts_in_turns(self.sharding, self.mesh, x.shape[0])), *vary([jnp.zeros(())] * 4))
+            (xs, auxiliary, clock, *_), reports = lax.scan(group, start, slots, unroll=in_iteration // period)
             reports = jax.tree.map(lambda leaf: leaf.reshape(slots_of_part, *leaf.shape[2:]), reports)
             # The clock is zero; if unused, XLA would drop it, and the order with it.
             return jnp.concatenate(xs), auxiliary + clock, reports

@@ -189,7 +189,9 @@ def _exchange_padded(rows: jax.Array, plan: RowExchange, length: int, room: int)
 def _exchange(length: int, room: int, ragged: bool, rows: jax.Array, plan: RowExchange) -> jax.Array:
     if not ragged:
         return _exchange_padded(rows, plan, length, room)
-    output = vary(jnp.zeros((length, *rows.shape[1:]), rows.dtype))
+    # Zeros of their own, made when the rows are there: XLA would make one array ahead, keep it, and copy it for each exchange.
+    rows, zero = lax.optimization_barrier((rows, vary(jnp.zeros((), rows.dtype))))
+    output = jnp.broadcast_to(zero, (length, *rows.shape[1:]))
     sizes = plan.send_starts, plan.send_sizes, plan.landing_starts, plan.receive_sizes
     return lax.ragged_all_to_all(rows, output, *sizes, axis_name="expert")
 

@@ -20,7 +20,8 @@ barrier: the backward pass keeps the same order, reversed.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -106,3 +107,53 @@ def _gradients_together(scalar: jax.Array, weights: Any) -> tuple[jax.Array, Any
 
 
 _gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Kept:
+    """A layer's vjp closure without its arrays."""
+
+    tree: Any
+    """Tree of the vjp closure."""
+    input_at: tuple[int | None, ...]
+    """For each leaf, its place among the layer's inputs."""
+    arguments: int
+    """Number of arguments that have no gradient."""
+
+
+def recompute_behind_next(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return (begun, xs, (master, compute), clock, *arguments) -> (begun, *layer(xs, (master, compute), clock, *arguments)).
+
+    In the backward pass the layer is computed again once the backward of the layer after it begins. All that it needs is there
+    before: left to itself, XLA computes all layers of an iteration again before the backward of the last one, and holds what
+    they made until their turn. The gradient of `begun`, any scalar that every layer passes on, waits for that of the layer's
+    output. Other gradients are those of xs, master and the clock.
+    """
+
+    @jax.custom_vjp
+    def run(begun: jax.Array, xs: Any, weights: Any, clock: jax.Array, *arguments: Any) -> Any:
+        return begun, *layer(xs, weights, clock, *arguments)
+
+    def forward(begun: jax.Array, xs: Any, weights: Any, clock: jax.Array, *arguments: Any) -> Any:
+        def of_trained(xs: Any, master: Any, clock: jax.Array) -> Any:
+            return tuple(layer(xs, (master, weights[1]), clock, *arguments))
+
+        results, closure = jax.vjp(of_trained, xs, weights[0], clock)
+        leaves, tree = jax.tree.flatten(closure)
+        place = {id(x): i for i, x in enumerate(xs)}
+        input_at = tuple(place.get(id(leaf)) for leaf in leaves)
+        others = [leaf for leaf, i in zip(leaves, input_at, strict=True) if i is None]
+        return (begun, *results), (xs, others, _Kept(tree, input_at, len(arguments)))
+
+    def backward(residuals: Any, gradients: Any) -> Any:
+        (xs, others, kept), (begun, ys, *more) = residuals, gradients
+        xs, begun = lax.optimization_barrier((xs, begun))
+        y, begun = lax.optimization_barrier((ys[-1], begun))
+        rest = iter(others)
+        leaves = [next(rest) if i is None else xs[i] for i in kept.input_at]
+        d_xs, d_master, d_clock = jax.tree.unflatten(kept.tree, leaves)(((*ys[:-1], y), *more))
+        return begun, d_xs, (d_master, None), d_clock, *(None,) * kept.arguments
+
+    run.defvjp(forward, backward)
+    return run

@@ -176,9 +176,10 @@ does in the conditionals of a pipeline)."""
 HEAD_SUMS_LEFT = 2
 """Of those, alive still while the layers' backward runs in a step of one tick: the gradient, until it is scattered, and the
 zeros. In a pipeline none: there the loss ends in a tick."""
-UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_RECOMPUTED = 1.2, 2.0, 0.3, 3.0
+UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_EXPERTS_IN_ORDER = 1.2, 2.0, 0.3, 1.0
 """Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered: XLA sends them an iteration late, but
-not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`)."""
+not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`). With experts there are also
+their kernels' results, and weights gathered for the next layer."""
 GAPS = 0.0025
 """Room that XLA's heap wastes between buffers, over all that is not the state: half of 85 layouts drawn with other seeds waste
 more than was counted. It varies: a heap was up to 28% larger than all that is alive at its worst moment, and larger still where
@@ -220,9 +221,12 @@ SHARED_EXPERTS = Arrays(0, 0, 0, 0, 4, 5, 2)
 layer of an iteration, and each part, has the place of the one before."""
 ALONE_IN_ORDER, IN_TURNS_IN_ORDER = Arrays(3, 1, 1.6, 3, 0, 0, 0), Arrays(5.5, 3, 3.2, 6.5, 0, 0, 0)
 """Both where gradients are sent layer by layer: a layer's arrays go with them."""
-IN_TURNS_RECOMPUTED = IN_TURNS_IN_ORDER._replace(sequence=0.5)
-"""The last where remat keeps nothing: activations are gathered again beside their own matmuls, and go with them; the whole
-gradients of the iteration's layers wait (`UNREDUCED_RECOMPUTED`)."""
+IN_TURNS_RECOMPUTED = Arrays(5.5, 4, 2.75, 3.5, 0, 0, 0)
+"""The last where remat keeps nothing: a layer is computed again while the next one's gradients are made, and not before."""
+EXPERTS_ALONE, EXPERTS_IN_TURNS = Arrays(2, 1.75, 1.5, 1.5, 1.25, 1.75, 0.25), Arrays(4, 2.5, 2.5, 4, 2.5, 2.25, 0.5)
+"""Both with experts along their axis, where gradients are sent, and layers computed again, layer by layer: read off mixtral on
+fsdp=8 expert=8 with two sequences a device, and qwen3_30b_a3b with one (`tests.measure.alive`). What is in both numbers of the
+first two sizes, without tensor, is split by what is gathered along it."""
 IN_TURNS_IN_RINGS = Arrays(4.75, 2, 5, 16, 0, 0, 0)
 """That with a ring along context: its permutes let XLA recompute far ahead, and the pieces of all layers' rings are there."""
 IN_TURNS_IN_STAGES = IN_TURNS._replace(wide_rows=3.75, rows=4.75, choices=4)
@@ -272,8 +276,7 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     weights = GATHERED * (sums + _gathers(config) * _copy_bytes(config, cut.layer, True))
     waiting = UNREDUCED_EXPERTS if config.model.moe and moves_activations(config.mesh) else UNREDUCED
     if _in_order(config, cut):
-        again = sizes.parts > 1 and config.train.remat == "full" and not folds(config)
-        waiting = UNREDUCED_RECOMPUTED if again else UNREDUCED_IN_ORDER
+        waiting = UNREDUCED_EXPERTS_IN_ORDER if config.model.moe else UNREDUCED_IN_ORDER
     scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero)
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * scatters
     by_two = cut.is_pipe and not moves_activations(config.mesh)
@@ -330,7 +333,8 @@ def _layer_arrays(config: Config, cut: Cut, sizes: Sizes) -> float:
     if _in_order(config, cut):
         again = IN_TURNS_IN_RINGS if folds(config) else IN_TURNS_RECOMPUTED
         turns = again if config.train.remat == "full" else IN_TURNS_IN_ORDER
-        arrays, layers = turns if sizes.parts > 1 else ALONE_IN_ORDER, _unrolled(config, cut)
+        turns, alone = (EXPERTS_IN_TURNS, EXPERTS_ALONE) if config.model.moe else (turns, ALONE_IN_ORDER)
+        arrays, layers = turns if sizes.parts > 1 else alone, _unrolled(config, cut)
     elif moves_activations(config.mesh):
         turns = IN_TURNS_IN_STAGES if cut.is_pipe and config.train.remat == "full" else IN_TURNS
         arrays, layers = turns if sizes.parts > 1 else ALONE, _unrolled(config, cut)

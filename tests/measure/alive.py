@@ -11,10 +11,11 @@ import os
 import re
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-VALUE = re.compile(r"\s*value: <\d+ (\S+?)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=\d+\): (\S+)")
+VALUE = re.compile(r"\s*value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)")
 RANGE = re.compile(r"\s+(\S+?)(\{[\d,]*\}):(\d+)-(\d+)")
 MIB = 2**20
 
@@ -37,13 +38,25 @@ def arrays_of(assignment: str, ranges: str) -> tuple[list[Array], list[str]]:
             places[found[1], found[2]] = int(found[3]), int(found[4])
         elif found := re.match(r"\s+\d+:(\S+)", line):
             order.append(found[1])
-    arrays, is_working = [], False
+    arrays: dict[tuple[str, str], list[Array]] = defaultdict(list)
+    is_working = False
     for line in assignment.splitlines():
         if line.startswith("allocation"):
             is_working = "preallocated-temp" in line
         elif is_working and (found := VALUE.match(line)) and (key := (found[1], found[2] or "{}")) in places:
-            arrays.append(Array(int(found[3]), found[1], found[4], *places[key]))
-    return arrays, order
+            arrays[found[3], found[4]].append(Array(int(found[3]), found[1], found[5], *places[key]))
+    return [array for same in arrays.values() for array in _joined(same)], order
+
+
+def _joined(same: list[Array]) -> list[Array]:
+    """Join arrays in one place while they overlap: a loop's inputs, its body's and its results have names of their own."""
+    joined: list[Array] = []
+    for array in sorted(same, key=lambda array: array.begin):
+        if joined and array.begin <= joined[-1].end:
+            joined[-1] = joined[-1]._replace(end=max(joined[-1].end, array.end))
+        else:
+            joined.append(array)
+    return joined
 
 
 def main() -> None:
@@ -54,7 +67,8 @@ def main() -> None:
         from jaxtrain.planner import deviceless
 
         program, _, _ = deviceless.compile_for(parse_config(sys.argv[1:]))
-        paths = [next(Path(folder).glob(f"*{kind}.txt")) for kind in ("buffer-assignment", "live-range")]
+        # A mixture is compiled twice (`program/xla_costs.py`).
+        paths = [max(Path(folder).glob(f"*{kind}.txt")) for kind in ("buffer-assignment", "live-range")]
         arrays, order = arrays_of(*(path.read_text() for path in paths))
     print(f"working memory {program.memory_analysis().temp_size_in_bytes / MIB:,.0f} MiB")
     update = max(i for i, name in enumerate(order) if re.match(r"(all|reduce|ragged|collective)[a-z-]*-done", name))

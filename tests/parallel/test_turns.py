@@ -1,10 +1,12 @@
 """Two parts take turns: the order of their matmuls forward and backward, and the same results as alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.parallel.turns import Turn, alone, reduce_behind_next, scoped, take_turns
+from jaxtrain.parallel.turns import Turn, alone, recompute_behind_next, reduce_behind_next, scoped, take_turns
 
 BLOCKS = 2
 
@@ -71,3 +73,37 @@ def test_gradients_reduced_behind_the_next_layer_are_the_same():
     got, want = (jax.grad(loss, argnums=(0, 1))(weights, x, in_order) for in_order in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
     assert all(np.abs(gradient).min() > 0 for gradient in jax.tree.leaves(want))
+
+
+def test_layers_computed_again_behind_the_next_have_the_same_gradients_and_keep_the_same():
+    weights, x = jnp.linspace(-0.5, 0.7, 16).reshape(4, 4), jnp.array([0.1, 0.2, 0.3, 0.4])
+    numbers = jnp.arange(4)
+
+    def layer(xs, weights, clock, number):
+        ys = tuple(jnp.tanh(jnp.sin(x) * weights[0]) + 0 * clock for x in xs)
+        return ys, ys[0].sum(), {"number": number}, clock
+
+    layer = jax.checkpoint(layer, prevent_cse=False)
+
+    def loss(weights, x, behind: bool):
+        def step(carry, slot):
+            (xs, auxiliary, clock, begun), (weight, number) = carry, slot
+            given = (xs, (weight, 2 * weight), clock, number)
+            begun, *made = recompute_behind_next(layer)(begun, *given) if behind else (begun, *layer(*given))
+            xs, more, reports, clock = made
+            return (xs, auxiliary + more, clock, begun), reports["number"]
+
+        start = ((x, 2 * x), *[jnp.zeros(())] * 3)
+        (xs, auxiliary, clock, _), seen = jax.lax.scan(step, start, (weights, numbers), unroll=2)
+        return sum(x.sum() for x in xs) + auxiliary + clock, seen
+
+    losses = [functools.partial(loss, behind=behind) for behind in (True, False)]
+    closures = [jax.vjp(one, weights, x, has_aux=True)[1:] for one in losses]
+    (got, want) = (closure(jnp.ones(())) for closure, _ in closures)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    assert all(np.abs(gradient).min() > 0 for gradient in want)
+    assert all(seen.tolist() == [0, 1, 2, 3] for _, seen in closures)
+    kept = [sum(leaf.size for leaf in jax.tree.leaves(closure) if leaf.ndim) for closure, _ in closures]
+    assert kept[0] == kept[1]
+    barriers = [str(jax.make_jaxpr(closure)(jnp.ones(()))).count("optimization_barrier") for closure, _ in closures]
+    assert (barriers[0], barriers[1]) == (2, 0)

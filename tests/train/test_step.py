@@ -14,6 +14,7 @@ from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.inference.whole import make_logits
 from jaxtrain.mesh import make_mesh
+from jaxtrain.models.building import make_decoder
 from jaxtrain.models.decoder import parameter_dims
 from jaxtrain.models.parameters import held_dtype
 from jaxtrain.ops.losses import MASKED_LOGIT
@@ -284,6 +285,19 @@ def test_no_remat_policy_keeps_gathered_weights(remat: str, mesh: MeshConfig, pa
     if pattern:  # one layer more at a time, and shards and gradients lie anew by their places
         allowed += whole / (model.num_layers / mesh.pipe) + 2 * whole / mesh.fsdp
     assert memory.temp_size_in_bytes < allowed
+
+
+def test_layers_of_one_iteration_compute_the_same():
+    """As on GPUs: there each layer is computed again behind the next one, and its gradients are summed behind it too."""
+    config = replace(BASE, model=replace(BASE.model, num_layers=4), mesh=MeshConfig(fsdp=1))
+    mesh, numbers = make_mesh(config.mesh, jax.devices()[:1]), []
+    params = jax.jit(lambda: initial_params(config))()
+    for at_once in (1, 2):
+        model = replace(make_decoder(config, mesh, "reference"), layers_at_once=at_once)
+        region = jax.jit(make_loss_and_gradients(config, mesh, "reference", model))
+        metrics, _, gradients = region(params, batch_in(config, mesh))
+        numbers.append((metrics["loss"], gradients))
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7), *numbers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
