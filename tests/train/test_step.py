@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.config import Config, MeshConfig, OptimizerConfig, PipelineConfig
+from jaxtrain.config import Config, MeshConfig, MoEConfig, OptimizerConfig, PipelineConfig
 from jaxtrain.config.rules import find_problems
 from jaxtrain.inference.whole import make_logits
 from jaxtrain.mesh import make_mesh
@@ -287,16 +287,27 @@ def test_no_remat_policy_keeps_gathered_weights(remat: str, mesh: MeshConfig, pa
     assert memory.temp_size_in_bytes < allowed
 
 
-def test_layers_of_one_iteration_compute_the_same():
+EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, balance_loss=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh"),
+    [({"num_layers": 4}, MeshConfig(fsdp=1)), ({"num_layers": 4, "moe": EXPERTS}, MeshConfig(fsdp=2, expert=2, tensor=2))],
+    ids=["dense", "experts"],
+)
+def test_layers_of_one_iteration_compute_the_same(model: dict[str, Any], mesh: MeshConfig):
     """As on GPUs: there each layer is computed again behind the next one, and its gradients are summed behind it too."""
-    config = replace(BASE, model=replace(BASE.model, num_layers=4), mesh=MeshConfig(fsdp=1))
-    mesh, numbers = make_mesh(config.mesh, jax.devices()[:1]), []
-    params = jax.jit(lambda: initial_params(config))()
+    config = replace(BASE, model=replace(BASE.model, **model), mesh=mesh, train=replace(BASE.train, microbatches=1))
+    devices, numbers, barriers = make_mesh(mesh, jax.devices()[: math.prod(mesh.shape)]), [], []
+    params = jax.jit(lambda: initial_params(config), out_shardings=named(devices, parameter_dims(config.model)))()
     for at_once in (1, 2):
-        model = replace(make_decoder(config, mesh, "reference"), layers_at_once=at_once)
-        region = jax.jit(make_loss_and_gradients(config, mesh, "reference", model))
-        metrics, _, gradients = region(params, batch_in(config, mesh))
+        decoder = replace(make_decoder(config, devices, "reference"), layers_at_once=at_once)
+        region = jax.jit(make_loss_and_gradients(config, devices, "reference", decoder))
+        batch = batch_in(config, devices)
+        barriers.append(region.lower(params, batch).as_text().count("optimization_barrier"))
+        metrics, _, gradients = region(params, batch)
         numbers.append((metrics["loss"], gradients))
+    assert barriers[0] < barriers[1]
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7), *numbers)
 
 
