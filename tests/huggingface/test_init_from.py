@@ -121,7 +121,7 @@ def test_another_model_is_refused(folder: Path, tmp_path: Path):
         _ = Trainer(replace(config, model=replace(config.model, num_layers=4))).state
     with pytest.raises(ExplainedError, match="holds no optimizer state"):
         _ = Trainer(replace(config, init_from_optimizer=True)).state
-    with pytest.raises(ExplainedError, match="holds no checkpoint"):
+    with pytest.raises(ExplainedError, match="nothing is no folder"):
         _ = Trainer(replace(config, init_from=str(tmp_path / "nothing"))).state
 
 
