@@ -63,8 +63,11 @@ def test_prune(run):
 def test_a_step_or_folder_that_is_not_there(run, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
         main(["verify", f"{run}:7"])
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="elsewhere is no folder"):
         main(["list", str(tmp_path / "elsewhere")])
+    with pytest.raises(CheckpointError, match="empty holds no checkpoint"):
+        main(["list", str(tmp_path / "empty")])
 
 
 def test_wrong_usage(run, capsys):
