@@ -110,7 +110,7 @@ def copy(source: np.ndarray, source_axes: tuple[Axis, ...], target: np.ndarray, 
     if order == sorted(order):
         place[...] = found
         return
-    rows = max(1, CACHED_BYTES * len(found) // (found.size * place.itemsize))
+    rows = max(1, CACHED_BYTES // max(1, math.prod(found.shape[1:]) * place.itemsize))
     for start in range(0, len(found), rows):
         part = slice(start, start + rows)
         place[(*[slice(None)] * order.index(0), part)] = found[part].astype(place.dtype).transpose(order)
