@@ -208,3 +208,8 @@ def whole_moments(optimizer: OptimizerConfig) -> int:
     adafactor keeps a row and a column in place of one; muon keeps one for the matrices of layers, and adamw's two for the rest.
     """
     return {"adamw": 2, "lion": 1, "sgd": int(optimizer.beta1 > 0), "muon": 1, "adafactor": 0}[optimizer.name]
+
+
+def moments_on_device(optimizer: OptimizerConfig) -> int:
+    """Return how many of `whole_moments` lie on the device between steps."""
+    return whole_moments(optimizer) if optimizer.moments_memory == "device" else 0

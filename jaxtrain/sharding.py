@@ -81,6 +81,58 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory of the host, which a device reads and writes by copies
+
+HOST_MEMORY = "pinned_host"
+
+
+class _OfDescribedDevices(NamedSharding):
+    """A sharding into host memory over devices that programs can only be compiled for.
+
+    JAX drops the memory's name from a NamedSharding of devices that list no memories; in a program's arguments XLA needs it.
+    """
+
+    @property
+    def memory_kind(self) -> str:  # type: ignore[override]
+        return HOST_MEMORY
+
+    def update(self, **changed: Any) -> NamedSharding:
+        return _OfDescribedDevices(changed.get("mesh", self.mesh), changed.get("spec", self.spec))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OfDescribedDevices) and super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return hash((HOST_MEMORY, super().__hash__()))
+
+
+def into_host_memory(sharding: NamedSharding) -> NamedSharding:
+    """Return the sharding with every device's shard in its host's pinned memory."""
+    moved = sharding.with_memory_kind(HOST_MEMORY)
+    return moved if moved.memory_kind == HOST_MEMORY else _OfDescribedDevices(sharding.mesh, sharding.spec)
+
+
+def of_results(shardings: Any) -> Any:
+    """Return shardings as `out_shardings` takes them: of described devices without the memory, which XLA finds by itself."""
+    return jax.tree.map(lambda own: NamedSharding(own.mesh, own.spec, memory_kind=own.memory_kind), shardings)
+
+
+def is_in_host_memory(x: Any) -> bool:
+    """Return whether an array, or a value that is traced, lies in host memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def on_device(x: jax.Array) -> jax.Array:
+    """Return a value that is traced in the memory of its device."""
+    return jax.device_put(x, jax.memory.Space.Device) if is_in_host_memory(x) else x
+
+
+def on_host(x: jax.Array) -> jax.Array:
+    """Return a value that is traced in host memory."""
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Inside the manual region
 
 

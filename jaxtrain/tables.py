@@ -57,6 +57,6 @@ def _part(table: Table, indices: Sequence[int]) -> Table:
     part.title, part.columns = None, []
     for place, column in enumerate(table.columns[i] for i in indices):
         lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
-        least = max(map(cell_len, lines)) if column.no_wrap else column.min_width
+        least = max(map(cell_len, lines), default=0) if column.no_wrap else column.min_width
         part.columns.append(replace(column, min_width=least, overflow="fold", _index=place))
     return part

@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtrain.sharding import is_in_host_memory, on_device
+
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -76,22 +78,23 @@ def _begin(leaves: Mapping[str, jax.Array], whole: bool) -> list[tuple[list[str]
     for name in sorted(leaves):
         sharding = leaves[name].sharding
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-        groups.setdefault((mesh, frozenset(sharding.device_set)), []).append(name)
+        alone = name if is_in_host_memory(leaves[name]) else None  # so that one of them at a time is on the devices
+        groups.setdefault((mesh, frozenset(sharding.device_set), alone), []).append(name)
     begun = []
-    for (mesh, _), names in groups.items():  # a run has one mesh
+    for (mesh, _, _), names in groups.items():  # a run has one mesh
         arrays = [leaves[name] for name in names]
         specs = tuple(array.sharding.spec for array in arrays if isinstance(array.sharding, NamedSharding))
         begun.append((names, _program(mesh, specs, whole)(arrays)))
     return begun
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
     """(arrays) -> uint32 [1, arrays, 2] if `whole`, summed over all devices; else [devices, arrays, 2], one row per device.
     Only the first copy of a replicated shard counts.
     """
     if mesh is None:
-        return jax.jit(lambda arrays: jnp.stack([word_sums(array) for array in arrays])[None])
+        return jax.jit(lambda arrays: jnp.stack([word_sums(on_device(array)) for array in arrays])[None])
 
     def block_sums(block: jax.Array, spec: PartitionSpec) -> jax.Array:
         starts: list[Any] = [0] * block.ndim
@@ -113,7 +116,8 @@ def _program(mesh: Any, specs: tuple[PartitionSpec, ...], whole: bool) -> Any:
         return lax.psum(sums, mesh.axis_names) if whole else sums
 
     rows = PartitionSpec() if whole else PartitionSpec(tuple(mesh.axis_names))
-    return jax.jit(jax.shard_map(region, mesh=mesh, in_specs=(list(specs),), out_specs=rows, check_vma=False))
+    mapped = jax.shard_map(region, mesh=mesh, in_specs=(list(specs),), out_specs=rows, check_vma=False)
+    return jax.jit(lambda arrays: mapped([on_device(array) for array in arrays]))
 
 
 @functools.partial(jax.jit, static_argnames="sizes")  # traced once for a parameter and its moments

@@ -164,6 +164,8 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     moments_dtype: Literal["float32", "int8"] = "float32"
     """Dtype of matrices' moments between steps. int8: 8 bits and a scale for each 64; a quarter of the memory."""
+    moments_memory: Literal["device", "host"] = "device"
+    """Where matrices' moments lie between steps. host: pinned memory of the host; each update copies them in and out."""
 
 
 @dataclass(frozen=True)

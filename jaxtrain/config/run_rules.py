@@ -44,6 +44,19 @@ def run_problems(config: Config) -> list[str]:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
     if config.optimizer.moments_dtype == "int8" and config.optimizer.name == "adafactor":
         problems.append("optimizer.moments_dtype=int8: adafactor holds no moments of a matrix's size; use float32, or adamw")
+    if config.optimizer.moments_memory == "host":
+        name, sync = config.optimizer.name, config.sync
+        why = {
+            "adafactor": "adafactor holds no moments of a matrix's size",
+            "muon": "muon needs the moments of all layers at once",
+        }
+        if name in why:
+            problems.append(f"optimizer.moments_memory=host: {why[name]}; use device, or adamw, lion or sgd")
+        if sync.replicas_differ:
+            problems.append(
+                f"optimizer.moments_memory=host does not go with sync.mode={sync.mode}, which keeps moments of each replica: "
+                "use device, or sync.mode=every_step"
+            )
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:

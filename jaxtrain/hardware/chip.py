@@ -91,6 +91,8 @@ class Chip:
     """Bytes/s out of the chip over all its links to the other chips of the same host or slice, one direction."""
     nic_bandwidth: float | None = None
     """Bytes/s of the network per chip, one direction, in the maker's reference system."""
+    host_bandwidth: float | None = None
+    """Bytes/s between the chip and its host's memory, one direction."""
     watts: float | None = None
     """Rated power of the chip or module."""
     idle_watts: float | None = None

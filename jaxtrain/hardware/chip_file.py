@@ -29,6 +29,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "memory_bandwidth": (1e8, 1e15, "bytes/s, e.g. 3.35e12"),
     "link_bandwidth": (1e6, 1e14, "bytes/s, one direction, e.g. 450e9"),
     "nic_bandwidth": (1e6, 1e14, "bytes/s per chip, e.g. 50e9"),
+    "host_bandwidth": (1e6, 1e14, "bytes/s, one direction, e.g. 64e9"),
     "watts": (0.1, 1e5, "watts, e.g. 700"),
     "idle_watts": (0.0, 1e5, "watts, e.g. 100"),
     "devices_per_host": (1, 1e6, "a whole number of chips, e.g. 8"),

@@ -115,6 +115,8 @@ def show(whole: dict[str, Any], console: Console) -> None:
         table.add_column(head, justify="left" if i < 3 or not head else "right", no_wrap=True)
     for row in whole["rows"]:
         table.add_row(*_cells(row, compiled, has_formula), style="bold red" if row["deviates"] else None)
+    if not whole["rows"]:
+        table.caption = "nothing travels"
     print_table(console, table)
     if whole["no_formula"]:
         console.print(whole["no_formula"])

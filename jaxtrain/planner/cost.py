@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from jaxtrain.config import Config, MeshConfig
 from jaxtrain.hardware import predicted_watts
-from jaxtrain.layout import layers_per_part, parts_in_turns, rows_of_device, whole_moments
+from jaxtrain.layout import layers_per_part, moments_on_device, parts_in_turns, rows_of_device
 from jaxtrain.ops.attention_choice import context_kind
 from jaxtrain.ops.float8_choice import choose_matmuls
 from jaxtrain.parallel.pipeline_counts import Passes, count_passes, waiting_time
@@ -249,7 +249,7 @@ class CostModel:
     def state_bytes(self, layout: Candidate) -> float:
         """Return the bytes of parameters and moments of one device: less than the layout takes."""
         model, rule = self.config.model, self.config.optimizer
-        return (BYTES[model.param_dtype] + BYTES[rule.moments_dtype] * whole_moments(rule)) * self._parameters(layout)
+        return (BYTES[model.param_dtype] + BYTES[rule.moments_dtype] * moments_on_device(rule)) * self._parameters(layout)
 
     # -- one layout --------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ from jaxtrain.train.muon_shares import MUON_ITERATIONS
 CEILING = 0.73
 """Share of the peak that large matmuls reach in training."""
 STREAM = 0.88
+HOST = 0.78
+"""Of `host_bandwidth`: 12.4 of the 15.8 GB/s of 16 lanes of PCIe Gen3 (README of NVIDIA's nvbandwidth)."""
 ATTENTION = {"forward": (0.64, 900), "backward": (0.55, 1200)}
 KERNEL_GAP = 2e-6
 """Seconds between two kernels that nothing hides."""
@@ -287,12 +289,19 @@ def optimizer_seconds(config: Config, chip: Roofline, parameters: float) -> floa
 
     Weight and gradient are read, the weight written, moments read and written, the gradient read twice more for its norm and
     its clipping, and the weight cast for the next step, in float32 but for that. adafactor goes over its direction once more,
-    for the direction's norm.
+    for the direction's norm. Moments in host memory come and go one after the other, since a layer's way in waits for the way
+    out of the layer before; the update hides behind them.
     """
     moments = whole_moments(config.optimizer) + (config.optimizer.name == "adafactor") + bool(config.train.ema_decay)
     held = 2 if config.optimizer.moments_dtype == "int8" else 8
     each = 12 + held * moments + 8 + 4 + BYTES[config.model.dtype]
-    return chip.stream(each * parameters)
+    copies = held * moments * parameters / host_rate(chip.chip) if config.optimizer.moments_memory == "host" else 0.0
+    return max(chip.stream(each * parameters), copies)
+
+
+def host_rate(chip: Chip) -> float:
+    """Return the bytes/s of copies between a device and its host's memory; infinite where they are not known."""
+    return HOST * (chip.host_bandwidth or math.inf)
 
 
 def muon_work(config: Config, chip: Roofline) -> tuple[float, float]:

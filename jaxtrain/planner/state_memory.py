@@ -40,6 +40,8 @@ class Shares(NamedTuple):
     """Bytes of one moment of them in 8 bits."""
     second_moment_bytes: float
     """The same of those of which muon keeps two."""
+    vectors: float
+    """Of the numbers, those of no matrix, whose moments are float32 and never in host memory."""
 
 
 class Cut(NamedTuple):
@@ -107,7 +109,7 @@ def _share(weights: Collection[Weight], mesh: MeshConfig, model: ModelConfig) ->
     in_float8 = sum(n for w, n in cut if w.is_in_float8(model))
     in_8_bits = [(leaf_axes(w.dims).is_hidden_matrix, _moment_bytes(w) * n) for w, n in cut]
     moments = sum(size for _, size in in_8_bits), sum(size for is_hidden, size in in_8_bits if not is_hidden)
-    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few, in_float8, *moments)
+    return Shares(matrices + vectors, mesh.fsdp * matrices + vectors, second, fine, *in_few, in_float8, *moments, vectors)
 
 
 def _moment_bytes(weight: Weight) -> float:
@@ -159,7 +161,24 @@ def parameter_bytes(config: Config, cut: Cut) -> float:
 
 
 def optimizer_state(config: Config, cut: Cut) -> float:
-    """Return the bytes of the moments, float32 or in 8 bits, and sharded like the trained parameters.
+    """Return the bytes of the moments on the device: with `optimizer.moments_memory` host those of norms and biases."""
+    if config.optimizer.moments_memory == "host":
+        return FLOAT32 * whole_moments(config.optimizer) * _vectors(cut)
+    return _moments(config, cut)
+
+
+def moments_on_host(config: Config) -> float:
+    """Return the bytes of the fullest device's moments that lie in its host's memory."""
+    cut = cut_model(config)
+    return _moments(config, cut) - optimizer_state(config, cut)
+
+
+def _vectors(cut: Cut) -> float:
+    return cut.chunks * cut.layers * cut.trained.vectors + cut.trained_outer.vectors
+
+
+def _moments(config: Config, cut: Cut) -> float:
+    """Return the bytes of all moments, float32 or in 8 bits, and sharded like the trained parameters.
 
     adamw keeps two, lion and sgd with momentum one. muon keeps one for layers' matrices and adamw's two for norms, table and
     head. adafactor keeps a mean over the outputs and one over the inputs of each matrix, whole on every device of a stage, and

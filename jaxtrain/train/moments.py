@@ -27,8 +27,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxtrain.config import MeshConfig
-from jaxtrain.sharding import RULES, Dims, is_dims
+from jaxtrain.config import MeshConfig, OptimizerConfig
+from jaxtrain.sharding import RULES, Dims, is_dims, is_in_host_memory, on_device, on_host
 from jaxtrain.train.leaf_axes import leaf_axes, names_of_path
 from jaxtrain.train.rounding import STACKED, random_bits
 
@@ -82,9 +82,7 @@ def in_8_bits(
       by_layer: update stacked layers one after the other, so that one layer's moments at a time are there in float32. For rules
         that take each number by itself, without its parameter.
     """
-    inner = optax.with_extra_args_support(inner)
-    of_params = {names_of_path(path): own for path, own in jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)[0]}
-    owner = functools.partial(_owner, of_params)
+    inner, owner = optax.with_extra_args_support(inner), _owners(dims)
 
     def held(state: PyTree, step: jax.Array, numbers: Any = layer_numbers) -> HeldMoments:
         leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_none)
@@ -110,7 +108,9 @@ def in_8_bits(
     def init(params: PyTree) -> HeldMoments:
         return held(inner.init(params), jnp.zeros((), jnp.int32))
 
-    def update(gradients: PyTree, state: HeldMoments, params: PyTree = None, **numbers: Any) -> tuple[PyTree, HeldMoments]:
+    def update(
+        gradients: PyTree, state: HeldMoments, params: PyTree = None, applies: Any = True, **numbers: Any
+    ) -> tuple[PyTree, HeldMoments]:
         if not by_layer:
             updates, new = inner.update(gradients, as_numbers(state.codes, state.scales), params, **numbers)
             return updates, held(new, state.step + 1)
@@ -119,10 +119,48 @@ def in_8_bits(
             updates, new = inner.update(own[0], as_numbers(*own[1:]), None, **numbers)
             return updates, *held(new, state.step + 1, which)[1:]
 
-        updates, *moments = _layer_by_layer(some, (gradients, *state[1:]), lambda *leaf: owner(*leaf)[0], layer_numbers)
+        whole = (gradients, *state[1:])
+        updates, *moments = _layer_by_layer(some, whole, lambda *leaf: owner(*leaf)[0], layer_numbers, applies)
         return updates, HeldMoments(state.step + 1, *moments)
 
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+def in_host_memory(
+    inner: optax.GradientTransformation, dims: PyTree, layer_numbers: np.ndarray
+) -> optax.GradientTransformation:
+    """Return the transformation for moments of which matrices' lie in host memory (`lies_on_host`), one layer at a time.
+
+    The copies run beside the updates of the layers before and after. `update` takes `applies`, a traced boolean: without it
+    the moments in host memory stay as they are, since a choice between old and new ones afterwards would need both.
+
+    Args:
+      inner: a rule that takes each number by itself, without its parameter.
+      layer_numbers: `Stacking.layer_numbers`.
+    """
+    inner, owner = optax.with_extra_args_support(inner), _owners(dims)
+
+    def update(
+        gradients: PyTree, state: PyTree, params: PyTree = None, applies: Any = True, **numbers: Any
+    ) -> tuple[PyTree, PyTree]:
+        def some(own: tuple, which: Any) -> tuple:
+            return inner.update(*own, None, **numbers)
+
+        return _layer_by_layer(some, (gradients, state), lambda *leaf: owner(*leaf)[0], layer_numbers, applies)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)  # type: ignore[arg-type]
+
+
+def lies_on_host(config: OptimizerConfig, dims: Dims) -> bool:
+    """Return whether a leaf of the optimizer's state, sharded by these dims, lies in host memory: matrices' moments."""
+    own = dims[1:] if dims[:1] == ("replica",) else dims
+    return config.moments_memory == "host" and leaf_axes(own).is_matrix
+
+
+def _owners(dims: PyTree) -> Callable[[tuple, jax.Array | None], tuple[Dims, int, int, bool]]:
+    """Return `_owner` of a tree of dims."""
+    flat = jax.tree_util.tree_flatten_with_path(dims, is_leaf=is_dims)[0]
+    return functools.partial(_owner, {names_of_path(path): own for path, own in flat})
 
 
 def _owner(of_params: Mapping[tuple, Dims], path: tuple, leaf: jax.Array | None) -> tuple[Dims, int, int, bool]:
@@ -135,13 +173,20 @@ def _owner(of_params: Mapping[tuple, Dims], path: tuple, leaf: jax.Array | None)
 
 
 def _layer_by_layer(
-    some: Callable[[Any, Any], Any], whole: Any, dims_of: Callable[[tuple, jax.Array], Dims], layer_numbers: np.ndarray
+    some: Callable[[Any, Any], Any],
+    whole: Any,
+    dims_of: Callable[[tuple, jax.Array], Dims],
+    layer_numbers: np.ndarray,
+    applies: Any = True,
 ) -> Any:
     """Return what `some` makes of trees: of one layer of the stacked leaves after the other, then of all other leaves.
+
+    Leaves in host memory are copied to the device for it and back.
 
     Args:
       some: (trees with None for leaves that are left out, but for scalars, layer numbers) -> trees to put in their place.
       dims_of: (path, leaf) -> logical dims.
+      applies: whether leaves in host memory change.
     """
 
     def is_stacked(path: tuple, leaf: jax.Array) -> bool:
@@ -150,17 +195,18 @@ def _layer_by_layer(
     def part(whole: Any, layer: jax.Array | None = None) -> Any:
         def take(path: tuple, leaf: jax.Array) -> jax.Array | None:
             if layer is not None and is_stacked(path, leaf):
-                return lax.dynamic_slice_in_dim(leaf, layer, 1, LAYER)
-            return None if is_stacked(path, leaf) or (layer is not None and leaf.ndim) else leaf
+                return on_device(lax.dynamic_slice_in_dim(leaf, layer, 1, LAYER))
+            return None if is_stacked(path, leaf) or (layer is not None and leaf.ndim) else on_device(leaf)
 
-        def put(path: tuple, leaf: jax.Array, new: Any) -> jax.Array:
-            if layer is not None and is_stacked(path, leaf):
-                return lax.dynamic_update_slice_in_dim(leaf, new, layer, LAYER)
-            return leaf if is_stacked(path, leaf) or layer is not None else new
+        def put(path: tuple, leaf: jax.Array, new: Any, old: Any) -> jax.Array:
+            if is_stacked(path, leaf) == (layer is None):
+                return leaf
+            new = on_host(jnp.where(applies, new, old)) if is_in_host_memory(leaf) else new
+            return new if layer is None else lax.dynamic_update_slice_in_dim(leaf, new, layer, LAYER)
 
         which = layer_numbers if layer is None else lax.dynamic_slice_in_dim(jnp.asarray(layer_numbers), layer, 1, LAYER)
         own = jax.tree_util.tree_map_with_path(take, whole)
-        return jax.tree_util.tree_map_with_path(put, whole, some(own, which))
+        return jax.tree_util.tree_map_with_path(put, whole, some(own, which), own)
 
     return part(lax.fori_loop(0, layer_numbers.shape[LAYER], lambda layer, whole: part(whole, layer), whole))
 

@@ -25,7 +25,7 @@ from jaxtrain.models.trained import trained_dims
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.sharding import Dims, is_dims
 from jaxtrain.train.leaf_axes import LeafAxes, axes_tree, leaf_axes
-from jaxtrain.train.moments import in_8_bits
+from jaxtrain.train.moments import in_8_bits, in_host_memory
 from jaxtrain.train.muon import scale_by_muon
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, learning_rate, make_learning_rate
 
@@ -168,9 +168,9 @@ def _scale_by_learning_rate(
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, *, mesh: Mesh | None = None, **numbers: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, *, mesh: Mesh | None = None, applies: Any = True, **numbers: Any
     ) -> tuple[PyTree, PyTree]:
-        del params, mesh
+        del params, mesh, applies
         rate = learning_rate(schedules, Hyperparameters(**(own._asdict() | numbers)), state.count)
         return jax.tree.map(lambda u: -rate * u, updates), optax.ScaleByScheduleState(state.count + 1)
 
@@ -226,14 +226,14 @@ def make_optimizer(
     `update(gradients, state, params, **numbers)` takes the fields of `schedule.Hyperparameters` as traced numbers, so that
     they are inputs of the program it is compiled into. Without them they are those of this config, and constants. With `mesh`,
     the mesh that shards the arrays, Muon shares its work out among the devices; without it, it must be called on one device or
-    takes XLA's choice of transfers.
+    takes XLA's choice of transfers. `applies` is that of `moments.in_host_memory`.
 
     Args:
       total_steps: optimizer steps in the whole run.
       dims: the parameter tree with a tuple of logical dim names for each leaf; stacked leaves begin with STACKING.
       dtype: of Muon's products; everything else is float32.
       schedules: names of all schedules of the run, where there are several.
-      layer_numbers: `Stacking.layer_numbers`, which moments in 8 bits need (`train/moments.py`).
+      layer_numbers: `Stacking.layer_numbers`, which moments in 8 bits or in host memory need (`train/moments.py`).
 
     Returns:
       A transformation whose state is {"clip", config.name, "decay", "learning_rate"}; moments are float32, or in 8 bits, in
@@ -248,6 +248,9 @@ def make_optimizer(
     if config.moments_dtype == "int8":
         assert layer_numbers is not None
         direction = in_8_bits(direction, dims, layer_numbers, by_layer=config.name != "muon")
+    elif config.moments_memory == "host":
+        assert layer_numbers is not None
+        direction = in_host_memory(direction, dims, layer_numbers)
     return in_float32(
         optax.named_chain(
             ("clip", optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()),

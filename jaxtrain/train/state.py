@@ -29,10 +29,10 @@ from jaxtrain.models.trained import trained, trained_dims
 from jaxtrain.numerics import settled
 from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
-from jaxtrain.sharding import RULES, Dims, is_dims, named, replicated
+from jaxtrain.sharding import HOST_MEMORY, RULES, Dims, into_host_memory, is_dims, named, on_device, replicated
 from jaxtrain.train.average import EMA, first_average
 from jaxtrain.train.leaf_axes import names_of_path
-from jaxtrain.train.moments import cut_block
+from jaxtrain.train.moments import cut_block, lies_on_host
 from jaxtrain.train.schedule import seed_words
 from jaxtrain.train.step_acceptance import initial_record, record_dims, record_from_plain
 from jaxtrain.train.xla_options import options_of_rare_programs
@@ -92,7 +92,7 @@ def initial_state(
     kept = sync.initial_state(config.sync, changing, replicas)
     state |= first_average(config, state["params"])
     if config.sync.replicas_differ:
-        state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (replicas, *leaf.shape)), state)
+        state = jax.tree.map(lambda leaf: jnp.broadcast_to(on_device(leaf), (replicas, *leaf.shape)), state)
     return state | {"sync": kept, "step": jnp.zeros((), jnp.int32)} | _if_any(initial_record(config.guard))
 
 
@@ -160,7 +160,15 @@ def state_dims(config: Config, optimizer: optax.GradientTransformation) -> PyTre
 
 def state_shardings(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
     """Return the NamedSharding of every leaf of the state."""
-    return named(mesh, state_dims(config, optimizer))
+    dims = state_dims(config, optimizer)
+    shardings = named(mesh, dims)
+
+    def placed(own: Dims, sharding: NamedSharding) -> NamedSharding:
+        return into_host_memory(sharding) if lies_on_host(config.optimizer, own) else sharding
+
+    if config.parts.optimizer is None:
+        shardings["optimizer"] = jax.tree.map(placed, dims["optimizer"], shardings["optimizer"], is_leaf=is_dims)
+    return shardings
 
 
 def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> PyTree:
@@ -249,7 +257,7 @@ def _from_canonical_leaf(config: Config, dims: Dims, value: jax.Array) -> jax.Ar
 
 def to_canonical(config: Config, tree: PyTree, dims: PyTree) -> PyTree:
     """Return the layers as [num_layers, ...] and the vocabulary without padding, whatever the leaves' shardings."""
-    return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, value), dims, tree, is_leaf=is_dims)
+    return jax.tree.map(lambda d, value: _to_canonical_leaf(config, d, on_device(value)), dims, tree, is_leaf=is_dims)
 
 
 def check_same_replicas(saved: Mapping[str, Any], config: Config, directory: Any) -> None:
@@ -296,18 +304,19 @@ class Canonical:
         abstract = _without_record(abstract_state(config, mesh, optimizer))
         shapes = jax.eval_shape(lambda state: to_canonical(config, state, self._dims), abstract)
 
-        def abstract_leaf(dims: Dims, leaf: Any) -> jax.ShapeDtypeStruct:
+        def abstract_leaf(dims: Dims, leaf: Any, here: NamedSharding) -> jax.ShapeDtypeStruct:
             sharding = NamedSharding(mesh, _canonical_spec(_canonical_leaf_dims(dims), leaf.shape, mesh))
+            sharding = into_host_memory(sharding) if here.memory_kind == HOST_MEMORY else sharding
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         @functools.cache
         def shared(convert: Any, dims: Dims, sharding: NamedSharding) -> Any:  # one program for a parameter and its moments
-            return jax.jit(functools.partial(convert, config, dims), out_shardings=sharding)
+            return jax.jit(lambda value: convert(config, dims, on_device(value)), out_shardings=sharding)
 
         def jitted(convert: Any, dims: Dims, target: Any) -> Any:
             return shared(convert, dims, target.sharding)
 
-        self.abstract = jax.tree.map(abstract_leaf, self._dims, shapes, is_leaf=is_dims)
+        self.abstract = jax.tree.map(abstract_leaf, self._dims, shapes, _without_record(self._shardings), is_leaf=is_dims)
         """The content of a checkpoint, with this mesh's shardings for reading and writing."""
         self._to = jax.tree.map(functools.partial(jitted, _to_canonical_leaf), self._dims, self.abstract, is_leaf=is_dims)
         self._from = jax.tree.map(functools.partial(jitted, _from_canonical_leaf), self._dims, abstract, is_leaf=is_dims)

@@ -10,6 +10,7 @@ the minority.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from jaxtrain.checkpoint.checksums import word_sums
 from jaxtrain.checkpoint.trees import leaves_by_path
 from jaxtrain.config import MESH_AXES, Config
 from jaxtrain.errors import NumbersError
-from jaxtrain.sharding import RULES, Dims, is_dims, specs, sum_over, vary
+from jaxtrain.sharding import RULES, Dims, is_dims, is_in_host_memory, on_device, spec, sum_over, vary
 from jaxtrain.train.bad_steps import RollBack, check_budget
 from jaxtrain.train.feed import on_every_host
 from jaxtrain.train.loop import Hook
@@ -53,34 +54,57 @@ def _flat(axes: Any) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
-def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, jax.Array]]:
-    """Return the jitted state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": uint32 [devices, leaves, 2]}.
+def make_check(mesh: Mesh, dims_tree: PyTree) -> Callable[[PyTree], dict[str, Any]]:
+    """Return the state -> {"differ": int32 [leaves], "not_finite": int32 [leaves], "sums": () -> uint32 [devices, leaves, 2]}.
 
-    The first two count devices, and are replicated; sums stay on their devices.
+    The first two count devices. Sums stay on their devices until they are asked for, by all processes together. Leaves in host
+    memory are copied to the devices one at a time, all others are checked by one program.
     """
     dims, structure = jax.tree.flatten(dims_tree, is_leaf=is_dims)
-    axes_of = [copied_over(own, mesh) for own in dims]
 
-    def region(state: PyTree) -> dict[str, jax.Array]:
+    @functools.cache
+    def program(own: tuple[Dims, ...]) -> Any:
+        mapped = jax.shard_map(
+            functools.partial(_region, tuple(copied_over(each, mesh) for each in own)),
+            mesh=mesh,
+            in_specs=([spec(each) for each in own],),
+            out_specs=(PartitionSpec(), PartitionSpec(), OF_EACH_DEVICE),
+            check_vma=True,
+        )
+        options = options_of_rare_programs(mesh.devices.flat[0].platform)
+        return jax.jit(lambda leaves: mapped([on_device(leaf) for leaf in leaves]), compiler_options=options)
+
+    def check(state: PyTree) -> dict[str, Any]:
         leaves = structure.flatten_up_to(state)
-        sums = local_sums(leaves)
-        lowest = sums
-        # One collective at a time, in the same order everywhere: on XLA:CPU concurrent ones may deadlock.
-        for axes in dict.fromkeys(filter(None, axes_of)):
-            members = np.array([i for i, own in enumerate(axes_of) if own == axes])
-            own_sums, lowest = lax.optimization_barrier((sums[members], lowest))
-            lowest = lowest.at[members].set(vary(lax.pmin(own_sums, axes)))
-        wrong = [
-            jnp.any(~jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(False) for leaf in leaves
-        ]
-        flags = jnp.stack([jnp.any(sums != lowest, axis=-1), jnp.stack([vary(flag) for flag in wrong])])
-        differ, not_finite = sum_over(flags.astype(jnp.int32), MESH_AXES)
-        return {"differ": differ, "not_finite": not_finite, "sums": sums[None]}
+        alone = [i for i, leaf in enumerate(leaves) if is_in_host_memory(leaf)]
+        groups = [[i for i in range(len(leaves)) if i not in alone], *([i] for i in alone)]
+        # One program at a time: XLA:CPU hangs where two with collectives are under way.
+        found = [jax.block_until_ready(program(tuple(dims[i] for i in own))([leaves[i] for i in own])) for own in groups]
+        differ, not_finite, sums = zip(*found, strict=True)
+        order = np.argsort(np.concatenate(groups))
+        counts = {name: np.concatenate(each)[order] for name, each in (("differ", differ), ("not_finite", not_finite))}
+        return counts | {"sums": lambda: np.concatenate([on_every_host(each) for each in sums], axis=1)[:, order]}
 
-    outputs = {"differ": PartitionSpec(), "not_finite": PartitionSpec(), "sums": OF_EACH_DEVICE}
-    options = options_of_rare_programs(mesh.devices.flat[0].platform)
-    mapped = jax.shard_map(region, mesh=mesh, in_specs=(specs(dims_tree),), out_specs=outputs, check_vma=True)
-    return jax.jit(mapped, compiler_options=options)
+    return check
+
+
+def _region(axes_of: tuple[tuple[str, ...], ...], leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(devices whose copy differs, devices with numbers that are not finite, own sums [1, leaves, 2]), each of every leaf.
+
+    Args:
+      axes_of: `copied_over` of each leaf.
+    """
+    sums = local_sums(leaves)
+    lowest = sums
+    # One collective at a time, in the same order everywhere: on XLA:CPU concurrent ones may deadlock.
+    for axes in dict.fromkeys(filter(None, axes_of)):
+        members = np.array([i for i, own in enumerate(axes_of) if own == axes])
+        own_sums, lowest = lax.optimization_barrier((sums[members], lowest))
+        lowest = lowest.at[members].set(vary(lax.pmin(own_sums, axes)))
+    wrong = [jnp.any(~jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(False) for leaf in leaves]
+    flags = jnp.stack([jnp.any(sums != lowest, axis=-1), jnp.stack([vary(flag) for flag in wrong])])
+    differ, not_finite = sum_over(flags.astype(jnp.int32), MESH_AXES)
+    return differ, not_finite, sums[None]
 
 
 def odd_ones_out(sums: np.ndarray, axes: tuple[str, ...], shape: dict[str, int]) -> tuple[list[int], bool]:
@@ -136,17 +160,16 @@ class StateCheck(Hook):
         if step == self._passed:
             return
         jax.block_until_ready(state)  # XLA:CPU hangs where two programs with collectives are under way
-        found = jax.block_until_ready(self._check(state))
-        counts = {name: np.asarray(found[name]) for name in ("not_finite", "differ")}
+        found = self._check(state)
         names = ["/".join(path) for path in leaves_by_path(state)[0]]
-        if counts["not_finite"].any():
-            bad = [names[i] for i in np.flatnonzero(counts["not_finite"])]
+        if found["not_finite"].any():
+            bad = [names[i] for i in np.flatnonzero(found["not_finite"])]
             raise NumbersError(
                 f"the state after step {step} is not finite and is not saved: {_some(bad, 'array')}. The update overflowed, "
                 "though loss and gradients were finite; lower optimizer.peak_lr, or keep model.param_dtype=float32"
             )
-        if counts["differ"].any() and self._config.guard.copies != "off":
-            reason = self._who_differs(step, names, counts["differ"], found["sums"])
+        if found["differ"].any() and self._config.guard.copies != "off":
+            reason = self._who_differs(step, names, found["differ"], found["sums"]())
             if self._config.guard.copies == "rollback":
                 skipped = int(np.asarray(state["guard"]["skipped"])) if "guard" in state else 0
                 check_budget(self._config, step, skipped + len(self._rollbacks) + 1, reason)
@@ -158,8 +181,7 @@ class StateCheck(Hook):
             )
         self._passed = step
 
-    def _who_differs(self, step: int, names: list[str], differ: np.ndarray, of_each_device: jax.Array) -> str:
-        sums = on_every_host(of_each_device)
+    def _who_differs(self, step: int, names: list[str], differ: np.ndarray, sums: np.ndarray) -> str:
         dims = jax.tree.leaves(self._dims, is_leaf=is_dims)
         arrays: dict[int, list[str]] = {}
         certain = True

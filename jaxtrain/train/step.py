@@ -23,7 +23,7 @@ from jaxtrain.parallel import sync
 from jaxtrain.parallel.stacking import make_stacking
 from jaxtrain.parallel.sync import ReplicaExchange
 from jaxtrain.program import xla_costs
-from jaxtrain.sharding import named, replicated
+from jaxtrain.sharding import named, of_results, replicated
 from jaxtrain.train.average import next_average
 from jaxtrain.train.balance import expert_metrics, step_biases
 from jaxtrain.train.exchange import describe_exchange, exchanged_bytes, make_gradient_exchange, make_parameter_exchange
@@ -31,7 +31,7 @@ from jaxtrain.train.gradients import abstract_batch, batch_sharding, make_loss_a
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.train.schedule import Hyperparameters, hyperparameters, stage_numbers
 from jaxtrain.train.state import abstract_state, state_shardings
-from jaxtrain.train.step_acceptance import apply_if_good
+from jaxtrain.train.step_acceptance import applied_if, judge
 from jaxtrain.train.xla_options import compile_with_options, default_options, deterministic_options, parse_options
 
 if TYPE_CHECKING:
@@ -61,24 +61,27 @@ def _placed(numbers: Hyperparameters, mesh: Mesh) -> Hyperparameters:
 
 def _make_update(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Step:
     """(params, optimizer state, gradients, reports, numbers, step) -> (params, optimizer state, metrics), for each replica if
-    they differ.
+    they differ. The numbers, by name, are those that the optimizer's `update` takes.
     """
     dims, layers = trained_dims(config), make_stacking(config).layer_numbers()
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(
-        params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: Hyperparameters, step: jax.Array
+        params: PyTree, optimizer_state: PyTree, gradients: PyTree, reports: PyTree, numbers: dict[str, Any], step: jax.Array
     ) -> tuple[PyTree, PyTree, PyTree]:
-        metrics = {"grad_norm": optax.global_norm(gradients)}
         before = trained(config, params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, mesh=mesh, **numbers._asdict())
-        after = apply_updates(before, updates, dims, layers, numbers.seed, step)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, before, mesh=mesh, **numbers)
+        after = apply_updates(before, updates, dims, layers, numbers["seed"], step)
         after = step_biases(config.model, after, reports)
         params = with_trained(config, params, after)
-        return params, optimizer_state, metrics | expert_metrics(config.model, make_stacking(config), reports)
+        return params, optimizer_state, expert_metrics(config.model, make_stacking(config), reports)
 
-    of_each = (0, 0, 0, 0, None, None)
-    return jax.vmap(update, in_axes=of_each, spmd_axis_name="replica") if config.sync.replicas_differ else update
+    return _of_each_replica(config, update, (0, 0, 0, 0, None, None))
+
+
+def _of_each_replica(config: Config, function: Step, in_axes: Any = 0) -> Step:
+    """Return the function for each replica if they differ, else as it is."""
+    return jax.vmap(function, in_axes=in_axes, spmd_axis_name="replica") if config.sync.replicas_differ else function
 
 
 def make_train_step(
@@ -104,28 +107,32 @@ def make_train_step(
       exchange: what the step does between replicas (`sync.exchange_at`); the default is nothing beyond averaged gradients.
     """
     loss_and_gradients, update = make_loss_and_gradients(config, mesh, backend), _make_update(config, mesh, optimizer)
-    keeps = getattr(objective_of(config), "keeps_log_probs", False)
-    replicas, differ, apart = config.mesh.replica, config.sync.replicas_differ, config.sync.sums_apart
+    keeps, replicas = getattr(objective_of(config), "keeps_log_probs", False), config.mesh.replica
+    differ, apart = config.sync.replicas_differ, config.sync.sums_apart
 
     def train_step(state: PyTree, batch: PyTree, numbers: Hyperparameters) -> tuple[PyTree, PyTree]:
         metrics, reports, gradients = loss_and_gradients(state["params"], batch)
         kept = metrics.pop("log_probs", None)
         params, optimizer_state, synced = state["params"], state["optimizer"], state["sync"]
         if apart and not differ:
-            exchanged = make_gradient_exchange(config, mesh, exchange)
-            gradients, synced = exchanged(gradients, metrics["targets"], state["step"], synced)
-        more = {"grad_norm": jnp.zeros(())}
+            sums = make_gradient_exchange(config, mesh, exchange)
+            gradients, synced = sums(gradients, metrics["targets"], state["step"], synced)
+        norm = _of_each_replica(config, optax.global_norm)(gradients) if exchange.applies else jnp.zeros(())
+        more, given = {"grad_norm": norm}, numbers._asdict()
+        if config.guard.classifies_steps:
+            good, record, judged = judge(config.guard, state["guard"], metrics | more)
+            more |= judged
+            given |= {"applies": good} if config.optimizer.moments_memory == "host" else {}
         if exchange.applies:
             with jax.named_scope("optimizer"):
-                params, optimizer_state, more = update(params, optimizer_state, gradients, reports, numbers, state["step"])
+                params, optimizer_state, seen = update(params, optimizer_state, gradients, reports, given, state["step"])
+                more |= seen
         if differ and exchange != ReplicaExchange():
             exchanged = make_parameter_exchange(config, mesh, exchange)(trained(config, params), synced)
             params, synced = with_trained(config, params, exchanged[0]), exchanged[1]
             metrics |= exchanged[2]
         new = {"params": params, "optimizer": optimizer_state, "sync": synced} | next_average(config, state, params)
-        if config.guard.classifies_steps:
-            new, kind = apply_if_good(config.guard, state, new, metrics | more)
-            more |= kind
+        new = applied_if(good, new, state) | {"guard": record} if config.guard.classifies_steps else new
         if apart and not differ:
             more = jax.tree.map(lambda value: jnp.broadcast_to(value, (replicas, *value.shape)), more)
         return new | {"step": state["step"] + 1}, (metrics | more, kept) if keeps else metrics | more
@@ -134,7 +141,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, (of_metrics, batch_sharding(mesh)) if keeps else of_metrics),
+        out_shardings=(of_results(shardings), (of_metrics, batch_sharding(mesh)) if keeps else of_metrics),
         donate_argnums=0,
     )
 

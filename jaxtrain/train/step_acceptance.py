@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.config import GuardConfig
-from jaxtrain.sharding import replicated
+from jaxtrain.sharding import is_in_host_memory, replicated
 
 PyTree = Any
 GOOD, NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(4)
@@ -90,20 +90,26 @@ def classify(
     return kind, record, metrics | {"bad_step": kind, "skipped_steps": record["skipped"]}
 
 
-def apply_if_good(guard: GuardConfig, old: PyTree, new: PyTree, metrics: Mapping[str, jax.Array]) -> tuple[PyTree, PyTree]:
-    """(state, metrics to add): `new` if the step is good, else `old` with the bad step in its record, in a jitted step.
+def judge(
+    guard: GuardConfig, record: Mapping[str, jax.Array], metrics: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """(whether the step is good, its record, metrics to add), before the update, in a jitted step.
 
     Args:
-      old: the state before the step, with its record under "guard".
-      new: the step's result, except the record and the step number.
       metrics: the step's; losses may be [replica], beside targets [replica].
     """
-    loss, grad_norm = _over_replicas(metrics, "loss"), metrics["grad_norm"]
+    loss = _over_replicas(metrics, "loss")
     # The total loss may overflow alone, by its z term or an auxiliary loss.
     loss = jnp.where(jnp.isfinite(_over_replicas(metrics, "total_loss")), loss, jnp.nan)
-    kind, record, more = classify(guard, old["guard"], loss, grad_norm)
-    applied = jax.tree.map(lambda n, o: jnp.where(kind == GOOD, n, o), new, {name: old[name] for name in new})
-    return applied | {"guard": record}, more
+    kind, record, more = classify(guard, record, loss, metrics["grad_norm"])
+    return kind == GOOD, record, more
+
+
+def applied_if(good: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Return `new` if the step is good, else the same parts of `old`; what lies in host memory is as the update left it."""
+    return jax.tree.map(
+        lambda n, o: n if is_in_host_memory(n) else jnp.where(good, n, o), new, {name: old[name] for name in new}
+    )
 
 
 def _over_replicas(metrics: Mapping[str, jax.Array], name: str) -> jax.Array:

@@ -34,6 +34,12 @@ def test_without_the_compiler_the_closed_form_alone(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("without_plugin")
+def test_one_device_sends_nothing(capsys: pytest.CaptureFixture[str]):
+    assert main([*TINY, *EXPLAIN, "--config=configs/7b.py", "--mesh.fsdp=1", "--hosts=1", "--devices_per_host=1"]) == 0
+    assert "nothing travels" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_plugin")
 def test_json(capsys: pytest.CaptureFixture[str]):
     assert main([*SEVEN, *EXPLAIN, "--json", "--hardware", "h200"]) == 0
     said = json.loads(capsys.readouterr().out)
