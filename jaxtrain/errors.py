@@ -110,3 +110,10 @@ def nearest(name: str, options: Iterable[object]) -> str:
 def violated(rules: Mapping[str, object]) -> list[str]:
     """Return the messages of a table {message: whether it applies} that apply, in their order."""
     return [message for message, applies in rules.items() if applies]
+
+
+def cause(error: BaseException) -> str:
+    """Return the first line of the deepest cause: Orbax wraps exceptions in messages about its handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.stored import cause
-from jaxtrain.errors import DamagedCheckpoint
+from jaxtrain.errors import DamagedCheckpoint, cause
 
 Index = tuple[slice, ...]
 BLOCK_BYTES = 64 << 20
 """Bytes of an array that are in memory at a time, and lie in one piece in the checkpoint."""
+_READS, _READ_AHEAD = 16, 1 << 30  # requests to the file system at a time; bytes on their way to the devices
 T = TypeVar("T")
 
 
@@ -46,6 +49,49 @@ def blocks_of(shape: tuple[int, ...], block: tuple[int, ...]) -> Iterator[Index]
     starts = (range(0, size, part) for size, part in zip(shape, block, strict=True))
     for corner in itertools.product(*starts):
         yield tuple(slice(i, min(i + part, size)) for i, part, size in zip(corner, block, shape, strict=True))
+
+
+def read_arrays(step: os.PathLike, leaves: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], jax.Array]:
+    """Return arrays in the shardings that `leaves` name: this process reads what its own devices hold, and waits for no other.
+
+    Raises:
+      ValueError, OSError: an array cannot be read, or is of another shape or dtype.
+    """
+    context = ts.Context({"file_io_concurrency": {"limit": _READS}})
+    stores = {name: ts.open(_spec(step, "/".join(name)), open=True, read=True, context=context) for name in leaves}
+    found: dict[tuple[str, ...], jax.Array] = {}
+    begun: deque[tuple[tuple[str, ...], dict[str, np.ndarray], list[Any]]] = deque()
+
+    def finish() -> None:
+        name, pieces, reads = begun.popleft()
+        for read in reads:
+            read.result()
+        leaf = leaves[name]
+        found[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: pieces[str(index)])
+
+    for name, leaf in leaves.items():
+        store = stores.pop(name).result()
+        if (held := f"{store.dtype.name}{list(store.shape)}") != (wanted := f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"):
+            raise ValueError(f"{'/'.join(name)} is {held}, not {wanted}")
+        pieces, reads = {}, []
+        for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
+            if str(index) not in pieces:
+                pieces[str(index)] = _aligned(store[index].shape, leaf.dtype)
+                reads.append(ts.array(pieces[str(index)]).write(store[index].translate_to[(0,) * store.rank]))
+        begun.append((name, pieces, reads))
+        while len(begun) > 1 and sum(piece.nbytes for _, pieces, _ in begun for piece in pieces.values()) > _READ_AHEAD:
+            finish()
+    while begun:
+        finish()
+    return found
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an array as XLA:CPU takes it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 class StoredArray:

@@ -12,26 +12,23 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import v1 as ocp
 
 from jaxtrain.checkpoint.addresses import find
+from jaxtrain.checkpoint.blocks import read_arrays
 from jaxtrain.checkpoint.branches import branches
 from jaxtrain.checkpoint.retention import best_steps, metric_of, outdated, validated
 from jaxtrain.checkpoint.same_run import differences
 from jaxtrain.checkpoint.stored import (
     COMMIT_MARK,
     absolute,
-    cause,
     committed_steps,
     delete,
     read_metadata,
     read_stored,
-    reading_alone,
     step_path,
     wrong_leaves,
 )
-from jaxtrain.checkpoint.trees import leaves_by_path, nested
-from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint
+from jaxtrain.errors import EXIT_DONE, EXIT_ERROR, CheckpointError, DamagedCheckpoint, cause
 from jaxtrain.text import readable_size, show
 
 
@@ -51,13 +48,9 @@ def arrays(folder: str, step: int, names: Sequence[str] = ()) -> Iterator[tuple[
         dims = tuple(int(size) for size in shape.split(",") if size)
         leaf = jax.ShapeDtypeStruct(dims, np.dtype(dtype), sharding=here)
         try:
-            with reading_alone(part=True):
-                loaded, _ = leaves_by_path(ocp.load(path, nested({tuple(name.split("/")): leaf})))
+            array = read_arrays(path, {tuple(name.split("/")): leaf})[tuple(name.split("/"))]
         except Exception as error:
             raise DamagedCheckpoint(f"{path}: {name} cannot be read: {cause(error)}") from error
-        array = next(iter(loaded.values()))
-        if not isinstance(array, jax.Array):
-            raise DamagedCheckpoint(f"{path}: {name} is not there")
         yield name, array
 
 

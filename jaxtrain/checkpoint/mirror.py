@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.checkpoint.retention import METRIC, best_steps, outdated
-from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute, cause
+from jaxtrain.checkpoint.stored import COMMIT_MARK, PARTIAL, STEP_NAME, absolute
 from jaxtrain.config import CheckpointConfig
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import CheckpointError, cause
 from jaxtrain.files import replace_file
 from jaxtrain.stores import StoreError, open_store
 

@@ -19,9 +19,9 @@ from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
 from jaxtrain.checkpoint.blocks import in_blocks
 from jaxtrain.checkpoint.checksums import begin_checksums, total
 from jaxtrain.checkpoint.folder import children, partial
-from jaxtrain.checkpoint.stored import PARTIAL, cause, commit, committed_steps, delete, everywhere
+from jaxtrain.checkpoint.stored import PARTIAL, commit, committed_steps, delete, everywhere, flush
 from jaxtrain.checkpoint.trees import nested
-from jaxtrain.errors import CheckpointError, LostSave
+from jaxtrain.errors import CheckpointError, LostSave, cause
 from jaxtrain.processes import are_several, look, post, read_folder, tell
 
 _PATIENCE = 20.0  # seconds between the first and the last process that sees the same failure
@@ -146,6 +146,7 @@ class BackgroundSaves:
         """
         save, parts = str(self._saves), [json.dumps(own)]
         if are_several():
+            flush(partial(self._directory, stored["step"]))
             tell(f"save-sums/{jax.process_index()}", f"{save} {parts[0]}")
             parts = self._hear("save-sums", jax.process_count(), save) if self._first_process else []
         if self._first_process:

@@ -18,16 +18,16 @@ import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
-from jaxtrain.checkpoint.abandoned_io import abandoned_io_unsaid
+from jaxtrain.checkpoint.blocks import read_arrays
 from jaxtrain.checkpoint.checksums import checksums
-from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path, nested
-from jaxtrain.errors import CheckpointError, DamagedCheckpoint
+from jaxtrain.checkpoint.trees import check_same_leaves, describe, leaves_by_path
+from jaxtrain.errors import CheckpointError, DamagedCheckpoint, cause
 from jaxtrain.files import user_path
 from jaxtrain.processes import exchange_next, own_index
 from jaxtrain.text import printable
@@ -90,7 +90,7 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any, part: 
         if getattr(leaf, "sharding", None) is None:
             raise TypeError(f"abstract_state leaf {'/'.join(name)} has no sharding; every leaf must have one")
 
-    def stored_leaves() -> tuple[dict[str, Any], Any, bool]:
+    def stored_leaves() -> tuple[dict[str, Any], Any]:
         stored = read_stored(step_path(directory, step))
         lacks = [name for name in OPTIONAL if not any(leaf.startswith(f"{name}/") for leaf in stored["leaves"])]
         like = {name: tree for name, tree in abstract_state.items() if name not in lacks}
@@ -98,11 +98,11 @@ def restore(directory: os.PathLike | str, step: int, abstract_state: Any, part: 
         unread = tuple(f"{name}/" for name in OPTIONAL if name not in like)
         held = {name: words for name, words in stored["leaves"].items() if not name.startswith(unread)}
         check_same_leaves(path, {name: words for name, words in held.items() if name in wanted or not part}, wanted)
-        return stored, like, part or len(held) < len(stored["leaves"])
+        return stored, like
 
-    stored, like, part = agreed(path, stored_leaves)
+    stored, like = agreed(path, stored_leaves)
     leaves, treedef = leaves_by_path(like)
-    loaded = _load(path, leaves, part)
+    loaded = _load(path, leaves)
     bad = wrong_leaves(stored["checksums"], {"/".join(name): leaf for name, leaf in loaded.items()})
     if bad:
         raise DamagedCheckpoint(f"checkpoint {path} does not hold what was saved: {', '.join(bad[:5])} ({len(bad)} arrays)")
@@ -114,29 +114,13 @@ def wrong_leaves(saved: dict[str, str], leaves: dict[str, jax.Array]) -> list[st
     return [name for name, found in checksums(leaves).items() if saved.get(name) != found]
 
 
-def reading_alone(part: bool) -> ocp.Context:
-    """Return the context of a load that waits for no other process; `part`: the checkpoint may hold further leaves.
-
-    Each process reads the files that hold its shards. Orbax's own barrier would keep those whose files are intact waiting
-    for one that failed, 300 s.
-    """
-    context = ocp.Context()
-    context.pytree.loading.partial_load = part
-    context.multiprocessing.active_processes, context.multiprocessing.primary_host = {own_index()}, own_index()
-    return context
-
-
-def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any], part: bool) -> dict[tuple[str, ...], jax.Array]:
+def _load(path: epath.Path, leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], jax.Array]:
     problem: Exception | None = None
-    loaded: dict[tuple[str, ...], Any] = {}
+    loaded: dict[tuple[str, ...], jax.Array] = {}
     try:
-        with abandoned_io_unsaid(), reading_alone(part):
-            loaded, _ = leaves_by_path(ocp.load(path, nested(leaves)))
+        loaded = read_arrays(path, leaves)
     except Exception as error:
         problem = error
-    for name, leaf in leaves.items():
-        if problem is None and (not isinstance(loaded.get(name), jax.Array) or loaded[name].dtype != leaf.dtype):
-            problem = ValueError(f"{'/'.join(name)} came back as {loaded.get(name)!r}")
     if not everywhere(problem is None):
         words = (
             f"checkpoint {path} cannot be read: {cause(problem) if problem else 'another process failed (its log says why)'}"
@@ -209,13 +193,42 @@ def _is_sound(stored: dict[str, Any]) -> bool:
 
 
 def commit(path: epath.Path, stored: dict[str, Any], sums: dict[str, str]) -> None:
-    """Commit a folder with all its arrays: write the checksums beside them, then give it the step's name."""
+    """Commit a folder with all its arrays: write the checksums beside them, then give it the step's name. Process 0 calls it,
+    after all processes have called `flush`.
+    """
     mark = {"checksums": sums, "digest": digest(stored | {"checksums": sums})}
-    with open(path / COMMIT_MARK, "w", encoding="utf-8") as file:
-        file.write(json.dumps(mark))
-        file.flush()
-        os.fsync(file.fileno())
+    (path / COMMIT_MARK).write_text(json.dumps(mark), encoding="utf-8")
+    flush(path)
     path.rename(path.parent / str(stored["step"]))
+    _fsync(path.parent)
+
+
+def flush(path: os.PathLike) -> None:
+    """Have the disk hold the files and folders below `path` that this process wrote; process 0 also those of no process.
+
+    TensorStore flushes the arrays; Orbax leaves its metadata to the kernel, which may write it long after the rename.
+    """
+    own, written = own_index(), []
+    for folder, folders, files in os.walk(path):
+        below = (folder, *(os.path.join(folder, name) for name in files))
+        written += [each for each in below if _writer(os.path.relpath(each, path), 0) == own]
+        folders[:] = [name for name in folders if _writer(name, own) == own]
+    with ThreadPoolExecutor(8) as threads:  # so that they share the file system's commits
+        list(threads.map(_fsync, written))
+
+
+def _writer(path: str, otherwise: int) -> int:
+    """Return the index of the process that writes what Orbax has named so."""
+    found = re.search(r"process_(\d+)", path)
+    return int(found[1]) if found else otherwise
+
+
+def _fsync(path: os.PathLike | str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def digest(stored: dict[str, Any]) -> str:
@@ -255,13 +268,6 @@ def delete(path: epath.Path) -> None:
         path.rmtree(missing_ok=True)
     except OSError as error:  # a superfluous checkpoint is no reason to stop a run
         log.warning("could not delete %s: %s", path, error)
-
-
-def cause(error: BaseException) -> str:
-    """Return the first line of the deepest cause: Orbax wraps exceptions in messages about its handlers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def everywhere(flag: bool) -> bool:

@@ -16,9 +16,9 @@ from jaxtrain.checkpoint.blocks import Index, blocks_of, created
 from jaxtrain.checkpoint.checksums import block_checksum, total
 from jaxtrain.checkpoint.folder import partial, probe, remove_leftovers
 from jaxtrain.checkpoint.same_run import as_json_gives_it_back
-from jaxtrain.checkpoint.stored import FORMAT, absolute, cause, commit, committed_steps
+from jaxtrain.checkpoint.stored import FORMAT, absolute, commit, committed_steps
 from jaxtrain.checkpoint.trees import describe, nested
-from jaxtrain.errors import CheckpointError, ExplainedError
+from jaxtrain.errors import CheckpointError, ExplainedError, cause
 
 
 class Leaf(NamedTuple):

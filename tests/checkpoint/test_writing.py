@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -372,6 +373,24 @@ def test_a_failed_save_costs_no_older_checkpoint(tmp_path):
         assert committed_steps(tmp_path) == [3]
 
 
+def test_what_the_disk_does_not_take_is_not_committed(tmp_path, monkeypatch):
+    small, fsync = {"w": jnp.arange(4096.0)}, os.fsync
+
+    def failing(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/_METADATA"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
+        checkpoints.save(1, small, {}, wait=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", failing)
+            with pytest.raises(CheckpointError, match="step 2 could not be saved.*Input/output error"):
+                checkpoints.save(2, small, {}, wait=True)
+        assert committed_steps(tmp_path) == [1]
+        checkpoints.save(3, small, {}, wait=True)
+
+
 def test_only_committed_steps_count_and_leftovers_are_cleaned(tmp_path, state):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in (1, 2, 3):
@@ -583,9 +602,18 @@ with Checkpoints(directory, CheckpointConfig(keep=2, mirror=f"file://{directory}
     def save(step):
         state = {"w": make(w * step, placed((2, 2), P("a", "b"))), "step": make(np.int32(step), placed((2, 2), P()))}
         checkpoints.save(step, state, {"step": step})
+    synced, fsync = set(), os.fsync
+    def watched(descriptor):
+        fsync(descriptor)
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    os.fsync = watched
     for step in (1, 2):
         save(step)
     checkpoints.wait()
+    os.fsync, folder = fsync, Path(directory, "2.partial")
+    written = {folder / path.relative_to(f"{directory}/2") for path in Path(directory, "2").rglob("*")} | {folder}
+    own = {str(path) for path in written if ("process_1" in str(path.relative_to(directory))) == (rank == 1)}
+    assert own == {path for path in synced if path.startswith(str(folder))} and len(own) > 4, own ^ synced
     commit, saving.commit = saving.commit, fail  # process 0 alone comes to it
     save(3)
     try:
