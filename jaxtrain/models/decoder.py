@@ -34,7 +34,7 @@ from jaxtrain.ops.float8 import SCALE_NAME
 from jaxtrain.ops.losses import IGNORED, OF_TOKENS, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
-from jaxtrain.parallel.turns import recompute_behind_next, reduce_behind_next, take_turns
+from jaxtrain.parallel.turns import gradients_together, recompute_behind_next, reduce_behind_next, take_turns
 from jaxtrain.sharding import Float8, all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
@@ -390,11 +390,13 @@ class Decoder:
         `scale` that multiplies its summed loss. Where numbers of single tokens are reported, `place` is 1 in the microbatch's
         own row of [microbatches] and 0 elsewhere, and they are [microbatches, B, L, ...].
         """
-        head = self._head()
+        head, output = self._head(), "table" if self.config.tie_embeddings else "head"
 
         def loss(weights: Weights, x: jax.Array, microbatch: PyTree) -> tuple[jax.Array, PyTree]:
             with jax.named_scope("loss"):
-                x, head_DV = head(weights, x)
+                # XLA would reduce the head's gradient at the end of the step, and hold it whole until then.
+                x, own = gradients_together(x, weights[0][output])
+                x, head_DV = head(({**weights[0], output: own}, weights[1]), x)
                 losses: Any = token_losses(
                     x,
                     head_DV,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxtrain.layout import loss_chunks
+from jaxtrain.ops.loops import scan_of_hidden_length
 from jaxtrain.sharding import all_gather, reduce_scatter, sum_over, vary
 
 Inputs = Mapping[str, jax.Array]
@@ -278,8 +279,10 @@ def _token_losses_forward(
         sums = _chunk_sums(log_probs, losses, measured, log_z, counted, z_loss)
         return (total + vary(_share(sums)), d_head), (dx, _kept(terms, log_probs, logits, log_z, counted))
 
-    start = vary((jnp.zeros(3 + len(terms.measures)), jnp.zeros(head.shape, jnp.float32)))
-    (total, d_head), (dx, kept) = lax.scan(step, start, _chunked(x, targets, inputs or {}, chunk))
+    # Zeros of its own: XLA would make them together with those of the table's gradient, and hold both until the step's end.
+    zero = lax.optimization_barrier(jnp.zeros(()))
+    start = vary((jnp.zeros(3 + len(terms.measures)), jnp.broadcast_to(zero, head.shape)))
+    (total, d_head), (dx, kept) = scan_of_hidden_length(step, start, _chunked(x, targets, inputs or {}, chunk))
     dx = dx.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, x.shape[2])[:, :length]
     return _report(terms, scale, total, kept, length), (dx, d_head.astype(head.dtype), scale, inputs)
 

@@ -95,18 +95,18 @@ def reduce_behind_next(
       reduced: any scalar, passed from layer to layer.
       master: the layer's weights, whose gradients are reduced.
     """
-    reduced, master = _gradients_together(reduced, master)
+    reduced, master = gradients_together(reduced, master)
     x, reduced = lax.optimization_barrier((xs[-1], reduced))
     return (*xs[:-1], x), reduced, master
 
 
 @jax.custom_vjp
-def _gradients_together(scalar: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+def gradients_together(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
     """Identity; the backward puts both gradients behind one optimization_barrier."""
-    return scalar, weights
+    return x, weights
 
 
-_gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients))
+gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 @jax.tree_util.register_static

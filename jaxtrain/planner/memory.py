@@ -5,12 +5,14 @@ Letters: B sequences in a microbatch of one device, L positions of a sequence th
 gathers over tensor (length / context), D embed_dim, H query heads, K kv heads, N head_dim, F mlp_dim, V padded vocabulary; t
 and f devices along tensor and fsdp. bf16 is 2 bytes a number, float32 4.
 
-A step has three moments that can be the worst one. In all the state, the compute copies of the weights, the gradients and all
-activations kept are there, since XLA sets the gradients' buffers to zero before the loss:
+A step has five moments that can be the worst one. In all the state, the compute copies of the weights and all activations kept
+are there; the gradients, since XLA sets their buffers to zero before the layers' backward, in all but the first:
 
 * **the loss**: the head is gathered whole over fsdp, its gradient is summed in float32, and a chunk of logits is there;
 * **between forward and backward**: what experts gave back is laid anew, if it is kept;
-* **the backward of a layer**: the layer is computed again as far as remat says, and its gradients are made.
+* **the beginning of the backward**: the head's gradient is on its way to its shards;
+* **the backward of a layer**: the layer is computed again as far as remat says, and its gradients are made;
+* **that of the last one**: the table's gradient begins as zeros.
 
 The optimizer's update is never worse: by then the activations are gone, and XLA updates the state in its own place.
 
@@ -53,6 +55,7 @@ from jaxtrain.planner.state_memory import (
     optimizer_state,
     parameter_bytes,
     sync_state,
+    trains,
     trains_head,
 )
 
@@ -65,7 +68,8 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     """
     cut, sizes = cut_model(config), Sizes.of(config)
     backward = _backward_moment(config, cut, sizes, backend)
-    worst = max(_loss_moment(config, cut, sizes), _between_moment(config, cut, sizes, backward), backward, key=sum)
+    others = _loss_moment(config, cut, sizes), _first_moment(config, cut, sizes), _between_moment(config, cut, sizes, backward)
+    worst = max(*others, backward, _last_moment(config, cut, backward), key=sum)
     weights, activations = _weights(config, cut), _activations(config, cut, sizes, backend)
     step = Memory(
         parameters=parameter_bytes(config, cut),
@@ -134,13 +138,13 @@ def _gradients(config: Config, cut: Cut, copies: int, late: int = 0) -> float:
     """Return the bytes of float32 gradients of what is trained: shards at ZeRO 2 and 3, whole over fsdp at 1.
 
     Accumulated over the step, those of all that the device holds; `copies` more of a tick's own part, and of `late` ticks that
-    are not added up yet. In a step of one tick the head's gradient is what the loss sums up, and is counted there where it is
-    not also cut into shards.
+    are not added up yet. In a step of one tick the table's is only made after the layers' backward.
     """
     is_whole = not reduces_each_pass(config.sharding.zero)
     of_layer, of_outer = (share.gathered if is_whole else share.sharded for share in (cut.trained, cut.trained_outer))
-    outer_copies = 1 + (copies > 0) + late if cut.is_loop else int(of_outer < cut.outer.gathered)
-    return FLOAT32 * ((cut.chunks + copies + late) * cut.layers * of_layer + outer_copies * of_outer)
+    of_head = trains_head(config) * head_numbers(config) / (1 if is_whole else config.mesh.fsdp)
+    outer = (1 + (copies > 0) + late) * of_outer if cut.is_loop else of_head
+    return FLOAT32 * ((cut.chunks + copies + late) * cut.layers * of_layer + outer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,18 +168,11 @@ def _activations(config: Config, cut: Cut, sizes: Sizes, backend: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three moments
+# The five moments
 #
 # What is alive in them beyond the activations kept was read off the buffer assignment of compiled steps. The factors below are
 # means over those programs, in units whose causes are known; all else is exact.
 
-HEAD_SUMS = 3
-"""Float32 arrays of the head's size in the loss: the running sum of its gradient, what a chunk adds (nothing where the loop
-over chunks is not unrolled by two: where activations move), and the zeros it began with, which XLA does not write over (but
-does in the conditionals of a pipeline)."""
-HEAD_SUMS_LEFT = 2
-"""Of those, alive still while the layers' backward runs in a step of one tick: the gradient, until it is scattered, and the
-zeros. In a pipeline none: there the loss ends in a tick."""
 UNREDUCED, UNREDUCED_EXPERTS, UNREDUCED_IN_ORDER, UNREDUCED_EXPERTS_IN_ORDER = 1.2, 2.0, 0.3, 1.0
 """Layers whose gradients wait in reduce_dtype, whole over fsdp, until they are scattered: XLA sends them an iteration late, but
 not where the trainer has them sent layer by layer (`parallel.turns.reduce_behind_next`). With experts there are also
@@ -248,28 +245,37 @@ def _gathers(config: Config) -> bool:
 def _loss_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
     """Return the moment of the loss.
 
-    There are the head in compute dtype, and `HEAD_SUMS` of it in float32; the gradient of a chunk's logits; hidden states and
-    their gradient, in and out of chunks; the last layer's weights, where XLA gathers an iteration ahead. Of a tick's gradients
-    there are only zeros, and not even these in a pipeline where activations move.
+    There are the head in compute dtype, and the sum of its gradient in float32; the logits of a chunk, and their gradient;
+    hidden states and their gradient, in and out of chunks. Of gradients there are only those of ticks before, and in a pipeline
+    zeros for a tick's own, but not where activations move.
     """
     bytes_each = BYTES[config.model.dtype]
     tensor = config.mesh.tensor
     _, chunk = loss_chunks(local_length(config) // tensor, config.train.loss_chunk, tensor)
     logits = microbatch_rows(config) * chunk * config.model.padded_vocab_size
-    ahead = cut.layer.gathered * (_gathers(config) and not moves_activations(config.mesh))
-    sums = (HEAD_SUMS - moves_activations(config.mesh) - cut.is_pipe) * FLOAT32 * trains_head(config)
-    sums += bytes_each * _gathers(config)
-    copies = int(cut.is_loop and not (cut.is_pipe and moves_activations(config.mesh)))
-    working = sums * head_numbers(config) + bytes_each * (logits + ahead + 4 * sizes.stream)
-    return Moment(_gradients(config, cut, copies), working)
+    head = FLOAT32 * trains_head(config) + bytes_each * _gathers(config)
+    working = head * head_numbers(config) + (FLOAT32 + bytes_each) * logits + bytes_each * 4 * sizes.stream
+    copies = int(cut.is_pipe and not moves_activations(config.mesh))
+    return Moment(_gradients(config, cut, copies) * cut.is_loop, working)
+
+
+def _first_moment(config: Config, cut: Cut, sizes: Sizes) -> Moment:
+    """Return the moment at the beginning of the layers' backward, where the loss is not inside of a pipeline's tick.
+
+    The gradient of the head is there whole over fsdp, until it is scattered.
+    """
+    scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero) and not cut.is_pipe
+    head = FLOAT32 * trains_head(config) * scatters * head_numbers(config)
+    weights = 2 * GATHERED * _gathers(config) * _copy_bytes(config, cut.layer, True)
+    return Moment(_gradients(config, cut, int(cut.is_loop)), head + weights + BYTES[config.model.dtype] * 4 * sizes.stream)
 
 
 def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Moment:
     """Return the moment of a layer's backward.
 
-    There are gathered weights (with adapters, their sums too) and whole gradients of about a layer; what is left of the loss;
-    the layer's own arrays. A loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA
-    unrolls a pipeline's by two (double buffering, `train.xla_options`), the next tick's zeros too.
+    There are gathered weights (with adapters, their sums too) and whole gradients of about a layer; the layer's own arrays. A
+    loop over ticks has the gradients of the tick's part beside the accumulated ones; and where XLA unrolls a pipeline's by two
+    (double buffering, `train.xla_options`), the next tick's zeros too.
     """
     layer = cut.layer.gathered
     sums = BYTES[config.model.dtype] * layer * bool(config.lora.rank)
@@ -280,13 +286,23 @@ def _backward_moment(config: Config, cut: Cut, sizes: Sizes, backend: str) -> Mo
     scatters = config.mesh.fsdp > 1 and reduces_each_pass(config.sharding.zero)
     whole = waiting * BYTES[config.train.reduce_dtype] * layer * scatters
     by_two = cut.is_pipe and not moves_activations(config.mesh)
-    sums = 0 if cut.is_pipe else HEAD_SUMS_LEFT * trains_head(config)
     # Outside of loops XLA adds ticks' gradients up late: of single ticks, and of runs so short that unrolling leaves no loop.
     is_straight = cut.chunks == 1 and (1 < max(cut.runs, default=0) <= 3 if by_two else 1 in cut.runs)
     copies = cut.is_loop + by_two
-    working = weights + whole + sums * FLOAT32 * head_numbers(config) + _layer_arrays(config, cut, sizes)
+    working = weights + whole + _layer_arrays(config, cut, sizes)
     working += _scores(config, backend) + _first_layers(config, backend)
     return Moment(_gradients(config, cut, copies, int(is_straight)), working)
+
+
+def _last_moment(config: Config, cut: Cut, backward: Moment) -> Moment:
+    """Return the moment of the last layer's backward: the table's gradient begins as zeros, in no pipeline's tick.
+
+    Weights are not needed any more, but in further ticks. With experts the zeros are there from the beginning: their program
+    is ordered by computed times.
+    """
+    zeros = FLOAT32 * head_numbers(config) * trains(config, "table") * (not cut.is_pipe)
+    gone = GATHERED * _gathers(config) * _copy_bytes(config, cut.layer, True) + (0 if cut.is_loop else _weights(config, cut))
+    return Moment(backward.gradients, backward.working + zeros - (0 if config.model.moe else gone))
 
 
 def _between_moment(config: Config, cut: Cut, sizes: Sizes, backward: Moment) -> Moment:

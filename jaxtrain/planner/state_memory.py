@@ -237,5 +237,9 @@ def head_numbers(config: Config) -> float:
 
 def trains_head(config: Config) -> bool:
     """Return whether the output projection has a gradient."""
-    name = "table" if config.model.tie_embeddings else "head"
+    return trains(config, "table" if config.model.tie_embeddings else "head")
+
+
+def trains(config: Config, name: str) -> bool:
+    """Return whether a weight outside of the layers has a gradient."""
     return any(weight.name == name for weight in trained_weights(config.model, config.train.frozen)[1])

@@ -6,11 +6,11 @@ a device sends in a bandwidth-optimal ring of n devices (Patarasu & Yuan 2009; N
 
     all-gather, reduce-scatter, all-to-all   (n-1)/n payload        all-reduce   2 (n-1)/n payload        permute   payload
 
-**Hidden** bytes move while the device computes. The text of a scheduled program is run in order: matmuls take
-FLOPs / peak, nothing else takes time (so compute is never overestimated); a transfer begins at its `-start`, after those
-still in flight on the same kind of link, and takes wire / bandwidth; at its `-done` the device waits. Bytes that move
-during waits are exposed, the others hidden. A transfer that XLA marks as synchronous is waited for at once. A simpler
-measure is given too: bytes of transfers with any matmul at all between start and done.
+**Hidden** bytes move while the device computes. The text of a scheduled program is run in order: matmuls take FLOPs / peak (the
+one of float8 where both operands are), nothing else takes time (so compute is never overestimated); a transfer begins at its
+`-start`, after those still in flight on the same kind of link, and takes wire / bandwidth; at its `-done` the device waits.
+Bytes that move during waits are exposed, the others hidden. A transfer that XLA marks as synchronous is waited for at once. A
+simpler measure is given too: bytes of transfers with any matmul at all between start and done.
 
 **Links.** A group inside a host has the chip's links. A group of k devices in each of several hosts has k NICs for its ring,
 or the links if those are slower.
@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from jaxtrain.errors import ProgramError
 from jaxtrain.hardware import Chip, find_chip
 from jaxtrain.program.groups import Group, MeshOrder, group_of
-from jaxtrain.program.hlo import Array, Computation, Instruction, Program, parse, understood
+from jaxtrain.program.hlo import Array, Computation, Instruction, Measure, Program, is_float8, own_flops, parse, understood
 
 T = TypeVar("T")
 KINDS = (
@@ -127,7 +127,7 @@ def read_collectives(
       text: `compiled.as_text()`.
       layout: device order of the mesh that it was compiled for.
       chip: its links and peak decide what is hidden; H100 SXM by default.
-      flops_per_second: speed of matmuls; the chip's bfloat16 peak by default.
+      flops_per_second: speed of matmuls; by default the chip's float8 peak for those of float8, its bfloat16 peak for others.
 
     Raises:
       ProgramError: a loop without trip count, device groups in an unknown form, or an inconsistent text.
@@ -150,7 +150,7 @@ def instruction_seconds(text: str, layout: MeshOrder, chip: Chip | None = None) 
         return {
             instruction.name: max(SHORTEST, replay.seconds(computation, instruction))
             for computation in replay.program.computations.values()
-            if computation.name in replay.program.flops
+            if computation.name in replay.busy_seconds
             for instruction in computation.instructions
             if instruction.op not in _NO_TIME and not instruction.op.endswith("-done")
         }
@@ -161,7 +161,15 @@ def _replay(text: str, layout: MeshOrder, chip: Chip | None, flops_per_second: f
     peak = flops_per_second or chip.peak("bfloat16")
     if peak is None or chip.link_bandwidth is None:
         raise ValueError(f"{chip.name}: peak FLOP/s {peak} and link bytes/s {chip.link_bandwidth} must be known")
-    return _Replay(parse(text), layout, chip, peak)
+    of_float8 = flops_per_second or chip.peak("float8") or peak
+    program = parse(text)
+
+    def busy(computation: Computation, instruction: Instruction) -> float:
+        flops = own_flops(computation, instruction)
+        return flops / (of_float8 if flops and is_float8(computation, instruction) else peak)
+
+    with understood():
+        return _Replay(program, layout, chip, busy, program.sums(busy))
 
 
 def table(transfers: Sequence[Transfer]) -> list[CollectiveRow]:
@@ -194,14 +202,14 @@ class _Flight:
     transfers: list[Transfer]
     begin: float
     end: float
-    flops_at_start: float
+    busy_at_start: float
     weight: float
     waited: bool = False
     exposed: float = 0.0
 
-    def shift(self, seconds: float, flops: float) -> None:
+    def shift(self, seconds: float, busy: float) -> None:
         """Move the transfer to a later time."""
-        self.begin, self.end, self.flops_at_start = self.begin + seconds, self.end + seconds, self.flops_at_start + flops
+        self.begin, self.end, self.busy_at_start = self.begin + seconds, self.end + seconds, self.busy_at_start + busy
 
 
 _Value = Any
@@ -215,10 +223,14 @@ class _Replay:
     program: Program
     layout: MeshOrder
     chip: Chip
-    peak: float
+    own_seconds: Measure
+    """Seconds of the matmuls of an instruction."""
+    busy_seconds: dict[str, float]
+    """Seconds of the matmuls of each computation."""
     transfers: dict[tuple[str, str], Transfer] = field(default_factory=dict)
     now: float = 0.0
-    flops: float = 0.0
+    busy: float = 0.0
+    """Seconds of all matmuls so far."""
     link_free: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
     under_way: list[_Flight] = field(default_factory=list)
     groups: dict[str, Group] = field(default_factory=dict)
@@ -264,9 +276,8 @@ class _Replay:
         collectives = self._collectives(computation, instruction)
         if collectives:
             return self._start(instruction, collectives, weight)
-        flops = self.program.instruction_flops(computation, instruction)
-        self.flops += flops
-        self.now += flops / self.peak
+        busy = self._busy(computation, instruction)
+        self.busy, self.now = self.busy + busy, self.now + busy
         return None
 
     def _loop(self, computation: Computation, loop: Instruction, value: _Value, weight: float) -> _Value:
@@ -276,10 +287,10 @@ class _Replay:
         for times in (min(trips, 1), middle, min(max(0, trips - 1), 1)):
             if not times:
                 continue
-            before = self.now, self.flops
+            before = self.now, self.busy
             value = self.run(body, [value], weight * times)
-            passed, done = (times - 1) * (self.now - before[0]), (times - 1) * (self.flops - before[1])
-            self.now, self.flops = self.now + passed, self.flops + done
+            passed, done = (times - 1) * (self.now - before[0]), (times - 1) * (self.busy - before[1])
+            self.now, self.busy = self.now + passed, self.busy + done
             for flight in self.under_way:
                 if flight.begin >= before[0]:  # it began in the iteration just run
                     flight.shift(passed, done)
@@ -287,20 +298,23 @@ class _Replay:
         return value
 
     def _cost(self, name: str) -> tuple[float, float]:
-        """Return (FLOPs, bytes) of a branch."""
+        """Return (seconds of matmuls, bytes) of a branch."""
         if name not in self.costs:
-            trial = _Replay(
-                self.program, self.layout, self.chip, self.peak, groups=self.groups, moves=self.moves, costs=self.costs
-            )
+            shared = {"groups": self.groups, "moves": self.moves, "costs": self.costs}
+            trial = _Replay(self.program, self.layout, self.chip, self.own_seconds, self.busy_seconds, **shared)
             if self._moves_bytes(name):
                 trial.run(self.program.computations[name], [], 1.0)
-            self.costs[name] = self.program.flops[name], sum(transfer.wire for transfer in trial.transfers.values())
+            self.costs[name] = self.busy_seconds[name], sum(transfer.wire for transfer in trial.transfers.values())
         return self.costs[name]
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
         """Return the seconds of an instruction: its matmuls, and the transfers that it is or begins."""
         transfers = [t for inside, i in self._collectives(computation, instruction) for t in self._transfers(inside, i)]
-        return sum(map(self._on_wire, transfers)) + self.program.instruction_flops(computation, instruction) / self.peak
+        return sum(map(self._on_wire, transfers)) + self._busy(computation, instruction)
+
+    def _busy(self, computation: Computation, instruction: Instruction) -> float:
+        """Return the seconds of the matmuls of an instruction and of all that it calls."""
+        return self.program.sum_of(computation, instruction, self.own_seconds, self.busy_seconds.__getitem__)
 
     def _on_wire(self, transfer: Transfer) -> float:
         """Return the seconds of one call."""
@@ -337,7 +351,7 @@ class _Replay:
         crosses = transfers[0].group.crosses_hosts
         seconds = sum(map(self._on_wire, transfers))
         begin = max(self.now, self.link_free[crosses])
-        flight = _Flight(transfers, begin, begin + seconds, self.flops, weight)
+        flight = _Flight(transfers, begin, begin + seconds, self.busy, weight)
         self.link_free[crosses] = flight.end
         self.under_way.append(flight)
         for transfer in transfers:
@@ -355,7 +369,7 @@ class _Replay:
         for other in self.under_way:
             other.exposed += max(0.0, min(other.end, until) - max(other.begin, self.now))
         self.now, flight.waited = until, True
-        between = self.flops - flight.flops_at_start
+        between = self.busy - flight.busy_at_start
         for transfer in flight.transfers:
             transfer.hidden_seconds += flight.weight * max(0.0, flight.end - flight.begin - flight.exposed)
             transfer.overlapped_calls += flight.weight * (between > 0)

@@ -148,6 +148,10 @@ def _operand_name(text: str) -> str:
     return found.group(1) if found else text.strip()
 
 
+Measure = Callable[[Computation, Instruction], float]
+"""What an instruction takes itself, without what it calls."""
+
+
 @dataclass
 class Program:
     """A compiled module."""
@@ -158,30 +162,39 @@ class Program:
     @functools.cached_property
     def flops(self) -> dict[str, float]:
         """{name: matmul FLOPs of one run} of each computation that is called."""
+        return self.sums(own_flops)
+
+    @functools.cached_property
+    def callers(self) -> dict[str, tuple[Computation, Instruction]]:
+        """{name: (computation, instruction)} of the loop of which it is the body, or of the call with its one parameter."""
+        return {
+            _CALLED.findall(i.attributes)[0]: (computation, i)
+            for computation in self.computations.values()
+            for i in computation.instructions
+            if i.op == "while" or (i.op == "call" and len(i.operands) == 1)
+        }
+
+    def sums(self, own: Measure) -> dict[str, float]:
+        """Return {name: sum of `own` over one run} of each computation that is called."""
         done: dict[str, float] = {}
 
         def total(name: str) -> float:
             if name not in done:
-                done[name] = sum(self.instruction_flops(self.computations[name], i, total) for i in self._lines(name))
+                computation = self.computations[name]
+                done[name] = sum(self.sum_of(computation, i, own, total) for i in computation.instructions)
             return done[name]
 
         total(self.entry)
         return done
 
-    def _lines(self, name: str) -> list[Instruction]:
-        return self.computations[name].instructions
-
-    def instruction_flops(
-        self, computation: Computation, instruction: Instruction, total: Callable[[str], float] | None = None
-    ) -> float:
-        """Return the matmul FLOPs of one instruction and all that it calls, multiplied by trip counts."""
-        total = total or self.flops.__getitem__
+    def sum_of(self, computation: Computation, instruction: Instruction, own: Measure, total: Callable[[str], float]) -> float:
+        """Return `own` of an instruction and all that it calls, multiplied by trip counts; `total` is that of a computation."""
         if instruction.op == "while":
             return self.trip_count(computation, instruction) * total(instruction.body)
         if instruction.op == "conditional":
             return max(total(name) for name in instruction.branches)
-        own = _own_flops(computation, instruction)
-        return own + sum(total(name) for name in instruction.called if name in self.computations)
+        called = sum(total(name) for name in instruction.called if name in self.computations)
+        return own(computation, instruction) + called
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
         """Return the trip count of a loop as XLA recorded it, or found by running the loop's counter.
@@ -254,7 +267,8 @@ def matmul_flops(text: str) -> float:
 # FLOPs of one instruction
 
 
-def _own_flops(computation: Computation, instruction: Instruction) -> float:
+def own_flops(computation: Computation, instruction: Instruction) -> float:
+    """Return the matmul FLOPs of an instruction itself."""
     if instruction.op in ("dot", "ragged-dot", "scaled-dot"):
         return _matmul_flops(computation, instruction, _CONTRACTED)
     if instruction.op != "custom-call":
@@ -268,6 +282,12 @@ def _own_flops(computation: Computation, instruction: Instruction) -> float:
     if _FURTHER_CALLS in instruction.attributes:
         return 0.0
     return _attention_flops(computation, instruction, target) if target.startswith("__cudnn$fmha") else 0.0
+
+
+def is_float8(computation: Computation, instruction: Instruction) -> bool:
+    """Return whether both operands of a matmul are float8."""
+    operands = [computation.operand(instruction, number) for number in (0, 1)]
+    return all(operand is not None and operand.result[0].dtype.startswith("f8") for operand in operands)
 
 
 def _matmul_flops(computation: Computation, instruction: Instruction, contracted: re.Pattern[str]) -> float:
@@ -377,24 +397,40 @@ def _scalar(program: Program, computation: Computation, name: str, element: Call
     raise _Unknown(f"{instruction.op} {name} is not computed from constants")
 
 
+def _from_outside(program: Program, computation: Computation, name: str, index: int) -> int:
+    """Return the value of an element of a tuple, which an outer loop, or a call, may hand on unchanged."""
+    source = computation.by_name.get(name)
+    if source is not None and source.op == "tuple":
+
+        def of_parameter(index: int) -> int:
+            return _from_caller(program, computation, index)
+
+        return _scalar(program, computation, source.operands[index], of_parameter)
+    if source is not None and source.op == "parameter":
+        return _from_caller(program, computation, index)
+    raise _Unknown(f"{name} is no tuple here")
+
+
+def _from_caller(program: Program, computation: Computation, index: int) -> int:
+    """Return the value of an element of a computation's parameter, where its caller is a call, or a loop that keeps it."""
+    if computation.name not in program.callers:
+        raise _Unknown(f"it begins with element {index} of {computation.name}, which nothing calls with a tuple")
+    caller, instruction = program.callers[computation.name]
+    if instruction.op == "while":
+        kept = computation.by_name.get(computation.root.operands[index])
+        if kept is None or kept.op != "get-tuple-element" or int(_INDEX.findall(kept.attributes)[0]) != index:
+            raise _Unknown(f"it begins with element {index} of an outer loop, which changes it")
+    return _from_outside(program, caller, instruction.operands[0], index)
+
+
 def _count_trips(program: Program, computation: Computation, loop: Instruction) -> int:
     """Run only the scalars that the loop's condition reads; return the number of iterations."""
-    start = computation.by_name.get(loop.operands[0])
-    if start is None or start.op != "tuple":
-        raise _Unknown(f"{loop.operands[0]} is no tuple here")
     body, condition = program.computations[loop.body], program.computations[_CONDITION.findall(loop.attributes)[0]]
-
-    def outside(index: int) -> int:
-        raise _Unknown(f"it begins with element {index} of an outer loop")
-
-    def begin(index: int) -> int:
-        return _scalar(program, computation, start.operands[index], outside)
-
     values: dict[int, int] = {}
 
     def read(index: int) -> int:
         if index not in values:
-            values[index] = begin(index)
+            values[index] = _from_outside(program, computation, loop.operands[0], index)
         return values[index]
 
     for trips in range(_LONGEST_LOOP):

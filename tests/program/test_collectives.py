@@ -181,6 +181,24 @@ def test_what_travels_behind_a_matmul_is_hidden(lines: list[str], hidden: float,
     assert (transfer.wire, transfer.hidden, transfer.overlapped) == pytest.approx((2000, hidden, overlapped))
 
 
+DOT = "%m = bf16[50,100] dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+GEMM = (
+    '%m = (bf16[50,100], s8[9]) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul$f8", '
+    'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+)
+
+
+@pytest.mark.parametrize("multiply", [DOT, GEMM])
+@pytest.mark.parametrize(
+    ("left", "right", "hidden"), [("f8e4m3fn", "f8e5m2", 500), ("f8e4m3fn", "bf16", 1000), ("bf16", "bf16", 1000)]
+)
+def test_matmuls_of_float8_run_at_its_peak(left: str, right: str, hidden: float, multiply: str):
+    chip = dataclasses.replace(CHIP, peak_flops={"bfloat16": PEAK, "float8": 2 * PEAK})
+    operands = f"%x = {left}[50,100]{{1,0}} parameter(1)", f"%y = {right}[100,100]{{1,0}} parameter(2)"
+    (found,) = read_collectives(program(WEIGHT, *operands, START, multiply, DONE), LAYOUT, chip)
+    assert found.hidden == pytest.approx(hidden)
+
+
 def test_transfers_on_one_link_queue():
     """Two gathers of 2 ms start together; 3 ms of compute hide the first and half of the second."""
     second = [START.replace("%s", "%s2"), DONE.replace("%s", "%s2").replace("%g", "%g2")]

@@ -85,8 +85,10 @@ def test_loops_multiply_inside_loops():
 
 
 def test_a_loop_without_a_trip_count_is_an_error():
+    less = "%less (l: (s32[], f32[8,16])) -> pred[] {\n  %l = (s32[], f32[8,16]{1,0}) parameter(0)\n"
+    less += "  %i = s32[] get-tuple-element(%l), index=0\n  ROOT %lt = pred[] compare(%i, %i), direction=LT\n}\n"
     with pytest.raises(ValueError, match=r"a loop without a known trip count \(start is no tuple here\): %loop"):
-        matmul_flops(program(LOOP.partition(", backend_config")[0]))
+        matmul_flops(program(LOOP.partition(", backend_config")[0], computations=DOT + less))
 
 
 COUNTED = """
@@ -129,6 +131,36 @@ def counted(limit: str) -> str:
 def test_a_loop_that_xla_forgot_to_count_is_counted(limit: str, trips: int):
     """As XLA leaves a pipelined loop of microbatches, of which it took one iteration out."""
     assert matmul_flops(counted(limit)) == trips * ONE
+
+
+@pytest.mark.parametrize(("keeps", "message"), [("%held", ""), ("%next", "element 0 of an outer loop, which changes it")])
+def test_a_loop_counts_to_what_an_outer_one_keeps(keeps: str, message: str):
+    """As XLA leaves a loop of hidden length in another: the limit waits in the outer loop's tuple, and a call is between."""
+    outer = """
+%small (s: (s32[], s32[], f32[8,4])) -> (s32[], s32[], f32[8,4]) {
+  %s = (s32[], s32[], f32[8,4]{1,0}) parameter(0)
+  ROOT %loop = (s32[], s32[], f32[8,4]) while(%s), condition=%below, body=%step
+}
+%outer (o: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %o = (s32[], f32[8,4]{1,0}) parameter(0)
+  %held = s32[] get-tuple-element(%o), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%held, %one)
+  %first = s32[] constant(-1)
+  %start = (s32[], s32[], f32[8,4]) tuple(%first, %held, %x)
+  %called = (s32[], s32[], f32[8,4]) call(%start), to_apply=%small
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(KEEPS, %x)
+}
+""".replace("KEEPS", keeps)
+    begin = ["%limit = s32[] constant(8)", "%all = (s32[], f32[8,4]) tuple(%limit, %x)"]
+    thrice = 'backend_config={"known_trip_count":{"n":"3"}}'
+    loop = f"%loops = (s32[], f32[8,4]) while(%all), condition=%below, body=%outer, {thrice}"
+    text = program(*begin, loop, computations=DOT + COUNTED + outer)
+    if not message:
+        assert matmul_flops(text) == 3 * 5 * ONE
+        return
+    with pytest.raises(ValueError, match=message):
+        matmul_flops(text)
 
 
 def test_a_loop_that_data_decides_is_an_error():
