@@ -104,6 +104,11 @@ def keeps(train: TrainConfig, name: str) -> bool:
     return train.remat == "none" or by_primitive or name in kept_names(train)
 
 
+def inputs_on_host(train: TrainConfig) -> bool:
+    """Return whether layers' inputs wait in the host's memory; `none` and `dots` keep them among what stays on the device."""
+    return train.layer_inputs_memory == "host" and train.remat in ("full", "named")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ZeRO levels
 

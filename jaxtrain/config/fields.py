@@ -198,6 +198,8 @@ class TrainConfig:
     """Recomputation in the backward pass. none: nothing; dots: all but matmuls; named: all but remat_save; full: each layer."""
     remat_save: tuple[str, ...] = ("attention",)
     """remat=named only: names of the activations to keep."""
+    layer_inputs_memory: Literal["device", "host"] = "device"
+    """Where the inputs of layers wait for the backward pass. host: pinned memory of the host, by copies behind the layers."""
     reduce_dtype: DType = "float32"
     """Dtype in which gradients are summed over devices."""
     z_loss: float = 0.0

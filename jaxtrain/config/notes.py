@@ -21,6 +21,7 @@ _NEEDS = {
     "pipeline.schedule": "mesh.pipe above 1",
     "sharding.context_attention": "mesh.context above 1",
     "train.remat_save": "train.remat=named",
+    "train.layer_inputs_memory": "train.remat=full or named",
     "train.validate_batches": "train.validate_every",
     "train.tasks_every": "train.tasks",
     "optimizer.beta2": "optimizer.name=adamw, lion or muon",

@@ -305,6 +305,9 @@ def _layout_problems(config: Config, mesh: MeshConfig) -> list[str]:
         and not (is_folded or is_plain),
         f"mesh.pipe={pipe} x pipeline.chunks={chunks} cuts {layers} layers into {parts} parts, "
         f"some without a layer{whole}; use at most {groups} parts": parts > groups > 0,
+        f"train.layer_inputs_memory=host does not go with mesh.pipe={pipe}, tensor={mesh.tensor} and expert={mesh.expert}: "
+        "slots of a pipeline, and layers that share an iteration, are joined on the device; use device, or 1 for "
+        "each": train.layer_inputs_memory == "host" and max(pipe, mesh.tensor, mesh.expert) > 1,
         f"sync.mode={config.sync.mode} rounds the mean of the replicas' parameters at every exchange, which loses what is "
         "small with model.param_dtype=bfloat16; use float32, or sync.mode=every_step or delayed": config.sync.replicas_differ
         and config.model.param_dtype == "bfloat16",

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.config import REMAT_NAMES, MeshConfig, ModelConfig, ShardingConfig, TrainConfig
 from jaxtrain.layout import (
+    inputs_on_host,
     keeps,
     kept_names,
     layers_per_iteration,
@@ -35,10 +37,12 @@ from jaxtrain.ops.losses import IGNORED, OF_TOKENS, Logits, token_losses
 from jaxtrain.parallel.pipeline import Functions, Weights
 from jaxtrain.parallel.stacking import Stacking
 from jaxtrain.parallel.turns import gradients_together, recompute_behind_next, reduce_behind_next, take_turns
-from jaxtrain.sharding import Float8, all_gather, gather_weights, is_dims, vary
+from jaxtrain.sharding import HOST_MEMORY, Float8, all_gather, gather_weights, is_dims, vary
 
 PyTree = Any
 STACKED = ("chunk", "stage", "layer")
+LAYER_INPUT = "layer_input"
+"""Name of a layer's input under remat, where it is kept in the host's memory."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,6 +248,23 @@ def remat_policy(train: TrainConfig, has_adapters: bool = False, in_float8: bool
     return keep
 
 
+def _offload_inputs(policy: Callable[..., bool] | None) -> Callable[..., Any]:
+    """Return the policy with a layer's input kept in the host's memory."""
+    offload = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(LAYER_INPUT,),
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    )
+
+    def keep(primitive: Any, *avals: Any, **parameters: Any) -> Any:
+        if primitive.name == "name" and parameters["name"] == LAYER_INPUT:
+            return offload(primitive, *avals, **parameters)
+        return policy is not None and policy(primitive, *avals, **parameters)
+
+    return keep
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The model with the run's choices: attention, experts, layers per iteration."""
@@ -283,13 +304,14 @@ class Decoder:
         """
         window = config.window_of(config.kinds[place])
         attention = self.attention._replace(rule=self.attention.rule._replace(window=window))
-        targets = microbatch.get("targets")
+        targets, on_host = microbatch.get("targets"), inputs_on_host(self.train)
         counted = None if targets is None else targets != IGNORED
         packing = Packing(microbatch["positions"], microbatch.get("segments"), counted, microbatch.get("scale"))
 
         def layer(
             xs: tuple[jax.Array, ...], weights: Weights, clock: jax.Array, experts: jax.Array | None = None
         ) -> tuple[tuple[jax.Array, ...], jax.Array, PyTree, jax.Array]:
+            xs = tuple(checkpoint_name(x, LAYER_INPUT) for x in xs) if on_host else xs
             apply, packings = self.layer(config, weights, place), cut_rows(packing._replace(experts=experts), len(xs))
             parts = [run_layer(apply, x, own, attention, self.experts) for x, own in zip(xs, packings, strict=True)]
             results, clock = take_turns(parts, clock)
@@ -297,16 +319,16 @@ class Decoder:
             return vary((ys, sum(auxiliary), jax.tree.map(lambda *shares: sum(shares), *reports), clock))
 
         policy = remat_policy(self.train, bool(config.adapters.rank), config.matmul_dtype == "float8")
-        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return jax.checkpoint(layer, policy=_offload_inputs(policy) if on_host else policy, prevent_cse=False)
 
     def _layers(self) -> Callable[[Weights, jax.Array, PyTree, jax.Array], tuple[jax.Array, jax.Array, PyTree]]:
         counts, period, slots_of_part = self.stacking.counts(), self.stacking.period, self.stacking.layers_per_part
         groups, in_iteration = slots_of_part // period, layers_per_iteration(slots_of_part, self.layers_at_once, period)
 
         def layers(weights: Weights, x: jax.Array, microbatch: PyTree, chunk: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
-            places = [self._layer(self.config, microbatch, place) for place in range(period)]
             in_order = reduces_layer_by_layer(self.config, self.mesh, in_iteration)
             again = recomputes_layer_by_layer(self.config, self.mesh, self.train.remat, in_iteration)
+            places = [self._layer(self.config, microbatch, place) for place in range(period)]
             if again:
                 places = [recompute_behind_next(layer) for layer in places]
 

@@ -12,6 +12,7 @@ from jaxtrain.layout import (
     KERNEL_TILE,
     capacity_rows,
     exchange_rows,
+    inputs_on_host,
     keeps,
     local_length,
     microbatch_rows,
@@ -98,6 +99,12 @@ def folds(config: Config) -> bool:
 
 
 def kept_bytes(config: Config, sizes: Sizes, backend: str) -> float:
+    """Return the bytes that one layer keeps of one microbatch on the device."""
+    on_host = BYTES[config.model.dtype] * sizes.stream if inputs_on_host(config.train) else 0.0
+    return _residuals(config, sizes, backend) - on_host
+
+
+def _residuals(config: Config, sizes: Sizes, backend: str) -> float:
     """Return the bytes that one layer keeps of one microbatch: the residuals of its vjp under the remat policy."""
     remat, bytes_each = config.train.remat, BYTES[config.model.dtype]
     stream = bytes_each * sizes.stream

@@ -21,7 +21,7 @@ from jaxtrain.planner.answer import estimate_json
 from jaxtrain.planner.cost import estimate
 from jaxtrain.planner.estimates import Cluster, Estimate
 from jaxtrain.planner.formulas_collectives import Transfers, collectives
-from jaxtrain.planner.state_memory import moments_on_host
+from jaxtrain.planner.memory import host_bytes
 from jaxtrain.planner.timeline import text_gantt, timeline_of
 from jaxtrain.planner.wording import MEMORY_WORDS, TIME_WORDS, cluster_words, gib, layout_words, percent, present, seconds
 from jaxtrain.program.collectives import summed
@@ -96,7 +96,7 @@ def explain_json(explanation: Explanation) -> dict[str, Any]:
         "devices": explanation.estimate.cluster.devices,
         "inside_hosts": dict(zip(MESH_AXES, explanation.inside, strict=True)),
         "live_parts": explanation.live_parts,
-        "bytes_on_host": moments_on_host(explanation.estimate.config),
+        "bytes_on_host": host_bytes(explanation.estimate.config),
         "transfers": [dataclasses.asdict(entry) | {"wire": entry.wire} for entry in explanation.entries],
         "uncovered": explanation.uncovered,
     }
@@ -120,10 +120,10 @@ def holdings_table(explanation: Explanation) -> Table:
         table.add_row(title, gib(value), _share(value, budget), HOLDS[name].format(**words))
     room = f"budget {gib(budget)} GiB" if math.isfinite(budget) else "the chip's memory is not known"
     table.add_row("in all", gib(memory.total), _share(memory.total, budget), room, style="bold" if layout.fits else "bold red")
-    on_host = moments_on_host(config)
-    if on_host:
-        of_all = gib(on_host * min(layout.cluster.devices_per_host, layout.cluster.devices))
-        table.caption = f"and {gib(on_host)} GiB of moments in the host's memory, of all its devices {of_all} GiB"
+    if on_host := host_bytes(config):
+        parts = " and ".join(f"{gib(size)} GiB of {name}" for name, size in on_host.items())
+        of_all = gib(sum(on_host.values()) * min(layout.cluster.devices_per_host, layout.cluster.devices))
+        table.caption = f"and {parts} in the host's memory, of all its devices {of_all} GiB"
     return table
 
 

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from jaxtrain.config import Config
 from jaxtrain.layout import (
     gathers_each_layer,
+    inputs_on_host,
     keeps,
     layers_per_iteration,
     local_length,
@@ -52,6 +53,7 @@ from jaxtrain.planner.state_memory import (
     average_state,
     cut_model,
     head_numbers,
+    moments_on_host,
     optimizer_state,
     parameter_bytes,
     sync_state,
@@ -83,6 +85,12 @@ def estimate_memory(config: Config, backend: str = "cudnn") -> Memory:
     )
     held = step.parameters + step.optimizer + step.weights + step.other_models + memory_of_device(config)
     return replace(step, rollouts=max(0.0, held - step.total))
+
+
+def host_bytes(config: Config) -> dict[str, float]:
+    """Return what a valid config keeps in the host's memory for its fullest device, in bytes, by name."""
+    inputs = config.model.num_layers * BYTES[config.model.dtype] * Sizes.of(config).stream * inputs_on_host(config.train)
+    return {name: size for name, size in (("moments", moments_on_host(config)), ("layers' inputs", inputs)) if size}
 
 
 def _kernels(config: Config, sizes: Sizes, backend: str) -> float:

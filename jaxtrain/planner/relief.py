@@ -60,6 +60,7 @@ def turns(config: Config) -> dict[str, list[Flags]]:
         "tensor": taken("tensor", "data") + taken("tensor", "fsdp"),
         "pipe": taken("pipe", "data"),
         "loss_chunk": [{"train.loss_chunk": n} for n in chunks],
+        "inputs": [{"train.layer_inputs_memory": "host"}] if train.layer_inputs_memory == "device" else [],
         "moments": [{"optimizer.moments_memory": "host"}] if config.optimizer.moments_memory == "device" else [],
     }
     return {knob: options for knob, options in knobs.items() if options}

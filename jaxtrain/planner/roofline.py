@@ -30,7 +30,7 @@ from typing import NamedTuple
 from jaxtrain.config import Config
 from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
-from jaxtrain.layout import local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
+from jaxtrain.layout import inputs_on_host, local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
 from jaxtrain.ops.float8_choice import QUANTISED_BYTES
 from jaxtrain.planner.formulas import loss_positions, muon_flops, muon_shares
 from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
@@ -166,15 +166,20 @@ def layer_work(config: Config, chip: Roofline, parts: int = 1) -> tuple[Seconds,
     )
     repeats = 0 if config.train.remat == "none" else 1
     gaps = KERNEL_GAP * parts
+    backward_gaps = gaps * (_KERNELS["backward"] + repeats * _KERNELS["forward"])
     return (
-        Seconds(forward, ahead, passing, gaps * _KERNELS["forward"]),
-        Seconds(
-            backward,
-            back,
-            passing_back + repeats * passing,
-            gaps * (_KERNELS["backward"] + repeats * _KERNELS["forward"]),
-        ),
+        _beside_copies(config, chip, Seconds(forward, ahead, passing, gaps * _KERNELS["forward"])),
+        _beside_copies(config, chip, Seconds(backward, back, passing_back + repeats * passing, backward_gaps)),
     )
+
+
+def _beside_copies(config: Config, chip: Roofline, work: Seconds) -> Seconds:
+    """Return a layer's work, and as overhead what the copy of its input to the host, or from there, takes longer."""
+    if not inputs_on_host(config.train):
+        return work
+    numbers = microbatch_rows(config) * local_length(config) * config.model.embed_dim / config.mesh.tensor
+    copy = BYTES[config.model.dtype] * numbers / host_rate(chip.chip)
+    return work._replace(overhead=work.overhead + max(0.0, copy - work.total))
 
 
 def weight_seconds(config: Config, chip: Roofline) -> float:

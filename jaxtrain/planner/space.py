@@ -59,7 +59,9 @@ class Space:
             for tensor, context in self._activation_axes(self.devices // (replica * expert)):
                 rest = self.devices // (replica * expert * tensor * context)
                 for pipe in divisors(rest):
-                    if pipe > self._groups():
+                    if max(pipe, tensor, expert) > 1 and config.train.layer_inputs_memory == "host":
+                        self.pruned["layers' inputs in the host's memory: neither pipe, tensor nor expert"] += 1
+                    elif pipe > self._groups():
                         self.pruned["more pipeline stages than layers"] += 1
                     elif batch % (replica * expert * (rest // pipe)):
                         self.pruned["the global batch does not divide by the data-parallel devices"] += 1

@@ -144,7 +144,7 @@ def in_host_memory(
         gradients: PyTree, state: PyTree, params: PyTree = None, applies: Any = True, **numbers: Any
     ) -> tuple[PyTree, PyTree]:
         def some(own: tuple, which: Any) -> tuple:
-            return inner.update(*own, None, **numbers)
+            return inner.update(own[0], own[1], None, **numbers)
 
         return _layer_by_layer(some, (gradients, state), lambda *leaf: owner(*leaf)[0], layer_numbers, applies)
 

@@ -118,7 +118,7 @@ def make_train_step(
             sums = make_gradient_exchange(config, mesh, exchange)
             gradients, synced = sums(gradients, metrics["targets"], state["step"], synced)
         norm = _of_each_replica(config, optax.global_norm)(gradients) if exchange.applies else jnp.zeros(())
-        more, given = {"grad_norm": norm}, numbers._asdict()
+        more, given, good, record = {"grad_norm": norm}, numbers._asdict(), jnp.ones((), bool), {}
         if config.guard.classifies_steps:
             good, record, judged = judge(config.guard, state["guard"], metrics | more)
             more |= judged

@@ -22,6 +22,7 @@ USED = {
     "sync.error_feedback": ("True", {"sync.compression": "bfloat16"}),
     "sharding.context_attention": ("ring", {"mesh.context": 2}),
     "train.remat_save": ("attention,mlp_up", {"train.remat": "named"}),
+    "train.layer_inputs_memory": ("host", {"train.remat": "full"}),
     "train.validate_batches": ("3", {"train.validate_every": 10}),
     "optimizer.decay_fraction": ("0.5", {"optimizer.schedule": "warmup_stable_decay"}),
     "optimizer.final_lr_fraction": ("0.5", {"optimizer.schedule": "cosine"}),
@@ -55,6 +56,7 @@ IDLE = Config()
 for idle, nothing in {
     "optimizer.schedule": "constant",
     "optimizer.name": "adafactor",
+    "train.remat": "dots",
     "train.validate_every": 0,
     "checkpoint.every": 0,
 }.items():
