@@ -11,6 +11,7 @@ These functions need only a folder, write nothing unless they say so, and are sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -227,6 +228,10 @@ def _fsync(path: os.PathLike | str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Not every file system flushes folders (SMB, some of FUSE).
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -391,6 +391,20 @@ def test_what_the_disk_does_not_take_is_not_committed(tmp_path, monkeypatch):
         checkpoints.save(3, small, {}, wait=True)
 
 
+def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, {"w": jnp.arange(8.0)}, {}, wait=True)
+    assert committed_steps(tmp_path) == [1]
+
+
 def test_only_committed_steps_count_and_leftovers_are_cleaned(tmp_path, state):
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
         for step in (1, 2, 3):
