@@ -45,6 +45,9 @@ def count_devices() -> int:
       ExplainedError: none, or not of the kind that JAX_PLATFORMS requests.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)  # jax's default is 0.75
+    # XLA's limit is 64 GiB a process, whose devices may have more on the host (`train/README.md`, "Memory of the host").
+    of_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(of_host))
     try:
         with _quiet_without_driver():
             return jax.device_count()

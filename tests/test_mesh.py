@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from jax.sharding import AxisType
 from jaxtrain import mesh as mesh_module
 from jaxtrain.config import MESH_AXES, MeshConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.mesh import describe_mesh, make_mesh, split_over_hosts
+from jaxtrain.mesh import count_devices, describe_mesh, make_mesh, split_over_hosts
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,15 @@ def test_a_missing_cuda_is_told_only_where_there_is_a_driver(monkeypatch, caplog
     monkeypatch.setattr(jax, "device_count", device_count)
     assert mesh_module.count_devices() == 3
     assert [record.getMessage()[:10] for record in caplog.records] == [*["Jax plugin"] * driver, "something "]
+
+
+def test_a_process_may_pin_all_memory_of_its_host_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "7")  # so that it is put back in the end
+    monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert count_devices() == jax.device_count()
+    assert int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) >= 1
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "7")
+    count_devices()
+    assert os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "7"
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
