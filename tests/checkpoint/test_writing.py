@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import checkpoint
-from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, differences
+from jaxtrain.checkpoint import Checkpoints, check_same_run, committed_steps, differences, saving
 from jaxtrain.checkpoint.checksums import block_checksum, checksums, total
 from jaxtrain.config import CheckpointConfig, Config, DataSource, RopeScaling
 from jaxtrain.errors import CheckpointError, DamagedCheckpoint
@@ -389,6 +389,24 @@ def test_what_the_disk_does_not_take_is_not_committed(tmp_path, monkeypatch):
                 checkpoints.save(2, small, {}, wait=True)
         assert committed_steps(tmp_path) == [1]
         checkpoints.save(3, small, {}, wait=True)
+
+
+def test_a_failed_save_is_removed_though_its_writes_go_on(tmp_path, monkeypatch):
+    """TensorStore makes the folder of a file that it still writes, after the folder was deleted."""
+    deleted = saving.delete
+
+    def delete(path):
+        deleted(path)
+        monkeypatch.setattr(saving, "delete", deleted)
+        path.mkdir()
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(1, {"w": jnp.arange(8.0)}, {}, wait=True)
+    monkeypatch.setattr(saving, "delete", delete)
+    with full_disk(), pytest.raises(CheckpointError, match="step 2 could not be saved"):
+        checkpoints.save(2, {"w": jnp.arange(4096.0)}, {}, wait=True)
+    assert saving.delete is deleted
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_file_system_that_cannot_flush_folders_will_do(tmp_path, monkeypatch):
