@@ -63,7 +63,7 @@ def test_what_joins_layers_on_the_device_is_refused(axis: str):
 @pytest.mark.plan
 def test_a_program_for_gpus_holds_them_on_the_host():
     """One copy out and one in a layer, both begun before they are waited for, and as many bytes as `plan` says."""
-    model = replace(BASE.model, num_layers=8, embed_dim=256, dtype="bfloat16")
+    model = replace(BASE.model, num_layers=32, embed_dim=256, dtype="bfloat16")
     config = replace(BASE, mesh=MeshConfig(fsdp=8), model=model, data=replace(BASE.data, sequence_length=256))
     program, other = deviceless.compile_for(config)[0], on_device(config)
     memory, on_host = program.memory_analysis(), host_bytes(config)["layers' inputs"]
