@@ -177,11 +177,7 @@ class BackgroundSaves:
 
     def _remove(self, step: int) -> None:
         """Delete a save that failed now, because on a full disk the next one needs the space."""
-        for pause in (
-            0.2,
-            0.4,
-            0.8,
-        ):  # TensorStore's writes under way make their folder anew (seen once in 30 runs of all tests)
+        for pause in (0.2, 0.4, 0.8):  # TensorStore's writes under way may make their folder anew
             left = [path for path in children(self._directory) if path.name.startswith(f"{step}{PARTIAL}")]
             if not left:
                 return
