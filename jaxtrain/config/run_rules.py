@@ -11,7 +11,7 @@ from jaxtrain.config import REMAT_NAMES, Config
 from jaxtrain.config.objective_rules import objective_problems
 from jaxtrain.config.source_rules import remote_problems, source_problems, tokenizer_problems
 from jaxtrain.config.validation_rules import validation_problems
-from jaxtrain.errors import ExplainedError, nearest
+from jaxtrain.errors import ExplainedError, nearest, violated
 from jaxtrain.hardware import load_chip
 
 RESUME_MODES = ("auto", "never", "required")
@@ -42,21 +42,7 @@ def run_problems(config: Config) -> list[str]:
         problems.append("checkpoint.export_hf exports the last checkpoint: give --checkpoint.every=1000 or so too")
     if config.init_from_optimizer and not config.init_from:
         problems.append("init_from_optimizer needs the run that it is taken from: give --init_from=RUN too")
-    if config.optimizer.moments_dtype == "int8" and config.optimizer.name == "adafactor":
-        problems.append("optimizer.moments_dtype=int8: adafactor holds no moments of a matrix's size; use float32, or adamw")
-    if config.optimizer.moments_memory == "host":
-        name, sync = config.optimizer.name, config.sync
-        why = {
-            "adafactor": "adafactor holds no moments of a matrix's size",
-            "muon": "muon needs the moments of all layers at once",
-        }
-        if name in why:
-            problems.append(f"optimizer.moments_memory=host: {why[name]}; use device, or adamw, lion or sgd")
-        if sync.replicas_differ:
-            problems.append(
-                f"optimizer.moments_memory=host does not go with sync.mode={sync.mode}, which keeps moments of each replica: "
-                "use device, or sync.mode=every_step"
-            )
+    problems += _moments_problems(config)
     if config.checkpoint.fast_every and not config.checkpoint.every:
         problems.append("checkpoint.fast_every needs checkpoints that last: give --checkpoint.every=1000 or so too")
     if "://" in config.checkpoint.fast_dir:
@@ -73,6 +59,30 @@ def run_problems(config: Config) -> list[str]:
     if not re.fullmatch(r"(?!\.+$)[\w.+-]+", config.name):  # nor .., which would lead out of runs/
         problems.append(f"name={config.name!r}: use letters, digits and . _ + - only, and not dots alone")
     return problems
+
+
+def _moments_problems(config: Config) -> list[str]:
+    rule, sync = config.optimizer, config.sync
+    on_host = rule.moments_memory == "host"
+    if config.parts.optimizer is not None:
+        set_here = {f"moments_dtype={rule.moments_dtype}": rule.moments_dtype == "int8", "moments_memory=host": on_host}
+        words = "is for the rules of optimizer.name; a plugged optimizer keeps its own moments, in float32 on the device"
+        return violated({f"optimizer.{field} {words}": is_set for field, is_set in set_here.items()})
+    return violated(
+        {
+            "optimizer.moments_dtype=int8: adafactor holds no moments of a matrix's size; use float32, or adamw": (
+                rule.moments_dtype == "int8" and rule.name == "adafactor"
+            ),
+            "optimizer.moments_memory=host: adafactor holds no moments of a matrix's size; use device, or adamw, lion or sgd": (
+                on_host and rule.name == "adafactor"
+            ),
+            "optimizer.moments_memory=host: muon needs the moments of all layers at once; use device, or adamw, lion or sgd": (
+                on_host and rule.name == "muon"
+            ),
+            f"optimizer.moments_memory=host does not go with sync.mode={sync.mode}, which keeps moments of each replica: "
+            "use device, or sync.mode=every_step": on_host and sync.replicas_differ,
+        }
+    )
 
 
 def _data_problems(config: Config) -> list[str]:

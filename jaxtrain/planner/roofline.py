@@ -32,6 +32,7 @@ from jaxtrain.errors import ExplainedError
 from jaxtrain.hardware import Chip
 from jaxtrain.layout import inputs_on_host, local_length, loss_chunks, microbatch_rows, reduces_each_pass, whole_moments
 from jaxtrain.ops.float8_choice import QUANTISED_BYTES
+from jaxtrain.planner.activations import Sizes
 from jaxtrain.planner.formulas import loss_positions, muon_flops, muon_shares
 from jaxtrain.planner.layer_table import BYTES, count_norms, expert_rows, is_gated, layer_weights, matmuls, runs_again
 from jaxtrain.planner.targets import TARGETS
@@ -177,8 +178,7 @@ def _beside_copies(config: Config, chip: Roofline, work: Seconds) -> Seconds:
     """Return a layer's work, and as overhead what the copy of its input to the host, or from there, takes longer."""
     if not inputs_on_host(config.train):
         return work
-    numbers = microbatch_rows(config) * local_length(config) * config.model.embed_dim / config.mesh.tensor
-    copy = BYTES[config.model.dtype] * numbers / host_rate(chip.chip)
+    copy = BYTES[config.model.dtype] * Sizes.of(config).stream / host_rate(chip.chip)
     return work._replace(overhead=work.overhead + max(0.0, copy - work.total))
 
 

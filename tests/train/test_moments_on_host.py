@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxtrain import Trainer
@@ -16,6 +17,7 @@ from jaxtrain.config import CheckpointConfig, Config, DataConfig, GuardConfig, M
 from jaxtrain.config.rules import find_problems
 from jaxtrain.measure.layouts import batch_of
 from jaxtrain.mesh import make_mesh
+from jaxtrain.parts import Parts
 from jaxtrain.planner import deviceless
 from jaxtrain.planner.memory import estimate_memory
 from jaxtrain.planner.state_memory import moments_on_host
@@ -152,3 +154,9 @@ def test_a_program_for_gpus_copies_them_beside_its_compute():
         assert len(begun) >= matrices
         for name in begun:
             assert f"(%{name})" in text.partition(f"%{name} = ")[2]  # its end, later in the schedule
+
+
+@pytest.mark.parametrize("field", [{"moments_memory": "host"}, {"moments_memory": "device", "moments_dtype": "int8"}])
+def test_a_plugged_optimizer_keeps_its_own_moments(field: Any):
+    config = replace(BASE, optimizer=replace(BASE.optimizer, **field), parts=Parts(optimizer=optax.sgd(0.1)))
+    assert [problem for problem in find_problems(config, 1)[1] if "a plugged optimizer keeps its own moments" in problem]
